@@ -1,0 +1,43 @@
+# Every target sets itself up: a virtual environment for this Python in .venv/, from constraints.txt.
+PYTHON ?= python3
+EXTRAS ?= train,test,dev
+VENV := .venv/$(notdir $(PYTHON))
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed-$(EXTRAS)
+TESTS ?= -m "not slow"
+
+.PHONY: help setup quickstart test lint bench constraints clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+setup: $(STAMP)  ## Install into .venv/ (PYTHON=python3.12 and EXTRAS=... to choose)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "GATI-JAX needs Python 3.11 or newer; $(PYTHON) is older (make ... PYTHON=python3.12)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+quickstart: $(STAMP)  ## Train a small network on digits, cache it, certify it, evaluate it: two minutes
+	$(PY) -m train.base --config configs/digits.toml --out runs/digits/base
+	$(PY) -m train.caches --config configs/digits.toml --out runs/digits/caches
+	$(PY) -m train.evaluate --bundle runs/digits/caches/bundle --out runs/digits/eval
+
+test: $(STAMP)  ## Run the tests (TESTS='-m slow' for those on real CIFAR-10)
+	$(PY) -m pytest $(TESTS)
+
+lint: $(STAMP)  ## Check style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(PY)
+
+bench: $(STAMP)  ## Time a bundle beside its full network (BUNDLE=runs/r56/bundle)
+	$(PY) -m benchmarks.single --bundle $(or $(BUNDLE),runs/digits/caches/bundle)
+
+constraints: $(STAMP)  ## Resolve all extras together anew
+	$(PY) -m pip install --quiet uv
+	$(VENV)/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --upgrade -o constraints.txt
+
+clean:  ## Remove environments and results
+	rm -rf .venv runs

@@ -1,0 +1,63 @@
+"""GATI-JAX: learned caches on a frozen classifier's activations, and a certificate of how often answers may differ.
+
+Names are loaded when they are first used, so that ``import gati_jax`` costs next to nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ._errors import BundleError as BundleError
+    from ._errors import InputError as InputError
+    from ._errors import WeightsError as WeightsError
+    from .bundle import Bundle as Bundle
+    from .bundle import load_bundle as load_bundle
+    from .bundle import save_bundle as save_bundle
+    from .caches import Candidate as Candidate
+    from .fitting import Augment as Augment
+    from .fitting import FitConfig as FitConfig
+    from .fitting import Head as Head
+    from .fitting import fit as fit
+    from .infer import infer as infer
+    from .infer import infer_batch as infer_batch
+    from .models import Chain as Chain
+    from .models import Normalization as Normalization
+    from .models import resnet as resnet
+    from .planning import Certificate as Certificate
+    from .planning import CostTable as CostTable
+    from .planning import Plan as Plan
+    from .planning import ReplayTable as ReplayTable
+    from .planning import certify as certify
+    from .planning import plan as plan
+    from .runtime import Prediction as Prediction
+    from .runtime import measure_costs as measure_costs
+    from .runtime import replay as replay
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "_errors": ("BundleError", "InputError", "WeightsError"),
+    "bundle": ("Bundle", "load_bundle", "save_bundle"),
+    "caches": ("Candidate",),
+    "fitting": ("Augment", "FitConfig", "Head", "fit"),
+    "infer": ("infer", "infer_batch"),
+    "models": ("Chain", "Normalization", "resnet"),
+    "planning": ("Certificate", "CostTable", "Plan", "ReplayTable", "certify", "plan"),
+    "runtime": ("Prediction", "measure_costs", "replay"),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its room."""
+    if name not in _ROOM_OF:
+        msg = f"module 'gati_jax' has no attribute {name!r}"
+        raise AttributeError(msg)
+    value = getattr(importlib.import_module(f".{_ROOM_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return [*globals(), *_ROOM_OF]

@@ -1,0 +1,77 @@
+"""Folders that are replaced as a whole, and whose files are checked against a list of their digests."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Generator, Mapping
+from pathlib import Path
+
+from ._errors import BundleError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Generator[Path]:
+    """Yield a new empty folder that takes the place of ``path`` once the block ends well.
+
+    A folder cannot be renamed over another one. The old one is first moved aside, to ``previous(path)``; whoever is
+    killed between the two renames leaves it there, and ``present`` finds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.saving-", dir=path.parent))
+    try:
+        yield fresh
+        fresh.chmod(0o755)  # mkdtemp's folders are private
+        if path.exists():
+            shutil.rmtree(previous(path), ignore_errors=True)
+            path.rename(previous(path))
+        fresh.rename(path)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    shutil.rmtree(previous(path), ignore_errors=True)
+
+
+def previous(path: Path) -> Path:
+    """Return where the old folder waits while the new one takes its place."""
+    return path.with_name(f".{path.name}.previous")
+
+
+def present(path: Path) -> Path:
+    """Return ``path``, or the old folder where a killed save left only that."""
+    return previous(path) if not path.exists() and previous(path).exists() else path
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return "<bytes> <sha256>" of every file below ``folder``, by its relative path."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): _digest(file) for file in files}
+
+
+def check_files(folder: Path, expected: Mapping[str, str]) -> None:
+    """Compare the files below ``folder`` with their digests. Files that are not listed are not looked at.
+
+    Raises:
+        BundleError: Names the first file that is missing, truncated or changed.
+    """
+    for name, digest in expected.items():
+        file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()):
+            msg = f"bundle: manifest.json lists {name!r}, which lies outside the bundle"
+            raise BundleError(msg)
+        if not file.is_file():
+            msg = f"bundle: {name} is missing from {folder}"
+            raise BundleError(msg)
+        size = int(digest.split()[0])
+        if (got := file.stat().st_size) != size:
+            msg = f"bundle: {file} is truncated or changed: expected {size} bytes, got {got}"
+            raise BundleError(msg)
+        if _digest(file) != digest:
+            msg = f"bundle: {file} is damaged: its SHA-256 is not the one in manifest.json"
+            raise BundleError(msg)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return f"{os.fstat(stream.fileno()).st_size} {hashlib.file_digest(stream, 'sha256').hexdigest()}"

@@ -1,0 +1,144 @@
+"""What stands in a bundle's JSON files. They are untrusted: fields are typed and bounded, and no unknown one passes."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from ._errors import BundleError
+from .caches import PredictorSpec, SelectorSpec
+from .models import Normalization, ResNet
+from .planning import Certificate, Plan
+
+FORMAT_VERSION = 1
+_MAX_JSON_BYTES = 64 * 2**20
+
+Site = Annotated[int, Field(ge=0, le=100_000)]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+T = TypeVar("T")
+
+
+class Strict(BaseModel):
+    """A frozen record that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CacheEntry(Strict):
+    """A cache without its parameters."""
+
+    name: Name
+    site: Site
+    predictor: PredictorSpec
+    selector: SelectorSpec
+
+
+class Provenance(Strict):
+    """Where a bundle comes from."""
+
+    created: str = ""
+    versions: dict[str, str] = {}
+    seed: int = 0
+    data_fingerprints: dict[str, str] = {}
+    """By split: a digest of its rows, in order."""
+    command: list[str] = []
+    config: dict[str, Any] = {}
+
+
+class Manifest(Strict):
+    """``manifest.json``."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    network: ResNet | None
+    """None for a user's own chain, which the loader must be given."""
+    normalization: Normalization | None
+    input_shape: Annotated[tuple[Site, ...], Field(max_length=8)]
+    input_dtype: Annotated[str, Field(max_length=20)]
+    class_names: Annotated[tuple[str, ...], Field(max_length=100_000)] = ()
+    caches: Annotated[tuple[CacheEntry, ...], Field(max_length=1000)]
+    provenance: Provenance = Provenance()
+    files: dict[str, str]
+    """"<bytes> <sha256>" of every other file but tuning/, by relative path."""
+
+
+class PlanEntry(Strict):
+    """A plan; null stands for infinity, a cache that is off."""
+
+    names: tuple[Name, ...]
+    sites: tuple[Site, ...]
+    depth: Site
+    path: tuple[tuple[float | None, ...], ...]
+    disagreement: tuple[float, ...]
+    mean_ms: tuple[float, ...]
+    rows: Annotated[str, Field(pattern=r"^([0-9a-f]{16})*$")]
+    """Digests of the rows that it was composed on."""
+
+    @classmethod
+    def of(cls, plan: Plan) -> "PlanEntry":
+        """Describe a plan."""
+        path = tuple(tuple(None if math.isinf(t) else t for t in step) for step in plan.path.tolist())
+        return cls(
+            names=plan.names,
+            sites=plan.sites,
+            depth=plan.depth,
+            path=path,
+            disagreement=tuple(plan.disagreement.tolist()),
+            mean_ms=tuple(plan.mean_ms.tolist()),
+            rows=plan.rows.astype("<u8").tobytes().hex(),
+        )
+
+    def plan(self) -> Plan:
+        """Rebuild the plan."""
+        path = np.array([[math.inf if t is None else t for t in step] for step in self.path], np.float32)
+        rows = np.frombuffer(bytes.fromhex(self.rows), "<u8")
+        return Plan(
+            names=self.names,
+            sites=self.sites,
+            depth=self.depth,
+            rows=rows,
+            n=len(rows),
+            path=path.reshape(len(self.path), len(self.names)),
+            disagreement=np.array(self.disagreement),
+            mean_ms=np.array(self.mean_ms),
+        )
+
+
+class Plans(Strict):
+    """``plans.json``."""
+
+    plans: Annotated[tuple[PlanEntry, ...], Field(min_length=1, max_length=4)]
+
+
+class Certificates(Strict):
+    """``certificates.json``: one for each plan."""
+
+    certificates: Annotated[tuple[Certificate, ...], Field(min_length=1, max_length=4)]
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """Read and check a JSON file.
+
+    Raises:
+        BundleError: The file is missing, too large, not JSON, or not what it should be.
+    """
+    if not path.is_file():
+        msg = f"bundle: {path.name} is missing from {path.parent}"
+        raise BundleError(msg)
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        msg = f"bundle: {path} is larger than {_MAX_JSON_BYTES} bytes"
+        raise BundleError(msg)
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        msg = f"bundle: {path} is damaged: {where}: {first['msg']}"
+        raise BundleError(msg) from error
+
+
+def write_json(path: Path, value: Any) -> None:  # noqa: ANN401
+    """Write a record as indented JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(TypeAdapter(type(value)).dump_json(value, indent=2) + b"\n")

@@ -1,0 +1,250 @@
+"""Bundles: what is saved, loaded and served.
+
+    manifest.json      network, normalization, caches, class names, provenance, digests of all other files
+    plans.json         chosen caches in order, and the path of their thresholds
+    certificates.json  what is known of their disagreement
+    arrays/            parameters of the base and of the caches (Orbax)
+    tuning/            measured costs by device; not part of the digest, for it is measured anew
+
+Loading never imports or unpickles what a bundle names: networks and caches come from a closed list, arrays only in
+shapes that those imply.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from ._checkpoint import restore_spec
+from ._errors import BundleError, InputError, describe_mismatch
+from ._folder import check_files, digests, present, replacing
+from ._manifest import (
+    FORMAT_VERSION,
+    CacheEntry,
+    Certificates,
+    Manifest,
+    PlanEntry,
+    Plans,
+    Provenance,
+    read_json,
+    write_json,
+)
+from .caches import Candidate, build_predictor, build_selector, choose, describe_predictor, describe_selector
+from .models import Chain, ResNet, fold, init, to_chain
+from .planning import Certificate, CostTable, Plan
+from .runtime import Cascade
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A base with its caches, a plan for them, and a certificate of the plan."""
+
+    chain: Chain
+    caches: tuple[Candidate, ...]
+    """The plan's, in its order."""
+    plan: Plan
+    certificate: Certificate
+    class_names: tuple[str, ...] = ()
+    provenance: Provenance = Provenance()  # noqa: RUF009 (frozen)
+    costs: tuple[CostTable, ...] = ()
+    """By device."""
+
+    @functools.cached_property
+    def cascade(self) -> Cascade:
+        """The certified step of the plan, ready to run: caches that stay off are left out."""
+        thresholds = self.plan.thresholds(self.certificate.step)
+        on = [c for c, threshold in zip(self.caches, thresholds, strict=True) if np.isfinite(threshold)]
+        return Cascade(self.chain, tuple(on), jnp.asarray(thresholds[np.isfinite(thresholds)], jnp.float32))
+
+
+def save_bundle(
+    path: Path | str,
+    chain: Chain,
+    candidates: Iterable[Candidate],
+    plan: Plan,
+    certificate: Certificate,
+    *,
+    class_names: tuple[str, ...] = (),
+    provenance: Provenance | None = None,
+    costs: Iterable[CostTable] = (),
+) -> None:
+    """Save a bundle; whatever stands at ``path`` is replaced as a whole, or, if this fails, stays as it is.
+
+    Args:
+        path: The folder to write.
+        chain: The base.
+        candidates: Among which are the plan's.
+        plan: Which caches, in which order, with which thresholds.
+        certificate: Of that very plan.
+        class_names: Names of the classes, in the order of the logits.
+        provenance: Versions, seeds, data, config.
+        costs: Measured costs.
+
+    Raises:
+        InputError: The certificate is another plan's, or a cache is of a kind that no bundle can hold.
+    """
+    path = Path(path)
+    if certificate.plan_hash != plan.hash:
+        msg = "certificate: expected that of this plan, got another plan's"
+        raise InputError(msg)
+    if path.exists() and any(path.iterdir()) and not (path / "manifest.json").is_file():
+        msg = f"path: expected a bundle or nothing at {path}, got something else, which is left alone"
+        raise InputError(msg)
+    caches = choose(candidates, plan.names)
+    entries = tuple(
+        CacheEntry(
+            name=c.name, site=c.site, predictor=describe_predictor(c.predictor), selector=describe_selector(c.selector)
+        )
+        for c in caches
+    )
+    with replacing(path) as folder:
+        ocp.save(str(folder.absolute() / "arrays"), _arrays(chain, caches))
+        write_json(folder / "plans.json", Plans(plans=(PlanEntry.of(plan),)))
+        write_json(folder / "certificates.json", Certificates(certificates=(certificate,)))
+        manifest = Manifest(
+            network=chain.network if isinstance(chain.network, ResNet) else None,
+            normalization=chain.normalization,
+            input_shape=chain.input_spec.shape,
+            input_dtype=str(chain.input_spec.dtype),
+            class_names=class_names,
+            caches=entries,
+            provenance=provenance or Provenance(),
+            files=digests(folder),
+        )
+        write_json(folder / "manifest.json", manifest)
+        for table in costs:
+            write_json(folder / "tuning" / f"{table.device}.json", table)
+
+
+def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
+    """Load a bundle.
+
+    Args:
+        path: The folder.
+        chain: The base's structure, for a bundle of a user's own chain; its parameters are replaced by the saved ones.
+
+    Raises:
+        BundleError: The folder is no bundle, is incomplete or damaged, has a newer format, or belongs to another chain.
+    """
+    folder = present(Path(path))
+    manifest = _read_manifest(folder)
+    check_files(folder, manifest.files)
+    (plan_entry,) = read_json(folder / "plans.json", Plans).plans
+    (certificate,) = read_json(folder / "certificates.json", Certificates).certificates
+    plan = plan_entry.plan()
+    if (
+        certificate.plan_hash != plan.hash
+        or [c.name for c in manifest.caches] != list(plan.names)
+        or not -1 <= certificate.step < len(plan.path)
+    ):
+        msg = f"bundle: {folder} is inconsistent: its plan, certificate and caches do not belong together"
+        raise BundleError(msg)
+    skeleton = _skeleton(manifest, chain)
+    caches = tuple(_empty_cache(entry, skeleton) for entry in manifest.caches)
+    arrays = _load_arrays(folder / "arrays", _arrays(skeleton, caches))
+    return Bundle(
+        chain=_filled(skeleton, arrays, "base"),
+        caches=tuple(_filled(cache, arrays, f"caches/{cache.name}") for cache in caches),
+        plan=plan,
+        certificate=certificate,
+        class_names=manifest.class_names,
+        provenance=manifest.provenance,
+        costs=tuple(read_json(file, CostTable) for file in sorted((folder / "tuning").glob("*.json"))),
+    )
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    """Read the manifest; the version comes first, since a newer one may have any other form."""
+    file = folder / "manifest.json"
+    if not file.is_file():
+        msg = f"bundle: expected a bundle folder with a manifest.json, got {folder}"
+        raise BundleError(msg)
+    try:
+        version = json.loads(file.read_bytes()).get("format_version")
+    except (ValueError, AttributeError) as error:
+        msg = f"bundle: {file} is damaged: {error}"
+        raise BundleError(msg) from error
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        msg = f"bundle: {folder} has format version {version}, gati_jax reads up to {FORMAT_VERSION}: upgrade it"
+        raise BundleError(msg)
+    return read_json(file, Manifest)
+
+
+def _skeleton(manifest: Manifest, chain: Chain | None) -> Chain:
+    """Return the chain with parameters that are only shapes."""
+    if chain is None:
+        if manifest.network is None:
+            msg = "bundle: it holds a user's own chain: pass it as load_bundle(path, chain=my_chain)"
+            raise BundleError(msg)
+        network = manifest.network
+        chain = to_chain(
+            network, jax.eval_shape(lambda: fold(init(network, jax.random.key(0)))), manifest.normalization
+        )
+    got = (chain.input_spec.shape, str(chain.input_spec.dtype))
+    if got != (manifest.input_shape, manifest.input_dtype):
+        msg = f"chain: expected inputs {manifest.input_dtype}{list(manifest.input_shape)}, got {got[1]}{list(got[0])}"
+        raise BundleError(msg)
+    return dataclasses.replace(chain, normalization=manifest.normalization)
+
+
+def _empty_cache(entry: CacheEntry, chain: Chain) -> Candidate:
+    if entry.site >= len(chain):
+        msg = f"bundle: {entry.name} is at site {entry.site}, but the chain has sites 0 to {len(chain) - 1}"
+        raise BundleError(msg)
+    predictor, selector = build_predictor(entry.predictor, chain.classes), build_selector(entry.selector)
+    site = chain.site_specs[entry.site]
+
+    def init_params() -> dict[str, Any]:
+        key, activation = jax.random.key(0), jnp.zeros((1, *site.shape), site.dtype)
+        return {
+            "predictor": predictor.init(key, activation),
+            "selector": selector.init(key, jnp.zeros((1, chain.classes))),
+        }
+
+    return Candidate(entry.name, entry.site, predictor, selector, jax.eval_shape(init_params))
+
+
+def _arrays(chain: Chain, caches: Iterable[Candidate]) -> dict[str, Any]:
+    """Return every array under a flat name, such as "base/0/block/conv1/conv/kernel"."""
+    trees = {"base": chain, **{f"caches/{c.name}": c for c in caches}}
+    return {
+        f"{prefix}{_name(path)}": leaf
+        for prefix, tree in trees.items()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """Name a leaf; the first key is the field that holds all parameters."""
+    return "".join(f"/{jax.tree_util.keystr((key,), simple=True)}" for key in path[1:])
+
+
+def _filled(tree: Any, arrays: Mapping[str, Any], prefix: str) -> Any:  # noqa: ANN401 (a Chain or a Candidate)
+    return jax.tree_util.tree_map_with_path(lambda path, _: arrays[f"{prefix}{_name(path)}"], tree)
+
+
+def _load_arrays(folder: Path, expected: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Load arrays of exactly these names, shapes and dtypes.
+
+    Raises:
+        BundleError: Sorted lists of missing, unexpected and misshapen names.
+    """
+    found = ocp.metadata(str(folder.absolute())).metadata
+    problems = describe_mismatch(
+        {k: _describe(v) for k, v in expected.items()}, {k: _describe(v) for k, v in found.items()}
+    )
+    if problems:
+        msg = f"bundle: the arrays are not this chain's. {problems}"
+        raise BundleError(msg)
+    return ocp.load(str(folder.absolute()), restore_spec(dict(expected)))
+
+
+def _describe(array: Any) -> str:  # noqa: ANN401 (an array, or the shape of one)
+    return f"{array.dtype}{list(array.shape)}"

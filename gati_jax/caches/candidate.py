@@ -1,0 +1,75 @@
+"""A candidate: one trained cache variant at one site. It never knows which network it sits in."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from gati_jax._errors import InputError
+from gati_jax._linen import call
+from gati_jax._static import Static
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A predictor and a selector at a site. Only ``params`` are leaves.
+
+    Args:
+        name: Unique among the candidates of a fit, such as "grid4x128@18".
+        site: What it looks at: the activation that enters block ``site + 1``.
+        predictor: A Linen module, activation[batch, ...] -> logits[batch, classes].
+        selector: A Linen module, logits[batch, classes] -> score[batch].
+        params: ``{"predictor": ..., "selector": ...}``, the two modules' variables.
+    """
+
+    name: str
+    site: int
+    predictor: nn.Module
+    selector: nn.Module
+    params: dict[str, Any]
+
+    def tree_flatten(self) -> tuple[tuple[dict[str, Any]], Static]:
+        """Split into parameters and static structure."""
+        return (self.params,), self._structure
+
+    @classmethod
+    def tree_unflatten(cls, structure: Static, children: tuple[dict[str, Any]]) -> "Candidate":
+        """Rebuild from any leaves."""
+        candidate = cls(*structure.values, params=children[0])  # pyright: ignore[reportArgumentType] (an untyped tuple)
+        candidate.__dict__["_structure"] = structure
+        return candidate
+
+    @functools.cached_property
+    def _structure(self) -> Static:
+        return Static((self.name, self.site, self.predictor, self.selector))
+
+    @property
+    def bytes(self) -> int:
+        """The memory that the parameters take."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params))
+
+
+def lookup(
+    candidate: Candidate, activation: Float[Array, "batch *site"]
+) -> tuple[Float[Array, "batch classes"], Float[Array, " batch"]]:
+    """Run the cache: class logits and the score to compare with its threshold."""
+    logits = call(candidate.predictor, candidate.params["predictor"], activation)
+    return logits, call(candidate.selector, candidate.params["selector"], logits)
+
+
+def choose(candidates: Iterable[Candidate], names: Sequence[str]) -> tuple[Candidate, ...]:
+    """Return the candidates of these names, in this order.
+
+    Raises:
+        InputError: A name is not among the candidates.
+    """
+    by_name = {candidate.name: candidate for candidate in candidates}
+    if missing := [name for name in names if name not in by_name]:
+        msg = f"candidates: expected {', '.join(missing)} among them, got {', '.join(by_name)}"
+        raise InputError(msg)
+    return tuple(by_name[name] for name in names)

@@ -1,0 +1,127 @@
+"""Caches as data: what a config or a manifest may name. A closed list with bounded numbers; never code to import."""
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+import flax.linen as nn
+from pydantic import BaseModel, ConfigDict, Field
+
+from gati_jax._errors import InputError
+
+from .predictors import Conv, FullyConnected, GlobalAverage, Grid, Pool
+from .selectors import LinearSelector, SortedSelector
+
+Width = Annotated[int, Field(ge=1, le=65_536)]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FullyConnectedSpec(_Spec):
+    """The paper's FC(h)."""
+
+    kind: Literal["fc"] = "fc"
+    hidden: Width = 1024
+
+
+class PoolSpec(_Spec):
+    """The paper's Pool(p)."""
+
+    kind: Literal["pool"] = "pool"
+    size: Width = 4096
+    hidden: Width = 1024
+
+
+class ConvSpec(_Spec):
+    """The paper's Conv(k, s)."""
+
+    kind: Literal["conv"] = "conv"
+    kernel: Width = 3
+    stride: Width = 1
+
+
+class GlobalAverageSpec(_Spec):
+    """Global average pooling and an MLP."""
+
+    kind: Literal["gap"] = "gap"
+    hidden: Width = 128
+
+
+class GridSpec(_Spec):
+    """Average pooling to a grid, and an MLP."""
+
+    kind: Literal["grid"] = "grid"
+    cells: Width = 4
+    hidden: Width = 128
+
+
+class LinearSelectorSpec(_Spec):
+    """The paper's linear selector."""
+
+    kind: Literal["linear"] = "linear"
+
+
+class SortedSelectorSpec(_Spec):
+    """The MLP on sorted log-probabilities."""
+
+    kind: Literal["sorted"] = "sorted"
+    hidden: Width = 16
+    top: Width = 10
+
+
+PredictorSpec = Annotated[
+    FullyConnectedSpec | PoolSpec | ConvSpec | GlobalAverageSpec | GridSpec, Field(discriminator="kind")
+]
+SelectorSpec = Annotated[LinearSelectorSpec | SortedSelectorSpec, Field(discriminator="kind")]
+
+_PREDICTORS = {
+    FullyConnectedSpec: FullyConnected,
+    PoolSpec: Pool,
+    ConvSpec: Conv,
+    GlobalAverageSpec: GlobalAverage,
+    GridSpec: Grid,
+}
+_SELECTORS = {LinearSelectorSpec: LinearSelector, SortedSelectorSpec: SortedSelector}
+
+
+def build_predictor(spec: PredictorSpec, classes: int) -> nn.Module:
+    """Return the predictor that ``spec`` describes."""
+    return _PREDICTORS[type(spec)](classes=classes, **_options(spec))
+
+
+def build_selector(spec: SelectorSpec) -> nn.Module:
+    """Return the selector that ``spec`` describes."""
+    return _SELECTORS[type(spec)](**_options(spec))
+
+
+def describe_predictor(predictor: nn.Module) -> Any:  # noqa: ANN401 (a union of specs)
+    """Return the spec of a predictor.
+
+    Raises:
+        InputError: The predictor is not one of this library's, so a bundle could not rebuild it.
+    """
+    return _describe(predictor, {module: spec for spec, module in _PREDICTORS.items()})
+
+
+def describe_selector(selector: nn.Module) -> Any:  # noqa: ANN401 (a union of specs)
+    """Return the spec of a selector.
+
+    Raises:
+        InputError: The selector is not one of this library's, so a bundle could not rebuild it.
+    """
+    return _describe(selector, {module: spec for spec, module in _SELECTORS.items()})
+
+
+def _options(spec: BaseModel) -> dict[str, Any]:
+    return spec.model_dump(exclude={"kind"})
+
+
+def _describe(module: nn.Module, specs: dict[Any, Any]) -> BaseModel:
+    spec = specs.get(type(module))
+    if spec is None:
+        known = ", ".join(sorted(kind.__name__ for kind in specs))
+        msg = f"candidates: a bundle can hold {known}, got {type(module).__name__}"
+        raise InputError(msg)
+    fields = {field.name for field in dataclasses.fields(module)} - {"parent", "name", "classes"}
+    return spec(**{name: getattr(module, name) for name in fields})

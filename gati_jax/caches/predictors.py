@@ -1,0 +1,126 @@
+"""Predictors: one site's activation to class logits (GATI's exploration phase; facts in the paper's released code).
+
+Each is a Linen module without state, so ``init`` and ``apply`` are pure functions, and a frozen dataclass, so equal
+configurations share compiled programs. The paper's three look at the *flattened* activation; the two pooling heads
+look at the picture and reach as far with three to four orders of magnitude fewer parameters.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """What the rest of the library asks of a predictor: a Linen module that knows its number of classes."""
+
+    classes: int
+
+    def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
+        """Return class logits."""
+        ...
+
+
+def flatten_channels_first(x: Float[Array, "batch *site"]) -> Float[Array, "batch features"]:
+    """Flatten as PyTorch would: neighbours in the vector are neighbours in a row of one channel's map."""
+    return jnp.moveaxis(x, -1, 1).reshape(x.shape[0], -1)
+
+
+def adaptive_average(x: Float[Array, "..."], size: int, axis: int) -> Float[Array, "..."]:
+    """Average-pool one axis to ``size`` bins, as PyTorch does: bin i is floor(i n / size) .. ceil((i + 1) n / size).
+
+    Example:
+        >>> adaptive_average(jnp.arange(5.0), 2, axis=0).tolist()
+        [1.0, 3.0]
+    """
+    n, axis = x.shape[axis], axis % x.ndim
+    if n % size == 0:
+        return x.reshape(*x.shape[:axis], size, n // size, *x.shape[axis + 1 :]).mean(axis + 1)
+    i = np.arange(size)
+    start, stop = i * n // size, -((i + 1) * -n // size)
+    index = start[:, None] + np.arange((stop - start).max())
+    weight = (index < stop[:, None]) / (stop - start)[:, None]
+    bins = jnp.take(x, np.minimum(index, n - 1), axis)
+    return (
+        bins * jnp.asarray(weight, x.dtype).reshape(*weight.shape, *(1,) * (x.ndim - axis - 1))[(None,) * axis]
+    ).sum(axis + 1)
+
+
+def _mlp(x: Float[Array, "batch features"], hidden: int, classes: int) -> Float[Array, "batch classes"]:
+    """Run Linear, ReLU, Linear inside the calling module."""
+    return nn.Dense(classes, name="out")(nn.relu(nn.Dense(hidden, name="hidden")(x)))
+
+
+class FullyConnected(nn.Module):
+    """The paper's FC(h): flatten, Linear(d, h), ReLU, Linear(h, classes)."""
+
+    classes: int
+    hidden: int = 1024
+
+    @nn.compact
+    def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
+        """Return class logits."""
+        return _mlp(flatten_channels_first(activation), self.hidden, self.classes)
+
+
+class Pool(nn.Module):
+    """The paper's Pool(p): average-pool the flattened vector to ``size``, Linear(p, 1024), ReLU, Linear(1024, classes).
+
+    An activation of fewer than ``size`` values is taken as it is.
+    """
+
+    classes: int
+    size: int = 4096
+    hidden: int = 1024
+
+    @nn.compact
+    def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
+        """Return class logits."""
+        x = flatten_channels_first(activation)
+        return _mlp(adaptive_average(x, min(self.size, x.shape[1]), axis=1), self.hidden, self.classes)
+
+
+class Conv(nn.Module):
+    """The paper's Conv(k, s): a one-channel 1-D convolution over the flattened vector, ReLU, Linear(., classes)."""
+
+    classes: int
+    kernel: int = 3
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
+        """Return class logits."""
+        x = flatten_channels_first(activation)[..., None]
+        x = nn.Conv(1, (self.kernel,), (self.stride,), padding="VALID", name="conv")(x)
+        return nn.Dense(self.classes, name="out")(nn.relu(x[..., 0]))
+
+
+class GlobalAverage(nn.Module):
+    """Mean over all positions, then an MLP."""
+
+    classes: int
+    hidden: int = 128
+
+    @nn.compact
+    def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
+        """Return class logits."""
+        return _mlp(activation.mean(tuple(range(1, activation.ndim - 1))), self.hidden, self.classes)
+
+
+class Grid(nn.Module):
+    """Means over a grid of ``cells`` x ``cells`` fields, then an MLP; smaller dimensions stay as they are."""
+
+    classes: int
+    cells: int = 4
+    hidden: int = 128
+
+    @nn.compact
+    def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
+        """Return class logits."""
+        x = activation
+        for axis in range(1, x.ndim - 1):
+            x = adaptive_average(x, min(self.cells, x.shape[axis]), axis)
+        return _mlp(x.reshape(x.shape[0], -1), self.hidden, self.classes)

@@ -1,0 +1,49 @@
+"""Selectors: a predictor's logits to a score, the log-odds that it agrees with the base (GATI's binary selector).
+
+Scores are log-odds, not probabilities: the confident end, where thresholds lie, does not saturate in float32.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_FLOOR = -16.0  # log-probabilities below this say nothing more, and would dominate the sums
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """What the rest of the library asks of a selector: a Linen module from logits to scores."""
+
+    def __call__(self, logits: Float[Array, "batch classes"]) -> Float[Array, " batch"]:
+        """Return scores."""
+        ...
+
+
+class LinearSelector(nn.Module):
+    """The paper's selector: a linear map of the log-probabilities to {miss, hit}; the score is their difference."""
+
+    @nn.compact
+    def __call__(self, logits: Float[Array, "batch classes"]) -> Float[Array, " batch"]:
+        """Return scores."""
+        log_probabilities = jnp.maximum(jax.nn.log_softmax(logits), _FLOOR)
+        miss_hit = nn.Dense(2, name="out")(log_probabilities)
+        return miss_hit[:, 1] - miss_hit[:, 0]
+
+
+class SortedSelector(nn.Module):
+    """A small MLP on the ``top`` largest log-probabilities in order: it sees how sure the predictor is, not of what."""
+
+    hidden: int = 16
+    top: int = 10
+
+    @nn.compact
+    def __call__(self, logits: Float[Array, "batch classes"]) -> Float[Array, " batch"]:
+        """Return scores."""
+        log_probabilities = jnp.maximum(jax.nn.log_softmax(logits), _FLOOR)
+        largest, _ = jax.lax.top_k(log_probabilities, min(self.top, logits.shape[-1]))
+        x = nn.relu(nn.Dense(self.hidden, name="hidden")(largest / -_FLOOR))
+        # A skip from the largest log-probability: plain confidence is where the fit starts.
+        return nn.Dense(1, name="out")(jnp.concatenate([x, largest[:, :1]], axis=-1))[:, 0]

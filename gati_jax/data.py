@@ -1,0 +1,185 @@
+"""Images from TensorFlow Datasets, scikit-learn or arrays, in named splits that are checked to be disjoint.
+
+Nothing here imports TensorFlow: ``tfds.data_source`` reads array_record files with random access.
+"""
+
+import dataclasses
+import hashlib
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Shaped, UInt64
+
+from ._errors import InputError
+
+_SPLIT = re.compile(r"(?P<name>\w+)(\[(?P<start>\d*):(?P<stop>\d*)\])?")
+_SHARED_ROWS = 0.01  # more equal rows than this share are an overlap; fewer are the duplicates that real data has
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Images with their labels, in memory."""
+
+    images: Shaped[np.ndarray, "n ..."]
+    labels: Int[np.ndarray, " n"] | None = None
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self.images)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Rows:
+    """A contiguous part of a source's split: ``test[2500:5000]``."""
+
+    split: str
+    start: int = 0
+    stop: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Rows":
+        """Read TFDS's notation, absolute indices only.
+
+        Example:
+            >>> Rows.parse("test[2500:]")
+            Rows(split='test', start=2500, stop=None)
+        """
+        match = _SPLIT.fullmatch(text)
+        if match is None:
+            msg = f"split: expected a form like train, test[:2500] or test[2500:5000], got {text!r}"
+            raise InputError(msg)
+        rows = cls(match["name"], int(match["start"] or 0), int(match["stop"]) if match["stop"] else None)
+        if rows.stop is not None and rows.stop <= rows.start:
+            msg = f"split: expected at least one row, got {text!r}"
+            raise InputError(msg)
+        return rows
+
+    def overlaps(self, other: "Rows") -> bool:
+        """Tell whether the two parts share a row."""
+        before = self.stop is not None and self.stop <= other.start
+        after = other.stop is not None and other.stop <= self.start
+        return self.split == other.split and not before and not after
+
+
+def check_disjoint(splits: Mapping[str, str]) -> None:
+    """Check that named splits share no row.
+
+    Args:
+        splits: Part of the source by name, such as ``{"select": "test[:2500]", "certify": "test[2500:5000]"}``.
+
+    Raises:
+        InputError: Names the two splits that overlap.
+    """
+    rows = [(name, Rows.parse(text)) for name, text in splits.items()]
+    for i, (name, part) in enumerate(rows):
+        for other, other_part in rows[i + 1 :]:
+            if part.overlaps(other_part):
+                msg = f"splits: expected disjoint splits, got {name}={splits[name]} overlapping {other}={splits[other]}"
+                raise InputError(msg)
+
+
+def load(name: str, split: str, data_dir: Path | str | None = None) -> Dataset:
+    """Load part of a data set into memory.
+
+    Args:
+        name: "digits" (embedded in scikit-learn, 8x8, the one split "all") or a TFDS name such as "cifar10".
+        split: "train", "test[2500:5000]", ...
+        data_dir: TFDS's folder; None for its default, where a missing data set is downloaded.
+
+    Raises:
+        InputError: The data set, the folder or the split does not exist.
+    """
+    rows = Rows.parse(split)
+    if name == "digits":
+        return _digits(rows)
+    return _tfds(name, rows, data_dir)
+
+
+def _digits(rows: Rows) -> Dataset:
+    from sklearn.datasets import load_digits  # noqa: PLC0415 (optional)
+
+    if rows.split != "all":
+        msg = f"split: the digits have the one split 'all', got {rows.split!r}"
+        raise InputError(msg)
+    source: Any = load_digits()
+    part = slice(rows.start, _stop(rows, len(source.images)))
+    # The pixels are whole numbers 0 .. 16. scikit-learn sorts the digits by writer, so neighbouring parts differ in
+    # style; a fixed shuffle makes every part a sample of the same population, as certificates assume.
+    order = np.random.default_rng(0).permutation(len(source.images))[part]
+    images = source.images[order].astype(np.uint8)[..., None]
+    return Dataset(images=images, labels=source.target[order].astype(np.int32), class_names=tuple("0123456789"))
+
+
+def _tfds(name: str, rows: Rows, data_dir: Path | str | None) -> Dataset:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # tfds 4.9.10 imports deprecated names of its dependencies
+        import tensorflow_datasets as tfds  # noqa: PLC0415 (optional)
+
+    if data_dir is not None and not (Path(data_dir) / name).is_dir():
+        msg = f"data.dir: expected a TensorFlow Datasets folder with {name}/ in it, got {data_dir}"
+        raise InputError(msg)
+    if data_dir is None:
+        builder: Any = tfds.builder(name, file_format="array_record")
+        builder.download_and_prepare()
+    else:
+        builder = tfds.builder(name, data_dir=data_dir)
+    if rows.split not in builder.info.splits:
+        msg = f"split: {name} has {', '.join(sorted(builder.info.splits))}, got {rows.split!r}"
+        raise InputError(msg)
+    stop = _stop(rows, builder.info.splits[rows.split].num_examples)
+    source: Any = builder.as_data_source(split=f"{rows.split}[{rows.start}:{stop}]")
+    examples = [(example["image"], example["label"]) for example in source]
+    images, labels = zip(*examples, strict=True)
+    return Dataset(
+        images=np.stack(images),
+        labels=np.asarray(labels, np.int32),
+        class_names=tuple(builder.info.features["label"].names),
+    )
+
+
+def _stop(rows: Rows, available: int) -> int:
+    stop = available if rows.stop is None else rows.stop
+    if stop > available or rows.start >= available:
+        msg = f"split: {rows.split} has {available} rows, got [{rows.start}:{rows.stop or ''}]"
+        raise InputError(msg)
+    return stop
+
+
+def batches(n: int, size: int, *, seed: tuple[int, ...]) -> Iterator[Int[np.ndarray, " size"]]:
+    """Yield the row indices of one shuffled epoch in batches of ``size``; a last incomplete batch is left out."""
+    order = np.random.default_rng(seed).permutation(n)
+    for start in range(0, n - size + 1, size):
+        yield order[start : start + size]
+
+
+def row_digests(images: Shaped[np.ndarray, "n ..."]) -> UInt64[np.ndarray, " n"]:
+    """Return a 64-bit digest of every row's bytes: the identity by which splits are told apart."""
+    rows = np.ascontiguousarray(images)
+    digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
+    return np.frombuffer(b"".join(digests), np.uint64)
+
+
+def fingerprint(digests: UInt64[np.ndarray, " n"]) -> str:
+    """Return one digest for a whole split, in its order."""
+    return hashlib.blake2b(digests.tobytes(), digest_size=16).hexdigest()
+
+
+def check_distinct_rows(
+    one: UInt64[np.ndarray, " n"], other: UInt64[np.ndarray, " m"], *, names: tuple[str, str]
+) -> None:
+    """Check by content that two splits were not drawn from the same rows; the odd duplicate in real data passes.
+
+    Raises:
+        InputError: Over 1 % of the smaller split's rows are in the other, too.
+    """
+    shared = int(np.isin(one, other).sum())
+    if shared > _SHARED_ROWS * min(len(one), len(other)):
+        msg = (
+            f"splits: expected {names[0]} and {names[1]} to be disjoint, got {shared} rows of {names[0]} in {names[1]}"
+        )
+        raise InputError(msg)

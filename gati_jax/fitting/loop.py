@@ -1,0 +1,138 @@
+"""The one training loop: epochs of shuffled batches, a progress bar, checkpoints, exact resumption."""
+
+import dataclasses
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+from orbax.checkpoint import v1 as ocp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from gati_jax._checkpoint import restore_spec
+from gati_jax._errors import InputError
+from gati_jax.data import batches
+
+_log = logging.getLogger(__name__)
+
+
+class LoopState(NamedTuple):
+    """All that an interrupted run needs to go on exactly where it was."""
+
+    step: Int[Array, ""]  # steps taken
+    params: PyTree
+    opt_state: PyTree
+
+
+Step = Callable[..., tuple[LoopState, Float[Array, ""]]]
+"""``step(state, *rows[batch, ...]) -> (state, loss)``; jitted, and random only through ``state.step``."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long and from what.
+
+    Args:
+        epochs: Passes over the data.
+        batch: Rows in a step.
+        seed: Order of the rows.
+        checkpoint_seconds: Least time between two checkpoints.
+    """
+
+    epochs: int
+    batch: int
+    seed: int = 0
+    checkpoint_seconds: float = 30.0
+
+
+class _Rate(ProgressColumn):
+    """Steps in a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:.1f} steps/s")
+
+
+def run_loop(
+    step: Step,
+    state: LoopState,
+    arrays: tuple[np.ndarray, ...],
+    config: LoopConfig,
+    *,
+    checkpoint: Path | None = None,
+    identity: str = "",
+    description: str = "training",
+    progress: bool = True,
+) -> LoopState:
+    """Run ``step`` over shuffled batches of ``arrays``.
+
+    Args:
+        step: See ``Step``.
+        state: Where to begin; a checkpoint of the same ``identity`` replaces it.
+        arrays: Rows to draw from, all of one length.
+        config: Epochs, batch size, seed.
+        checkpoint: Folder for checkpoints; None keeps none. The newest is kept, until the caller removes the folder.
+        identity: Whatever makes two runs the same (configuration, data): only then is a checkpoint taken up.
+        description: Label of the progress bar.
+        progress: Whether to draw one, if standard error is a terminal.
+
+    Raises:
+        InputError: Fewer rows than one batch.
+    """
+    n = len(arrays[0])
+    per_epoch = n // config.batch
+    if per_epoch == 0:
+        msg = f"images: expected at least one batch of {config.batch} rows, got {n}"
+        raise InputError(msg)
+    total = per_epoch * config.epochs
+    checkpointer = _checkpointer(checkpoint, identity)
+    if checkpointer and checkpointer.latest:
+        state = checkpointer.load(abstract_state=restore_spec(state))
+        _log.info("%s: resumed at step %d of %d", description, int(state.step), total)
+    done = int(state.step)
+    saved = time.monotonic()
+    with _bar(progress) as bar:
+        task = bar.add_task(description, total=total, completed=done)
+        for rows in _steps(n, config, done):
+            state, loss = step(state, *(array[rows] for array in arrays))
+            done += 1
+            if done % per_epoch == 0:
+                epoch = done // per_epoch
+                if epoch % max(1, config.epochs // 5) == 0:
+                    _log.info("%s: epoch %d of %d, loss %.4f", description, epoch, config.epochs, loss)
+            bar.update(task, completed=done, description=description)
+            if checkpointer and (time.monotonic() - saved >= config.checkpoint_seconds or done == total):
+                checkpointer.save(done, state)
+                saved = time.monotonic()
+    if checkpointer:
+        checkpointer.close()
+    return state
+
+
+def _steps(n: int, config: LoopConfig, done: int) -> Iterator[Int[np.ndarray, " batch"]]:
+    """Yield the batches from step ``done`` on."""
+    per_epoch = n // config.batch
+    for epoch in range(done // per_epoch, config.epochs):
+        rows = list(batches(n, config.batch, seed=(config.seed, epoch)))
+        yield from rows[done % per_epoch if epoch == done // per_epoch else 0 :]
+
+
+def _bar(progress: bool) -> Progress:  # noqa: FBT001
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not (progress and console.is_terminal))
+
+
+def _checkpointer(folder: Path | None, identity: str) -> Any | None:  # noqa: ANN401
+    if folder is None:
+        return None
+    digest = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+    keep_newest: Any = ocp.training.preservation_policies.LatestN(1)
+    path = folder.absolute() / digest
+    path.mkdir(parents=True, exist_ok=True)
+    return ocp.training.Checkpointer(str(path), preservation_policy=keep_newest, cleanup_tmp_directories=True)

@@ -1,0 +1,18 @@
+"""The base: chains of blocks, residual networks as chains, their weights."""
+
+from .chain import Block as Block
+from .chain import Chain as Chain
+from .chain import Normalization as Normalization
+from .chain import check_images as check_images
+from .resnet import NAMES as NAMES
+from .resnet import ResNet as ResNet
+from .resnet import apply as apply
+from .resnet import apply_train as apply_train
+from .resnet import fold as fold
+from .resnet import init as init
+from .resnet import resnet as resnet
+from .resnet import to_chain as to_chain
+from .weights import export_state_dict as export_state_dict
+from .weights import import_state_dict as import_state_dict
+from .weights import read_metadata as read_metadata
+from .weights import read_weights as read_weights

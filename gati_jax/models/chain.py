@@ -1,0 +1,178 @@
+"""A chain: N blocks and a classifier, pure functions of their parameters. A cache need not know more of a base."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Num, PyTree, Shaped
+
+from gati_jax._errors import InputError
+from gati_jax._static import Static
+
+Block = Callable[[Any, Array], Array]
+"""``block(params, x[batch, ...]) -> y[batch, ...]``, pure; equal blocks share compiled programs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Normalization:
+    """Turns uint8 pixels into what the base was trained on: ``(pixel * scale - mean) / std``, per channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float = 1 / 255
+
+    def __post_init__(self) -> None:
+        """Refuse what would divide by zero or not broadcast."""
+        if len(self.mean) != len(self.std) or not self.std or min(self.std) <= 0:
+            msg = (
+                f"normalization: expected as many means as positive standard deviations, got {self.mean} and {self.std}"
+            )
+            raise InputError(msg)
+
+    def __call__(self, pixels: Shaped[Array, "*batch height width channels"]) -> Array:
+        """Normalise ``pixels``, uint8[..., height, width, channels], to float32."""
+        mean, std = (np.asarray(v, np.float32).reshape((1,) * (pixels.ndim - 1) + (-1,)) for v in (self.mean, self.std))
+        return (pixels.astype(jnp.float32) * self.scale - mean) / std
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """A frozen classifier as N blocks followed by a classifier.
+
+    Site k is what enters block k + 1 (site 0 is the input); exit N is the base itself. The parameters are the only
+    leaves, so new parameters of the same shapes never recompile a program.
+
+    Args:
+        blocks: N pure functions, ``block(params, x[batch, ...]) -> y[batch, ...]``.
+        classifier: A pure function, ``classifier(params, x[batch, ...]) -> logits[batch, classes]``.
+        params: N + 1 pytrees: one for each block, then the classifier's.
+        input_spec: Shape and dtype of one prepared input, without the batch dimension.
+        normalization: How uint8 inputs become prepared ones; None if the chain takes prepared inputs only.
+        network: The configuration by which a bundle can rebuild the blocks; None for a user's own functions.
+
+    Raises:
+        InputError: ``params`` has not one entry for each block and the classifier.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> double = lambda params, x: x * params
+        >>> spec = jax.ShapeDtypeStruct((4,), "float32")
+        >>> chain = Chain((double, double), lambda params, x: x @ params, (2.0, 3.0, jnp.eye(4)), spec)
+        >>> len(chain), chain(jnp.ones((1, 4))).tolist()
+        (2, [[6.0, 6.0, 6.0, 6.0]])
+    """
+
+    blocks: Sequence[Block]  # kept as a tuple, like params
+    classifier: Block
+    params: Sequence[PyTree]
+    input_spec: jax.ShapeDtypeStruct
+    normalization: Normalization | None = None
+    network: Hashable = None
+
+    def __post_init__(self) -> None:
+        """Check the lengths; tree_unflatten does not come through here."""
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        object.__setattr__(self, "params", tuple(self.params))
+        if not self.blocks or len(self.params) != len(self.blocks) + 1:
+            expected = f"one entry for each of {len(self.blocks)} blocks and one for the classifier"
+            msg = f"params: expected {expected}, got {len(self.params)}"
+            raise InputError(msg)
+
+    def tree_flatten(self) -> tuple[tuple[Sequence[PyTree]], Static]:
+        """Split into parameters and static structure."""
+        return (self.params,), self._structure
+
+    @classmethod
+    def tree_unflatten(cls, structure: Static, children: tuple[tuple[PyTree, ...]]) -> "Chain":
+        """Rebuild from any leaves, placeholders included, without checks."""
+        chain = object.__new__(cls)
+        names = ("blocks", "classifier", "input_spec", "normalization", "network")
+        for name, value in zip(names, structure.values, strict=True):
+            object.__setattr__(chain, name, value)
+        object.__setattr__(chain, "params", children[0])
+        chain.__dict__["_structure"] = structure
+        return chain
+
+    @functools.cached_property
+    def _structure(self) -> Static:
+        return Static((tuple(self.blocks), self.classifier, self.input_spec, self.normalization, self.network))
+
+    def __len__(self) -> int:
+        """Return N, the number of blocks."""
+        return len(self.blocks)
+
+    def span(self, x: Num[Array, "batch *in"], start: int, stop: int) -> Num[Array, "batch *out"]:
+        """Run blocks start + 1 to stop: from site ``start`` to site ``stop``."""
+        for block, params in zip(self.blocks[start:stop], self.params[start:stop], strict=True):
+            x = block(params, x)
+        return x
+
+    def classify(self, x: Num[Array, "batch *in"]) -> Num[Array, "batch classes"]:
+        """Turn what leaves block N into logits."""
+        return self.classifier(self.params[-1], x)
+
+    def __call__(self, x: Num[Array, "batch *in"]) -> Num[Array, "batch classes"]:
+        """Return the base's logits for prepared inputs."""
+        return self.classify(self.span(x, 0, len(self)))
+
+    def activations(self, x: Num[Array, "batch *in"]) -> tuple[list[Array], Num[Array, "batch classes"]]:
+        """Return the activations at sites 0 .. N - 1 and the logits, in one pass."""
+        sites = [x]
+        for k in range(len(self)):
+            sites.append(self.span(sites[k], k, k + 1))
+        return sites[:-1], self.classify(sites[-1])
+
+    def prepare(self, images: Shaped[Array, "batch *in"]) -> Num[Array, "batch *in"]:
+        """Normalise uint8 images; pass prepared inputs through."""
+        if self.normalization is not None and images.dtype == jnp.uint8:
+            return self.normalization(images)
+        return images
+
+    @functools.cached_property
+    def site_specs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shape and dtype of one sample's activation at sites 0 .. N - 1."""
+        batch = jax.ShapeDtypeStruct((1, *self.input_spec.shape), self.input_spec.dtype)
+        sites, _ = jax.eval_shape(Chain.activations, self, batch)
+        return tuple(jax.ShapeDtypeStruct(site.shape[1:], site.dtype) for site in sites)
+
+    @functools.cached_property
+    def classes(self) -> int:
+        """The number of classes."""
+        batch = jax.ShapeDtypeStruct((1, *self.input_spec.shape), self.input_spec.dtype)
+        return jax.eval_shape(Chain.__call__, self, batch).shape[-1]
+
+
+def check_images(chain: Chain, images: Any, *, batched: bool = True, argument: str = "images") -> np.ndarray:  # noqa: ANN401
+    """Return ``images`` as an array that ``chain`` can take.
+
+    Args:
+        chain: The base.
+        images: uint8 pixels (if the chain has a normalization) or prepared inputs of ``chain.input_spec``'s dtype.
+        batched: Whether a leading batch dimension is expected.
+        argument: The name to use in messages.
+
+    Raises:
+        InputError: The shape, the dtype or a value (NaN, infinity) is not what the chain takes.
+    """
+    array = np.asarray(images)
+    spec = chain.input_spec
+    if array.shape[1 if batched else 0 :] != spec.shape or (batched and array.ndim == len(spec.shape)):
+        batch = "batch, " if batched else ""
+        expected = f"[{batch}{', '.join(map(str, spec.shape))}]"
+        msg = f"{argument}: expected shape {expected}, got {list(array.shape)}"
+        raise InputError(msg)
+    if chain.normalization is not None and array.dtype == np.uint8:
+        return array
+    if array.dtype != spec.dtype:
+        pixels = "uint8 pixels or " if chain.normalization is not None else ""
+        msg = f"{argument}: expected {pixels}{spec.dtype}, got {array.dtype}"
+        raise InputError(msg)
+    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+        msg = f"{argument}: expected finite values, got NaN or infinity"
+        raise InputError(msg)
+    return array

@@ -1,0 +1,169 @@
+"""State dicts of PyTorch residual networks to and from variables.
+
+Names are torchvision's (``layer1.0.conv1.weight``, ``downsample.0``, ``fc``); the CIFAR sources' spellings (``linear``,
+``shortcut.0``, a leading ``module.``) are read too. Layouts change from PyTorch's [out, in, h, w] to [h, w, in, out].
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from gati_jax._errors import WeightsError, describe_mismatch
+
+from .resnet import ResNet, Variables, init
+
+Tensors = Mapping[str, np.ndarray]
+
+
+class _Entry(NamedTuple):
+    """Where one tensor of a state dict lives in the variables."""
+
+    block: int
+    path: tuple[str, ...]
+    axes: tuple[int, ...]  # transposition that turns PyTorch's layout into ours
+
+
+_KERNEL, _MATRIX, _VECTOR = (2, 3, 1, 0), (1, 0), (0,)
+_NORM = {
+    "weight": ("params", "scale"),
+    "bias": ("params", "bias"),
+    "running_mean": ("batch_stats", "mean"),
+    "running_var": ("batch_stats", "var"),
+}
+
+
+def _conv_norm(conv: str, norm: str, block: int, path: tuple[str, ...]) -> Iterator[tuple[str, _Entry]]:
+    yield f"{conv}.weight", _Entry(block, ("params", *path, "conv", "kernel"), _KERNEL)
+    for name, (collection, leaf) in _NORM.items():
+        yield f"{norm}.{name}", _Entry(block, (collection, *path, "norm", leaf), _VECTOR)
+
+
+def _entries(network: ResNet) -> dict[str, _Entry]:
+    """Name every tensor of the network's state dict."""
+    entries = dict(_conv_norm("conv1", "bn1", 0, ("stem", "conv")))
+    block = 0
+    out = network.widths[0]
+    for stage, (count, width) in enumerate(zip(network.stages, network.widths, strict=True)):
+        for k in range(count):
+            prefix, path = f"layer{stage + 1}.{k}.", () if block else ("block",)
+            for i in range(1, 4 if network.bottleneck else 3):
+                entries |= _conv_norm(f"{prefix}conv{i}", f"{prefix}bn{i}", block, (*path, f"conv{i}"))
+            before, out = out, 4 * width if network.bottleneck else width
+            if network.shortcut == "B" and (before != out or (stage > 0 and k == 0)):
+                entries |= _conv_norm(
+                    f"{prefix}downsample.0", f"{prefix}downsample.1", block, (*path, "shortcut", "projection")
+                )
+            block += 1
+    entries["fc.weight"] = _Entry(block, ("params", "fc", "kernel"), _MATRIX)
+    entries["fc.bias"] = _Entry(block, ("params", "fc", "bias"), _VECTOR)
+    return entries
+
+
+def _standard_name(name: str) -> str:
+    name = name.removeprefix("module.").replace(".shortcut.", ".downsample.")
+    return f"fc.{name.removeprefix('linear.')}" if name.startswith("linear.") else name
+
+
+def import_state_dict(network: ResNet, tensors: Tensors) -> Variables:
+    """Return the variables of ``network`` from a state dict, in float32.
+
+    Args:
+        network: The configuration that the weights were trained for.
+        tensors: Arrays by name; half-precision ones are widened, ``num_batches_tracked`` is ignored.
+
+    Raises:
+        WeightsError: Sorted lists of missing, unexpected and misshapen names.
+    """
+    entries = _entries(network)
+    found = {_standard_name(k): np.asarray(v) for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
+    abstract = jax.eval_shape(lambda: init(network, jax.random.key(0)))
+    expected = {name: _torch_shape(_leaf(abstract[e.block], e.path).shape, e.axes) for name, e in entries.items()}
+    if problems := describe_mismatch(expected, {name: str(list(v.shape)) for name, v in found.items()}):
+        msg = f"weights: these are not the network's tensors. {problems}"
+        raise WeightsError(msg)
+    return _build(network, {name: found[name] for name in entries}, entries)
+
+
+def _build(network: ResNet, tensors: Tensors, entries: dict[str, _Entry]) -> Variables:
+    variables: list[dict[str, Any]] = [{} for _ in range(sum(network.stages) + 1)]
+    for name, entry in entries.items():
+        node = variables[entry.block]
+        for part in entry.path[:-1]:
+            node = node.setdefault(part, {})
+        node[entry.path[-1]] = np.ascontiguousarray(tensors[name].transpose(entry.axes), dtype=np.float32)
+    return tuple(variables)
+
+
+def _torch_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
+    return str([shape[i] for i in np.argsort(axes)])
+
+
+def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:  # noqa: ANN401
+    for part in path:
+        tree = tree[part]
+    return tree
+
+
+def export_state_dict(network: ResNet, variables: Variables) -> dict[str, np.ndarray]:
+    """Return the state dict of ``variables`` under torchvision's names: the inverse of ``import_state_dict``."""
+    return {
+        name: np.ascontiguousarray(np.asarray(_leaf(variables[e.block], e.path)).transpose(np.argsort(e.axes)))
+        for name, e in _entries(network).items()
+    }
+
+
+def read_weights(path: Path | str) -> dict[str, np.ndarray]:
+    """Read a state dict from a .safetensors file, or from a .pth file if torch is installed (weights only, never code).
+
+    Raises:
+        WeightsError: The file is missing, damaged or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        msg = f"weights: no such file: {path}"
+        raise WeightsError(msg)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in {".pth", ".pt"}:
+        return _read_torch(path)
+    msg = f"weights: expected a .safetensors or .pth file, got {path.name}"
+    raise WeightsError(msg)
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        msg = f"weights: {path} is not a readable safetensors file ({error})"
+        raise WeightsError(msg) from error
+
+
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """Return a safetensors file's own metadata; empty for other files."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="numpy") as file:
+        return dict(file.metadata() or {})
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch  # noqa: PLC0415 (optional)
+    except ImportError as error:
+        msg = f"weights: reading {path.name} needs torch (pip install 'gati-jax[torch]'), or convert it to safetensors"
+        raise WeightsError(msg) from error
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        msg = f"weights: {path} could not be read as weights only ({error})"
+        raise WeightsError(msg) from error
+    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(tensors, dict) or not all(isinstance(v, torch.Tensor) for v in tensors.values()):
+        msg = f"weights: {path} does not hold a state dict of tensors"
+        raise WeightsError(msg)
+    return {str(name): tensor.float().numpy() for name, tensor in tensors.items()}

@@ -1,0 +1,49 @@
+"""Exact binomial tests of "the disagreement exceeds epsilon"."""
+
+import math
+
+from scipy.stats import binom
+
+
+def p_value(disagreements: int, n: int, epsilon: float) -> float:
+    """Return the chance of so few disagreements among n requests if each disagreed with probability epsilon.
+
+    Example:
+        >>> round(p_value(0, 149, 0.02), 4)
+        0.0493
+    """
+    return float(binom.cdf(disagreements, n, epsilon))
+
+
+def largest_passing(n: int, epsilon: float, delta: float) -> int:
+    """Return the most disagreements among n requests that still certify epsilon; -1 if not even none would.
+
+    Example:
+        >>> largest_passing(2500, 0.02, 0.05), largest_passing(100, 0.02, 0.05)
+        (38, -1)
+    """
+    k = int(binom.ppf(delta, n, epsilon))  # the smallest k with cdf(k) >= delta
+    return k if p_value(k, n, epsilon) <= delta else k - 1
+
+
+def samples_needed(rate: float, epsilon: float, delta: float) -> int | None:
+    """Return how many requests would certify epsilon if they disagreed at ``rate``; None if no number would.
+
+    Example:
+        >>> samples_needed(0.0, 0.02, 0.05), samples_needed(0.03, 0.02, 0.05)
+        (149, None)
+    """
+    if rate >= epsilon:
+        return None
+
+    def passes(n: int) -> bool:
+        return p_value(math.ceil(rate * n), n, epsilon) <= delta
+
+    high = 1
+    while not passes(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if passes(middle) else (middle, high)
+    return high

@@ -1,0 +1,17 @@
+"""Cascades made runnable: replay, one pure step, its drivers, measured costs."""
+
+from .cascade import Cascade as Cascade
+from .cascade import CascadeState as CascadeState
+from .cascade import Prediction as Prediction
+from .cascade import begin as begin
+from .cascade import check_cascade as check_cascade
+from .cascade import finish as finish
+from .cascade import step as step
+from .drivers import predict_batch as predict_batch
+from .drivers import predict_one as predict_one
+from .drivers import predict_stepwise as predict_stepwise
+from .measure import Speed as Speed
+from .measure import measure_costs as measure_costs
+from .measure import measure_speed as measure_speed
+from .measure import time_interleaved as time_interleaved
+from .replay import replay as replay

@@ -1,0 +1,95 @@
+"""Replay: what the base and all candidates say to every request, in the float32 reference arithmetic."""
+
+import functools
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree, Shaped
+
+from gati_jax._linen import call
+from gati_jax.caches import Candidate
+from gati_jax.data import row_digests
+from gati_jax.fitting import Candidates
+from gati_jax.models import Chain, check_images
+from gati_jax.planning import ReplayTable
+
+
+def replay(
+    chain: Chain,
+    candidates: Candidates | Iterable[Candidate],
+    images: Shaped[np.ndarray, "n ..."],
+    *,
+    labels: Int[np.ndarray, " n"] | None = None,
+    batch: int = 128,
+) -> ReplayTable:
+    """Run the base and every candidate over ``images``.
+
+    Rows that a selector was fitted on are recognised by content and scored out of fold: by the selector of the fold
+    that has not seen them.
+
+    Args:
+        chain: The base.
+        candidates: A fit's, or single ones (whose scores are then never out of fold).
+        images: uint8 or prepared inputs.
+        labels: Ground truth, if there is any.
+        batch: Images in a step.
+
+    Raises:
+        InputError: Images that the chain does not take.
+    """
+    images = check_images(chain, images)
+    items = tuple(candidates)
+    rows = row_digests(images)
+    if isinstance(candidates, Candidates):
+        selectors, fold = candidates.fold_selectors, _unseen_fold(candidates, rows)
+    else:
+        selectors = tuple(jax.tree.map(lambda v: v[None], item.params["selector"]) for item in items)
+        fold = np.zeros(len(rows), np.int32)
+    parts = []
+    for start in range(0, len(images), batch):
+        chunk, chunk_fold = images[start : start + batch], fold[start : start + batch]
+        short = batch - len(chunk)  # a full last batch, by repetition: one shape, one program
+        padded = np.concatenate([chunk, np.repeat(chunk[:1], short, axis=0)])
+        part = _replay_batch(chain, items, selectors, padded, np.append(chunk_fold, np.zeros(short, np.int32)))
+        parts.append([np.asarray(column)[..., : len(chunk)] for column in part])
+    answers, classes, scores = (np.concatenate(columns, axis=-1) for columns in zip(*parts, strict=True))
+    return ReplayTable(
+        names=tuple(c.name for c in items),
+        sites=tuple(c.site for c in items),
+        depth=len(chain),
+        answers=answers,
+        classes=classes,
+        scores=scores,
+        rows=rows,
+        labels=None if labels is None else np.asarray(labels),
+    )
+
+
+def _unseen_fold(candidates: Candidates, rows: np.ndarray) -> Int[np.ndarray, " n"]:
+    """Return for each row a selector that has not seen it: its fold's, or the last, fitted on all, for new rows."""
+    order = np.argsort(candidates.select_rows)
+    known = candidates.select_rows[order]
+    at = np.minimum(np.searchsorted(known, rows), len(known) - 1)
+    folds = jax.tree.leaves(candidates.fold_selectors[0])[0].shape[0] - 1
+    return np.where(known[at] == rows, candidates.select_fold[order][at], folds).astype(np.int32)
+
+
+@jax.jit
+def _replay_batch(
+    chain: Chain, items: tuple[Candidate, ...], selectors: tuple[PyTree, ...], images: Array, fold: Int[Array, " batch"]
+) -> tuple[Int[Array, " batch"], Int[Array, "candidates batch"], Float[Array, "candidates batch"]]:
+    sites, logits = chain.activations(chain.prepare(images))
+    classes, scores = [], []
+    for item, selector in zip(items, selectors, strict=True):
+        said = call(item.predictor, item.params["predictor"], sites[item.site])
+        classes.append(jnp.argmax(said, -1))
+        by_fold = jax.vmap(functools.partial(call, item.selector), (0, None))(selector, said)  # float[folds + 1, batch]
+        scores.append(jnp.take_along_axis(by_fold, fold[None], axis=0)[0])
+    none = jnp.zeros((0, len(images)))
+    return (
+        jnp.argmax(logits, -1),
+        jnp.stack(classes) if items else none.astype(jnp.int32),
+        jnp.stack(scores) if items else none,
+    )

@@ -1,0 +1,58 @@
+"""The pass through the whole house with a network that is defined outside the package."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import gati_jax
+
+
+def test_import_is_light_and_silent():
+    script = "import sys, gati_jax; print(sorted({'jax', 'orbax', 'optax', 'flax', 'tensorflow', 'sklearn'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (result.stdout.strip(), result.stderr) == ("[]", "")
+
+
+def test_every_public_name_loads():
+    for name in gati_jax._ROOM_OF:
+        assert getattr(gati_jax, name) is not None
+        assert name in dir(gati_jax)
+    with pytest.raises(AttributeError, match="no attribute 'inferr'"):
+        _ = gati_jax.inferr
+
+
+def test_own_network_from_fit_to_infer(chain, splits, planned, bundle_path):
+    plan, certificate = planned
+    assert certificate.certified, certificate.stays_off
+    bundle = gati_jax.load_bundle(bundle_path, chain=chain)
+    table = gati_jax.replay(chain, bundle.cascade.caches, splits["test"])
+    prediction = gati_jax.infer_batch(bundle, splits["test"])
+    assert np.mean(prediction.class_index == table.answers) >= 1 - 2 * certificate.epsilon
+    assert (np.asarray(prediction.exit) < len(chain)).mean() > 0.2
+    one = gati_jax.infer(bundle, splits["test"][0])
+    assert int(one.class_index) == int(prediction.class_index[0])
+    assert int(one.exit) == int(prediction.exit[0])
+    del plan
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: x[:, :63], r"image: expected shape \[64\], got \[63\]"),
+        (lambda x: x.astype(np.float64), "image: expected float32, got float64"),
+        (lambda x: (x * 255).astype(np.uint8), "image: expected float32, got uint8"),
+        (lambda x: np.where(x == x, np.nan, x).astype(np.float32), "image: expected finite values, got NaN"),
+    ],
+    ids=["shape", "dtype", "uint8 without normalization", "NaN"],
+)
+def test_bad_images_are_refused(chain, bundle_path, splits, make, message):
+    bundle = gati_jax.load_bundle(bundle_path, chain=chain)
+    bad = make(splits["test"][:2])
+    with pytest.raises(gati_jax.InputError, match=message):
+        gati_jax.infer(bundle, bad[0])
+    with pytest.raises(gati_jax.InputError, match="images: expected"):
+        gati_jax.infer_batch(bundle, bad)
+    with pytest.raises(gati_jax.InputError, match="images: expected"):
+        gati_jax.replay(chain, bundle.caches, bad)

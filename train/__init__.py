@@ -1,0 +1,1 @@
+"""Scripts: train a base, fit its caches, evaluate a bundle."""

@@ -1,0 +1,107 @@
+"""What the scripts' command lines share: ``--config FILE --out DIR --json``, overrides, one clear line on bad input."""
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from gati_jax import InputError, __version__
+
+from .config import Config, describe_keys, load_config
+
+Result = dict[str, Any]
+
+
+def parser(description: str, example: str) -> argparse.ArgumentParser:
+    """Return a parser with what every script has."""
+    p = argparse.ArgumentParser(
+        prog=f"python -m {example.split()[2]}",
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results, made if need be")
+    p.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    return p
+
+
+def parse_experiment(argv: Sequence[str] | None, description: str, example: str) -> tuple[argparse.Namespace, Config]:
+    """Parse ``--config FILE --out DIR [--section.key value ...]``.
+
+    Raises:
+        InputError: See ``load_config``.
+    """
+    p = parser(description, example)
+    p.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file, see configs/")
+    keys = "\n".join(
+        f"  --{key}  (default: {default})  {text}".rstrip() for key, default, text in describe_keys(Config)
+    )
+    p.epilog = f"{p.epilog}\n\nevery key of the config can be overridden; defaults where the file says nothing:\n{keys}"
+    arguments, overrides = p.parse_known_args(argv)
+    return arguments, load_config(arguments.config, overrides)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script: log to standard error, turn bad input into one line and exit code 2."""
+    console = Console(stderr=True)
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=console, show_path=False)],
+        force=True,
+    )
+    for name in ("gati_jax", "train"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.captureWarnings(capture=True)
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def write_result(path: Path, result: Result) -> None:
+    """Write a result as JSON; a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        json.dump(result, file, indent=2)
+        file.write("\n")
+    Path(file.name).chmod(0o644)
+    Path(file.name).replace(path)
+
+
+def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+    # Off a terminal, rich would cut tables at 80 columns.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": str(os.cpu_count()),
+        "gati-jax": __version__,
+    } | {package: importlib.metadata.version(package) for package in packages}

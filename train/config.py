@@ -1,0 +1,234 @@
+"""What an experiment's TOML file may say: frozen records, no unknown key, overrides as ``--section.key value``."""
+
+import difflib
+import functools
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gati_jax import Augment, FitConfig, Head, InputError, Normalization
+from gati_jax.caches import GridSpec, PredictorSpec, SelectorSpec, SortedSelectorSpec, build_predictor, build_selector
+from gati_jax.models import ResNet, resnet
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen record that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Splits(Section):
+    """Disjoint parts of the source, in TFDS's notation."""
+
+    fit: str
+    select: str
+    certify: str
+    test: str
+
+
+class Data(Section):
+    """Where images come from."""
+
+    name: str = Field(description="digits, or a TensorFlow Datasets name such as cifar10")
+    dir: Path | None = Field(
+        None, description="TensorFlow Datasets folder; unset: TFDS's default, downloading what is missing"
+    )
+    splits: Splits
+    base_trained_on: tuple[str, ...] = Field(description="parts that the base was trained on, whoever trained it")
+
+
+class Augmentation(Section):
+    """What may be done to a training image."""
+
+    pad: Annotated[int, Field(ge=0, le=64)] = 0
+    flip: bool = False
+
+    def build(self) -> Augment:
+        """Return the library's record."""
+        return Augment(pad=self.pad, flip=self.flip)
+
+
+class NormalizationSection(Section):
+    """``(pixel * scale - mean) / std``."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float = 1 / 255
+
+
+class BaseTraining(Section):
+    """How ``train.base`` trains the base."""
+
+    epochs: Count = 20
+    batch: Count = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    augment: Augmentation = Augmentation()
+
+
+class Base(Section):
+    """The network and its weights."""
+
+    network: str = Field(description="resnet20/32/44/56/110 or resnet18/34/50/101/152")
+    weights: Path | None = Field(None, description=".safetensors (or, with torch, .pth) state dict")
+    classes: Annotated[int, Field(ge=2)] = 10
+    input_shape: tuple[int, int, int] = (32, 32, 3)
+    shortcut: Literal["A", "B"] | None = None
+    normalization: NormalizationSection
+    training: BaseTraining = BaseTraining()
+
+    def resnet(self) -> ResNet:
+        """Return the network's configuration."""
+        return resnet(self.network, classes=self.classes, input_shape=self.input_shape, shortcut=self.shortcut)
+
+    def normalize(self) -> Normalization:
+        """Return the library's record."""
+        return Normalization(**self.normalization.model_dump())
+
+
+class HeadSection(Section):
+    """A kind of cache to train."""
+
+    name: str
+    predictor: PredictorSpec = GridSpec()
+    selector: SelectorSpec = SortedSelectorSpec()
+    sites: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+
+    def build(self) -> Head:
+        """Return the library's record."""
+        predictor = functools.partial(build_predictor, self.predictor)
+        return Head(name=self.name, predictor=predictor, selector=build_selector(self.selector), sites=self.sites)
+
+
+class Fit(Section):
+    """How caches are fitted."""
+
+    epochs: Count = 5
+    batch: Count = 128
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-3
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    temperature: Annotated[float, Field(gt=0)] = 6.0
+    folds: Annotated[int, Field(ge=2, le=20)] = 5
+    augment: Augmentation = Augmentation()
+    heads: Annotated[tuple[HeadSection, ...], Field(min_length=1)] = (HeadSection(name="grid"),)
+
+    def build(self, seed: int) -> FitConfig:
+        """Return the library's record."""
+        return FitConfig(**self.model_dump(exclude={"augment", "heads"}), augment=self.augment.build(), seed=seed)
+
+
+class Planning(Section):
+    """What is to be certified."""
+
+    epsilon: Share = Field(default=0.02, description="largest share of requests that may disagree with the base")
+    delta: Share = Field(default=0.05, description="risk that the certificate is wrong")
+    max_sites: Count | None = None
+
+
+class Config(Section):
+    """One experiment."""
+
+    seed: int = 0
+    data: Data
+    base: Base
+    fit: Fit = Fit()
+    plan: Planning = Planning()
+    measure_rounds: Annotated[int, Field(ge=3)] = Field(60, description="interleaved repeats of every timing")
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file and apply ``--section.key value`` overrides.
+
+    Raises:
+        InputError: The file cannot be read, or a key or a value is not right; names the nearest key.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        msg = f"config: cannot read {path}: {error}"
+        raise InputError(msg) from error
+    for key, text in _pairs(overrides):
+        _assign(values, key.split("."), _value(text))
+    return build_config(values)
+
+
+def build_config(values: Mapping[str, Any]) -> Config:
+    """Check a nested dictionary.
+
+    Raises:
+        InputError: See ``load_config``.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        msg = "; ".join(_explain(e["loc"], e["type"], e["msg"], e["input"]) for e in error.errors(include_url=False))
+        raise InputError(msg) from error
+
+
+def _pairs(tokens: Sequence[str]) -> list[tuple[str, str]]:
+    pairs, rest = [], list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--"):
+            msg = f"arguments: expected --section.key value, got {token!r}"
+            raise InputError(msg)
+        key, equals, text = token[2:].partition("=")
+        if not equals and not rest:
+            msg = f"arguments: expected a value behind {token}"
+            raise InputError(msg)
+        pairs.append((key.replace("-", "_"), text if equals else rest.pop(0)))
+    return pairs
+
+
+def _value(text: str) -> object:
+    """Read a value as TOML; what is no TOML is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: object) -> None:
+    for key in keys[:-1]:
+        below = values.setdefault(key, {})
+        if not isinstance(below, dict):
+            msg = f"config: expected a section, got the value {below!r}, at {key} of {'.'.join(keys)}"
+            raise InputError(msg)
+        values = below
+    values[keys[-1]] = value
+
+
+def _explain(loc: tuple[int | str, ...], kind: str, message: str, got: object) -> str:
+    key = ".".join(map(str, loc))
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(key, _keys(Config), n=1, cutoff=0.0)
+        return f"config: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"config: {key}: {message}" + ("" if kind == "missing" else f", got {got!r}")
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    return [key for key, _, _ in describe_keys(model, prefix)]
+
+
+def describe_keys(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]:
+    """List every key of a model with its default and its description."""
+    rows = []
+    for name, field in model.model_fields.items():
+        options = [
+            a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, Section)
+        ]
+        if options and field.annotation is options[0]:
+            rows += describe_keys(options[0], f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else str(field.default)
+            rows.append((f"{prefix}{name}", default, field.description or ""))
+    return rows

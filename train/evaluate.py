@@ -1,0 +1,194 @@
+"""Evaluate a saved bundle on a split: DIR/evaluation.json and DIR/report.html.
+
+Every request of the split is answered by the jitted cascade and by the base; a sample of them is timed, one at a time.
+"""
+
+import dataclasses
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+import gati_jax
+from gati_jax import Bundle, InputError, Prediction, data
+from gati_jax.planning import ReplayTable, replay_plan
+from gati_jax.report import render
+from gati_jax.runtime import Speed, measure_speed
+from gati_jax.runtime.measure import device_name
+
+from . import cli
+from .config import build_config
+
+EXAMPLE = "python -m train.evaluate --bundle runs/r56/bundle --out runs/r56/eval"
+CHUNK = 250
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    p = cli.parser("Evaluate a saved bundle.", EXAMPLE)
+    p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
+    p.add_argument(
+        "--split",
+        choices=("select", "certify", "test"),
+        default="test",
+        help="split of the bundle's config (default: test)",
+    )
+    p.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="TensorFlow Datasets folder, if it is not where the bundle was fitted",
+    )
+    p.add_argument(
+        "--timed", type=int, default=150, metavar="N", help="requests to time, from the split's first on (default: 150)"
+    )
+    arguments = p.parse_args(argv)
+
+    # --- Bundle and data --------------------------------------------------------------------------------------------
+    bundle = gati_jax.load_bundle(arguments.bundle)
+    if not bundle.provenance.config:
+        msg = f"bundle: {arguments.bundle} does not say what it was fitted on; expected one written by train.caches"
+        raise InputError(msg)
+    config = build_config(bundle.provenance.config)
+    rows = getattr(config.data.splits, arguments.split)
+    split = data.load(config.data.name, rows, arguments.data_dir or config.data.dir)
+
+    # --- Answers ----------------------------------------------------------------------------------------------------
+    chunks = [gati_jax.infer_batch(bundle, split.images[i : i + CHUNK]) for i in range(0, len(split), CHUNK)]
+    prediction = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+    table = gati_jax.replay(bundle.chain, bundle.cascade.caches, split.images, labels=split.labels)
+    timed = jnp.asarray(split.images[: max(1, arguments.timed)])
+    speed = measure_speed(bundle.cascade, timed)
+
+    # --- Result -----------------------------------------------------------------------------------------------------
+    result = {
+        "dataset": config.data.name,
+        "split": rows,
+        "network": config.base.network,
+        **quality(bundle, prediction, table),
+        "cost": cost(bundle, prediction.exit, speed),
+        "memory": {"base_bytes": size(bundle.chain), "cache_bytes": size(bundle.cascade.caches)},
+        "versions": cli.versions(),
+        "seed": config.seed,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    result["oracle"] = {"saved_share": oracle_saved_share(table, speed)}
+    cli.write_result(arguments.out / "evaluation.json", result)
+    (arguments.out / "report.html").write_text(render(result))
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        show(result)
+        print(f"written: {arguments.out / 'evaluation.json'}, {arguments.out / 'report.html'}")
+
+
+def quality(bundle: Bundle, prediction: Prediction, table: ReplayTable) -> dict[str, Any]:
+    """Say how often the cascade agrees with the base, with the labels, and at which exits."""
+    agrees = prediction.class_index == table.answers
+    certificate = bundle.certificate
+    exits = []
+    for exit_ in (*bundle.cascade.sites, len(bundle.chain)):
+        here = prediction.exit == exit_
+        share = float(agrees[here].mean()) if here.any() else None
+        exits.append({"exit": exit_, "hits": int(here.sum()), "hit_rate": float(here.mean()), "agreement": share})
+    return {
+        "n": len(table),
+        "base": {"accuracy": accuracy(table.answers, table.labels)},
+        "cascade": {"accuracy": accuracy(prediction.class_index, table.labels), "agreement": float(agrees.mean())},
+        "certificate": {
+            **{
+                name: getattr(certificate, name)
+                for name in ("epsilon", "delta", "n", "disagreements", "method", "numerics", "looks")
+            },
+            "certified": certificate.certified,
+            "base_saw_data": certificate.base_saw_data,
+            "holds": bool(certificate.certified and 1 - agrees.mean() <= certificate.epsilon),
+        },
+        "exits": exits,
+    }
+
+
+def cost(bundle: Bundle, exits: np.ndarray, speed: Speed) -> dict[str, Any]:
+    """Say what the exits save: ideally, by the measured time up to each exit, and really, on the timed requests."""
+    ideal_ms = float(np.mean([speed.exit_ms[int(exit_)] for exit_ in exits]))
+    lookup_ms = {
+        name: ms for table in bundle.costs if table.device == device_name() for name, ms in table.lookup_ms.items()
+    }
+    looked = [
+        sum(lookup_ms.get(c.name, 0.0) for c in bundle.cascade.caches if c.site <= exit_) for exit_ in speed.exits
+    ]
+    measured = {
+        "device": device_name(),
+        "driver": "while_loop",
+        "dtype": str(bundle.chain.input_spec.dtype),
+        "batch": 1,
+        "requests": len(speed.exits),
+        "full_ms": speed.full_ms,
+        "cascade_ms": speed.cascade_ms,
+        "speedup": speed.speedup,
+        "conversion": speed.conversion,
+        "lookup_share": float(np.mean(looked)) / speed.cascade_ms if lookup_ms else None,
+        "spread": speed.spread,
+    }
+    return {
+        "blocks_mean": float(exits.mean()),
+        "saved_share": 1 - ideal_ms / speed.full_ms,
+        "ideal_speedup": speed.full_ms / ideal_ms,
+        "measured": [measured],
+    }
+
+
+def oracle_saved_share(table: ReplayTable, speed: Speed) -> float:
+    """Return what would be saved if each request left at the bundle's first cache that agrees with the base."""
+    thresholds = np.zeros(len(table.names))
+    exits = replay_plan(dataclasses.replace(table, scores=np.where(table.agrees, 1.0, -1.0)), thresholds).exits
+    until = np.array([speed.exit_ms[exit_] for exit_ in (*table.sites, table.depth)])
+    return float(1 - until[exits].mean() / speed.full_ms)
+
+
+def accuracy(classes: ArrayLike, labels: np.ndarray | None) -> float | None:
+    """Return the share of right classes, where labels are known."""
+    return None if labels is None else float(np.mean(np.asarray(classes) == labels))
+
+
+def size(tree: Any) -> int:  # noqa: ANN401 (any pytree)
+    """Return the bytes of all arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result table."""
+    rows = [
+        (e["exit"], e["hits"], f"{e['hit_rate']:.1%}", "-" if e["agreement"] is None else f"{e['agreement']:.2%}")
+        for e in result["exits"]
+    ]
+    cli.show(
+        f"{result['network']} on {result['dataset']} {result['split']}",
+        ("exit", "requests", "share", "agreement with the base"),
+        rows,
+    )
+    certificate, measured = result["certificate"], result["cost"]["measured"][0]
+    labelled = result["base"]["accuracy"] is not None
+    base, cascade = result["base"]["accuracy"], result["cascade"]["accuracy"]
+    holds = "holds" if certificate["holds"] else "does NOT hold"
+    times = f"{measured['full_ms']:.3f} -> {measured['cascade_ms']:.3f} ms, spread {measured['spread']:.0%}"
+    memory = result["memory"]
+    lines = [
+        ("agreement with the base", f"{result['cascade']['agreement']:.4f} of {result['n']} requests"),
+        ("accuracy, base -> cascade", f"{base:.4f} -> {cascade:.4f}" if labelled else "no labels"),
+        ("certificate", f"disagreement <= {certificate['epsilon']}, delta {certificate['delta']}: {holds} here"),
+        ("ideal speed-up", f"{result['cost']['ideal_speedup']:.3f}"),
+        ("measured speed-up, batch 1", f"{measured['speedup']:.3f} ({times})"),
+        ("conversion", f"{measured['conversion']:.3f}"),
+        ("memory, base + caches", f"{memory['base_bytes'] / 1e6:.2f} + {memory['cache_bytes'] / 1e6:.2f} MB"),
+    ]
+    cli.show("Result", ("", "value"), lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
