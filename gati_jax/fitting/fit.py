@@ -30,6 +30,8 @@ from .loop import LoopConfig, LoopState, run_loop
 from .optimize import apply_gradients
 from .selection import deal_folds, fit_selector_folds
 
+_INIT_ROWS = 512  # enough to tell the features' means and scales
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Head:
@@ -71,7 +73,7 @@ class FitConfig:
     epochs: int = 5
     batch: int = 128
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-2
     weight_decay: float = 1e-3
     alpha: float = 0.5
     temperature: float = 6.0
@@ -132,13 +134,13 @@ def fit(
     check_distinct_rows(select_rows, fit_rows, names=("select", "fit"))
     predictors = _predictors(chain, heads)
     identity = f"{config} {predictors} {chain.input_spec} {fingerprint(fit_rows)} {_digest(chain.params)}"
-    step = jax.jit(
-        functools.partial(_step, predictors, config, _optimizer(config, len(images))), donate_argnames="state"
-    )
+    optimizer = _optimizer(config, len(images))
+    step = jax.jit(functools.partial(_step, predictors, config, optimizer), donate_argnames="state")
     loop = LoopConfig(epochs=config.epochs, batch=config.batch, seed=config.seed)
+    params, constants = _init(chain, predictors, images[:_INIT_ROWS], config)
     state = run_loop(
-        lambda state, rows: step(chain, state=state, images=rows),
-        _init(chain, predictors, config, len(images)),
+        lambda state, rows: step(chain, constants, state=state, images=rows),
+        LoopState(jnp.zeros((), jnp.int32), params, optimizer.init(params)),
         (images,),
         loop,
         checkpoint=Path(checkpoint) if checkpoint else None,
@@ -146,15 +148,16 @@ def fit(
         description=f"fitting {len(predictors)} predictors",
         progress=progress,
     )
+    variables = _merge(state.params, constants)
     fold = deal_folds(len(select), config.folds, config.seed)
-    fold_selectors = _fit_selectors(chain, predictors, state.params, select, fold, config)
+    fold_selectors = _fit_selectors(chain, predictors, variables, select, fold, config)
     items = tuple(
         Candidate(
             name,
             p.site,
             p.predictor,
             p.selector,
-            {"predictor": state.params[name], "selector": jax.tree.map(lambda v: v[-1], s)},
+            {"predictor": variables[name], "selector": jax.tree.map(lambda v: v[-1], s)},
         )
         for (name, p), s in zip(predictors.items(), fold_selectors, strict=True)
     )
@@ -194,14 +197,26 @@ def _optimizer(config: FitConfig, n: int) -> optax.GradientTransformation:
     return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, momentum=0.9))
 
 
-def _init(chain: Chain, predictors: dict[str, _Part], config: FitConfig, n: int) -> LoopState:
-    keys = jax.random.split(jax.random.key(config.seed), len(predictors))
-    specs = chain.site_specs
-    params = {
-        name: part.predictor.init(key, jnp.zeros((1, *specs[part.site].shape), specs[part.site].dtype))
-        for key, (name, part) in zip(keys, predictors.items(), strict=True)
-    }
-    return LoopState(jnp.zeros((), jnp.int32), params, _optimizer(config, n).init(params))
+def _init(
+    chain: Chain, predictors: dict[str, _Part], images: np.ndarray, config: FitConfig
+) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+    """Draw initial parameters, and take the constants that predictors read off their first activations."""
+
+    @jax.jit
+    def init(chain: Chain, images: Array) -> dict[str, PyTree]:
+        sites, _ = chain.activations(chain.prepare(images))
+        keys = jax.random.split(jax.random.key(config.seed), len(predictors))
+        return {
+            name: part.predictor.init(keys[i], sites[part.site]) for i, (name, part) in enumerate(predictors.items())
+        }
+
+    variables = init(chain, images)
+    params = {name: v["params"] for name, v in variables.items()}
+    return params, {name: {k: c for k, c in v.items() if k != "params"} for name, v in variables.items()}
+
+
+def _merge(params: dict[str, PyTree], constants: dict[str, PyTree]) -> dict[str, PyTree]:
+    return {name: {"params": params[name], **constants[name]} for name in params}
 
 
 def _step(
@@ -209,6 +224,8 @@ def _step(
     config: FitConfig,
     optimizer: optax.GradientTransformation,
     chain: Chain,
+    constants: dict[str, PyTree],
+    *,
     state: LoopState,
     images: Array,
 ) -> tuple[LoopState, Float[Array, ""]]:
@@ -217,9 +234,10 @@ def _step(
     sites, base_logits = chain.activations(chain.prepare(config.augment(key, images)))
 
     def loss(params: PyTree) -> Float[Array, ""]:
+        variables = _merge(params, constants)
         losses = [
             distillation_loss(
-                call(part.predictor, params[name], sites[part.site]),
+                call(part.predictor, variables[name], sites[part.site]),
                 base_logits,
                 alpha=config.alpha,
                 temperature=config.temperature,
