@@ -27,8 +27,12 @@ EXAMPLE = "python -m benchmarks.single --bundle runs/r56/bundle"
 
 def main() -> None:
     """Run the benchmark."""
-    p = argparse.ArgumentParser(prog="python -m benchmarks.single", description=__doc__, epilog=f"example:\n  {EXAMPLE}",
-                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.single",
+        description=__doc__,
+        epilog=f"example:\n  {EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--bundle", type=Path, required=True, metavar="DIR")
     p.add_argument("--requests", type=int, default=100, metavar="N", help="test images to time (default: 100)")
     p.add_argument("--rounds", type=int, default=7, metavar="N", help="times each (default: 7)")
@@ -59,8 +63,10 @@ def main() -> None:
         print(json.dumps(result))
         return
     columns = ("contender", "mean ms", "p50 ms", "p95 ms", "speed-up", "spread")
-    rows = [(name, *(f"{row[k]:.3f}" for k in ("mean_ms", "p50_ms", "p95_ms", "speedup")), f"{row['spread']:.0%}")
-            for name, row in result["contenders"].items()]  # fmt: skip
+    rows = [
+        (name, *(f"{row[k]:.3f}" for k in ("mean_ms", "p50_ms", "p95_ms", "speedup")), f"{row['spread']:.0%}")
+        for name, row in result["contenders"].items()
+    ]
     cli.show(f"{config.base.network}, batch 1, {device_name()}", columns, rows)
 
 

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from ._errors import BundleError as BundleError
     from ._errors import InputError as InputError
     from ._errors import WeightsError as WeightsError
+    from ._infer import infer as infer
+    from ._infer import infer_batch as infer_batch
     from .bundle import Bundle as Bundle
     from .bundle import load_bundle as load_bundle
     from .bundle import save_bundle as save_bundle
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from .fitting import FitConfig as FitConfig
     from .fitting import Head as Head
     from .fitting import fit as fit
-    from .infer import infer as infer
-    from .infer import infer_batch as infer_batch
     from .models import Chain as Chain
     from .models import Normalization as Normalization
     from .models import resnet as resnet
@@ -40,7 +40,7 @@ _ROOMS = {
     "bundle": ("Bundle", "load_bundle", "save_bundle"),
     "caches": ("Candidate",),
     "fitting": ("Augment", "FitConfig", "Head", "fit"),
-    "infer": ("infer", "infer_batch"),
+    "_infer": ("infer", "infer_batch"),
     "models": ("Chain", "Normalization", "resnet"),
     "planning": ("Certificate", "CostTable", "Plan", "ReplayTable", "certify", "plan"),
     "runtime": ("Prediction", "measure_costs", "replay"),

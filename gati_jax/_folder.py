@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ._errors import BundleError
 
+_LONGEST_NAME = 200
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Generator[Path]:
@@ -18,7 +20,10 @@ def replacing(path: Path) -> Generator[Path]:
     A folder cannot be renamed over another one. The old one is first moved aside, to ``previous(path)``; whoever is
     killed between the two renames leaves it there, and ``present`` finds it.
     """
+    path = path.resolve()  # a link stays, and what it points to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.saving-*"):
+        shutil.rmtree(stale, ignore_errors=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.saving-", dir=path.parent))
     try:
         yield fresh
@@ -57,14 +62,14 @@ def check_files(folder: Path, expected: Mapping[str, str]) -> None:
     """
     for name, digest in expected.items():
         file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()):
-            msg = f"bundle: manifest.json lists {name!r}, which lies outside the bundle"
+        if "\0" in name or len(name) > _LONGEST_NAME or not file.resolve().is_relative_to(folder.resolve()):
+            msg = f"bundle: manifest.json lists {name[:_LONGEST_NAME]!r}, which is no file of the bundle"
             raise BundleError(msg)
         if not file.is_file():
             msg = f"bundle: {name} is missing from {folder}"
             raise BundleError(msg)
-        size = int(digest.split()[0])
-        if (got := file.stat().st_size) != size:
+        size = digest.partition(" ")[0]
+        if size != (got := str(file.stat().st_size)):
             msg = f"bundle: {file} is truncated or changed: expected {size} bytes, got {got}"
             raise BundleError(msg)
         if _digest(file) != digest:

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from ._errors import BundleError
 from .caches import PredictorSpec, SelectorSpec
 from .models import Normalization, ResNet
-from .planning import Certificate, Plan
+from .planning import Certificate, CostTable, Plan
 
 FORMAT_VERSION = 1
 _MAX_JSON_BYTES = 64 * 2**20
@@ -50,7 +50,7 @@ class Provenance(Strict):
 class Manifest(Strict):
     """``manifest.json``."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1]
     network: ResNet | None
     """None for a user's own chain, which the loader must be given."""
     normalization: Normalization | None
@@ -59,7 +59,7 @@ class Manifest(Strict):
     class_names: Annotated[tuple[str, ...], Field(max_length=100_000)] = ()
     caches: Annotated[tuple[CacheEntry, ...], Field(max_length=1000)]
     provenance: Provenance = Provenance()
-    files: dict[str, str]
+    files: dict[str, Annotated[str, Field(pattern=r"^[0-9]{1,18} [0-9a-f]{64}$")]]
     """"<bytes> <sha256>" of every other file but tuning/, by relative path."""
 
 
@@ -89,6 +89,15 @@ class PlanEntry(Strict):
             rows=plan.rows.astype("<u8").tobytes().hex(),
         )
 
+    @model_validator(mode="after")
+    def _is_a_plan(self) -> "PlanEntry":
+        caches, steps = len(self.names), len(self.path)
+        widths = {len(self.sites), *(len(step) for step in self.path)}
+        if widths != {caches} or steps == 0 or {len(self.disagreement), len(self.mean_ms)} != {steps}:
+            msg = f"path: expected {caches} thresholds in each of {len(self.disagreement)} steps"
+            raise ValueError(msg)
+        return self
+
     def plan(self) -> Plan:
         """Rebuild the plan."""
         path = np.array([[math.inf if t is None else t for t in step] for step in self.path], np.float32)
@@ -108,13 +117,19 @@ class PlanEntry(Strict):
 class Plans(Strict):
     """``plans.json``."""
 
-    plans: Annotated[tuple[PlanEntry, ...], Field(min_length=1, max_length=4)]
+    plans: Annotated[tuple[PlanEntry, ...], Field(min_length=1, max_length=1)]
 
 
 class Certificates(Strict):
-    """``certificates.json``: one for each plan."""
+    """``certificates.json``: one for each plan. Both files hold lists, for more plans to come."""
 
-    certificates: Annotated[tuple[Certificate, ...], Field(min_length=1, max_length=4)]
+    certificates: Annotated[tuple[Certificate, ...], Field(min_length=1, max_length=1)]
+
+
+class Tuning(Strict):
+    """``tuning/<device>.json``."""
+
+    costs: Annotated[tuple[CostTable, ...], Field(max_length=100)]
 
 
 def read_json(path: Path, kind: type[T]) -> T:

@@ -1,7 +1,7 @@
 """Static parts of pytrees, hashed once."""
 
 import dataclasses
-from collections.abc import Hashable
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -12,7 +12,7 @@ class Static:
     hashing them anew would cost as much as running several of its blocks.
     """
 
-    values: tuple[Hashable, ...]
+    values: tuple[Any, ...]
     hash_value: int = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -33,13 +33,14 @@ from ._manifest import (
     PlanEntry,
     Plans,
     Provenance,
+    Tuning,
     read_json,
     write_json,
 )
 from .caches import Candidate, build_predictor, build_selector, choose, describe_predictor, describe_selector
 from .models import Chain, ResNet, fold, init, to_chain
 from .planning import Certificate, CostTable, Plan
-from .runtime import Cascade
+from .runtime import Cascade, check_cascade
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,9 @@ class Bundle:
         """The certified step of the plan, ready to run: caches that stay off are left out."""
         thresholds = self.plan.thresholds(self.certificate.step)
         on = [c for c, threshold in zip(self.caches, thresholds, strict=True) if np.isfinite(threshold)]
-        return Cascade(self.chain, tuple(on), jnp.asarray(thresholds[np.isfinite(thresholds)], jnp.float32))
+        cascade = Cascade(self.chain, tuple(on), jnp.asarray(thresholds[np.isfinite(thresholds)], jnp.float32))
+        check_cascade(cascade)
+        return cascade
 
 
 def save_bundle(
@@ -94,10 +97,14 @@ def save_bundle(
     if certificate.plan_hash != plan.hash:
         msg = "certificate: expected that of this plan, got another plan's"
         raise InputError(msg)
-    if path.exists() and any(path.iterdir()) and not (path / "manifest.json").is_file():
+    if path.exists() and not (path.is_dir() and ((path / "manifest.json").is_file() or not any(path.iterdir()))):
         msg = f"path: expected a bundle or nothing at {path}, got something else, which is left alone"
         raise InputError(msg)
     caches = choose(candidates, plan.names)
+    if tuple(c.site for c in caches) != plan.sites or plan.depth != len(chain):
+        expected = f"sites {plan.sites} of {plan.depth} blocks"
+        msg = f"candidates: expected the plan's {expected}, got {tuple(c.site for c in caches)} of {len(chain)}"
+        raise InputError(msg)
     entries = tuple(
         CacheEntry(
             name=c.name, site=c.site, predictor=describe_predictor(c.predictor), selector=describe_selector(c.selector)
@@ -109,6 +116,7 @@ def save_bundle(
         write_json(folder / "plans.json", Plans(plans=(PlanEntry.of(plan),)))
         write_json(folder / "certificates.json", Certificates(certificates=(certificate,)))
         manifest = Manifest(
+            format_version=FORMAT_VERSION,
             network=chain.network if isinstance(chain.network, ResNet) else None,
             normalization=chain.normalization,
             input_shape=chain.input_spec.shape,
@@ -119,8 +127,10 @@ def save_bundle(
             files=digests(folder),
         )
         write_json(folder / "manifest.json", manifest)
-        for table in costs:
-            write_json(folder / "tuning" / f"{table.device}.json", table)
+        tables = tuple(costs)
+        for device in sorted({table.device for table in tables}):
+            tuning = Tuning(costs=tuple(table for table in tables if table.device == device))
+            write_json(folder / "tuning" / f"{device}.json", tuning)
 
 
 def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
@@ -139,14 +149,18 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
     (plan_entry,) = read_json(folder / "plans.json", Plans).plans
     (certificate,) = read_json(folder / "certificates.json", Certificates).certificates
     plan = plan_entry.plan()
-    if (
-        certificate.plan_hash != plan.hash
-        or [c.name for c in manifest.caches] != list(plan.names)
-        or not -1 <= certificate.step < len(plan.path)
-    ):
+    consistent = (
+        certificate.plan_hash == plan.hash
+        and [(c.name, c.site) for c in manifest.caches] == list(zip(plan.names, plan.sites, strict=True))
+        and certificate.step < len(plan.path)
+    )
+    if not consistent:
         msg = f"bundle: {folder} is inconsistent: its plan, certificate and caches do not belong together"
         raise BundleError(msg)
     skeleton = _skeleton(manifest, chain)
+    if len(skeleton) != plan.depth:
+        msg = f"chain: expected {plan.depth} blocks, for which {folder} was planned, got {len(skeleton)}"
+        raise BundleError(msg)
     caches = tuple(_empty_cache(entry, skeleton) for entry in manifest.caches)
     arrays = _load_arrays(folder / "arrays", _arrays(skeleton, caches))
     return Bundle(
@@ -156,7 +170,7 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
         certificate=certificate,
         class_names=manifest.class_names,
         provenance=manifest.provenance,
-        costs=tuple(read_json(file, CostTable) for file in sorted((folder / "tuning").glob("*.json"))),
+        costs=_read_costs(folder / "tuning"),
     )
 
 
@@ -168,13 +182,17 @@ def _read_manifest(folder: Path) -> Manifest:
         raise BundleError(msg)
     try:
         version = json.loads(file.read_bytes()).get("format_version")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         msg = f"bundle: {file} is damaged: {error}"
         raise BundleError(msg) from error
     if isinstance(version, int) and version > FORMAT_VERSION:
         msg = f"bundle: {folder} has format version {version}, gati_jax reads up to {FORMAT_VERSION}: upgrade it"
         raise BundleError(msg)
     return read_json(file, Manifest)
+
+
+def _read_costs(folder: Path) -> tuple[CostTable, ...]:
+    return tuple(table for file in sorted(folder.glob("*.json")) for table in read_json(file, Tuning).costs)
 
 
 def _skeleton(manifest: Manifest, chain: Chain | None) -> Chain:
@@ -184,14 +202,16 @@ def _skeleton(manifest: Manifest, chain: Chain | None) -> Chain:
             msg = "bundle: it holds a user's own chain: pass it as load_bundle(path, chain=my_chain)"
             raise BundleError(msg)
         network = manifest.network
-        chain = to_chain(
-            network, jax.eval_shape(lambda: fold(init(network, jax.random.key(0)))), manifest.normalization
-        )
+        chain = to_chain(network, jax.eval_shape(lambda: fold(init(network, jax.random.key(0)))))
     got = (chain.input_spec.shape, str(chain.input_spec.dtype))
     if got != (manifest.input_shape, manifest.input_dtype):
         msg = f"chain: expected inputs {manifest.input_dtype}{list(manifest.input_shape)}, got {got[1]}{list(got[0])}"
         raise BundleError(msg)
-    return dataclasses.replace(chain, normalization=manifest.normalization)
+    try:
+        return dataclasses.replace(chain, normalization=manifest.normalization)
+    except InputError as error:
+        msg = f"bundle: {error}"
+        raise BundleError(msg) from error
 
 
 def _empty_cache(entry: CacheEntry, chain: Chain) -> Candidate:
@@ -208,17 +228,33 @@ def _empty_cache(entry: CacheEntry, chain: Chain) -> Candidate:
             "selector": selector.init(key, jnp.zeros((1, chain.classes))),
         }
 
-    return Candidate(entry.name, entry.site, predictor, selector, jax.eval_shape(init_params))
+    try:
+        return Candidate(entry.name, entry.site, predictor, selector, jax.eval_shape(init_params))
+    except (TypeError, ValueError, ArithmeticError) as error:
+        msg = f"bundle: {entry.name} does not fit site {entry.site}: {error}"
+        raise BundleError(msg) from error
 
 
 def _arrays(chain: Chain, caches: Iterable[Candidate]) -> dict[str, Any]:
-    """Return every array under a flat name, such as "base/0/block/conv1/conv/kernel"."""
+    """Return every array under a flat name, such as "base/0/block/conv1/conv/kernel".
+
+    Raises:
+        InputError: Two arrays have the same name.
+    """
     trees = {"base": chain, **{f"caches/{c.name}": c for c in caches}}
-    return {
-        f"{prefix}{_name(path)}": leaf
-        for prefix, tree in trees.items()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    named = [(f"{prefix}{_name(path)}", leaf) for prefix, tree in trees.items() for path, leaf in _leaves(tree)]
+    arrays = {name: jnp.asarray(leaf) if isinstance(leaf, int | float | complex) else leaf for name, leaf in named}
+    if len(arrays) < len(named):
+        names = [name for name, _ in named]
+        msg = (
+            f"params: expected distinct names, got twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}"
+        )
+        raise InputError(msg)
+    return arrays
+
+
+def _leaves(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:  # noqa: ANN401 (a Chain or a Candidate)
+    return jax.tree_util.tree_leaves_with_path(tree)
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -234,16 +270,24 @@ def _load_arrays(folder: Path, expected: Mapping[str, Any]) -> dict[str, jax.Arr
     """Load arrays of exactly these names, shapes and dtypes.
 
     Raises:
-        BundleError: Sorted lists of missing, unexpected and misshapen names.
+        BundleError: Sorted lists of missing, unexpected and misshapen names; or Orbax cannot read the folder.
     """
-    found = ocp.metadata(str(folder.absolute())).metadata
-    problems = describe_mismatch(
-        {k: _describe(v) for k, v in expected.items()}, {k: _describe(v) for k, v in found.items()}
-    )
-    if problems:
-        msg = f"bundle: the arrays are not this chain's. {problems}"
-        raise BundleError(msg)
-    return ocp.load(str(folder.absolute()), restore_spec(dict(expected)))
+    path = str(folder.absolute())
+    try:
+        found = ocp.metadata(path).metadata
+        if not isinstance(found, dict):
+            msg = f"bundle: {folder} is damaged: it does not say which arrays it holds"
+            raise BundleError(msg)
+        shapes = {name: _describe(v) for name, v in expected.items()}
+        if problems := describe_mismatch(shapes, {name: _describe(v) for name, v in found.items()}):
+            msg = f"bundle: the arrays are not this chain's. {problems}"
+            raise BundleError(msg)
+        return ocp.load(path, restore_spec(dict(expected)))
+    except (ocp.errors.InvalidLayoutError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, BundleError):
+            raise
+        msg = f"bundle: {folder} is damaged: {error}"
+        raise BundleError(msg) from error
 
 
 def _describe(array: Any) -> str:  # noqa: ANN401 (an array, or the shape of one)

@@ -123,11 +123,14 @@ def _tfds(name: str, rows: Rows, data_dir: Path | str | None) -> Dataset:
     if data_dir is not None and not (Path(data_dir) / name).is_dir():
         msg = f"data.dir: expected a TensorFlow Datasets folder with {name}/ in it, got {data_dir}"
         raise InputError(msg)
+    try:
+        options: Any = {} if data_dir else {"file_format": "array_record"}
+        builder: Any = tfds.builder(name, data_dir=data_dir, **options)
+    except tfds.core.DatasetNotFoundError as error:
+        msg = f"data.name: expected digits or a TensorFlow Datasets name, got {name!r}"
+        raise InputError(msg) from error
     if data_dir is None:
-        builder: Any = tfds.builder(name, file_format="array_record")
         builder.download_and_prepare()
-    else:
-        builder = tfds.builder(name, data_dir=data_dir)
     if rows.split not in builder.info.splits:
         msg = f"split: {name} has {', '.join(sorted(builder.info.splits))}, got {rows.split!r}"
         raise InputError(msg)
@@ -177,9 +180,10 @@ def check_distinct_rows(
     Raises:
         InputError: Over 1 % of the smaller split's rows are in the other, too.
     """
+    if len(one) > len(other):
+        return check_distinct_rows(other, one, names=(names[1], names[0]))
     shared = int(np.isin(one, other).sum())
-    if shared > _SHARED_ROWS * min(len(one), len(other)):
-        msg = (
-            f"splits: expected {names[0]} and {names[1]} to be disjoint, got {shared} rows of {names[0]} in {names[1]}"
-        )
+    if shared > _SHARED_ROWS * len(one):
+        msg = f"splits: expected {names[0]} and {names[1]} disjoint, got {shared} rows of {names[0]} in {names[1]}"
         raise InputError(msg)
+    return None

@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int
 from safetensors.numpy import save_file
 
-from gati_jax import Augment, Normalization, data
+from gati_jax import Augment, InputError, Normalization, data
 from gati_jax.fitting import LoopConfig, LoopState, apply_gradients, run_loop
 from gati_jax.models import ResNet, apply, apply_train, export_state_dict, init
 
@@ -32,6 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     network, recipe = config.base.resnet(), config.base.training
 
     # --- Data -------------------------------------------------------------------------------------------------------
+    if not config.data.base_trained_on:
+        msg = "data.base_trained_on: expected at least one part of the data to train on, got none"
+        raise InputError(msg)
     parts = [data.load(config.data.name, split, config.data.dir) for split in config.data.base_trained_on]
     images = np.concatenate([part.images for part in parts])
     labels = np.concatenate([part.labels for part in parts if part.labels is not None])
@@ -42,6 +45,12 @@ def main(argv: list[str] | None = None) -> None:
             **{f"base_trained_on {i}": s for i, s in enumerate(config.data.base_trained_on)},
         }
     )
+
+    got, largest = images.shape[1:], int(labels.max())
+    if got != network.input_shape or largest >= network.classes:
+        expected = f"{network.input_shape} and {network.classes} classes"
+        msg = f"base: the network takes {expected}, {config.data.name} has {got} and {largest + 1}"
+        raise InputError(msg)
 
     # --- Training ---------------------------------------------------------------------------------------------------
     training = Training(

@@ -4,6 +4,7 @@ The ``certify`` split is opened once the plan, with its whole path of thresholds
 every time that happened.
 """
 
+import dataclasses
 import json
 import logging
 import sys
@@ -12,13 +13,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 import gati_jax
-from gati_jax import Chain, InputError, data
+from gati_jax import Chain, CostTable, InputError, data
 from gati_jax._manifest import Provenance
 from gati_jax.caches import choose
+from gati_jax.fitting import Candidates
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
 from gati_jax.planning import cascade_ms
+from gati_jax.runtime.measure import device_name
 
 from . import cli
 from .config import Config
@@ -56,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # --- Plan -------------------------------------------------------------------------------------------------------
     select = gati_jax.replay(chain, candidates, parts["select"].images, labels=parts["select"].labels)
-    costs = gati_jax.measure_costs(chain, candidates, rounds=config.measure_rounds)
+    costs = measured_costs(arguments.out / "costs.json", chain, candidates, config)
     plan = gati_jax.plan(
         select, costs, epsilon=config.plan.epsilon, delta=config.plan.delta, max_sites=config.plan.max_sites
     )
@@ -153,14 +157,36 @@ def load_base(config: Config) -> Chain:
     return to_chain(network, fold(variables), config.base.normalize())
 
 
+def measured_costs(path: Path, chain: Chain, candidates: Candidates, config: Config) -> CostTable:
+    """Measure, or take what an earlier run of the same experiment measured here.
+
+    Times never repeat exactly. A second measurement could change the plan, and cost a second look at ``certify``.
+    """
+    identity = {"fit": config.fit.model_dump_json(), "base": config.base.model_dump_json(), "device": device_name()}
+    if path.is_file():
+        saved = json.loads(path.read_text())
+        if saved["identity"] == identity:
+            _log.info("costs as measured before (remove %s to measure anew)", path)
+            return TypeAdapter(CostTable).validate_json(json.dumps(saved["costs"]))
+    costs = gati_jax.measure_costs(chain, candidates, rounds=config.measure_rounds)
+    cli.write_result(path, {"identity": identity, "costs": dataclasses.asdict(costs)})
+    return costs
+
+
 def record_look(path: Path, fingerprint: str, plan_hash: str) -> int:
     """Write down that these rows are opened to certify this plan, before they are; return how many plans that makes."""
-    looks: list[dict[str, str]] = json.loads(path.read_text())["looks"] if path.is_file() else []
+    try:
+        looks = TypeAdapter(dict[str, list[dict[str, str]]]).validate_json(path.read_bytes())["looks"]
+    except FileNotFoundError:
+        looks = []
+    except (ValidationError, KeyError) as error:
+        msg = f"looks: {path} is damaged, and without it nobody knows how often the certify data has been opened"
+        raise InputError(msg) from error
     look = {"data_fingerprint": fingerprint, "plan_hash": plan_hash}
     if look not in looks:  # the same plan again learns nothing new
         looks.append(look)
         cli.write_result(path, {"looks": looks})
-    return sum(entry["data_fingerprint"] == fingerprint for entry in looks)
+    return sum(entry.get("data_fingerprint") == fingerprint for entry in looks)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -23,16 +23,37 @@ from .config import Config, describe_keys, load_config
 Result = dict[str, Any]
 
 
-def parser(description: str, example: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Complain.
+
+        Raises:
+            InputError: Always.
+        """
+        msg = f"arguments: {message} (see --help)"
+        raise InputError(msg)
+
+
+def folder(text: str) -> Path:
+    """Read the name of a folder that may not exist yet."""
+    if Path(text).exists() and not Path(text).is_dir():
+        msg = f"expected a folder, got the file {text}"
+        raise argparse.ArgumentTypeError(msg)
+    return Path(text)
+
+
+def parser(description: str, example: str) -> Parser:
     """Return a parser with what every script has."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog=f"python -m {example.split()[2]}",
         description=description,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results, made if need be")
+    p.add_argument("--out", type=folder, required=True, metavar="DIR", help="folder for results, made if need be")
     p.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
     return p
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gati_jax import Augment, FitConfig, Head, InputError, Normalization
 from gati_jax.caches import GridSpec, PredictorSpec, SelectorSpec, SortedSelectorSpec, build_predictor, build_selector
@@ -84,6 +84,14 @@ class Base(Section):
     normalization: NormalizationSection
     training: BaseTraining = BaseTraining()
 
+    @model_validator(mode="after")
+    def _channels_agree(self) -> "Base":
+        for name in ("mean", "std"):
+            if len(getattr(self.normalization, name)) not in {1, self.input_shape[2]}:
+                msg = f"normalization.{name}: expected one number for each of {self.input_shape[2]} channels"
+                raise ValueError(msg)
+        return self
+
     def resnet(self) -> ResNet:
         """Return the network's configuration."""
         return resnet(self.network, classes=self.classes, input_shape=self.input_shape, shortcut=self.shortcut)
@@ -137,7 +145,7 @@ class Planning(Section):
 class Config(Section):
     """One experiment."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     data: Data
     base: Base
     fit: Fit = Fit()

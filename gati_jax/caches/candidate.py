@@ -40,7 +40,7 @@ class Candidate:
     @classmethod
     def tree_unflatten(cls, structure: Static, children: tuple[dict[str, Any]]) -> "Candidate":
         """Rebuild from any leaves."""
-        candidate = cls(*structure.values, params=children[0])  # pyright: ignore[reportArgumentType] (an untyped tuple)
+        candidate = cls(*structure.values, params=children[0])
         candidate.__dict__["_structure"] = structure
         return candidate
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Annotated, Any, Literal
 
 import flax.linen as nn
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gati_jax._errors import InputError
 
@@ -124,4 +124,9 @@ def _describe(module: nn.Module, specs: dict[Any, Any]) -> BaseModel:
         msg = f"candidates: a bundle can hold {known}, got {type(module).__name__}"
         raise InputError(msg)
     fields = {field.name for field in dataclasses.fields(module)} - {"parent", "name", "classes"}
-    return spec(**{name: getattr(module, name) for name in fields})
+    try:
+        return spec(**{name: getattr(module, name) for name in fields})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        msg = f"candidates: {type(module).__name__}.{first['loc'][0]}: {first['msg']}, got {first['input']!r}"
+        raise InputError(msg) from error

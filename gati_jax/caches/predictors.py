@@ -61,9 +61,15 @@ class Standardize(nn.Module):
     def __call__(self, x: Float[Array, "batch features"]) -> Float[Array, "batch features"]:
         """Return standardised features."""
         mean = self.variable("statistics", "mean", lambda: x.mean(0))
-        # Features that hardly vary in that batch are not blown up: a hundredth of the mean variance is the least.
-        std = self.variable("statistics", "std", lambda: jnp.sqrt(x.var(0) + 0.01 * x.var(0).mean() + 1e-12))
+        std = self.variable("statistics", "std", lambda: _standard_deviation(x))
         return (x - mean.value[None]) / std.value[None]
+
+
+def _standard_deviation(x: Float[Array, "batch features"]) -> Float[Array, " features"]:
+    """Return every feature's; those that hardly vary in this batch are not to be blown up: hence the floor."""
+    variance = x.var(0)
+    floor = 0.01 * variance.mean()
+    return jnp.where(floor > 0, jnp.sqrt(variance + floor), 1.0)
 
 
 def _mlp(x: Float[Array, "batch features"], hidden: int, classes: int) -> Float[Array, "batch classes"]:

@@ -96,15 +96,18 @@ def run_loop(
         _log.info("%s: resumed at step %d of %d", description, int(state.step), total)
     done = int(state.step)
     saved = time.monotonic()
+    losses: list[Array] = []
     with _bar(progress) as bar:
         task = bar.add_task(description, total=total, completed=done)
         for rows in _steps(n, config, done):
             state, loss = step(state, *(array[rows] for array in arrays))
+            losses.append(loss)
             done += 1
             if done % per_epoch == 0:
                 epoch = done // per_epoch
                 if epoch % max(1, config.epochs // 5) == 0:
-                    _log.info("%s: epoch %d of %d, loss %.4f", description, epoch, config.epochs, loss)
+                    _log.info("%s: epoch %d of %d, loss %.4f", description, epoch, config.epochs, np.mean(losses))
+                losses.clear()
             bar.update(task, completed=done, description=description)
             if checkpointer and (time.monotonic() - saved >= config.checkpoint_seconds or done == total):
                 checkpointer.save(done, state)

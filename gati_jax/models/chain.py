@@ -33,10 +33,10 @@ class Normalization:
             )
             raise InputError(msg)
 
-    def __call__(self, pixels: Shaped[Array, "*batch height width channels"]) -> Array:
+    def __call__(self, pixels: Shaped[Array | np.ndarray, "*batch height width channels"]) -> Array:
         """Normalise ``pixels``, uint8[..., height, width, channels], to float32."""
         mean, std = (np.asarray(v, np.float32).reshape((1,) * (pixels.ndim - 1) + (-1,)) for v in (self.mean, self.std))
-        return (pixels.astype(jnp.float32) * self.scale - mean) / std
+        return (jnp.asarray(pixels, jnp.float32) * self.scale - mean) / std
 
 
 @jax.tree_util.register_pytree_node_class
@@ -81,6 +81,9 @@ class Chain:
         if not self.blocks or len(self.params) != len(self.blocks) + 1:
             expected = f"one entry for each of {len(self.blocks)} blocks and one for the classifier"
             msg = f"params: expected {expected}, got {len(self.params)}"
+            raise InputError(msg)
+        if self.normalization and len(self.normalization.mean) not in {1, self.input_spec.shape[-1]}:
+            msg = f"normalization: expected {self.input_spec.shape[-1]} channels, got {len(self.normalization.mean)}"
             raise InputError(msg)
 
     def tree_flatten(self) -> tuple[tuple[Sequence[PyTree]], Static]:
@@ -127,11 +130,11 @@ class Chain:
             sites.append(self.span(sites[k], k, k + 1))
         return sites[:-1], self.classify(sites[-1])
 
-    def prepare(self, images: Shaped[Array, "batch *in"]) -> Num[Array, "batch *in"]:
+    def prepare(self, images: Shaped[Array | np.ndarray, "batch *in"]) -> Num[Array, "batch *in"]:
         """Normalise uint8 images; pass prepared inputs through."""
         if self.normalization is not None and images.dtype == jnp.uint8:
             return self.normalization(images)
-        return images
+        return jnp.asarray(images)
 
     @functools.cached_property
     def site_specs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -159,7 +162,11 @@ def check_images(chain: Chain, images: Any, *, batched: bool = True, argument: s
     Raises:
         InputError: The shape, the dtype or a value (NaN, infinity) is not what the chain takes.
     """
-    array = np.asarray(images)
+    try:
+        array = np.asarray(images)
+    except ValueError as error:
+        msg = f"{argument}: expected an array, got rows of different lengths"
+        raise InputError(msg) from error
     spec = chain.input_spec
     if array.shape[1 if batched else 0 :] != spec.shape or (batched and array.ndim == len(spec.shape)):
         batch = "batch, " if batched else ""
@@ -172,7 +179,7 @@ def check_images(chain: Chain, images: Any, *, batched: bool = True, argument: s
         pixels = "uint8 pixels or " if chain.normalization is not None else ""
         msg = f"{argument}: expected {pixels}{spec.dtype}, got {array.dtype}"
         raise InputError(msg)
-    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+    if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(array).all():
         msg = f"{argument}: expected finite values, got NaN or infinity"
         raise InputError(msg)
     return array

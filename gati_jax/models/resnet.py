@@ -47,6 +47,9 @@ class ResNet:
         if len(self.stages) != len(self.widths):
             msg = f"widths: expected one for each of {len(self.stages)} stages, got {len(self.widths)}"
             raise InputError(msg)
+        if self.shortcut == "A" and sorted(self.widths) != list(self.widths):
+            msg = f"widths: expected rising ones, for shortcut A can only add channels, got {self.widths}"
+            raise InputError(msg)
 
     def modules(self, norm: Norm) -> tuple[nn.Module, ...]:
         """Return the modules of blocks 1 .. N and the classifier."""

@@ -4,7 +4,8 @@ Names are torchvision's (``layer1.0.conv1.weight``, ``downsample.0``, ``fc``); t
 ``shortcut.0``, a leading ``module.``) are read too. Layouts change from PyTorch's [out, in, h, w] to [h, w, in, out].
 """
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +80,13 @@ def import_state_dict(network: ResNet, tensors: Tensors) -> Variables:
         WeightsError: Sorted lists of missing, unexpected and misshapen names.
     """
     entries = _entries(network)
-    found = {_standard_name(k): np.asarray(v) for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
+    given = [name for name in tensors if not name.endswith("num_batches_tracked")]
+    found = {_standard_name(name): np.asarray(tensors[name]) for name in given}
+    if len(found) < len(given):
+        standard = [_standard_name(name) for name in given]
+        twice = sorted(name for name in given if standard.count(_standard_name(name)) > 1)
+        msg = f"weights: expected every tensor once, got {', '.join(twice)}"
+        raise WeightsError(msg)
     abstract = jax.eval_shape(lambda: init(network, jax.random.key(0)))
     expected = {name: _torch_shape(_leaf(abstract[e.block], e.path).shape, e.axes) for name, e in entries.items()}
     if problems := describe_mismatch(expected, {name: str(list(v.shape)) for name, v in found.items()}):
@@ -122,10 +129,7 @@ def read_weights(path: Path | str) -> dict[str, np.ndarray]:
     Raises:
         WeightsError: The file is missing, damaged or of another kind.
     """
-    path = Path(path)
-    if not path.is_file():
-        msg = f"weights: no such file: {path}"
-        raise WeightsError(msg)
+    path = _existing(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in {".pth", ".pt"}:
@@ -134,20 +138,38 @@ def read_weights(path: Path | str) -> dict[str, np.ndarray]:
     raise WeightsError(msg)
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def _existing(path: Path | str) -> Path:
+    if not Path(path).is_file():
+        msg = f"weights: no such file: {path}"
+        raise WeightsError(msg)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def _safetensors(path: Path) -> Generator[Any]:
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            yield file
     except SafetensorError as error:
         msg = f"weights: {path} is not a readable safetensors file ({error})"
         raise WeightsError(msg) from error
 
 
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    with _safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
 def read_metadata(path: Path | str) -> dict[str, str]:
-    """Return a safetensors file's own metadata; empty for other files."""
-    if Path(path).suffix != ".safetensors":
+    """Return a safetensors file's own metadata; empty for other files.
+
+    Raises:
+        WeightsError: The file is missing or damaged.
+    """
+    path = _existing(path)
+    if path.suffix != ".safetensors":
         return {}
-    with safe_open(path, framework="numpy") as file:
+    with _safetensors(path) as file:
         return dict(file.metadata() or {})
 
 
@@ -166,4 +188,4 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     if not isinstance(tensors, dict) or not all(isinstance(v, torch.Tensor) for v in tensors.values()):
         msg = f"weights: {path} does not hold a state dict of tensors"
         raise WeightsError(msg)
-    return {str(name): tensor.float().numpy() for name, tensor in tensors.items()}
+    return {str(name): tensor.detach().float().numpy() for name, tensor in tensors.items()}

@@ -47,6 +47,20 @@ class Certificate:
     stays_off: tuple[str, ...] = ()
     """A sentence for every cache of the plan that is off at the certified step."""
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            InputError: Names the field.
+        """
+        for name in ("epsilon", "delta"):
+            if not 0 < getattr(self, name) < 1:
+                msg = f"{name}: expected a number between 0 and 1, got {getattr(self, name)}"
+                raise InputError(msg)
+        if not (0 <= self.disagreements <= self.n and self.looks >= 1 and self.step >= -1):
+            msg = f"certificate: expected counts, got {self.disagreements} of {self.n}, look {self.looks}"
+            raise InputError(msg)
+
     @property
     def certified(self) -> bool:
         """Whether any step of the path was certified."""
@@ -74,6 +88,9 @@ def certify(
         if not 0 < value < 1:
             msg = f"{name}: expected a number between 0 and 1, got {value}"
             raise InputError(msg)
+    if looks < 1:
+        msg = f"looks: expected 1 or more, got {looks}"
+        raise InputError(msg)
     check_distinct_rows(table.rows, plan.rows, names=("certify", "select"))
     if looks > 1:
         warnings.warn(f"look {looks} at this certify data: tested at delta / {looks}", stacklevel=2)
@@ -109,7 +126,8 @@ def _stays_off(
     for cache in np.flatnonzero(off):
         opens = int(np.argmax(np.isfinite(plan.path[:, cache])))
         rate, n = float(disagrees[opens].mean()), len(disagrees[opens])
-        needed = samples_needed(rate, epsilon, delta)
+        worst = max(float(disagrees[i].mean()) for i in range(opens + 1))  # every step up to it must pass
+        needed = samples_needed(worst, epsilon, delta)
         more = (
             f"about {max(1, needed - n)} more certify samples would open it"
             if needed is not None

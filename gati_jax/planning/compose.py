@@ -12,7 +12,7 @@ import hashlib
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt64
 
 from gati_jax._errors import InputError
 
@@ -38,7 +38,22 @@ class Plan:
     mean_ms: Float[np.ndarray, " steps"]
     n: int
     """Requests of the table that it was composed on."""
-    rows: np.ndarray = dataclasses.field(repr=False)  # uint64[n], their digests
+    rows: UInt64[np.ndarray, " n"] = dataclasses.field(repr=False)  # their digests
+
+    def __post_init__(self) -> None:
+        """Check that the columns belong together; thresholds are compared with float32 scores.
+
+        Raises:
+            InputError: Names the field.
+        """
+        object.__setattr__(self, "path", np.asarray(self.path, np.float32))
+        steps, caches = len(self.disagreement), len(self.names)
+        if self.path.shape != (steps, caches) or len(self.mean_ms) != steps or len(self.sites) != caches or steps == 0:
+            msg = f"path: expected shape [steps, caches] = [{steps}, {caches}], got {list(self.path.shape)}"
+            raise InputError(msg)
+        if np.isnan(self.path).any() or (self.path == -np.inf).any():
+            msg = "path: expected thresholds or infinity, got NaN or -infinity"
+            raise InputError(msg)
 
     @property
     def hash(self) -> str:
@@ -75,12 +90,17 @@ def plan(
         got = f"{len(costs.blocks_ms)} and {tuple(costs.lookup_ms)}"
         msg = f"costs: expected times of {table.depth} blocks and of {table.names}, got {got}"
         raise InputError(msg)
+    if len(table) == 0:
+        msg = "table: expected at least one request, got none"
+        raise InputError(msg)
     table = table.take([table.names[i] for i in np.argsort(table.sites, kind="stable")])
-    target = largest_passing(len(table), epsilon, delta) / len(table)
-    best = _greedy(table, costs, epsilon)
+    # The caches are chosen for what a split as large as this one could certify; the path goes on to epsilon, for luck.
+    target = max(0, largest_passing(len(table), epsilon, delta))
+    budgets = (target, int(epsilon * len(table) + 1e-9))
+    best = _greedy(table, costs, budgets)
     best_ms = _ms_at(best, target)
     while best.names:
-        smaller = [_greedy(table.take([n for n in best.names if n != name]), costs, epsilon) for name in best.names]
+        smaller = [_greedy(table.take([n for n in best.names if n != name]), costs, budgets) for name in best.names]
         ms = [_ms_at(p, target) for p in smaller]
         too_many = max_sites is not None and len(best.names) > max_sites
         if not too_many and min(ms) > best_ms:
@@ -89,10 +109,10 @@ def plan(
     return best
 
 
-def _ms_at(candidate_plan: Plan, disagreement: float) -> float:
-    """The mean time at the farthest step that stays within ``disagreement``."""
-    within = np.flatnonzero(candidate_plan.disagreement <= max(disagreement, candidate_plan.disagreement[0]))
-    return float(candidate_plan.mean_ms[within[-1]])
+def _ms_at(candidate_plan: Plan, target: int) -> float:
+    """Return the mean time at the last step before the first with more than ``target`` disagreements."""
+    beyond = np.flatnonzero(candidate_plan.disagreement > (target + 0.5) / candidate_plan.n)
+    return float(candidate_plan.mean_ms[beyond[0] - 1 if len(beyond) else -1])
 
 
 class _Move(NamedTuple):
@@ -104,17 +124,18 @@ class _Move(NamedTuple):
     wrong: int  # requests that come to disagree, less those that cease to
 
 
-def _greedy(table: ReplayTable, costs: CostTable, epsilon: float) -> Plan:
-    """Walk the path, then keep the caches that it opened."""
+def _greedy(table: ReplayTable, costs: CostTable, budgets: tuple[int, ...]) -> Plan:
+    """Walk the path to each budget of disagreements in turn, then keep the caches that it opened."""
     m, n = table.scores.shape
     grid = _Grid.of(table)
     thresholds = np.full(m, np.inf, np.float32)
     path, disagreement, mean = [thresholds.copy()], [0.0], [costs.full_ms]
-    while (move := _best_move(table, costs, grid, thresholds, int(epsilon * n))) is not None:
-        thresholds[move.cache] = move.threshold
-        path.append(thresholds.copy())
-        disagreement.append(replay_plan(table, thresholds).disagreement)
-        mean.append(cascade_ms(table, thresholds, costs))
+    for budget in budgets:
+        while (move := _best_move(table, costs, grid, thresholds, budget)) is not None:
+            thresholds[move.cache] = move.threshold
+            path.append(thresholds.copy())
+            disagreement.append(replay_plan(table, thresholds).disagreement)
+            mean.append(cascade_ms(table, thresholds, costs))
     on = np.isfinite(thresholds)
     keep = [name for name, is_on in zip(table.names, on, strict=True) if is_on]
     kept = table.take(keep)
@@ -134,17 +155,16 @@ class _Grid(NamedTuple):
     """For each candidate the rows from its most to its least certain one, and where thresholds may lie."""
 
     order: Int[np.ndarray, "candidates n"]
-    cuts: Int[np.ndarray, " thresholds"]  # a threshold at cut i lets the first cuts[i] + 1 rows of the order hit
-    last_of_ties: Float[np.ndarray, "candidates n"]  # the cut may not split equal scores
+    cuts: tuple[Int[np.ndarray, " thresholds"], ...]  # a threshold at cut i lets the first i + 1 rows of the order hit
 
     @classmethod
     def of(cls, table: ReplayTable) -> "_Grid":
-        n = len(table)
         order = np.argsort(-table.scores, axis=1, kind="stable")
         ranked = np.take_along_axis(table.scores, order, 1)
-        cuts = np.unique(np.linspace(0, n - 1, min(n, MAX_THRESHOLDS) + 1).astype(int)[1:]) if n > 1 else np.array([0])
-        ties = np.concatenate([ranked[:, 1:] < ranked[:, :-1], np.ones((len(ranked), 1), bool)], axis=1)
-        return cls(order, cuts, ties)
+        last = np.concatenate([ranked[:, 1:] < ranked[:, :-1], np.ones((len(ranked), 1), bool)], axis=1)
+        ends = [np.flatnonzero(row) for row in last]  # a cut may not split equal scores
+        thin = [np.unique(np.linspace(0, len(e) - 1, min(len(e), MAX_THRESHOLDS)).astype(int)) for e in ends]
+        return cls(order, tuple(e[t] for e, t in zip(ends, thin, strict=True)))
 
 
 def _best_move(
@@ -165,6 +185,8 @@ def _best_move(
     best: _Move | None = None
     spent = int(outcome.disagrees.sum())
     for c in range(m):
+        if not on[c] and table.sites[c] in np.asarray(table.sites)[on]:
+            continue  # one cache at a site
         # A request that leaves at c or before keeps its exit; the others come to c if their score is high enough.
         later = outcome.exits > c
         lookup_ms = 0.0 if on[c] else costs.lookup_ms[table.names[c]]
@@ -173,7 +195,7 @@ def _best_move(
         order = grid.order[c]
         saved = np.cumsum(np.where(later, now_ms[outcome.exits] - here_ms, 0.0)[order]) - opening
         wrong = np.cumsum(np.where(later, (~table.agrees[c]).astype(int) - outcome.disagrees, 0)[order])
-        cuts = grid.cuts[grid.last_of_ties[c][grid.cuts].astype(bool)]
+        cuts = grid.cuts[c]
         cuts = cuts[
             (saved[cuts] > 1e-9 * n) & (spent + wrong[cuts] <= budget) & (table.scores[c][order[cuts]] < thresholds[c])
         ]

@@ -1,6 +1,7 @@
 """The two tables that planning works on, and what a cascade would have done on them."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -32,6 +33,12 @@ class ReplayTable:
             if (got := getattr(self, field).shape) != expected:
                 msg = f"{field}: expected shape [candidates, n] = {list(expected)}, got {list(got)}"
                 raise InputError(msg)
+        for field in ("rows", "labels"):
+            column = getattr(self, field)
+            if column is not None and column.shape != self.answers.shape:
+                msg = f"{field}: expected shape {list(self.answers.shape)}, got {list(column.shape)}"
+                raise InputError(msg)
+        object.__setattr__(self, "scores", self.scores.astype(np.float32))  # thresholds are float32
         if len(self.sites) != len(self.names) or len(set(self.names)) != len(self.names):
             msg = f"names: expected a site for each, and no name twice, got {self.names} at {self.sites}"
             raise InputError(msg)
@@ -75,8 +82,11 @@ class CostTable:
     """Interquartile range over median of the full network's time."""
 
     def __post_init__(self) -> None:
-        """Refuse negative times."""
-        if not self.blocks_ms or min(*self.blocks_ms, *self.lookup_ms.values(), 0) < 0:
+        """Refuse negative times, and a device that is no file name."""
+        if not re.fullmatch(r"\w[\w.+-]{0,99}", self.device) or self.batch < 1:
+            msg = f"device, batch: expected a plain name and 1 or more, got {self.device!r} and {self.batch}"
+            raise InputError(msg)
+        if not self.blocks_ms or not all(0 <= ms < np.inf for ms in (*self.blocks_ms, *self.lookup_ms.values())):
             msg = f"costs: expected non-negative milliseconds, got {self.blocks_ms} and {dict(self.lookup_ms)}"
             raise InputError(msg)
 
@@ -87,7 +97,7 @@ class CostTable:
 
     def until(self, site: int) -> float:
         """Return the time of the blocks before ``site``; ``until(N)`` is the whole base."""
-        return sum(self.blocks_ms[:site])
+        return float(sum(self.blocks_ms[:site]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +130,7 @@ def replay_plan(table: ReplayTable, thresholds: Float[np.ndarray, " candidates"]
 
 def cascade_ms(table: ReplayTable, thresholds: Float[np.ndarray, " candidates"], costs: CostTable) -> float:
     """Return the mean time of the requests of ``table`` under ``thresholds``; caches that are off cost nothing."""
-    on = np.isfinite(thresholds)
+    on = thresholds < np.inf
     kept = table.take([name for name, is_on in zip(table.names, on, strict=True) if is_on])
     exits = replay_plan(kept, thresholds[on]).exits
     share = np.bincount(exits, minlength=len(kept.names) + 1) / len(table)

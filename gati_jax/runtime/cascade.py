@@ -1,11 +1,12 @@
 """The cascade's state and the one pure step that every per-sample driver repeats.
 
-Stage i runs the span from the i-th chosen site's predecessor to that site and looks the activation up there; the last
-stage runs the rest of the base. Spans have activations of different shapes, but a loop's carry has one: the activation
-travels in a flat buffer as large as the largest of them.
+Stage i runs the span up to the i-th chosen site and looks the activation up there; the last stage runs the rest of the
+base. Every request runs stage 0, so that one stands before the loop. Sites have activations of different shapes, but a
+loop's carry has one: the activation travels in a flat buffer as large as the largest of them.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from gati_jax._errors import InputError
 from gati_jax.caches import Candidate, lookup
 from gati_jax.models import Chain
+
+from .packing import Packed, pack
 
 
 @jax.tree_util.register_dataclass
@@ -39,17 +42,22 @@ class Cascade:
         """Where the caches are."""
         return tuple(cache.site for cache in self.caches)
 
+    @functools.cached_property
+    def packed(self) -> Packed["Cascade"]:
+        """The same in few arguments, as drivers hand it to their programs."""
+        return pack(self)
+
 
 class CascadeState(NamedTuple):
     """One request on its way."""
 
     # Evolving
-    stage: Int[Array, ""]  # the next to run; stage i ends at cache i, the last at the base
-    activation: Float[Array, " buffer"]  # what enters it, flat, zeros behind
+    stage: Int[Array, ""]  # the next to run
+    activation: Float[Array, " buffer"]  # at the last site looked up, flat, padded
     done: Bool[Array, ""]
-    # The answer, final once done
+    # What the last stage says: the answer once done
     exit: Int[Array, ""]  # site number, N for the base
-    score: Float[Array, ""]  # of the last lookup; infinity from the base
+    score: Float[Array, ""]  # infinity from the base
     logits: Float[Array, " classes"]
 
 
@@ -62,20 +70,20 @@ class Prediction(NamedTuple):
     logits: Float[Array, "*batch classes"]
 
 
-def _entry_sites(cascade: Cascade) -> tuple[int, ...]:
-    """The site at which each stage begins."""
-    return (0, *cascade.sites)
-
-
 def check_cascade(cascade: Cascade) -> None:
     """Check that caches and thresholds fit the chain.
 
     Raises:
-        InputError: Sites out of order or range, or not one threshold for each cache.
+        InputError: Sites out of order or range, activations that no float32 buffer can carry, or not one threshold for
+            each cache.
     """
-    sites = cascade.sites
+    sites, specs = cascade.sites, cascade.chain.site_specs
     if sorted(set(sites)) != list(sites) or any(not 0 <= site < len(cascade.chain) for site in sites):
         msg = f"caches: expected rising sites in 0 .. {len(cascade.chain) - 1}, got {sites}"
+        raise InputError(msg)
+    if bad := [site for site in sites if jnp.promote_types(specs[site].dtype, jnp.float32) != jnp.float32]:
+        got = ", ".join(f"{specs[site].dtype} at {site}" for site in bad)
+        msg = f"caches: expected activations of float32 or narrower, got {got}"
         raise InputError(msg)
     if cascade.thresholds.shape != (len(sites),):
         msg = f"thresholds: expected one for each of {len(sites)} caches, got shape {list(cascade.thresholds.shape)}"
@@ -83,17 +91,43 @@ def check_cascade(cascade: Cascade) -> None:
 
 
 def begin(cascade: Cascade, image: Shaped[Array, "*input"]) -> CascadeState:
-    """Return the state of a fresh request: nothing run, the base's exit presumed."""
-    specs = cascade.chain.site_specs
-    size = max(math.prod(specs[site].shape) for site in _entry_sites(cascade))
-    x = cascade.chain.prepare(image[None])
+    """Return the state of a request behind stage 0, which every request runs."""
+    sizes = [math.prod(cascade.chain.site_specs[site].shape) for site in cascade.sites]
+    buffer = jnp.zeros(max(sizes, default=0), jnp.float32)
+    return _run_stage(cascade, 0, cascade.chain.prepare(image[None]), buffer)
+
+
+def step(cascade: Cascade, state: CascadeState) -> CascadeState:
+    """Run one more stage. Pure; a driver repeats it until ``done``."""
+
+    def stage(index: int) -> Callable[[CascadeState], CascadeState]:
+        spec = cascade.chain.site_specs[cascade.sites[index - 1]]
+        return lambda state: _run_stage(cascade, index, _from_buffer(state.activation, spec), state.activation)
+
+    return jax.lax.switch(state.stage - 1, [stage(i) for i in range(1, len(cascade.caches) + 1)], state)
+
+
+def _run_stage(
+    cascade: Cascade, index: int, x: Shaped[Array, "1 *site"], buffer: Float[Array, " buffer"]
+) -> CascadeState:
+    """Run a span from the previous site, and the lookup or the classifier behind it."""
+    chain = cascade.chain
+    start = cascade.sites[index - 1] if index else 0
+    if index == len(cascade.caches):
+        logits = chain.classify(chain.span(x, start, len(chain)))
+        exit_, score, done = len(chain), jnp.float32(jnp.inf), jnp.array(True)  # noqa: FBT003
+    else:
+        cache = cascade.caches[index]
+        x = chain.span(x, start, cache.site)
+        logits, (score,) = lookup(cache, x)
+        exit_, done, buffer = cache.site, score >= cascade.thresholds[index], _to_buffer(x, buffer)
     return CascadeState(
-        stage=jnp.zeros((), jnp.int32),
-        activation=_to_buffer(x, jnp.zeros(size, jnp.float32)),
-        done=jnp.zeros((), bool),
-        exit=jnp.full((), len(cascade.chain), jnp.int32),
-        score=jnp.full((), jnp.inf, jnp.float32),
-        logits=jnp.zeros(cascade.chain.classes, jnp.float32),
+        stage=jnp.int32(index + 1),
+        activation=buffer,
+        done=done,
+        exit=jnp.int32(exit_),
+        score=score.astype(jnp.float32),
+        logits=logits[0].astype(jnp.float32),
     )
 
 
@@ -103,37 +137,6 @@ def _to_buffer(x: Float[Array, "..."], buffer: Float[Array, " buffer"]) -> Float
 
 def _from_buffer(buffer: Float[Array, " buffer"], spec: jax.ShapeDtypeStruct) -> Float[Array, "1 ..."]:
     return buffer[: math.prod(spec.shape)].reshape(1, *spec.shape).astype(spec.dtype)
-
-
-def step(cascade: Cascade, state: CascadeState) -> CascadeState:
-    """Run one stage: a span, and the lookup or the classifier behind it. Pure; a driver repeats it until ``done``."""
-    return jax.lax.switch(state.stage, [_stage(cascade, i) for i in range(len(cascade.caches) + 1)], state)
-
-
-def _stage(cascade: Cascade, index: int) -> Callable[[CascadeState], CascadeState]:
-    chain = cascade.chain
-    start = _entry_sites(cascade)[index]
-
-    def span_and_lookup(state: CascadeState) -> CascadeState:
-        cache = cascade.caches[index]
-        x = chain.span(_from_buffer(state.activation, chain.site_specs[start]), start, cache.site)
-        logits, score = lookup(cache, x)
-        hit = score[0] >= cascade.thresholds[index]
-        return CascadeState(
-            stage=state.stage + 1,
-            activation=_to_buffer(x, state.activation),
-            done=hit,
-            exit=jnp.where(hit, jnp.int32(cache.site), state.exit),
-            score=jnp.where(hit, score[0], state.score),
-            logits=logits[0].astype(jnp.float32),
-        )
-
-    def rest_of_base(state: CascadeState) -> CascadeState:
-        x = chain.span(_from_buffer(state.activation, chain.site_specs[start]), start, len(chain))
-        logits = chain.classify(x)[0].astype(jnp.float32)
-        return state._replace(stage=state.stage + 1, done=jnp.ones((), bool), logits=logits)
-
-    return rest_of_base if index == len(cascade.caches) else span_and_lookup
 
 
 def finish(state: CascadeState) -> Prediction:

@@ -5,15 +5,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from .cascade import Cascade, Prediction, begin, finish, step
+from .packing import Packed, unpack
 
 
 def _run(cascade: Cascade, image: Shaped[Array, "*input"]) -> Prediction:
-    return finish(
-        jax.lax.while_loop(lambda state: ~state.done, lambda state: step(cascade, state), begin(cascade, image))
-    )
+    state = begin(cascade, image)
+    if cascade.caches:
+        state = jax.lax.while_loop(lambda state: ~state.done, lambda state: step(cascade, state), state)
+    return finish(state)
 
 
 @jax.jit
+def _predict_one(packed: Packed[Cascade], image: Shaped[Array, "*input"]) -> Prediction:
+    return _run(unpack(packed), image)
+
+
+@jax.jit
+def _predict_batch(packed: Packed[Cascade], images: Shaped[Array, "batch *input"]) -> Prediction:
+    cascade = unpack(packed)
+    return jax.lax.map(lambda image: _run(cascade, image), images)
+
+
 def predict_one(cascade: Cascade, image: Shaped[Array, "*input"]) -> Prediction:
     """Answer one request in one program: a ``lax.while_loop`` that stops at the first hit.
 
@@ -23,22 +35,22 @@ def predict_one(cascade: Cascade, image: Shaped[Array, "*input"]) -> Prediction:
         cascade: See ``Cascade``; its arrays are arguments of the program, its structure selects the program.
         image: One uint8 image or prepared input, without a batch dimension.
     """
-    return _run(cascade, image)
+    return _predict_one(cascade.packed, image)
 
 
-@jax.jit
 def predict_batch(cascade: Cascade, images: Shaped[Array, "batch *input"]) -> Prediction:
     """Answer many requests in one program, one after another; each leaves at its own exit.
 
     ``vmap`` would run every branch for every row. Here rows share nothing, so saved blocks are saved time, but small
     batches of one row are not how a device is fastest.
     """
-    return jax.lax.map(lambda image: _run(cascade, image), images)
+    return _predict_batch(cascade.packed, images)
 
 
 def predict_stepwise(cascade: Cascade, image: Shaped[Array, "*input"]) -> Prediction:
     """Answer one request by the same step in a plain Python loop: for debugging, and as a check on the jitted loop."""
-    state = begin(cascade, jnp.asarray(image))
-    while not state.done:
-        state = step(cascade, state)
-    return finish(state)
+    with jax.disable_jit():  # else every lax.switch would compile all its branches
+        state = begin(cascade, jnp.asarray(image))
+        while not state.done:
+            state = step(cascade, state)
+        return finish(state)

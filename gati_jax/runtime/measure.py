@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from gati_jax.caches import Candidate, lookup
 from gati_jax.models import Chain
@@ -16,8 +16,7 @@ from gati_jax.planning import CostTable
 
 from .cascade import Cascade
 from .drivers import predict_one
-
-_LOOKUPS = 64  # in one program, so that the call itself does not count
+from .packing import Packed, pack, unpack
 
 
 def device_name() -> str:
@@ -55,13 +54,15 @@ def spread(times: Float[np.ndarray, " rounds"]) -> float:
     return float((high - low) / median)
 
 
-def prefix_program(chain: Chain, site: int, images: Array) -> Callable[[], Array]:
+def prefix_program(chain: Chain, site: int, images: Shaped[Array, "batch *input"]) -> Callable[[], Array]:
     """Return a compiled call of the base up to ``site``; N includes the classifier."""
-    return lambda: _prefix(chain, images, site=site)
+    packed = pack(chain)
+    return lambda: _prefix(packed, images, site=site)
 
 
 @functools.partial(jax.jit, static_argnames="site")
-def _prefix(chain: Chain, images: Array, *, site: int) -> Array:
+def _prefix(packed: Packed[Chain], images: Shaped[Array, "batch *input"], *, site: int) -> Array:
+    chain = unpack(packed)
     x = chain.span(chain.prepare(images), 0, site)
     return chain.classify(x) if site == len(chain) else x
 
@@ -80,21 +81,52 @@ def measure_costs(chain: Chain, candidates: Iterable[Candidate], *, batch: int =
     prefixes = {str(site): prefix_program(chain, site, images) for site in range(1, len(chain) + 1)}
     times = time_interleaved(prefixes, rounds=rounds)
     until = np.maximum.accumulate([0.0, *(float(np.median(v)) for v in times.values())])
-    lookups = {c.name: _lookup_program(c, chain.site_specs[c.site], batch) for c in candidates}
-    lookup_times = time_interleaved(lookups, rounds=max(3, rounds // 6))
+    lookup_ms = _time_lookups(chain, tuple(candidates), images, max(5, rounds // 3))
     return CostTable(
         device=device_name(),
         batch=batch,
         blocks_ms=tuple(np.diff(until).tolist()),
-        lookup_ms={name: float(np.median(v)) / _LOOKUPS for name, v in lookup_times.items()},
+        lookup_ms=lookup_ms,
         spread=spread(times[str(len(chain))]),
     )
 
 
-def _lookup_program(candidate: Candidate, spec: jax.ShapeDtypeStruct, batch: int) -> Callable[[], object]:
-    activations = jax.random.normal(jax.random.key(0), (_LOOKUPS, batch, *spec.shape)).astype(spec.dtype)
-    compiled = jax.jit(lambda candidate, activations: jax.lax.map(lambda x: lookup(candidate, x), activations))
-    return lambda: compiled(candidate, activations)
+def _time_lookups(chain: Chain, candidates: tuple[Candidate, ...], images: Array, rounds: int) -> dict[str, float]:
+    """Return what each lookup adds to the program around it.
+
+    Alone, a lookup is too short to time: starting its program takes longer. So all of them are timed inside one run of
+    the base, where their weights are as cold as in a request, and the sum is shared out by their times alone.
+    """
+    if not candidates:
+        return {}
+    programs: dict[str, Callable[[], object]] = {
+        "without": functools.partial(_with_lookups, pack(chain), (), images),
+        "with": functools.partial(_with_lookups, pack(chain), pack(candidates), images),
+    }
+    for i, candidate in enumerate(candidates):
+        spec = chain.site_specs[candidate.site]
+        activation = jax.random.normal(jax.random.key(0), (len(images), *spec.shape)).astype(spec.dtype)
+        programs[str(i)] = functools.partial(_lookup, pack(candidate), activation)
+    median = {name: float(np.median(ms)) for name, ms in time_interleaved(programs, rounds=rounds).items()}
+    total = max(0.0, median["with"] - median["without"])
+    alone = np.array([median[str(i)] for i in range(len(candidates))])
+    shares = alone / alone.sum()
+    return {candidate.name: float(total * share) for candidate, share in zip(candidates, shares, strict=True)}
+
+
+@jax.jit
+def _lookup(packed: Packed[Candidate], activation: Float[Array, "batch *site"]) -> tuple[Array, Array]:
+    return lookup(unpack(packed), activation)
+
+
+@jax.jit
+def _with_lookups(
+    chain: Packed[Chain], candidates: Packed[tuple[Candidate, ...]] | tuple[()], images: Shaped[Array, "batch *input"]
+) -> tuple[Array, list[tuple[Array, Array]]]:
+    base = unpack(chain)
+    sites, logits = base.activations(base.prepare(images))
+    items = unpack(candidates) if isinstance(candidates, Packed) else ()
+    return logits, [lookup(item, sites[item.site]) for item in items]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +158,7 @@ class Speed:
         return self.speedup / self.ideal
 
 
-def measure_speed(cascade: Cascade, images: Array, *, rounds: int = 7) -> Speed:
+def measure_speed(cascade: Cascade, images: Shaped[Array, "n *input"], *, rounds: int = 7) -> Speed:
     """Time the cascade and its full network on each image.
 
     A request's time is its median over the rounds; means are over requests.

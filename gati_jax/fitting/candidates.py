@@ -81,6 +81,20 @@ class FitConfig:
     folds: int = 5
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse what could not be trained.
+
+        Raises:
+            InputError: Names the field.
+        """
+        if self.optimizer not in {"adamw", "sgd"}:
+            msg = f"optimizer: expected adamw or sgd, got {self.optimizer!r}"
+            raise InputError(msg)
+        for name, least in (("epochs", 1), ("batch", 1), ("folds", 2)):
+            if (got := getattr(self, name)) < least:
+                msg = f"{name}: expected {least} or more, got {got}"
+                raise InputError(msg)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidates:
@@ -133,7 +147,13 @@ def fit(
     fit_rows, select_rows = row_digests(images), row_digests(select)
     check_distinct_rows(select_rows, fit_rows, names=("select", "fit"))
     predictors = _predictors(chain, heads)
-    identity = f"{config} {predictors} {chain.input_spec} {fingerprint(fit_rows)} {_digest(chain.params)}"
+    identity = f"{config} {predictors} {_code(chain)} {fingerprint(fit_rows)} {_digest(chain.params)}"
+    if len(images) < config.batch:
+        msg = f"images: expected at least one batch of {config.batch} rows, got {len(images)}"
+        raise InputError(msg)
+    if len(select) < config.folds:
+        msg = f"select: expected at least one row for each of {config.folds} folds, got {len(select)}"
+        raise InputError(msg)
     optimizer = _optimizer(config, len(images))
     step = jax.jit(functools.partial(_step, predictors, config, optimizer), donate_argnames="state")
     loop = LoopConfig(epochs=config.epochs, batch=config.batch, seed=config.seed)
@@ -149,7 +169,8 @@ def fit(
         progress=progress,
     )
     variables = _merge(state.params, constants)
-    fold = deal_folds(len(select), config.folds, config.seed)
+    unique, copy_of = np.unique(select_rows, return_inverse=True)  # equal rows share a fold
+    fold = deal_folds(len(unique), config.folds, config.seed)[copy_of]
     fold_selectors = _fit_selectors(chain, predictors, variables, select, fold, config)
     items = tuple(
         Candidate(
@@ -191,7 +212,7 @@ def _predictors(chain: Chain, heads: Sequence[Head]) -> dict[str, _Part]:
 
 def _optimizer(config: FitConfig, n: int) -> optax.GradientTransformation:
     steps = max(1, config.epochs * (n // config.batch))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(1, steps // 10), steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, steps // 10, steps)
     if config.optimizer == "adamw":
         return optax.adamw(schedule, weight_decay=config.weight_decay)
     return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, momentum=0.9))
@@ -276,6 +297,12 @@ def _fit_selectors(
         )
         for name, part in predictors.items()
     )
+
+
+def _code(chain: Chain) -> str:
+    """Write out what the chain computes: two chains with the same parameters may differ in their blocks."""
+    spec = jax.ShapeDtypeStruct((1, *chain.input_spec.shape), chain.input_spec.dtype)
+    return f"{chain.input_spec} {chain.normalization} {jax.make_jaxpr(Chain.__call__)(chain, spec)}"
 
 
 def _digest(tree: Any) -> str:  # noqa: ANN401

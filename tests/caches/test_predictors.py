@@ -1,0 +1,198 @@
+"""Every predictor through the same tests, and the pooling ones against NumPy."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gati_jax.caches import (
+    Conv,
+    FullyConnected,
+    GlobalAverage,
+    Grid,
+    Pool,
+    Predictor,
+    adaptive_average,
+    build_predictor,
+    describe_predictor,
+)
+
+CLASSES, BATCH = 5, 4
+PREDICTORS: dict[str, Any] = {
+    "fc": FullyConnected(CLASSES, hidden=6),
+    "pool": Pool(CLASSES, size=16, hidden=6),
+    "pool, odd": Pool(CLASSES, size=7, hidden=6),
+    "conv": Conv(CLASSES),
+    "conv, strided": Conv(CLASSES, kernel=8, stride=3),
+    "gap": GlobalAverage(CLASSES, hidden=6),
+    "grid": Grid(CLASSES, cells=2, hidden=6),
+    "grid, odd": Grid(CLASSES, cells=3, hidden=6),
+}
+SITES = [(12,), (50,), (4, 4, 3), (7, 5, 3)]  # 50 and 7 x 5 are multiples of none of the pools
+every_predictor = pytest.mark.parametrize("predictor", PREDICTORS.values(), ids=PREDICTORS)
+every_site = pytest.mark.parametrize("site", SITES, ids=str)
+
+init = jax.jit(lambda predictor, key, x: predictor.init(key, x), static_argnums=0)
+apply = jax.jit(lambda predictor, variables, x: predictor.apply(variables, x), static_argnums=0)
+
+
+def key(seed=0):
+    return jax.random.key(seed, impl="rbg")  # compiles twice as fast as the default
+
+
+def activation_at(site, batch=BATCH, seed=0):
+    """Features with means far from zero and scales far apart, as behind a ReLU."""
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(2, 1, (batch, *site)) * rng.uniform(0.1, 3, site[-1]), jnp.float32)
+
+
+@functools.cache
+def case(predictor, site):
+    """An activation and random variables: fresh biases would be zero, and drawing kernels compiles for seconds."""
+    activation = activation_at(site)
+    rng = np.random.default_rng(1)
+    variables = jax.eval_shape(predictor.init, key(), activation)
+    draw = {"params": lambda shape: rng.normal(0, 0.5, shape), "statistics": lambda shape: rng.uniform(0.5, 2, shape)}
+    return activation, {
+        name: jax.tree.map(lambda leaf, name=name: jnp.asarray(draw[name](leaf.shape), leaf.dtype), tree)
+        for name, tree in variables.items()
+    }
+
+
+def same(one, other):
+    return jax.tree.structure(one) == jax.tree.structure(other) and jax.tree.all(
+        jax.tree.map(jnp.array_equal, one, other)
+    )
+
+
+@every_predictor
+def test_init_draws_parameters_from_key_and_shape_only(predictor):
+    one, again, other_key, other_values = (
+        init(predictor, key(i), activation_at((7, 5, 3), seed=seed)) for i, seed in ((0, 0), (0, 0), (1, 0), (0, 1))
+    )
+    assert same(one, again)
+    assert not same(one["params"], other_key["params"])
+    assert same(one["params"], other_values["params"])
+
+
+@every_predictor
+def test_apply_changes_no_variable(predictor):
+    activation, variables = case(predictor, (12,))
+    logits, after = predictor.apply(variables, activation * 2 + 1, mutable=True)
+    assert same(after, variables)
+    assert jnp.array_equal(predictor.apply(variables, activation * 2 + 1), logits)
+
+
+@pytest.mark.parametrize("site", [(50,), (7, 5, 3)], ids=str)
+@every_predictor
+def test_compiled_predictor_gives_the_eager_logits(predictor, site):
+    activation, variables = case(predictor, site)
+    logits = apply(predictor, variables, activation)
+    assert (logits.shape, logits.dtype) == ((BATCH, CLASSES), jnp.float32)
+    np.testing.assert_allclose(predictor.apply(variables, activation), logits, rtol=1e-4, atol=1e-5)
+
+
+@every_site
+@every_predictor
+def test_rows_do_not_see_each_other(predictor, site):
+    activation, variables = case(predictor, site)
+    logits = apply(predictor, variables, activation)
+    poisoned = apply(predictor, variables, activation.at[1].set(jnp.nan))
+    assert jnp.isnan(poisoned[1]).all()
+    others = np.array([0, 2, 3])
+    np.testing.assert_allclose(poisoned[others], logits[others], rtol=1e-6, atol=1e-7)
+    alone = [apply(predictor, variables, activation[i : i + 1]) for i in range(BATCH)]
+    np.testing.assert_allclose(np.concatenate(alone), logits, rtol=1e-4, atol=1e-5)
+
+
+@every_predictor
+def test_every_value_of_the_activation_counts(predictor):
+    activation, variables = case(predictor, (7, 5, 3))
+    jacobian = jax.jit(jax.jacobian(lambda x: predictor.apply(variables, x).sum(0)))
+    # A ReLU closed in one row is open in another: over the rows each value moves some logit.
+    moved = np.abs(sum(jacobian(activation * scale) for scale in (1.0, -1.0))).sum((0, 1))
+    # A stride that does not divide drops the end of the flattened activation: 105 = 8 + 32 * 3 + 1.
+    dropped = 1 if predictor == PREDICTORS["conv, strided"] else 0
+    assert int((moved == 0).sum()) == dropped
+    assert dropped == 0 or moved[-1, -1, -1] == 0
+
+
+@every_predictor
+def test_description_round_trip(predictor):
+    spec = describe_predictor(predictor)
+    rebuilt = build_predictor(spec, CLASSES)
+    assert rebuilt == predictor
+    assert hash(rebuilt) == hash(predictor)
+    again = type(spec).model_validate_json(spec.model_dump_json())
+    assert build_predictor(again, CLASSES) == predictor
+
+
+@every_predictor
+def test_predictors_know_their_classes(predictor):
+    rebuilt = build_predictor(describe_predictor(predictor), 9)
+    assert isinstance(rebuilt, Predictor)
+    assert rebuilt.classes == 9
+
+
+def mlp(variables, x):
+    statistics, params = (
+        jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables[name]) for name in ("statistics", "params")
+    )
+    x = (x - statistics["standardize"]["mean"]) / statistics["standardize"]["std"]
+    hidden = np.maximum(x @ params["hidden"]["kernel"] + params["hidden"]["bias"], 0)
+    return hidden @ params["out"]["kernel"] + params["out"]["bias"]
+
+
+def bins(n, size):
+    """PyTorch's adaptive bins: floor(i n / size) up to ceil((i + 1) n / size)."""
+    return [slice(int(np.floor(i * n / size)), int(np.ceil((i + 1) * n / size))) for i in range(size)]
+
+
+def fields(activation, cells):
+    """Means over each field of the grid, concatenated; a flat activation as it is."""
+    picture = np.asarray(activation, np.float64)
+    if picture.ndim == 2:
+        return picture
+    rows, columns = (bins(n, min(cells, n)) for n in picture.shape[1:3])
+    return np.concatenate([picture[:, i, j].mean((1, 2)) for i in rows for j in columns], axis=-1)
+
+
+@every_site
+def test_global_average_equals_numpy(site):
+    predictor = PREDICTORS["gap"]
+    activation, variables = case(predictor, site)
+    expected = mlp(variables, fields(activation, 1))
+    np.testing.assert_allclose(apply(predictor, variables, activation), expected, rtol=1e-3, atol=1e-4)
+
+
+@every_site
+@pytest.mark.parametrize("cells", [1, 2, 3, 6])
+def test_grid_equals_numpy(site, cells):
+    predictor: Any = Grid(CLASSES, cells=cells, hidden=6)
+    activation, variables = case(predictor, site)
+    expected = mlp(variables, fields(activation, cells))
+    np.testing.assert_allclose(apply(predictor, variables, activation), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_features_are_standardised_by_the_batch_given_to_init():
+    features = activation_at((12,), batch=50).at[:, 3].set(7.0)  # one that does not vary
+    statistics = init(PREDICTORS["fc"], key(), features)["statistics"]["standardize"]
+    variance = np.asarray(features, np.float64).var(0)
+    np.testing.assert_allclose(statistics["mean"], np.asarray(features, np.float64).mean(0), rtol=1e-5)
+    # At least a hundredth of the mean variance, and hardly more than the feature's own.
+    least = 0.01 * variance.mean()
+    assert (statistics["std"] ** 2 >= np.maximum(variance, least) * (1 - 1e-5)).all()
+    assert (statistics["std"] ** 2 <= (variance + least) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -3])
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_adaptive_average_pools_any_axis(axis, size):
+    x = np.random.default_rng(0).normal(size=(5, 6, 7)).astype(np.float32)
+    moved = np.moveaxis(x, axis, 0)
+    expected = np.moveaxis(np.stack([moved[part].mean(0) for part in bins(len(moved), size)]), 0, axis)
+    found = jax.jit(adaptive_average, static_argnums=(1, 2))(jnp.asarray(x), size, axis)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,202 @@
+"""Residual networks against plain PyTorch, with random weights and running statistics."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gati_jax import models
+from gati_jax._errors import InputError
+from gati_jax.models import ResNet, resnet
+from tests.models.torch_reference import logits as torch_logits
+from tests.models.torch_reference import nn, random_network, state_dict, torch
+
+BASIC = ResNet(stages=(1, 2), widths=(6, 10), classes=4, input_shape=(9, 9, 3))
+BOTTLENECK = ResNet(stages=(2, 1), widths=(4, 6), bottleneck=True, classes=4, input_shape=(8, 8, 3))
+TINY = {
+    "basic, A": ResNet(stages=(1, 2), widths=(6, 11), shortcut="A", classes=4, input_shape=(9, 9, 3)),
+    "basic, B": BASIC,
+    "basic, equal widths": ResNet(stages=(1, 1), widths=(6, 6), classes=4, input_shape=(8, 8, 3)),
+    "basic, 7x7 stem": ResNet(stages=(1, 1), widths=(6, 8), stem=7, classes=4, input_shape=(21, 26, 3)),
+    "bottleneck, A": ResNet(
+        stages=(2, 1), widths=(4, 6), bottleneck=True, shortcut="A", classes=4, input_shape=(8, 8, 3)
+    ),
+    "bottleneck, B": BOTTLENECK,
+    "bottleneck, 7x7 stem": ResNet(
+        stages=(1, 1), widths=(4, 6), bottleneck=True, stem=7, classes=4, input_shape=(20, 24, 3)
+    ),
+}
+PUBLISHED = {
+    "resnet20, A": resnet("resnet20"),
+    "resnet20, B": resnet("resnet20", shortcut="B"),
+    "resnet18, 3x3 stem": resnet("resnet18"),
+    "resnet18, 7x7 stem": resnet("resnet18", input_shape=(64, 64, 3), classes=7),
+    "resnet50, 3x3 stem": resnet("resnet50"),
+}
+NETWORKS = TINY | PUBLISHED
+
+
+apply = jax.jit(models.apply, static_argnums=0)
+apply_train = jax.jit(models.apply_train, static_argnums=0)
+
+
+def images_for(network, batch, seed=1):
+    return np.random.default_rng(seed).normal(size=(batch, *network.input_shape)).astype(np.float32)
+
+
+init = jax.jit(models.init, static_argnums=0)
+
+
+def key(seed=0):
+    return jax.random.key(seed, impl="rbg")  # compiles ten times faster than the default
+
+
+@functools.cache
+def random_variables(network):
+    return models.import_state_dict(network, state_dict(random_network(network)))
+
+
+def assert_close(actual, expected, tolerance=1e-4):
+    """Compare relative to the largest value: rounding in deep networks does not shrink with a single output."""
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+def test_imported_network_gives_the_logits_of_torch(network):
+    model = random_network(network)
+    variables = models.import_state_dict(network, state_dict(model))
+    images = images_for(network, 2)
+    expected = torch_logits(model, images)
+    assert np.ptp(expected, axis=0).max() > 0.01 * np.abs(expected).max()  # the logits depend on the image
+    assert_close(apply(network, variables, images), expected)
+
+
+@pytest.mark.parametrize("network", TINY.values(), ids=TINY)
+def test_folded_chain_equals_the_unfolded_network(network):
+    variables = random_variables(network)
+    chain = models.to_chain(network, models.fold(variables))
+    images = jnp.asarray(images_for(network, 3))
+    assert len(chain) == sum(network.stages)
+    assert chain.classes == network.classes
+    assert_close(jax.jit(models.Chain.__call__)(chain, images), apply(network, variables, images), 1e-5)
+
+
+def test_folded_parameters_hold_biased_convolutions_only():
+    leaves = jax.tree_util.tree_flatten_with_path(jax.eval_shape(models.fold, random_variables(BASIC)))[0]
+    assert {path[-1].key for path, _ in leaves} == {"kernel", "bias"}
+    assert not any("norm" in jax.tree_util.keystr(path) for path, _ in leaves)
+
+
+def batch_statistics(model, images):
+    """Run torch in training mode; return logits and, for each batch norm, values seen per channel."""
+    counts = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(
+                lambda _, x, __, name=name: counts.update({name: x[0].numel() / x[0].shape[1]})
+            )
+    logits = torch_logits(model.train(), images)
+    return logits, counts
+
+
+@pytest.mark.parametrize("network", [BASIC, BOTTLENECK], ids=["basic", "bottleneck"])
+def test_training_normalises_and_advances_statistics_as_torch_does(network):
+    model = random_network(network)
+    before = state_dict(model)
+    variables = models.import_state_dict(network, before)
+    images = images_for(network, 5)
+    logits, advanced = apply_train(network, variables, images)
+    expected, counts = batch_statistics(model, images)
+    assert_close(logits, expected)
+    found, after = models.export_state_dict(network, advanced), state_dict(model)
+    for name, n in counts.items():
+        mean, var = f"{name}.running_mean", f"{name}.running_var"
+        assert_close(found[mean], after[mean])
+        # torch blends in the unbiased variance (n / (n - 1) times the mean square), flax the biased one.
+        seen = (after[var] - 0.9 * before[var]) * (n - 1) / n
+        assert_close(found[var], 0.9 * before[var] + seen)
+
+
+def test_training_changes_running_statistics_only():
+    variables = random_variables(BASIC)
+    _, advanced = apply_train(BASIC, variables, images_for(BASIC, 5))
+    assert jax.tree.structure(advanced) == jax.tree.structure(variables)
+    for old, new in zip(variables, advanced, strict=True):
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, old["params"], new["params"]))
+        pairs = zip(jax.tree.leaves(old.get("batch_stats")), jax.tree.leaves(new.get("batch_stats")), strict=True)
+        assert not any(jnp.array_equal(a, b) for a, b in pairs)
+
+
+def test_init_has_the_tensors_of_torch():
+    for network in (BASIC, BOTTLENECK):
+        abstract = jax.eval_shape(functools.partial(models.init, network), key())
+        variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+        ours = {name: tensor.shape for name, tensor in models.export_state_dict(network, variables).items()}
+        theirs = {k: tuple(v.shape) for k, v in random_network(network).state_dict().items() if v.ndim}
+        assert ours == theirs
+
+
+def test_init_is_a_function_of_its_key():
+    one, same, other = (init(BASIC, key(seed)) for seed in (0, 0, 1))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, one, same))
+    assert not jnp.array_equal(
+        one[1]["params"]["conv1"]["conv"]["kernel"], other[1]["params"]["conv1"]["conv"]["kernel"]
+    )
+
+
+def test_init_draws_kernels_with_the_variance_of_he():
+    network = ResNet(stages=(1,), widths=(64,), input_shape=(4, 4, 3))
+    kernel = init(network, key())[0]["params"]["block"]["conv1"]["conv"]["kernel"]
+    # 36,864 draws: the standard error of the standard deviation is below 0.4 %.
+    np.testing.assert_allclose(np.std(kernel), np.sqrt(2 / (3 * 3 * 64)), rtol=0.03)
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_number_of_blocks_follows_from_the_name(name):
+    # The name counts the stem, the linear layer and each block's convolutions.
+    layers = int(name.removeprefix("resnet"))
+    network = resnet(name)
+    per_block = 3 if network.bottleneck else 2
+    assert sum(network.stages) == (layers - 2) / per_block
+    assert network.bottleneck == (name in {"resnet50", "resnet101", "resnet152"})
+    assert len(network.modules("folded")) == sum(network.stages) + 1
+
+
+def test_stem_follows_the_input():
+    assert [resnet("resnet18", input_shape=(n, n, 3)).stem for n in (32, 63, 64, 224)] == [3, 3, 7, 7]
+    assert resnet("resnet20", input_shape=(64, 64, 3)).stem == 3
+
+
+def test_shortcut_follows_the_family_unless_told():
+    assert (resnet("resnet20").shortcut, resnet("resnet20", shortcut="B").shortcut) == ("A", "B")
+    assert (resnet("resnet18").shortcut, resnet("resnet18", shortcut="A").shortcut) == ("B", "A")
+
+
+def test_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(InputError, match=r"name: expected one of resnet20, .*resnet152, got 'resnet21'"):
+        resnet("resnet21")
+
+
+def test_stages_without_widths_are_refused():
+    with pytest.raises(InputError, match="widths: expected one for each of 2 stages, got 3"):
+        ResNet(stages=(1, 1), widths=(4, 8, 16))
+
+
+def test_padding_shortcut_that_would_have_to_drop_channels_is_refused():
+    # Zero channels can be added, never taken away.
+    with pytest.raises(InputError):
+        ResNet(stages=(1, 1), widths=(8, 4), shortcut="A")
+
+
+def test_torch_reference_depends_on_every_tensor():
+    """The comparisons above see a wrong tensor wherever it sits."""
+    model, images = random_network(BASIC), images_for(BASIC, 2)
+    expected = torch_logits(model, images)
+    for name, tensor in model.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            with torch.no_grad():
+                tensor.mul_(1.5)
+                assert np.abs(torch_logits(model, images) - expected).max() > 1e-3 * np.abs(expected).max(), name
+                tensor.div_(1.5)

@@ -1,0 +1,294 @@
+"""State dicts in and out, from files that may be damaged or hostile."""
+
+import os
+import pickle
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from gati_jax import data, models
+from gati_jax._errors import WeightsError
+from gati_jax.models import Normalization, ResNet, resnet
+
+BASIC = ResNet(stages=(1, 1), widths=(2, 4), classes=3, input_shape=(8, 8, 3))
+BOTTLENECK = ResNet(stages=(1, 2), widths=(2, 3), bottleneck=True, classes=3, input_shape=(8, 8, 3))
+PADDED = ResNet(stages=(2, 1), widths=(2, 4), shortcut="A", classes=3, input_shape=(8, 8, 3))
+IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+CIFAR = Normalization(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+
+
+def random_variables(network):
+    """Variables of the shapes that ``init`` gives, without compiling it."""
+    rng = np.random.default_rng(0)
+    abstract = jax.eval_shape(lambda: models.init(network, jax.random.key(0)))
+    return jax.tree.map(lambda leaf: rng.uniform(0.1, 1, leaf.shape).astype(np.float32), abstract)
+
+
+TENSORS = models.export_state_dict(BASIC, random_variables(BASIC))
+
+
+def same_tensors(one, other):
+    return one.keys() == other.keys() and all(
+        one[k].dtype == other[k].dtype and np.array_equal(one[k], other[k]) for k in one
+    )
+
+
+def same_tree(one, other):
+    return jax.tree.structure(one) == jax.tree.structure(other) and jax.tree.all(
+        jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), one, other)
+    )
+
+
+@pytest.mark.parametrize("network", [BASIC, BOTTLENECK, PADDED], ids=["basic", "bottleneck", "padded"])
+def test_round_trip_is_bit_identical(network):
+    variables = random_variables(network)
+    tensors = models.export_state_dict(network, variables)
+    assert same_tree(models.import_state_dict(network, tensors), variables)
+    assert same_tensors(models.export_state_dict(network, models.import_state_dict(network, tensors)), tensors)
+
+
+def rename(tensors, old, new):
+    return {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+SPELLINGS = {
+    "linear": rename(TENSORS, "fc.", "linear."),
+    "module": {f"module.{name}": tensor for name, tensor in TENSORS.items()},
+    "shortcut": rename(TENSORS, ".downsample.", ".shortcut."),
+    "all": {
+        f"module.{name}": tensor
+        for name, tensor in rename(rename(TENSORS, "fc.", "linear."), ".downsample.", ".shortcut.").items()
+    },
+    "counters": TENSORS | {"bn1.num_batches_tracked": np.asarray(7), "layer1.0.bn1.num_batches_tracked": np.asarray(7)},
+}
+
+
+@pytest.mark.parametrize("tensors", SPELLINGS.values(), ids=SPELLINGS)
+def test_other_spellings_are_accepted(tensors):
+    assert any(name not in TENSORS for name in tensors)
+    assert same_tree(models.import_state_dict(BASIC, tensors), models.import_state_dict(BASIC, TENSORS))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64], ids=["half", "bfloat16", "double"])
+def test_other_precisions_become_float32(dtype):
+    tensors = {name: tensor.astype(dtype) for name, tensor in TENSORS.items()}
+    variables = models.import_state_dict(BASIC, tensors)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
+    widened = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    assert same_tensors(models.export_state_dict(BASIC, variables), widened)
+
+
+def expected_lists(deleted, renamed, reshaped):
+    lists = {
+        "missing": sorted(deleted | renamed),
+        "unexpected": sorted(f"x.{name}" for name in renamed),
+        "misshapen": [
+            f"{name} (expected {list(TENSORS[name].shape)}, got {[*TENSORS[name].shape, 1]})"
+            for name in sorted(reshaped)
+        ],
+    }
+    return "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists.items() if names)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(TENSORS)), st.sampled_from(["delete", "rename", "reshape"]), min_size=1))
+def test_mismatch_lists_every_wrong_name(damage):
+    deleted, renamed, reshaped = (
+        {name for name, kind in damage.items() if kind == wanted} for wanted in ("delete", "rename", "reshape")
+    )
+    tensors = {name: tensor for name, tensor in TENSORS.items() if name not in deleted | renamed | reshaped}
+    tensors |= {f"x.{name}": TENSORS[name] for name in renamed} | {name: TENSORS[name][..., None] for name in reshaped}
+    with pytest.raises(WeightsError) as caught:
+        models.import_state_dict(BASIC, tensors)
+    assert str(caught.value).endswith(f". {expected_lists(deleted, renamed, reshaped)}")
+
+
+def test_one_tensor_under_two_spellings_is_refused():
+    # Which of the two would count? Silently the later one, else.
+    with pytest.raises(WeightsError):
+        models.import_state_dict(BASIC, TENSORS | {"linear.bias": TENSORS["fc.bias"] + 1})
+
+
+def test_weights_of_another_network_are_refused():
+    with pytest.raises(WeightsError, match=r"missing: layer1\.0\.bn3\.bias"):
+        models.import_state_dict(BOTTLENECK, TENSORS)
+
+
+def test_safetensors_file_and_its_metadata(tmp_path):
+    path = tmp_path / "net.safetensors"
+    save_file(TENSORS, path, metadata={"source": "here"})
+    assert same_tensors(models.read_weights(path), TENSORS)
+    assert same_tensors(models.read_weights(str(path)), TENSORS)
+    assert models.read_metadata(path) == {"source": "here"}
+
+
+def test_bfloat16_safetensors_file_can_be_read(tmp_path):
+    path = tmp_path / "net.safetensors"
+    tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in TENSORS.items()}
+    save_file(tensors, path)
+    variables = models.import_state_dict(BASIC, models.read_weights(path))
+    assert same_tree(variables, models.import_state_dict(BASIC, tensors))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, 0.5, -1], ids=str)
+def test_truncated_safetensors_is_refused(tmp_path, keep):
+    path = tmp_path / "net.safetensors"
+    save_file(TENSORS, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    with pytest.raises(WeightsError, match=r"net\.safetensors"):
+        models.read_weights(path)
+
+
+@pytest.mark.parametrize("content", [b"garbage" * 50, b"\xff" * 64, b"\x02" + b"\0" * 7 + b"[]"], ids=range(3))
+def test_garbage_in_a_safetensors_file_is_refused(tmp_path, content):
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"net\.safetensors"):
+        models.read_weights(path)
+
+
+@pytest.mark.parametrize("content", [None, b"garbage" * 50], ids=["missing", "garbage"])
+def test_metadata_of_a_bad_file_is_refused_as_its_weights_are(tmp_path, content):
+    path = tmp_path / "net.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"net\.safetensors"):
+        models.read_metadata(path)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(WeightsError, match=r"weights: no such file: .*none\.safetensors"):
+        models.read_weights(tmp_path / "none.safetensors")
+
+
+def test_unknown_kind_of_file_is_refused(tmp_path):
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"expected a \.safetensors or \.pth file, got net\.onnx"):
+        models.read_weights(path)
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture
+def pth(tmp_path):
+    return tmp_path / "net.pth"
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}])
+def test_pth_file_is_read(torch, pth, wrap):
+    torch.save(wrap({name: torch.from_numpy(tensor) for name, tensor in TENSORS.items()}), pth)
+    assert same_tensors(models.read_weights(pth), TENSORS)
+
+
+def test_half_precision_pth_file_is_widened(torch, pth):
+    half = {name: tensor.astype(np.float16) for name, tensor in TENSORS.items()}
+    torch.save({name: torch.from_numpy(tensor) for name, tensor in half.items()}, pth)
+    assert same_tensors(models.read_weights(pth), {k: v.astype(np.float32) for k, v in half.items()})
+
+
+def test_pth_file_of_trainable_parameters_is_read(torch, pth):
+    # What ``torch.save(dict(model.named_parameters()), path)`` writes; weights-only loading allows it.
+    torch.save({name: torch.nn.Parameter(torch.from_numpy(tensor)) for name, tensor in TENSORS.items()}, pth)
+    assert same_tensors(models.read_weights(pth), TENSORS)
+
+
+class Creator:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("save", ["torch", "pickle"])
+def test_code_in_a_pth_file_never_runs(torch, pth, tmp_path, save):
+    proof, created = tmp_path / "proof", tmp_path / "created"
+    pickle.loads(pickle.dumps(Creator(proof)))
+    assert proof.exists()  # the trap works where it is sprung
+    if save == "torch":
+        torch.save({"fc.bias": Creator(created)}, pth)
+    else:
+        pth.write_bytes(pickle.dumps({"fc.bias": Creator(created)}))
+    with pytest.raises(WeightsError, match="could not be read as weights only"):
+        models.read_weights(pth)
+    assert not created.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 50, b"PK\x03\x04"], ids=["empty", "garbage", "half a zip"])
+def test_damaged_pth_file_is_refused(torch, pth, content):
+    del torch
+    pth.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"net\.pth could not be read"):
+        models.read_weights(pth)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"fc.bias": 1.0}, {"state_dict": 5}], ids=str)
+def test_pth_file_without_tensors_is_refused(torch, pth, content):
+    torch.save(content, pth)
+    with pytest.raises(WeightsError, match="does not hold a state dict of tensors"):
+        models.read_weights(pth)
+
+
+def test_pth_file_without_torch_says_what_to_install(pth, monkeypatch):
+    pth.write_bytes(b"anything")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(WeightsError, match=r"reading net\.pth needs torch \(pip install 'gati-jax\[torch\]'\)"):
+        models.read_weights(pth)
+
+
+def test_trained_resnet20_gives_the_logits_of_torch(shared):
+    pytest.importorskip("torch")
+    from tests.models import torch_reference  # noqa: PLC0415 (needs torch)
+
+    network = resnet("resnet20")
+    path = shared / "weights" / "resnet20-cifar10.safetensors"
+    reference = torch_reference.Network(network).eval()
+    tensors = {k: torch_reference.torch.from_numpy(v) for k, v in rename(load_file(path), "linear.", "fc.").items()}
+    problems = reference.load_state_dict(tensors, strict=False)
+    assert all(name.endswith("num_batches_tracked") for name in problems.missing_keys)
+    assert not problems.unexpected_keys
+    images = data.load("cifar10", "test[:16]", shared / "tfds").images
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    expected = torch_reference.logits(reference, (images / 255 - mean) / std)
+    variables = models.import_state_dict(network, models.read_weights(path))
+    chain = models.to_chain(network, models.fold(variables), IMAGENET)
+    plain = jax.jit(lambda v, x: models.apply(network, v, IMAGENET(x)))(variables, images)
+    folded = jax.jit(lambda chain, x: chain(chain.prepare(x)))(chain, images)
+    for logits in (plain, folded):
+        np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+
+
+# As the sources of the weights state them, see ../shared/data/README.md; a tie in float32 may fall either way.
+STATED = {
+    "resnet56": (9339, IMAGENET),
+    "resnet44": (9310, IMAGENET),
+    "resnet32": (9263, IMAGENET),
+    "resnet20": (9173, IMAGENET),
+    "resnet18": (9265, CIFAR),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STATED)
+def test_trained_networks_classify_cifar10_as_their_sources_state(shared, name):
+    right, normalization = STATED[name]
+    network = resnet(name)
+    weights = models.read_weights(shared / "weights" / f"{name}-cifar10.safetensors")
+    chain = models.to_chain(network, models.fold(models.import_state_dict(network, weights)), normalization)
+    answer = jax.jit(lambda chain, images: chain(chain.prepare(images)).argmax(-1))
+    test = data.load("cifar10", "test", shared / "tfds")
+    found = [np.asarray(answer(chain, images)) for images in np.split(test.images, 40)]
+    assert abs(int((np.concatenate(found) == test.labels).sum()) - right) <= 1
