@@ -19,6 +19,7 @@ from gati_jax._errors import InputError
 from .binomial import largest_passing
 from .tables import CostTable, ReplayTable, cascade_ms, replay_plan
 
+LARGEST_MOVE = 0.1  # of the budget: a certificate can only stop between moves
 MAX_THRESHOLDS = 64  # for each candidate: more would fit the noise of a few thousand requests
 
 
@@ -183,6 +184,7 @@ def _best_move(
     blocks = np.array([costs.until(site) for site in (*table.sites, table.depth)])
     now_ms = blocks + np.append(looked, looked[-1])
     best: _Move | None = None
+    largest_move = max(1, int(budget * LARGEST_MOVE))
     spent = int(outcome.disagrees.sum())
     for c in range(m):
         if not on[c] and table.sites[c] in np.asarray(table.sites)[on]:
@@ -196,9 +198,8 @@ def _best_move(
         saved = np.cumsum(np.where(later, now_ms[outcome.exits] - here_ms, 0.0)[order]) - opening
         wrong = np.cumsum(np.where(later, (~table.agrees[c]).astype(int) - outcome.disagrees, 0)[order])
         cuts = grid.cuts[c]
-        cuts = cuts[
-            (saved[cuts] > 1e-9 * n) & (spent + wrong[cuts] <= budget) & (table.scores[c][order[cuts]] < thresholds[c])
-        ]
+        affordable = wrong[cuts] <= min(budget - spent, largest_move)
+        cuts = cuts[(saved[cuts] > 1e-9 * n) & affordable & (table.scores[c][order[cuts]] < thresholds[c])]
         if not len(cuts):
             continue
         free = cuts[wrong[cuts] <= 0]

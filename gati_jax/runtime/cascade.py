@@ -99,6 +99,8 @@ def begin(cascade: Cascade, image: Shaped[Array, "*input"]) -> CascadeState:
 
 def step(cascade: Cascade, state: CascadeState) -> CascadeState:
     """Run one more stage. Pure; a driver repeats it until ``done``."""
+    if not cascade.caches:
+        return state  # stage 0 was the base, and the request is done
 
     def stage(index: int) -> Callable[[CascadeState], CascadeState]:
         spec = cascade.chain.site_specs[cascade.sites[index - 1]]

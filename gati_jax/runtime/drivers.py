@@ -8,22 +8,16 @@ from .cascade import Cascade, Prediction, begin, finish, step
 from .packing import Packed, unpack
 
 
-def _run(cascade: Cascade, image: Shaped[Array, "*input"]) -> Prediction:
-    state = begin(cascade, image)
-    if cascade.caches:
-        state = jax.lax.while_loop(lambda state: ~state.done, lambda state: step(cascade, state), state)
-    return finish(state)
-
-
 @jax.jit
 def _predict_one(packed: Packed[Cascade], image: Shaped[Array, "*input"]) -> Prediction:
-    return _run(unpack(packed), image)
+    cascade = unpack(packed)
+    state = begin(cascade, image)
+    return finish(jax.lax.while_loop(lambda state: ~state.done, lambda state: step(cascade, state), state))
 
 
 @jax.jit
 def _predict_batch(packed: Packed[Cascade], images: Shaped[Array, "batch *input"]) -> Prediction:
-    cascade = unpack(packed)
-    return jax.lax.map(lambda image: _run(cascade, image), images)
+    return jax.lax.map(lambda image: _predict_one(packed, image), images)
 
 
 def predict_one(cascade: Cascade, image: Shaped[Array, "*input"]) -> Prediction:

@@ -60,73 +60,73 @@ def prefix_program(chain: Chain, site: int, images: Shaped[Array, "batch *input"
     return lambda: _prefix(packed, images, site=site)
 
 
-@functools.partial(jax.jit, static_argnames="site")
+# All parameters are handed over, as to the whole network: that is part of its time up to any site.
+@functools.partial(jax.jit, static_argnames="site", keep_unused=True)
 def _prefix(packed: Packed[Chain], images: Shaped[Array, "batch *input"], *, site: int) -> Array:
     chain = unpack(packed)
     x = chain.span(chain.prepare(images), 0, site)
     return chain.classify(x) if site == len(chain) else x
 
 
-def measure_costs(chain: Chain, candidates: Iterable[Candidate], *, batch: int = 1, rounds: int = 60) -> CostTable:
-    """Measure every block (as differences of prefixes of the base) and every lookup.
+def measure_costs(chain: Chain, candidates: Iterable[Candidate], *, rounds: int = 60) -> CostTable:
+    """Measure every block (as differences of prefixes of the base) and every lookup, one request at a time.
 
     Args:
         chain: The base.
         candidates: Whose lookups to time.
-        batch: Rows in a call.
         rounds: Interleaved repeats, of which the medians are taken.
     """
-    spec = chain.input_spec
-    images = jnp.zeros((batch, *spec.shape), spec.dtype)
-    prefixes = {str(site): prefix_program(chain, site, images) for site in range(1, len(chain) + 1)}
+    image = jnp.zeros(chain.input_spec.shape, chain.input_spec.dtype)
+    prefixes = {str(site): prefix_program(chain, site, image[None]) for site in range(1, len(chain) + 1)}
     times = time_interleaved(prefixes, rounds=rounds)
     until = np.maximum.accumulate([0.0, *(float(np.median(v)) for v in times.values())])
-    lookup_ms = _time_lookups(chain, tuple(candidates), images, max(5, rounds // 3))
     return CostTable(
         device=device_name(),
-        batch=batch,
+        batch=1,
         blocks_ms=tuple(np.diff(until).tolist()),
-        lookup_ms=lookup_ms,
+        lookup_ms=_time_lookups(chain, candidates, image, max(5, rounds // 2)),
         spread=spread(times[str(len(chain))]),
     )
 
 
-def _time_lookups(chain: Chain, candidates: tuple[Candidate, ...], images: Array, rounds: int) -> dict[str, float]:
-    """Return what each lookup adds to the program around it.
+def _time_lookups(
+    chain: Chain, candidates: Iterable[Candidate], image: Shaped[Array, "*input"], rounds: int
+) -> dict[str, float]:
+    """Return what each lookup adds to the cascade around it.
 
-    Alone, a lookup is too short to time: starting its program takes longer. So all of them are timed inside one run of
-    the base, where their weights are as cold as in a request, and the sum is shared out by their times alone.
+    Alone, a lookup is too short to time: starting its program takes longer. So as many as there are sites are timed at
+    once, in a cascade in which every one of them misses, and what that takes longer than the base is shared out in
+    proportion to their times alone.
     """
-    if not candidates:
-        return {}
-    programs: dict[str, Callable[[], object]] = {
-        "without": functools.partial(_with_lookups, pack(chain), (), images),
-        "with": functools.partial(_with_lookups, pack(chain), pack(candidates), images),
-    }
-    for i, candidate in enumerate(candidates):
-        spec = chain.site_specs[candidate.site]
-        activation = jax.random.normal(jax.random.key(0), (len(images), *spec.shape)).astype(spec.dtype)
-        programs[str(i)] = functools.partial(_lookup, pack(candidate), activation)
-    median = {name: float(np.median(ms)) for name, ms in time_interleaved(programs, rounds=rounds).items()}
-    total = max(0.0, median["with"] - median["without"])
-    alone = np.array([median[str(i)] for i in range(len(candidates))])
-    shares = alone / alone.sum()
-    return {candidate.name: float(total * share) for candidate, share in zip(candidates, shares, strict=True)}
+    groups: list[dict[int, Candidate]] = []
+    for candidate in candidates:
+        free = next((group for group in groups if candidate.site not in group), None)
+        if free is None:
+            groups.append(free := {})
+        free[candidate.site] = candidate
+    milliseconds = {}
+    for group in groups:
+        caches = tuple(group[site] for site in sorted(group))
+        programs = {"base": functools.partial(predict_one, _all_miss(chain, ()), image)}
+        programs["cascade"] = functools.partial(predict_one, _all_miss(chain, caches), image)
+        for cache in caches:
+            spec = chain.site_specs[cache.site]
+            activation = jax.random.normal(jax.random.key(0), (1, *spec.shape)).astype(spec.dtype)
+            programs[cache.name] = functools.partial(_lookup, pack(cache), activation)
+        median = {name: float(np.median(ms)) for name, ms in time_interleaved(programs, rounds=rounds).items()}
+        alone = sum(median[cache.name] for cache in caches)
+        added = max(0.0, median["cascade"] - median["base"])
+        milliseconds |= {cache.name: added * median[cache.name] / alone for cache in caches}
+    return milliseconds
+
+
+def _all_miss(chain: Chain, caches: tuple[Candidate, ...]) -> Cascade:
+    return Cascade(chain, caches, jnp.full(len(caches), jnp.inf))
 
 
 @jax.jit
 def _lookup(packed: Packed[Candidate], activation: Float[Array, "batch *site"]) -> tuple[Array, Array]:
     return lookup(unpack(packed), activation)
-
-
-@jax.jit
-def _with_lookups(
-    chain: Packed[Chain], candidates: Packed[tuple[Candidate, ...]] | tuple[()], images: Shaped[Array, "batch *input"]
-) -> tuple[Array, list[tuple[Array, Array]]]:
-    base = unpack(chain)
-    sites, logits = base.activations(base.prepare(images))
-    items = unpack(candidates) if isinstance(candidates, Packed) else ()
-    return logits, [lookup(item, sites[item.site]) for item in items]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,13 +26,13 @@ def test_spread_is_the_interquartile_range_over_the_median():
 
 
 def test_costs_have_an_entry_for_every_block_and_candidate(chain, candidates):
-    some, batch = candidates.items[:2], 3
-    costs = measure_costs(chain, some, batch=batch, rounds=3)
+    some = candidates.items[:2]
+    costs = measure_costs(chain, some, rounds=3)
     assert len(costs.blocks_ms) == len(chain)
     assert min(costs.blocks_ms) >= 0
     assert set(costs.lookup_ms) == {c.name for c in some}
-    assert min(costs.lookup_ms.values()) > 0
-    assert (costs.batch, costs.full_ms > 0, costs.spread >= 0) == (batch, True, True)
+    assert min(costs.lookup_ms.values()) >= 0
+    assert (costs.batch, costs.full_ms > 0, costs.spread >= 0) == (1, True, True)
     assert costs.device
     assert not set(costs.device) & set(" /")
 
