@@ -45,6 +45,7 @@ def previous(path: Path) -> Path:
 
 def present(path: Path) -> Path:
     """Return ``path``, or the old folder where a killed save left only that."""
+    path = path.resolve()
     return previous(path) if not path.exists() and previous(path).exists() else path
 
 
@@ -55,10 +56,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def check_files(folder: Path, expected: Mapping[str, str]) -> None:
-    """Compare the files below ``folder`` with their digests. Files that are not listed are not looked at.
+    """Compare the files below ``folder`` with their digests; manifest.json and tuning/ are not among them.
 
     Raises:
-        BundleError: Names the first file that is missing, truncated or changed.
+        BundleError: Names the first file that is missing, truncated, changed or not listed.
     """
     for name, digest in expected.items():
         file = folder / name
@@ -74,6 +75,11 @@ def check_files(folder: Path, expected: Mapping[str, str]) -> None:
             raise BundleError(msg)
         if _digest(file) != digest:
             msg = f"bundle: {file} is damaged: its SHA-256 is not the one in manifest.json"
+            raise BundleError(msg)
+    for file in folder.rglob("*"):
+        name = file.relative_to(folder).as_posix()
+        if not file.is_dir() and name not in expected and name != "manifest.json" and not name.startswith("tuning/"):
+            msg = f"bundle: {folder} holds {name}, which manifest.json does not list"
             raise BundleError(msg)
 
 

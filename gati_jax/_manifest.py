@@ -13,7 +13,7 @@ from .models import Normalization, ResNet
 from .planning import Certificate, CostTable, Plan
 
 FORMAT_VERSION = 1
-_MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 64 * 2**20
 
 Site = Annotated[int, Field(ge=0, le=100_000)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -141,8 +141,8 @@ def read_json(path: Path, kind: type[T]) -> T:
     if not path.is_file():
         msg = f"bundle: {path.name} is missing from {path.parent}"
         raise BundleError(msg)
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        msg = f"bundle: {path} is larger than {_MAX_JSON_BYTES} bytes"
+    if path.stat().st_size > MAX_JSON_BYTES:
+        msg = f"bundle: {path} is larger than {MAX_JSON_BYTES} bytes"
         raise BundleError(msg)
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes())

@@ -27,6 +27,7 @@ from ._errors import BundleError, InputError, describe_mismatch
 from ._folder import check_files, digests, present, replacing
 from ._manifest import (
     FORMAT_VERSION,
+    MAX_JSON_BYTES,
     CacheEntry,
     Certificates,
     Manifest,
@@ -179,6 +180,9 @@ def _read_manifest(folder: Path) -> Manifest:
     file = folder / "manifest.json"
     if not file.is_file():
         msg = f"bundle: expected a bundle folder with a manifest.json, got {folder}"
+        raise BundleError(msg)
+    if file.stat().st_size > MAX_JSON_BYTES:
+        msg = f"bundle: {file} is larger than {MAX_JSON_BYTES} bytes"
         raise BundleError(msg)
     try:
         version = json.loads(file.read_bytes()).get("format_version")

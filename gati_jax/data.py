@@ -17,6 +17,7 @@ from jaxtyping import Int, Shaped, UInt64
 from ._errors import InputError
 
 _SPLIT = re.compile(r"(?P<name>\w+)(\[(?P<start>\d*):(?P<stop>\d*)\])?")
+_DATASET = re.compile(r"[a-z0-9_]{1,100}(/[\w-]{1,100})?")
 _SHARED_ROWS = 0.01  # more equal rows than this share are an overlap; fewer are the duplicates that real data has
 
 
@@ -120,6 +121,9 @@ def _tfds(name: str, rows: Rows, data_dir: Path | str | None) -> Dataset:
         warnings.simplefilter("ignore", DeprecationWarning)  # tfds 4.9.10 imports deprecated names of its dependencies
         import tensorflow_datasets as tfds  # noqa: PLC0415 (optional)
 
+    if not _DATASET.fullmatch(name):  # "namespace:name" would make TFDS import code, and bundles name data sets
+        msg = f"data.name: expected digits or a TensorFlow Datasets name such as cifar10, got {name!r}"
+        raise InputError(msg)
     if data_dir is not None and not (Path(data_dir) / name).is_dir():
         msg = f"data.dir: expected a TensorFlow Datasets folder with {name}/ in it, got {data_dir}"
         raise InputError(msg)

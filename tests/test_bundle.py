@@ -753,6 +753,9 @@ def test_nothing_in_a_bundle_is_executed(folder, tmp_path, monkeypatch):
         (folder / name).write_text(code)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
+    with pytest.raises(BundleError, match="does not list"):
+        load(folder)
+    sign(folder)  # as whoever planted them would
     assert answers(load(folder)) == answers(in_memory(make(1)))
     assert not mark.exists()
     assert "evil" not in sys.modules

@@ -232,3 +232,9 @@ def test_unknown_split_of_cifar10_is_refused(shared, split):
 def test_rows_beyond_cifar10_are_refused(shared, split):
     with pytest.raises(InputError, match=r"split: test has 10000 rows, got \["):
         data.load("cifar10", split, shared / "tfds")
+
+
+@pytest.mark.parametrize("name", ["kaggle:cats", "huggingface:x", "../cifar10", "a b", ""])
+def test_no_name_of_a_data_set_reaches_code(tmp_path, name):
+    with pytest.raises(InputError, match=r"data.name: expected digits or a TensorFlow Datasets name"):
+        data.load(name, "test", tmp_path)

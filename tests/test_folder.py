@@ -166,11 +166,15 @@ def test_any_change_to_a_listed_file_is_named(tree, data, tmp_path_factory):
         check_files(folder, listed)
 
 
-def test_files_that_are_not_listed_are_not_looked_at(tmp_path):
+@pytest.mark.parametrize("name", ["other", "arrays/other"])
+def test_files_that_are_not_listed_are_refused(tmp_path, name):
     write(tmp_path, {"listed": b"1"})
     listed = digests(tmp_path)
-    write(tmp_path, {"other": b"2"})
+    write(tmp_path, {"manifest.json": b"{}", "tuning/cpu.json": b"{}"})
     check_files(tmp_path, listed)
+    write(tmp_path, {name: b"2"})
+    with pytest.raises(BundleError, match=f"holds {name}, which manifest.json does not list"):
+        check_files(tmp_path, listed)
 
 
 @pytest.mark.parametrize("name", ["../secret", "a/../../secret", "/etc/hostname", "link"])

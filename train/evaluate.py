@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
     p.add_argument(
         "--split",
-        choices=("select", "certify", "test"),
+        choices=("certify", "test"),
         default="test",
         help="split of the bundle's config (default: test)",
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ class Normalization:
 
     def __post_init__(self) -> None:
         """Refuse what would divide by zero or not broadcast."""
-        if len(self.mean) != len(self.std) or not self.std or min(self.std) <= 0:
+        finite = all(math.isfinite(v) for v in (*self.mean, *self.std, self.scale))
+        if not finite or len(self.mean) != len(self.std) or not self.std or min(self.std) <= 0:
             msg = (
                 f"normalization: expected as many means as positive standard deviations, got {self.mean} and {self.std}"
             )

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
-from annotated_types import Ge, Le, Len
 from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
+from pydantic import Field
 
 from gati_jax._errors import InputError
 from gati_jax._linen import call
@@ -20,7 +20,7 @@ from ._modules import Classifier, FirstBlock, Norm, ResidualBlock, Stem
 from .chain import Chain, Normalization
 
 Variables = tuple[dict[str, Any], ...]
-Size = Annotated[int, Ge(1), Le(4096)]
+Size = Annotated[int, Field(ge=1, le=4096)]
 EPSILON = 1e-5  # batch norm's, in PyTorch and here
 
 
@@ -31,14 +31,14 @@ class ResNet:
     The bounds matter where a manifest, which is untrusted, becomes a network.
     """
 
-    stages: Annotated[tuple[Annotated[int, Ge(1), Le(64)], ...], Len(1, 8)]
+    stages: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1, max_length=8)]
     """Residual blocks in each stage; each stage but the first halves height and width."""
-    widths: Annotated[tuple[Size, ...], Len(1, 8)]
+    widths: Annotated[tuple[Size, ...], Field(min_length=1, max_length=8)]
     """Channels in each stage (a bottleneck's output has four times as many)."""
     bottleneck: bool = False
     stem: Literal[3, 7] = 3
     shortcut: Literal["A", "B"] = "B"
-    classes: Annotated[int, Ge(2), Le(100_000)] = 10
+    classes: Annotated[int, Field(ge=2, le=100_000)] = 10
     input_shape: tuple[Size, Size, Size] = (32, 32, 3)
     """Height, width, channels."""
 

@@ -61,6 +61,11 @@ class Certificate:
             msg = f"certificate: expected counts, got {self.disagreements} of {self.n}, look {self.looks}"
             raise InputError(msg)
 
+        passed = p_value(self.disagreements, self.n, self.epsilon) <= self.delta / self.looks
+        if self.step == 0 or (self.step > 0 and not passed):
+            msg = f"certificate: {self.disagreements} of {self.n} do not certify step {self.step} at {self.epsilon}"
+            raise InputError(msg)
+
     @property
     def certified(self) -> bool:
         """Whether any step of the path was certified."""
@@ -78,7 +83,7 @@ def certify(
         epsilon: The disagreement to certify.
         delta: The risk that the certificate is wrong.
         looks: How often these rows have been opened for a certificate, this time included. A second look pays: it is
-            tested at delta / looks.
+            tested at delta / looks. That bounds the risk of each certificate, not of the whole series of looks.
         base_saw_data: Whether the base was trained on these rows, which makes it (and so its caches) surer on them.
 
     Raises:

@@ -19,7 +19,7 @@ from gati_jax._errors import InputError
 from .binomial import largest_passing
 from .tables import CostTable, ReplayTable, cascade_ms, replay_plan
 
-LARGEST_MOVE = 0.1  # of the budget: a certificate can only stop between moves
+SMALL_MOVE = 0.1  # of the budget; taken first, for a certificate can only stop between moves
 MAX_THRESHOLDS = 64  # for each candidate: more would fit the noise of a few thousand requests
 
 
@@ -132,7 +132,12 @@ def _greedy(table: ReplayTable, costs: CostTable, budgets: tuple[int, ...]) -> P
     thresholds = np.full(m, np.inf, np.float32)
     path, disagreement, mean = [thresholds.copy()], [0.0], [costs.full_ms]
     for budget in budgets:
-        while (move := _best_move(table, costs, grid, thresholds, budget)) is not None:
+        small = max(1, int(budget * SMALL_MOVE))
+        while True:
+            move = _best_move(table, costs, grid, thresholds, budget, small)
+            move = move or _best_move(table, costs, grid, thresholds, budget, budget)
+            if move is None:
+                break
             thresholds[move.cache] = move.threshold
             path.append(thresholds.copy())
             disagreement.append(replay_plan(table, thresholds).disagreement)
@@ -169,11 +174,16 @@ class _Grid(NamedTuple):
 
 
 def _best_move(
-    table: ReplayTable, costs: CostTable, grid: _Grid, thresholds: Float[np.ndarray, " candidates"], budget: int
+    table: ReplayTable,
+    costs: CostTable,
+    grid: _Grid,
+    thresholds: Float[np.ndarray, " candidates"],
+    budget: int,
+    largest: int,
 ) -> _Move | None:
     """Return the move that saves the most for each new disagreement, or None if none saves within the budget.
 
-    Moves that cost no disagreement come first, the largest saving first.
+    Moves that cost no disagreement come first, the largest saving first. No move costs more than ``largest``.
     """
     m, n = table.scores.shape
     if m == 0:
@@ -184,7 +194,6 @@ def _best_move(
     blocks = np.array([costs.until(site) for site in (*table.sites, table.depth)])
     now_ms = blocks + np.append(looked, looked[-1])
     best: _Move | None = None
-    largest_move = max(1, int(budget * LARGEST_MOVE))
     spent = int(outcome.disagrees.sum())
     for c in range(m):
         if not on[c] and table.sites[c] in np.asarray(table.sites)[on]:
@@ -198,7 +207,7 @@ def _best_move(
         saved = np.cumsum(np.where(later, now_ms[outcome.exits] - here_ms, 0.0)[order]) - opening
         wrong = np.cumsum(np.where(later, (~table.agrees[c]).astype(int) - outcome.disagrees, 0)[order])
         cuts = grid.cuts[c]
-        affordable = wrong[cuts] <= min(budget - spent, largest_move)
+        affordable = wrong[cuts] <= min(budget - spent, largest)
         cuts = cuts[(saved[cuts] > 1e-9 * n) & affordable & (table.scores[c][order[cuts]] < thresholds[c])]
         if not len(cuts):
             continue

@@ -81,9 +81,10 @@ def check_cascade(cascade: Cascade) -> None:
     if sorted(set(sites)) != list(sites) or any(not 0 <= site < len(cascade.chain) for site in sites):
         msg = f"caches: expected rising sites in 0 .. {len(cascade.chain) - 1}, got {sites}"
         raise InputError(msg)
-    if bad := [site for site in sites if jnp.promote_types(specs[site].dtype, jnp.float32) != jnp.float32]:
+    floats = {jnp.dtype(name) for name in ("float32", "float16", "bfloat16")}
+    if bad := [site for site in sites if specs[site].dtype not in floats]:
         got = ", ".join(f"{specs[site].dtype} at {site}" for site in bad)
-        msg = f"caches: expected activations of float32 or narrower, got {got}"
+        msg = f"caches: expected float32, float16 or bfloat16 activations, got {got}"
         raise InputError(msg)
     if cascade.thresholds.shape != (len(sites),):
         msg = f"thresholds: expected one for each of {len(sites)} caches, got shape {list(cascade.thresholds.shape)}"

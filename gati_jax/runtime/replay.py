@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
+from gati_jax._errors import InputError
 from gati_jax._linen import call
 from gati_jax.caches import Candidate
-from gati_jax.data import row_digests
+from gati_jax.data import check_distinct_rows, row_digests
 from gati_jax.fitting import Candidates
 from gati_jax.models import Chain, check_images
 from gati_jax.planning import ReplayTable
@@ -37,12 +38,16 @@ def replay(
         batch: Images in a step.
 
     Raises:
-        InputError: Images that the chain does not take.
+        InputError: Images that the chain does not take, or that the predictors were fitted on.
     """
     images = check_images(chain, images)
     items = tuple(candidates)
+    if len(images) == 0:
+        msg = "images: expected at least one, got none"
+        raise InputError(msg)
     rows = row_digests(images)
     if isinstance(candidates, Candidates):
+        check_distinct_rows(rows, candidates.fit_rows, names=("images", "fit"))
         selectors, fold = candidates.fold_selectors, _unseen_fold(candidates, rows)
     else:
         selectors = tuple(jax.tree.map(lambda v: v[None], item.params["selector"]) for item in items)

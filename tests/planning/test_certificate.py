@@ -195,3 +195,18 @@ def test_certify_refuses_a_table_without_the_plans_candidates(make_table, make_p
 def test_an_empty_plan_certifies_nothing(make_table, make_plan):
     certificate = gati_jax.certify(make_plan(np.zeros((1, 0)), depth=2), one_cache(make_table, 0, 50), 0.1)
     assert (certificate.step, certificate.stays_off) == (-1, ())
+
+
+@pytest.mark.parametrize(("step", "disagreements"), [(0, 0), (1, 100), (2, 8)])
+def test_a_certificate_that_its_own_counts_refute_cannot_be(step, disagreements):
+    with pytest.raises(gati_jax.InputError, match="do not certify step"):
+        gati_jax.Certificate(
+            epsilon=0.1,
+            delta=0.05,
+            step=step,
+            n=100,
+            disagreements=disagreements,
+            p_value=0.0,
+            plan_hash="",
+            data_fingerprint="",
+        )
