@@ -1,6 +1,7 @@
 """Folders that are replaced as a whole, and whose files are checked against a list of their digests."""
 
 import contextlib
+import glob
 import hashlib
 import os
 import shutil
@@ -22,7 +23,7 @@ def replacing(path: Path) -> Generator[Path]:
     """
     path = path.resolve()  # a link stays, and what it points to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.saving-*"):
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.saving-*"):
         shutil.rmtree(stale, ignore_errors=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.saving-", dir=path.parent))
     try:

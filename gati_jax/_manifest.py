@@ -43,6 +43,8 @@ class Provenance(Strict):
     seed: int = 0
     data_fingerprints: dict[str, str] = {}
     """By split: a digest of its rows, in order."""
+    looks: tuple[dict[str, str | float], ...] = ()
+    """Every plan that rows of the certify split were opened for, this bundle's included."""
     command: list[str] = []
     config: dict[str, Any] = {}
 

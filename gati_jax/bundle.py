@@ -13,6 +13,7 @@ shapes that those imply.
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ from .caches import Candidate, build_predictor, build_selector, choose, describe
 from .models import Chain, ResNet, fold, init, to_chain
 from .planning import Certificate, CostTable, Plan
 from .runtime import Cascade, check_cascade
+
+MAX_ARRAY_BYTES = 8 * 2**30  # a manifest of a few lines may imply any number; compressed, so may a small file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -276,6 +279,9 @@ def _load_arrays(folder: Path, expected: Mapping[str, Any]) -> dict[str, jax.Arr
     Raises:
         BundleError: Sorted lists of missing, unexpected and misshapen names; or Orbax cannot read the folder.
     """
+    if (total := sum(math.prod(v.shape) * v.dtype.itemsize for v in expected.values())) > MAX_ARRAY_BYTES:
+        msg = f"bundle: {folder} would take {total} bytes of memory, {MAX_ARRAY_BYTES} are allowed"
+        raise BundleError(msg)
     path = str(folder.absolute())
     try:
         found = ocp.metadata(path).metadata

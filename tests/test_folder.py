@@ -93,6 +93,14 @@ def test_two_targets_in_one_folder_do_not_meet(tmp_path):
     assert previous(tmp_path / "x") != previous(tmp_path / "y")
 
 
+def test_a_name_with_brackets_is_no_pattern(tmp_path):
+    (tmp_path / ".a.saving-1").mkdir()
+    (tmp_path / ".[ab].saving-2").mkdir()
+    with replacing(tmp_path / "[ab]") as folder:
+        (folder / "file").write_text("x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.saving-1", "[ab]"]
+
+
 @pytest.mark.parametrize("failing", [1, 2], ids=["moving the old aside", "moving the new in"])
 def test_a_rename_that_fails_leaves_the_old_one_present(tmp_path, monkeypatch, failing):
     save(tmp_path / "x", {"file": b"old"})

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 from gati_jax import InputError, __version__
@@ -34,6 +35,14 @@ class Parser(argparse.ArgumentParser):
         """
         msg = f"arguments: {message} (see --help)"
         raise InputError(msg)
+
+
+def positive(text: str) -> int:
+    """Read a count."""
+    if not text.isdecimal() or int(text) < 1:
+        msg = f"expected 1 or more, got {text}"
+        raise argparse.ArgumentTypeError(msg)
+    return int(text)
 
 
 def folder(text: str) -> Path:
@@ -111,11 +120,12 @@ def write_result(path: Path, result: Result) -> None:
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")
     for row in rows:
-        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+        # Names come from bundles and data sets: brackets in them are no markup.
+        table.add_row(*(escape(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row))
     # Off a terminal, rich would cut tables at 80 columns.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
     p.add_argument(
         "--split",
-        choices=("certify", "test"),
+        choices=("select", "certify", "test"),
         default="test",
         help="split of the bundle's config (default: test)",
     )
@@ -45,7 +45,11 @@ def main(argv: list[str] | None = None) -> None:
         help="TensorFlow Datasets folder, if it is not where the bundle was fitted",
     )
     p.add_argument(
-        "--timed", type=int, default=150, metavar="N", help="requests to time, from the split's first on (default: 150)"
+        "--timed",
+        type=cli.positive,
+        default=150,
+        metavar="N",
+        help="requests to time, from the split's first on (default: 150)",
     )
     arguments = p.parse_args(argv)
 
@@ -62,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     chunks = [gati_jax.infer_batch(bundle, split.images[i : i + CHUNK]) for i in range(0, len(split), CHUNK)]
     prediction = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
     table = gati_jax.replay(bundle.chain, bundle.cascade.caches, split.images, labels=split.labels)
-    timed = jnp.asarray(split.images[: max(1, arguments.timed)])
+    timed = jnp.asarray(split.images[: arguments.timed])
     speed = measure_speed(bundle.cascade, timed)
 
     # --- Result -----------------------------------------------------------------------------------------------------

@@ -157,7 +157,8 @@ def fit(
     optimizer = _optimizer(config, len(images))
     step = jax.jit(functools.partial(_step, predictors, config, optimizer), donate_argnames="state")
     loop = LoopConfig(epochs=config.epochs, batch=config.batch, seed=config.seed)
-    params, constants = _init(chain, predictors, images[:_INIT_ROWS], config)
+    drawn = np.random.default_rng(config.seed).permutation(len(images))[:_INIT_ROWS]
+    params, constants = _init(chain, predictors, images[drawn], config)
     state = run_loop(
         lambda state, rows: step(chain, constants, state=state, images=rows),
         LoopState(jnp.zeros((), jnp.int32), params, optimizer.init(params)),
@@ -204,8 +205,12 @@ def _predictors(chain: Chain, heads: Sequence[Head]) -> dict[str, _Part]:
             msg = f"heads: expected sites 0 to {len(chain) - 1} for {head.name}, got {bad}"
             raise InputError(msg)
         parts |= {f"{head.name}@{site}": _Part(site, head.predictor(chain.classes), head.selector) for site in sites}
-    if not parts or len(parts) != sum(len(chain) - 1 if h.sites is None else len(h.sites) for h in heads):
-        msg = f"heads: expected at least one, with distinct names, got {[head.name for head in heads]}"
+    if not parts:
+        msg = f"heads: expected at least one at some site, got none; a chain of {len(chain)} blocks has by default"
+        msg += " sites 1 to N - 1, and site 0 where sites=(0,) says so"
+        raise InputError(msg)
+    if len(parts) != sum(len(chain) - 1 if h.sites is None else len(h.sites) for h in heads):
+        msg = f"heads: expected distinct names, got {[head.name for head in heads]}"
         raise InputError(msg)
     return parts
 

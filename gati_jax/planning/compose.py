@@ -55,6 +55,9 @@ class Plan:
         if np.isnan(self.path).any() or (self.path == -np.inf).any():
             msg = "path: expected thresholds or infinity, got NaN or -infinity"
             raise InputError(msg)
+        if np.isfinite(self.path[0]).any():
+            msg = f"path: expected its first step to be the bare base, all infinite, got {self.path[0]}"
+            raise InputError(msg)
 
     @property
     def hash(self) -> str:

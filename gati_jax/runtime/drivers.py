@@ -5,10 +5,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from .cascade import Cascade, Prediction, begin, finish, step
+from .numerics import reference
 from .packing import Packed, unpack
 
 
 @jax.jit
+@reference
 def _predict_one(packed: Packed[Cascade], image: Shaped[Array, "*input"]) -> Prediction:
     cascade = unpack(packed)
     state = begin(cascade, image)
@@ -16,6 +18,7 @@ def _predict_one(packed: Packed[Cascade], image: Shaped[Array, "*input"]) -> Pre
 
 
 @jax.jit
+@reference
 def _predict_batch(packed: Packed[Cascade], images: Shaped[Array, "batch *input"]) -> Prediction:
     return jax.lax.map(lambda image: _predict_one(packed, image), images)
 
@@ -43,7 +46,10 @@ def predict_batch(cascade: Cascade, images: Shaped[Array, "batch *input"]) -> Pr
 
 def predict_stepwise(cascade: Cascade, image: Shaped[Array, "*input"]) -> Prediction:
     """Answer one request by the same step in a plain Python loop: for debugging, and as a check on the jitted loop."""
-    with jax.disable_jit():  # else every lax.switch would compile all its branches
+    with (
+        jax.default_matmul_precision("highest"),
+        jax.disable_jit(),
+    ):  # else every lax.switch would compile all its branches
         state = begin(cascade, jnp.asarray(image))
         while not state.done:
             state = step(cascade, state)

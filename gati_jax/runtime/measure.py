@@ -16,6 +16,7 @@ from gati_jax.planning import CostTable
 
 from .cascade import Cascade
 from .drivers import predict_one
+from .numerics import reference
 from .packing import Packed, pack, unpack
 
 
@@ -62,6 +63,7 @@ def prefix_program(chain: Chain, site: int, images: Shaped[Array, "batch *input"
 
 # All parameters are handed over, as to the whole network: that is part of its time up to any site.
 @functools.partial(jax.jit, static_argnames="site", keep_unused=True)
+@reference
 def _prefix(packed: Packed[Chain], images: Shaped[Array, "batch *input"], *, site: int) -> Array:
     chain = unpack(packed)
     x = chain.span(chain.prepare(images), 0, site)
@@ -125,6 +127,7 @@ def _all_miss(chain: Chain, caches: tuple[Candidate, ...]) -> Cascade:
 
 
 @jax.jit
+@reference
 def _lookup(packed: Packed[Candidate], activation: Float[Array, "batch *site"]) -> tuple[Array, Array]:
     return lookup(unpack(packed), activation)
 

@@ -16,6 +16,8 @@ from gati_jax.fitting import Candidates
 from gati_jax.models import Chain, check_images
 from gati_jax.planning import ReplayTable
 
+from .numerics import reference
+
 
 def replay(
     chain: Chain,
@@ -82,6 +84,7 @@ def _unseen_fold(candidates: Candidates, rows: np.ndarray) -> Int[np.ndarray, " 
 
 
 @jax.jit
+@reference
 def _replay_batch(
     chain: Chain, items: tuple[Candidate, ...], selectors: tuple[PyTree, ...], images: Array, fold: Int[Array, " batch"]
 ) -> tuple[Int[Array, " batch"], Int[Array, "candidates batch"], Float[Array, "candidates batch"]]:

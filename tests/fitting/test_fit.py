@@ -250,10 +250,29 @@ def test_sites_that_the_chain_does_not_have_are_refused(tiny, sites):
         tiny.fit(sites=sites)
 
 
-@pytest.mark.parametrize("sites", [(), (1, 1)])
-def test_no_head_and_a_head_twice_are_refused(tiny, sites):
-    with pytest.raises(gati_jax.InputError, match="heads: expected at least one, with distinct names"):
+@pytest.mark.parametrize(("sites", "message"), [((), "at least one at some site"), ((1, 1), "distinct names")])
+def test_no_head_and_a_head_twice_are_refused(tiny, sites, message):
+    with pytest.raises(gati_jax.InputError, match=f"heads: expected {message}"):
         tiny.fit(sites=sites)
+
+
+def test_a_chain_of_one_block_has_no_site_by_default(tiny):
+    base = tiny.chain()
+    short = gati_jax.Chain(base.blocks[:1], base.classifier, (base.params[0], np.ones((10, 4))), base.input_spec)
+    with pytest.raises(gati_jax.InputError, match="a chain of 1 blocks has by default sites 1 to N - 1"):
+        gati_jax.fit(short, tiny.images()[0], select=tiny.images()[1])
+
+
+def test_statistics_come_from_rows_of_the_whole_split(tiny):
+    """Data sets are often sorted: their first rows say little of the rest."""
+    rows, select = tiny.images()
+    many = np.concatenate([np.zeros_like(rows)] * 3 + [rows + 8])
+    many += np.arange(len(many), dtype=np.float32)[:, None] * 1e-6  # all rows distinct
+    config = dataclasses.replace(tiny.CONFIG, epochs=1)
+    fitted = gati_jax.fit(tiny.chain(), many, select=select, heads=[tiny.head(0)], config=config, progress=False)
+    mean = fitted.items[0].params["predictor"]["statistics"]["standardize"]["mean"]
+    np.testing.assert_allclose(mean, many.mean(0), atol=0.8)
+    assert np.abs(many[:512].mean(0) - many.mean(0)).min() > 1.5
 
 
 def refused(tiny, message, rows, select, **config):

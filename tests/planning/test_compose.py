@@ -167,12 +167,14 @@ def test_the_hash_changes_with_every_threshold(make_plan):
     plan = make_plan(path)
     hashes = {plan.hash}
     for index in np.ndindex(path.shape):
+        if index[0] == 0:
+            continue  # the bare base
         changed = path.copy()
         changed[index] = np.nextafter(np.float32(min(changed[index], 9.0)), np.float32(-9))
         hashes.add(dataclasses.replace(plan, path=changed).hash)
     for change in ({"names": ("c0", "c2")}, {"sites": (1, 3)}, {"depth": 9}):
         hashes.add(dataclasses.replace(plan, **change).hash)
-    assert len(hashes) == 1 + path.size + 3
+    assert len(hashes) == 1 + path[1:].size + 3
     assert dataclasses.replace(plan, path=path.copy()).hash == plan.hash
 
 

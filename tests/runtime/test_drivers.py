@@ -1,5 +1,6 @@
 """Every driver against a cascade written out by hand."""
 
+import re
 from typing import Any
 
 import jax
@@ -296,6 +297,17 @@ def test_a_chain_of_whole_numbers_keeps_them():
     tokens = jnp.asarray([2**24 + 1, 2**24 + 3, 5], jnp.int32)
     cascade = Cascade(chain, (), jnp.zeros(0))
     assert predict_one(cascade, tokens).logits.tolist() == [1, 3, 5]
+
+
+def test_reference_products_are_float32_on_every_device(chain, caches, splits):
+    """What an accelerator would round, a CPU does not: so look into the programs."""
+    cascade = Cascade(chain, (caches[2],), jnp.zeros(1))
+    image = jnp.asarray(splits["test"][0])
+    for driver, rows in ((drivers._predict_one, image), (drivers._predict_batch, image[None])):
+        program = str(jax.make_jaxpr(driver)(cascade.packed, rows))
+        products = re.findall(r"precision=(.*)", program)
+        assert len(products) > 3
+        assert all(precision.count("HIGHEST") == 2 for precision in products), products
 
 
 def test_uint8_images_are_prepared_once():

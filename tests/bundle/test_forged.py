@@ -1,0 +1,338 @@
+"""Bundles made to harm whoever loads them: none is believed, and nothing in them is run."""
+
+import json
+import pickle
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gati_jax
+from gati_jax import BundleError, Chain
+from gati_jax._folder import digests
+from gati_jax._manifest import Plans, read_json
+from tests.bundle.made import (
+    answers,
+    block,
+    cache,
+    cache_shapes,
+    classify,
+    edit,
+    in_memory,
+    load,
+    make,
+    make_certificate,
+    make_plan,
+    own_chain,
+    sign,
+)
+
+
+def set_in(*keys: str | int, value: object) -> Callable[[Any], None]:
+    def change(tree: Any) -> None:
+        for key in keys[:-1]:
+            tree = tree[key]
+        tree[keys[-1]] = value
+
+    return change
+
+
+def swap_sites(manifest: Any) -> None:
+    one, two = manifest["caches"]
+    one["site"], two["site"] = two["site"], one["site"]
+
+
+DIGEST = "1 " + "0" * 64
+FORGED_MANIFESTS = {
+    "newer version": (set_in("format_version", value=2), "format version 2.*up to 1"),
+    "much newer version": (lambda _: {"format_version": 99, "all": "different"}, "format version 99"),
+    "version of another type": (set_in("format_version", value="two"), "format_version"),
+    "no version": (lambda m: m.pop("format_version") and None, "format_version"),
+    "unknown key": (set_in("surprise", value=1), "surprise"),
+    "unknown key of a cache": (set_in("caches", 0, "module", value="os"), "caches.0.*module"),
+    "unknown key of the provenance": (set_in("provenance", "x", value="os"), "provenance.x"),
+    "traversal": (set_in("files", "../outside", value=DIGEST), r"'\.\./outside'.*no file of the bundle"),
+    "absolute path": (set_in("files", "/etc/passwd", value=DIGEST), "/etc/passwd"),
+    "file with a NUL in its name": (set_in("files", "a\0b", value=DIGEST), "files|a.*b"),
+    "file with too long a name": (set_in("files", "a" * 300, value=DIGEST), "aaa"),
+    "empty digest": (set_in("files", "plans.json", value=""), "files|plans.json"),
+    "digest that is no number": (set_in("files", "plans.json", value="x y"), "files|plans.json"),
+    "digest without a hash": (set_in("files", "plans.json", value="1"), "plans.json"),
+    "listed file that is not there": (set_in("files", "gone.json", value=DIGEST), "gone.json is missing"),
+    "unknown predictor": (set_in("caches", 0, "predictor", value={"kind": "os.system"}), "caches.0.predictor"),
+    "unknown selector": (set_in("caches", 1, "selector", value={"kind": "eval"}), "caches.1.selector"),
+    "other predictor": (
+        set_in("caches", 0, "predictor", value={"kind": "pool", "size": 2, "hidden": 5}),
+        "misshapen: caches/fc@1",
+    ),
+    "absurd width": (set_in("caches", 0, "predictor", "hidden", value=10**12), "caches.0.predictor.*hidden"),
+    "large width": (set_in("caches", 0, "predictor", "hidden", value=65_536), "misshapen.*65536"),
+    "zero width": (set_in("caches", 0, "predictor", "hidden", value=0), "caches.0.predictor.*hidden"),
+    "kernel larger than its input": (
+        set_in("caches", 0, "predictor", value={"kind": "conv", "kernel": 60_000}),
+        "fc@1",
+    ),
+    "absurd site": (set_in("caches", 1, "site", value=10**12), "caches.1.site"),
+    "site behind the network": (set_in("caches", 1, "site", value=3), r"fc@2 is at site 3.*0 to 2|inconsistent"),
+    "negative site": (set_in("caches", 1, "site", value=-1), "caches.1.site"),
+    "caches at each other's sites": (swap_sites, "inconsistent"),
+    "cache at another site": (set_in("caches", 0, "site", value=0), "inconsistent"),
+    "no caches": (set_in("caches", value=[]), "inconsistent"),
+    "absurd input": (set_in("input_shape", value=[10**12]), "input_shape"),
+    "other input": (set_in("input_shape", value=[5]), r"chain: expected inputs float32\[5\], got float32\[4\]"),
+    "other dtype": (set_in("input_dtype", value="object"), r"expected inputs object\[4\]"),
+    "division by zero": (
+        set_in("normalization", value={"mean": [0.0], "std": [0.0], "scale": 1.0}),
+        "normalization",
+    ),
+    "nameless cache": (set_in("caches", 0, "name", value=""), "caches.0.name"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED_MANIFESTS)
+def test_forged_manifest_is_refused(folder, case):
+    change, message = FORGED_MANIFESTS[case]
+    edit(folder / "manifest.json", change)
+    with pytest.raises(BundleError, match=message):
+        load(folder)
+
+
+def ragged(plans: Any) -> None:
+    plans["plans"][0]["path"][1] = [0.0]
+
+
+def narrow(plans: Any) -> None:
+    plans["plans"][0]["path"] = [[None], [0.0], [0.0]]
+
+
+FORGED_FILES = {
+    "ragged path": ("plans.json", ragged, "path|plans.json|inconsistent"),
+    "path of one cache": ("plans.json", narrow, "path|plans.json|inconsistent"),
+    "no path": ("plans.json", set_in("plans", 0, "path", value=[]), "path|plans.json|inconsistent"),
+    "other thresholds": ("plans.json", set_in("plans", 0, "path", 2, 1, value=-9.0), "inconsistent"),
+    "rows that are no digests": ("plans.json", set_in("plans", 0, "rows", value="zz"), "plans.0.rows"),
+    "absurd plan site": ("plans.json", set_in("plans", 0, "sites", 0, value=10**12), "plans.0.sites.0"),
+    "two plans": ("plans.json", lambda p: p["plans"].append(p["plans"][0]), "plans"),
+    "no plan": ("plans.json", set_in("plans", value=[]), "plans"),
+    "unknown key of a plan": ("plans.json", set_in("plans", 0, "code", value="x"), "plans.0.code"),
+    "two certificates": (
+        "certificates.json",
+        lambda c: c["certificates"].append(c["certificates"][0]),
+        "certificates",
+    ),
+    "certificate of another plan": (
+        "certificates.json",
+        set_in("certificates", 0, "plan_hash", value="0" * 64),
+        "inconsistent",
+    ),
+    "step behind the path": ("certificates.json", set_in("certificates", 0, "step", value=3), "inconsistent"),
+    "step before the path": (
+        "certificates.json",
+        set_in("certificates", 0, "step", value=-2),
+        "certificate: expected counts",
+    ),
+    "step of another type": (
+        "certificates.json",
+        set_in("certificates", 0, "step", value="two"),
+        "certificates.0.step",
+    ),
+    "certificate without a field": (
+        "certificates.json",
+        lambda c: c["certificates"][0].pop("epsilon") and None,
+        "certificates.0.epsilon",
+    ),
+    "unknown key of a certificate": (
+        "certificates.json",
+        set_in("certificates", 0, "surprise", value=1),
+        "certificates.0.surprise",
+    ),
+    "epsilon of 700 %": ("certificates.json", set_in("certificates", 0, "epsilon", value=7), "epsilon"),
+    "negative time": ("tuning/test.json", set_in("costs", 0, "blocks_ms", 0, value=-1), "test.json.*milliseconds"),
+    "unknown key of costs": ("tuning/test.json", set_in("costs", 0, "surprise", value=1), "test.json.*surprise"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED_FILES)
+def test_forged_and_signed_file_is_refused(folder, case):
+    name, change, message = FORGED_FILES[case]
+    edit(folder / name, change)
+    sign(folder)
+    with pytest.raises(BundleError, match=message):
+        load(folder)
+
+
+FORGED_NETWORKS = {
+    "unknown key": (set_in("network", "surprise", value=1), "network.*surprise"),
+    "absurd stage": (set_in("network", "stages", 0, value=10**9), "network.*stages.0"),
+    "absurd width": (set_in("network", "widths", 0, value=10**9), "network.*widths.0"),
+    "absurd input": (set_in("network", "input_shape", 0, value=10**9), "network.*input_shape"),
+    "a width too few": (set_in("network", "widths", value=[4]), "widths: expected one for each of 2 stages"),
+    "more stages": (
+        lambda m: m["network"].update(stages=[1, 1, 1], widths=[4, 8, 8]),
+        "chain: expected 2 blocks",
+    ),
+    "other input than the manifest says": (set_in("network", "input_shape", value=[9, 9, 3]), "chain: expected inputs"),
+    "shrinking stages, no projection": (
+        lambda m: m["network"].update(widths=[8, 4], shortcut="A"),
+        "bundle|network",
+    ),
+    "other number of classes": (set_in("network", "classes", value=6), "misshapen.*base/2"),
+    "normalization of two channels": (
+        set_in("normalization", value={"mean": [0.0, 0.0], "std": [1.0, 1.0], "scale": 1.0}),
+        "normalization",
+    ),
+    "no network": (set_in("network", value=None), r"pass it as load_bundle\(path, chain=my_chain\)"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED_NETWORKS)
+def test_forged_network_is_refused(saved_residual, tmp_path, case):
+    change, message = FORGED_NETWORKS[case]
+    folder = shutil.copytree(saved_residual, tmp_path / "b")
+    edit(folder / "manifest.json", change)
+    with pytest.raises(BundleError, match=message):
+        gati_jax.load_bundle(folder)
+
+
+def test_arrays_of_another_network_are_listed(folder, tmp_path):
+    rng = np.random.default_rng(5)
+    caches = (cache(rng, "fc@1", 1, hidden=7), cache(rng, "zz@2", 2))
+    plan = make_plan(caches)
+    gati_jax.save_bundle(tmp_path / "other", own_chain(rng), caches, plan, make_certificate(plan))
+    shutil.rmtree(folder / "arrays")
+    shutil.copytree(tmp_path / "other" / "arrays", folder / "arrays")
+    sign(folder)
+    with pytest.raises(BundleError) as caught:
+        load(folder)
+    leaves = sorted(leaf_names(cache_shapes(5)))
+    changed = [name for name in leaves if leaf_names(cache_shapes(5))[name] != leaf_names(cache_shapes(7))[name]]
+    assert {"predictor/params/hidden/kernel", "predictor/params/out/kernel"} <= set(changed)
+    wide = [
+        f"caches/fc@1/{name} (expected float32{leaf_names(cache_shapes(5))[name]},"
+        f" got float32{leaf_names(cache_shapes(7))[name]})"
+        for name in changed
+    ]
+    assert str(caught.value).endswith(
+        f"{len(leaves)} missing: {', '.join(f'caches/fc@2/{leaf}' for leaf in leaves)}; "
+        f"{len(leaves)} unexpected: {', '.join(f'caches/zz@2/{leaf}' for leaf in leaves)}; "
+        f"{len(wide)} misshapen: {', '.join(wide)}"
+    )
+
+
+def leaf_names(tree: Any, prefix: str = "") -> dict[str, list[int]]:
+    """The shapes of nested dictionaries by path."""
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: list(tree.shape)}
+    return {k: v for name, below in tree.items() for k, v in leaf_names(below, f"{prefix}{name}/").items()}
+
+
+def test_own_chain_must_be_given(saved):
+    with pytest.raises(BundleError, match=r"load_bundle\(path, chain=my_chain\)"):
+        gati_jax.load_bundle(saved)
+
+
+def test_chain_of_another_input_is_refused(saved):
+    other = own_chain(np.random.default_rng(0), width=6)
+    with pytest.raises(BundleError, match=r"chain: expected inputs float32\[4\], got float32\[6\]"):
+        gati_jax.load_bundle(saved, chain=other)
+
+
+def test_chain_of_another_depth_is_refused(saved):
+    chain = make(1)[0]
+    deeper = Chain((block,) * 4, classify, (chain.params[0], *chain.params), chain.input_spec)
+    with pytest.raises(BundleError, match="chain: expected 3 blocks"):
+        gati_jax.load_bundle(saved, chain=deeper)
+
+
+@pytest.mark.parametrize("gone", ["arrays", "arrays/state", "arrays/_CHECKPOINT_METADATA"])
+def test_arrays_that_are_neither_there_nor_listed_are_missed(folder, gone):
+    shutil.rmtree(folder / gone) if (folder / gone).is_dir() else (folder / gone).unlink()
+    sign(folder)
+    with pytest.raises(BundleError, match="arrays"):
+        load(folder)
+
+
+# Orbax leaves the tasks of a load that failed to the garbage collector, which complains.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damaged_and_signed_arrays_are_refused(saved, tmp_path):
+    names = [name for name in digests(saved) if name.startswith("arrays/") and (saved / name).stat().st_size]
+    for i, name in enumerate(names):
+        folder = shutil.copytree(saved, tmp_path / str(i))
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+        sign(folder)
+        try:
+            loaded = load(folder)
+        except BundleError:
+            continue
+        assert answers(loaded) == answers(in_memory(make(1))), name  # Orbax does not need every file that it writes
+
+
+class Bomb:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+def test_nothing_in_a_bundle_is_executed(folder, tmp_path, monkeypatch):
+    mark = tmp_path / "executed"
+    bomb = pickle.dumps(Bomb(mark))
+    pickle.loads(bomb)
+    assert mark.exists()  # the bomb is live
+    mark.unlink()
+    for name in ("evil.pkl", "arrays/evil.pkl", "arrays/state/checkpoint", "tuning/evil.pkl", "plans.pkl"):
+        (folder / name).write_bytes(bomb)
+    code = f"import pathlib; pathlib.Path({str(mark)!r}).touch()"
+    for name in ("evil.py", "sitecustomize.py", "arrays/__init__.py", "__init__.py"):
+        (folder / name).write_text(code)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    with pytest.raises(BundleError, match="does not list"):
+        load(folder)
+    sign(folder)  # as whoever planted them would
+    assert answers(load(folder)) == answers(in_memory(make(1)))
+    assert not mark.exists()
+    assert "evil" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "plans.json", "certificates.json", "tuning/test.json"])
+def test_a_pickle_in_place_of_json_is_refused_unread(folder, tmp_path, name):
+    (folder / name).write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
+    if name in {"plans.json", "certificates.json"}:
+        sign(folder)
+    with pytest.raises(BundleError, match=re.escape(Path(name).name)):
+        load(folder)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("kind", ["evil", "evil:Predictor", "evil.Predictor"])
+def test_a_kind_is_never_imported(folder, monkeypatch, kind):
+    (folder / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(folder))
+    edit(folder / "manifest.json", set_in("caches", 0, "predictor", value={"kind": kind}))
+    with pytest.raises(BundleError, match="predictor"):
+        load(folder)
+    assert "evil" not in sys.modules
+
+
+def test_a_manifest_that_implies_more_memory_than_allowed_is_refused(saved_residual, tmp_path):
+    """It takes a few bytes to ask for a few terabytes."""
+    folder = shutil.copytree(saved_residual, tmp_path / "b")
+    edit(folder / "manifest.json", lambda m: m["network"].update(stages=[64, 64], widths=[4096, 4096]))
+    plans = json.loads((folder / "plans.json").read_text())
+    plans["plans"][0]["depth"] = 128
+    (folder / "plans.json").write_text(json.dumps(plans))
+    plan_hash = read_json(folder / "plans.json", Plans).plans[0].plan().hash
+    edit(folder / "certificates.json", set_in("certificates", 0, "plan_hash", value=plan_hash))
+    sign(folder)
+    with pytest.raises(BundleError, match=r"would take \d+ bytes of memory"):
+        gati_jax.load_bundle(folder)

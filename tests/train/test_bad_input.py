@@ -1,0 +1,175 @@
+"""Bad input to the scripts: one line, exit code 2."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gati_jax.models import export_state_dict, init, resnet
+from tests.train.one_pass import DIGITS, ROOT, SPLITS, evaluate_arguments
+from train import base, caches, cli, evaluate
+
+
+def refuse(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], None], *arguments: str) -> str:
+    """Run as ``python -m`` would; check that it ends with code 2 and one line on standard error; return the line."""
+    with pytest.raises(SystemExit) as caught:
+        cli.run(lambda: main(list(arguments)))
+    printed = capsys.readouterr()
+    assert caught.value.code == 2
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    return printed.err
+
+
+CONFIG_ERRORS = {
+    "missing config": (["--config", "nowhere.toml"], "nowhere.toml"),
+    "unknown key": ([*DIGITS, "--fit.epoch", "1"], "unknown key fit.epoch; did you mean fit.epochs?"),
+    "wrong type": ([*DIGITS, "--fit.epochs", "many"], "fit.epochs"),
+    "missing value": ([*DIGITS, "--fit.epochs"], "expected a value behind --fit.epochs"),
+    "unknown network": ([*DIGITS, "--base.network", "resnet21"], "resnet21"),
+    "unknown split": ([*DIGITS, "--data.splits.fit", "train", "--data.base_trained_on", '["train"]'], "split"),
+    "no such rows": (
+        [*DIGITS, *SPLITS, "--data.splits.fit", "all[5000:]", "--data.base_trained_on", '["all[5000:]"]'],
+        "all has 1797 rows",
+    ),
+    "split of another form": ([*DIGITS, "--data.splits.test", "all[10%:]"], "all[10%:]"),
+    "data folder": ([*DIGITS, "--data.name", "cifar10", "--data.dir", "nowhere"], "data.dir"),
+    "normalization": ([*DIGITS, "--base.normalization.std", "[0]"], "normalization"),
+}
+
+
+@pytest.mark.parametrize("main", [base.main, caches.main], ids=["base", "caches"])
+@pytest.mark.parametrize("case", CONFIG_ERRORS)
+@pytest.mark.usefixtures("quiet_logging")
+def test_bad_config_is_one_line(capsys, monkeypatch, tmp_path, main, case):
+    arguments, message = CONFIG_ERRORS[case]
+    monkeypatch.chdir(tmp_path)
+    if case in {"no such rows", "data folder", "normalization", "unknown split"} and main is caches.main:
+        arguments = [*arguments, "--base.weights", str(weights_of(tmp_path))]
+    assert message in refuse(capsys, main, *arguments, "--out", "out")
+    assert not (tmp_path / "out").exists()
+
+
+def weights_of(folder: Path) -> Path:
+    """Weights for ResNet-20, all zeros."""
+    network = resnet("resnet20", input_shape=(8, 8, 1))
+    shapes = jax.eval_shape(lambda: init(network, jax.random.key(0)))
+    tensors = export_state_dict(network, jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes))
+    base.save_file(tensors, folder / "zeros.safetensors")
+    return folder / "zeros.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("main", "key", "value", "names"),
+    [
+        (caches.main, "select", "all[800:1197]", ("fit=", "select=all[800:1197]")),
+        (caches.main, "certify", "all[1196:1497]", ("select=", "certify=all[1196:1497]")),
+        (caches.main, "test", "all", ("fit=", "test=all")),
+        (base.main, "test", "all[896:]", ("test=all[896:]", "base_trained_on 0=")),
+    ],
+)
+@pytest.mark.usefixtures("quiet_logging")
+def test_overlapping_splits_are_named(capsys, tmp_path, main, key, value, names):
+    said = refuse(capsys, main, *DIGITS, f"--data.splits.{key}", value, "--out", str(tmp_path))
+    assert "expected disjoint splits" in said
+    for name in names:
+        assert name in said
+
+
+@pytest.mark.usefixtures("quiet_logging", "tiny")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.base_trained_on", "[]"], "base_trained_on"),
+        (["--base.training.batch", "5000"], "5000"),
+        (["--seed", "-1"], "seed"),
+        (["--base.normalization.mean", "[0.1, 0.2]", "--base.normalization.std", "[1, 1]"], "normalization"),
+    ],
+)
+def test_training_a_base_that_cannot_be_is_refused(capsys, tmp_path, arguments, message):
+    common = ["--base.training.epochs", "1", "--out", str(tmp_path / "out")]
+    assert re.search(message, refuse(capsys, base.main, *DIGITS, *common, *arguments))
+
+
+@pytest.mark.usefixtures("quiet_logging")
+def test_training_on_images_of_another_shape_is_refused(capsys, tmp_path):
+    shape = ["--base.input_shape", "[16, 16, 1]", "--out", str(tmp_path / "out")]
+    assert "the network takes (16, 16, 1)" in refuse(capsys, base.main, *DIGITS, *shape)
+
+
+@pytest.mark.usefixtures("quiet_logging")
+def test_an_out_that_is_a_file_is_refused(capsys, run, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    said = refuse(capsys, evaluate.main, *evaluate_arguments(run.folder, tmp_path / "out"), "--timed", "1")
+    assert "out" in said
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.usefixtures("quiet_logging")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (None, "base.weights: expected a .safetensors file"),
+        (lambda _: None, "no such file"),
+        (lambda path: path.write_bytes(b"\0" * 40), "not a readable safetensors file"),
+        (lambda path: (shutil.copy(weights_of(path.parent), path), truncated(path)), "not a readable safetensors file"),
+        (lambda path: base.save_file({"a.weight": np.zeros(3, np.float32)}, path), "1 unexpected: a.weight"),
+    ],
+    ids=["none named", "missing", "garbage", "truncated", "another network's"],
+)
+def test_bad_weights_are_one_line(capsys, tmp_path, make, message):
+    config = tmp_path / "c.toml"
+    text = (ROOT / "configs" / "digits.toml").read_text()
+    path = tmp_path / "w.safetensors"
+    config.write_text(
+        text.replace('weights = "runs/digits/base/base.safetensors"', f'weights = "{path}"' if make else "")
+    )
+    if make:
+        make(path)
+    assert message in refuse(capsys, caches.main, "--config", str(config), "--out", str(tmp_path / "out"))
+
+
+@pytest.mark.usefixtures("quiet_logging")
+def test_bad_bundles_are_one_line(capsys, run, tmp_path):
+    copy = shutil.copytree(run.folder / "caches" / "bundle", tmp_path / "bundle")
+    out = ("--out", str(tmp_path / "out"))
+    assert "manifest.json" in refuse(capsys, evaluate.main, "--bundle", str(tmp_path / "nothing"), *out)
+    array = max((file for file in (copy / "arrays").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    array.write_bytes(array.read_bytes()[:-1])
+    assert array.name in refuse(capsys, evaluate.main, "--bundle", str(copy), *out)
+    (copy / "manifest.json").write_text("{")
+    assert "manifest.json" in refuse(capsys, evaluate.main, "--bundle", str(copy), *out)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("quiet_logging")
+@pytest.mark.parametrize("count", ["0", "-1", "many"])
+def test_no_request_to_time_is_refused(capsys, run, tmp_path, count):
+    arguments = (*evaluate_arguments(run.folder, tmp_path / "out"), f"--timed={count}")
+    assert f"--timed: expected 1 or more, got {count}" in refuse(capsys, evaluate.main, *arguments)
+
+
+def test_brackets_in_names_are_printed(capsys):
+    cli.show("a [bold] title", ("name",), [("[red]cache[/red]",), ("[/]",)])
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("a [bold] title", "[red]cache[/red]", "[/]"))
+
+
+@pytest.mark.usefixtures("quiet_logging")
+def test_a_bundle_that_does_not_say_its_data_is_refused(capsys, run, tmp_path):
+    copy = shutil.copytree(run.folder / "caches" / "bundle", tmp_path / "bundle")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["provenance"]["config"] = {}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    said = refuse(capsys, evaluate.main, "--bundle", str(copy), "--out", str(tmp_path / "out"))
+    assert "does not say what it was fitted on" in said

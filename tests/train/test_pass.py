@@ -1,0 +1,158 @@
+"""What a pass writes, against independent computations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from scipy.stats import binom
+
+from gati_jax import CostTable, data
+from gati_jax.models import apply, import_state_dict
+from gati_jax.planning import ReplayTable
+from gati_jax.runtime import Speed
+from tests.train.one_pass import HIDDEN, KEYS, TESTED, TINY, evaluate_arguments, json_of, strict
+from train import evaluate
+
+
+def test_evaluation_has_every_key_and_is_what_was_printed(run):
+    written = strict((run.folder / "eval" / "evaluation.json").read_text())
+    assert written == run.evaluation
+    for where, names in KEYS.items():
+        section = written
+        for key in filter(None, where.split(".")):
+            section = section[int(key) if key.isdigit() else key]
+        assert set(names.split()) <= set(section), where
+    assert (written["dataset"], written["split"], written["n"]) == ("digits", f"all[1497:{1497 + TESTED}]", TESTED)
+
+
+def test_base_accuracy_is_that_of_the_unfolded_network(run, tested):
+    variables = import_state_dict(TINY, load_file(run.folder / "base" / "base.safetensors"))
+    pixels = (tested.images.astype(np.float32) / 16 - np.float32(0.305)) / np.float32(0.376)
+    accuracy = np.mean(np.argmax(apply(TINY, variables, jnp.asarray(pixels)), -1) == tested.labels)
+    assert accuracy > 0.3  # it has learned: ten classes
+    assert run.base["accuracy"] == pytest.approx(accuracy)
+    assert run.evaluation["base"]["accuracy"] == pytest.approx(accuracy)
+    assert strict((run.folder / "base" / "base.json").read_text())["n"] == TESTED
+
+
+def test_exits_agreement_and_accuracy_are_those_of_single_requests(run, tested, table, predictions):
+    exits = np.array([int(p.exit) for p in predictions])
+    classes = np.array([int(p.class_index) for p in predictions])
+    assert len(set(exits.tolist())) > 1  # else nothing below says much
+    evaluation = run.evaluation
+    assert [e["exit"] for e in evaluation["exits"]] == [*run.bundle.cascade.sites, 3]
+    assert [e["hits"] for e in evaluation["exits"]] == [int((exits == e["exit"]).sum()) for e in evaluation["exits"]]
+    assert sum(e["hits"] for e in evaluation["exits"]) == evaluation["n"] == TESTED
+    for e in evaluation["exits"]:
+        here = exits == e["exit"]
+        assert e["hit_rate"] == pytest.approx(here.mean())
+        expected = np.mean(classes[here] == table.answers[here]) if here.any() else None
+        assert e["agreement"] == (None if expected is None else pytest.approx(expected))
+    assert evaluation["exits"][-1]["agreement"] in (1.0, None)
+    assert evaluation["cascade"]["agreement"] == pytest.approx(np.mean(classes == table.answers))
+    assert evaluation["cascade"]["accuracy"] == pytest.approx(np.mean(classes == tested.labels))
+    assert evaluation["cost"]["blocks_mean"] == pytest.approx(exits.mean())
+
+
+def test_certificate_is_the_bundle_s_and_holds_as_it_should(run, table, predictions):
+    said, certificate = run.evaluation["certificate"], run.bundle.certificate
+    for name in ("epsilon", "delta", "n", "disagreements", "method", "numerics", "looks"):
+        assert said[name] == getattr(certificate, name)
+    assert (said["epsilon"], said["n"], said["looks"], said["base_saw_data"]) == (0.2, 300, 1, False)
+    wrong = np.mean([int(p.class_index) != a for p, a in zip(predictions, table.answers, strict=True)])
+    assert said["holds"] == (certificate.step >= 0 and wrong <= 0.2)
+    assert binom.cdf(said["disagreements"], said["n"], said["epsilon"]) <= said["delta"]
+
+
+def test_costs_are_consistent(run):
+    cost = run.evaluation["cost"]
+    (measured,) = cost["measured"]
+    assert measured["requests"] == TESTED
+    assert measured["speedup"] == pytest.approx(measured["full_ms"] / measured["cascade_ms"])
+    assert cost["saved_share"] == pytest.approx(1 - 1 / cost["ideal_speedup"])
+    # Every request of the split was timed, so their ideal is the split's.
+    assert measured["conversion"] == pytest.approx(measured["speedup"] / cost["ideal_speedup"])
+    assert (measured["batch"], measured["dtype"], measured["driver"]) == (1, "float32", "while_loop")
+    looked = [sum(0.01 for s in run.bundle.cascade.sites if s <= e["exit"]) for e in run.evaluation["exits"]]
+    mean = sum(ms * e["hit_rate"] for ms, e in zip(looked, run.evaluation["exits"], strict=True))
+    assert measured["lookup_share"] == pytest.approx(mean / measured["cascade_ms"])
+
+
+def test_memory_is_counted_tensor_by_tensor(run):
+    tensors = load_file(run.folder / "base" / "base.safetensors")
+    # Folded: a kernel and a bias for every convolution, and the classifier.
+    kept = [v.size for k, v in tensors.items() if k.startswith("fc.") or "conv" in k or k.endswith(".bias")]
+    assert run.evaluation["memory"]["base_bytes"] == 4 * sum(kept)
+    arrays = [leaf for c in run.bundle.cascade.caches for leaf in jax.tree.leaves(c.params)]
+    assert run.evaluation["memory"]["cache_bytes"] == sum(np.asarray(a).nbytes for a in arrays)
+    # At least the two layers of a head on a 4x4 grid of four channels.
+    assert run.evaluation["memory"]["cache_bytes"] >= 4 * (4 * 4 * 4 * HIDDEN + HIDDEN * 10)
+
+
+def test_a_made_up_timing_gives_costs_by_hand(run):
+    """Half leave at the first cache (1 of 4 ms), half at the base; the cascade itself takes 3 ms."""
+    bundle = run.bundle
+    site = bundle.cascade.sites[0]
+    exit_ms = dict.fromkeys(bundle.cascade.sites, 1.0) | {3: 4.0}
+    speed = Speed(full_ms=4.0, cascade_ms=3.0, exit_ms=exit_ms, exits=(site, 3), spread=0.0)
+    cost = evaluate.cost(bundle, np.array([site, 3, site, 3]), speed)
+    assert cost["ideal_speedup"] == pytest.approx(4 / 2.5)
+    assert cost["saved_share"] == pytest.approx(1.5 / 4)
+    assert cost["measured"][0]["speedup"] == pytest.approx(4 / 3)
+    assert cost["measured"][0]["conversion"] == pytest.approx((4 / 3) / (4 / 2.5))
+
+
+def test_the_time_before_the_input_is_a_float():
+    """A cache may stand at site 0, before all blocks."""
+    nothing = CostTable(device="cpu", batch=1, blocks_ms=(1.0,), lookup_ms={}).until(0)
+    assert (nothing, type(nothing)) == (0.0, float)
+
+
+def test_the_oracle_leaves_at_the_first_cache_that_agrees():
+    columns = np.array([[0, 9, 9, 0], [0, 1, 9, 9]])  # what the two caches say; the base says 0, 1, 2, 0
+    table = ReplayTable(
+        names=("a", "b"), sites=(1, 2), depth=3, answers=np.array([0, 1, 2, 0]), classes=columns,
+        scores=np.zeros((2, 4), np.float32), rows=np.arange(4, dtype=np.uint64),
+    )  # fmt: skip
+    speed = Speed(full_ms=8.0, cascade_ms=1.0, exit_ms={1: 1.0, 2: 3.0, 3: 8.0}, exits=(3,), spread=0.0)
+    assert evaluate.oracle_saved_share(table, speed) == pytest.approx(1 - (1 + 3 + 8 + 1) / 4 / 8)
+
+
+def test_nothing_is_chosen_on_test(run):
+    """Training caches never so much as loads it; training the base writes its accuracy only."""
+    assert sorted(run.loaded) == sorted(["all[:897]", "all[897:1197]", "all[1197:1497]"])
+
+
+def test_the_report_shows_the_evaluation(run):
+    html = (run.folder / "eval" / "report.html").read_text()
+    assert f"resnet20 on digits all[1497:{1497 + TESTED}]" in html
+    assert f"{run.evaluation['cascade']['agreement']:.2%}" in html
+
+
+def test_caches_json_and_provenance_say_where_it_comes_from(run):
+    assert strict((run.folder / "caches" / "caches.json").read_text()) == run.caches
+    provenance = run.bundle.provenance
+    parts = {"fit": "all[:897]", "select": "all[897:1197]", "certify": "all[1197:1497]"}
+    for name, part in parts.items():
+        rows = data.row_digests(data.load("digits", part).images)
+        assert provenance.data_fingerprints[name] == data.fingerprint(rows)
+    assert provenance.config["fit"]["epochs"] == 6
+    assert run.bundle.class_names == tuple("0123456789")
+    assert run.caches["predicted"]["full_ms"] == 3.0
+
+
+def test_another_split_can_be_evaluated(run, tmp_path):
+    arguments = evaluate_arguments(run.folder, tmp_path)
+    result = json_of(evaluate.main, *arguments, "--split", "certify", "--timed", "1")
+    assert (result["split"], result["n"], result["cost"]["measured"][0]["requests"]) == ("all[1197:1497]", 300, 1)
+    # The cascade repeats on these rows what was counted for the certificate.
+    assert round((1 - result["cascade"]["agreement"]) * 300) == run.bundle.certificate.disagreements
+
+
+def test_without_json_a_table_is_printed(run, tmp_path, capsys):
+    evaluate.main([*evaluate_arguments(run.folder, tmp_path), "--timed", "1"])
+    printed = capsys.readouterr().out
+    assert "agreement with the base" in printed
+    assert ("holds here" in printed) == run.evaluation["certificate"]["holds"]
+    assert "evaluation.json" in printed

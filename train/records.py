@@ -1,0 +1,118 @@
+"""What one run of ``train.caches`` leaves in DIR for the next one: costs.json and looks.json."""
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from jaxtyping import UInt64
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+import gati_jax
+from gati_jax import Candidate, Chain, CostTable, InputError, Plan, data
+from gati_jax.runtime.measure import device_name
+
+from . import cli
+from .config import Config
+
+_log = logging.getLogger("train.records")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Costs(_Record):
+    """costs.json."""
+
+    identity: dict[str, str]
+    costs: CostTable
+
+
+class Look(_Record):
+    """One plan that was held against certify rows, at one epsilon and delta."""
+
+    plan_hash: str
+    data_fingerprint: str
+    epsilon: float
+    delta: float
+
+
+class _Looks(_Record):
+    """looks.json."""
+
+    looks: tuple[Look, ...]
+    rows: dict[str, Annotated[str, Field(pattern=r"^([0-9a-f]{16})*$")]]
+    """By fingerprint: the digests of the rows."""
+
+    @model_validator(mode="after")
+    def _rows_are_known(self) -> "_Looks":
+        if missing := {look.data_fingerprint for look in self.looks} - self.rows.keys():
+            msg = f"rows: {', '.join(missing)} is missing"
+            raise ValueError(msg)
+        return self
+
+
+def measured_costs(path: Path, chain: Chain, candidates: Iterable[Candidate], config: Config) -> CostTable:
+    """Measure, or take what an earlier run of the same experiment measured here.
+
+    Times never repeat exactly. A second measurement could change the plan, and cost a second look at ``certify``.
+    """
+    sections = {"fit": config.fit, "base": config.base}
+    identity = {name: section.model_dump_json() for name, section in sections.items()} | {
+        "rounds": str(config.measure_rounds),
+        "seed": str(config.seed),
+        "device": device_name(),
+        "jax": cli.versions()["jax"],
+    }
+    try:
+        saved = TypeAdapter(_Costs).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        saved = None
+    except ValidationError:
+        _log.warning("%s is damaged: costs are measured anew", path)
+        saved = None
+    if saved and saved.identity == identity:
+        _log.info("costs as measured before (remove %s to measure anew)", path)
+        return saved.costs
+    costs = gati_jax.measure_costs(chain, candidates, rounds=config.measure_rounds)
+    cli.write_result(path, {"identity": identity, "costs": dataclasses.asdict(costs)})
+    return costs
+
+
+def record_look(
+    path: Path, rows: UInt64[np.ndarray, " n"], plan: Plan, epsilon: float, delta: float
+) -> tuple[Look, ...]:
+    """Write down that these rows are opened to certify this plan, before they are.
+
+    Args:
+        path: looks.json.
+        rows: Digests of the certify rows.
+        plan: About to be certified.
+        epsilon: The disagreement to certify.
+        delta: The risk of error.
+
+    Returns:
+        All looks at any of these rows, this one included. The same look again learns nothing new and counts once.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    try:
+        book = TypeAdapter(_Looks).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        book = _Looks(looks=(), rows={})
+    except ValidationError as error:
+        msg = f"looks: {path} is damaged, and without it nobody knows how often the certify data has been opened"
+        raise InputError(msg) from error
+    fingerprint = data.fingerprint(rows)
+    look = Look(plan_hash=plan.hash, data_fingerprint=fingerprint, epsilon=epsilon, delta=delta)
+    if look not in book.looks:
+        hexadecimal = rows.astype("<u8").tobytes().hex()
+        book = _Looks(looks=(*book.looks, look), rows={**book.rows, fingerprint: hexadecimal})
+        cli.write_result(path, book.model_dump())
+    opened = {name: np.frombuffer(bytes.fromhex(text), "<u8") for name, text in book.rows.items()}
+    overlapping = {name for name, others in opened.items() if np.isin(others, rows).any()}
+    return tuple(look for look in book.looks if look.data_fingerprint in overlapping)
