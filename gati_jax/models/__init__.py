@@ -4,6 +4,11 @@ from .chain import Block as Block
 from .chain import Chain as Chain
 from .chain import Normalization as Normalization
 from .chain import check_images as check_images
+from .convolution import ALGORITHMS as ALGORITHMS
+from .convolution import Algorithm as Algorithm
+from .layers import Layer as Layer
+from .layers import layers as layers
+from .layers import with_algorithms as with_algorithms
 from .resnet import NAMES as NAMES
 from .resnet import ResNet as ResNet
 from .resnet import apply as apply

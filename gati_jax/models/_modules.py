@@ -9,11 +9,31 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .convolution import Algorithm, convolve, stored_shape
+
 Norm = Literal["batch", "running", "folded"]
 """Batch norm by the batch's statistics (training), by running ones, or folded into the convolution (inference)."""
 
 _POOL_PADDING: Any = ((1, 1), (1, 1))  # Linen takes it, its annotation does not
 _HE = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
+
+
+class Convolution(nn.Module):
+    """A biased convolution by any algorithm; its kernel is stored as the algorithm takes it."""
+
+    features: int
+    kernel: int
+    stride: int
+    algorithm: Algorithm
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w features"]:
+        """Convolve and add the bias."""
+        shape = stored_shape((self.kernel, self.kernel, x.shape[-1], self.features), self.algorithm)
+        kernel = self.param("kernel", nn.initializers.zeros, shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        y = convolve(x, jnp.asarray(kernel, x.dtype), self.algorithm, self.kernel, self.stride)
+        return y + jnp.asarray(bias, x.dtype).reshape(1, 1, 1, -1)
 
 
 class ConvNorm(nn.Module):
@@ -23,24 +43,17 @@ class ConvNorm(nn.Module):
     kernel: int = 3
     stride: int = 1
     norm: Norm = "folded"
+    algorithm: Algorithm = "direct"  # of the folded convolution
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w features"]:
         """Convolve and normalise; no activation function."""
-        pad, folded = self.kernel // 2, self.norm == "folded"
+        if self.norm == "folded":
+            return Convolution(self.features, self.kernel, self.stride, self.algorithm, name="conv")(x)
+        pad = (self.kernel // 2, self.kernel // 2)
         size, strides = (self.kernel, self.kernel), (self.stride, self.stride)
-        conv = nn.Conv(
-            self.features,
-            size,
-            strides,
-            padding=((pad, pad), (pad, pad)),
-            use_bias=folded,
-            kernel_init=_HE,
-            name="conv",
-        )
+        conv = nn.Conv(self.features, size, strides, padding=(pad, pad), use_bias=False, kernel_init=_HE, name="conv")
         x = conv(x)
-        if folded:
-            return x
         return nn.BatchNorm(use_running_average=self.norm == "running", momentum=0.9, epsilon=1e-5, name="norm")(x)
 
 
@@ -54,6 +67,7 @@ class Shortcut(nn.Module):
     stride: int
     option: Literal["A", "B"]
     norm: Norm
+    algorithm: Algorithm = "direct"
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w features"]:
@@ -62,7 +76,7 @@ class Shortcut(nn.Module):
         if self.stride == 1 and missing == 0:
             return x
         if self.option == "B":
-            return ConvNorm(self.features, 1, self.stride, self.norm, name="projection")(x)
+            return ConvNorm(self.features, 1, self.stride, self.norm, self.algorithm, name="projection")(x)
         before = missing // 2
         return jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (before, missing - before)))
 
@@ -75,11 +89,14 @@ class ResidualBlock(nn.Module):
     bottleneck: bool
     shortcut: Literal["A", "B"]
     norm: Norm
+    algorithms: tuple[Algorithm, ...] = ()
+    """Of its convolutions in order, the projection's last; missing ones are direct."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w out"]:
         """Run the block."""
         width, stride = self.features, self.stride
+        algorithms: tuple[Algorithm, ...] = (*self.algorithms, "direct", "direct", "direct", "direct")
         # The stride sits on the 3x3 convolution, as in torchvision ("ResNet v1.5").
         layers = (
             ((width, 1, 1), (width, 3, stride), (4 * width, 1, 1))
@@ -89,8 +106,9 @@ class ResidualBlock(nn.Module):
         y = x
         for i, (features, kernel, step) in enumerate(layers, 1):
             y = y if i == 1 else nn.relu(y)
-            y = ConvNorm(features, kernel, step, self.norm, name=f"conv{i}")(y)
-        return nn.relu(y + Shortcut(layers[-1][0], stride, self.shortcut, self.norm, name="shortcut")(x))
+            y = ConvNorm(features, kernel, step, self.norm, algorithms[i - 1], name=f"conv{i}")(y)
+        shortcut = Shortcut(layers[-1][0], stride, self.shortcut, self.norm, algorithms[len(layers)], name="shortcut")
+        return nn.relu(y + shortcut(x))
 
 
 class Stem(nn.Module):
@@ -99,12 +117,13 @@ class Stem(nn.Module):
     features: int
     kernel: Literal[3, 7]
     norm: Norm
+    algorithm: Algorithm = "direct"
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w features"]:
         """Run the stem."""
         small = self.kernel == 3  # noqa: PLR2004
-        x = nn.relu(ConvNorm(self.features, self.kernel, 1 if small else 2, self.norm, name="conv")(x))
+        x = nn.relu(ConvNorm(self.features, self.kernel, 1 if small else 2, self.norm, self.algorithm, name="conv")(x))
         return x if small else nn.max_pool(x, (3, 3), (2, 2), _POOL_PADDING)
 
 

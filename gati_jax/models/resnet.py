@@ -5,6 +5,7 @@ and one for the classifier. Training and inference run the same modules: see ``N
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -18,6 +19,7 @@ from gati_jax._linen import call
 
 from ._modules import Classifier, FirstBlock, Norm, ResidualBlock, Stem
 from .chain import Chain, Normalization
+from .convolution import Algorithm
 
 Variables = tuple[dict[str, Any], ...]
 Size = Annotated[int, Field(ge=1, le=4096)]
@@ -51,17 +53,31 @@ class ResNet:
             msg = f"widths: expected rising ones, for shortcut A can only add channels, got {self.widths}"
             raise InputError(msg)
 
-    def modules(self, norm: Norm) -> tuple[nn.Module, ...]:
-        """Return the modules of blocks 1 .. N and the classifier."""
-        blocks: list[nn.Module] = []
-        for stage, (count, width) in enumerate(zip(self.stages, self.widths, strict=True)):
-            for k in range(count):
-                stride = 2 if stage > 0 and k == 0 else 1
-                blocks.append(ResidualBlock(width, stride, self.bottleneck, self.shortcut, norm))
-        stem = Stem(self.widths[0], self.stem, norm)
-        first = blocks[0]
-        assert isinstance(first, ResidualBlock)  # noqa: S101 (narrows the type)
-        return (FirstBlock(stem, first), *blocks[1:], Classifier(self.classes))
+    def modules(self, norm: Norm, algorithms: Sequence[tuple[Algorithm, ...]] = ()) -> tuple[nn.Module, ...]:
+        """Return the modules of blocks 1 .. N and the classifier.
+
+        Args:
+            norm: See ``Norm``.
+            algorithms: For each block those of its convolutions, see ``layers``; the compiler's own if empty.
+        """
+        chosen = list(algorithms) or [()] * sum(self.stages)
+        stem_algorithm = chosen[0][0] if chosen[0] else "direct"
+        chosen[0] = chosen[0][1:]
+        blocks = [
+            ResidualBlock(width, stride, self.bottleneck, self.shortcut, norm, choice)
+            for (width, stride), choice in zip(self.shapes, chosen, strict=True)
+        ]
+        stem = Stem(self.widths[0], self.stem, norm, stem_algorithm)
+        return (FirstBlock(stem, blocks[0]), *blocks[1:], Classifier(self.classes))
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """Width and stride of every residual block."""
+        return tuple(
+            (width, 2 if stage > 0 and k == 0 else 1)
+            for stage, (count, width) in enumerate(zip(self.stages, self.widths, strict=True))
+            for k in range(count)
+        )
 
 
 _CIFAR = {f"resnet{6 * n + 2}": (n, n, n) for n in (3, 5, 7, 9, 18)}
@@ -175,8 +191,17 @@ class LinenBlock:
         return call(self.module, {"params": params}, x)
 
 
-def to_chain(network: ResNet, params: tuple[Any, ...], normalization: Normalization | None = None) -> Chain:
-    """Return the inference chain of ``network`` with folded parameters (see ``fold``)."""
-    *blocks, classifier = (LinenBlock(module) for module in network.modules("folded"))
+def to_chain(
+    network: ResNet,
+    params: tuple[Any, ...],
+    normalization: Normalization | None = None,
+    *,
+    algorithms: Sequence[tuple[Algorithm, ...]] = (),
+) -> Chain:
+    """Return the inference chain of ``network`` with folded parameters (see ``fold``).
+
+    ``algorithms`` are those that the kernels in ``params`` are stored for: see ``with_algorithms``.
+    """
+    *blocks, classifier = (LinenBlock(module) for module in network.modules("folded", algorithms))
     spec = jax.ShapeDtypeStruct(network.input_shape, jnp.float32)
     return Chain(tuple(blocks), classifier, params, spec, normalization, network)

@@ -1,0 +1,112 @@
+"""The convolutions of a residual network, and the same network by other algorithms."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gati_jax._errors import InputError
+
+from .chain import Chain
+from .convolution import Algorithm, applicable, store
+from .resnet import ResNet, to_chain
+
+
+class Layer(NamedTuple):
+    """One convolution."""
+
+    kernel: int
+    stride: int
+    inputs: int
+    outputs: int
+    height: int  # of what comes in
+    width: int
+    path: tuple[str, ...]  # to its parameters in the block's
+
+    @property
+    def kind(self) -> str:
+        """What its speed depends on; layers of one kind take one algorithm."""
+        return f"{self.kernel}x{self.kernel}/{self.stride} {self.inputs}-{self.outputs} {self.height}x{self.width}"
+
+    @property
+    def applicable(self) -> tuple[Algorithm, ...]:
+        """The algorithms that can do it."""
+        return applicable(self.kernel, self.stride)
+
+
+@functools.cache
+def layers(network: ResNet) -> tuple[tuple[Layer, ...], ...]:
+    """Return for every block its convolutions in the order of ``ResNet.modules``: stem, 1, 2, (3), projection."""
+    height, width, channels = network.input_shape
+    small = network.stem == 3  # noqa: PLR2004
+    stem = Layer(network.stem, 1 if small else 2, channels, network.widths[0], height, width, ("stem", "conv"))
+    inputs = network.widths[0]
+    if not small:  # the convolution halves, and so does the max-pool
+        height, width = (_halved(_halved(size)) for size in (height, width))
+    blocks: list[tuple[Layer, ...]] = []
+    for features, stride in network.shapes:
+        outputs = 4 * features if network.bottleneck else features
+        after = (height, width) if stride == 1 else (_halved(height), _halved(width))
+        if network.bottleneck:
+            block = (
+                Layer(1, 1, inputs, features, height, width, ("conv1",)),
+                Layer(3, stride, features, features, height, width, ("conv2",)),
+                Layer(1, 1, features, outputs, *after, ("conv3",)),
+            )
+        else:
+            block = (
+                Layer(3, stride, inputs, features, height, width, ("conv1",)),
+                Layer(3, 1, features, features, *after, ("conv2",)),
+            )
+        if network.shortcut == "B" and (stride > 1 or inputs != outputs):
+            block += (Layer(1, stride, inputs, outputs, height, width, ("shortcut", "projection")),)
+        blocks.append(block)
+        inputs, (height, width) = outputs, after
+    first = (stem, *(layer._replace(path=("block", *layer.path)) for layer in blocks[0]))
+    return (first, *blocks[1:])
+
+
+def _halved(size: int) -> int:
+    return (size + 1) // 2
+
+
+def with_algorithms(chain: Chain, choice: Mapping[str, Algorithm]) -> Chain:
+    """Return the same network with its convolutions done by other algorithms, their kernels stored accordingly.
+
+    Args:
+        chain: A residual network's, as ``to_chain`` makes it, without algorithms.
+        choice: By kind of layer; layers of other kinds stay with the compiler's own convolution.
+
+    Raises:
+        InputError: The chain is no residual network of this library's, or an algorithm cannot do its layer.
+    """
+    network = chain.network
+    if not isinstance(network, ResNet):
+        msg = "chain: expected a residual network of this library, got a chain of other functions"
+        raise InputError(msg)
+    algorithms = []
+    for block in layers(network):
+        picked = tuple(choice.get(layer.kind, "direct") for layer in block)
+        for layer, algorithm in zip(block, picked, strict=True):
+            if algorithm not in layer.applicable:
+                msg = f"choice: expected one of {', '.join(layer.applicable)} for {layer.kind}, got {algorithm!r}"
+                raise InputError(msg)
+        algorithms.append(picked)
+    params = [
+        _stored(tree, {layer.path: a for layer, a in zip(block, picked, strict=True)})
+        for tree, block, picked in zip(chain.params, layers(network), algorithms, strict=False)
+    ]
+    return to_chain(network, (*params, chain.params[-1]), chain.normalization, algorithms=algorithms)
+
+
+def _stored(tree: dict[str, Any], algorithms: Mapping[tuple[str, ...], Algorithm]) -> dict[str, Any]:
+    """Return a block's parameters with every kernel as its algorithm takes it."""
+
+    def convert(path: tuple[Any, ...], leaf: Any) -> jax.Array:  # noqa: ANN401 (an array of JAX's or NumPy's)
+        *names, last = (key.key for key in path)
+        array = jnp.asarray(leaf)
+        return store(array, algorithms[tuple(names[:-1])]) if last == "kernel" else array
+
+    return jax.tree_util.tree_map_with_path(convert, tree)
