@@ -1,0 +1,171 @@
+"""Many requests in one program, each leaving at its own exit.
+
+After every chosen site the rows that missed are compacted: the next span runs over them alone, in tiles whose number is
+only known then (a ``fori_loop`` with a dynamic trip count). Nothing returns to the host in between. ``vmap`` of the
+per-sample loop would run everything for every row; this runs what is left, rounded up to a tile.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from gati_jax.caches import Candidate, lookup
+from gati_jax.models import Chain
+
+from .cascade import Cascade, Prediction
+from .numerics import reference
+from .packing import Packed, pack, unpack
+from .schedule import Schedule
+
+Options = tuple[tuple[str, str], ...]
+"""Compiler options of one program."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchedCascade:
+    """A cascade with the tiles that it runs in; all its arrays are leaves.
+
+    Args:
+        chains: The base for each tile size: the same function, perhaps by other convolution algorithms.
+        caches: In the order of their sites.
+        thresholds: One for each cache.
+        schedule: The tiles.
+    """
+
+    chains: tuple[Chain, ...]
+    caches: tuple[Candidate, ...]
+    thresholds: Float[Array, " caches"]
+    schedule: Schedule = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, cascade: Cascade, schedule: Schedule) -> "BatchedCascade":
+        """Run a cascade in tiles."""
+        chains = (cascade.chain,) * len(schedule.sizes)
+        return cls(chains=chains, caches=cascade.caches, thresholds=cascade.thresholds, schedule=schedule)
+
+    @functools.cached_property
+    def packed(self) -> Packed["BatchedCascade"]:
+        """The same in few arguments."""
+        return pack(self)
+
+
+class _Rows(NamedTuple):
+    """The requests still on their way, compacted: the first ``alive`` entries say where they are."""
+
+    activation: Shaped[Array, "capacity *site"]  # behind the last stage; hits among them, in the order of that stage
+    position: Int[Array, " capacity"]  # of each survivor in ``activation``
+    request: Int[Array, " capacity"]  # which request it is
+    alive: Int[Array, ""]
+
+
+def predict_tiled(
+    cascade: BatchedCascade, images: Shaped[Array, "batch *input"], count: int | None = None, options: Options = ()
+) -> Prediction:
+    """Answer a batch in one program.
+
+    Args:
+        cascade: See ``BatchedCascade``.
+        images: uint8 or prepared inputs; one program is compiled for each length.
+        count: How many of them are requests; the rest is padding, takes no time and gets no answer.
+        options: Compiler options of the program.
+    """
+    count = len(images) if count is None else count
+    return _program(options)(cascade.packed, images, jnp.int32(count))
+
+
+@functools.cache
+def _program(options: Options) -> jax.stages.Wrapped:
+    return jax.jit(_predict_tiled, compiler_options=dict(options) or None)
+
+
+@reference
+def _predict_tiled(
+    packed: Packed[BatchedCascade], images: Shaped[Array, "batch *input"], count: Int[Array, ""]
+) -> Prediction:
+    cascade = unpack(packed)
+    batch = len(images)
+    capacity = max(cascade.schedule.covered(batch), cascade.schedule.sizes[0])
+    x = cascade.chains[0].prepare(images)
+    everyone = jnp.minimum(jnp.arange(capacity), batch - 1)
+    rows = _Rows(x, everyone, everyone, count)
+    depth, classes = len(cascade.chains[0]), cascade.chains[0].classes
+    answer = Prediction(
+        class_index=jnp.zeros(batch, jnp.int32),
+        exit=jnp.full(batch, depth, jnp.int32),
+        score=jnp.full(batch, jnp.inf, jnp.float32),
+        logits=jnp.zeros((batch, classes), jnp.float32),
+    )
+    for index in range(len(cascade.caches) + 1):
+        rows, answer = _stage(cascade, index, rows, answer)
+    return answer._replace(class_index=jnp.argmax(answer.logits, -1).astype(jnp.int32))
+
+
+def _stage(cascade: BatchedCascade, index: int, rows: _Rows, answer: Prediction) -> tuple[_Rows, Prediction]:
+    """Run one span over the survivors, answer the hits, compact the others."""
+    chain, capacity = cascade.chains[0], len(rows.position)
+    last = index == len(cascade.caches)
+    site = len(chain) if last else cascade.caches[index].site
+    shape = () if last else chain.site_specs[site].shape
+    dtype = jnp.float32 if last else chain.site_specs[site].dtype
+    behind = (
+        jnp.zeros((capacity, *shape), dtype),
+        jnp.zeros((capacity, chain.classes), jnp.float32),
+        jnp.full(capacity, jnp.inf, jnp.float32),
+    )
+    start, sizes = jnp.int32(0), cascade.schedule.sizes
+    rest = jnp.asarray(cascade.schedule.table)[rows.alive % sizes[0]]
+    for i, size in enumerate(sizes):
+        number = rest[i] + (rows.alive // sizes[0] if i == 0 else 0)
+        run = functools.partial(_tile, cascade, (index, i), rows, start)
+        behind = jax.lax.fori_loop(0, number, run, behind)
+        start = start + number * size
+    activation, logits, scores = behind
+    live = jnp.arange(capacity) < rows.alive
+    hit = live & (scores >= (-jnp.inf if last else cascade.thresholds[index]))
+    missed = live & ~hit
+    target = jnp.where(hit, rows.request, len(answer.exit))  # out of bounds, and so dropped, where it missed
+    answer = Prediction(
+        class_index=answer.class_index,
+        exit=answer.exit.at[target].set(jnp.int32(site), mode="drop"),
+        score=answer.score.at[target].set(scores, mode="drop"),
+        logits=answer.logits.at[target].set(logits, mode="drop"),
+    )
+    return _survivors(activation, rows.request, missed), answer
+
+
+def _tile(
+    cascade: BatchedCascade,
+    which: tuple[int, int],
+    rows: _Rows,
+    start: Int[Array, ""],
+    number: Int[Array, ""],
+    behind: tuple[Array, Array, Array],
+) -> tuple[Array, Array, Array]:
+    """Run one tile of stage ``which[0]`` and size ``which[1]`` through its span and its lookup, or the classifier."""
+    index, size_index = which
+    chain, size = cascade.chains[size_index], cascade.schedule.sizes[size_index]
+    at = start + number * size
+    x = rows.activation[jax.lax.dynamic_slice_in_dim(rows.position, at, size)]
+    before = cascade.caches[index - 1].site if index else 0
+    activation, logits, scores = behind
+    if index == len(cascade.caches):
+        said = chain.classify(chain.span(x, before, len(chain))).astype(jnp.float32)
+    else:
+        x = chain.span(x, before, cascade.caches[index].site)
+        said, score = lookup(cascade.caches[index], x)
+        activation = jax.lax.dynamic_update_slice_in_dim(activation, x, at, 0)
+        scores = jax.lax.dynamic_update_slice_in_dim(scores, score.astype(jnp.float32), at, 0)
+    return activation, jax.lax.dynamic_update_slice_in_dim(logits, said.astype(jnp.float32), at, 0), scores
+
+
+def _survivors(
+    activation: Shaped[Array, "capacity *site"], request: Int[Array, " capacity"], missed: Bool[Array, " capacity"]
+) -> _Rows:
+    (position,) = jnp.nonzero(missed, size=len(missed), fill_value=0)
+    position = position.astype(jnp.int32)
+    return _Rows(activation, position, request[position], jnp.sum(missed, dtype=jnp.int32))
