@@ -34,8 +34,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--bundle", type=Path, required=True, metavar="DIR")
-    p.add_argument("--requests", type=int, default=100, metavar="N", help="test images to time (default: 100)")
-    p.add_argument("--rounds", type=int, default=7, metavar="N", help="times each (default: 7)")
+    p.add_argument("--requests", type=cli.positive, default=100, metavar="N", help="test images to time (default: 100)")
+    p.add_argument("--rounds", type=cli.positive, default=7, metavar="N", help="times each (default: 7)")
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
     p.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = p.parse_args()

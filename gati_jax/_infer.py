@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
-
 from .bundle import Bundle
 from .models import check_images
 from .runtime import Prediction, predict_batch, predict_one
@@ -29,8 +27,7 @@ def infer(bundle: Bundle, image: Any) -> Prediction:  # noqa: ANN401 (anything t
         >>> int(gati_jax.infer(bundle, image).exit)  # doctest: +SKIP
         3
     """
-    array = check_images(bundle.chain, image, batched=False, argument="image")
-    return predict_one(bundle.cascade, jnp.asarray(array))
+    return predict_one(bundle.cascade, check_images(bundle.chain, image, batched=False, argument="image"))
 
 
 def infer_batch(bundle: Bundle, images: Any) -> Prediction:  # noqa: ANN401 (anything that NumPy takes)
@@ -46,5 +43,4 @@ def infer_batch(bundle: Bundle, images: Any) -> Prediction:  # noqa: ANN401 (any
     Raises:
         InputError: The shape, the dtype or a value is not what the bundle's network takes.
     """
-    array = check_images(bundle.chain, images)
-    return predict_batch(bundle.cascade, jnp.asarray(array))
+    return predict_batch(bundle.cascade, check_images(bundle.chain, images))

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from ._errors import BundleError
 from .caches import PredictorSpec, SelectorSpec
 from .models import Normalization, ResNet
-from .planning import Certificate, CostTable, Plan
+from .planning import Certificate, CostTable, Origin, Plan
 
 FORMAT_VERSION = 1
 MAX_JSON_BYTES = 64 * 2**20
@@ -76,6 +76,7 @@ class PlanEntry(Strict):
     mean_ms: tuple[float, ...]
     rows: Annotated[str, Field(pattern=r"^([0-9a-f]{16})*$")]
     """Digests of the rows that it was composed on."""
+    origin: Origin = Origin()
 
     @classmethod
     def of(cls, plan: Plan) -> "PlanEntry":
@@ -89,6 +90,7 @@ class PlanEntry(Strict):
             disagreement=tuple(plan.disagreement.tolist()),
             mean_ms=tuple(plan.mean_ms.tolist()),
             rows=plan.rows.astype("<u8").tobytes().hex(),
+            origin=plan.origin,
         )
 
     @model_validator(mode="after")
@@ -110,6 +112,7 @@ class PlanEntry(Strict):
             depth=self.depth,
             rows=rows,
             n=len(rows),
+            origin=self.origin,
             path=path.reshape(len(self.path), len(self.names)),
             disagreement=np.array(self.disagreement),
             mean_ms=np.array(self.mean_ms),

@@ -41,8 +41,8 @@ from ._manifest import (
 )
 from .caches import Candidate, build_predictor, build_selector, choose, describe_predictor, describe_selector
 from .models import Chain, ResNet, fold, init, to_chain
-from .planning import Certificate, CostTable, Plan
-from .runtime import Cascade, check_cascade
+from .planning import Certificate, CostTable, Origin, Plan
+from .runtime import Cascade, check_cascade, origin
 
 MAX_ARRAY_BYTES = 8 * 2**30  # a manifest of a few lines may imply any number; compressed, so may a small file
 
@@ -109,6 +109,7 @@ def save_bundle(
         expected = f"sites {plan.sites} of {plan.depth} blocks"
         msg = f"candidates: expected the plan's {expected}, got {tuple(c.site for c in caches)} of {len(chain)}"
         raise InputError(msg)
+    _check_origin(plan, chain, caches)
     entries = tuple(
         CacheEntry(
             name=c.name, site=c.site, predictor=describe_predictor(c.predictor), selector=describe_selector(c.selector)
@@ -167,15 +168,28 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
         raise BundleError(msg)
     caches = tuple(_empty_cache(entry, skeleton) for entry in manifest.caches)
     arrays = _load_arrays(folder / "arrays", _arrays(skeleton, caches))
+    base = _filled(skeleton, arrays, "base")
+    caches = tuple(_filled(cache, arrays, f"caches/{cache.name}") for cache in caches)
+    try:
+        _check_origin(plan, base, caches)
+    except InputError as error:
+        msg = f"bundle: {folder} is inconsistent: {error}"
+        raise BundleError(msg) from error
     return Bundle(
-        chain=_filled(skeleton, arrays, "base"),
-        caches=tuple(_filled(cache, arrays, f"caches/{cache.name}") for cache in caches),
+        chain=base,
+        caches=caches,
         plan=plan,
         certificate=certificate,
         class_names=manifest.class_names,
         provenance=manifest.provenance,
         costs=_read_costs(folder / "tuning"),
     )
+
+
+def _check_origin(plan: Plan, chain: Chain, caches: tuple[Candidate, ...]) -> None:
+    """Check that plan and certificate were made from these very parameters; a plan made by hand does not say."""
+    if plan.origin != Origin():
+        plan.origin.check(origin(chain, caches, plan.origin.dtype), "candidates")
 
 
 def _read_manifest(folder: Path) -> Manifest:

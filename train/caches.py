@@ -16,7 +16,6 @@ import numpy as np
 import gati_jax
 from gati_jax import Chain, InputError, ReplayTable, data
 from gati_jax.bundle import Provenance
-from gati_jax.caches import choose
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
 from gati_jax.planning import Certificate, CostTable, Plan, cascade_ms
 
@@ -37,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments, config = cli.parse_experiment(argv, "Fit, plan and certify caches for a frozen base.", EXAMPLE)
     splits = config.data.splits.model_dump()
     data.check_disjoint(splits)
+    saw_certify = base_saw_certify(config)
     chain = load_base(config)
     parts = {name: data.load(config.data.name, splits[name], config.data.dir) for name in ("fit", "select", "certify")}
 
@@ -57,14 +57,14 @@ def main(argv: list[str] | None = None) -> None:
     plan = gati_jax.plan(
         select, costs, epsilon=config.plan.epsilon, delta=config.plan.delta, max_sites=config.plan.max_sites
     )
-    chosen = choose(candidates, plan.names)
+    chosen = candidates.take(plan.names)
 
     # From here on nothing may be chosen: the plan is fixed, and the certify split is opened.
     rows = data.row_digests(parts["certify"].images)
     looks = record_look(arguments.out / "looks.json", rows, plan, config.plan.epsilon, config.plan.delta)
     certify = gati_jax.replay(chain, chosen, parts["certify"].images, labels=parts["certify"].labels)
     certificate = gati_jax.certify(
-        plan, certify, config.plan.epsilon, config.plan.delta, looks=len(looks), base_saw_data=base_saw_certify(config)
+        plan, certify, config.plan.epsilon, config.plan.delta, looks=len(looks), base_saw_data=saw_certify
     )
     for sentence in certificate.stays_off:
         _log.warning(sentence)

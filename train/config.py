@@ -67,7 +67,7 @@ class BaseTraining(Section):
 
     epochs: Count = 20
     batch: Count = 128
-    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     augment: Augmentation = Augmentation()
@@ -121,7 +121,7 @@ class Fit(Section):
     epochs: Count = 5
     batch: Count = 128
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-2
     weight_decay: Annotated[float, Field(ge=0)] = 1e-3
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     temperature: Annotated[float, Field(gt=0)] = 6.0
@@ -206,13 +206,19 @@ def _value(text: str) -> object:
 
 
 def _assign(values: dict[str, Any], keys: list[str], value: object) -> None:
-    for key in keys[:-1]:
-        below = values.setdefault(key, {})
-        if not isinstance(below, dict):
-            msg = f"config: expected a section, got the value {below!r}, at {key} of {'.'.join(keys)}"
+    """Set a value by its path; a number is a position in a list."""
+    below: Any = values
+    for i, key in enumerate(keys):
+        at: Any = key
+        if isinstance(below, list) and key.isdecimal() and int(key) < len(below):
+            at = int(key)
+        elif not isinstance(below, dict):
+            msg = f"config: expected a section, got the value {below!r}, at {keys[i - 1]} of {'.'.join(keys)}"
             raise InputError(msg)
-        values = below
-    values[keys[-1]] = value
+        if i == len(keys) - 1:
+            below[at] = value
+        else:
+            below = below.setdefault(at, {}) if isinstance(below, dict) else below[at]
 
 
 def _explain(loc: tuple[int | str, ...], kind: str, message: str, got: object) -> str:

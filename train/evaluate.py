@@ -5,12 +5,12 @@ Every request of the split is answered by the jitted cascade and by the base; a 
 
 import dataclasses
 import json
+import logging
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -24,6 +24,7 @@ from gati_jax.runtime.measure import device_name
 from . import cli
 from .config import build_config
 
+_log = logging.getLogger("train.evaluate")
 EXAMPLE = "python -m train.evaluate --bundle runs/r56/bundle --out runs/r56/eval"
 CHUNK = 250
 
@@ -61,13 +62,15 @@ def main(argv: list[str] | None = None) -> None:
     config = build_config(bundle.provenance.config)
     rows = getattr(config.data.splits, arguments.split)
     split = data.load(config.data.name, rows, arguments.data_dir or config.data.dir)
+    check_fingerprint(bundle, arguments.split, split)
+    if arguments.split == "select":
+        _log.warning("the plan was composed on select, with other selectors: its agreement here says little")
 
     # --- Answers ----------------------------------------------------------------------------------------------------
     chunks = [gati_jax.infer_batch(bundle, split.images[i : i + CHUNK]) for i in range(0, len(split), CHUNK)]
     prediction = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
     table = gati_jax.replay(bundle.chain, bundle.cascade.caches, split.images, labels=split.labels)
-    timed = jnp.asarray(split.images[: arguments.timed])
-    speed = measure_speed(bundle.cascade, timed)
+    speed = measure_speed(bundle.cascade, split.images[: arguments.timed])
 
     # --- Result -----------------------------------------------------------------------------------------------------
     result = {
@@ -89,6 +92,19 @@ def main(argv: list[str] | None = None) -> None:
     else:
         show(result)
         print(f"written: {arguments.out / 'evaluation.json'}, {arguments.out / 'report.html'}")
+
+
+def check_fingerprint(bundle: Bundle, name: str, split: data.Dataset) -> None:
+    """Check that a split that the bundle was made with still has the same rows.
+
+    Raises:
+        InputError: It has others.
+    """
+    then = bundle.provenance.data_fingerprints.get(name)
+    now = data.fingerprint(data.row_digests(split.images))
+    if then not in {None, now}:
+        msg = f"data: expected the rows of {name} that the bundle was made with ({then}), got others ({now})"
+        raise InputError(msg)
 
 
 def quality(bundle: Bundle, prediction: Prediction, table: ReplayTable) -> dict[str, Any]:
@@ -180,12 +196,13 @@ def show(result: dict[str, Any]) -> None:
     labelled = result["base"]["accuracy"] is not None
     base, cascade = result["base"]["accuracy"], result["cascade"]["accuracy"]
     holds = "holds" if certificate["holds"] else "does NOT hold"
+    bound = f"disagreement <= {certificate['epsilon']}, delta {certificate['delta']}: {holds} here"
     times = f"{measured['full_ms']:.3f} -> {measured['cascade_ms']:.3f} ms, spread {measured['spread']:.0%}"
     memory = result["memory"]
     lines = [
         ("agreement with the base", f"{result['cascade']['agreement']:.4f} of {result['n']} requests"),
         ("accuracy, base -> cascade", f"{base:.4f} -> {cascade:.4f}" if labelled else "no labels"),
-        ("certificate", f"disagreement <= {certificate['epsilon']}, delta {certificate['delta']}: {holds} here"),
+        ("certificate", bound if certificate["certified"] else "nothing certified: the base answers every request"),
         ("ideal speed-up", f"{result['cost']['ideal_speedup']:.3f}"),
         ("measured speed-up, batch 1", f"{measured['speedup']:.3f} ({times})"),
         ("conversion", f"{measured['conversion']:.3f}"),

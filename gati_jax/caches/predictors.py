@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gati_jax._errors import InputError
+
 
 @runtime_checkable
 class Predictor(Protocol):
@@ -118,6 +120,9 @@ class Conv(nn.Module):
     def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
         """Return class logits."""
         x = flatten_channels_first(activation)[..., None]
+        if x.shape[1] < self.kernel:
+            msg = f"kernel: expected at most the {x.shape[1]} values of the activation, got {self.kernel}"
+            raise InputError(msg)
         x = nn.Conv(1, (self.kernel,), (self.stride,), padding="VALID", name="conv")(x)
         return nn.Dense(self.classes, name="out")(nn.relu(x[..., 0]))
 

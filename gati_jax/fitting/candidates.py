@@ -6,10 +6,9 @@ The base's parameters are an argument of that step that nothing updates.
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -18,9 +17,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree, Shaped, UInt64
 
+from gati_jax._digest import tree_digest
 from gati_jax._errors import InputError
 from gati_jax._linen import call
-from gati_jax.caches import Candidate, Grid, SortedSelector
+from gati_jax.caches import Candidate, Grid, SortedSelector, choose
 from gati_jax.data import check_distinct_rows, fingerprint, row_digests
 from gati_jax.models import Chain, check_images
 
@@ -90,6 +90,9 @@ class FitConfig:
         if self.optimizer not in {"adamw", "sgd"}:
             msg = f"optimizer: expected adamw or sgd, got {self.optimizer!r}"
             raise InputError(msg)
+        if not 0 < self.learning_rate < np.inf:
+            msg = f"learning_rate: expected a positive number, got {self.learning_rate}"
+            raise InputError(msg)
         for name, least in (("epochs", 1), ("batch", 1), ("folds", 2)):
             if (got := getattr(self, name)) < least:
                 msg = f"{name}: expected {least} or more, got {got}"
@@ -109,6 +112,8 @@ class Candidates:
     select_rows: UInt64[np.ndarray, " n"]  # digests
     select_fold: Int[np.ndarray, " n"]
     fit_rows: UInt64[np.ndarray, " m"]  # digests
+    dtype: str
+    """Of the images: rows are recognised by their bytes."""
 
     def __iter__(self) -> Iterator[Candidate]:
         """Iterate over the candidates."""
@@ -117,6 +122,16 @@ class Candidates:
     def __len__(self) -> int:
         """Return their number."""
         return len(self.items)
+
+    def take(self, names: Sequence[str]) -> "Candidates":
+        """Return these candidates only, in this order.
+
+        Raises:
+            InputError: A name is not among them.
+        """
+        items = choose(self.items, names)
+        index = [self.items.index(item) for item in items]
+        return dataclasses.replace(self, items=items, fold_selectors=tuple(self.fold_selectors[i] for i in index))
 
 
 def fit(
@@ -144,15 +159,19 @@ def fit(
         InputError: Images that the chain does not take, overlapping splits, a site that the chain does not have.
     """
     images, select = check_images(chain, images), check_images(chain, select, argument="select")
+    if images.dtype != select.dtype:
+        msg = f"select: expected {images.dtype}, as images, got {select.dtype}"
+        raise InputError(msg)
     fit_rows, select_rows = row_digests(images), row_digests(select)
     check_distinct_rows(select_rows, fit_rows, names=("select", "fit"))
     predictors = _predictors(chain, heads)
-    identity = f"{config} {predictors} {_code(chain)} {fingerprint(fit_rows)} {_digest(chain.params)}"
+    identity = f"{config} {predictors} {_code(chain)} {fingerprint(fit_rows)} {tree_digest(chain.params)}"
     if len(images) < config.batch:
         msg = f"images: expected at least one batch of {config.batch} rows, got {len(images)}"
         raise InputError(msg)
-    if len(select) < config.folds:
-        msg = f"select: expected at least one row for each of {config.folds} folds, got {len(select)}"
+    unique, copy_of = np.unique(select_rows, return_inverse=True)  # equal rows share a fold
+    if len(unique) < config.folds:
+        msg = f"select: expected at least one distinct row for each of {config.folds} folds, got {len(unique)}"
         raise InputError(msg)
     optimizer = _optimizer(config, len(images))
     step = jax.jit(functools.partial(_step, predictors, config, optimizer), donate_argnames="state")
@@ -169,8 +188,8 @@ def fit(
         description=f"fitting {len(predictors)} predictors",
         progress=progress,
     )
+    _check_finite(state.params)
     variables = _merge(state.params, constants)
-    unique, copy_of = np.unique(select_rows, return_inverse=True)  # equal rows share a fold
     fold = deal_folds(len(unique), config.folds, config.seed)[copy_of]
     fold_selectors = _fit_selectors(chain, predictors, variables, select, fold, config)
     items = tuple(
@@ -184,7 +203,12 @@ def fit(
         for (name, p), s in zip(predictors.items(), fold_selectors, strict=True)
     )
     return Candidates(
-        items=items, fold_selectors=fold_selectors, select_rows=select_rows, select_fold=fold, fit_rows=fit_rows
+        items=items,
+        fold_selectors=fold_selectors,
+        select_rows=select_rows,
+        select_fold=fold,
+        fit_rows=fit_rows,
+        dtype=str(images.dtype),
     )
 
 
@@ -277,6 +301,13 @@ def _step(
     return LoopState(state.step + 1, params, opt_state), value / len(predictors)
 
 
+def _check_finite(params: dict[str, PyTree]) -> None:
+    leaves = {name: jax.tree.leaves(tree) for name, tree in params.items()}
+    if bad := [name for name, arrays in leaves.items() if not all(np.isfinite(a).all() for a in arrays)]:
+        msg = f"fit: {', '.join(bad)} diverged: expected finite parameters; is the learning rate too high?"
+        raise InputError(msg)
+
+
 def _fit_selectors(
     chain: Chain,
     predictors: dict[str, _Part],
@@ -308,10 +339,3 @@ def _code(chain: Chain) -> str:
     """Write out what the chain computes: two chains with the same parameters may differ in their blocks."""
     spec = jax.ShapeDtypeStruct((1, *chain.input_spec.shape), chain.input_spec.dtype)
     return f"{chain.input_spec} {chain.normalization} {jax.make_jaxpr(Chain.__call__)(chain, spec)}"
-
-
-def _digest(tree: Any) -> str:  # noqa: ANN401
-    digest = hashlib.blake2b(digest_size=16)
-    for leaf in jax.tree.leaves(tree):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()

@@ -92,6 +92,9 @@ def import_state_dict(network: ResNet, tensors: Tensors) -> Variables:
     if problems := describe_mismatch(expected, {name: str(list(v.shape)) for name, v in found.items()}):
         msg = f"weights: these are not the network's tensors. {problems}"
         raise WeightsError(msg)
+    if bad := sorted(name for name, v in found.items() if not np.isfinite(np.asarray(v, np.float32)).all()):
+        msg = f"weights: expected finite values, got NaN or infinity in {', '.join(bad)}"
+        raise WeightsError(msg)
     return _build(network, {name: found[name] for name in entries}, entries)
 
 

@@ -7,6 +7,7 @@ from .certificate import Certificate as Certificate
 from .certificate import certify as certify
 from .compose import Plan as Plan
 from .compose import plan as plan
+from .origin import Origin as Origin
 from .tables import CostTable as CostTable
 from .tables import Outcome as Outcome
 from .tables import ReplayTable as ReplayTable

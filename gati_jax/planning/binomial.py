@@ -4,6 +4,8 @@ import math
 
 from scipy.stats import binom
 
+MOST_SAMPLES = 2**40  # more than anybody will collect
+
 
 def p_value(disagreements: int, n: int, epsilon: float) -> float:
     """Return the chance of so few disagreements among n requests if each disagreed with probability epsilon.
@@ -27,7 +29,7 @@ def largest_passing(n: int, epsilon: float, delta: float) -> int:
 
 
 def samples_needed(rate: float, epsilon: float, delta: float) -> int | None:
-    """Return how many requests would certify epsilon if they disagreed at ``rate``; None if no number would.
+    """Return how many requests would certify epsilon if they disagreed at ``rate``; None if no number below 2^40 would.
 
     Example:
         >>> samples_needed(0.0, 0.02, 0.05), samples_needed(0.03, 0.02, 0.05)
@@ -42,6 +44,8 @@ def samples_needed(rate: float, epsilon: float, delta: float) -> int | None:
     high = 1
     while not passes(high):
         high *= 2
+        if high > MOST_SAMPLES:
+            return None
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2

@@ -57,7 +57,7 @@ class Certificate:
             if not 0 < getattr(self, name) < 1:
                 msg = f"{name}: expected a number between 0 and 1, got {getattr(self, name)}"
                 raise InputError(msg)
-        if not (0 <= self.disagreements <= self.n and self.looks >= 1 and self.step >= -1):
+        if not (0 <= self.disagreements <= self.n < 2**53 and 1 <= self.looks < 2**53 and self.step >= -1):
             msg = f"certificate: expected counts, got {self.disagreements} of {self.n}, look {self.looks}"
             raise InputError(msg)
 
@@ -87,7 +87,8 @@ def certify(
         base_saw_data: Whether the base was trained on these rows, which makes it (and so its caches) surer on them.
 
     Raises:
-        InputError: The rows overlap the plan's, or lack a candidate, or epsilon or delta is outside (0, 1).
+        InputError: The table is empty, of other parameters than the plan's, lacks a candidate, or shares rows with the
+            plan's; epsilon or delta is outside (0, 1).
     """
     for name, value in (("epsilon", epsilon), ("delta", delta)):
         if not 0 < value < 1:
@@ -96,10 +97,18 @@ def certify(
     if looks < 1:
         msg = f"looks: expected 1 or more, got {looks}"
         raise InputError(msg)
+    if len(table) == 0:
+        msg = "table: expected at least one request, got none"
+        raise InputError(msg)
+    table = table.take(plan.names)
+    if (table.sites, table.depth) != (plan.sites, plan.depth):
+        got = f"{table.sites} of {table.depth}"
+        msg = f"table: expected the plan's sites {plan.sites} of {plan.depth} blocks, got {got}"
+        raise InputError(msg)
+    plan.origin.check(table.origin, "table")
     check_distinct_rows(table.rows, plan.rows, names=("certify", "select"))
     if looks > 1:
         warnings.warn(f"look {looks} at this certify data: tested at delta / {looks}", stacklevel=2)
-    table = table.take(plan.names)
     disagrees = [replay_plan(table, thresholds).disagrees for thresholds in plan.path]
     step = -1
     while step + 1 < len(disagrees) and p_value(int(disagrees[step + 1].sum()), len(table), epsilon) <= delta / looks:

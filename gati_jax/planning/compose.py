@@ -17,6 +17,7 @@ from jaxtyping import Float, Int, UInt64
 from gati_jax._errors import InputError
 
 from .binomial import largest_passing
+from .origin import Origin
 from .tables import CostTable, ReplayTable, cascade_ms, replay_plan
 
 SMALL_MOVE = 0.1  # of the budget; taken first, for a certificate can only stop between moves
@@ -40,6 +41,7 @@ class Plan:
     n: int
     """Requests of the table that it was composed on."""
     rows: UInt64[np.ndarray, " n"] = dataclasses.field(repr=False)  # their digests
+    origin: Origin = Origin()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         """Check that the columns belong together; thresholds are compared with float32 scores.
@@ -62,7 +64,7 @@ class Plan:
     @property
     def hash(self) -> str:
         """Digest of all that must be fixed before ``certify`` is opened."""
-        digest = hashlib.sha256(repr((self.names, self.sites, self.depth, self.path.shape)).encode())
+        digest = hashlib.sha256(repr((self.names, self.sites, self.depth, self.path.shape, self.origin)).encode())
         digest.update(np.ascontiguousarray(self.path).tobytes())
         return digest.hexdigest()
 
@@ -155,6 +157,7 @@ def _greedy(table: ReplayTable, costs: CostTable, budgets: tuple[int, ...]) -> P
         path=np.stack(path)[:, on],
         n=n,
         rows=table.rows,
+        origin=kept.origin,
         disagreement=np.asarray(disagreement),
         mean_ms=np.asarray(mean),
     )

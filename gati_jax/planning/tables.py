@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float, Int, UInt64
 
 from gati_jax._errors import InputError
 
+from .origin import Origin
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplayTable:
@@ -25,6 +27,7 @@ class ReplayTable:
     rows: UInt64[np.ndarray, " n"]
     """Digests, by which splits are told apart."""
     labels: Int[np.ndarray, " n"] | None = None
+    origin: Origin = Origin()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         """Check that the columns belong together."""
@@ -64,7 +67,12 @@ class ReplayTable:
         index = [self.names.index(name) for name in names]
         sites = tuple(self.sites[i] for i in index)
         return dataclasses.replace(
-            self, names=tuple(names), sites=sites, classes=self.classes[index], scores=self.scores[index]
+            self,
+            names=tuple(names),
+            sites=sites,
+            classes=self.classes[index],
+            scores=self.scores[index],
+            origin=self.origin.take(names),
         )
 
 

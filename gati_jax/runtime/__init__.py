@@ -14,4 +14,5 @@ from .measure import Speed as Speed
 from .measure import measure_costs as measure_costs
 from .measure import measure_speed as measure_speed
 from .measure import time_interleaved as time_interleaved
+from .replay import origin as origin
 from .replay import replay as replay

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Shaped
 
 from .cascade import Cascade, Prediction, begin, finish, step
@@ -11,19 +12,19 @@ from .packing import Packed, unpack
 
 @jax.jit
 @reference
-def _predict_one(packed: Packed[Cascade], image: Shaped[Array, "*input"]) -> Prediction:
+def _predict_one(packed: Packed[Cascade], image: Shaped[Array | np.ndarray, "*input"]) -> Prediction:
     cascade = unpack(packed)
-    state = begin(cascade, image)
+    state = begin(cascade, jnp.asarray(image))
     return finish(jax.lax.while_loop(lambda state: ~state.done, lambda state: step(cascade, state), state))
 
 
 @jax.jit
 @reference
-def _predict_batch(packed: Packed[Cascade], images: Shaped[Array, "batch *input"]) -> Prediction:
+def _predict_batch(packed: Packed[Cascade], images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:
     return jax.lax.map(lambda image: _predict_one(packed, image), images)
 
 
-def predict_one(cascade: Cascade, image: Shaped[Array, "*input"]) -> Prediction:
+def predict_one(cascade: Cascade, image: Shaped[Array | np.ndarray, "*input"]) -> Prediction:
     """Answer one request in one program: a ``lax.while_loop`` that stops at the first hit.
 
     What lies behind the exit is skipped, not masked: the loop's body is a ``lax.switch`` that runs one stage only.
@@ -35,7 +36,7 @@ def predict_one(cascade: Cascade, image: Shaped[Array, "*input"]) -> Prediction:
     return _predict_one(cascade.packed, image)
 
 
-def predict_batch(cascade: Cascade, images: Shaped[Array, "batch *input"]) -> Prediction:
+def predict_batch(cascade: Cascade, images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:
     """Answer many requests in one program, one after another; each leaves at its own exit.
 
     ``vmap`` would run every branch for every row. Here rows share nothing, so saved blocks are saved time, but small
@@ -44,7 +45,7 @@ def predict_batch(cascade: Cascade, images: Shaped[Array, "batch *input"]) -> Pr
     return _predict_batch(cascade.packed, images)
 
 
-def predict_stepwise(cascade: Cascade, image: Shaped[Array, "*input"]) -> Prediction:
+def predict_stepwise(cascade: Cascade, image: Shaped[Array | np.ndarray, "*input"]) -> Prediction:
     """Answer one request by the same step in a plain Python loop: for debugging, and as a check on the jitted loop."""
     with (
         jax.default_matmul_precision("highest"),

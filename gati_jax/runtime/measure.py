@@ -55,7 +55,7 @@ def spread(times: Float[np.ndarray, " rounds"]) -> float:
     return float((high - low) / median)
 
 
-def prefix_program(chain: Chain, site: int, images: Shaped[Array, "batch *input"]) -> Callable[[], Array]:
+def prefix_program(chain: Chain, site: int, images: Shaped[Array | np.ndarray, "batch *input"]) -> Callable[[], Array]:
     """Return a compiled call of the base up to ``site``; N includes the classifier."""
     packed = pack(chain)
     return lambda: _prefix(packed, images, site=site)
@@ -64,7 +64,7 @@ def prefix_program(chain: Chain, site: int, images: Shaped[Array, "batch *input"
 # All parameters are handed over, as to the whole network: that is part of its time up to any site.
 @functools.partial(jax.jit, static_argnames="site", keep_unused=True)
 @reference
-def _prefix(packed: Packed[Chain], images: Shaped[Array, "batch *input"], *, site: int) -> Array:
+def _prefix(packed: Packed[Chain], images: Shaped[Array | np.ndarray, "batch *input"], *, site: int) -> Array:
     chain = unpack(packed)
     x = chain.span(chain.prepare(images), 0, site)
     return chain.classify(x) if site == len(chain) else x
@@ -161,7 +161,7 @@ class Speed:
         return self.speedup / self.ideal
 
 
-def measure_speed(cascade: Cascade, images: Shaped[Array, "n *input"], *, rounds: int = 7) -> Speed:
+def measure_speed(cascade: Cascade, images: Shaped[Array | np.ndarray, "n *input"], *, rounds: int = 7) -> Speed:
     """Time the cascade and its full network on each image.
 
     A request's time is its median over the rounds; means are over requests.

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
+from gati_jax._digest import tree_digest
 from gati_jax._errors import InputError
 from gati_jax._linen import call
 from gati_jax.caches import Candidate
 from gati_jax.data import check_distinct_rows, row_digests
 from gati_jax.fitting import Candidates
 from gati_jax.models import Chain, check_images
-from gati_jax.planning import ReplayTable
+from gati_jax.planning import Origin, ReplayTable
 
 from .numerics import reference
 
@@ -44,11 +45,17 @@ def replay(
     """
     images = check_images(chain, images)
     items = tuple(candidates)
+    if batch < 1:
+        msg = f"batch: expected 1 or more, got {batch}"
+        raise InputError(msg)
     if len(images) == 0:
         msg = "images: expected at least one, got none"
         raise InputError(msg)
     rows = row_digests(images)
     if isinstance(candidates, Candidates):
+        if str(images.dtype) != candidates.dtype:  # rows could not be told apart
+            msg = f"images: expected {candidates.dtype}, as in the fit, got {images.dtype}"
+            raise InputError(msg)
         check_distinct_rows(rows, candidates.fit_rows, names=("images", "fit"))
         selectors, fold = candidates.fold_selectors, _unseen_fold(candidates, rows)
     else:
@@ -71,7 +78,14 @@ def replay(
         scores=scores,
         rows=rows,
         labels=None if labels is None else np.asarray(labels),
+        origin=origin(chain, items, str(images.dtype)),
     )
+
+
+def origin(chain: Chain, candidates: Iterable[Candidate], dtype: str) -> Origin:
+    """Say which parameters a replay was, or would be, computed from."""
+    digests = tuple((c.name, tree_digest(c.params)) for c in candidates)
+    return Origin(base=tree_digest(chain.params), candidates=digests, dtype=dtype)
 
 
 def _unseen_fold(candidates: Candidates, rows: np.ndarray) -> Int[np.ndarray, " n"]:

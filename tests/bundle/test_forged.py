@@ -119,6 +119,11 @@ FORGED_FILES = {
     "absurd plan site": ("plans.json", set_in("plans", 0, "sites", 0, value=10**12), "plans.0.sites.0"),
     "two plans": ("plans.json", lambda p: p["plans"].append(p["plans"][0]), "plans"),
     "no plan": ("plans.json", set_in("plans", value=[]), "plans"),
+    "a certificate on more requests than there are": (
+        "certificates.json",
+        set_in("certificates", 0, "n", value=10**30),
+        "certificate",
+    ),
     "unknown key of a plan": ("plans.json", set_in("plans", 0, "code", value="x"), "plans.0.code"),
     "two certificates": (
         "certificates.json",

@@ -1,13 +1,17 @@
 """What no bundle is made of, and what is not overwritten."""
 
 import dataclasses
+import shutil
 
+import jax
+import numpy as np
 import pytest
 
 import gati_jax
 from gati_jax import Candidate, CostTable, InputError
 from gati_jax.caches import FullyConnected, SortedSelector
-from tests.bundle.made import CLASSES, answers, in_memory, load, make, make_certificate, make_plan
+from gati_jax.planning import Origin
+from tests.bundle.made import CLASSES, answers, in_memory, load, make, make_certificate, make_plan, sign
 
 
 def test_certificate_of_another_plan_is_refused(tmp_path):
@@ -76,3 +80,33 @@ def test_a_path_that_does_not_begin_with_the_base_is_no_plan():
 def test_a_device_name_cannot_leave_the_bundle():
     with pytest.raises(InputError, match="device"):
         CostTable(device="../../escaped", batch=1, blocks_ms=(1.0,), lookup_ms={})
+
+
+def test_parameters_that_the_plan_was_not_made_from_are_refused(tmp_path, chain, candidates, planned):
+    """The certificate would say nothing of them."""
+    plan, certificate = planned
+    other = [
+        dataclasses.replace(c, params=jax.tree.map(lambda v: np.asarray(v) * np.float32(1.001), c.params))
+        for c in candidates
+    ]
+    with pytest.raises(InputError, match=rf"candidates: expected the parameters .* of the plan.*{plan.names[0]}"):
+        gati_jax.save_bundle(tmp_path / "b", chain, other, plan, certificate)
+    params = jax.tree.map(lambda v: np.asarray(v) + np.float32(1e-3), chain.params)
+    base = gati_jax.Chain(chain.blocks, chain.classifier, params, chain.input_spec)
+    with pytest.raises(InputError, match=r"candidates: expected .* got other ones: the base"):
+        gati_jax.save_bundle(tmp_path / "b", base, candidates, plan, certificate)
+    assert not (tmp_path / "b").exists()
+
+
+def test_arrays_of_another_bundle_are_refused_even_when_signed(tmp_path, chain, candidates, planned, bundle_path):
+    plan, certificate = planned
+    loose = dataclasses.replace(plan, origin=Origin())
+    other = [dataclasses.replace(c, params=jax.tree.map(lambda v: np.asarray(v) * 2, c.params)) for c in candidates]
+    gati_jax.save_bundle(
+        tmp_path / "other", chain, other, loose, dataclasses.replace(certificate, plan_hash=loose.hash)
+    )
+    shutil.rmtree(bundle_path / "arrays")
+    shutil.copytree(tmp_path / "other" / "arrays", bundle_path / "arrays")
+    sign(bundle_path)
+    with pytest.raises(gati_jax.BundleError, match="is inconsistent: candidates: expected the parameters"):
+        gati_jax.load_bundle(bundle_path, chain=chain)

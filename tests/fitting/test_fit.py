@@ -307,3 +307,51 @@ def test_inputs_that_the_chain_does_not_take_are_refused(tiny):
 def test_one_fold_is_refused(tiny):
     # The selector without the only fold would learn from no row at all.
     refused(tiny, "folds: expected", *tiny.images(), folds=1)
+
+
+def test_rows_of_another_dtype_are_refused_where_they_could_not_be_told_apart(tiny, fitted):
+    rows, select = tiny.images()
+    with pytest.raises(gati_jax.InputError, match="float16"):
+        gati_jax.replay(tiny.chain(), fitted, select.astype(np.float16))
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 4, 4, 1)).astype(np.uint8)
+    flat = tiny.chain()
+    normalization = gati_jax.Normalization(mean=(0.5,), std=(0.25,))
+    blocks = (lambda params, x: jnp.tanh(x.reshape(len(x), -1)[:, :12] @ params), *flat.blocks[1:])
+    spec = jax.ShapeDtypeStruct((4, 4, 1), np.float32)
+    base = gati_jax.Chain(blocks, flat.classifier, flat.params, spec, normalization)
+    config = dataclasses.replace(tiny.CONFIG, epochs=1)
+    fitted = gati_jax.fit(base, pixels[:60], select=pixels[60:], heads=[tiny.head(1)], config=config, progress=False)
+    with pytest.raises(gati_jax.InputError, match="images: expected uint8, as in the fit, got float32"):
+        gati_jax.replay(base, fitted, np.asarray(base.prepare(pixels[60:])))
+    with pytest.raises(gati_jax.InputError, match="select: expected uint8, as images, got float32"):
+        gati_jax.fit(base, pixels[:60], select=np.asarray(base.prepare(pixels[60:])), heads=[tiny.head(1)])
+    del rows
+
+
+def test_part_of_a_fit_knows_the_same_rows(tiny, fitted):
+    part = fitted.take(["fc@2"])
+    assert [c.name for c in part] == ["fc@2"]
+    rows, select = tiny.images()
+    whole, alone = (gati_jax.replay(tiny.chain(), c, select) for c in (fitted, part))
+    np.testing.assert_array_equal(whole.take(["fc@2"]).scores, alone.scores)
+    with pytest.raises(gati_jax.InputError, match="images and fit"):
+        gati_jax.replay(tiny.chain(), part, rows)
+
+
+def test_a_fit_that_diverges_says_so(tiny):
+    rows, select = tiny.images()
+    config = dataclasses.replace(tiny.CONFIG, optimizer="sgd", learning_rate=1e30, epochs=2)
+    with pytest.raises(gati_jax.InputError, match="fc@1 diverged"):
+        gati_jax.fit(tiny.chain(), rows, select=select, heads=[tiny.head(1)], config=config, progress=False)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, np.inf, np.nan])
+def test_learning_rates_are_positive_numbers(rate):
+    with pytest.raises(gati_jax.InputError, match="learning_rate: expected a positive number"):
+        gati_jax.FitConfig(learning_rate=rate)
+
+
+def test_equal_rows_make_no_folds(tiny):
+    rows, select = tiny.images()
+    with pytest.raises(gati_jax.InputError, match="at least one distinct row for each of 5 folds, got 1"):
+        gati_jax.fit(tiny.chain(), rows, select=np.repeat(select[:1], 60, 0), heads=[tiny.head(1)], config=tiny.CONFIG)

@@ -115,6 +115,14 @@ def test_one_tensor_under_two_spellings_is_refused():
         models.import_state_dict(BASIC, TENSORS | {"linear.bias": TENSORS["fc.bias"] + 1})
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_refused(bad):
+    name = sorted(TENSORS)[3]
+    damaged = {**TENSORS, name: np.where(np.arange(TENSORS[name].size).reshape(TENSORS[name].shape) == 0, bad, 1.0)}
+    with pytest.raises(WeightsError, match=f"got NaN or infinity in {name}"):
+        models.import_state_dict(BASIC, damaged)
+
+
 def test_weights_of_another_network_are_refused():
     with pytest.raises(WeightsError, match=r"missing: layer1\.0\.bn3\.bias"):
         models.import_state_dict(BOTTLENECK, TENSORS)

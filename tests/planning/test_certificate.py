@@ -1,5 +1,6 @@
 """Fixed-sequence testing against a plain loop, and what a certificate tells and refuses."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gati_jax
+from gati_jax.planning import Origin
 
 OFF = np.inf
 SEEDS = st.integers(0, 2**31)
@@ -210,3 +212,40 @@ def test_a_certificate_that_its_own_counts_refute_cannot_be(step, disagreements)
             plan_hash="",
             data_fingerprint="",
         )
+
+
+def test_an_empty_table_certifies_nothing(make_table, make_plan):
+    with pytest.raises(gati_jax.InputError, match="table: expected at least one request"):
+        gati_jax.certify(make_plan([[OFF], [1.0]]), one_cache(make_table, 0, 0), 0.1)
+
+
+@pytest.mark.parametrize("change", [{"depth": 9}, {"sites": (0,)}])
+def test_a_table_of_another_base_is_refused(make_table, make_plan, change):
+    table = dataclasses.replace(one_cache(make_table, 0, 100), **change)
+    with pytest.raises(gati_jax.InputError, match="table: expected the plan's sites"):
+        gati_jax.certify(make_plan([[OFF], [1.0]], depth=2), table, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (Origin(base="y", candidates=(("c0", "1"),), dtype="uint8"), "the base"),
+        (Origin(base="x", candidates=(("c0", "2"),), dtype="uint8"), "c0"),
+        (Origin(base="x", candidates=(("c0", "1"),), dtype="float32"), "the images' dtype"),
+        (Origin(), "the base, the images' dtype, c0"),
+    ],
+)
+def test_a_table_of_other_parameters_is_refused(make_table, make_plan, other, named):
+    mine = Origin(base="x", candidates=(("c0", "1"),), dtype="uint8")
+    plan = dataclasses.replace(make_plan([[OFF], [1.0]], depth=2), origin=mine)
+    table = one_cache(make_table, 0, 100)
+    assert gati_jax.certify(plan, dataclasses.replace(table, origin=mine), 0.1).certified
+    with pytest.raises(gati_jax.InputError, match=f"table: expected the parameters and images of the plan.*: {named}$"):
+        gati_jax.certify(plan, dataclasses.replace(table, origin=other), 0.1)
+
+
+def test_a_rate_a_hair_below_epsilon_needs_more_samples_than_anybody_has(make_table, make_plan):
+    epsilon = 1 - 0.98  # 0.020000000000000018
+    certificate = gati_jax.certify(make_plan([[OFF], [1.0]], depth=2), one_cache(make_table, 50, 2500), epsilon)
+    assert not certificate.certified
+    assert "no number of samples would open it" in certificate.stays_off[0]

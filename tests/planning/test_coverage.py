@@ -20,7 +20,7 @@ def nested(rng, risks, make_table):
     step = np.searchsorted(risks, uniform, side="right") + 1  # where a request's wrong answer first comes through
     wrong = uniform < risks[-1]
     scores = np.where(wrong, -step.astype(float), -rng.integers(1, len(risks) + 1, N))
-    return make_table([wrong], [scores], depth=2)
+    return make_table([wrong], [scores])
 
 
 def taken_over(rng, risks, make_table):

@@ -171,6 +171,15 @@ def test_overrides_of_another_form(file, tokens, message):
         load_config(file, tokens)
 
 
+def test_a_value_in_a_list_can_be_set_by_its_position():
+    path = Path(__file__).parents[2] / "configs" / "cifar10_resnet56.toml"
+    config = load_config(path, ["--fit.heads.1.name", "narrow", "--fit.heads.1.predictor.hidden", "32"])
+    assert [head.name for head in config.fit.heads] == ["wide", "narrow"]
+    assert config.fit.heads[1].predictor.model_dump()["hidden"] == 32
+    with pytest.raises(InputError, match=r"expected a section, got the value .* at heads of fit\.heads\.2\.name"):
+        load_config(path, ["--fit.heads.2.name", "third"])
+
+
 @pytest.mark.parametrize("content", [b"[data", b"a = ", b"x = 1\nx = 2", b"\xff\xfe"])
 def test_a_syntax_error_names_the_file(tmp_path, content):
     (tmp_path / "broken.toml").write_bytes(content)

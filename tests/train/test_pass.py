@@ -1,5 +1,10 @@
 """What a pass writes, against independent computations."""
 
+import dataclasses
+import json
+import logging
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 from scipy.stats import binom
 
+import gati_jax
 from gati_jax import CostTable, data
 from gati_jax.models import apply, import_state_dict
 from gati_jax.planning import ReplayTable
@@ -156,3 +162,30 @@ def test_without_json_a_table_is_printed(run, tmp_path, capsys):
     assert "agreement with the base" in printed
     assert ("holds here" in printed) == run.evaluation["certificate"]["holds"]
     assert "evaluation.json" in printed
+
+
+def test_a_split_with_other_rows_than_the_bundle_s_is_refused(run, tmp_path):
+    copy = shutil.copytree(run.folder / "caches" / "bundle", tmp_path / "bundle")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["provenance"]["data_fingerprints"]["certify"] = "0" * 32
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    arguments = ["--bundle", str(copy), "--out", str(tmp_path / "out"), "--timed", "1"]
+    with pytest.raises(gati_jax.InputError, match="expected the rows of certify that the bundle was made with"):
+        evaluate.main([*arguments, "--split", "certify"])
+
+
+def test_scores_on_select_come_with_a_warning(run, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="train"):
+        json_of(evaluate.main, *evaluate_arguments(run.folder, tmp_path), "--split", "select", "--timed", "1")
+    assert "its agreement here says little" in caplog.text
+
+
+def test_an_uncertified_bundle_is_said_to_be_one(run, tmp_path, capsys):
+    bundle = run.bundle
+    off = dataclasses.replace(bundle.certificate, step=-1, disagreements=0)
+    gati_jax.save_bundle(tmp_path / "b", bundle.chain, bundle.caches, bundle.plan, off, provenance=bundle.provenance)
+    evaluate.main(["--bundle", str(tmp_path / "b"), "--out", str(tmp_path / "out"), "--timed", "1"])
+    printed = capsys.readouterr().out
+    assert "nothing certified" in printed
+    assert "NOT hold" not in printed
+    assert "Nothing could be certified" in (tmp_path / "out" / "report.html").read_text()
