@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .bundle import Bundle as Bundle
     from .bundle import load_bundle as load_bundle
     from .bundle import save_bundle as save_bundle
+    from .bundle import save_tuning as save_tuning
     from .caches import Candidate as Candidate
     from .fitting import Augment as Augment
     from .fitting import FitConfig as FitConfig
@@ -32,18 +33,19 @@ if TYPE_CHECKING:
     from .runtime import Prediction as Prediction
     from .runtime import measure_costs as measure_costs
     from .runtime import replay as replay
+    from .runtime import tune as tune
 
 __version__ = "0.1.0"
 
 _ROOMS = {
     "_errors": ("BundleError", "InputError", "WeightsError"),
-    "bundle": ("Bundle", "load_bundle", "save_bundle"),
+    "bundle": ("Bundle", "load_bundle", "save_bundle", "save_tuning"),
     "caches": ("Candidate",),
     "fitting": ("Augment", "FitConfig", "Head", "fit"),
     "_infer": ("infer", "infer_batch"),
     "models": ("Chain", "Normalization", "resnet"),
     "planning": ("Certificate", "CostTable", "Plan", "ReplayTable", "certify", "plan"),
-    "runtime": ("Prediction", "measure_costs", "replay"),
+    "runtime": ("Prediction", "measure_costs", "replay", "tune"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

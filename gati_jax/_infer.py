@@ -1,18 +1,23 @@
 """Answers from a bundle."""
 
-from typing import Any
+from typing import Any, Literal
 
+from ._errors import InputError
 from .bundle import Bundle
 from .models import check_images
-from .runtime import Prediction, predict_batch, predict_one
+from .runtime import Prediction, TunedCascade, predict_batch, predict_one
+
+Numerics = Literal["reference", "fast"]
 
 
-def infer(bundle: Bundle, image: Any) -> Prediction:  # noqa: ANN401 (anything that NumPy takes)
+def infer(bundle: Bundle, image: Any, *, numerics: Numerics | None = None) -> Prediction:  # noqa: ANN401 (anything that NumPy takes)
     """Answer one request, leaving at the first cache that is sure enough.
 
     Args:
         bundle: See ``load_bundle``.
         image: One uint8 image (the bundle normalises it) or one prepared float32 input, without a batch dimension.
+        numerics: "reference" is the arithmetic that was certified; "fast" what ``tune`` found fastest on this device,
+            whose logits differ in their last bits. Unless told: fast where the bundle has been tuned.
 
     Returns:
         ``class_index`` int32[], ``exit`` int32[] (site number, or N for the base), ``score`` float32[] and ``logits``
@@ -27,15 +32,18 @@ def infer(bundle: Bundle, image: Any) -> Prediction:  # noqa: ANN401 (anything t
         >>> int(gati_jax.infer(bundle, image).exit)  # doctest: +SKIP
         3
     """
-    return predict_one(bundle.cascade, check_images(bundle.chain, image, batched=False, argument="image"))
+    array = check_images(bundle.chain, image, batched=False, argument="image")
+    tuned = _tuned(bundle, numerics)
+    return tuned.predict_one(array) if tuned else predict_one(bundle.cascade, array)
 
 
-def infer_batch(bundle: Bundle, images: Any) -> Prediction:  # noqa: ANN401 (anything that NumPy takes)
+def infer_batch(bundle: Bundle, images: Any, *, numerics: Numerics | None = None) -> Prediction:  # noqa: ANN401 (anything that NumPy takes)
     """Answer many requests, each leaving at its own exit; one program for each number of rows.
 
     Args:
         bundle: See ``load_bundle``.
         images: uint8 or prepared inputs with a leading batch dimension.
+        numerics: As for ``infer``. Reference numerics answer rows one after another, exactly as ``infer`` does.
 
     Returns:
         As ``infer``, with a leading batch dimension everywhere.
@@ -43,4 +51,16 @@ def infer_batch(bundle: Bundle, images: Any) -> Prediction:  # noqa: ANN401 (any
     Raises:
         InputError: The shape, the dtype or a value is not what the bundle's network takes.
     """
-    return predict_batch(bundle.cascade, check_images(bundle.chain, images))
+    array = check_images(bundle.chain, images)
+    tuned = _tuned(bundle, numerics)
+    return tuned.predict(array) if tuned and len(array) else predict_batch(bundle.cascade, array)
+
+
+def _tuned(bundle: Bundle, numerics: Numerics | None) -> TunedCascade | None:
+    if numerics not in {None, "reference", "fast"}:
+        msg = f"numerics: expected reference or fast, got {numerics!r}"
+        raise InputError(msg)
+    if numerics == "fast" and bundle.tuned is None:
+        msg = "numerics: this bundle has not been tuned for this device; run python -m train.tune --bundle DIR"
+        raise InputError(msg)
+    return None if numerics == "reference" else bundle.tuned

@@ -11,6 +11,7 @@ from ._errors import BundleError
 from .caches import PredictorSpec, SelectorSpec
 from .models import Normalization, ResNet
 from .planning import Certificate, CostTable, Origin, Plan
+from .runtime import Tuning
 
 FORMAT_VERSION = 1
 MAX_JSON_BYTES = 64 * 2**20
@@ -131,10 +132,11 @@ class Certificates(Strict):
     certificates: Annotated[tuple[Certificate, ...], Field(min_length=1, max_length=1)]
 
 
-class Tuning(Strict):
+class DeviceFile(Strict):
     """``tuning/<device>.json``."""
 
-    costs: Annotated[tuple[CostTable, ...], Field(max_length=100)]
+    costs: Annotated[tuple[CostTable, ...], Field(max_length=100)] = ()
+    tuning: Tuning | None = None
 
 
 def read_json(path: Path, kind: type[T]) -> T:

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import math
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,18 +32,18 @@ from ._manifest import (
     MAX_JSON_BYTES,
     CacheEntry,
     Certificates,
+    DeviceFile,
     Manifest,
     PlanEntry,
     Plans,
     Provenance,
-    Tuning,
     read_json,
     write_json,
 )
 from .caches import Candidate, build_predictor, build_selector, choose, describe_predictor, describe_selector
 from .models import Chain, ResNet, fold, init, to_chain
 from .planning import Certificate, CostTable, Origin, Plan
-from .runtime import Cascade, check_cascade, origin
+from .runtime import Cascade, TunedCascade, Tuning, check_cascade, device_name, origin
 
 MAX_ARRAY_BYTES = 8 * 2**30  # a manifest of a few lines may imply any number; compressed, so may a small file
 
@@ -60,6 +61,8 @@ class Bundle:
     provenance: Provenance = Provenance()  # noqa: RUF009 (frozen)
     costs: tuple[CostTable, ...] = ()
     """By device."""
+    tunings: tuple[Tuning, ...] = ()
+    """By device."""
 
     @functools.cached_property
     def cascade(self) -> Cascade:
@@ -69,6 +72,12 @@ class Bundle:
         cascade = Cascade(self.chain, tuple(on), jnp.asarray(thresholds[np.isfinite(thresholds)], jnp.float32))
         check_cascade(cascade)
         return cascade
+
+    @functools.cached_property
+    def tuned(self) -> TunedCascade | None:
+        """The cascade as this device runs it fastest; None where nobody has tuned it for this device."""
+        tuning = next((tuning for tuning in self.tunings if tuning.device == device_name()), None)
+        return None if tuning is None else TunedCascade(self.cascade, tuning)
 
 
 def save_bundle(
@@ -134,8 +143,24 @@ def save_bundle(
         write_json(folder / "manifest.json", manifest)
         tables = tuple(costs)
         for device in sorted({table.device for table in tables}):
-            tuning = Tuning(costs=tuple(table for table in tables if table.device == device))
-            write_json(folder / "tuning" / f"{device}.json", tuning)
+            here = DeviceFile(costs=tuple(table for table in tables if table.device == device))
+            write_json(folder / "tuning" / f"{device}.json", here)
+
+
+def save_tuning(path: Path | str, tuning: Tuning) -> None:
+    """Add to a saved bundle what ``tune`` found on a device; an older tuning of that device is replaced.
+
+    Raises:
+        BundleError: There is no bundle at ``path``, or its file for the device is damaged.
+    """
+    folder = present(Path(path))
+    _read_manifest(folder)
+    file = folder / "tuning" / f"{tuning.device}.json"
+    here = read_json(file, DeviceFile) if file.is_file() else DeviceFile()
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.tuning-") as fresh:
+        write_json(Path(fresh) / file.name, here.model_copy(update={"tuning": tuning}))
+        file.parent.mkdir(exist_ok=True)
+        (Path(fresh) / file.name).replace(file)
 
 
 def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
@@ -170,6 +195,7 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
     arrays = _load_arrays(folder / "arrays", _arrays(skeleton, caches))
     base = _filled(skeleton, arrays, "base")
     caches = tuple(_filled(cache, arrays, f"caches/{cache.name}") for cache in caches)
+    devices = [read_json(file, DeviceFile) for file in sorted((folder / "tuning").glob("*.json"))]
     try:
         _check_origin(plan, base, caches)
     except InputError as error:
@@ -182,7 +208,8 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
         certificate=certificate,
         class_names=manifest.class_names,
         provenance=manifest.provenance,
-        costs=_read_costs(folder / "tuning"),
+        costs=tuple(table for file in devices for table in file.costs),
+        tunings=tuple(file.tuning for file in devices if file.tuning is not None),
     )
 
 
@@ -210,10 +237,6 @@ def _read_manifest(folder: Path) -> Manifest:
         msg = f"bundle: {folder} has format version {version}, gati_jax reads up to {FORMAT_VERSION}: upgrade it"
         raise BundleError(msg)
     return read_json(file, Manifest)
-
-
-def _read_costs(folder: Path) -> tuple[CostTable, ...]:
-    return tuple(table for file in sorted(folder.glob("*.json")) for table in read_json(file, Tuning).costs)
 
 
 def _skeleton(manifest: Manifest, chain: Chain | None) -> Chain:

@@ -53,7 +53,7 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
-def parser(description: str, example: str) -> Parser:
+def parser(description: str, example: str, *, out: bool = True) -> Parser:
     """Return a parser with what every script has."""
     p = Parser(
         prog=f"python -m {example.split()[2]}",
@@ -62,7 +62,8 @@ def parser(description: str, example: str) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--out", type=folder, required=True, metavar="DIR", help="folder for results, made if need be")
+    if out:
+        p.add_argument("--out", type=folder, required=True, metavar="DIR", help="folder for results, made if need be")
     p.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
     return p
 

@@ -70,13 +70,15 @@ def stored_shape(shape: tuple[int, int, int, int], algorithm: Algorithm) -> tupl
             return ((_tile(algorithm) + 2) ** 2, inputs, outputs)
 
 
-def store(kernel: Float[Array, "height width in out"], algorithm: Algorithm) -> Float[Array, "..."]:
+def store(kernel: Float[Array | np.ndarray, "height width in out"], algorithm: Algorithm) -> Float[np.ndarray, "..."]:
     """Bring a kernel into the form that its algorithm takes."""
-    shape = stored_shape((kernel.shape[0], kernel.shape[1], kernel.shape[2], kernel.shape[3]), algorithm)
+    array = np.asarray(kernel)
     if algorithm in {"direct", "im2col"}:
-        return kernel.reshape(shape)
+        height, width, inputs, outputs = array.shape
+        return array.reshape(stored_shape((height, width, inputs, outputs), algorithm))
     g = _KERNEL[_tile(algorithm)].astype(np.float64)
-    return jnp.asarray(np.einsum("ia,abck,jb->ijck", g, np.asarray(kernel, np.float64), g).reshape(shape), kernel.dtype)
+    points = np.einsum("ia,abck,jb->ijck", g, array.astype(np.float64), g, optimize=True)
+    return points.reshape(-1, *array.shape[2:]).astype(array.dtype)
 
 
 def convolve(

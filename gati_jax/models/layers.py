@@ -104,9 +104,9 @@ def with_algorithms(chain: Chain, choice: Mapping[str, Algorithm]) -> Chain:
 def _stored(tree: dict[str, Any], algorithms: Mapping[tuple[str, ...], Algorithm]) -> dict[str, Any]:
     """Return a block's parameters with every kernel as its algorithm takes it."""
 
-    def convert(path: tuple[Any, ...], leaf: Any) -> jax.Array:  # noqa: ANN401 (an array of JAX's or NumPy's)
+    def convert(path: tuple[Any, ...], leaf: Any) -> Any:  # noqa: ANN401 (an array of JAX's or NumPy's)
         *names, last = (key.key for key in path)
-        array = jnp.asarray(leaf)
-        return store(array, algorithms[tuple(names[:-1])]) if last == "kernel" else array
+        algorithm = algorithms[tuple(names[:-1])]
+        return leaf if last != "kernel" or algorithm == "direct" else jnp.asarray(store(leaf, algorithm))
 
     return jax.tree_util.tree_map_with_path(convert, tree)

@@ -11,8 +11,13 @@ from .drivers import predict_batch as predict_batch
 from .drivers import predict_one as predict_one
 from .drivers import predict_stepwise as predict_stepwise
 from .measure import Speed as Speed
+from .measure import device_name as device_name
 from .measure import measure_costs as measure_costs
 from .measure import measure_speed as measure_speed
 from .measure import time_interleaved as time_interleaved
 from .replay import origin as origin
 from .replay import replay as replay
+from .tuned import TunedCascade as TunedCascade
+from .tuning import Tile as Tile
+from .tuning import Tuning as Tuning
+from .tuning import tune as tune

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from gati_jax.caches import Candidate, lookup
@@ -18,11 +19,9 @@ from gati_jax.models import Chain
 
 from .cascade import Cascade, Prediction
 from .numerics import reference
+from .options import Options
 from .packing import Packed, pack, unpack
 from .schedule import Schedule
-
-Options = tuple[tuple[str, str], ...]
-"""Compiler options of one program."""
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +63,10 @@ class _Rows(NamedTuple):
 
 
 def predict_tiled(
-    cascade: BatchedCascade, images: Shaped[Array, "batch *input"], count: int | None = None, options: Options = ()
+    cascade: BatchedCascade,
+    images: Shaped[Array | np.ndarray, "batch *input"],
+    count: int | None = None,
+    options: Options = (),
 ) -> Prediction:
     """Answer a batch in one program.
 
@@ -75,7 +77,7 @@ def predict_tiled(
         options: Compiler options of the program.
     """
     count = len(images) if count is None else count
-    return _program(options)(cascade.packed, images, jnp.int32(count))
+    return _program(options)(cascade.packed, images, np.int32(count))
 
 
 @functools.cache

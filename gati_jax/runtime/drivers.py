@@ -1,5 +1,7 @@
 """Drivers: ways to repeat the cascade's step until a request is done."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,15 @@ from jaxtyping import Array, Shaped
 
 from .cascade import Cascade, Prediction, begin, finish, step
 from .numerics import reference
+from .options import Options
 from .packing import Packed, unpack
 
 
-@jax.jit
+@functools.cache
+def _one_program(options: Options) -> jax.stages.Wrapped:
+    return jax.jit(_predict_one, compiler_options=dict(options) or None)
+
+
 @reference
 def _predict_one(packed: Packed[Cascade], image: Shaped[Array | np.ndarray, "*input"]) -> Prediction:
     cascade = unpack(packed)
@@ -24,7 +31,7 @@ def _predict_batch(packed: Packed[Cascade], images: Shaped[Array | np.ndarray, "
     return jax.lax.map(lambda image: _predict_one(packed, image), images)
 
 
-def predict_one(cascade: Cascade, image: Shaped[Array | np.ndarray, "*input"]) -> Prediction:
+def predict_one(cascade: Cascade, image: Shaped[Array | np.ndarray, "*input"], options: Options = ()) -> Prediction:
     """Answer one request in one program: a ``lax.while_loop`` that stops at the first hit.
 
     What lies behind the exit is skipped, not masked: the loop's body is a ``lax.switch`` that runs one stage only.
@@ -32,8 +39,9 @@ def predict_one(cascade: Cascade, image: Shaped[Array | np.ndarray, "*input"]) -
     Args:
         cascade: See ``Cascade``; its arrays are arguments of the program, its structure selects the program.
         image: One uint8 image or prepared input, without a batch dimension.
+        options: Compiler options of the program.
     """
-    return _predict_one(cascade.packed, image)
+    return _one_program(options)(cascade.packed, image)
 
 
 def predict_batch(cascade: Cascade, images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:

@@ -1,0 +1,73 @@
+"""A cascade as fast as this device runs it: tuned algorithms and options, tiles for batches."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Shaped
+
+from gati_jax.models import Chain
+
+from .batched import BatchedCascade, predict_tiled
+from .cascade import Cascade, Prediction
+from .drivers import predict_one
+from .schedule import Schedule
+from .tuning import Tuning, tuned_chain
+
+LARGEST_BUCKET = 256
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TunedCascade:
+    """A cascade and what was found fastest for it.
+
+    Its arithmetic is float32 as the reference's, but in another order: logits differ in their last bits. A request
+    whose score lies that close to a threshold, or whose logits are that close to a tie, may be answered differently.
+    """
+
+    cascade: Cascade
+    tuning: Tuning
+
+    def predict_one(self, image: Shaped[Array | np.ndarray, "*input"]) -> Prediction:
+        """Answer one request."""
+        return predict_one(self._single, image, self.tuning.tiles[0].options)
+
+    def predict(self, images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:
+        """Answer a batch: one program for each bucket, a power of two; the rest of a bucket takes no time."""
+        parts = [self._bucket(images[i : i + LARGEST_BUCKET]) for i in range(0, len(images), LARGEST_BUCKET)]
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)
+
+    def _bucket(self, images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:
+        n = len(images)
+        if n == 1:
+            return jax.tree.map(lambda v: v[None], self.predict_one(images[0]))
+        bucket = 1 << max(0, n - 1).bit_length()
+        if n < bucket:
+            padding = [(0, bucket - n)] + [(0, 0)] * (images.ndim - 1)
+            images = np.pad(np.asarray(images), padding)
+        batched = self.batched(bucket)
+        options = next(t.options for t in self.tuning.tiles if t.size == batched.schedule.sizes[0])
+        answer = predict_tiled(batched, images, n, options)
+        return answer if n == bucket else jax.tree.map(lambda rows: rows[:n], answer)
+
+    @functools.cached_property
+    def _single(self) -> Cascade:
+        return dataclasses.replace(self.cascade, chain=self._chain(1))
+
+    @functools.cache  # noqa: B019 (lives as long as its bundle)
+    def _chain(self, size: int) -> Chain:
+        tile = next(tile for tile in self.tuning.tiles if tile.size == size)
+        return tuned_chain(self.cascade.chain, tile)
+
+    @functools.cache  # noqa: B019 (lives as long as its bundle)
+    def batched(self, bucket: int) -> BatchedCascade:
+        """Return the cascade in the tiles that are fastest for ``bucket`` rows."""
+        schedule = Schedule.of({tile.size: tile.milliseconds for tile in self.tuning.tiles}, batch=bucket)
+        return BatchedCascade(
+            chains=tuple(self._chain(size) for size in schedule.sizes),
+            caches=self.cascade.caches,
+            thresholds=self.cascade.thresholds,
+            schedule=schedule,
+        )

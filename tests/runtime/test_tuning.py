@@ -1,0 +1,152 @@
+"""Tuning: what it finds answers as the reference does, survives in a bundle, and cannot be forged."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gati_jax
+from gati_jax.caches import GlobalAverage, SortedSelector
+from gati_jax.models import Chain, ResNet, fold, init, layers, to_chain
+from gati_jax.runtime import Cascade, Tile, TunedCascade, Tuning, batched, predict_one, tuning
+from train import tune as script
+
+NETWORK = ResNet(stages=(2, 1), widths=(4, 8), shortcut="B", input_shape=(8, 8, 3))
+KINDS = {layer.kind: layer for block in layers(NETWORK) for layer in block}
+WINOGRAD = {kind: "winograd2" if "winograd2" in layer.applicable else "im2col" for kind, layer in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def base() -> Chain:
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: fold(init(NETWORK, jax.random.key(0))))
+    return to_chain(NETWORK, jax.tree.map(lambda v: (rng.normal(size=v.shape) / 4).astype(np.float32), shapes))
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(11, 8, 8, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def cascade(base, images) -> Cascade:
+    """One cache at site 1 that is sure of about half of the images."""
+    predictor, selector = GlobalAverage(10, hidden=8), SortedSelector()
+    site = base.activations(jnp.asarray(images))[0][1]
+    keys = jax.random.split(jax.random.key(2))
+    variables = predictor.init(keys[0], site)
+    params = {"predictor": variables, "selector": selector.init(keys[1], jnp.zeros((1, 10)))}
+    cache = gati_jax.Candidate("gap@1", 1, predictor, selector, params)
+    scores = gati_jax.replay(base, (cache,), images).scores[0]
+    return Cascade(base, (cache,), jnp.asarray([np.sort(scores)[5:7].mean()], jnp.float32))
+
+
+def made_up(*sizes: int, algorithms=WINOGRAD) -> Tuning:
+    tiles = tuple(Tile(size=s, milliseconds=1 + s / 4, options=(), algorithms=algorithms) for s in sizes)
+    return Tuning(device=gati_jax.runtime.device_name(), tiles=tiles)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 11])
+def test_a_tuned_cascade_answers_as_the_reference(cascade, images, count):
+    found = TunedCascade(cascade, made_up(1, 4)).predict(images[:count])
+    for row, image in enumerate(images[:count]):
+        alone = predict_one(cascade, image)
+        assert (int(found.exit[row]), int(found.class_index[row])) == (int(alone.exit), int(alone.class_index))
+        np.testing.assert_allclose(found.logits[row], alone.logits, atol=1e-3 * np.ptp(alone.logits))
+    assert len(set(np.asarray(TunedCascade(cascade, made_up(1, 4)).predict(images).exit).tolist())) == 2
+
+
+def test_a_bucket_is_compiled_once(cascade, images):
+    tuned = TunedCascade(cascade, made_up(1, 2))
+    program: Any = batched._program(())
+    before = program._cache_size()
+    for count in (5, 6, 7, 8):
+        tuned.predict(images[:count])
+    assert program._cache_size() == before + 1
+    assert tuned.batched(8) is tuned.batched(8)
+
+
+def test_more_rows_than_the_largest_bucket_are_answered_in_parts(cascade, images, monkeypatch):
+    monkeypatch.setattr("gati_jax.runtime.tuned.LARGEST_BUCKET", 4)
+    tuned = TunedCascade(cascade, made_up(1, 2))
+    whole = tuned.predict(images)
+    np.testing.assert_array_equal(whole.exit, [int(predict_one(cascade, image).exit) for image in images])
+
+
+def test_tune_finds_something_for_every_size(base):
+    found = gati_jax.tune(base, sizes=(2,), rounds=1)
+    assert [tile.size for tile in found.tiles] == [1, 2]
+    assert found.device == gati_jax.runtime.device_name()
+    for tile in found.tiles:
+        assert tile.milliseconds > 0
+        assert all(algorithm in KINDS[kind].applicable for kind, algorithm in tile.algorithms.items())
+
+
+def test_algorithms_that_lose_too_many_digits_are_not_taken(base, monkeypatch):
+    times = {"winograd4": 1.0, "winograd2": 2.0, "im2col": 3.0, "direct": 4.0}
+
+    def made_up_times(programs, *, rounds):
+        return {name: np.full(rounds, times.get(name, float(len(name)))) for name in programs}
+
+    monkeypatch.setattr(tuning, "time_interleaved", made_up_times)
+    monkeypatch.setattr(tuning, "_supported", lambda: [()])
+    (tile,) = gati_jax.tune(base, sizes=(1,), rounds=1).tiles
+    assert set(tile.algorithms.values()) == {"winograd4", "im2col"}
+    monkeypatch.setattr(tuning, "TOLERANCE", 0.0)
+    (tile,) = gati_jax.tune(base, sizes=(1,), rounds=1).tiles
+    assert tile.algorithms == {}
+
+
+def test_a_chain_of_other_functions_is_tuned_without_algorithms(chain):
+    found = gati_jax.tune(chain, sizes=(2,), rounds=1)
+    assert [dict(tile.algorithms) for tile in found.tiles] == [{}, {}]
+
+
+def test_a_tuning_is_kept_in_the_bundle_and_used(bundle_path, chain, splits, capsys):
+    bundle = gati_jax.load_bundle(bundle_path, chain=chain)
+    assert bundle.tuned is None
+    with pytest.raises(gati_jax.InputError, match="numerics: this bundle has not been tuned"):
+        gati_jax.infer(bundle, splits["test"][0], numerics="fast")
+    found = made_up(1, 4, algorithms={})
+    gati_jax.save_tuning(bundle_path, found)
+    again = gati_jax.load_bundle(bundle_path, chain=chain)
+    assert again.tunings == (found,)
+    assert again.costs == bundle.costs
+    fast, reference = (gati_jax.infer_batch(again, splits["test"][:20], numerics=n) for n in (None, "reference"))
+    np.testing.assert_array_equal(fast.class_index, reference.class_index)
+    np.testing.assert_allclose(fast.logits, reference.logits, atol=1e-4)
+    assert int(gati_jax.infer(again, splits["test"][0]).exit) == int(reference.exit[0])
+    script.show(found)
+    assert "direct" in capsys.readouterr().out
+
+
+FORGED = {
+    "other options": lambda t: t["tiles"][0].update(options=[["xla_dump_to", "/tmp/x"]]),
+    "no tile for one": lambda t: t["tiles"][0].update(size=3),
+    "no tiles": lambda t: t.update(tiles=[]),
+    "an algorithm that is none": lambda t: t["tiles"][0].update(algorithms={"3x3/1 4-4 8x8": "fft"}),
+    "a time that is none": lambda t: t["tiles"][0].update(milliseconds=-1),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_forged_tuning_is_refused(bundle_path, chain, case):
+    gati_jax.save_tuning(bundle_path, made_up(1, 4))
+    (file,) = [f for f in (bundle_path / "tuning").iterdir() if json.loads(f.read_text())["tuning"]]
+    content = json.loads(file.read_text())
+    FORGED[case](content["tuning"])
+    file.write_text(json.dumps(content))
+    with pytest.raises(gati_jax.BundleError, match=file.name):
+        gati_jax.load_bundle(bundle_path, chain=chain)
+
+
+def test_no_bundle_no_tuning(tmp_path):
+    with pytest.raises(gati_jax.BundleError, match=r"manifest\.json"):
+        gati_jax.save_tuning(tmp_path, made_up(1))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(gati_jax.InputError, match="rising sizes from 1"):
+        dataclasses.replace(made_up(1), tiles=())
