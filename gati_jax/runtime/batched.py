@@ -103,12 +103,13 @@ def _predict_tiled(
         logits=jnp.zeros((batch, classes), jnp.float32),
     )
     for index in range(len(cascade.caches) + 1):
-        rows, answer = _stage(cascade, index, rows, answer)
+        rows, answer = _stage(packed, index, rows, answer)
     return answer._replace(class_index=jnp.argmax(answer.logits, -1).astype(jnp.int32))
 
 
-def _stage(cascade: BatchedCascade, index: int, rows: _Rows, answer: Prediction) -> tuple[_Rows, Prediction]:
+def _stage(packed: Packed[BatchedCascade], index: int, rows: _Rows, answer: Prediction) -> tuple[_Rows, Prediction]:
     """Run one span over the survivors, answer the hits, compact the others."""
+    cascade = unpack(packed)
     chain, capacity = cascade.chains[0], len(rows.position)
     last = index == len(cascade.caches)
     site = len(chain) if last else cascade.caches[index].site
@@ -123,7 +124,7 @@ def _stage(cascade: BatchedCascade, index: int, rows: _Rows, answer: Prediction)
     rest = jnp.asarray(cascade.schedule.table)[rows.alive % sizes[0]]
     for i, size in enumerate(sizes):
         number = rest[i] + (rows.alive // sizes[0] if i == 0 else 0)
-        run = functools.partial(_tile, cascade, (index, i), rows, start)
+        run = functools.partial(_tile, packed, (index, i), rows, start)
         behind = jax.lax.fori_loop(0, number, run, behind)
         start = start + number * size
     activation, logits, scores = behind
@@ -141,7 +142,7 @@ def _stage(cascade: BatchedCascade, index: int, rows: _Rows, answer: Prediction)
 
 
 def _tile(
-    cascade: BatchedCascade,
+    packed: Packed[BatchedCascade],
     which: tuple[int, int],
     rows: _Rows,
     start: Int[Array, ""],
@@ -150,6 +151,7 @@ def _tile(
 ) -> tuple[Array, Array, Array]:
     """Run one tile of stage ``which[0]`` and size ``which[1]`` through its span and its lookup, or the classifier."""
     index, size_index = which
+    cascade = unpack(packed)  # here, and not outside the loop: see ``step``
     chain, size = cascade.chains[size_index], cascade.schedule.sizes[size_index]
     at = start + number * size
     x = rows.activation[jax.lax.dynamic_slice_in_dim(rows.position, at, size)]

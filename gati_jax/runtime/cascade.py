@@ -19,7 +19,7 @@ from gati_jax._errors import InputError
 from gati_jax.caches import Candidate, lookup
 from gati_jax.models import Chain
 
-from .packing import Packed, pack
+from .packing import Packed, pack, unpack
 
 
 @jax.tree_util.register_dataclass
@@ -98,14 +98,19 @@ def begin(cascade: Cascade, image: Shaped[Array, "*input"]) -> CascadeState:
     return _run_stage(cascade, 0, cascade.chain.prepare(image[None]), buffer)
 
 
-def step(cascade: Cascade, state: CascadeState) -> CascadeState:
-    """Run one more stage. Pure; a driver repeats it until ``done``."""
+def step(packed: Packed[Cascade], state: CascadeState) -> CascadeState:
+    """Run one more stage. Pure; a driver repeats it until ``done``.
+
+    The cascade comes packed, and every branch unpacks what it needs for itself: what is unpacked outside would be cut
+    out of its vector, array by array, for all branches and on every request, whether or not their stage is run.
+    """
+    cascade = unpack(packed)  # for its structure
     if not cascade.caches:
         return state  # stage 0 was the base, and the request is done
 
     def stage(index: int) -> Callable[[CascadeState], CascadeState]:
         spec = cascade.chain.site_specs[cascade.sites[index - 1]]
-        return lambda state: _run_stage(cascade, index, _from_buffer(state.activation, spec), state.activation)
+        return lambda state: _run_stage(unpack(packed), index, _from_buffer(state.activation, spec), state.activation)
 
     return jax.lax.switch(state.stage - 1, [stage(i) for i in range(1, len(cascade.caches) + 1)], state)
 

@@ -20,9 +20,8 @@ def _one_program(options: Options) -> jax.stages.Wrapped:
 
 @reference
 def _predict_one(packed: Packed[Cascade], image: Shaped[Array | np.ndarray, "*input"]) -> Prediction:
-    cascade = unpack(packed)
-    state = begin(cascade, jnp.asarray(image))
-    return finish(jax.lax.while_loop(lambda state: ~state.done, lambda state: step(cascade, state), state))
+    state = begin(unpack(packed), jnp.asarray(image))
+    return finish(jax.lax.while_loop(lambda state: ~state.done, lambda state: step(packed, state), state))
 
 
 @jax.jit
@@ -55,11 +54,8 @@ def predict_batch(cascade: Cascade, images: Shaped[Array | np.ndarray, "batch *i
 
 def predict_stepwise(cascade: Cascade, image: Shaped[Array | np.ndarray, "*input"]) -> Prediction:
     """Answer one request by the same step in a plain Python loop: for debugging, and as a check on the jitted loop."""
-    with (
-        jax.default_matmul_precision("highest"),
-        jax.disable_jit(),
-    ):  # else every lax.switch would compile all its branches
+    with jax.default_matmul_precision("highest"), jax.disable_jit():  # or every lax.switch would compile its branches
         state = begin(cascade, jnp.asarray(image))
         while not state.done:
-            state = step(cascade, state)
+            state = step(cascade.packed, state)
         return finish(state)

@@ -1,0 +1,189 @@
+"""A bundle side by side with what a user would pick instead, at several batch sizes.
+
+Every contender has a process of its own, on the same cores, and they take turns: round by round each answers the same
+images, so that a disturbance of the machine meets all of them. Times include bringing uint8 images into the form that
+the runtime takes, and fetching the logits. Ratios are to the first contender, round by round; their spread is the
+interquartile range over the median.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import gati_jax
+from gati_jax import data
+from gati_jax.runtime.measure import spread
+from train import cli
+from train.config import build_config
+
+from .contenders import CONTENDERS
+
+EXAMPLE = "python -m benchmarks.compare --bundle runs/r56/bundle --smaller resnet20=WEIGHTS --out results.json"
+WARM_UP = 3
+
+
+class Worker:
+    """A contender's process."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        """Talk to ``process``."""
+        self._process = process
+
+    def ask(self, line: str = "") -> Any:  # noqa: ANN401 (JSON)
+        """Send a command, if any, and wait for the answer."""
+        assert self._process.stdin is not None  # noqa: S101 (narrows the type)
+        assert self._process.stdout is not None  # noqa: S101
+        if line:
+            self._process.stdin.write(f"{line}\n")
+            self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline() or "null")
+
+
+@contextmanager
+def worker(name: str, *arguments: str) -> Generator[Worker]:
+    """Start a contender; its standard error goes nowhere unless GATI_BENCH_VERBOSE is set."""
+    errors = None if os.environ.get("GATI_BENCH_VERBOSE") else subprocess.DEVNULL
+    command = [sys.executable, "-m", "benchmarks.worker", name, *arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True) as process:  # noqa: S603
+        try:
+            yield Worker(process)
+        finally:
+            process.kill()
+
+
+def main() -> None:
+    """Run the benchmark."""
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description=__doc__,
+        epilog=f"example:\n  {EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--bundle", type=Path, required=True, metavar="DIR")
+    p.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    p.add_argument(
+        "--smaller", nargs="*", default=[], metavar="NETWORK=WEIGHTS", help="smaller networks to show beside"
+    )
+    p.add_argument("--batches", type=cli.positive, nargs="+", default=[1, 8, 32, 128], metavar="N")
+    p.add_argument("--rounds", type=cli.positive, default=15, metavar="N", help="(default: 15)")
+    p.add_argument(
+        "--images", type=cli.positive, default=1000, metavar="N", help="test images to answer (default: 1000)"
+    )
+    p.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
+    p.add_argument("--json", action="store_true", help="print the result as JSON")
+    arguments = p.parse_args()
+    result = compare(arguments)
+    if arguments.out:
+        cli.write_result(arguments.out, result)
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        show(result)
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Start the contenders, let them take turns, and ask for their answers."""
+    config = build_config(gati_jax.load_bundle(arguments.bundle).provenance.config)
+    labels = data.load(config.data.name, config.data.splits.test, config.data.dir).labels
+    runs = {name: (name, config.base.network, str(config.base.weights)) for name in arguments.contenders}
+    for item in arguments.smaller:
+        network, _, weights = item.partition("=")
+        for runtime in ("jax.jit full", "onnxruntime full"):
+            runs[f"{runtime} {network}"] = (runtime, network, weights)
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for title, (name, network, weights) in runs.items():
+            started = stack.enter_context(worker(name, str(arguments.bundle), network, weights, str(arguments.images)))
+            if started.ask() == "ready":
+                workers[title] = started
+            else:
+                print(f"{title}: not available here, left out", file=sys.stderr)
+        times = {title: {} for title in workers}
+        for batch in arguments.batches:
+            for title, ms in take_turns(workers, batch, arguments.rounds).items():
+                times[title][batch] = ms
+        answers = {title: one.ask("answers") for title, one in workers.items()}
+    return report(times, answers, labels, config.base.network) | {"images": arguments.images}
+
+
+def take_turns(workers: dict[str, Worker], batch: int, rounds: int) -> dict[str, np.ndarray]:
+    """Return the milliseconds of every round."""
+    times: dict[str, list[float]] = {title: [] for title in workers}
+    for i in range(-WARM_UP, rounds):
+        for title, one in workers.items():
+            ms = one.ask(f"time {max(i, 0) * batch} {batch}")
+            if i >= 0:
+                times[title].append(ms)
+    return {title: np.array(ms) for title, ms in times.items()}
+
+
+def report(times: Any, answers: Any, labels: Any, network: str) -> dict[str, Any]:  # noqa: ANN401
+    """Put figures and circumstances together."""
+    first = next(iter(times))
+    reference = np.array(answers.get("jax.jit full", answers[first])[0])
+    rows = []
+    for title, by_batch in times.items():
+        classes, peak = np.array(answers[title][0]), answers[title][1]
+        for batch, ms in by_batch.items():
+            ratio = ms / times[first][batch]
+            p50, p95, p99 = np.quantile(ms, (0.5, 0.95, 0.99))
+            rows.append(
+                {
+                    "contender": title,
+                    "batch": batch,
+                    "p50_ms": p50,
+                    "p95_ms": p95,
+                    "p99_ms": p99,
+                    "images_per_second": batch / p50 * 1e3,
+                    "ratio": float(np.median(ratio)),
+                    "spread": spread(ratio),
+                    "accuracy": float((classes == labels[: len(classes)]).mean()),
+                    "agreement": float((classes == reference).mean()),
+                    "peak_mib": peak,
+                }
+            )
+    head = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
+    return {
+        "network": network,
+        "rows": rows,
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "versions": cli.versions(),
+        "commit": commit,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print one table for each batch size."""
+    columns = ("contender", "p50 ms", "p95 ms", "images/s", "ratio", "spread", "accuracy", "agreement", "peak MiB")
+    for batch in sorted({row["batch"] for row in result["rows"]}):
+        rows = [
+            (
+                row["contender"],
+                *(f"{row[key]:.2f}" for key in ("p50_ms", "p95_ms")),
+                f"{row['images_per_second']:.0f}",
+                f"{row['ratio']:.2f}",
+                f"{row['spread']:.0%}",
+                *(f"{row[key]:.2%}" for key in ("accuracy", "agreement")),
+                f"{row['peak_mib']:.0f}",
+            )
+            for row in result["rows"]
+            if row["batch"] == batch
+        ]
+        cli.show(f"{result['network']}, batch {batch}, {result['machine']}", columns, rows)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,62 @@
+"""One contender in a process of its own, driven by lines on standard input: thread pools would disturb one another.
+
+``time START SIZE`` answers with the milliseconds that images START .. START + SIZE took; ``answers`` with the class of
+every image and the peak memory. Answers are lines of JSON on the descriptor that standard output was.
+"""
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+import gati_jax
+from gati_jax import data
+from gati_jax.models import resnet
+from train.config import build_config
+
+from .contenders import CONTENDERS, Task
+
+CHUNK = 128
+
+
+def main() -> None:
+    """Serve the parent."""
+    name, bundle, network, weights, rows = sys.argv[1:]
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # libraries print
+    config = build_config(gati_jax.load_bundle(bundle).provenance.config)
+    select = data.load(config.data.name, config.data.splits.select, config.data.dir).images[:200]
+    images = data.load(config.data.name, config.data.splits.test, config.data.dir).images[: int(rows)]
+    with tempfile.TemporaryDirectory() as folder:
+        task = Task(
+            bundle=Path(bundle),
+            network=resnet(network, classes=config.base.classes, input_shape=config.base.input_shape),
+            weights=Path(weights),
+            normalization=config.base.normalize(),
+            cores=len(os.sched_getaffinity(0)),
+            calibration=select,
+            folder=Path(folder),
+        )
+        predict = CONTENDERS[name](task)
+        print(json.dumps("ready"), file=answers)
+        for line in sys.stdin:
+            command, *numbers = line.split()
+            if command == "time":
+                start, size = map(int, numbers)
+                batch = np.ascontiguousarray(np.take(images, range(start, start + size), axis=0, mode="wrap"))
+                began = time.perf_counter()
+                predict(batch)
+                print(json.dumps((time.perf_counter() - began) * 1e3), file=answers)
+            else:
+                chunks = [predict(images[i : i + CHUNK]).argmax(-1) for i in range(0, len(images), CHUNK)]
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+                print(json.dumps([np.concatenate(chunks).tolist(), peak]), file=answers)
+
+
+if __name__ == "__main__":
+    main()
