@@ -18,6 +18,7 @@ from .predictors import Grid as Grid
 from .predictors import Pool as Pool
 from .predictors import Predictor as Predictor
 from .predictors import adaptive_average as adaptive_average
+from .predictors import fold_standardize as fold_standardize
 from .selectors import LinearSelector as LinearSelector
 from .selectors import Selector as Selector
 from .selectors import SortedSelector as SortedSelector

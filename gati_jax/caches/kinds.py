@@ -23,6 +23,7 @@ class FullyConnectedSpec(_Spec):
 
     kind: Literal["fc"] = "fc"
     hidden: Width = 1024
+    standardize: bool = True
 
 
 class PoolSpec(_Spec):
@@ -31,6 +32,7 @@ class PoolSpec(_Spec):
     kind: Literal["pool"] = "pool"
     size: Width = 4096
     hidden: Width = 1024
+    standardize: bool = True
 
 
 class ConvSpec(_Spec):
@@ -46,6 +48,7 @@ class GlobalAverageSpec(_Spec):
 
     kind: Literal["gap"] = "gap"
     hidden: Width = 128
+    standardize: bool = True
 
 
 class GridSpec(_Spec):
@@ -54,6 +57,7 @@ class GridSpec(_Spec):
     kind: Literal["grid"] = "grid"
     cells: Width = 4
     hidden: Width = 128
+    standardize: bool = True
 
 
 class LinearSelectorSpec(_Spec):

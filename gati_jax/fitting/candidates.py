@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped, UInt64
 from gati_jax._digest import tree_digest
 from gati_jax._errors import InputError
 from gati_jax._linen import call
-from gati_jax.caches import Candidate, Grid, SortedSelector, choose
+from gati_jax.caches import Candidate, Grid, SortedSelector, choose, fold_standardize
 from gati_jax.data import check_distinct_rows, fingerprint, row_digests
 from gati_jax.models import Chain, check_images
 
@@ -190,6 +190,9 @@ def fit(
     )
     _check_finite(state.params)
     variables = _merge(state.params, constants)
+    for name, part in predictors.items():
+        predictor, variables[name] = fold_standardize(part.predictor, variables[name])
+        predictors[name] = dataclasses.replace(part, predictor=predictor)
     fold = deal_folds(len(unique), config.folds, config.seed)[copy_of]
     fold_selectors = _fit_selectors(chain, predictors, variables, select, fold, config)
     items = tuple(

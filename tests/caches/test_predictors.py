@@ -19,6 +19,7 @@ from gati_jax.caches import (
     build_predictor,
     describe_predictor,
 )
+from gati_jax.caches.predictors import fold_standardize
 
 CLASSES, BATCH = 5, 4
 PREDICTORS: dict[str, Any] = {
@@ -196,3 +197,16 @@ def test_adaptive_average_pools_any_axis(axis, size):
     expected = np.moveaxis(np.stack([moved[part].mean(0) for part in bins(len(moved), size)]), 0, axis)
     found = jax.jit(adaptive_average, static_argnums=(1, 2))(jnp.asarray(x), size, axis)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("site", [(12,), (7, 5, 3)], ids=str)
+@every_predictor
+def test_a_folded_predictor_is_the_same_function(predictor, site):
+    activation, variables = case(predictor, site)
+    folded, folded_variables = fold_standardize(predictor, variables)
+    expected = np.asarray(predictor.apply(variables, activation))
+    found = np.asarray(folded.apply(folded_variables, activation))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    assert set(folded_variables) == {"params"}
+    assert fold_standardize(folded, folded_variables) == (folded, folded_variables)
+    assert build_predictor(describe_predictor(folded), CLASSES) == folded

@@ -85,13 +85,13 @@ def run_base(base, x):
 
 
 def train_alone(tiny, site, config, heads):
-    """Train one head by itself: NumPy, float64, one plain loop."""
+    """Train one head by itself: NumPy, float64, one plain loop. Returns its values, before and after, standardised."""
     rows, _ = tiny.images()
     base = [np.asarray(p, np.float64) for p in tiny.chain().params]
     width = base[site - 1].shape[1]
     features = run_base(base, rows)[site]  # the tiny fit split is small enough that all of it is standardised by
     mean, std = features.mean(0), np.sqrt(features.var(0) + 0.01 * features.var(0).mean())
-    params = initial_values(tiny, site, width, heads)
+    params = initial = initial_values(tiny, site, width, heads)
     zeros = jax.tree.map(np.zeros_like, params)
     state, t = (zeros, zeros), 0
     rates = list(learning_rates(config, config.epochs * (len(rows) // config.batch)))
@@ -104,7 +104,12 @@ def train_alone(tiny, site, config, heads):
             params, state = update(params, grads, state, rates[t], t + 1, config)
             t += 1
     assert t == len(rates)
-    return params
+
+    def fold(p):
+        kernel = p["hidden"]["kernel"] / std[:, None]
+        return {**p, "hidden": {"kernel": kernel, "bias": p["hidden"]["bias"] - mean @ kernel}}
+
+    return fold(params), fold(initial)
 
 
 def assert_trained_alike(found, alone, initial):
@@ -120,18 +125,17 @@ def assert_trained_alike(found, alone, initial):
 
 @pytest.mark.parametrize(("site", "width"), [(1, 10), (2, 9)])
 def test_two_heads_in_one_pass_are_each_as_if_alone(tiny, fitted, site, width):
-    alone = train_alone(tiny, site, tiny.CONFIG, heads=2)
     found = fitted.items[site - 1].params["predictor"]["params"]
-    assert_trained_alike(found, alone, initial_values(tiny, site, width, heads=2))
+    assert found["hidden"]["kernel"].shape[0] == width
+    assert_trained_alike(found, *train_alone(tiny, site, tiny.CONFIG, heads=2))
 
 
 def test_sgd_is_the_papers(tiny):
     config = dataclasses.replace(
         tiny.CONFIG, optimizer="sgd", learning_rate=0.05, weight_decay=5e-3, alpha=0.3, temperature=3.0, epochs=3
     )
-    alone = train_alone(tiny, 1, config, heads=1)
     found = tiny.fit(sites=(1,), config=config).items[0].params["predictor"]["params"]
-    assert_trained_alike(found, alone, initial_values(tiny, 1, 10, heads=1))
+    assert_trained_alike(found, *train_alone(tiny, 1, config, heads=1))
 
 
 def test_predictors_learn_the_bases_answers(tiny, fitted):
@@ -263,14 +267,17 @@ def test_a_chain_of_one_block_has_no_site_by_default(tiny):
         gati_jax.fit(short, tiny.images()[0], select=tiny.images()[1])
 
 
-def test_statistics_come_from_rows_of_the_whole_split(tiny):
+def test_statistics_come_from_rows_of_the_whole_split(tiny, monkeypatch):
     """Data sets are often sorted: their first rows say little of the rest."""
     rows, select = tiny.images()
     many = np.concatenate([np.zeros_like(rows)] * 3 + [rows + 8])
     many += np.arange(len(many), dtype=np.float32)[:, None] * 1e-6  # all rows distinct
     config = dataclasses.replace(tiny.CONFIG, epochs=1)
-    fitted = gati_jax.fit(tiny.chain(), many, select=select, heads=[tiny.head(0)], config=config, progress=False)
-    mean = fitted.items[0].params["predictor"]["statistics"]["standardize"]["mean"]
+    seen = []
+    module = importlib.import_module("gati_jax.fitting.candidates")
+    monkeypatch.setattr(module, "fold_standardize", lambda predictor, v: (seen.append(v), (predictor, v))[1])
+    gati_jax.fit(tiny.chain(), many, select=select, heads=[tiny.head(0)], config=config, progress=False)
+    mean = seen[0]["statistics"]["standardize"]["mean"]
     np.testing.assert_allclose(mean, many.mean(0), atol=0.8)
     assert np.abs(many[:512].mean(0) - many.mean(0)).min() > 1.5
 

@@ -191,7 +191,7 @@ def test_rows_of_a_batch_skip_each_for_itself(counted, caches, looked_up, splits
 
 def compiled():
     """How many programs the jitted drivers hold."""
-    jitted: tuple[Any, ...] = (drivers._predict_one, drivers._predict_batch)
+    jitted: tuple[Any, ...] = (drivers._one_program(()), drivers._predict_batch)
     return [driver._cache_size() for driver in jitted]
 
 
@@ -303,7 +303,7 @@ def test_reference_products_are_float32_on_every_device(chain, caches, splits):
     """What an accelerator would round, a CPU does not: so look into the programs."""
     cascade = Cascade(chain, (caches[2],), jnp.zeros(1))
     image = jnp.asarray(splits["test"][0])
-    for driver, rows in ((drivers._predict_one, image), (drivers._predict_batch, image[None])):
+    for driver, rows in ((drivers._one_program(()), image), (drivers._predict_batch, image[None])):
         program = str(jax.make_jaxpr(driver)(cascade.packed, rows))
         products = re.findall(r"precision=(.*)", program)
         assert len(products) > 3
