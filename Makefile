@@ -32,8 +32,9 @@ lint: $(STAMP)  ## Check style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(PY)
 
-bench: $(STAMP)  ## Time a bundle beside its full network (BUNDLE=runs/r56/bundle)
-	$(PY) -m benchmarks.single --bundle $(or $(BUNDLE),runs/digits/caches/bundle)
+bench:  ## Time a bundle beside other runtimes (BUNDLE=runs/r56/bundle)
+	$(MAKE) --no-print-directory setup EXTRAS=train,torch,bench
+	$(PY) -m benchmarks.compare --bundle $(or $(BUNDLE),runs/digits/caches/bundle)
 
 constraints: $(STAMP)  ## Resolve all extras together anew
 	$(PY) -m pip install --quiet uv
