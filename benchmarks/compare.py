@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -30,6 +31,7 @@ from .contenders import CONTENDERS
 
 EXAMPLE = "python -m benchmarks.compare --bundle runs/r56/bundle --smaller resnet20=WEIGHTS --out results.json"
 WARM_UP = 3
+PAUSE_SECONDS = 0.1  # threads of the one before go on spinning for a while
 
 
 class Worker:
@@ -120,9 +122,12 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 def take_turns(workers: dict[str, Worker], batch: int, rounds: int) -> dict[str, np.ndarray]:
     """Return the milliseconds of every round."""
     times: dict[str, list[float]] = {title: [] for title in workers}
+    order, random = list(workers), np.random.default_rng(0)
     for i in range(-WARM_UP, rounds):
-        for title, one in workers.items():
-            ms = one.ask(f"time {max(i, 0) * batch} {batch}")
+        random.shuffle(order)  # nobody always follows the same one
+        for title in order:
+            time.sleep(PAUSE_SECONDS)
+            ms = workers[title].ask(f"time {max(i, 0) * batch} {batch}")
             if i >= 0:
                 times[title].append(ms)
     return {title: np.array(ms) for title, ms in times.items()}
