@@ -30,7 +30,7 @@ from train.config import build_config
 from .contenders import CONTENDERS
 
 EXAMPLE = "python -m benchmarks.compare --bundle runs/r56/bundle --smaller resnet20=WEIGHTS --out results.json"
-WARM_UP = 3
+WARM_UP = 1
 PAUSE_SECONDS = 0.1  # threads of the one before go on spinning for a while
 
 
