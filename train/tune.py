@@ -21,9 +21,9 @@ def main(argv: list[str] | None = None) -> None:
         "--tiles",
         type=cli.positive,
         nargs="+",
-        default=[1, 4, 8, 16],
+        default=[1, 8, 16],
         metavar="N",
-        help="rows in a tile, to try (default: 1 4 8 16)",
+        help="rows in a tile, to try (default: 1 8 16)",
     )
     p.add_argument(
         "--rounds", type=cli.positive, default=7, metavar="N", help="interleaved repeats of a timing (default: 7)"

@@ -81,7 +81,7 @@ class Tuning:
             raise InputError(msg)
 
 
-def tune(chain: Chain, *, sizes: Sequence[int] = (1, 4, 8, 16), rounds: int = 7) -> Tuning:
+def tune(chain: Chain, *, sizes: Sequence[int] = (1, 8, 16), rounds: int = 7) -> Tuning:
     """Find what is fastest on the default device; takes a minute or two.
 
     Args:
