@@ -66,12 +66,7 @@ def worker(name: str, *arguments: str) -> Generator[Worker]:
 
 def main() -> None:
     """Run the benchmark."""
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare",
-        description=__doc__,
-        epilog=f"example:\n  {EXAMPLE}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = cli.parser(str(__doc__), EXAMPLE, out=False)
     p.add_argument("--bundle", type=Path, required=True, metavar="DIR")
     p.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
     p.add_argument(
@@ -83,7 +78,6 @@ def main() -> None:
         "--images", type=cli.positive, default=1000, metavar="N", help="test images to answer (default: 1000)"
     )
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
-    p.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = p.parse_args()
     result = compare(arguments)
     if arguments.out:

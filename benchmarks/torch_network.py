@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gati_jax import WeightsError
 from gati_jax.models import ResNet
 
 
@@ -84,5 +85,8 @@ def load(network: ResNet, tensors: Mapping[str, np.ndarray]) -> Network:
     """Return the network with these weights, in evaluation mode."""
     model = Network(network)
     renamed = {name.replace("linear.", "fc."): torch.from_numpy(np.array(v)) for name, v in tensors.items()}
-    model.load_state_dict(renamed, strict=False)  # num_batches_tracked may be missing
+    wrong = model.load_state_dict(renamed, strict=False)
+    if names := [*wrong.unexpected_keys, *(k for k in wrong.missing_keys if not k.endswith("num_batches_tracked"))]:
+        msg = f"weights: missing or unexpected: {', '.join(names)}"
+        raise WeightsError(msg)
     return model.eval()

@@ -38,12 +38,13 @@ def infer(bundle: Bundle, image: Any, *, numerics: Numerics | None = None) -> Pr
 
 
 def infer_batch(bundle: Bundle, images: Any, *, numerics: Numerics | None = None) -> Prediction:  # noqa: ANN401 (anything that NumPy takes)
-    """Answer many requests, each leaving at its own exit; one program for each number of rows.
+    """Answer many requests, each leaving at its own exit.
 
     Args:
         bundle: See ``load_bundle``.
         images: uint8 or prepared inputs with a leading batch dimension.
-        numerics: As for ``infer``. Reference numerics answer rows one after another, exactly as ``infer`` does.
+        numerics: As for ``infer``. Reference numerics answer rows one after another, exactly as ``infer`` does, in one
+            program for each number of rows; fast ones in tiles, in one program for each power of two.
 
     Returns:
         As ``infer``, with a leading batch dimension everywhere.

@@ -4,7 +4,7 @@
     plans.json         chosen caches in order, and the path of their thresholds
     certificates.json  what is known of their disagreement
     arrays/            parameters of the base and of the caches (Orbax)
-    tuning/            measured costs by device; not part of the digest, for it is measured anew
+    tuning/            measured costs, algorithms and tiles by device; not part of the digest, for it is measured anew
 
 Loading never imports or unpickles what a bundle names: networks and caches come from a closed list, arrays only in
 shapes that those imply.
@@ -149,6 +149,8 @@ def save_bundle(
 
 def save_tuning(path: Path | str, tuning: Tuning) -> None:
     """Add to a saved bundle what ``tune`` found on a device; an older tuning of that device is replaced.
+
+    Saving the bundle anew drops it, for the network may be another one.
 
     Raises:
         BundleError: There is no bundle at ``path``, or its file for the device is damaged.

@@ -19,7 +19,7 @@ from gati_jax.models import Chain
 
 from .cascade import Cascade, Prediction
 from .numerics import reference
-from .options import Options
+from .options import Options, compiled
 from .packing import Packed, pack, unpack
 from .schedule import Schedule
 
@@ -77,12 +77,7 @@ def predict_tiled(
         options: Compiler options of the program.
     """
     count = len(images) if count is None else count
-    return _program(options)(cascade.packed, images, np.int32(count))
-
-
-@functools.cache
-def _program(options: Options) -> jax.stages.Wrapped:
-    return jax.jit(_predict_tiled, compiler_options=dict(options) or None)
+    return compiled(_predict_tiled, options)(cascade.packed, images, np.int32(count))
 
 
 @reference

@@ -1,7 +1,5 @@
 """Drivers: ways to repeat the cascade's step until a request is done."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +7,8 @@ from jaxtyping import Array, Shaped
 
 from .cascade import Cascade, Prediction, begin, finish, step
 from .numerics import reference
-from .options import Options
+from .options import Options, compiled
 from .packing import Packed, unpack
-
-
-@functools.cache
-def _one_program(options: Options) -> jax.stages.Wrapped:
-    return jax.jit(_predict_one, compiler_options=dict(options) or None)
 
 
 @reference
@@ -40,7 +33,7 @@ def predict_one(cascade: Cascade, image: Shaped[Array | np.ndarray, "*input"], o
         image: One uint8 image or prepared input, without a batch dimension.
         options: Compiler options of the program.
     """
-    return _one_program(options)(cascade.packed, image)
+    return compiled(_predict_one, options)(cascade.packed, image)
 
 
 def predict_batch(cascade: Cascade, images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:

@@ -69,15 +69,15 @@ class Schedule:
         """``rest`` as an array."""
         return np.array(self.rest, np.int32)
 
-    def covered(self, rows: int) -> int:
-        """Return how many rows the tiles for at most ``rows`` rows take up."""
+    def tiles(self, rows: int) -> tuple[int, ...]:
+        """Return how many tiles of each size ``rows`` rows take."""
         full, rest = divmod(rows, self.sizes[0])
-        below = self.rest[: rest + 1] if full == 0 else self.rest
-        most = max(self._rows(counts) for counts in below)
-        return max(full * self.sizes[0] + self._rows(self.rest[rest]), max(0, full - 1) * self.sizes[0] + most)
+        return (self.rest[rest][0] + full, *self.rest[rest][1:])
+
+    def covered(self, rows: int) -> int:
+        """Return the most rows that the tiles for at most ``rows`` rows take up."""
+        return max(self._rows(self.tiles(n)) for n in range(rows + 1))
 
     def milliseconds(self, rows: int, tile_ms: Mapping[int, float]) -> float:
         """Return what ``rows`` rows take."""
-        full, rest = divmod(rows, self.sizes[0])
-        counts = (self.rest[rest][0] + full, *self.rest[rest][1:])
-        return sum(tile_ms[size] * count for size, count in zip(self.sizes, counts, strict=True))
+        return sum(tile_ms[size] * count for size, count in zip(self.sizes, self.tiles(rows), strict=True))

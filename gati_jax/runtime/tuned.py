@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ class TunedCascade:
         n = len(images)
         if n == 1:
             return jax.tree.map(lambda v: v[None], self.predict_one(images[0]))
-        bucket = 1 << max(0, n - 1).bit_length()
+        bucket = 1 << (n - 1).bit_length()
         if n < bucket:
             padding = [(0, bucket - n)] + [(0, 0)] * (images.ndim - 1)
             images = np.pad(np.asarray(images), padding)
@@ -56,14 +57,18 @@ class TunedCascade:
     def _single(self) -> Cascade:
         return dataclasses.replace(self.cascade, chain=self._chain(1))
 
-    @functools.cache  # noqa: B019 (lives as long as its bundle)
-    def _chain(self, size: int) -> Chain:
-        tile = next(tile for tile in self.tuning.tiles if tile.size == size)
-        return tuned_chain(self.cascade.chain, tile)
+    @functools.cached_property
+    def _chain(self) -> Callable[[int], Chain]:
+        """The base for each tile size, made once; a cache of this object's own, which goes when it goes."""
+        tiles = {tile.size: tile for tile in self.tuning.tiles}
+        return functools.cache(lambda size: tuned_chain(self.cascade.chain, tiles[size]))
 
-    @functools.cache  # noqa: B019 (lives as long as its bundle)
-    def batched(self, bucket: int) -> BatchedCascade:
-        """Return the cascade in the tiles that are fastest for ``bucket`` rows."""
+    @functools.cached_property
+    def batched(self) -> Callable[[int], BatchedCascade]:
+        """The cascade in the tiles that are fastest for a number of rows, made once for each bucket."""
+        return functools.cache(self._batched)
+
+    def _batched(self, bucket: int) -> BatchedCascade:
         schedule = Schedule.of({tile.size: tile.milliseconds for tile in self.tuning.tiles}, batch=bucket)
         return BatchedCascade(
             chains=tuple(self._chain(size) for size in schedule.sizes),

@@ -21,11 +21,12 @@ from gati_jax.models import Algorithm, Chain, Layer, ResNet, layers, with_algori
 
 from .measure import device_name, time_interleaved
 from .numerics import reference
-from .options import Options
+from .options import Options, compiled
 from .packing import Packed, pack, unpack
 
 TOLERANCE = 1e-3
 MARGIN = 0.03  # less is noise
+MOST_TILES = 16  # each is one more loop in every span
 _LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 _OPTIONS: dict[str, tuple[Options, ...]] = {
     "cpu": (
@@ -76,8 +77,8 @@ class Tuning:
             InputError: Tiles that do not rise from 1.
         """
         sizes = [tile.size for tile in self.tiles]
-        if sizes[:1] != [1] or sizes != sorted(set(sizes)):
-            msg = f"tiles: expected rising sizes from 1 on, got {sizes}"
+        if sizes[:1] != [1] or sizes != sorted(set(sizes)) or len(sizes) > MOST_TILES:
+            msg = f"tiles: expected up to {MOST_TILES} rising sizes from 1 on, got {sizes[: MOST_TILES + 1]}"
             raise InputError(msg)
 
 
@@ -176,12 +177,7 @@ def _part(chain: Chain, start: int, stop: int) -> Chain:
 
 def _program(chain: Chain, options: Options, x: Array, *, classify: bool = True) -> Callable[[], Array]:
     """Return a compiled call of a chain."""
-    return functools.partial(_compiled(options), pack(chain), x, classify=classify)
-
-
-@functools.cache
-def _compiled(options: Options) -> Callable[..., Array]:
-    return jax.jit(_run, static_argnames="classify", compiler_options=dict(options) or None)
+    return functools.partial(compiled(_run, options, static="classify"), pack(chain), x, classify=classify)
 
 
 @reference

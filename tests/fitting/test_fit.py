@@ -317,7 +317,7 @@ def test_one_fold_is_refused(tiny):
 
 
 def test_rows_of_another_dtype_are_refused_where_they_could_not_be_told_apart(tiny, fitted):
-    rows, select = tiny.images()
+    _, select = tiny.images()
     with pytest.raises(gati_jax.InputError, match="float16"):
         gati_jax.replay(tiny.chain(), fitted, select.astype(np.float16))
     pixels = np.random.default_rng(0).integers(0, 256, (90, 4, 4, 1)).astype(np.uint8)
@@ -332,7 +332,6 @@ def test_rows_of_another_dtype_are_refused_where_they_could_not_be_told_apart(ti
         gati_jax.replay(base, fitted, np.asarray(base.prepare(pixels[60:])))
     with pytest.raises(gati_jax.InputError, match="select: expected uint8, as images, got float32"):
         gati_jax.fit(base, pixels[:60], select=np.asarray(base.prepare(pixels[60:])), heads=[tiny.head(1)])
-    del rows
 
 
 def test_part_of_a_fit_knows_the_same_rows(tiny, fitted):

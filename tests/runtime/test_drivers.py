@@ -11,6 +11,7 @@ import pytest
 import gati_jax
 from gati_jax.caches import FullyConnected, SortedSelector, lookup
 from gati_jax.runtime import Cascade, check_cascade, drivers, predict_batch, predict_one, predict_stepwise
+from gati_jax.runtime.options import compiled
 
 INF = float("inf")
 DEPTH = 5
@@ -189,9 +190,9 @@ def test_rows_of_a_batch_skip_each_for_itself(counted, caches, looked_up, splits
     assert 0 < count == sum(exit_ > 2 for exit_ in exits) < 60
 
 
-def compiled():
+def program_counts():
     """How many programs the jitted drivers hold."""
-    jitted: tuple[Any, ...] = (drivers._one_program(()), drivers._predict_batch)
+    jitted: tuple[Any, ...] = (compiled(drivers._predict_one, ()), drivers._predict_batch)
     return [driver._cache_size() for driver in jitted]
 
 
@@ -203,7 +204,7 @@ def test_new_values_of_the_same_shapes_never_recompile(counted, caches, splits):
     cascade = Cascade(chain, (caches[1], caches[3]), jnp.asarray([1.0, 2.0]))
     predict_one(cascade, images[0])
     predict_batch(cascade, images[:20])
-    traced, programs = counter.traces, compiled()
+    traced, programs = counter.traces, program_counts()
     assert traced > before
     for i in range(1, 4):
         params = jax.tree.map(lambda v, i=i: v * (1 + i / 10), chain.params)
@@ -216,7 +217,7 @@ def test_new_values_of_the_same_shapes_never_recompile(counted, caches, splits):
         predict_one(other, images[i])
         predict_batch(other, images[20 * i : 20 * i + 20])
     assert counter.traces == traced
-    assert compiled() == programs
+    assert program_counts() == programs
 
 
 # Activations of many shapes and dtypes. All arithmetic is exact, so that equal means equal to the last bit.
@@ -303,7 +304,7 @@ def test_reference_products_are_float32_on_every_device(chain, caches, splits):
     """What an accelerator would round, a CPU does not: so look into the programs."""
     cascade = Cascade(chain, (caches[2],), jnp.zeros(1))
     image = jnp.asarray(splits["test"][0])
-    for driver, rows in ((drivers._one_program(()), image), (drivers._predict_batch, image[None])):
+    for driver, rows in ((compiled(drivers._predict_one, ()), image), (drivers._predict_batch, image[None])):
         program = str(jax.make_jaxpr(driver)(cascade.packed, rows))
         products = re.findall(r"precision=(.*)", program)
         assert len(products) > 3

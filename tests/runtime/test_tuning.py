@@ -13,6 +13,7 @@ import gati_jax
 from gati_jax.caches import GlobalAverage, SortedSelector
 from gati_jax.models import Chain, ResNet, fold, init, layers, to_chain
 from gati_jax.runtime import Cascade, Tile, TunedCascade, Tuning, batched, predict_one, tuning
+from gati_jax.runtime.options import compiled
 from train import tune as script
 
 NETWORK = ResNet(stages=(2, 1), widths=(4, 8), shortcut="B", input_shape=(8, 8, 3))
@@ -62,7 +63,7 @@ def test_a_tuned_cascade_answers_as_the_reference(cascade, images, count):
 
 def test_a_bucket_is_compiled_once(cascade, images):
     tuned = TunedCascade(cascade, made_up(1, 2))
-    program: Any = batched._program(())
+    program: Any = compiled(batched._predict_tiled, ())
     before = program._cache_size()
     for count in (5, 6, 7, 8):
         tuned.predict(images[:count])
@@ -125,8 +126,9 @@ def test_a_tuning_is_kept_in_the_bundle_and_used(bundle_path, chain, splits, cap
 
 
 FORGED = {
-    "other options": lambda t: t["tiles"][0].update(options=[["xla_dump_to", "/tmp/x"]]),
+    "other options": lambda t: t["tiles"][0].update(options=[["xla_dump_to", "elsewhere"]]),
     "no tile for one": lambda t: t["tiles"][0].update(size=3),
+    "thousands of tiles": lambda t: t.update(tiles=[{**t["tiles"][0], "size": s} for s in range(1, 3000)]),
     "no tiles": lambda t: t.update(tiles=[]),
     "an algorithm that is none": lambda t: t["tiles"][0].update(algorithms={"3x3/1 4-4 8x8": "fft"}),
     "a time that is none": lambda t: t["tiles"][0].update(milliseconds=-1),

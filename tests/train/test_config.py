@@ -49,7 +49,7 @@ OVERRIDES = {
     "list of strings": ("data.base_trained_on", '["all[:5]", "all[5:9]"]', ("all[:5]", "all[5:9]")),
     "list of numbers": ("base.input_shape", "[8, 8, 1]", (8, 8, 1)),
     "path": ("base.weights", "../a b/w.safetensors", Path("../a b/w.safetensors")),
-    "quoted path": ("data.dir", '"/tmp/x"', Path("/tmp/x")),
+    "quoted path": ("data.dir", '"a/x"', Path("a/x")),
     "string": ("data.name", "cifar10", "cifar10"),
     "string with brackets": ("data.splits.select", "all[3:4]", "all[3:4]"),
     "string with an equals sign": ("data.name", "a=b", "a=b"),
