@@ -21,7 +21,7 @@ from gati_jax.fitting import LoopConfig, LoopState, apply_gradients, run_loop
 from gati_jax.models import ResNet, apply, apply_train, export_state_dict, init
 
 from . import cli
-from .config import BaseTraining
+from .config import BaseTraining, Config
 
 EXAMPLE = "python -m train.base --config configs/digits.toml --out runs/digits/base --base.training.epochs 20"
 
@@ -31,26 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments, config = cli.parse_experiment(argv, "Train a base network.", EXAMPLE)
     network, recipe = config.base.resnet(), config.base.training
 
-    # --- Data -------------------------------------------------------------------------------------------------------
-    if not config.data.base_trained_on:
-        msg = "data.base_trained_on: expected at least one part of the data to train on, got none"
-        raise InputError(msg)
-    parts = [data.load(config.data.name, split, config.data.dir) for split in config.data.base_trained_on]
-    images = np.concatenate([part.images for part in parts])
-    labels = np.concatenate([part.labels for part in parts if part.labels is not None])
-    test = data.load(config.data.name, config.data.splits.test, config.data.dir)
-    data.check_disjoint(
-        {
-            "test": config.data.splits.test,
-            **{f"base_trained_on {i}": s for i, s in enumerate(config.data.base_trained_on)},
-        }
-    )
-
-    got, largest = images.shape[1:], int(labels.max())
-    if got != network.input_shape or largest >= network.classes:
-        expected = f"{network.input_shape} and {network.classes} classes"
-        msg = f"base: the network takes {expected}, {config.data.name} has {got} and {largest + 1}"
-        raise InputError(msg)
+    images, labels, test = load_data(config)
 
     # --- Training ---------------------------------------------------------------------------------------------------
     training = Training(
@@ -101,6 +82,29 @@ def main(argv: list[str] | None = None) -> None:
             f"{config.base.network} on {config.data.name} {config.data.splits.test}: accuracy {accuracy:.4f}"
             f" ({arguments.out / 'base.safetensors'})"
         )
+
+
+def load_data(config: Config) -> tuple[np.ndarray, np.ndarray, data.Dataset]:
+    """Return the images and labels to train on, and the test split.
+
+    Raises:
+        InputError: Nothing to train on, test rows among it, or images and labels that the network does not take.
+    """
+    if not config.data.base_trained_on:
+        msg = "data.base_trained_on: expected at least one part of the data to train on, got none"
+        raise InputError(msg)
+    trained_on = {f"base_trained_on {i}": part for i, part in enumerate(config.data.base_trained_on)}
+    data.check_disjoint({"test": config.data.splits.test, **trained_on})
+    parts = [data.load(config.data.name, part, config.data.dir) for part in trained_on.values()]
+    images = np.concatenate([part.images for part in parts])
+    labels = np.concatenate([part.labels for part in parts if part.labels is not None])
+    network = config.base.resnet()
+    got, largest = images.shape[1:], int(labels.max())
+    if got != network.input_shape or largest >= network.classes:
+        expected = f"{network.input_shape} and {network.classes} classes"
+        msg = f"base: the network takes {expected}, {config.data.name} has {got} and {largest + 1}"
+        raise InputError(msg)
+    return images, labels, data.load(config.data.name, config.data.splits.test, config.data.dir)
 
 
 def make_optimizer(recipe: BaseTraining, n: int) -> optax.GradientTransformation:

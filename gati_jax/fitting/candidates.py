@@ -173,23 +173,8 @@ def fit(
     if len(unique) < config.folds:
         msg = f"select: expected at least one distinct row for each of {config.folds} folds, got {len(unique)}"
         raise InputError(msg)
-    optimizer = _optimizer(config, len(images))
-    step = jax.jit(functools.partial(_step, predictors, config, optimizer), donate_argnames="state")
-    loop = LoopConfig(epochs=config.epochs, batch=config.batch, seed=config.seed)
-    drawn = np.random.default_rng(config.seed).permutation(len(images))[:_INIT_ROWS]
-    params, constants = _init(chain, predictors, images[drawn], config)
-    state = run_loop(
-        lambda state, rows: step(chain, constants, state=state, images=rows),
-        LoopState(jnp.zeros((), jnp.int32), params, optimizer.init(params)),
-        (images,),
-        loop,
-        checkpoint=Path(checkpoint) if checkpoint else None,
-        identity=identity,
-        description=f"fitting {len(predictors)} predictors",
-        progress=progress,
-    )
-    _check_finite(state.params)
-    variables = _merge(state.params, constants)
+    folder = Path(checkpoint) if checkpoint else None
+    variables = _train(chain, predictors, images, config, checkpoint=folder, identity=identity, progress=progress)
     for name, part in predictors.items():
         predictor, variables[name] = fold_standardize(part.predictor, variables[name])
         predictors[name] = dataclasses.replace(part, predictor=predictor)
@@ -266,6 +251,39 @@ def _init(
     variables = init(chain, images)
     params = {name: v["params"] for name, v in variables.items()}
     return params, {name: {k: c for k, c in v.items() if k != "params"} for name, v in variables.items()}
+
+
+def _train(
+    chain: Chain,
+    predictors: dict[str, _Part],
+    images: np.ndarray,
+    config: FitConfig,
+    *,
+    checkpoint: Path | None,
+    identity: str,
+    progress: bool,
+) -> dict[str, PyTree]:
+    """Train all predictors; return their variables.
+
+    Raises:
+        InputError: A predictor diverged.
+    """
+    optimizer = _optimizer(config, len(images))
+    step = jax.jit(functools.partial(_step, dict(predictors), config, optimizer), donate_argnames="state")
+    drawn = np.random.default_rng(config.seed).permutation(len(images))[:_INIT_ROWS]
+    params, constants = _init(chain, predictors, images[drawn], config)
+    state = run_loop(
+        lambda state, rows: step(chain, constants, state=state, images=rows),
+        LoopState(jnp.zeros((), jnp.int32), params, optimizer.init(params)),
+        (images,),
+        LoopConfig(epochs=config.epochs, batch=config.batch, seed=config.seed),
+        checkpoint=checkpoint,
+        identity=identity,
+        description=f"fitting {len(predictors)} predictors",
+        progress=progress,
+    )
+    _check_finite(state.params)
+    return _merge(state.params, constants)
 
 
 def _merge(params: dict[str, PyTree], constants: dict[str, PyTree]) -> dict[str, PyTree]:
