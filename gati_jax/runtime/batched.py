@@ -86,7 +86,9 @@ def _predict_tiled(
 ) -> Prediction:
     cascade = unpack(packed)
     batch = len(images)
-    capacity = max(cascade.schedule.covered(batch), cascade.schedule.sizes[0])
+    # One more than is ever filled: where a tile is as large as all there is, the compiler sees that it can only start
+    # at 0, takes what it computes for a constant of the loop, and computes it even where the loop never runs.
+    capacity = max(cascade.schedule.covered(batch), cascade.schedule.sizes[0]) + 1
     x = cascade.chains[0].prepare(images)
     everyone = jnp.minimum(jnp.arange(capacity), batch - 1)
     rows = _Rows(x, everyone, everyone, count)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 import gati_jax
 from gati_jax.runtime import Cascade, predict_one
-from gati_jax.runtime.batched import BatchedCascade, predict_tiled
+from gati_jax.runtime.batched import BatchedCascade, _predict_tiled, predict_tiled
 from gati_jax.runtime.schedule import Schedule
 
 INF = float("inf")
@@ -45,6 +46,19 @@ def test_every_row_leaves_as_it_would_alone(chain, caches, splits, schedule, bat
         assert int(found.class_index[row]) == int(alone.class_index)
         np.testing.assert_allclose(found.logits[row], alone.logits, atol=1e-4)
         np.testing.assert_allclose(found.score[row], alone.score, atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", [EIGHT_TWO, Schedule.of({8: 1.0})], ids=["8+2", "8"])
+def test_a_tile_as_large_as_the_batch_is_not_computed_where_it_is_not_run(chain, caches, splits, schedule):
+    """The compiler moves out of a loop what it takes for a constant, and then runs it even if the loop does not."""
+    images = jnp.asarray(splits["test"][:8])
+    batched = BatchedCascade.of(Cascade(chain, caches, jnp.full(len(caches), INF)), schedule)
+    leaves, tree = jax.tree.flatten(batched.packed)
+    run = jax.jit(lambda leaves, *rows: _predict_tiled(tree.unflatten(leaves), *rows))
+    program = run.lower(leaves, images, np.int32(0)).compile().as_text()
+    outside = program[program.index("\nENTRY") :]
+    assert " while(" in outside
+    assert not re.search(r" (dot|convolution|custom-call)\(|kind=kCustom", outside)
 
 
 def test_one_survivor_goes_on_alone(chain, caches, splits):
