@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .fitting import FitConfig as FitConfig
     from .fitting import Head as Head
     from .fitting import fit as fit
+    from .fitting import network_head as network_head
     from .models import Chain as Chain
     from .models import Normalization as Normalization
     from .models import resnet as resnet
@@ -41,7 +42,7 @@ _ROOMS = {
     "_errors": ("BundleError", "InputError", "WeightsError"),
     "bundle": ("Bundle", "load_bundle", "save_bundle", "save_tuning"),
     "caches": ("Candidate",),
-    "fitting": ("Augment", "FitConfig", "Head", "fit"),
+    "fitting": ("Augment", "FitConfig", "Head", "fit", "network_head"),
     "_infer": ("infer", "infer_batch"),
     "models": ("Chain", "Normalization", "resnet"),
     "planning": ("Certificate", "CostTable", "Plan", "ReplayTable", "certify", "plan"),

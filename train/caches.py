@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 import gati_jax
-from gati_jax import Chain, InputError, ReplayTable, data
+from gati_jax import Chain, Head, InputError, Normalization, ReplayTable, data, resnet
 from gati_jax.bundle import Provenance
+from gati_jax.fitting import network_head
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
 from gati_jax.planning import Certificate, CostTable, Plan, cascade_ms
 
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         chain,
         parts["fit"].images,
         select=parts["select"].images,
-        heads=[head.build() for head in config.fit.heads],
+        heads=[*(head.build() for head in config.fit.heads), *small_networks(config)],
         config=config.fit.build(config.seed),
         checkpoint=arguments.out / "checkpoints",
     )
@@ -150,6 +151,23 @@ def certificate_line(c: dict[str, Any]) -> str:
         f"certified: at most {c['epsilon']:.1%} of requests disagree with the base (confidence {1 - c['delta']:.0%};"
         f" {c['disagreements']} of {c['n']} certify requests did)"
     )
+
+
+def small_networks(config: Config) -> list[Head]:
+    """Read the networks that come before the base, as heads at site 0."""
+    heads = []
+    for small in config.fit.networks:
+        if small.weights is None:
+            _log.warning("fit.networks: %s has no weights, and is left out", small.name)
+            continue
+        base = config.base.normalize()
+        network = resnet(
+            small.network, classes=config.base.classes, input_shape=config.base.input_shape, shortcut=small.shortcut
+        )
+        trained = Normalization(**small.normalization.model_dump()) if small.normalization else base
+        variables = import_state_dict(network, read_weights(small.weights))
+        heads.append(network_head(small.name, network, variables, trained=trained, base=base))
+    return heads
 
 
 def load_base(config: Config) -> Chain:

@@ -115,6 +115,16 @@ class HeadSection(Section):
         return Head(name=self.name, predictor=predictor, selector=build_selector(self.selector), sites=self.sites)
 
 
+class NetworkSection(Section):
+    """A trained small network as a cache at site 0, with inputs and classes as the base's."""
+
+    name: str
+    network: str = Field(description="as base.network")
+    weights: Path | None = Field(None, description="as base.weights; unset: left out")
+    shortcut: Literal["A", "B"] | None = None
+    normalization: NormalizationSection | None = Field(None, description="that it was trained with; unset: the base's")
+
+
 class Fit(Section):
     """How caches are fitted."""
 
@@ -127,11 +137,13 @@ class Fit(Section):
     temperature: Annotated[float, Field(gt=0)] = 6.0
     folds: Annotated[int, Field(ge=2, le=20)] = 5
     augment: Augmentation = Augmentation()
-    heads: Annotated[tuple[HeadSection, ...], Field(min_length=1)] = (HeadSection(name="grid"),)
+    heads: tuple[HeadSection, ...] = (HeadSection(name="grid"),)
+    networks: tuple[NetworkSection, ...] = Field(default=(), description="small networks that come before the base")
 
     def build(self, seed: int) -> FitConfig:
         """Return the library's record."""
-        return FitConfig(**self.model_dump(exclude={"augment", "heads"}), augment=self.augment.build(), seed=seed)
+        options = self.model_dump(exclude={"augment", "heads", "networks"})
+        return FitConfig(**options, augment=self.augment.build(), seed=seed)
 
 
 class Planning(Section):

@@ -4,6 +4,7 @@ from .candidate import Candidate as Candidate
 from .candidate import choose as choose
 from .candidate import lookup as lookup
 from .kinds import GridSpec as GridSpec
+from .kinds import NetworkSpec as NetworkSpec
 from .kinds import PredictorSpec as PredictorSpec
 from .kinds import SelectorSpec as SelectorSpec
 from .kinds import SortedSelectorSpec as SortedSelectorSpec
@@ -11,6 +12,9 @@ from .kinds import build_predictor as build_predictor
 from .kinds import build_selector as build_selector
 from .kinds import describe_predictor as describe_predictor
 from .kinds import describe_selector as describe_selector
+from .network import Network as Network
+from .network import import_network as import_network
+from .network import network_with_algorithms as network_with_algorithms
 from .predictors import Conv as Conv
 from .predictors import FullyConnected as FullyConnected
 from .predictors import GlobalAverage as GlobalAverage

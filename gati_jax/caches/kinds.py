@@ -7,7 +7,9 @@ import flax.linen as nn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gati_jax._errors import InputError
+from gati_jax.models import ResNet
 
+from .network import Network
 from .predictors import Conv, FullyConnected, GlobalAverage, Grid, Pool
 from .selectors import LinearSelector, SortedSelector
 
@@ -60,6 +62,13 @@ class GridSpec(_Spec):
     standardize: bool = True
 
 
+class NetworkSpec(_Spec):
+    """A small network of its own at site 0."""
+
+    kind: Literal["network"] = "network"
+    network: ResNet
+
+
 class LinearSelectorSpec(_Spec):
     """The paper's linear selector."""
 
@@ -75,7 +84,7 @@ class SortedSelectorSpec(_Spec):
 
 
 PredictorSpec = Annotated[
-    FullyConnectedSpec | PoolSpec | ConvSpec | GlobalAverageSpec | GridSpec, Field(discriminator="kind")
+    FullyConnectedSpec | PoolSpec | ConvSpec | GlobalAverageSpec | GridSpec | NetworkSpec, Field(discriminator="kind")
 ]
 SelectorSpec = Annotated[LinearSelectorSpec | SortedSelectorSpec, Field(discriminator="kind")]
 
@@ -85,12 +94,20 @@ _PREDICTORS = {
     ConvSpec: Conv,
     GlobalAverageSpec: GlobalAverage,
     GridSpec: Grid,
+    NetworkSpec: Network,
 }
 _SELECTORS = {LinearSelectorSpec: LinearSelector, SortedSelectorSpec: SortedSelector}
 
 
 def build_predictor(spec: PredictorSpec, classes: int) -> nn.Module:
-    """Return the predictor that ``spec`` describes."""
+    """Return the predictor that ``spec`` describes.
+
+    Raises:
+        InputError: A network of other classes.
+    """
+    if isinstance(spec, NetworkSpec) and spec.network.classes != classes:
+        msg = f"network: expected one of {classes} classes, got {spec.network.classes}"
+        raise InputError(msg)
     return _PREDICTORS[type(spec)](classes=classes, **_options(spec))
 
 
@@ -118,7 +135,7 @@ def describe_selector(selector: nn.Module) -> Any:  # noqa: ANN401 (a union of s
 
 
 def _options(spec: BaseModel) -> dict[str, Any]:
-    return spec.model_dump(exclude={"kind"})
+    return {name: getattr(spec, name) for name in type(spec).model_fields if name != "kind"}
 
 
 def _describe(module: nn.Module, specs: dict[Any, Any]) -> BaseModel:
@@ -127,7 +144,10 @@ def _describe(module: nn.Module, specs: dict[Any, Any]) -> BaseModel:
         known = ", ".join(sorted(kind.__name__ for kind in specs))
         msg = f"candidates: a bundle can hold {known}, got {type(module).__name__}"
         raise InputError(msg)
-    fields = {field.name for field in dataclasses.fields(module)} - {"parent", "name", "classes"}
+    if getattr(module, "algorithms", ()):
+        msg = f"candidates: a bundle holds {type(module).__name__} as it was before tuning, got it by other algorithms"
+        raise InputError(msg)
+    fields = {field.name for field in dataclasses.fields(module)} - {"parent", "name", "classes", "algorithms"}
     try:
         return spec(**{name: getattr(module, name) for name in fields})
     except ValidationError as error:

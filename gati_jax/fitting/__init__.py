@@ -1,14 +1,15 @@
 """Frozen activations to trained candidates."""
 
 from .augment import Augment as Augment
-from .candidates import DEFAULT_HEADS as DEFAULT_HEADS
 from .candidates import Candidates as Candidates
-from .candidates import FitConfig as FitConfig
-from .candidates import Head as Head
 from .candidates import fit as fit
 from .distill import distillation_loss as distillation_loss
+from .heads import DEFAULT_HEADS as DEFAULT_HEADS
+from .heads import Head as Head
+from .heads import network_head as network_head
 from .loop import LoopConfig as LoopConfig
 from .loop import LoopState as LoopState
 from .loop import run_loop as run_loop
 from .optimize import apply_gradients as apply_gradients
+from .predictors import FitConfig as FitConfig
 from .selection import fit_selector as fit_selector

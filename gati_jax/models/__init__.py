@@ -7,10 +7,13 @@ from .chain import check_images as check_images
 from .convolution import ALGORITHMS as ALGORITHMS
 from .convolution import Algorithm as Algorithm
 from .layers import Layer as Layer
+from .layers import choose_algorithms as choose_algorithms
 from .layers import layers as layers
+from .layers import store_params as store_params
 from .layers import with_algorithms as with_algorithms
 from .resnet import NAMES as NAMES
 from .resnet import ResNet as ResNet
+from .resnet import Variables as Variables
 from .resnet import apply as apply
 from .resnet import apply_train as apply_train
 from .resnet import fold as fold

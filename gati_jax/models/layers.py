@@ -1,7 +1,7 @@
 """The convolutions of a residual network, and the same network by other algorithms."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -72,20 +72,16 @@ def _halved(size: int) -> int:
     return (size + 1) // 2
 
 
-def with_algorithms(chain: Chain, choice: Mapping[str, Algorithm]) -> Chain:
-    """Return the same network with its convolutions done by other algorithms, their kernels stored accordingly.
+def choose_algorithms(network: ResNet, choice: Mapping[str, Algorithm]) -> tuple[tuple[Algorithm, ...], ...]:
+    """Return for every block the algorithms of its convolutions, as ``to_chain`` takes them.
 
     Args:
-        chain: A residual network's, as ``to_chain`` makes it, without algorithms.
+        network: Whose.
         choice: By kind of layer; layers of other kinds stay with the compiler's own convolution.
 
     Raises:
-        InputError: The chain is no residual network of this library's, or an algorithm cannot do its layer.
+        InputError: An algorithm cannot do its layer.
     """
-    network = chain.network
-    if not isinstance(network, ResNet):
-        msg = "chain: expected a residual network of this library, got a chain of other functions"
-        raise InputError(msg)
     algorithms = []
     for block in layers(network):
         picked = tuple(choice.get(layer.kind, "direct") for layer in block)
@@ -94,11 +90,37 @@ def with_algorithms(chain: Chain, choice: Mapping[str, Algorithm]) -> Chain:
                 msg = f"choice: expected one of {', '.join(layer.applicable)} for {layer.kind}, got {algorithm!r}"
                 raise InputError(msg)
         algorithms.append(picked)
-    params = [
+    return tuple(algorithms)
+
+
+def store_params(
+    network: ResNet, params: Sequence[Any], algorithms: Sequence[tuple[Algorithm, ...]]
+) -> tuple[Any, ...]:
+    """Return folded parameters with every kernel as its algorithm takes it."""
+    blocks = [
         _stored(tree, {layer.path: a for layer, a in zip(block, picked, strict=True)})
-        for tree, block, picked in zip(chain.params, layers(network), algorithms, strict=False)
+        for tree, block, picked in zip(params, layers(network), algorithms, strict=False)
     ]
-    return to_chain(network, (*params, chain.params[-1]), chain.normalization, algorithms=algorithms)
+    return (*blocks, params[-1])
+
+
+def with_algorithms(chain: Chain, choice: Mapping[str, Algorithm]) -> Chain:
+    """Return the same network with its convolutions done by other algorithms, their kernels stored accordingly.
+
+    Args:
+        chain: A residual network's, as ``to_chain`` makes it, without algorithms.
+        choice: See ``choose_algorithms``.
+
+    Raises:
+        InputError: The chain is no residual network of this library's, or an algorithm cannot do its layer.
+    """
+    network = chain.network
+    if not isinstance(network, ResNet):
+        msg = "chain: expected a residual network of this library, got a chain of other functions"
+        raise InputError(msg)
+    algorithms = choose_algorithms(network, choice)
+    params = store_params(network, chain.params, algorithms)
+    return to_chain(network, params, chain.normalization, algorithms=algorithms)
 
 
 def _stored(tree: dict[str, Any], algorithms: Mapping[tuple[str, ...], Algorithm]) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def identity_of(monkeypatch, tiny, **options):
         seen.append(identity)
         raise SeenError
 
-    module = vars(importlib.import_module("gati_jax.fitting.candidates"))
+    module = vars(importlib.import_module("gati_jax.fitting.predictors"))
     monkeypatch.setitem(module, "run_loop", look)
     monkeypatch.setitem(module, "_init", lambda *_: ({}, {}))  # initial values would take seconds to compile
     with pytest.raises(SeenError):
@@ -274,7 +274,7 @@ def test_statistics_come_from_rows_of_the_whole_split(tiny, monkeypatch):
     many += np.arange(len(many), dtype=np.float32)[:, None] * 1e-6  # all rows distinct
     config = dataclasses.replace(tiny.CONFIG, epochs=1)
     seen = []
-    module = importlib.import_module("gati_jax.fitting.candidates")
+    module = importlib.import_module("gati_jax.fitting.predictors")
     monkeypatch.setattr(module, "fold_standardize", lambda predictor, v: (seen.append(v), (predictor, v))[1])
     gati_jax.fit(tiny.chain(), many, select=select, heads=[tiny.head(0)], config=config, progress=False)
     mean = seen[0]["statistics"]["standardize"]["mean"]

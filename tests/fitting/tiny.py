@@ -71,6 +71,6 @@ def fit(*, sites=(1, 2), config=CONFIG, checkpoint=None, base=None) -> gati_jax.
 
 
 if __name__ == "__main__":
-    module = importlib.import_module("gati_jax.fitting.candidates")
+    module = importlib.import_module("gati_jax.fitting.predictors")
     vars(module)["LoopConfig"] = functools.partial(module.LoopConfig, checkpoint_seconds=0.0)
     fit(checkpoint=sys.argv[1])

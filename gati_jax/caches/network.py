@@ -1,0 +1,73 @@
+"""A whole small network as the first cache: at site 0 it sees what the base sees, and answers what it is sure of."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from gati_jax._errors import InputError
+from gati_jax.models import Algorithm, Normalization, ResNet, Variables, choose_algorithms, fold, init, store_params
+from gati_jax.models import to_chain as network_chain
+
+
+class Network(nn.Module):
+    """A residual network of its own, trained by whoever trained it; see ``import_network`` for its variables.
+
+    What arrives was normalised for the base; ``scale`` and ``shift`` make of it what the network was trained on.
+    """
+
+    classes: int
+    network: ResNet
+    algorithms: tuple[tuple[Algorithm, ...], ...] = ()
+    """Those that its kernels are stored for, see ``with_algorithms``."""
+
+    @nn.compact
+    def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
+        """Return class logits."""
+        if activation.shape[1:] != self.network.input_shape:
+            expected, got = list(self.network.input_shape), list(activation.shape[1:])
+            msg = f"network: expected a site with activations of shape {expected}, got {got}"
+            raise InputError(msg)
+        scale, shift = (
+            self.param(name, constant, self.network.input_shape[-1:])
+            for name, constant in (("scale", nn.initializers.ones), ("shift", nn.initializers.zeros))
+        )
+        # A variable, not a param: those are checked against the shapes that direct convolutions store.
+        params = self.variable("params", "network", lambda: fold(init(self.network, self.make_rng("params")))).value
+        x = activation * scale.reshape(1, 1, 1, -1) + shift.reshape(1, 1, 1, -1)
+        return network_chain(self.network, params, algorithms=self.algorithms)(x)
+
+
+def import_network(
+    network: ResNet, variables: Variables, *, trained: Normalization, base: Normalization
+) -> tuple[Network, dict[str, Any]]:
+    """Return a trained network as a predictor at site 0, and its variables.
+
+    Args:
+        network: Its configuration.
+        variables: As ``import_state_dict`` reads them.
+        trained: How its inputs were normalised when it was trained.
+        base: How the base's are.
+    """
+    m0, s0, m1, s1 = (np.asarray(v, np.float64) for v in (base.mean, base.std, trained.mean, trained.std))
+    ratio = trained.scale / base.scale
+    params = {
+        "scale": ratio * s0 / s1,
+        "shift": (ratio * m0 - m1) / s1,
+    }
+    channels = network.input_shape[-1:]
+    small = {name: jnp.asarray(np.broadcast_to(v, channels), jnp.float32) for name, v in params.items()}
+    return Network(classes=network.classes, network=network), {"params": {**small, "network": fold(variables)}}
+
+
+def network_with_algorithms(
+    predictor: Network, variables: Mapping[str, Any], choice: Mapping[str, Algorithm]
+) -> tuple[Network, dict[str, Any]]:
+    """Return the same predictor with its convolutions done by other algorithms; ``choice`` is by kind of layer."""
+    algorithms = choose_algorithms(predictor.network, choice)
+    params = variables["params"]
+    stored = store_params(predictor.network, params["network"], algorithms)
+    return predictor.clone(algorithms=algorithms), {"params": {**params, "network": stored}}

@@ -1,0 +1,96 @@
+"""Heads: what kinds of caches to make, and at which sites."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+from jaxtyping import PyTree
+
+from gati_jax._errors import InputError
+from gati_jax.caches import Grid, SortedSelector, import_network
+from gati_jax.models import Chain, Normalization, ResNet, Variables
+
+DEFAULT_SELECTOR = SortedSelector()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Head:
+    """A kind of cache.
+
+    Args:
+        name: Prefix of the candidates' names: "grid" at site 9 becomes "grid@9".
+        predictor: Makes the predictor for a number of classes.
+        selector: The selector.
+        sites: Where; None for sites 1 .. N - 1.
+        variables: The predictor's, if it has been trained already: only its selector is fitted then.
+    """
+
+    name: str
+    predictor: Callable[[int], nn.Module]
+    selector: nn.Module
+    sites: tuple[int, ...] | None = None
+    variables: PyTree | None = dataclasses.field(default=None, repr=False, compare=False)
+
+
+def network_head(
+    name: str,
+    network: ResNet,
+    variables: Variables,
+    *,
+    trained: Normalization,
+    base: Normalization,
+    selector: nn.Module = DEFAULT_SELECTOR,
+) -> Head:
+    """Return a trained small network as a head at site 0: whatever it is sure of never reaches the base.
+
+    Args:
+        name: The candidate becomes "name@0".
+        network: Its configuration; of the base's classes and inputs.
+        variables: As ``import_state_dict`` reads them.
+        trained: How its inputs were normalised when it was trained.
+        base: How the base's are.
+        selector: The selector.
+    """
+    predictor, own = import_network(network, variables, trained=trained, base=base)
+    return Head(name=name, predictor=lambda _: predictor, selector=selector, sites=(0,), variables=own)
+
+
+DEFAULT_HEADS = (Head(name="grid", predictor=Grid, selector=DEFAULT_SELECTOR),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One candidate to be."""
+
+    site: int
+    predictor: nn.Module
+    selector: nn.Module
+    variables: PyTree | None = dataclasses.field(default=None, repr=False, compare=False)
+    """The predictor's, once it is trained."""
+
+
+def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
+    """Return the candidates to be, by name.
+
+    Raises:
+        InputError: A site that the chain does not have, names given twice, or a network of other classes.
+    """
+    parts: dict[str, Part] = {}
+    for head in heads:
+        sites = range(1, len(chain)) if head.sites is None else head.sites
+        if bad := [site for site in sites if not 0 <= site < len(chain)]:
+            msg = f"heads: expected sites 0 to {len(chain) - 1} for {head.name}, got {bad}"
+            raise InputError(msg)
+        predictor = head.predictor(chain.classes)
+        if (got := getattr(predictor, "classes", chain.classes)) != chain.classes:
+            msg = f"heads: expected {head.name} to have the base's {chain.classes} classes, got {got}"
+            raise InputError(msg)
+        parts |= {f"{head.name}@{site}": Part(site, predictor, head.selector, head.variables) for site in sites}
+    if not parts:
+        msg = f"heads: expected at least one at some site, got none; a chain of {len(chain)} blocks has by default"
+        msg += " sites 1 to N - 1, and site 0 where sites=(0,) says so"
+        raise InputError(msg)
+    if len(parts) != sum(len(chain) - 1 if h.sites is None else len(h.sites) for h in heads):
+        msg = f"heads: expected distinct names, got {[head.name for head in heads]}"
+        raise InputError(msg)
+    return parts
