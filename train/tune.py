@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = p.parse_args(argv)
     bundle = gati_jax.load_bundle(arguments.bundle)
-    tuning = gati_jax.tune(bundle.chain, sizes=arguments.tiles, rounds=arguments.rounds)
+    tuning = gati_jax.tune(bundle.chain, bundle.caches, sizes=arguments.tiles, rounds=arguments.rounds)
     gati_jax.save_tuning(arguments.bundle, tuning)
     if arguments.json:
         print(json.dumps(dataclasses.asdict(tuning)))

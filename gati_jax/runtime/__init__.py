@@ -17,7 +17,7 @@ from .measure import measure_speed as measure_speed
 from .measure import time_interleaved as time_interleaved
 from .replay import origin as origin
 from .replay import replay as replay
+from .search import tune as tune
 from .tuned import TunedCascade as TunedCascade
 from .tuning import Tile as Tile
 from .tuning import Tuning as Tuning
-from .tuning import tune as tune

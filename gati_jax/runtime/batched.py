@@ -12,12 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
-from gati_jax.caches import Candidate, lookup
-from gati_jax.models import Chain
-
-from .cascade import Cascade, Prediction
+from .cascade import Cascade, Prediction, run_stage
 from .numerics import reference
 from .options import Options, compiled
 from .packing import Packed, pack, unpack
@@ -30,22 +27,17 @@ class BatchedCascade:
     """A cascade with the tiles that it runs in; all its arrays are leaves.
 
     Args:
-        chains: The base for each tile size: the same function, perhaps by other convolution algorithms.
-        caches: In the order of their sites.
-        thresholds: One for each cache.
+        cascades: For each tile size: the same functions, perhaps by other convolution algorithms.
         schedule: The tiles.
     """
 
-    chains: tuple[Chain, ...]
-    caches: tuple[Candidate, ...]
-    thresholds: Float[Array, " caches"]
+    cascades: tuple[Cascade, ...]
     schedule: Schedule = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, cascade: Cascade, schedule: Schedule) -> "BatchedCascade":
         """Run a cascade in tiles."""
-        chains = (cascade.chain,) * len(schedule.sizes)
-        return cls(chains=chains, caches=cascade.caches, thresholds=cascade.thresholds, schedule=schedule)
+        return cls(cascades=(cascade,) * len(schedule.sizes), schedule=schedule)
 
     @functools.cached_property
     def packed(self) -> Packed["BatchedCascade"]:
@@ -84,15 +76,15 @@ def predict_tiled(
 def _predict_tiled(
     packed: Packed[BatchedCascade], images: Shaped[Array, "batch *input"], count: Int[Array, ""]
 ) -> Prediction:
-    cascade = unpack(packed)
+    schedule, cascade = unpack(packed).schedule, unpack(packed).cascades[0]
     batch = len(images)
     # One more than is ever filled: where a tile is as large as all there is, the compiler sees that it can only start
     # at 0, takes what it computes for a constant of the loop, and computes it even where the loop never runs.
-    capacity = max(cascade.schedule.covered(batch), cascade.schedule.sizes[0]) + 1
-    x = cascade.chains[0].prepare(images)
+    capacity = max(schedule.covered(batch), schedule.sizes[0]) + 1
+    x = cascade.chain.prepare(images)
     everyone = jnp.minimum(jnp.arange(capacity), batch - 1)
     rows = _Rows(x, everyone, everyone, count)
-    depth, classes = len(cascade.chains[0]), cascade.chains[0].classes
+    depth, classes = len(cascade.chain), cascade.chain.classes
     answer = Prediction(
         class_index=jnp.zeros(batch, jnp.int32),
         exit=jnp.full(batch, depth, jnp.int32),
@@ -106,8 +98,8 @@ def _predict_tiled(
 
 def _stage(packed: Packed[BatchedCascade], index: int, rows: _Rows, answer: Prediction) -> tuple[_Rows, Prediction]:
     """Run one span over the survivors, answer the hits, compact the others."""
-    cascade = unpack(packed)
-    chain, capacity = cascade.chains[0], len(rows.position)
+    schedule, cascade = unpack(packed).schedule, unpack(packed).cascades[0]
+    chain, capacity = cascade.chain, len(rows.position)
     last = index == len(cascade.caches)
     site = len(chain) if last else cascade.caches[index].site
     shape = () if last else chain.site_specs[site].shape
@@ -117,8 +109,8 @@ def _stage(packed: Packed[BatchedCascade], index: int, rows: _Rows, answer: Pred
         jnp.zeros((capacity, chain.classes), jnp.float32),
         jnp.full(capacity, jnp.inf, jnp.float32),
     )
-    start, sizes = jnp.int32(0), cascade.schedule.sizes
-    rest = jnp.asarray(cascade.schedule.table)[rows.alive % sizes[0]]
+    start, sizes = jnp.int32(0), schedule.sizes
+    rest = jnp.asarray(schedule.table)[rows.alive % sizes[0]]
     for i, size in enumerate(sizes):
         number = rest[i] + (rows.alive // sizes[0] if i == 0 else 0)
         run = functools.partial(_tile, packed, (index, i), rows, start)
@@ -148,20 +140,15 @@ def _tile(
 ) -> tuple[Array, Array, Array]:
     """Run one tile of stage ``which[0]`` and size ``which[1]`` through its span and its lookup, or the classifier."""
     index, size_index = which
-    cascade = unpack(packed)  # here, and not outside the loop: see ``step``
-    chain, size = cascade.chains[size_index], cascade.schedule.sizes[size_index]
+    batched = unpack(packed)  # here, and not outside the loop: see ``step``
+    cascade, size = batched.cascades[size_index], batched.schedule.sizes[size_index]
     at = start + number * size
-    x = rows.activation[jax.lax.dynamic_slice_in_dim(rows.position, at, size)]
-    before = cascade.caches[index - 1].site if index else 0
+    said = run_stage(cascade, index, rows.activation[jax.lax.dynamic_slice_in_dim(rows.position, at, size)])
     activation, logits, scores = behind
-    if index == len(cascade.caches):
-        said = chain.classify(chain.span(x, before, len(chain))).astype(jnp.float32)
-    else:
-        x = chain.span(x, before, cascade.caches[index].site)
-        said, score = lookup(cascade.caches[index], x)
-        activation = jax.lax.dynamic_update_slice_in_dim(activation, x, at, 0)
-        scores = jax.lax.dynamic_update_slice_in_dim(scores, score.astype(jnp.float32), at, 0)
-    return activation, jax.lax.dynamic_update_slice_in_dim(logits, said.astype(jnp.float32), at, 0), scores
+    if index < len(cascade.caches):
+        activation = jax.lax.dynamic_update_slice_in_dim(activation, said.activation, at, 0)
+        scores = jax.lax.dynamic_update_slice_in_dim(scores, said.score, at, 0)
+    return activation, jax.lax.dynamic_update_slice_in_dim(logits, said.logits, at, 0), scores
 
 
 def _survivors(

@@ -61,6 +61,14 @@ class CascadeState(NamedTuple):
     logits: Float[Array, " classes"]
 
 
+class Behind(NamedTuple):
+    """What stands behind one stage."""
+
+    activation: Float[Array, "batch *site"]
+    logits: Float[Array, "batch classes"]
+    score: Float[Array, " batch"]  # infinity behind the last
+
+
 class Prediction(NamedTuple):
     """The answer to one request (or, with a leading batch dimension, to many)."""
 
@@ -115,27 +123,32 @@ def step(packed: Packed[Cascade], state: CascadeState) -> CascadeState:
     return jax.lax.switch(state.stage - 1, [stage(i) for i in range(1, len(cascade.caches) + 1)], state)
 
 
-def _run_stage(
-    cascade: Cascade, index: int, x: Shaped[Array, "1 *site"], buffer: Float[Array, " buffer"]
-) -> CascadeState:
-    """Run a span from the previous site, and the lookup or the classifier behind it."""
+def run_stage(cascade: Cascade, index: int, x: Shaped[Array, "batch *site"]) -> Behind:
+    """Run a span from the previous site, and the lookup or, in the last stage, the classifier behind it."""
     chain = cascade.chain
     start = cascade.sites[index - 1] if index else 0
     if index == len(cascade.caches):
-        logits = chain.classify(chain.span(x, start, len(chain)))
-        exit_, score, done = len(chain), jnp.float32(jnp.inf), jnp.array(True)  # noqa: FBT003
+        x = chain.span(x, start, len(chain))
+        logits, score = chain.classify(x), jnp.full(len(x), jnp.inf)
     else:
-        cache = cascade.caches[index]
-        x = chain.span(x, start, cache.site)
-        logits, (score,) = lookup(cache, x)
-        exit_, done, buffer = cache.site, score >= cascade.thresholds[index], _to_buffer(x, buffer)
+        x = chain.span(x, start, cascade.sites[index])
+        logits, score = lookup(cascade.caches[index], x)
+    return Behind(x, logits.astype(jnp.float32), score.astype(jnp.float32))
+
+
+def _run_stage(
+    cascade: Cascade, index: int, x: Shaped[Array, "1 *site"], buffer: Float[Array, " buffer"]
+) -> CascadeState:
+    """Run a stage of one request."""
+    behind = run_stage(cascade, index, x)
+    last = index == len(cascade.caches)
     return CascadeState(
         stage=jnp.int32(index + 1),
-        activation=buffer,
-        done=done,
-        exit=jnp.int32(exit_),
-        score=score.astype(jnp.float32),
-        logits=logits[0].astype(jnp.float32),
+        activation=buffer if last else _to_buffer(behind.activation, buffer),
+        done=jnp.array(True) if last else behind.score[0] >= cascade.thresholds[index],  # noqa: FBT003
+        exit=jnp.int32((*cascade.sites, len(cascade.chain))[index]),
+        score=behind.score[0],
+        logits=behind.logits[0],
     )
 
 

@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from gati_jax.models import Chain
-
 from .batched import BatchedCascade, predict_tiled
 from .cascade import Cascade, Prediction
 from .drivers import predict_one
 from .schedule import Schedule
-from .tuning import Tuning, tuned_chain
+from .tuning import Tuning, tuned_cascade
 
 LARGEST_BUCKET = 256
 
@@ -55,13 +53,13 @@ class TunedCascade:
 
     @functools.cached_property
     def _single(self) -> Cascade:
-        return dataclasses.replace(self.cascade, chain=self._chain(1))
+        return self._tile(1)
 
     @functools.cached_property
-    def _chain(self) -> Callable[[int], Chain]:
-        """The base for each tile size, made once; a cache of this object's own, which goes when it goes."""
+    def _tile(self) -> Callable[[int], Cascade]:
+        """The cascade for each tile size, made once; a cache of this object's own, which goes when it goes."""
         tiles = {tile.size: tile for tile in self.tuning.tiles}
-        return functools.cache(lambda size: tuned_chain(self.cascade.chain, tiles[size]))
+        return functools.cache(lambda size: tuned_cascade(self.cascade, tiles[size]))
 
     @functools.cached_property
     def batched(self) -> Callable[[int], BatchedCascade]:
@@ -70,9 +68,4 @@ class TunedCascade:
 
     def _batched(self, bucket: int) -> BatchedCascade:
         schedule = Schedule.of({tile.size: tile.milliseconds for tile in self.tuning.tiles}, batch=bucket)
-        return BatchedCascade(
-            chains=tuple(self._chain(size) for size in schedule.sizes),
-            caches=self.cascade.caches,
-            thresholds=self.cascade.thresholds,
-            schedule=schedule,
-        )
+        return BatchedCascade(cascades=tuple(self._tile(size) for size in schedule.sizes), schedule=schedule)

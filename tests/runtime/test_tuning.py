@@ -12,7 +12,7 @@ import pytest
 import gati_jax
 from gati_jax.caches import GlobalAverage, SortedSelector
 from gati_jax.models import Chain, ResNet, fold, init, layers, to_chain
-from gati_jax.runtime import Cascade, Tile, TunedCascade, Tuning, batched, predict_one, tuning
+from gati_jax.runtime import Cascade, Tile, TunedCascade, Tuning, batched, predict_one, search
 from gati_jax.runtime.options import compiled
 from train import tune as script
 
@@ -93,11 +93,11 @@ def test_algorithms_that_lose_too_many_digits_are_not_taken(base, monkeypatch):
     def made_up_times(programs, *, rounds):
         return {name: np.full(rounds, times.get(name, float(len(name)))) for name in programs}
 
-    monkeypatch.setattr(tuning, "time_interleaved", made_up_times)
-    monkeypatch.setattr(tuning, "_supported", lambda: [()])
+    monkeypatch.setattr(search, "time_interleaved", made_up_times)
+    monkeypatch.setattr(search, "_supported", lambda: [()])
     (tile,) = gati_jax.tune(base, sizes=(1,), rounds=1).tiles
     assert set(tile.algorithms.values()) == {"winograd4", "im2col"}
-    monkeypatch.setattr(tuning, "TOLERANCE", 0.0)
+    monkeypatch.setattr(search, "TOLERANCE", 0.0)
     (tile,) = gati_jax.tune(base, sizes=(1,), rounds=1).tiles
     assert tile.algorithms == {}
 

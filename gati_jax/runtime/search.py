@@ -1,0 +1,152 @@
+"""The search for the fastest algorithms, compiler options and tiles.
+
+Algorithms are chosen per kind of layer by timing whole spans, as cuDNN chooses by timing: what surrounds a convolution
+is fused into it, so that a layer timed alone says little. Compiler options belong to whole programs and are tried one
+set after another. Nothing here looks at answers, but for one check: tuned logits must be the reference ones to within
+``TOLERANCE`` of their range.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from gati_jax.caches import Candidate, Network
+from gati_jax.models import Algorithm, Chain, Layer, ResNet, layers, to_chain, with_algorithms
+
+from .measure import device_name, time_interleaved
+from .numerics import reference
+from .options import Options, compiled
+from .packing import Packed, pack, unpack
+from .tuning import OPTIONS, Tile, Tuning, tuned_chain
+
+TOLERANCE = 1e-3
+MARGIN = 0.03  # less is noise
+_log = logging.getLogger(__name__)
+
+
+def tune(
+    chain: Chain, caches: Sequence[Candidate] = (), *, sizes: Sequence[int] = (1, 8, 16), rounds: int = 7
+) -> Tuning:
+    """Find what is fastest on the default device; takes a minute or two.
+
+    Args:
+        chain: A residual network's, see ``to_chain``; of a user's own functions only tiles and options are tuned.
+        caches: Small networks among them are tuned along with it.
+        sizes: Tile sizes to try; 1 is always among them.
+        rounds: Interleaved repeats of every timing, of which the medians count.
+    """
+    networks = (chain, *(_chain_of(cache) for cache in caches if isinstance(cache.predictor, Network)))
+    tiles = []
+    for size in sorted({1, *sizes}):
+        tuned = [_tune_tile(networks, size, options, rounds) for options in _supported()]
+        # Spans are short, and their times noisy: whole networks decide, also against no algorithm at all.
+        plain = [dataclasses.replace(tile, algorithms={}) for tile in tuned if tile.algorithms]
+        found = dict(enumerate((*tuned, *plain)))
+        programs = {
+            f"{i} {j}": _program(tuned_chain(network, tile), tile.options, _inputs(network, size))
+            for i, tile in found.items()
+            for j, network in enumerate(networks)
+        }
+        ms = {name: float(np.median(t)) for name, t in time_interleaved(programs, rounds=2 * rounds).items()}
+        ranked = sorted(found, key=lambda i: sum(ms[f"{i} {j}"] for j in range(len(networks))))
+        best = next(i for i in ranked if all(_error(network, found[i]) <= TOLERANCE for network in networks))
+        tiles.append(dataclasses.replace(found[best], milliseconds=ms[f"{best} 0"]))
+        _log.info("tile of %d: %.2f ms, %s", size, ms[f"{best} 0"], dict(found[best].algorithms) or "direct")
+    return Tuning(device=device_name(), tiles=tuple(tiles))
+
+
+def _chain_of(cache: Candidate) -> Chain:
+    """Return a small network by itself."""
+    return to_chain(cache.predictor.network, cache.params["predictor"]["params"]["network"])
+
+
+def _supported() -> list[Options]:
+    """Return the options that this compiler knows."""
+    known = []
+    for options in OPTIONS.get(jax.default_backend(), ((),)):
+        try:
+            jax.jit(lambda x: x + 1, compiler_options=dict(options) or None)(jnp.float32(0))
+        except (jax.errors.JaxRuntimeError, ValueError, TypeError):
+            continue  # another version's
+        known.append(options)
+    return known
+
+
+def _tune_tile(networks: Sequence[Chain], size: int, options: Options, rounds: int) -> Tile:
+    """Choose algorithms one kind of layer after another, the others as chosen so far."""
+    choice: dict[str, Algorithm] = {}
+    known: set[str] = set()
+    for chain in networks:
+        if not isinstance(chain.network, ResNet):
+            continue
+        inputs = _activations(chain, size)
+        for layer, block in _kinds(chain.network).items():
+            if layer.kind not in known:
+                known.add(layer.kind)
+                best = _fastest(chain, layer, block, inputs[block], choice=choice, options=options, rounds=rounds)
+                choice |= {layer.kind: best} if best != "direct" else {}
+    return Tile(size=size, milliseconds=1.0, options=options, algorithms=choice)
+
+
+def _fastest(
+    chain: Chain, layer: Layer, block: int, x: Array, *, choice: Mapping[str, Algorithm], options: Options, rounds: int
+) -> Algorithm:
+    """Time the span of two blocks that begins with the layer's, by each algorithm that can do it."""
+    here = {other.kind for blocks in layers(chain.network)[block : block + 2] for other in blocks}
+    chosen: dict[str, Algorithm] = {kind: algorithm for kind, algorithm in choice.items() if kind in here}
+    programs: dict[str, Callable[[], Array]] = {}
+    for algorithm in layer.applicable:
+        tuned = with_algorithms(chain, {**chosen, layer.kind: algorithm})
+        programs[algorithm] = _program(_part(tuned, block, block + 2), options, x, classify=False)
+    ms = {name: float(np.median(t)) for name, t in time_interleaved(programs, rounds=rounds).items()}
+    best = min(layer.applicable, key=lambda name: ms[name])
+    return best if ms[best] < (1 - MARGIN) * ms["direct"] else "direct"
+
+
+def _kinds(network: ResNet) -> dict[Layer, int]:
+    """Return one layer of every kind, with the index of a block that has it."""
+    first: dict[str, tuple[Layer, int]] = {}
+    for index, block in enumerate(layers(network)):
+        for layer in block:
+            first.setdefault(layer.kind, (layer, index))
+    return dict(first.values())
+
+
+def _inputs(chain: Chain, size: int) -> Float[Array, "size *input"]:
+    spec = chain.input_spec
+    return jnp.asarray(np.random.default_rng(0).standard_normal((size, *spec.shape)), spec.dtype)
+
+
+def _activations(chain: Chain, size: int) -> list[Array]:
+    return jax.jit(Chain.activations)(chain, _inputs(chain, size))[0]
+
+
+def _error(chain: Chain, tile: Tile) -> float:
+    """Return the largest difference of logits, as a share of their range."""
+    images = _inputs(chain, 16)
+    expected, found = (np.asarray(jax.jit(Chain.__call__)(c, images)) for c in (chain, tuned_chain(chain, tile)))
+    return float(np.abs(found - expected).max() / np.ptp(expected))
+
+
+def _part(chain: Chain, start: int, stop: int) -> Chain:
+    """Return some blocks as a chain of their own; nobody asks for its logits."""
+    blocks = chain.blocks[start:stop]
+    params = chain.params[start : start + len(blocks)]
+    return Chain(blocks, chain.classifier, (*params, ()), chain.site_specs[start])
+
+
+def _program(chain: Chain, options: Options, x: Array, *, classify: bool = True) -> Callable[[], Array]:
+    """Return a compiled call of a chain."""
+    return functools.partial(compiled(_run, options, static="classify"), pack(chain), x, classify=classify)
+
+
+@reference
+def _run(packed: Packed[Chain], x: Shaped[Array, "batch *site"], *, classify: bool) -> Array:
+    chain = unpack(packed)
+    return chain(x) if classify else chain.span(x, 0, len(chain))
