@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import gati_jax
-from gati_jax.runtime import Tuning
+from gati_jax.runtime import TunedCascade, Tuning
 
 from . import cli
 
@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = p.parse_args(argv)
     bundle = gati_jax.load_bundle(arguments.bundle)
     tuning = gati_jax.tune(bundle.chain, bundle.caches, sizes=arguments.tiles, rounds=arguments.rounds)
+    tuning = TunedCascade(bundle.cascade, tuning).measured(rounds=3 * arguments.rounds)
     gati_jax.save_tuning(arguments.bundle, tuning)
     if arguments.json:
         print(json.dumps(dataclasses.asdict(tuning)))

@@ -1,9 +1,12 @@
 """Measured costs: what each block and each lookup takes on this device, the programs taking turns."""
 
-import dataclasses
 import functools
+import os
+import platform
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +17,32 @@ from gati_jax.caches import Candidate, lookup
 from gati_jax.models import Chain
 from gati_jax.planning import CostTable
 
-from .cascade import Cascade
+from .batched import BatchedCascade, predict_tiled
+from .cascade import Cascade, Prediction
 from .drivers import predict_one
 from .numerics import reference
+from .options import Options, compiled
 from .packing import Packed, pack, unpack
+from .schedule import Schedule
 
 
 def device_name() -> str:
-    """Name the default device, fit for a file name."""
+    """Name the default device, fit for a file name: "cpu-" with the processor's model, or the accelerator's kind."""
     device = jax.devices()[0]
-    return f"{device.platform}-{device.device_kind}".lower().replace(" ", "-").replace("/", "-")
+    kind = _processor() if device.platform == "cpu" else device.device_kind
+    return re.sub(r"[^\w.+-]+", "-", f"{device.platform}-{kind}".lower())[:100].rstrip("-")
+
+
+@functools.cache
+def _processor() -> str:
+    """Return the processor's model and how many cores this process may use."""
+    try:
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    except OSError:
+        models = []
+    model = models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model} {cores} cores"
 
 
 def time_interleaved(
@@ -55,14 +74,16 @@ def spread(times: Float[np.ndarray, " rounds"]) -> float:
     return float((high - low) / median)
 
 
-def prefix_program(chain: Chain, site: int, images: Shaped[Array | np.ndarray, "batch *input"]) -> Callable[[], Array]:
+def prefix_program(
+    chain: Chain, site: int, images: Shaped[Array | np.ndarray, "batch *input"], options: Options = ()
+) -> Callable[[], Array]:
     """Return a compiled call of the base up to ``site``; N includes the classifier."""
-    packed = pack(chain)
-    return lambda: _prefix(packed, images, site=site)
+    # All parameters are handed over, as to the whole network: that is part of its time up to any site.
+    return functools.partial(
+        compiled(_prefix, options, static=("site",), keep_unused=True), pack(chain), images, site=site
+    )
 
 
-# All parameters are handed over, as to the whole network: that is part of its time up to any site.
-@functools.partial(jax.jit, static_argnames="site", keep_unused=True)
 @reference
 def _prefix(packed: Packed[Chain], images: Shaped[Array | np.ndarray, "batch *input"], *, site: int) -> Array:
     chain = unpack(packed)
@@ -70,29 +91,42 @@ def _prefix(packed: Packed[Chain], images: Shaped[Array | np.ndarray, "batch *in
     return chain.classify(x) if site == len(chain) else x
 
 
-def measure_costs(chain: Chain, candidates: Iterable[Candidate], *, rounds: int = 60) -> CostTable:
-    """Measure every block (as differences of prefixes of the base) and every lookup, one request at a time.
+def measure_costs(
+    chain: Chain,
+    candidates: Iterable[Candidate],
+    *,
+    rounds: int = 60,
+    batch: int = 1,
+    options: Options = (),
+    sites: Iterable[int] | None = None,
+) -> CostTable:
+    """Measure every block (as differences of prefixes of the base) and every lookup.
 
     Args:
         chain: The base.
         candidates: Whose lookups to time.
         rounds: Interleaved repeats, of which the medians are taken.
+        batch: Requests at once.
+        options: Compiler options of the programs.
+        sites: Measure up to these only; blocks in between share a span's time equally. None: every block.
     """
-    image = jnp.zeros(chain.input_spec.shape, chain.input_spec.dtype)
-    prefixes = {str(site): prefix_program(chain, site, image[None]) for site in range(1, len(chain) + 1)}
+    depth = len(chain)
+    images = jnp.zeros((batch, *chain.input_spec.shape), chain.input_spec.dtype)
+    stops = [*sorted({site for site in (range(1, depth) if sites is None else sites) if site}), depth]
+    prefixes = {str(site): prefix_program(chain, site, images, options) for site in stops}
     times = time_interleaved(prefixes, rounds=rounds)
     until = np.maximum.accumulate([0.0, *(float(np.median(v)) for v in times.values())])
     return CostTable(
         device=device_name(),
-        batch=1,
-        blocks_ms=tuple(np.diff(until).tolist()),
-        lookup_ms=_time_lookups(chain, candidates, image, max(5, rounds // 2)),
-        spread=spread(times[str(len(chain))]),
+        batch=batch,
+        blocks_ms=tuple(np.diff(np.interp(range(depth + 1), [0, *stops], until)).tolist()),
+        lookup_ms=_time_lookups(chain, candidates, images, max(5, rounds // 2), options),
+        spread=spread(times[str(depth)]),
     )
 
 
 def _time_lookups(
-    chain: Chain, candidates: Iterable[Candidate], image: Shaped[Array, "*input"], rounds: int
+    chain: Chain, candidates: Iterable[Candidate], images: Shaped[Array, "batch *input"], rounds: int, options: Options
 ) -> dict[str, float]:
     """Return what each lookup adds to the cascade around it.
 
@@ -109,12 +143,11 @@ def _time_lookups(
     milliseconds = {}
     for group in groups:
         caches = tuple(group[site] for site in sorted(group))
-        programs = {"base": functools.partial(predict_one, _all_miss(chain, ()), image)}
-        programs["cascade"] = functools.partial(predict_one, _all_miss(chain, caches), image)
+        programs = {"base": _all_miss(chain, (), images, options), "cascade": _all_miss(chain, caches, images, options)}
         for cache in caches:
             spec = chain.site_specs[cache.site]
-            activation = jax.random.normal(jax.random.key(0), (1, *spec.shape)).astype(spec.dtype)
-            programs[cache.name] = functools.partial(_lookup, pack(cache), activation)
+            activation = jax.random.normal(jax.random.key(0), (len(images), *spec.shape)).astype(spec.dtype)
+            programs[cache.name] = functools.partial(compiled(_lookup, options), pack(cache), activation)
         median = {name: float(np.median(ms)) for name, ms in time_interleaved(programs, rounds=rounds).items()}
         alone = sum(median[cache.name] for cache in caches)
         added = max(0.0, median["cascade"] - median["base"])
@@ -122,69 +155,17 @@ def _time_lookups(
     return milliseconds
 
 
-def _all_miss(chain: Chain, caches: tuple[Candidate, ...]) -> Cascade:
-    return Cascade(chain, caches, jnp.full(len(caches), jnp.inf))
+def _all_miss(
+    chain: Chain, caches: tuple[Candidate, ...], images: Shaped[Array, "batch *input"], options: Options
+) -> Callable[[], Prediction]:
+    """Return a call of the cascade in which every lookup misses."""
+    cascade = Cascade(chain, caches, jnp.full(len(caches), jnp.inf))
+    if len(images) == 1:
+        return functools.partial(predict_one, cascade, images[0], options)
+    one_tile = BatchedCascade.of(cascade, Schedule.of({len(images): 1.0}))
+    return functools.partial(predict_tiled, one_tile, images, options=options)
 
 
-@jax.jit
 @reference
 def _lookup(packed: Packed[Candidate], activation: Float[Array, "batch *site"]) -> tuple[Array, Array]:
     return lookup(unpack(packed), activation)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Speed:
-    """A cascade beside its full network, one request at a time, on the same images in the same rounds."""
-
-    full_ms: float
-    cascade_ms: float
-    exit_ms: dict[int, float]
-    """The full network's time up to each exit."""
-    exits: tuple[int, ...]
-    """Where each of the timed requests left."""
-    spread: float
-    """Interquartile range over median of the speed-up, over rounds."""
-
-    @property
-    def speedup(self) -> float:
-        """How many times faster the cascade answers."""
-        return self.full_ms / self.cascade_ms
-
-    @property
-    def ideal(self) -> float:
-        """The ideal speed-up of these requests: lookups, and the driver itself, left out."""
-        return self.full_ms / float(np.mean([self.exit_ms[exit_] for exit_ in self.exits]))
-
-    @property
-    def conversion(self) -> float:
-        """The share of the ideal speed-up that is real."""
-        return self.speedup / self.ideal
-
-
-def measure_speed(cascade: Cascade, images: Shaped[Array | np.ndarray, "n *input"], *, rounds: int = 7) -> Speed:
-    """Time the cascade and its full network on each image.
-
-    A request's time is its median over the rounds; means are over requests.
-
-    Args:
-        cascade: See ``Cascade``.
-        images: Requests, [n, ...].
-        rounds: How often each request is timed.
-    """
-    depth = len(cascade.chain)
-    times: dict[str, list[np.ndarray]] = {}
-    for image in images:
-        programs: dict[str, Callable[[], object]] = {"cascade": lambda image=image: predict_one(cascade, image)}
-        for site in (*cascade.sites, depth):
-            programs[str(site)] = prefix_program(cascade.chain, site, image[None])
-        for name, ms in time_interleaved(programs, rounds=rounds).items():
-            times.setdefault(name, []).append(ms)
-    by_request = {name: np.stack(ms) for name, ms in times.items()}  # float[n, rounds]
-    mean = {name: float(np.median(ms, axis=1).mean()) for name, ms in by_request.items()}
-    return Speed(
-        full_ms=mean[str(depth)],
-        cascade_ms=mean["cascade"],
-        exit_ms={site: mean[str(site)] for site in (*cascade.sites, depth)},
-        exits=tuple(int(predict_one(cascade, image).exit) for image in images),
-        spread=spread(by_request[str(depth)].mean(0) / by_request["cascade"].mean(0)),
-    )

@@ -11,12 +11,15 @@ Options = tuple[tuple[str, str], ...]
 
 
 @functools.cache
-def compiled(function: Callable[..., Any], options: Options, *, static: str | None = None) -> jax.stages.Wrapped:
+def compiled(
+    function: Callable[..., Any], options: Options, *, static: tuple[str, ...] = (), keep_unused: bool = False
+) -> jax.stages.Wrapped:
     """Return ``function`` jitted with these options; the same program for the same arguments.
 
     Args:
         function: At module level, or the cache would keep what it closes over.
         options: Compiler options.
-        static: The name of a static argument, if there is one.
+        static: Names of static arguments.
+        keep_unused: Hand over even those arrays that the program does not read.
     """
-    return jax.jit(function, static_argnames=static, compiler_options=dict(options) or None)
+    return jax.jit(function, static_argnames=static, keep_unused=keep_unused, compiler_options=dict(options) or None)

@@ -143,7 +143,7 @@ def _part(chain: Chain, start: int, stop: int) -> Chain:
 
 def _program(chain: Chain, options: Options, x: Array, *, classify: bool = True) -> Callable[[], Array]:
     """Return a compiled call of a chain."""
-    return functools.partial(compiled(_run, options, static="classify"), pack(chain), x, classify=classify)
+    return functools.partial(compiled(_run, options, static=("classify",)), pack(chain), x, classify=classify)
 
 
 @reference

@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
+from gati_jax._errors import InputError
+from gati_jax.planning import CostTable
+
 from .batched import BatchedCascade, predict_tiled
 from .cascade import Cascade, Prediction
 from .drivers import predict_one
+from .measure import measure_costs
 from .schedule import Schedule
 from .tuning import Tuning, tuned_cascade
 
@@ -37,6 +41,40 @@ class TunedCascade:
         """Answer a batch: one program for each bucket, a power of two; the rest of a bucket takes no time."""
         parts = [self._bucket(images[i : i + LARGEST_BUCKET]) for i in range(0, len(images), LARGEST_BUCKET)]
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)
+
+    @functools.cached_property
+    def without_caches(self) -> "TunedCascade":
+        """The full network, tuned as the cascade is."""
+        return dataclasses.replace(self, cascade=Cascade(self.cascade.chain, (), jnp.zeros(0)))
+
+    def schedule(self, batch: int) -> Schedule:
+        """Return the tiles that a batch is answered in."""
+        return Schedule.of({tile.size: tile.milliseconds for tile in self.tuning.tiles}, batch=batch)
+
+    def costs(self, batch: int) -> dict[int, CostTable]:
+        """Return what was measured for each of those tiles.
+
+        Raises:
+            InputError: The costs of some tile have not been measured.
+        """
+        tables = {tile.size: tile.costs for tile in self.tuning.tiles}
+        found = {size: table for size in self.schedule(batch).sizes if (table := tables[size]) is not None}
+        if len(found) < len(self.schedule(batch).sizes):
+            msg = "tuning: expected measured costs for every tile; run python -m train.tune --bundle DIR"
+            raise InputError(msg)
+        return found
+
+    def measured(self, *, rounds: int = 21) -> Tuning:
+        """Measure what every tile's spans and lookups take; return the tuning with these costs."""
+        tiles = []
+        for tile in self.tuning.tiles:
+            cascade, sites = self._tile(tile.size), self.cascade.sites
+            options, batch = tile.options, tile.size
+            costs = measure_costs(
+                cascade.chain, cascade.caches, rounds=rounds, batch=batch, options=options, sites=sites
+            )
+            tiles.append(dataclasses.replace(tile, costs=costs))
+        return dataclasses.replace(self.tuning, tiles=tuple(tiles))
 
     def _bucket(self, images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:
         n = len(images)
@@ -67,5 +105,5 @@ class TunedCascade:
         return functools.cache(self._batched)
 
     def _batched(self, bucket: int) -> BatchedCascade:
-        schedule = Schedule.of({tile.size: tile.milliseconds for tile in self.tuning.tiles}, batch=bucket)
+        schedule = self.schedule(bucket)
         return BatchedCascade(cascades=tuple(self._tile(size) for size in schedule.sizes), schedule=schedule)

@@ -8,6 +8,7 @@ import numpy as np
 from gati_jax._errors import InputError
 from gati_jax.caches import Candidate, Network, network_with_algorithms
 from gati_jax.models import Algorithm, Chain, ResNet, with_algorithms
+from gati_jax.planning import CostTable
 
 from .cascade import Cascade
 from .options import Options
@@ -34,6 +35,8 @@ class Tile:
     options: Options
     algorithms: Mapping[str, Algorithm]
     """By kind of layer, where it is not the compiler's own convolution."""
+    costs: CostTable | None = None
+    """Of the bundle's spans and lookups, see ``measure_costs``."""
 
     def __post_init__(self) -> None:
         """Refuse what would compile something else than tuning tried.

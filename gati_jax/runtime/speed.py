@@ -1,0 +1,168 @@
+"""A cascade beside its full network: what is saved ideally, what really."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from jaxtyping import Array, Int, Shaped
+
+from gati_jax._errors import InputError
+from gati_jax.caches import Network
+from gati_jax.planning import CostTable
+
+from .cascade import Cascade
+from .drivers import predict_one
+from .measure import prefix_program, spread, time_interleaved
+from .schedule import Schedule
+from .tuned import TunedCascade
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speed:
+    """A cascade beside the fastest full network, on the same images in the same rounds. Milliseconds are of a batch."""
+
+    full_ms: float
+    cascade_ms: float
+    exit_ms: dict[int, float]
+    """The full network's time up to each exit. A small network at site 0 is no lookup to be left out of what is ideal:
+    its time is part of every exit's."""
+    exits: tuple[int, ...]
+    """Where each of the timed requests left."""
+    spread: float
+    """Interquartile range over median of the speed-up, over rounds."""
+    batch: int = 1
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster the cascade answers."""
+        return self.full_ms / self.cascade_ms
+
+    @property
+    def ideal(self) -> float:
+        """The ideal speed-up of these requests: lookups, and the driver itself, left out."""
+        return self.full_ms / float(np.mean([self.exit_ms[exit_] for exit_ in self.exits]))
+
+    @property
+    def conversion(self) -> float:
+        """The share of the ideal speed-up that is real."""
+        return self.speedup / self.ideal
+
+
+def measure_speed(cascade: Cascade, images: Shaped[Array | np.ndarray, "n *input"], *, rounds: int = 7) -> Speed:
+    """Time the cascade and its full network on each image.
+
+    A request's time is its median over the rounds; means are over requests.
+
+    Args:
+        cascade: See ``Cascade``.
+        images: Requests, [n, ...].
+        rounds: How often each request is timed.
+    """
+    depth = len(cascade.chain)
+    times: dict[str, list[np.ndarray]] = {}
+    for image in images:
+        programs: dict[str, Callable[[], object]] = {"cascade": lambda image=image: predict_one(cascade, image)}
+        for site in (*cascade.sites, depth):
+            programs[str(site)] = prefix_program(cascade.chain, site, image[None])
+        for name, ms in time_interleaved(programs, rounds=rounds).items():
+            times.setdefault(name, []).append(ms)
+    by_request = {name: np.stack(ms) for name, ms in times.items()}  # float[n, rounds]
+    mean = {name: float(np.median(ms, axis=1).mean()) for name, ms in by_request.items()}
+    return Speed(
+        full_ms=mean[str(depth)],
+        cascade_ms=mean["cascade"],
+        exit_ms={site: mean[str(site)] for site in (*cascade.sites, depth)},
+        exits=tuple(int(predict_one(cascade, image).exit) for image in images),
+        spread=spread(by_request[str(depth)].mean(0) / by_request["cascade"].mean(0)),
+    )
+
+
+def measure_batches(
+    tuned: TunedCascade, images: Shaped[np.ndarray, "n *input"], *, batch: int, rounds: int = 7
+) -> Speed:
+    """Time a tuned cascade and the full network, tuned and not, on ``images`` in groups of ``batch``.
+
+    Args:
+        tuned: With measured costs.
+        images: Requests; what does not fill a group is left out.
+        batch: Requests at once.
+        rounds: How often each group is timed.
+
+    Raises:
+        InputError: Fewer images than one group, or a tuning without costs.
+    """
+    groups = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
+    if not groups:
+        msg = f"images: expected at least one group of {batch}, got {len(images)}"
+        raise InputError(msg)
+    full, depth = tuned.without_caches, len(tuned.cascade.chain)
+    times: dict[str, list[np.ndarray]] = {}
+    exits: list[int] = []
+    for group in groups:
+        programs: dict[str, Callable[[], object]] = {
+            "cascade": lambda group=group: tuned.predict(group),
+            "tuned": lambda group=group: full.predict(group),
+            "plain": prefix_program(tuned.cascade.chain, depth, group),
+        }
+        for name, ms in time_interleaved(programs, rounds=rounds).items():
+            times.setdefault(name, []).append(ms)
+        exits += np.asarray(tuned.predict(group).exit).tolist()
+    by_group = {name: np.stack(ms) for name, ms in times.items()}  # float[groups, rounds]
+    mean = {name: float(np.median(ms, axis=1).mean()) for name, ms in by_group.items()}
+    fastest = min(("tuned", "plain"), key=lambda name: mean[name])
+    costs = tuned.costs(batch)[tuned.schedule(batch).sizes[0]]
+    share = {site: ms / costs.full_ms for site, ms in path_ms(tuned.cascade, costs).items()}
+    return Speed(
+        full_ms=mean[fastest],
+        cascade_ms=mean["cascade"],
+        exit_ms={site: mean[fastest] * part for site, part in share.items()},
+        exits=tuple(exits),
+        spread=spread(by_group[fastest].mean(0) / by_group["cascade"].mean(0)),
+        batch=batch,
+    )
+
+
+def path_ms(cascade: Cascade, costs: CostTable) -> dict[int, float]:
+    """Return the time up to each exit: blocks, and small networks passed; other lookups are left out."""
+    networks = [(c.site, costs.lookup_ms[c.name]) for c in cascade.caches if isinstance(c.predictor, Network)]
+    return {
+        exit_: costs.until(exit_) + sum(ms for site, ms in networks if site <= exit_)
+        for exit_ in (*cascade.sites, len(cascade.chain))
+    }
+
+
+def expected_ms(
+    cascade: Cascade,
+    costs: Mapping[int, CostTable],
+    schedule: Schedule,
+    exits: Int[np.ndarray, " n"],
+    batch: int,
+) -> float:
+    """Return the mean time of a batch that measured costs predict: each stage's tiles for the rows still on their way.
+
+    Args:
+        cascade: Whose.
+        costs: By tile size.
+        schedule: The tiles.
+        exits: Where requests leave, [n]; taken in groups of ``batch``, one after another.
+        batch: Requests at once.
+
+    Raises:
+        InputError: Fewer requests than one group.
+    """
+    stops = (*cascade.sites, len(cascade.chain))
+    spans = zip((0, *cascade.sites), stops, (*(cache.name for cache in cascade.caches), None), strict=True)
+    stage_ms = [
+        {
+            size: table.until(site) - table.until(before) + (table.lookup_ms[name] if name else 0.0)
+            for size, table in costs.items()
+        }
+        for before, site, name in spans
+    ]
+    groups = exits[: len(exits) // batch * batch].reshape(-1, batch)
+    if not len(groups):
+        msg = f"exits: expected at least one group of {batch}, got {len(exits)}"
+        raise InputError(msg)
+    alive = np.stack([(groups >= site).sum(1) for site in stops], axis=1)  # int[groups, stages]
+    rows = [sum(schedule.milliseconds(int(n), ms) for n, ms in zip(group, stage_ms, strict=True)) for group in alive]
+    return float(np.mean(rows))
