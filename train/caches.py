@@ -157,9 +157,6 @@ def small_networks(config: Config) -> list[Head]:
     """Read the networks that come before the base, as heads at site 0."""
     heads = []
     for small in config.fit.networks:
-        if small.weights is None:
-            _log.warning("fit.networks: %s has no weights, and is left out", small.name)
-            continue
         base = config.base.normalize()
         network = resnet(
             small.network, classes=config.base.classes, input_shape=config.base.input_shape, shortcut=small.shortcut

@@ -120,7 +120,7 @@ class NetworkSection(Section):
 
     name: str
     network: str = Field(description="as base.network")
-    weights: Path | None = Field(None, description="as base.weights; unset: left out")
+    weights: Path
     shortcut: Literal["A", "B"] | None = None
     normalization: NormalizationSection | None = Field(None, description="that it was trained with; unset: the base's")
 

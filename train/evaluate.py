@@ -3,7 +3,6 @@
 Every request of the split is answered by the jitted cascade and by the base; a sample of them is timed, one at a time.
 """
 
-import dataclasses
 import json
 import logging
 from datetime import UTC, datetime
@@ -16,12 +15,11 @@ from numpy.typing import ArrayLike
 
 import gati_jax
 from gati_jax import Bundle, InputError, Prediction, data
-from gati_jax.planning import ReplayTable, replay_plan
+from gati_jax.planning import ReplayTable
 from gati_jax.report import render
-from gati_jax.runtime import Speed, measure_speed
-from gati_jax.runtime.measure import device_name
+from gati_jax.runtime import measure_speed
 
-from . import cli
+from . import cli, speeds
 from .config import build_config
 
 _log = logging.getLogger("train.evaluate")
@@ -52,6 +50,14 @@ def main(argv: list[str] | None = None) -> None:
         metavar="N",
         help="requests to time, from the split's first on (default: 150)",
     )
+    p.add_argument(
+        "--batches",
+        type=cli.positive,
+        nargs="+",
+        default=[1, 8, 32, 128],
+        metavar="N",
+        help="batch sizes to time where the bundle has been tuned for this device (default: 1 8 32 128)",
+    )
     arguments = p.parse_args(argv)
 
     # --- Bundle and data --------------------------------------------------------------------------------------------
@@ -73,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     prediction = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
     table = gati_jax.replay(bundle.chain, bundle.cascade.caches, split.images, labels=split.labels)
     speed = measure_speed(bundle.cascade, split.images[: arguments.timed])
+    fast = speeds.fast(bundle, split.images, prediction.exit, arguments.batches, arguments.timed)
 
     # --- Result -----------------------------------------------------------------------------------------------------
     result = {
@@ -80,13 +87,13 @@ def main(argv: list[str] | None = None) -> None:
         "split": rows,
         "network": config.base.network,
         **quality(bundle, prediction, table),
-        "cost": cost(bundle, prediction.exit, speed),
+        "cost": speeds.cost(bundle, prediction.exit, speed, fast),
         "memory": {"base_bytes": size(bundle.chain), "cache_bytes": size(bundle.cascade.caches)},
         "versions": cli.versions(),
         "seed": config.seed,
         "date": datetime.now(UTC).date().isoformat(),
     }
-    result["oracle"] = {"saved_share": oracle_saved_share(table, speed)}
+    result["oracle"] = {"saved_share": speeds.oracle_saved_share(table, speed)}
     cli.write_result(arguments.out / "evaluation.json", result)
     (arguments.out / "report.html").write_text(render(result))
     if arguments.json:
@@ -135,44 +142,6 @@ def quality(bundle: Bundle, prediction: Prediction, table: ReplayTable) -> dict[
     }
 
 
-def cost(bundle: Bundle, exits: np.ndarray, speed: Speed) -> dict[str, Any]:
-    """Say what the exits save: ideally, by the measured time up to each exit, and really, on the timed requests."""
-    ideal_ms = float(np.mean([speed.exit_ms[int(exit_)] for exit_ in exits]))
-    lookup_ms = {
-        name: ms for table in bundle.costs if table.device == device_name() for name, ms in table.lookup_ms.items()
-    }
-    looked = [
-        sum(lookup_ms.get(c.name, 0.0) for c in bundle.cascade.caches if c.site <= exit_) for exit_ in speed.exits
-    ]
-    measured = {
-        "device": device_name(),
-        "driver": "while_loop",
-        "dtype": str(bundle.chain.input_spec.dtype),
-        "batch": 1,
-        "requests": len(speed.exits),
-        "full_ms": speed.full_ms,
-        "cascade_ms": speed.cascade_ms,
-        "speedup": speed.speedup,
-        "conversion": speed.conversion,
-        "lookup_share": float(np.mean(looked)) / speed.cascade_ms if lookup_ms else None,
-        "spread": speed.spread,
-    }
-    return {
-        "blocks_mean": float(exits.mean()),
-        "saved_share": 1 - ideal_ms / speed.full_ms,
-        "ideal_speedup": speed.full_ms / ideal_ms,
-        "measured": [measured],
-    }
-
-
-def oracle_saved_share(table: ReplayTable, speed: Speed) -> float:
-    """Return what would be saved if each request left at the bundle's first cache that agrees with the base."""
-    thresholds = np.zeros(len(table.names))
-    exits = replay_plan(dataclasses.replace(table, scores=np.where(table.agrees, 1.0, -1.0)), thresholds).exits
-    until = np.array([speed.exit_ms[exit_] for exit_ in (*table.sites, table.depth)])
-    return float(1 - until[exits].mean() / speed.full_ms)
-
-
 def accuracy(classes: ArrayLike, labels: np.ndarray | None) -> float | None:
     """Return the share of right classes, where labels are known."""
     return None if labels is None else float(np.mean(np.asarray(classes) == labels))
@@ -211,6 +180,11 @@ def show(result: dict[str, Any]) -> None:
         ("memory, base + caches", f"{memory['base_bytes'] / 1e6:.2f} + {memory['cache_bytes'] / 1e6:.2f} MB"),
     ]
     cli.show("Result", ("", "value"), lines)
+    if fast := result["cost"]["measured"][1:]:
+        keys = ("full_ms", "cascade_ms", "predicted_ms", "speedup", "ideal", "conversion", "spread")
+        rows = [(row["batch"], *(f"{row[key]:.3f}" for key in keys)) for row in fast]
+        titles = ("batch", "full ms", "cascade ms", "predicted ms", "speed-up", "ideal", "conversion", "spread")
+        cli.show("Tuned for this device", titles, rows)
 
 
 if __name__ == "__main__":

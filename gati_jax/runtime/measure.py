@@ -125,6 +125,18 @@ def measure_costs(
     )
 
 
+def lookup_program(
+    cache: Candidate, activation: Float[Array, "batch *site"], options: Options = ()
+) -> Callable[[], tuple[Array, Array]]:
+    """Return a compiled call of a lookup by itself."""
+    return functools.partial(compiled(_lookup, options), pack(cache), activation)
+
+
+@reference
+def _lookup(packed: Packed[Candidate], activation: Float[Array, "batch *site"]) -> tuple[Array, Array]:
+    return lookup(unpack(packed), activation)
+
+
 def _time_lookups(
     chain: Chain, candidates: Iterable[Candidate], images: Shaped[Array, "batch *input"], rounds: int, options: Options
 ) -> dict[str, float]:
@@ -143,11 +155,12 @@ def _time_lookups(
     milliseconds = {}
     for group in groups:
         caches = tuple(group[site] for site in sorted(group))
+        programs: dict[str, Callable[[], object]]
         programs = {"base": _all_miss(chain, (), images, options), "cascade": _all_miss(chain, caches, images, options)}
         for cache in caches:
             spec = chain.site_specs[cache.site]
             activation = jax.random.normal(jax.random.key(0), (len(images), *spec.shape)).astype(spec.dtype)
-            programs[cache.name] = functools.partial(compiled(_lookup, options), pack(cache), activation)
+            programs[cache.name] = lookup_program(cache, activation, options)
         median = {name: float(np.median(ms)) for name, ms in time_interleaved(programs, rounds=rounds).items()}
         alone = sum(median[cache.name] for cache in caches)
         added = max(0.0, median["cascade"] - median["base"])
@@ -164,8 +177,3 @@ def _all_miss(
         return functools.partial(predict_one, cascade, images[0], options)
     one_tile = BatchedCascade.of(cascade, Schedule.of({len(images): 1.0}))
     return functools.partial(predict_tiled, one_tile, images, options=options)
-
-
-@reference
-def _lookup(packed: Packed[Candidate], activation: Float[Array, "batch *site"]) -> tuple[Array, Array]:
-    return lookup(unpack(packed), activation)

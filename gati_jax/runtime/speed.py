@@ -12,7 +12,7 @@ from gati_jax.planning import CostTable
 
 from .cascade import Cascade
 from .drivers import predict_one
-from .measure import prefix_program, spread, time_interleaved
+from .measure import lookup_program, prefix_program, spread, time_interleaved
 from .schedule import Schedule
 from .tuned import TunedCascade
 
@@ -59,11 +59,14 @@ def measure_speed(cascade: Cascade, images: Shaped[Array | np.ndarray, "n *input
         rounds: How often each request is timed.
     """
     depth = len(cascade.chain)
+    networks = [cache for cache in cascade.caches if isinstance(cache.predictor, Network)]
     times: dict[str, list[np.ndarray]] = {}
     for image in images:
         programs: dict[str, Callable[[], object]] = {"cascade": lambda image=image: predict_one(cascade, image)}
         for site in (*cascade.sites, depth):
             programs[str(site)] = prefix_program(cascade.chain, site, image[None])
+        for cache in networks:
+            programs[cache.name] = lookup_program(cache, cascade.chain.prepare(image[None]))
         for name, ms in time_interleaved(programs, rounds=rounds).items():
             times.setdefault(name, []).append(ms)
     by_request = {name: np.stack(ms) for name, ms in times.items()}  # float[n, rounds]
@@ -71,7 +74,10 @@ def measure_speed(cascade: Cascade, images: Shaped[Array | np.ndarray, "n *input
     return Speed(
         full_ms=mean[str(depth)],
         cascade_ms=mean["cascade"],
-        exit_ms={site: mean[str(site)] for site in (*cascade.sites, depth)},
+        exit_ms={
+            site: mean[str(site)] + sum(mean[cache.name] for cache in networks if cache.site <= site)
+            for site in (*cascade.sites, depth)
+        },
         exits=tuple(int(predict_one(cascade, image).exit) for image in images),
         spread=spread(by_request[str(depth)].mean(0) / by_request["cascade"].mean(0)),
     )

@@ -35,7 +35,7 @@ KEYS = {
     "exits.0": "exit hits hit_rate agreement",
     "oracle": "saved_share",
     "cost": "blocks_mean saved_share ideal_speedup",
-    "cost.measured.0": "device driver dtype batch full_ms cascade_ms speedup conversion lookup_share spread",
+    "cost.measured.0": "device driver numerics dtype batch full_ms cascade_ms speedup conversion lookup_share spread",
     "memory": "base_bytes cache_bytes",
 }
 
