@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -122,6 +123,7 @@ def summary(
         "predicted": {
             "full_ms": costs.full_ms,
             "cascade_ms": cascade_ms(certify, thresholds, costs),
+            "batch": costs.batch,
             "device": costs.device,
         },
     }
@@ -138,8 +140,8 @@ def show(result: dict[str, Any], title: str) -> None:
     print(certificate_line(result["certificate"]))
     predicted = result["predicted"]
     print(
-        f"predicted {predicted['full_ms']:.3f} ms -> {predicted['cascade_ms']:.3f} ms a request on"
-        f" {predicted['device']}, batch 1. Bundle: {result['bundle']}"
+        f"predicted {predicted['full_ms']:.3f} ms -> {predicted['cascade_ms']:.3f} ms on {predicted['device']},"
+        f" batch {predicted['batch']}. Bundle: {result['bundle']}"
     )
 
 
@@ -157,6 +159,7 @@ def small_networks(config: Config) -> list[Head]:
     """Read the networks that come before the base, as heads at site 0."""
     heads = []
     for small in config.fit.networks:
+        check_unseen(small.name, small.trained_on, config)
         base = config.base.normalize()
         network = resnet(
             small.network, classes=config.base.classes, input_shape=config.base.input_shape, shortcut=small.shortcut
@@ -165,6 +168,20 @@ def small_networks(config: Config) -> list[Head]:
         variables = import_state_dict(network, read_weights(small.weights))
         heads.append(network_head(small.name, network, variables, trained=trained, base=base))
     return heads
+
+
+def check_unseen(name: str, trained_on: Sequence[str], config: Config) -> None:
+    """Check that a network has not learned the rows on which it is to be judged: it would look too good.
+
+    Raises:
+        InputError: It has.
+    """
+    for split in ("select", "certify"):
+        rows = data.Rows.parse(getattr(config.data.splits, split))
+        if seen := [part for part in trained_on if rows.overlaps(data.Rows.parse(part))]:
+            where = getattr(config.data.splits, split)
+            msg = f"fit.networks: expected {name} to be trained on other rows than {split} ({where}), got {seen}"
+            raise InputError(msg)
 
 
 def load_base(config: Config) -> Chain:

@@ -121,6 +121,7 @@ class NetworkSection(Section):
     name: str
     network: str = Field(description="as base.network")
     weights: Path
+    trained_on: tuple[str, ...] = Field(description="as data.base_trained_on; none of it may be select or certify")
     shortcut: Literal["A", "B"] | None = None
     normalization: NormalizationSection | None = Field(None, description="that it was trained with; unset: the base's")
 
@@ -152,6 +153,8 @@ class Planning(Section):
     epsilon: Share = Field(default=0.02, description="largest share of requests that may disagree with the base")
     delta: Share = Field(default=0.05, description="risk that the certificate is wrong")
     max_sites: Count | None = None
+    batch: Annotated[int, Field(ge=1, le=4096)] = Field(default=1, description="requests at once that latency is about")
+    tuned: bool = Field(default=False, description="tune the network first, and plan with its times then; minutes more")
 
 
 class Config(Section):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 import gati_jax
 from gati_jax import Candidate, Chain, CostTable, InputError, Plan, data
-from gati_jax.runtime.measure import device_name
+from gati_jax.runtime import Tile, device_name, tuned_cache, tuned_chain
 
 from . import cli
 from .config import Config
@@ -65,6 +65,7 @@ def measured_costs(path: Path, chain: Chain, candidates: Iterable[Candidate], co
         "rounds": str(config.measure_rounds),
         "seed": str(config.seed),
         "device": device_name(),
+        "plan": f"batch {config.plan.batch}, tuned {config.plan.tuned}",
         "jax": cli.versions()["jax"],
     }
     try:
@@ -77,7 +78,13 @@ def measured_costs(path: Path, chain: Chain, candidates: Iterable[Candidate], co
     if saved and saved.identity == identity:
         _log.info("costs as measured before (remove %s to measure anew)", path)
         return saved.costs
-    costs = gati_jax.measure_costs(chain, candidates, rounds=config.measure_rounds)
+    tile = Tile(size=config.plan.batch, milliseconds=1.0, options=(), algorithms={})
+    if config.plan.tuned:
+        tile = gati_jax.tune(chain, tuple(candidates), sizes=(tile.size,)).tiles[-1]
+    caches = [tuned_cache(candidate, tile) for candidate in candidates]
+    costs = gati_jax.measure_costs(
+        tuned_chain(chain, tile), caches, rounds=config.measure_rounds, batch=tile.size, options=tile.options
+    )
     cli.write_result(path, {"identity": identity, "costs": dataclasses.asdict(costs)})
     return costs
 

@@ -23,3 +23,6 @@ from .speed import measure_speed as measure_speed
 from .tuned import TunedCascade as TunedCascade
 from .tuning import Tile as Tile
 from .tuning import Tuning as Tuning
+from .tuning import tuned_cache as tuned_cache
+from .tuning import tuned_cascade as tuned_cascade
+from .tuning import tuned_chain as tuned_chain

@@ -78,11 +78,12 @@ def tuned_chain(chain: Chain, tile: Tile) -> Chain:
 
 def tuned_cascade(cascade: Cascade, tile: Tile) -> Cascade:
     """Return the cascade, its base and the small networks among its caches, by a tile's algorithms."""
-    caches = tuple(_tuned_cache(cache, tile) for cache in cascade.caches)
+    caches = tuple(tuned_cache(cache, tile) for cache in cascade.caches)
     return Cascade(tuned_chain(cascade.chain, tile), caches, cascade.thresholds)
 
 
-def _tuned_cache(cache: Candidate, tile: Tile) -> Candidate:
+def tuned_cache(cache: Candidate, tile: Tile) -> Candidate:
+    """Return a cache, if it is a small network by a tile's algorithms."""
     if not isinstance(cache.predictor, Network):
         return cache
     predictor, variables = network_with_algorithms(cache.predictor, cache.params["predictor"], tile.algorithms)
