@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 import gati_jax
 from gati_jax import Candidate, Chain, CostTable, InputError, Plan, data
-from gati_jax.runtime import Tile, device_name, tuned_cache, tuned_chain
+from gati_jax.runtime import Tile, device_name, tune_tile, tuned_cache, tuned_chain
 
 from . import cli
 from .config import Config
@@ -80,7 +80,7 @@ def measured_costs(path: Path, chain: Chain, candidates: Iterable[Candidate], co
         return saved.costs
     tile = Tile(size=config.plan.batch, milliseconds=1.0, options=(), algorithms={})
     if config.plan.tuned:
-        tile = gati_jax.tune(chain, tuple(candidates), sizes=(tile.size,)).tiles[-1]
+        tile = tune_tile(chain, tuple(candidates), tile.size)
     caches = [tuned_cache(candidate, tile) for candidate in candidates]
     costs = gati_jax.measure_costs(
         tuned_chain(chain, tile), caches, rounds=config.measure_rounds, batch=tile.size, options=tile.options

@@ -10,12 +10,16 @@ from .cascade import step as step
 from .drivers import predict_batch as predict_batch
 from .drivers import predict_one as predict_one
 from .drivers import predict_stepwise as predict_stepwise
+from .host import HostCascade as HostCascade
+from .host import compile_stages as compile_stages
+from .host import predict_on_host as predict_on_host
 from .measure import device_name as device_name
 from .measure import measure_costs as measure_costs
 from .measure import time_interleaved as time_interleaved
 from .replay import origin as origin
 from .replay import replay as replay
 from .search import tune as tune
+from .search import tune_tile as tune_tile
 from .speed import Speed as Speed
 from .speed import expected_ms as expected_ms
 from .speed import measure_batches as measure_batches

@@ -27,6 +27,7 @@ from .tuning import OPTIONS, Tile, Tuning, tuned_chain
 
 TOLERANCE = 1e-3
 MARGIN = 0.03  # less is noise
+ENOUGH = 32  # channels, for Winograd's transforms to pay
 _log = logging.getLogger(__name__)
 
 
@@ -41,24 +42,47 @@ def tune(
         sizes: Tile sizes to try; 1 is always among them.
         rounds: Interleaved repeats of every timing, of which the medians count.
     """
+    tiles = tuple(tune_tile(chain, caches, size, rounds=rounds) for size in sorted({1, *sizes}))
+    return Tuning(device=device_name(), tiles=tiles)
+
+
+def tune_tile(chain: Chain, caches: Sequence[Candidate], size: int, *, rounds: int = 7) -> Tile:
+    """Find what is fastest for ``size`` rows at once; arguments as for ``tune``."""
     networks = (chain, *(_chain_of(cache) for cache in caches if isinstance(cache.predictor, Network)))
-    tiles = []
-    for size in sorted({1, *sizes}):
-        tuned = [_tune_tile(networks, size, options, rounds) for options in _supported()]
-        # Spans are short, and their times noisy: whole networks decide, also against no algorithm at all.
-        plain = [dataclasses.replace(tile, algorithms={}) for tile in tuned if tile.algorithms]
-        found = dict(enumerate((*tuned, *plain)))
-        programs = {
-            f"{i} {j}": _program(tuned_chain(network, tile), tile.options, _inputs(network, size))
-            for i, tile in found.items()
-            for j, network in enumerate(networks)
-        }
-        ms = {name: float(np.median(t)) for name, t in time_interleaved(programs, rounds=2 * rounds).items()}
-        ranked = sorted(found, key=lambda i: sum(ms[f"{i} {j}"] for j in range(len(networks))))
-        best = next(i for i in ranked if all(_error(network, found[i]) <= TOLERANCE for network in networks))
-        tiles.append(dataclasses.replace(found[best], milliseconds=ms[f"{best} 0"]))
-        _log.info("tile of %d: %.2f ms, %s", size, ms[f"{best} 0"], dict(found[best].algorithms) or "direct")
-    return Tuning(device=device_name(), tiles=tuple(tiles))
+    starts = [
+        Tile(size=size, milliseconds=1.0, options=options, algorithms=algorithms)
+        for options in _supported()
+        for algorithms in _uniform(networks)
+    ]
+    start = starts[int(np.argmin(_time_networks(networks, starts, rounds).sum(1)))]
+    # Spans are short, and their times noisy: in the end whole networks decide.
+    tiles = [dataclasses.replace(start, algorithms=_refine(networks, start, rounds)), start]
+    tiles += [dataclasses.replace(start, algorithms={})] if start.algorithms else []
+    ms = _time_networks(networks, tiles, 2 * rounds)
+    ranked = np.argsort(ms.sum(1), kind="stable")
+    best = next(i for i in ranked if all(_error(network, tiles[i]) <= TOLERANCE for network in networks))
+    _log.info("tile of %d: %.2f ms, %s", size, ms[best, 0], dict(tiles[best].algorithms) or "direct")
+    return dataclasses.replace(tiles[best], milliseconds=float(ms[best, 0]))
+
+
+def _uniform(networks: Sequence[Chain]) -> list[dict[str, Algorithm]]:
+    """Return where to start from: no algorithm but the compiler's, or Winograd's wherever there are enough channels."""
+    found = [layer for chain in networks if isinstance(chain.network, ResNet) for layer in _kinds(chain.network)]
+    wide = [layer for layer in found if "winograd2" in layer.applicable and min(layer.inputs, layer.outputs) >= ENOUGH]
+    return [{}, {layer.kind: "winograd2" for layer in wide}] if wide else [{}]
+
+
+def _time_networks(
+    networks: Sequence[Chain], tiles: Sequence[Tile], rounds: int
+) -> Float[np.ndarray, "tiles networks"]:
+    """Return the medians of whole networks' times, all taking turns."""
+    programs = {
+        f"{i} {j}": _program(tuned_chain(network, tile), tile.options, _inputs(network, tile.size))
+        for i, tile in enumerate(tiles)
+        for j, network in enumerate(networks)
+    }
+    ms = [float(np.median(t)) for t in time_interleaved(programs, rounds=rounds).values()]
+    return np.reshape(ms, (len(tiles), len(networks)))
 
 
 def _chain_of(cache: Candidate) -> Chain:
@@ -78,20 +102,22 @@ def _supported() -> list[Options]:
     return known
 
 
-def _tune_tile(networks: Sequence[Chain], size: int, options: Options, rounds: int) -> Tile:
-    """Choose algorithms one kind of layer after another, the others as chosen so far."""
-    choice: dict[str, Algorithm] = {}
+def _refine(networks: Sequence[Chain], start: Tile, rounds: int) -> dict[str, Algorithm]:
+    """Choose the algorithm of one kind of layer after another, the others as chosen so far."""
+    choice = dict(start.algorithms)
     known: set[str] = set()
     for chain in networks:
         if not isinstance(chain.network, ResNet):
             continue
-        inputs = _activations(chain, size)
+        inputs = _activations(chain, start.size)
         for layer, block in _kinds(chain.network).items():
             if layer.kind not in known:
                 known.add(layer.kind)
-                best = _fastest(chain, layer, block, inputs[block], choice=choice, options=options, rounds=rounds)
-                choice |= {layer.kind: best} if best != "direct" else {}
-    return Tile(size=size, milliseconds=1.0, options=options, algorithms=choice)
+                options = start.options
+                choice[layer.kind] = _fastest(
+                    chain, layer, block, inputs[block], choice=choice, options=options, rounds=rounds
+                )
+    return {kind: algorithm for kind, algorithm in choice.items() if algorithm != "direct"}
 
 
 def _fastest(
@@ -105,8 +131,8 @@ def _fastest(
         tuned = with_algorithms(chain, {**chosen, layer.kind: algorithm})
         programs[algorithm] = _program(_part(tuned, block, block + 2), options, x, classify=False)
     ms = {name: float(np.median(t)) for name, t in time_interleaved(programs, rounds=rounds).items()}
-    best = min(layer.applicable, key=lambda name: ms[name])
-    return best if ms[best] < (1 - MARGIN) * ms["direct"] else "direct"
+    best, now = min(layer.applicable, key=lambda name: ms[name]), choice.get(layer.kind, "direct")
+    return best if ms[best] < (1 - MARGIN) * ms[now] else now
 
 
 def _kinds(network: ResNet) -> dict[Layer, int]:

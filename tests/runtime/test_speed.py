@@ -1,0 +1,100 @@
+"""Ideal speed-ups and expected times, by arithmetic."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gati_jax
+from gati_jax import CostTable
+from gati_jax.caches import Network
+from gati_jax.models import ResNet
+from gati_jax.runtime import Cascade, Tile, TunedCascade, Tuning, device_name, expected_ms, measure_batches
+from gati_jax.runtime.schedule import Schedule
+from gati_jax.runtime.speed import path_ms
+
+
+@pytest.fixture(scope="module")
+def cascade(chain, candidates):
+    first, _, third, _ = sorted(candidates, key=lambda c: c.site)  # at sites 1 and 3 of 5
+    return Cascade(chain, (first, third), jnp.asarray([1.0, 1.0]))
+
+
+def table(cascade, block: float, lookup: float, batch: int = 1) -> CostTable:
+    names = [cache.name for cache in cascade.caches]
+    return CostTable(device="test", batch=batch, blocks_ms=(block,) * 5, lookup_ms=dict.fromkeys(names, lookup))
+
+
+def test_expected_time_by_hand(cascade):
+    costs = {4: table(cascade, 3.0, 0.5, 4), 1: table(cascade, 1.0, 0.25)}
+    schedule = Schedule.of({4: 15.0, 1: 5.0})
+    exits = np.array([1, 1, 3, 5, 1, 1, 1, 1])
+    # First four: a tile of 4 for one block and a lookup; the two left one by one for two blocks and a lookup; then one
+    # for two blocks. The other four leave at once.
+    first = (3 + 0.5) + 2 * (2 * 1 + 0.25) + 1 * (2 * 1)
+    assert expected_ms(cascade, costs, schedule, exits, 4) == pytest.approx((first + 3.5) / 2)
+    assert expected_ms(cascade, {1: costs[1]}, Schedule.of({1: 5.0}), exits[:3], 1) == pytest.approx(
+        (1.25 + 1.25 + 3.5) / 3
+    )
+    with pytest.raises(gati_jax.InputError, match="at least one group of 9, got 8"):
+        expected_ms(cascade, costs, schedule, exits, 9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    exits=st.lists(st.sampled_from([1, 3, 5]), min_size=8, max_size=40),
+    ms=st.tuples(st.floats(0.1, 3), st.floats(0.1, 3)),
+)
+def test_expected_time_is_that_of_simulated_tiles(cascade, exits, ms):
+    costs = {4: table(cascade, ms[0], 0.5, 4), 1: table(cascade, ms[1], 0.25)}
+    schedule = Schedule.of({4: 5 * ms[0], 1: 5 * ms[1]})
+    costs = {size: costs[size] for size in schedule.sizes}
+    total, groups = 0.0, len(exits) // 8
+    for g in range(groups):
+        alive = exits[8 * g : 8 * g + 8]
+        for site, blocks, looked in ((1, 1, True), (3, 2, True), (5, 2, False)):
+            for size, count in zip(schedule.sizes, schedule.tiles(len(alive)), strict=True):
+                cost = costs[size]
+                total += count * (blocks * cost.blocks_ms[0] + looked * next(iter(cost.lookup_ms.values())))
+            alive = [e for e in alive if e > site]
+    assert expected_ms(cascade, costs, schedule, np.array(exits), 8) == pytest.approx(total / groups)
+
+
+def test_a_network_s_time_is_part_of_what_is_ideal(cascade):
+    small = Network(classes=10, network=ResNet(stages=(1,), widths=(4,)))
+    first = dataclasses.replace(cascade.caches[0], site=0, predictor=small)
+    with_network = Cascade(cascade.chain, (first, cascade.caches[1]), cascade.thresholds)
+    costs = table(with_network, 1.0, 0.5)
+    assert path_ms(with_network, costs) == {0: 0.5, 3: 3.5, 5: 5.5}
+    assert path_ms(cascade, costs) == {1: 1.0, 3: 3.0, 5: 5.0}
+
+
+def test_measured_batches_are_consistent(cascade, splits):
+    tiles = tuple(
+        Tile(size=s, milliseconds=1 + s / 4, options=(), algorithms={}, costs=table(cascade, 1.0, 0.1, s))
+        for s in (1, 4)
+    )
+    tuned = TunedCascade(cascade, Tuning(device=device_name(), tiles=tiles))
+    images = splits["test"][:21]
+    speed = measure_batches(tuned, images, batch=8, rounds=2)
+    assert (speed.batch, len(speed.exits)) == (8, 16)
+    np.testing.assert_array_equal(speed.exits, tuned.predict(images[:16]).exit)
+    assert speed.exit_ms == {site: pytest.approx(speed.full_ms * site / 5) for site in (1, 3, 5)}
+    assert speed.ideal == pytest.approx(5 / np.mean(speed.exits))
+    assert min(speed.full_ms, speed.cascade_ms) > 0
+    with pytest.raises(gati_jax.InputError, match="at least one group of 32, got 21"):
+        measure_batches(tuned, images, batch=32)
+
+
+def test_without_costs_there_is_no_ideal(cascade, splits):
+    tile = Tile(size=1, milliseconds=1.0, options=(), algorithms={})
+    tuned = TunedCascade(cascade, Tuning(device=device_name(), tiles=(tile,)))
+    with pytest.raises(gati_jax.InputError, match=r"train\.tune --bundle"):
+        measure_batches(tuned, splits["test"][:2], batch=1, rounds=1)
+    (measured,) = tuned.measured(rounds=2).tiles
+    assert measured.costs is not None
+    assert (measured.costs.batch, len(measured.costs.blocks_ms)) == (1, 5)
+    assert set(measured.costs.lookup_ms) == {cache.name for cache in cascade.caches}
