@@ -15,6 +15,7 @@ import numpy as np
 
 import gati_jax
 from gati_jax import Bundle, Normalization
+from gati_jax.data import Dataset
 from gati_jax.models import ResNet, fold, import_state_dict, read_weights, to_chain
 
 Predict = Callable[[np.ndarray], np.ndarray]
@@ -28,7 +29,9 @@ class Task(NamedTuple):
     weights: Path
     normalization: Normalization
     cores: int
-    calibration: np.ndarray  # uint8 images of the select split
+    fit: Callable[[], Dataset]  # for what wants to be trained
+    select: Callable[[], Dataset]  # for what wants to be calibrated
+    epsilon: float  # how often answers may differ
     folder: Path  # for files that a runtime needs
 
 
@@ -109,7 +112,8 @@ def _quantised(task: Task, path: Path) -> Path:
     quantization = importlib.import_module("onnxruntime.quantization")
     shapes = importlib.import_module("onnxruntime.quantization.shape_inference")
 
-    batches = iter([{"images": _prepared(task, task.calibration[i : i + 50])} for i in range(0, 200, 50)])
+    images = task.select().images
+    batches = iter([{"images": _prepared(task, images[i : i + 50])} for i in range(0, 200, 50)])
     reader = type("Reader", (quantization.CalibrationDataReader,), {"get_next": lambda _: next(batches, None)})
 
     prepared, quantised = path.with_name("prepared.onnx"), path.with_name("int8.onnx")
@@ -127,6 +131,20 @@ def _openvino(task: Task) -> Predict:
     return lambda images: next(iter(model(_prepared(task, images)).values()))
 
 
+def _first(rows: Dataset, n: int) -> Dataset:
+    return Dataset(images=rows.images[:n], labels=None if rows.labels is None else rows.labels[:n])
+
+
+def _earlyon(task: Task) -> Predict:
+    torch = importlib.import_module("torch")
+    earlyon = importlib.import_module("benchmarks.earlyon_cascade")
+    torch.set_num_threads(task.cores)
+    network = importlib.import_module("benchmarks.torch_network").load(task.network, read_weights(task.weights))
+    train, select = ((_prepared(task, part.images), part.labels) for part in (_first(task.fit(), 5000), task.select()))
+    model = earlyon.fit(earlyon.wrap(network, task.network), train, select, drop=task.epsilon)
+    return lambda images: earlyon.predict(model, _prepared(task, images))
+
+
 CONTENDERS: dict[str, Callable[[Task], Predict]] = {
     "gati-jax full": functools.partial(_cascade, caches=False),
     "gati-jax cascade": functools.partial(_cascade, caches=True),
@@ -135,5 +153,6 @@ CONTENDERS: dict[str, Callable[[Task], Predict]] = {
     "onnxruntime int8": functools.partial(_onnxruntime, int8=True),
     "openvino full": _openvino,
     "torch eager full": functools.partial(_torch, compiled=False),
+    "earlyon cascade": _earlyon,
     "torch.compile full": functools.partial(_torch, compiled=True),
 }

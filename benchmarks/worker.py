@@ -4,6 +4,7 @@
 class of every image and the peak memory. Answers are lines of JSON on the descriptor that standard output was.
 """
 
+import functools
 import json
 import os
 import resource
@@ -32,8 +33,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries print
     config = build_config(gati_jax.load_bundle(bundle).provenance.config)
-    select = data.load(config.data.name, config.data.splits.select, config.data.dir).images[:200]
-    images = data.load(config.data.name, config.data.splits.test, config.data.dir).images[: int(rows)]
+    load = functools.partial(data.load, config.data.name, data_dir=config.data.dir)
+    images = load(config.data.splits.test).images[: int(rows)]
     with tempfile.TemporaryDirectory() as folder:
         task = Task(
             bundle=Path(bundle),
@@ -41,7 +42,9 @@ def main() -> None:
             weights=Path(weights),
             normalization=config.base.normalize(),
             cores=len(os.sched_getaffinity(0)),
-            calibration=select,
+            fit=functools.partial(load, config.data.splits.fit),
+            select=functools.partial(load, config.data.splits.select),
+            epsilon=config.plan.epsilon,
             folder=Path(folder),
         )
         predict = CONTENDERS[name](task)

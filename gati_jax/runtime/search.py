@@ -42,8 +42,11 @@ def tune(
         sizes: Tile sizes to try; 1 is always among them.
         rounds: Interleaved repeats of every timing, of which the medians count.
     """
-    tiles = tuple(tune_tile(chain, caches, size, rounds=rounds) for size in sorted({1, *sizes}))
-    return Tuning(device=device_name(), tiles=tiles)
+    tiles = [tune_tile(chain, caches, size, rounds=rounds) for size in sorted({1, *sizes})]
+    # Minutes lie between the first and the last; to be compared, they must have been timed together.
+    ms = _time_networks((chain,), tiles, 3 * rounds)[:, 0]
+    together = [dataclasses.replace(tile, milliseconds=float(t)) for tile, t in zip(tiles, ms, strict=True)]
+    return Tuning(device=device_name(), tiles=tuple(together))
 
 
 def tune_tile(chain: Chain, caches: Sequence[Candidate], size: int, *, rounds: int = 7) -> Tile:

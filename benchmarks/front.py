@@ -1,0 +1,82 @@
+"""Draw a result of ``benchmarks.compare``: accuracy, and agreement with the big network, against latency.
+
+The line joins what nothing else beats in both. Where we lose, it shows.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import PercentFormatter
+
+from train import cli
+
+EXAMPLE = "python -m benchmarks.front benchmarks/results/resnet56-cpu.json --out docs/figures/resnet56-cpu.svg"
+OURS, OTHERS = "#c2410c", "#475569"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script."""
+    p = argparse.ArgumentParser(description=__doc__, epilog=f"example: {EXAMPLE}")
+    p.add_argument("result", type=Path, metavar="FILE", help="JSON written by benchmarks.compare")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="figure to write: .svg, .png or .pdf")
+    arguments = p.parse_args(argv)
+    result = json.loads(arguments.result.read_text())
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    mpl.rcParams["svg.hashsalt"] = "gati-jax"  # the same result gives the same file
+    figure = draw(result)
+    metadata = {"Date": None} if arguments.out.suffix == ".svg" else {}
+    figure.savefig(arguments.out, bbox_inches="tight", metadata=metadata)
+    print(f"written: {arguments.out}")
+
+
+def draw(result: dict[str, Any]) -> Any:  # noqa: ANN401 (a Figure)
+    """Return one column for each batch size, one row for each measure."""
+    batches = sorted({row["batch"] for row in result["rows"]})
+    figure, axes = plt.subplots(2, len(batches), figsize=(4.2 * len(batches), 7.5), sharey="row", squeeze=False)
+    for column, batch in enumerate(batches):
+        rows = [row for row in result["rows"] if row["batch"] == batch]
+        for at, measure in zip(axes[:, column], ("accuracy", "agreement"), strict=True):
+            scatter(at, rows, measure, batch)
+        axes[0, column].set_title(f"batch {batch}")
+    axes[0, 0].set_ylabel(f"accuracy, first {result['images']} test images")
+    axes[1, 0].set_ylabel(f"agreement with {result['network']}")
+    figure.suptitle(f"{result['network']}, {result['machine']}, {result['date']}: median latency", y=0.98)
+    figure.tight_layout()
+    return figure
+
+
+def scatter(at: Any, rows: list[dict[str, Any]], measure: str, batch: int) -> None:  # noqa: ANN401 (Axes)
+    """Draw one panel: every contender by name, and the front."""
+    ms, value = (np.array([row[key] for row in rows]) for key in ("p50_ms", measure))
+    for x, y, row in zip(ms / batch, value, rows, strict=True):
+        ours = row["contender"].startswith("gati-jax")
+        at.plot(x, y, "o", color=OURS if ours else OTHERS, markersize=7 if ours else 5)
+        at.annotate(row["contender"], (x, y), fontsize=6, xytext=(4, 4), textcoords="offset points", rotation=25)
+    best = front(ms, value)
+    at.step(ms[best] / batch, value[best], where="post", color="#94a3b8", linewidth=1, zorder=0)
+    at.set_xlabel("ms an image")
+    at.set_xlim(left=0)
+    at.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    at.grid(alpha=0.2)
+
+
+def front(ms: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Return the indices of those that no other beats in time and in value, the fastest first.
+
+    Example:
+        >>> front(np.array([3.0, 1.0, 2.0, 4.0]), np.array([0.9, 0.5, 0.4, 0.8])).tolist()
+        [1, 0]
+    """
+    order = np.lexsort((-value, ms))
+    best = np.maximum.accumulate(value[order])
+    return order[np.append(True, best[1:] > best[:-1])]
+
+
+if __name__ == "__main__":
+    cli.run(main)
