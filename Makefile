@@ -32,9 +32,9 @@ lint: $(STAMP)  ## Check style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(PY)
 
-bench:  ## Time a bundle beside other runtimes (BUNDLE=runs/r56/bundle)
+bench:  ## Time a bundle beside other runtimes (BUNDLE=runs/r56/bundle ARGS='--rounds 9')
 	$(MAKE) --no-print-directory setup EXTRAS=train,torch,bench
-	$(PY) -m benchmarks.compare --bundle $(or $(BUNDLE),runs/digits/caches/bundle)
+	$(PY) -m benchmarks.compare --bundle $(or $(BUNDLE),runs/digits/caches/bundle) $(ARGS)
 
 constraints: $(STAMP)  ## Resolve all extras together anew
 	$(PY) -m pip install --quiet uv

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 import gati_jax
-from gati_jax import data
+from gati_jax import Bundle, data
 from gati_jax.runtime.measure import spread
+from gati_jax.runtime.speed import path_ms
 from train import cli
 from train.config import build_config
 
@@ -31,6 +32,7 @@ from .contenders import CONTENDERS
 
 EXAMPLE = "python -m benchmarks.compare --bundle runs/r56/bundle --smaller resnet20=WEIGHTS --out results.json"
 WARM_UP = 1
+CASCADE, FULL = "gati-jax cascade", ("gati-jax full", "jax.jit full")
 PAUSE_SECONDS = 0.1  # threads of the one before go on spinning for a while
 
 
@@ -90,8 +92,10 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Start the contenders, let them take turns, and ask for their answers."""
-    config = build_config(gati_jax.load_bundle(arguments.bundle).provenance.config)
-    labels = data.load(config.data.name, config.data.splits.test, config.data.dir).labels
+    bundle = gati_jax.load_bundle(arguments.bundle)
+    config = build_config(bundle.provenance.config)
+    test = data.load(config.data.name, config.data.splits.test, config.data.dir)
+    ideal = ideal_speedups(bundle, test.images[: arguments.images], arguments.batches)
     runs = {name: (name, config.base.network, str(config.base.weights)) for name in arguments.contenders}
     for item in arguments.smaller:
         network, _, weights = item.partition("=")
@@ -110,7 +114,23 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             for title, ms in take_turns(workers, batch, arguments.rounds).items():
                 times[title][batch] = ms
         answers = {title: one.ask("answers") for title, one in workers.items()}
-    return report(times, answers, labels, config.base.network) | {"images": arguments.images}
+    result = report(times, answers, test.labels, config.base.network, ideal)
+    certificate = {name: getattr(bundle.certificate, name) for name in ("epsilon", "delta", "certified")}
+    return result | {"images": arguments.images, "certificate": certificate}
+
+
+def ideal_speedups(bundle: Bundle, images: np.ndarray, batches: Sequence[int]) -> dict[int, float]:
+    """Return what the exits would save by measured times, lookups left out; nothing where the bundle is not tuned."""
+    tuned = bundle.tuned
+    if tuned is None:
+        return {}
+    exits = np.asarray(gati_jax.infer_batch(bundle, images).exit).tolist()
+    ideal = {}
+    for batch in batches:
+        costs = tuned.costs(batch)[tuned.schedule(batch).sizes[0]]
+        path = path_ms(tuned.cascade, costs)
+        ideal[batch] = costs.full_ms / float(np.mean([path[exit_] for exit_ in exits]))
+    return ideal
 
 
 def take_turns(workers: dict[str, Worker], batch: int, rounds: int) -> dict[str, np.ndarray]:
@@ -127,8 +147,8 @@ def take_turns(workers: dict[str, Worker], batch: int, rounds: int) -> dict[str,
     return {title: np.array(ms) for title, ms in times.items()}
 
 
-def report(times: Any, answers: Any, labels: Any, network: str) -> dict[str, Any]:  # noqa: ANN401
-    """Put figures and circumstances together."""
+def report(times: Any, answers: Any, labels: Any, network: str, ideal: Mapping[int, float]) -> dict[str, Any]:  # noqa: ANN401
+    """Put figures and circumstances together; conversion is over the faster of this project's full networks."""
     first = next(iter(times))
     reference = np.array(answers.get("jax.jit full", answers[first])[0])
     rows = []
@@ -152,6 +172,9 @@ def report(times: Any, answers: Any, labels: Any, network: str) -> dict[str, Any
                     "peak_mib": peak,
                 }
             )
+            if title == CASCADE and batch in ideal:
+                full = min(np.median(times[name][batch]) for name in FULL if name in times)
+                rows[-1] |= {"ideal": ideal[batch], "conversion": float(full / p50 / ideal[batch])}
     head = ["git", "rev-parse", "HEAD"]
     commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
     return {
@@ -166,7 +189,18 @@ def report(times: Any, answers: Any, labels: Any, network: str) -> dict[str, Any
 
 def show(result: dict[str, Any]) -> None:
     """Print one table for each batch size."""
-    columns = ("contender", "p50 ms", "p95 ms", "images/s", "ratio", "spread", "accuracy", "agreement", "peak MiB")
+    columns = (
+        "contender",
+        "p50 ms",
+        "p95 ms",
+        "images/s",
+        "ratio",
+        "spread",
+        "accuracy",
+        "agreement",
+        "conversion",
+        "peak MiB",
+    )
     for batch in sorted({row["batch"] for row in result["rows"]}):
         rows = [
             (
@@ -176,6 +210,7 @@ def show(result: dict[str, Any]) -> None:
                 f"{row['ratio']:.2f}",
                 f"{row['spread']:.0%}",
                 *(f"{row[key]:.2%}" for key in ("accuracy", "agreement")),
+                f"{row['conversion']:.2f}" if "conversion" in row else "",
                 f"{row['peak_mib']:.0f}",
             )
             for row in result["rows"]

@@ -30,8 +30,12 @@ def test_contenders_take_turns_on_the_same_images():
 def test_ratios_are_to_the_first_and_agreement_is_with_the_reference():
     times = {"ours": {2: np.array([1.0, 2.0, 3.0])}, "jax.jit full": {2: np.array([2.0, 2.0, 3.0])}}
     answers = {"ours": ([1, 1, 0, 0], 10.0), "jax.jit full": ([1, 1, 1, 0], 20.0)}
-    result = report(times, answers, np.array([1, 0, 0, 0, 9]), "resnet20")
-    ours, full = result["rows"]
+    times["gati-jax cascade"] = {2: np.array([1.0, 1.0, 1.0])}
+    answers["gati-jax cascade"] = answers["ours"]
+    result = report(times, answers, np.array([1, 0, 0, 0, 9]), "resnet20", {2: 4.0})
+    ours, full, cascade = result["rows"]
+    assert (cascade["ideal"], cascade["conversion"]) == (4.0, 0.5)  # twice as fast as the full network
+    assert "conversion" not in ours
     assert (ours["accuracy"], ours["agreement"], ours["peak_mib"]) == (0.75, 0.75, 10.0)
     assert (full["accuracy"], full["agreement"], full["ratio"]) == (0.5, 1.0, 1.0)
     assert (full["p50_ms"], full["images_per_second"]) == (2.0, 1000.0)
