@@ -9,6 +9,7 @@ that it makes disagree. Requests are counted jointly: a hit at an early site tak
 
 import dataclasses
 import hashlib
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -112,7 +113,45 @@ def plan(
         if not too_many and min(ms) > best_ms:
             break
         best, best_ms = smaller[int(np.argmin(ms))], min(ms)
-    return best
+    return _refined(best, table.take(best.names), costs)
+
+
+def _refined(coarse: Plan, table: ReplayTable, costs: CostTable) -> Plan:
+    """Put steps between those of a path, one for each request that comes to disagree.
+
+    A certificate can only stop at a step, and fixed-sequence testing pays nothing for more of them.
+    """
+    path = [coarse.path[0]]
+    for before, after in itertools.pairwise(coarse.path):
+        most = max(replay_plan(table, thresholds).disagreement for thresholds in (before, after))
+        for thresholds in _between(table, before, after):
+            faster = cascade_ms(table, thresholds, costs) < cascade_ms(table, path[-1], costs)
+            if faster and replay_plan(table, thresholds).disagreement <= most:
+                path.append(thresholds)
+        path.append(after)
+    return dataclasses.replace(
+        coarse,
+        path=np.stack(path),
+        disagreement=np.array([replay_plan(table, thresholds).disagreement for thresholds in path]),
+        mean_ms=np.array([cascade_ms(table, thresholds, costs) for thresholds in path]),
+    )
+
+
+def _between(
+    table: ReplayTable, before: Float[np.ndarray, " caches"], after: Float[np.ndarray, " caches"]
+) -> list[Float[np.ndarray, " caches"]]:
+    """Lower one threshold from ``before`` to ``after``, stopping short of every request that comes to disagree."""
+    (cache,) = np.flatnonzero(before != after)
+    then, now = replay_plan(table, before), replay_plan(table, after)
+    moved = (now.exits == cache) & (then.exits != cache)
+    scores = table.scores[cache]
+    stops = []
+    for wrong in np.unique(scores[moved & now.disagrees & ~then.disagrees])[::-1]:
+        if len(short_of := scores[moved & (scores > wrong)]):
+            stop = after.copy()
+            stop[cache] = short_of.min()
+            stops.append(stop)
+    return stops
 
 
 def _ms_at(candidate_plan: Plan, target: int) -> float:

@@ -49,6 +49,24 @@ def test_every_step_reports_what_the_loop_finds(random_tables, walk, seed, candi
 
 
 @SMALL
+@given(SEEDS, st.integers(1, 3), st.integers(20, 60), EPSILONS)
+def test_no_step_can_be_split(random_tables, walk, seed, candidates, n, epsilon):
+    """Whatever lies between two steps is slower than the first of them, or wrong as often as the second."""
+    table, costs = random_tables(seed, candidates, n, levels=50)
+    plan = gati_jax.plan(table, costs, epsilon=epsilon, delta=0.5)
+    kept = table.take(plan.names)
+    for before, after in itertools.pairwise(plan.path):
+        (cache,) = np.flatnonzero(before != after)
+        first, second = (walk(kept, thresholds, costs) for thresholds in (before, after))
+        scores = np.unique(kept.scores[cache])
+        for score in scores[(after[cache] < scores) & (scores < before[cache])]:
+            halfway = after.copy()
+            halfway[cache] = score
+            found = walk(kept, halfway, costs)
+            assert found.mean_ms >= first.mean_ms - 1e-9 or not first.wrong <= found.wrong < second.wrong
+
+
+@SMALL
 @given(SEEDS, st.integers(1, 4), st.integers(1, 100), EPSILONS)
 def test_path_begins_with_the_bare_base_and_only_ever_opens(random_tables, seed, candidates, n, epsilon):
     table, costs = random_tables(seed, candidates, n, levels=50)
