@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 import gati_jax
-from gati_jax import data
+from gati_jax import Normalization, data
 from gati_jax.models import resnet
-from train.config import build_config
+from train.config import Config, build_config
 
 from .contenders import CONTENDERS, Task
 
@@ -40,7 +40,7 @@ def main() -> None:
             bundle=Path(bundle),
             network=resnet(network, classes=config.base.classes, input_shape=config.base.input_shape),
             weights=Path(weights),
-            normalization=config.base.normalize(),
+            normalization=normalization_of(network, config),
             cores=len(os.sched_getaffinity(0)),
             fit=functools.partial(load, config.data.splits.fit),
             select=functools.partial(load, config.data.splits.select),
@@ -64,6 +64,12 @@ def main() -> None:
                 chunks = [predict(images[i : i + CHUNK]).argmax(-1) for i in range(0, len(images), CHUNK)]
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
                 print(json.dumps([np.concatenate(chunks).tolist(), peak]), file=answers)
+
+
+def normalization_of(network: str, config: Config) -> Normalization:
+    """Return how the inputs of a network are normalised: the bundle's config knows its small networks', too."""
+    own = [small.normalization for small in config.fit.networks if small.network == network and small.normalization]
+    return Normalization(**own[0].model_dump()) if own and network != config.base.network else config.base.normalize()
 
 
 if __name__ == "__main__":
