@@ -67,12 +67,13 @@ def _torch(task: Task, *, compiled: bool) -> Predict:
 
     load = importlib.import_module("benchmarks.torch_network").load
     torch.set_num_threads(task.cores)
-    network = load(task.network, read_weights(task.weights))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = load(task.network, read_weights(task.weights)).to(device)
     model: Any = torch.compile(network) if compiled else network
 
     def predict(images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            return model(torch.from_numpy(_prepared(task, images))).numpy()
+            return model(torch.from_numpy(_prepared(task, images)).to(device)).cpu().numpy()
 
     return predict
 

@@ -68,8 +68,8 @@ def main() -> None:
 
 def normalization_of(network: str, config: Config) -> Normalization:
     """Return how the inputs of a network are normalised: the bundle's config knows its small networks', too."""
-    own = [small.normalization for small in config.fit.networks if small.network == network and small.normalization]
-    return Normalization(**own[0].model_dump()) if own and network != config.base.network else config.base.normalize()
+    small = next((small for small in config.fit.networks if small.network == network), None)
+    return small.normalize(config.base) if small and network != config.base.network else config.base.normalize()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import gati_jax
-from gati_jax import Chain, Head, InputError, Normalization, ReplayTable, data, resnet
+from gati_jax import Chain, Head, InputError, ReplayTable, data
 from gati_jax.bundle import Provenance
 from gati_jax.fitting import network_head
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
@@ -160,12 +160,9 @@ def small_networks(config: Config) -> list[Head]:
     heads = []
     for small in config.fit.networks:
         check_unseen(small.name, small.trained_on, config)
-        base = config.base.normalize()
-        network = resnet(
-            small.network, classes=config.base.classes, input_shape=config.base.input_shape, shortcut=small.shortcut
-        )
-        trained = Normalization(**small.normalization.model_dump()) if small.normalization else base
+        network = small.resnet(config.base)
         variables = import_state_dict(network, read_weights(small.weights))
+        trained, base = small.normalize(config.base), config.base.normalize()
         heads.append(network_head(small.name, network, variables, trained=trained, base=base))
     return heads
 

@@ -125,6 +125,14 @@ class NetworkSection(Section):
     shortcut: Literal["A", "B"] | None = None
     normalization: NormalizationSection | None = Field(None, description="that it was trained with; unset: the base's")
 
+    def resnet(self, base: Base) -> ResNet:
+        """Return the network's configuration, for inputs and classes of the base's."""
+        return resnet(self.network, classes=base.classes, input_shape=base.input_shape, shortcut=self.shortcut)
+
+    def normalize(self, base: Base) -> Normalization:
+        """Return how its inputs were normalised when it was trained."""
+        return Normalization(**self.normalization.model_dump()) if self.normalization else base.normalize()
+
 
 class Fit(Section):
     """How caches are fitted."""

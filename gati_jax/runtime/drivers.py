@@ -36,6 +36,16 @@ def predict_one(cascade: Cascade, image: Shaped[Array | np.ndarray, "*input"], o
     return compiled(_predict_one, options)(cascade.packed, image)
 
 
+@reference
+def _predict_only(packed: Packed[Cascade], images: Shaped[Array | np.ndarray, "1 *input"]) -> Prediction:
+    return jax.tree.map(lambda column: column[None], _predict_one(packed, images[0]))
+
+
+def predict_only(cascade: Cascade, images: Shaped[Array | np.ndarray, "1 *input"], options: Options = ()) -> Prediction:
+    """Answer a batch of one, as ``predict_one`` does; the batch dimension comes and goes inside the program."""
+    return compiled(_predict_only, options)(cascade.packed, images)
+
+
 def predict_batch(cascade: Cascade, images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:
     """Answer many requests in one program, one after another; each leaves at its own exit.
 

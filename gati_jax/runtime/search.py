@@ -59,7 +59,8 @@ def tune_tile(chain: Chain, caches: Sequence[Candidate], size: int, *, rounds: i
     ]
     start = starts[int(np.argmin(_time_networks(networks, starts, rounds).sum(1)))]
     # Spans are short, and their times noisy: in the end whole networks decide.
-    tiles = [dataclasses.replace(start, algorithms=_refine(networks, start, rounds)), start]
+    refined = [dataclasses.replace(start, algorithms=_refine(networks, start, rounds))]
+    tiles = [*(refined if jax.default_backend() == "cpu" else ()), start]
     tiles += [dataclasses.replace(start, algorithms={})] if start.algorithms else []
     ms = _time_networks(networks, tiles, 2 * rounds)
     ranked = np.argsort(ms.sum(1), kind="stable")
@@ -70,6 +71,8 @@ def tune_tile(chain: Chain, caches: Sequence[Candidate], size: int, *, rounds: i
 
 def _uniform(networks: Sequence[Chain]) -> list[dict[str, Algorithm]]:
     """Return where to start from: no algorithm but the compiler's, or Winograd's wherever there are enough channels."""
+    if jax.default_backend() != "cpu":
+        return [{}]  # there the compiler's library chooses
     found = [layer for chain in networks if isinstance(chain.network, ResNet) for layer in _kinds(chain.network)]
     wide = [layer for layer in found if "winograd2" in layer.applicable and min(layer.inputs, layer.outputs) >= ENOUGH]
     return [{}, {layer.kind: "winograd2" for layer in wide}] if wide else [{}]

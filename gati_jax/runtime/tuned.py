@@ -14,7 +14,7 @@ from gati_jax.planning import CostTable
 
 from .batched import BatchedCascade, predict_tiled
 from .cascade import Cascade, Prediction
-from .drivers import predict_one
+from .drivers import predict_one, predict_only
 from .measure import measure_costs
 from .schedule import Schedule
 from .tuning import Tuning, tuned_cascade
@@ -79,7 +79,7 @@ class TunedCascade:
     def _bucket(self, images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:
         n = len(images)
         if n == 1:
-            return jax.tree.map(lambda v: v[None], self.predict_one(images[0]))
+            return predict_only(self._single, images, self.tuning.tiles[0].options)
         bucket = 1 << (n - 1).bit_length()
         if n < bucket:
             padding = [(0, bucket - n)] + [(0, 0)] * (images.ndim - 1)

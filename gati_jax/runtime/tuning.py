@@ -14,13 +14,18 @@ from .cascade import Cascade
 from .options import Options
 
 MOST_TILES = 16  # each is one more loop in every span
+_GRAPHS = "xla_gpu_enable_command_buffer"
 _LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 OPTIONS: dict[str, tuple[Options, ...]] = {
     "cpu": (
         (),
         ((_LIBRARY, "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"),),  # convolutions by the compiler itself
         ((_LIBRARY, "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"),),
-    )
+    ),
+    "gpu": (  # loops and branches captured as CUDA graphs, or driven by the host
+        (),
+        ((_GRAPHS, "FUSION,CUBLAS,CUDNN,CONDITIONAL,WHILE"),),
+    ),
 }
 """Those that tuning tries, by platform."""
 

@@ -1,0 +1,75 @@
+"""The scripts with a small network before the base, a plan for batches on tuned times, and a tuned evaluation."""
+
+import contextlib
+import io
+import shutil
+
+import numpy as np
+import pytest
+
+import gati_jax
+from gati_jax.caches import Network
+from tests.train.one_pass import caches_arguments, evaluate_arguments, json_of, small_and_repeatable
+from tests.train.test_bad_input import refuse
+from train import caches, evaluate, tune
+
+NOT_SEEN = '["all[:897]"]'
+
+
+def networks(weights, trained_on: str = NOT_SEEN) -> list[str]:
+    small = f'{{name = "small", network = "resnet20", weights = "{weights}", trained_on = {trained_on}}}'
+    return ["--fit.networks", f"[{small}]"]
+
+
+@pytest.fixture(scope="module")
+def passed(run, tmp_path_factory):
+    """The base itself is the small network: it always agrees, so the planner cannot but take it if it is cheap."""
+    folder = tmp_path_factory.mktemp("small")
+    weights = run.folder / "base" / "base.safetensors"
+    shutil.copytree(run.folder / "caches" / "checkpoints", folder / "caches" / "checkpoints")
+    arguments = [*caches_arguments(run.folder), *networks(weights), "--plan.batch", "2", "--plan.tuned", "true"]
+    with small_and_repeatable():
+        return folder, json_of(caches.main, *arguments, "--out", str(folder / "caches"))
+
+
+def test_it_is_planned_certified_and_saved_like_any_other_cache(passed):
+    folder, result = passed
+    assert result["predicted"]["batch"] == 2
+    first = result["plan"][0]
+    assert (first["name"], first["site"], first["agreement"]) == ("small@0", 0, 1.0)
+    bundle = gati_jax.load_bundle(folder / "caches" / "bundle")
+    assert isinstance(bundle.caches[0].predictor, Network)
+    assert bundle.cascade.sites[0] == 0
+
+
+def test_a_tuned_evaluation_says_how_fast_every_batch_is(passed):
+    folder, _ = passed
+    bundle = ["--bundle", str(folder / "caches" / "bundle")]
+    tuning = json_of(tune.main, *bundle, "--tiles", "1", "4", "--rounds", "1")
+    assert [tile["size"] for tile in tuning["tiles"]] == [1, 4]
+    assert all("small@0" in tile["costs"]["lookup_ms"] for tile in tuning["tiles"])
+    arguments = [*evaluate_arguments(folder, folder / "eval"), "--batches", "1", "4", "64", "--timed", "8"]
+    result = json_of(evaluate.main, *arguments)
+    reference, *fast = result["cost"]["measured"]
+    assert (reference["numerics"], reference["driver"], reference["batch"]) == ("reference", "while_loop", 1)
+    assert [(row["batch"], row["driver"]) for row in fast] == [(1, "while_loop"), (4, "tiles")]  # 60 rows: no 64
+    for row in fast:
+        assert row["numerics"] == "fast"
+        assert row["speedup"] == pytest.approx(row["full_ms"] / row["cascade_ms"])
+        assert row["conversion"] == pytest.approx(row["speedup"] / row["ideal"])
+        assert np.isfinite(row["predicted_ms"])
+        assert row["predicted_ms"] > 0
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        evaluate.main(arguments)
+    assert "Tuned for this device" in printed.getvalue()
+
+
+@pytest.mark.usefixtures("quiet_logging", "tiny")
+def test_a_network_that_has_seen_what_it_is_judged_on_is_refused(capsys, run, tmp_path):
+    weights = run.folder / "base" / "base.safetensors"
+    for trained_on, split in (('["all[:1000]"]', "select"), ('["all[1490:]"]', "certify")):
+        arguments = [*caches_arguments(run.folder), *networks(weights, trained_on), "--out", str(tmp_path / "out")]
+        message = refuse(capsys, caches.main, *arguments)
+        assert f"expected small to be trained on other rows than {split}" in message
+    assert not (tmp_path / "out").exists()
