@@ -32,6 +32,7 @@ from .contenders import CONTENDERS
 
 EXAMPLE = "python -m benchmarks.compare --bundle runs/r56/bundle --smaller resnet20=WEIGHTS --out results.json"
 WARM_UP = 1
+IMAGES_A_TURN, LEAST_CALLS = 64, 3
 CASCADE, FULL = "gati-jax cascade", ("gati-jax full", "jax.jit full")
 PAUSE_SECONDS = 0.1  # threads of the one before go on spinning for a while
 
@@ -134,14 +135,15 @@ def ideal_speedups(bundle: Bundle, images: np.ndarray, batches: Sequence[int]) -
 
 
 def take_turns(workers: dict[str, Worker], batch: int, rounds: int) -> dict[str, np.ndarray]:
-    """Return the milliseconds of every round."""
-    times: dict[str, list[float]] = {title: [] for title in workers}
+    """Return the milliseconds of every call, [rounds, calls]: small batches differ, so a turn has more of them."""
+    times: dict[str, list[list[float]]] = {title: [] for title in workers}
     order, random = list(workers), np.random.default_rng(0)
+    calls = max(LEAST_CALLS, IMAGES_A_TURN // batch)
     for i in range(-WARM_UP, rounds):
         random.shuffle(order)  # nobody always follows the same one
         for title in order:
             time.sleep(PAUSE_SECONDS)
-            ms = workers[title].ask(f"time {max(i, 0) * batch} {batch}")
+            ms = workers[title].ask(f"time {max(i, 0) * batch * calls} {batch} {calls}")
             if i >= 0:
                 times[title].append(ms)
     return {title: np.array(ms) for title, ms in times.items()}
@@ -155,16 +157,18 @@ def report(times: Any, answers: Any, labels: Any, network: str, ideal: Mapping[i
     for title, by_batch in times.items():
         classes, peak = np.array(answers[title][0]), answers[title][1]
         for batch, ms in by_batch.items():
-            ratio = ms / times[first][batch]
+            ratio = ms.mean(1) / times[first][batch].mean(1)
             p50, p95, p99 = np.quantile(ms, (0.5, 0.95, 0.99))
+            mean = float(np.median(ms.mean(1)))
             rows.append(
                 {
                     "contender": title,
                     "batch": batch,
+                    "mean_ms": mean,
                     "p50_ms": p50,
                     "p95_ms": p95,
                     "p99_ms": p99,
-                    "images_per_second": batch / p50 * 1e3,
+                    "images_per_second": batch / mean * 1e3,
                     "ratio": float(np.median(ratio)),
                     "spread": spread(ratio),
                     "accuracy": float((classes == labels[: len(classes)]).mean()),
@@ -173,8 +177,8 @@ def report(times: Any, answers: Any, labels: Any, network: str, ideal: Mapping[i
                 }
             )
             if title == CASCADE and batch in ideal:
-                full = min(np.median(times[name][batch]) for name in FULL if name in times)
-                rows[-1] |= {"ideal": ideal[batch], "conversion": float(full / p50 / ideal[batch])}
+                full = min(np.median(times[name][batch].mean(1)) for name in FULL if name in times)
+                rows[-1] |= {"ideal": ideal[batch], "conversion": float(full / mean / ideal[batch])}
     head = ["git", "rev-parse", "HEAD"]
     commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
     return {
@@ -205,13 +209,13 @@ def show(result: dict[str, Any]) -> None:
         rows = [
             (
                 row["contender"],
-                *(f"{row[key]:.2f}" for key in ("p50_ms", "p95_ms")),
+                *(f"{row[key]:.2f}" for key in ("mean_ms", "p50_ms", "p95_ms")),
                 f"{row['images_per_second']:.0f}",
                 f"{row['ratio']:.2f}",
                 f"{row['spread']:.0%}",
                 *(f"{row[key]:.2%}" for key in ("accuracy", "agreement")),
                 f"{row['conversion']:.2f}" if "conversion" in row else "",
-                f"{row['peak_mib']:.0f}",
+                f"{row['peak_mib'] or 0:.0f}",
             )
             for row in result["rows"]
             if row["batch"] == batch

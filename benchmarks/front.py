@@ -46,14 +46,14 @@ def draw(result: dict[str, Any]) -> Any:  # noqa: ANN401 (a Figure)
         axes[0, column].set_title(f"batch {batch}")
     axes[0, 0].set_ylabel(f"accuracy, first {result['images']} test images")
     axes[1, 0].set_ylabel(f"agreement with {result['network']}")
-    figure.suptitle(f"{result['network']}, {result['machine']}, {result['date']}: median latency", y=0.98)
+    figure.suptitle(f"{result['network']}, {result['machine']}, {result['date']}: mean latency", y=0.98)
     figure.tight_layout()
     return figure
 
 
 def scatter(at: Any, rows: list[dict[str, Any]], measure: str, batch: int) -> None:  # noqa: ANN401 (Axes)
     """Draw one panel: every contender by name, and the front."""
-    ms, value = (np.array([row[key] for row in rows]) for key in ("p50_ms", measure))
+    ms, value = (np.array([row[key] for row in rows]) for key in ("mean_ms", measure))
     for x, y, row in zip(ms / batch, value, rows, strict=True):
         ours = row["contender"].startswith("gati-jax")
         at.plot(x, y, "o", color=OURS if ours else OTHERS, markersize=7 if ours else 5)

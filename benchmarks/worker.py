@@ -1,14 +1,12 @@
 """One contender in a process of its own, driven by lines on standard input: thread pools would disturb one another.
 
-``time START SIZE`` answers with the median milliseconds that images START .. START + SIZE take; ``answers`` with the
-class of every image and the peak memory. Answers are lines of JSON on the descriptor that standard output was.
+``time START SIZE CALLS`` answers with the milliseconds of each of CALLS batches, from image START on; ``answers`` with
+the class of every image and the peak memory. Answers are lines of JSON on the descriptor that standard output was.
 """
 
 import functools
 import json
 import os
-import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -21,10 +19,9 @@ from gati_jax import Normalization, data
 from gati_jax.models import resnet
 from train.config import Config, build_config
 
-from .contenders import CONTENDERS, Task
+from .contenders import CONTENDERS, Predict, Task
 
 CHUNK = 128
-REPEATS = 3  # after one that is not counted: memory is cold after the others' turns
 
 
 def main() -> None:
@@ -52,18 +49,28 @@ def main() -> None:
         for line in sys.stdin:
             command, *numbers = line.split()
             if command == "time":
-                start, size = map(int, numbers)
-                batch = np.ascontiguousarray(np.take(images, range(start, start + size), axis=0, mode="wrap"))
-                milliseconds = []
-                for _ in range(1 + REPEATS):
-                    began = time.perf_counter()
-                    predict(batch)
-                    milliseconds.append((time.perf_counter() - began) * 1e3)
-                print(json.dumps(statistics.median(milliseconds[1:])), file=answers)
+                start, size, calls = map(int, numbers)
+                wanted = [range(start + i * size, start + (i + 1) * size) for i in range(calls)]
+                batches = [np.ascontiguousarray(np.take(images, rows, axis=0, mode="wrap")) for rows in wanted]
+                predict(batches[0])  # memory is cold after the others' turns
+                print(json.dumps([milliseconds(predict, batch) for batch in batches]), file=answers)
             else:
                 chunks = [predict(images[i : i + CHUNK]).argmax(-1) for i in range(0, len(images), CHUNK)]
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-                print(json.dumps([np.concatenate(chunks).tolist(), peak]), file=answers)
+                print(json.dumps([np.concatenate(chunks).tolist(), peak_mib()]), file=answers)
+
+
+def milliseconds(predict: Predict, batch: np.ndarray) -> float:
+    """Time one call."""
+    began = time.perf_counter()
+    predict(batch)
+    return (time.perf_counter() - began) * 1e3
+
+
+def peak_mib() -> float | None:
+    """Return the most memory that this process has held; ``ru_maxrss`` would begin with the parent's."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
 def normalization_of(network: str, config: Config) -> Normalization:

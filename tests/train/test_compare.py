@@ -14,23 +14,27 @@ class Fake:
     def __init__(self, factor: float) -> None:
         self.factor, self.asked = factor, []
 
-    def ask(self, line: str = "") -> float:
+    def ask(self, line: str = "") -> list[float]:
         self.asked.append(line)
-        return self.factor * int(line.split()[2])
+        _, _, size, calls = line.split()
+        return [self.factor * int(size)] * int(calls)
 
 
 def test_contenders_take_turns_on_the_same_images():
     one, other = Fake(1.0), Fake(3.0)
     times = take_turns({"one": one, "other": other}, 4, 3)  # pyright: ignore[reportArgumentType] (a fake)
     assert one.asked == other.asked
-    assert one.asked[-3:] == ["time 0 4", "time 4 4", "time 8 4"]
-    np.testing.assert_array_equal(times["other"], [12.0, 12.0, 12.0])
+    assert one.asked[-3:] == ["time 0 4 16", "time 64 4 16", "time 128 4 16"]  # other images every time
+    np.testing.assert_array_equal(times["other"], np.full((3, 16), 12.0))
 
 
 def test_ratios_are_to_the_first_and_agreement_is_with_the_reference():
-    times = {"ours": {2: np.array([1.0, 2.0, 3.0])}, "jax.jit full": {2: np.array([2.0, 2.0, 3.0])}}
+    times = {
+        "ours": {2: np.array([[1.0], [2.0], [3.0]])},
+        "jax.jit full": {2: np.array([[2.0], [2.0], [3.0]])},
+    }
     answers = {"ours": ([1, 1, 0, 0], 10.0), "jax.jit full": ([1, 1, 1, 0], 20.0)}
-    times["gati-jax cascade"] = {2: np.array([1.0, 1.0, 1.0])}
+    times["gati-jax cascade"] = {2: np.array([[0.5, 1.5], [0.0, 2.0], [1.0, 1.0]])}
     answers["gati-jax cascade"] = answers["ours"]
     result = report(times, answers, np.array([1, 0, 0, 0, 9]), "resnet20", {2: 4.0})
     ours, full, cascade = result["rows"]
@@ -39,6 +43,7 @@ def test_ratios_are_to_the_first_and_agreement_is_with_the_reference():
     assert (ours["accuracy"], ours["agreement"], ours["peak_mib"]) == (0.75, 0.75, 10.0)
     assert (full["accuracy"], full["agreement"], full["ratio"]) == (0.5, 1.0, 1.0)
     assert (full["p50_ms"], full["images_per_second"]) == (2.0, 1000.0)
+    assert (cascade["mean_ms"], cascade["p50_ms"]) == (1.0, 1.0)
     assert ours["spread"] == 0.0
     assert full["spread"] == pytest.approx(0.5)  # ratios 2, 1, 1: quartiles 1 and 1.5
 
@@ -47,7 +52,7 @@ def test_a_contender_in_its_own_process_answers_as_the_library(run):
     path, rows = run.folder / "caches" / "bundle", 20
     with worker("gati-jax cascade", str(path), "resnet20", "unused", str(rows)) as one:
         assert one.ask() == "ready"
-        assert one.ask("time 0 3") > 0
+        assert [ms > 0 for ms in one.ask("time 0 3 2")] == [True, True]
         classes, peak = one.ask("answers")
     config = run.bundle.provenance.config["data"]
     images = data.load(config["name"], config["splits"]["test"]).images[:rows]
