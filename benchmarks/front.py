@@ -4,6 +4,7 @@ The line joins what nothing else beats in both. Where we lose, it shows.
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from matplotlib.ticker import PercentFormatter
 from train import cli
 
 EXAMPLE = "python -m benchmarks.front benchmarks/results/resnet56-cpu.json --out docs/figures/resnet56-cpu.svg"
-OURS, OTHERS = "#c2410c", "#475569"
+OURS = "#c2410c"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = p.parse_args(argv)
     result = json.loads(arguments.result.read_text())
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    mpl.rcParams["svg.hashsalt"] = "gati-jax"  # the same result gives the same file
+    mpl.rcParams |= {"svg.hashsalt": "gati-jax", "svg.fonttype": "none"}  # the same result gives the same file
     figure = draw(result)
     metadata = {"Date": None} if arguments.out.suffix == ".svg" else {}
     figure.savefig(arguments.out, bbox_inches="tight", metadata=metadata)
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def draw(result: dict[str, Any]) -> Any:  # noqa: ANN401 (a Figure)
     """Return one column for each batch size, one row for each measure."""
     batches = sorted({row["batch"] for row in result["rows"]})
-    figure, axes = plt.subplots(2, len(batches), figsize=(4.2 * len(batches), 7.5), sharey="row", squeeze=False)
+    figure, axes = plt.subplots(2, len(batches), figsize=(3.6 * len(batches), 8), sharey="row", squeeze=False)
     for column, batch in enumerate(batches):
         rows = [row for row in result["rows"] if row["batch"] == batch]
         for at, measure in zip(axes[:, column], ("accuracy", "agreement"), strict=True):
@@ -46,18 +47,21 @@ def draw(result: dict[str, Any]) -> Any:  # noqa: ANN401 (a Figure)
         axes[0, column].set_title(f"batch {batch}")
     axes[0, 0].set_ylabel(f"accuracy, first {result['images']} test images")
     axes[1, 0].set_ylabel(f"agreement with {result['network']}")
-    figure.suptitle(f"{result['network']}, {result['machine']}, {result['date']}: mean latency", y=0.98)
-    figure.tight_layout()
+    figure.suptitle(f"{result['network']}, {result['machine']}, {result['date']}: mean latency")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="lower center", ncols=5, frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
     return figure
 
 
 def scatter(at: Any, rows: list[dict[str, Any]], measure: str, batch: int) -> None:  # noqa: ANN401 (Axes)
-    """Draw one panel: every contender by name, and the front."""
+    """Draw one panel: every contender, and the front."""
     ms, value = (np.array([row[key] for row in rows]) for key in ("mean_ms", measure))
+    others = itertools.cycle(itertools.product("osD^v", mpl.colormaps["tab10"].colors[::3]))
     for x, y, row in zip(ms / batch, value, rows, strict=True):
         ours = row["contender"].startswith("gati-jax")
-        at.plot(x, y, "o", color=OURS if ours else OTHERS, markersize=7 if ours else 5)
-        at.annotate(row["contender"], (x, y), fontsize=6, xytext=(4, 4), textcoords="offset points", rotation=25)
+        marker, color = ("*" if "cascade" in row["contender"] else "P", OURS) if ours else next(others)
+        at.plot(x, y, marker, color=color, markersize=13 if ours else 6, label=row["contender"], alpha=0.85)
     best = front(ms, value)
     at.step(ms[best] / batch, value[best], where="post", color="#94a3b8", linewidth=1, zorder=0)
     at.set_xlabel("ms an image")
