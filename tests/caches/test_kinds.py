@@ -84,7 +84,7 @@ def test_specs_are_frozen():
 
 def test_own_modules_cannot_be_described():
     with pytest.raises(
-        InputError, match=r"a bundle can hold Conv, FullyConnected, GlobalAverage, Grid, Pool, got Dense"
+        InputError, match=r"a bundle can hold Conv, FullyConnected, GlobalAverage, Grid, Network, Pool, got Dense"
     ):
         caches.describe_predictor(nn.Dense(3))
     with pytest.raises(InputError, match=r"a bundle can hold LinearSelector, SortedSelector, got Dense"):
