@@ -5,15 +5,11 @@ Heads learn from labels, on part of the fit split; thresholds are calibrated on 
 accuracy as the bundle may disagree. A batch leaves together, when all its rows are sure: that is its batched mode.
 """
 
+import importlib
 from typing import Any
 
 import numpy as np
 import torch
-from earlyon.core.exit_head import EarlyExitHead
-from earlyon.core.thresholds import calibrate_thresholds
-from earlyon.core.types import EarlyExitConfig, ExitPoint
-from earlyon.core.wrappers import EarlyExitWrapper
-from earlyon.training.two_stage_trainer import stage2_train_exits
 from torch.utils.data import DataLoader, TensorDataset
 
 from gati_jax.models import ResNet
@@ -21,37 +17,41 @@ from gati_jax.models import ResNet
 EPOCHS, BATCH, LEARNING_RATE = 6, 128, 3e-3
 
 
-def wrap(network: torch.nn.Module, config: ResNet) -> EarlyExitWrapper:
+def wrap(network: torch.nn.Module, config: ResNet) -> Any:  # noqa: ANN401 (earlyon is imported where it is used: few have it)
     """Attach a head behind every stage but the last, and one inside the last if it is long enough."""
-    last = len(config.stages)
+    types, last = importlib.import_module("earlyon.core.types"), len(config.stages)
+    head = importlib.import_module("earlyon.core.exit_head").EarlyExitHead
+    wrapper = importlib.import_module("earlyon.core.wrappers").EarlyExitWrapper
     factor = 4 if config.bottleneck else 1
     layers = [(f"layer{k}", config.widths[k - 1] * factor) for k in range(1, last)]
     if config.stages[-1] > 1:
         layers.append((f"layer{last}.{config.stages[-1] // 2 - 1}", config.widths[-1] * factor))
-    points = [ExitPoint(f"e{i}", name, width) for i, (name, width) in enumerate(layers)]
-    heads = {point.name: EarlyExitHead(point.in_channels, config.classes) for point in points}
-    settings = EarlyExitConfig(backbone="custom", num_classes=config.classes, exit_points=points)
+    points = [types.ExitPoint(f"e{i}", name, width) for i, (name, width) in enumerate(layers)]
+    heads = {point.name: head(point.in_channels, config.classes) for point in points}
+    settings = types.EarlyExitConfig(backbone="custom", num_classes=config.classes, exit_points=points)
     height, width, channels = config.input_shape
-    return EarlyExitWrapper(network, heads, lambda x: x, settings, input_shape=(1, channels, height, width))
+    return wrapper(network, heads, lambda x: x, settings, input_shape=(1, channels, height, width))
 
 
 def fit(
-    model: EarlyExitWrapper,
+    model: Any,  # noqa: ANN401
     train: tuple[np.ndarray, np.ndarray],
     select: tuple[np.ndarray, np.ndarray],
     drop: float,
-) -> EarlyExitWrapper:
+) -> Any:  # noqa: ANN401
     """Train the heads on ``train`` and calibrate thresholds on ``select``; both are (images, labels)."""
     torch.manual_seed(0)
-    stage2_train_exits(
+    trainer = importlib.import_module("earlyon.training.two_stage_trainer")
+    thresholds = importlib.import_module("earlyon.core.thresholds")
+    trainer.stage2_train_exits(
         model, _loader(*train, shuffle=True), epochs=EPOCHS, lr=LEARNING_RATE, on_epoch_end=lambda _: None
     )
     model.eval()
-    calibrate_thresholds(model, _loader(*select, shuffle=False), target_accuracy_drop=drop)
+    thresholds.calibrate_thresholds(model, _loader(*select, shuffle=False), target_accuracy_drop=drop)
     return model
 
 
-def predict(model: EarlyExitWrapper, images: np.ndarray) -> np.ndarray:
+def predict(model: Any, images: np.ndarray) -> np.ndarray:  # noqa: ANN401
     """Answer one request by its single mode, more by its batched mode."""
     x = torch.from_numpy(images)
     result: Any = model(x, mode="inference") if len(x) == 1 else model.forward_inference_batched(x)

@@ -57,7 +57,7 @@ def draw(result: dict[str, Any]) -> Any:  # noqa: ANN401 (a Figure)
 def scatter(at: Any, rows: list[dict[str, Any]], measure: str, batch: int) -> None:  # noqa: ANN401 (Axes)
     """Draw one panel: every contender, and the front."""
     ms, value = (np.array([row[key] for row in rows]) for key in ("mean_ms", measure))
-    others = itertools.cycle(itertools.product("osD^v", mpl.colormaps["tab10"].colors[::3]))
+    others = itertools.cycle(itertools.product("osD^v", ("#1d4ed8", "#0f766e", "#be185d", "#475569")))
     for x, y, row in zip(ms / batch, value, rows, strict=True):
         ours = row["contender"].startswith("gati-jax")
         marker, color = ("*" if "cascade" in row["contender"] else "P", OURS) if ours else next(others)

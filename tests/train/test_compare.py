@@ -1,12 +1,13 @@
 """The benchmark's bookkeeping by hand, and one contender in its own process."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 
 import gati_jax
-from benchmarks import table
+from benchmarks import front, table
 from benchmarks.compare import report, take_turns, worker
 from gati_jax import data
 
@@ -71,11 +72,10 @@ def test_a_contender_that_cannot_start_says_nothing(run):
 def test_a_result_can_be_written_out_and_drawn(tmp_path):
     times = {name: {2: np.array([[ms]])} for name, ms in (("gati-jax cascade", 1.0), ("onnxruntime full", 4.0))}
     answers = dict.fromkeys(times, ([1, 1], 10.0))
-    result = report(times, answers, np.array([1, 0]), "resnet20", {}) | {"images": 2}
+    result: dict[str, Any] = report(times, answers, np.array([1, 0]), "resnet20", {}) | {"images": 2}
     head, _, ours, _ = table.table(result["rows"])
     assert head == "| contender | batch 2 | accuracy | agreement | peak MiB |"
     assert ours == "| gati-jax cascade | 1.0 ms (0.25) | 50.0% | 100.0% | 10 |"
     (tmp_path / "result.json").write_text(json.dumps(result))
-    front = pytest.importorskip("benchmarks.front", reason="needs matplotlib", exc_type=ImportError)
     front.main([str(tmp_path / "result.json"), "--out", str(tmp_path / "figure.svg")])
     assert "gati-jax cascade" in (tmp_path / "figure.svg").read_text()
