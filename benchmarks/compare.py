@@ -7,22 +7,23 @@ interquartile range over the median.
 """
 
 import argparse
+import importlib.metadata
 import json
-import os
-import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 import gati_jax
 from gati_jax import Bundle, data
+from gati_jax.runtime import device_name
 from gati_jax.runtime.measure import spread
 from gati_jax.runtime.speed import path_ms
 from train import cli
@@ -33,6 +34,7 @@ from .contenders import CONTENDERS
 EXAMPLE = "python -m benchmarks.compare --bundle runs/r56/bundle --smaller resnet20=WEIGHTS --out results.json"
 WARM_UP = 1
 IMAGES_A_TURN, LEAST_CALLS = 64, 3
+RUNTIMES = ("onnxruntime", "openvino", "torch", "earlyon")
 CASCADE, FULL = "gati-jax cascade", ("gati-jax full", "jax.jit full")
 PAUSE_SECONDS = 0.1  # threads of the one before go on spinning for a while
 
@@ -40,9 +42,14 @@ PAUSE_SECONDS = 0.1  # threads of the one before go on spinning for a while
 class Worker:
     """A contender's process."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        """Talk to ``process``."""
-        self._process = process
+    def __init__(self, process: subprocess.Popen[str], errors: IO[str]) -> None:
+        """Talk to ``process``, whose standard error goes to a file."""
+        self._process, self._errors = process, errors
+
+    def last_words(self) -> str:
+        """Return the last line on its standard error."""
+        self._errors.seek(0)
+        return next((line.strip() for line in reversed(self._errors.readlines()) if line.strip()), "it said nothing")
 
     def ask(self, line: str = "") -> Any:  # noqa: ANN401 (JSON)
         """Send a command, if any, and wait for the answer."""
@@ -56,13 +63,15 @@ class Worker:
 
 @contextmanager
 def worker(name: str, *arguments: str) -> Generator[Worker]:
-    """Start a contender; its standard error goes nowhere unless GATI_BENCH_VERBOSE is set."""
-    errors = None if os.environ.get("GATI_BENCH_VERBOSE") else subprocess.DEVNULL
+    """Start a contender."""
     command = [sys.executable, "-m", "benchmarks.worker", name, *arguments]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True) as process:  # noqa: S603
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True) as process,  # noqa: S603
+    ):
         try:
-            yield Worker(process)
+            yield Worker(process, errors)
         finally:
             process.kill()
 
@@ -96,7 +105,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     bundle = gati_jax.load_bundle(arguments.bundle)
     config = build_config(bundle.provenance.config)
     test = data.load(config.data.name, config.data.splits.test, config.data.dir)
-    ideal = ideal_speedups(bundle, test.images[: arguments.images], arguments.batches)
+    ideal = ideal_speedups(bundle, test.images[: arguments.images], arguments.batches, arguments.rounds)
     runs = {name: (name, config.base.network, str(config.base.weights)) for name in arguments.contenders}
     for item in arguments.smaller:
         network, _, weights = item.partition("=")
@@ -109,7 +118,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             if started.ask() == "ready":
                 workers[title] = started
             else:
-                print(f"{title}: not available here, left out", file=sys.stderr)
+                print(f"{title} is left out: {started.last_words()}", file=sys.stderr)
         times = {title: {} for title in workers}
         for batch in arguments.batches:
             for title, ms in take_turns(workers, batch, arguments.rounds).items():
@@ -120,25 +129,34 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     return result | {"images": arguments.images, "certificate": certificate}
 
 
-def ideal_speedups(bundle: Bundle, images: np.ndarray, batches: Sequence[int]) -> dict[int, float]:
-    """Return what the exits would save by measured times, lookups left out; nothing where the bundle is not tuned."""
+def ideal_speedups(bundle: Bundle, images: np.ndarray, batches: Sequence[int], rounds: int) -> dict[int, float]:
+    """Return what the exits of the timed images would save by measured times, lookups left out.
+
+    Nothing where the bundle is not tuned.
+    """
     tuned = bundle.tuned
     if tuned is None:
         return {}
-    exits = np.asarray(gati_jax.infer_batch(bundle, images).exit).tolist()
+    exits = np.asarray(gati_jax.infer_batch(bundle, images).exit)
     ideal = {}
     for batch in batches:
         costs = tuned.costs(batch)[tuned.schedule(batch).sizes[0]]
         path = path_ms(tuned.cascade, costs)
-        ideal[batch] = costs.full_ms / float(np.mean([path[exit_] for exit_ in exits]))
+        timed = np.arange(rounds * batch * calls_a_turn(batch)) % len(exits)
+        ideal[batch] = costs.full_ms / float(np.mean([path[exit_] for exit_ in exits[timed].tolist()]))
     return ideal
 
 
+def calls_a_turn(batch: int) -> int:
+    """Return how many batches are timed in a turn: small ones differ, so there are more of them."""
+    return max(LEAST_CALLS, IMAGES_A_TURN // batch)
+
+
 def take_turns(workers: dict[str, Worker], batch: int, rounds: int) -> dict[str, np.ndarray]:
-    """Return the milliseconds of every call, [rounds, calls]: small batches differ, so a turn has more of them."""
+    """Return the milliseconds of every call, [rounds, calls]."""
     times: dict[str, list[list[float]]] = {title: [] for title in workers}
     order, random = list(workers), np.random.default_rng(0)
-    calls = max(LEAST_CALLS, IMAGES_A_TURN // batch)
+    calls = calls_a_turn(batch)
     for i in range(-WARM_UP, rounds):
         random.shuffle(order)  # nobody always follows the same one
         for title in order:
@@ -165,6 +183,7 @@ def report(times: Any, answers: Any, labels: Any, network: str, ideal: Mapping[i
                     "contender": title,
                     "batch": batch,
                     "mean_ms": mean,
+                    "round_ms": ms.mean(1).tolist(),
                     "p50_ms": p50,
                     "p95_ms": p95,
                     "p99_ms": p99,
@@ -184,17 +203,26 @@ def report(times: Any, answers: Any, labels: Any, network: str, ideal: Mapping[i
     return {
         "network": network,
         "rows": rows,
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "versions": cli.versions(),
+        "machine": device_name(),
+        "versions": cli.versions() | {name: v for name in RUNTIMES if (v := version_of(name))},
         "commit": commit,
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of a package that need not be here."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def show(result: dict[str, Any]) -> None:
     """Print one table for each batch size."""
     columns = (
         "contender",
+        "mean ms",
         "p50 ms",
         "p95 ms",
         "images/s",

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("result", type=Path, metavar="FILE", help="JSON written by benchmarks.compare")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="figure to write: .svg, .png or .pdf")
     arguments = p.parse_args(argv)
-    result = json.loads(arguments.result.read_text())
+    result = json.loads(arguments.result.read_text(encoding="utf-8"))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     mpl.rcParams |= {"svg.hashsalt": "gati-jax", "svg.fonttype": "none"}  # the same result gives the same file
     figure = draw(result)

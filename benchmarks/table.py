@@ -5,6 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from gati_jax import InputError
+from gati_jax.runtime.measure import spread
 from train import cli
 
 EXAMPLE = "python -m benchmarks.table benchmarks/results/resnet18-cpu.json"
@@ -13,10 +17,18 @@ REFERENCE = "onnxruntime full"
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    p = argparse.ArgumentParser(description=__doc__, epilog=f"example: {EXAMPLE}")
+    p = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__, epilog=f"example: {EXAMPLE}")
     p.add_argument("result", type=Path, metavar="FILE", help="JSON written by benchmarks.compare")
     arguments = p.parse_args(argv)
-    print("\n".join(table(json.loads(arguments.result.read_text())["rows"])))
+    try:
+        rows = json.loads(arguments.result.read_text(encoding="utf-8"))["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        msg = f"result: expected JSON written by benchmarks.compare, got {arguments.result}: {error!r}"
+        raise InputError(msg) from error
+    if REFERENCE not in {row["contender"] for row in rows}:
+        msg = f"result: expected {REFERENCE!r} among the contenders, for ratios to it, got {arguments.result} without"
+        raise InputError(msg)
+    print("\n".join(table(rows)))
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -28,11 +40,18 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
     for name in contenders:
         mine = [by[name, batch] for batch in batches]
-        ratios = [row["mean_ms"] / by[REFERENCE, row["batch"]]["mean_ms"] for row in mine]
-        times = [f"{row['mean_ms']:.1f} ms ({ratio:.2f})" for row, ratio in zip(mine, ratios, strict=True)]
+        times = [f"{row['mean_ms']:.1f} ms ({ratio(row, by[REFERENCE, row['batch']])})" for row in mine]
         shares = [f"{mine[0][key]:.1%}" for key in ("accuracy", "agreement")]
         lines.append(" | ".join((name, *times, *shares, f"{mine[0]['peak_mib'] or 0:.0f}")))
     return [f"| {line} |" for line in lines]
+
+
+def ratio(row: dict[str, Any], other: dict[str, Any]) -> str:
+    """Return the ratio of two contenders' means, with its spread over rounds where the rounds are known."""
+    if "round_ms" not in row:
+        return f"{row['mean_ms'] / other['mean_ms']:.2f}"
+    ratios = np.divide(row["round_ms"], other["round_ms"])
+    return f"{np.median(ratios):.2f} +- {spread(ratios):.0%}"
 
 
 if __name__ == "__main__":

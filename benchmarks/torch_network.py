@@ -58,11 +58,11 @@ class Network(nn.Module):
 
     def __init__(self, network: ResNet) -> None:
         super().__init__()
-        width = network.widths[0]
+        width, channels = network.widths[0], network.input_shape[-1]
         if network.stem == 7:
-            self.conv1, self.maxpool = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1)
+            self.conv1, self.maxpool = nn.Conv2d(channels, width, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1)
         else:
-            self.conv1, self.maxpool = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.Identity()
+            self.conv1, self.maxpool = nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.Identity()
         self.bn1 = nn.BatchNorm2d(width)
         inputs, self.stages = width, len(network.stages)
         for stage, (count, width) in enumerate(zip(network.stages, network.widths, strict=True)):

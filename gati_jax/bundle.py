@@ -25,6 +25,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from ._checkpoint import restore_spec
+from ._devices import read_devices
 from ._errors import BundleError, InputError, describe_mismatch
 from ._folder import check_files, digests, present, replacing
 from ._manifest import (
@@ -197,7 +198,7 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
     arrays = _load_arrays(folder / "arrays", _arrays(skeleton, caches))
     base = _filled(skeleton, arrays, "base")
     caches = tuple(_filled(cache, arrays, f"caches/{cache.name}") for cache in caches)
-    devices = [read_json(file, DeviceFile) for file in sorted((folder / "tuning").glob("*.json"))]
+    devices = read_devices(folder / "tuning", base, caches)
     try:
         _check_origin(plan, base, caches)
     except InputError as error:

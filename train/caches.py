@@ -173,7 +173,7 @@ def check_unseen(name: str, trained_on: Sequence[str], config: Config) -> None:
     Raises:
         InputError: It has.
     """
-    for split in ("select", "certify"):
+    for split in ("select", "certify", "test"):
         rows = data.Rows.parse(getattr(config.data.splits, split))
         if seen := [part for part in trained_on if rows.overlaps(data.Rows.parse(part))]:
             where = getattr(config.data.splits, split)

@@ -108,11 +108,13 @@ class HeadSection(Section):
     predictor: PredictorSpec = GridSpec()
     selector: SelectorSpec = SortedSelectorSpec()
     sites: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    cascaded: bool = Field(default=False, description="each also sees what the one at the site before says")
 
     def build(self) -> Head:
         """Return the library's record."""
         predictor = functools.partial(build_predictor, self.predictor)
-        return Head(name=self.name, predictor=predictor, selector=build_selector(self.selector), sites=self.sites)
+        selector = build_selector(self.selector)
+        return Head(name=self.name, predictor=predictor, selector=selector, sites=self.sites, cascaded=self.cascaded)
 
 
 class NetworkSection(Section):
@@ -183,7 +185,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         InputError: The file cannot be read, or a key or a value is not right; names the nearest key.
     """
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         msg = f"config: cannot read {path}: {error}"
         raise InputError(msg) from error

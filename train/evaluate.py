@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     result["oracle"] = {"saved_share": speeds.oracle_saved_share(table, speed)}
     cli.write_result(arguments.out / "evaluation.json", result)
-    (arguments.out / "report.html").write_text(render(result))
+    (arguments.out / "report.html").write_text(render(result), encoding="utf-8")
     if arguments.json:
         print(json.dumps(result))
     else:

@@ -3,6 +3,11 @@
 from .candidate import Candidate as Candidate
 from .candidate import choose as choose
 from .candidate import lookup as lookup
+from .candidate import predict_all as predict_all
+from .candidate import predictor_inputs as predictor_inputs
+from .cascaded import Cascaded as Cascaded
+from .convolutional import Convolutional as Convolutional
+from .folding import fold_standardize as fold_standardize
 from .kinds import GridSpec as GridSpec
 from .kinds import NetworkSpec as NetworkSpec
 from .kinds import PredictorSpec as PredictorSpec
@@ -22,7 +27,6 @@ from .predictors import Grid as Grid
 from .predictors import Pool as Pool
 from .predictors import Predictor as Predictor
 from .predictors import adaptive_average as adaptive_average
-from .predictors import fold_standardize as fold_standardize
 from .selectors import LinearSelector as LinearSelector
 from .selectors import Selector as Selector
 from .selectors import SortedSelector as SortedSelector

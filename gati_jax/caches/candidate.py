@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from gati_jax._errors import InputError
 from gati_jax._linen import call
@@ -25,6 +25,7 @@ class Candidate:
         predictor: A Linen module, activation[batch, ...] -> logits[batch, classes].
         selector: A Linen module, logits[batch, classes] -> score[batch].
         params: ``{"predictor": ..., "selector": ...}``, the two modules' variables.
+        previous: The candidate whose logits the predictor takes as well, see ``Cascaded``.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Candidate:
     predictor: nn.Module
     selector: nn.Module
     params: dict[str, Any]
+    previous: str | None = None
 
     def tree_flatten(self) -> tuple[tuple[dict[str, Any]], Static]:
         """Split into parameters and static structure."""
@@ -40,13 +42,14 @@ class Candidate:
     @classmethod
     def tree_unflatten(cls, structure: Static, children: tuple[dict[str, Any]]) -> "Candidate":
         """Rebuild from any leaves."""
-        candidate = cls(*structure.values, params=children[0])
+        name, site, predictor, selector, previous = structure.values
+        candidate = cls(name, site, predictor, selector, children[0], previous)
         candidate.__dict__["_structure"] = structure
         return candidate
 
     @functools.cached_property
     def _structure(self) -> Static:
-        return Static((self.name, self.site, self.predictor, self.selector))
+        return Static((self.name, self.site, self.predictor, self.selector, self.previous))
 
     @property
     def bytes(self) -> int:
@@ -60,6 +63,50 @@ def lookup(
     """Run the cache: class logits and the score to compare with its threshold."""
     logits = call(candidate.predictor, candidate.params["predictor"], activation)
     return logits, call(candidate.selector, candidate.params["selector"], logits)
+
+
+@runtime_checkable
+class AtSite(Protocol):
+    """What a candidate is before and after it has learned."""
+
+    @property
+    def site(self) -> int:
+        """What it looks at."""
+        ...
+
+    @property
+    def predictor(self) -> nn.Module:
+        """The module."""
+        ...
+
+    @property
+    def previous(self) -> str | None:
+        """Whose logits it takes as well."""
+        ...
+
+
+def predict_all(
+    parts: Mapping[str, AtSite], variables: Mapping[str, PyTree], sites: Sequence[Float[Array, "batch ..."]]
+) -> dict[str, Float[Array, "batch classes"]]:
+    """Return the logits of all predictors by name; no gradient flows from one into another.
+
+    Args:
+        parts: By name.
+        variables: Of the predictors.
+        sites: The activations at sites 0 .. N - 1.
+    """
+    logits: dict[str, Float[Array, "batch classes"]] = {}
+    for name in sorted(parts, key=lambda name: parts[name].site):  # whoever is previous comes first
+        logits[name] = call(parts[name].predictor, variables[name], *predictor_inputs(parts[name], sites, logits))
+    return {name: logits[name] for name in parts}
+
+
+def predictor_inputs(
+    part: AtSite, sites: Sequence[Float[Array, "batch ..."]], logits: Mapping[str, Float[Array, "batch classes"]]
+) -> tuple[Array, ...]:
+    """Return what a predictor takes: its site's activation, and the previous candidate's logits if it wants them."""
+    activation = sites[part.site]
+    return (activation,) if part.previous is None else (activation, jax.lax.stop_gradient(logits[part.previous]))
 
 
 def choose(candidates: Iterable[Candidate], names: Sequence[str]) -> tuple[Candidate, ...]:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gati_jax._errors import InputError
 from gati_jax.models import ResNet
 
+from .convolutional import Convolutional
 from .network import Network
 from .predictors import Conv, FullyConnected, GlobalAverage, Grid, Pool
 from .selectors import LinearSelector, SortedSelector
@@ -62,6 +63,18 @@ class GridSpec(_Spec):
     standardize: bool = True
 
 
+class ConvolutionalSpec(_Spec):
+    """Convolutions, a grid, and an MLP; a bottleneck with kernel and stride 1."""
+
+    kind: Literal["conv2d"] = "conv2d"
+    channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=8)] = (32,)
+    kernel: Annotated[int, Field(ge=1, le=16)] = 3
+    stride: Annotated[int, Field(ge=1, le=16)] = 2
+    cells: Width = 2
+    hidden: Width = 128
+    standardize: bool = True
+
+
 class NetworkSpec(_Spec):
     """A small network of its own at site 0."""
 
@@ -84,7 +97,8 @@ class SortedSelectorSpec(_Spec):
 
 
 PredictorSpec = Annotated[
-    FullyConnectedSpec | PoolSpec | ConvSpec | GlobalAverageSpec | GridSpec | NetworkSpec, Field(discriminator="kind")
+    FullyConnectedSpec | PoolSpec | ConvSpec | GlobalAverageSpec | GridSpec | ConvolutionalSpec | NetworkSpec,
+    Field(discriminator="kind"),
 ]
 SelectorSpec = Annotated[LinearSelectorSpec | SortedSelectorSpec, Field(discriminator="kind")]
 
@@ -94,6 +108,7 @@ _PREDICTORS = {
     ConvSpec: Conv,
     GlobalAverageSpec: GlobalAverage,
     GridSpec: Grid,
+    ConvolutionalSpec: Convolutional,
     NetworkSpec: Network,
 }
 _SELECTORS = {LinearSelectorSpec: LinearSelector, SortedSelectorSpec: SortedSelector}

@@ -32,7 +32,7 @@ class Network(nn.Module):
             msg = f"network: expected a site with activations of shape {expected}, got {got}"
             raise InputError(msg)
         scale, shift = (
-            self.param(name, constant, self.network.input_shape[-1:])
+            self.param(name, constant, self.network.input_shape[-1:], jnp.float32)
             for name, constant in (("scale", nn.initializers.ones), ("shift", nn.initializers.zeros))
         )
         # A variable, not a param: those are checked against the shapes that direct convolutions store.

@@ -6,7 +6,7 @@ The paper's three look at the *flattened* activation; the two pooling heads look
 three to four orders of magnitude fewer parameters.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gati_jax._errors import InputError
+
+from .standardize import Standardize
 
 
 @runtime_checkable
@@ -52,26 +54,11 @@ def adaptive_average(x: Float[Array, "..."], size: int, axis: int) -> Float[Arra
     ).sum(axis + 1)
 
 
-class Standardize(nn.Module):
-    """Subtract the mean and divide by the standard deviation of every feature, as the batch given to ``init`` has them.
-
-    They are constants ("statistics", not "params"). A linear layer behind them can express what it could without; but
-    activations behind a ReLU have means far from zero and scales far apart, which costs a fit of a few epochs dearly.
-    """
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch features"]) -> Float[Array, "batch features"]:
-        """Return standardised features."""
-        mean = self.variable("statistics", "mean", lambda: x.mean(0))
-        std = self.variable("statistics", "std", lambda: _standard_deviation(x))
-        return (x - mean.value[None]) / std.value[None]
-
-
-def _standard_deviation(x: Float[Array, "batch features"]) -> Float[Array, " features"]:
-    """Return every feature's; those that hardly vary in this batch are not to be blown up: hence the floor."""
-    variance = x.var(0)
-    floor = 0.01 * variance.mean()
-    return jnp.where(floor > 0, jnp.sqrt(variance + floor), 1.0)
+def grid_average(x: Float[Array, "batch *site"], cells: int) -> Float[Array, "batch features"]:
+    """Average over a grid of ``cells`` x ``cells`` fields, and flatten; smaller dimensions stay as they are."""
+    for axis in range(1, x.ndim - 1):
+        x = adaptive_average(x, min(cells, x.shape[axis]), axis)
+    return x.reshape(x.shape[0], -1)
 
 
 def _mlp(
@@ -166,25 +153,5 @@ class Grid(nn.Module):
     @nn.compact
     def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
         """Return class logits."""
-        x = activation
-        for axis in range(1, x.ndim - 1):
-            x = adaptive_average(x, min(self.cells, x.shape[axis]), axis)
-        return _mlp(x.reshape(x.shape[0], -1), self.hidden, self.classes, standardize=self.standardize)
-
-
-def fold_standardize(predictor: nn.Module, variables: Any) -> tuple[nn.Module, Any]:  # noqa: ANN401 (pytrees)
-    """Fold ``Standardize`` into the layer behind it, as batch norm is folded into a convolution.
-
-    ``((x - mean) / std) @ w + b = x @ (w / std) + (b - (mean / std) @ w)``. A lookup then does one operation less.
-
-    Returns:
-        The predictor without it and its variables; both as they are where there is nothing to fold.
-    """
-    if not isinstance(predictor, FullyConnected | Pool | GlobalAverage | Grid) or not predictor.standardize:
-        return predictor, variables
-    constants, params = variables["statistics"]["standardize"], variables["params"]
-    mean, std = (np.asarray(constants[name], np.float64) for name in ("mean", "std"))
-    kernel, bias = (np.asarray(params["hidden"][name], np.float64) for name in ("kernel", "bias"))
-    hidden = {"kernel": kernel / std[:, None], "bias": bias - (mean / std) @ kernel}
-    folded = {name: jnp.asarray(value, params["hidden"][name].dtype) for name, value in hidden.items()}
-    return predictor.clone(standardize=False), {"params": {**params, "hidden": folded}}
+        x = grid_average(activation, self.cells)
+        return _mlp(x, self.hidden, self.classes, standardize=self.standardize)

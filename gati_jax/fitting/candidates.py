@@ -11,8 +11,7 @@ from jaxtyping import Array, Int, PyTree, Shaped, UInt64
 
 from gati_jax._digest import tree_digest
 from gati_jax._errors import InputError
-from gati_jax._linen import call
-from gati_jax.caches import Candidate, choose
+from gati_jax.caches import Candidate, choose, predict_all
 from gati_jax.data import check_distinct_rows, fingerprint, row_digests
 from gati_jax.models import Chain, check_images
 
@@ -109,6 +108,7 @@ def fit(
             part.predictor,
             part.selector,
             {"predictor": part.variables, "selector": jax.tree.map(lambda v: v[-1], variables)},
+            part.previous,
         )
         for (name, part), variables in zip(parts.items(), fold_selectors, strict=True)
     )
@@ -132,9 +132,7 @@ def _fit_selectors(
     @jax.jit
     def predict(chain: Chain, variables: PyTree, images: Array) -> tuple[Array, dict[str, Array]]:
         sites, base_logits = chain.activations(chain.prepare(images))
-        return base_logits, {
-            name: call(part.predictor, variables[name], sites[part.site]) for name, part in parts.items()
-        }
+        return base_logits, predict_all(parts, variables, sites)
 
     trained = {name: part.variables for name, part in parts.items()}
     batches = [predict(chain, trained, select[i : i + config.batch]) for i in range(0, len(select), config.batch)]

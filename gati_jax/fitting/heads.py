@@ -7,7 +7,7 @@ import flax.linen as nn
 from jaxtyping import PyTree
 
 from gati_jax._errors import InputError
-from gati_jax.caches import Grid, SortedSelector, import_network
+from gati_jax.caches import Cascaded, Grid, SortedSelector, import_network
 from gati_jax.models import Chain, Normalization, ResNet, Variables
 
 DEFAULT_SELECTOR = SortedSelector()
@@ -23,6 +23,8 @@ class Head:
         selector: The selector.
         sites: Where; None for sites 1 .. N - 1.
         variables: The predictor's, if it has been trained already: only its selector is fitted then.
+        cascaded: Whether each, but at the first site, also sees the logits of the one at the site before, see
+            ``gati_jax.caches.Cascaded``.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Head:
     selector: nn.Module
     sites: tuple[int, ...] | None = None
     variables: PyTree | None = dataclasses.field(default=None, repr=False, compare=False)
+    cascaded: bool = False
 
 
 def network_head(
@@ -67,6 +70,8 @@ class Part:
     selector: nn.Module
     variables: PyTree | None = dataclasses.field(default=None, repr=False, compare=False)
     """The predictor's, once it is trained."""
+    previous: str | None = None
+    """Whose logits it sees as well."""
 
 
 def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
@@ -85,7 +90,7 @@ def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
         if (got := getattr(predictor, "classes", chain.classes)) != chain.classes:
             msg = f"heads: expected {head.name} to have the base's {chain.classes} classes, got {got}"
             raise InputError(msg)
-        parts |= {f"{head.name}@{site}": Part(site, predictor, head.selector, head.variables) for site in sites}
+        parts |= _parts_of_head(head, predictor, sorted(sites), chain.classes)
     if not parts:
         msg = f"heads: expected at least one at some site, got none; a chain of {len(chain)} blocks has by default"
         msg += " sites 1 to N - 1, and site 0 where sites=(0,) says so"
@@ -93,4 +98,13 @@ def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
     if len(parts) != sum(len(chain) - 1 if h.sites is None else len(h.sites) for h in heads):
         msg = f"heads: expected distinct names, got {[head.name for head in heads]}"
         raise InputError(msg)
+    return parts
+
+
+def _parts_of_head(head: Head, predictor: nn.Module, sites: Sequence[int], classes: int) -> dict[str, Part]:
+    parts: dict[str, Part] = {}
+    for i, site in enumerate(sites):
+        previous = f"{head.name}@{sites[i - 1]}" if head.cascaded and i else None
+        own = Cascaded(classes, predictor) if previous else predictor
+        parts[f"{head.name}@{site}"] = Part(site, own, head.selector, head.variables, previous)
     return parts

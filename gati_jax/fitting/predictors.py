@@ -16,9 +16,8 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from gati_jax._errors import InputError
-from gati_jax._linen import call
-from gati_jax.caches import fold_standardize
-from gati_jax.models import Chain
+from gati_jax.caches import fold_standardize, predict_all, predictor_inputs
+from gati_jax.models import Chain, fast_forward
 
 from .augment import Augment
 from .distill import distillation_loss
@@ -93,9 +92,13 @@ def _init(
 
     @jax.jit
     def init(chain: Chain, images: Array) -> dict[str, PyTree]:
-        sites, _ = chain.activations(chain.prepare(images))
+        sites, base_logits = chain.activations(chain.prepare(images))
         keys = jax.random.split(jax.random.key(config.seed), len(parts))
-        return {name: part.predictor.init(keys[i], sites[part.site]) for i, (name, part) in enumerate(parts.items())}
+        any_logits = dict.fromkeys(parts, base_logits)  # of the right shape, for those that see another's
+        return {
+            name: part.predictor.init(keys[i], *predictor_inputs(part, sites, any_logits))
+            for i, (name, part) in enumerate(parts.items())
+        }
 
     variables = init(chain, images)
     params = {name: v["params"] for name, v in variables.items()}
@@ -121,6 +124,7 @@ def train_predictors(
         msg = f"images: expected at least one batch of {config.batch} rows, got {len(images)}"
         raise InputError(msg)
     optimizer = _optimizer(config, len(images))
+    chain = fast_forward(chain)
     step = jax.jit(functools.partial(_step, dict(parts), config, optimizer), donate_argnames="state")
     drawn = np.random.default_rng(config.seed).permutation(len(images))[:_INIT_ROWS]
     params, constants = _init(chain, parts, images[drawn], config)
@@ -162,15 +166,9 @@ def _step(
     sites, base_logits = chain.activations(chain.prepare(config.augment(key, images)))
 
     def loss(params: PyTree) -> Float[Array, ""]:
-        variables = _merge(params, constants)
         losses = [
-            distillation_loss(
-                call(part.predictor, variables[name], sites[part.site]),
-                base_logits,
-                alpha=config.alpha,
-                temperature=config.temperature,
-            )
-            for name, part in parts.items()
+            distillation_loss(logits, base_logits, alpha=config.alpha, temperature=config.temperature)
+            for logits in predict_all(parts, _merge(params, constants), sites).values()
         ]
         return jnp.sum(jnp.stack(losses))
 

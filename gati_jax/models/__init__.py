@@ -8,8 +8,10 @@ from .convolution import ALGORITHMS as ALGORITHMS
 from .convolution import Algorithm as Algorithm
 from .layers import Layer as Layer
 from .layers import choose_algorithms as choose_algorithms
+from .layers import fast_forward as fast_forward
 from .layers import layers as layers
 from .layers import store_params as store_params
+from .layers import winograd_where_wide as winograd_where_wide
 from .layers import with_algorithms as with_algorithms
 from .resnet import NAMES as NAMES
 from .resnet import ResNet as ResNet

@@ -13,6 +13,8 @@ from .chain import Chain
 from .convolution import Algorithm, applicable, store
 from .resnet import ResNet, to_chain
 
+ENOUGH = 32  # channels, for Winograd's transforms to pay
+
 
 class Layer(NamedTuple):
     """One convolution."""
@@ -121,6 +123,23 @@ def with_algorithms(chain: Chain, choice: Mapping[str, Algorithm]) -> Chain:
     algorithms = choose_algorithms(network, choice)
     params = store_params(network, chain.params, algorithms)
     return to_chain(network, params, chain.normalization, algorithms=algorithms)
+
+
+def winograd_where_wide(network: ResNet) -> dict[str, Algorithm]:
+    """Return the choice of Winograd's F(2x2) wherever there are channels enough for its transforms to pay."""
+    found = [layer for block in layers(network) for layer in block]
+    wide = [layer for layer in found if "winograd2" in layer.applicable and min(layer.inputs, layer.outputs) >= ENOUGH]
+    return {layer.kind: "winograd2" for layer in wide}
+
+
+def fast_forward(chain: Chain) -> Chain:
+    """Return the chain for running many images through: on a CPU, with Winograd's convolutions where they pay.
+
+    A quarter to a half faster than the compiler's own; logits differ in their last bits.
+    """
+    if jax.default_backend() != "cpu" or not isinstance(chain.network, ResNet):
+        return chain
+    return with_algorithms(chain, winograd_where_wide(chain.network))
 
 
 def _stored(tree: dict[str, Any], algorithms: Mapping[tuple[str, ...], Algorithm]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
+from gati_jax._errors import InputError
+
 from .cascade import Cascade, Prediction, run_stage
 from .numerics import reference
 from .options import Options, compiled
@@ -67,8 +69,14 @@ def predict_tiled(
         images: uint8 or prepared inputs; one program is compiled for each length.
         count: How many of them are requests; the rest is padding, takes no time and gets no answer.
         options: Compiler options of the program.
+
+    Raises:
+        InputError: There are no images, or fewer than requests.
     """
     count = len(images) if count is None else count
+    if not 1 <= count <= len(images):
+        msg = f"count: expected 1 to {len(images)}, the length of images, got {count}"
+        raise InputError(msg)
     return compiled(_predict_tiled, options)(cascade.packed, images, np.int32(count))
 
 

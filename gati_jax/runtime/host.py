@@ -93,8 +93,14 @@ def predict_on_host(host: HostCascade, images: Shaped[np.ndarray, "batch *input"
     Args:
         host: See ``compile_stages``.
         images: uint8, or prepared inputs where the base does not normalise.
+
+    Raises:
+        InputError: There are no images.
     """
     cascade, batch = host.cascade, len(images)
+    if batch == 0:
+        msg = "images: expected at least one, got none"
+        raise InputError(msg)
     thresholds = np.append(np.asarray(cascade.thresholds), np.float32(-np.inf))
     exits, scores = np.empty(batch, np.int32), np.empty(batch, np.float32)
     logits = np.empty((batch, cascade.chain.classes), np.float32)

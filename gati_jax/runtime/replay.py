@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 from gati_jax._digest import tree_digest
 from gati_jax._errors import InputError
 from gati_jax._linen import call
-from gati_jax.caches import Candidate
+from gati_jax.caches import Candidate, predict_all
 from gati_jax.data import check_distinct_rows, row_digests
 from gati_jax.fitting import Candidates
 from gati_jax.models import Chain, check_images
@@ -104,8 +104,10 @@ def _replay_batch(
 ) -> tuple[Int[Array, " batch"], Int[Array, "candidates batch"], Float[Array, "candidates batch"]]:
     sites, logits = chain.activations(chain.prepare(images))
     classes, scores = [], []
+    by_name = {item.name: item for item in items}
+    logits_of = predict_all(by_name, {name: item.params["predictor"] for name, item in by_name.items()}, sites)
     for item, selector in zip(items, selectors, strict=True):
-        said = call(item.predictor, item.params["predictor"], sites[item.site])
+        said = logits_of[item.name]
         classes.append(jnp.argmax(said, -1))
         by_fold = jax.vmap(functools.partial(call, item.selector), (0, None))(selector, said)  # float[folds + 1, batch]
         scores.append(jnp.take_along_axis(by_fold, fold[None], axis=0)[0])

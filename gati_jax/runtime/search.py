@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from gati_jax.caches import Candidate, Network
-from gati_jax.models import Algorithm, Chain, Layer, ResNet, layers, to_chain, with_algorithms
+from gati_jax.models import Algorithm, Chain, Layer, ResNet, layers, to_chain, winograd_where_wide, with_algorithms
 
 from .measure import device_name, time_interleaved
 from .numerics import reference
@@ -27,7 +28,6 @@ from .tuning import OPTIONS, Tile, Tuning, tuned_chain
 
 TOLERANCE = 1e-3
 MARGIN = 0.03  # less is noise
-ENOUGH = 32  # channels, for Winograd's transforms to pay
 _log = logging.getLogger(__name__)
 
 
@@ -46,7 +46,7 @@ def tune(
     # Minutes lie between the first and the last; to be compared, they must have been timed together.
     ms = _time_networks((chain,), tiles, 3 * rounds)[:, 0]
     together = [dataclasses.replace(tile, milliseconds=float(t)) for tile, t in zip(tiles, ms, strict=True)]
-    return Tuning(device=device_name(), tiles=tuple(together))
+    return Tuning(device=device_name(), tiles=tuple(together), jaxlib=version("jaxlib"))
 
 
 def tune_tile(chain: Chain, caches: Sequence[Candidate], size: int, *, rounds: int = 7) -> Tile:
@@ -73,9 +73,10 @@ def _uniform(networks: Sequence[Chain]) -> list[dict[str, Algorithm]]:
     """Return where to start from: no algorithm but the compiler's, or Winograd's wherever there are enough channels."""
     if jax.default_backend() != "cpu":
         return [{}]  # there the compiler's library chooses
-    found = [layer for chain in networks if isinstance(chain.network, ResNet) for layer in _kinds(chain.network)]
-    wide = [layer for layer in found if "winograd2" in layer.applicable and min(layer.inputs, layer.outputs) >= ENOUGH]
-    return [{}, {layer.kind: "winograd2" for layer in wide}] if wide else [{}]
+    wide: dict[str, Algorithm] = {}
+    for chain in networks:
+        wide |= winograd_where_wide(chain.network) if isinstance(chain.network, ResNet) else {}
+    return [{}, wide] if wide else [{}]
 
 
 def _time_networks(
@@ -160,9 +161,10 @@ def _activations(chain: Chain, size: int) -> list[Array]:
 
 
 def _error(chain: Chain, tile: Tile) -> float:
-    """Return the largest difference of logits, as a share of their range."""
+    """Return how far a tile's logits are from the reference's at most, as a share of their range."""
     images = _inputs(chain, 16)
-    expected, found = (np.asarray(jax.jit(Chain.__call__)(c, images)) for c in (chain, tuned_chain(chain, tile)))
+    expected = np.asarray(_program(chain, (), images)())
+    found = np.asarray(_program(tuned_chain(chain, tile), tile.options, images)())
     return float(np.abs(found - expected).max() / np.ptp(expected))
 
 

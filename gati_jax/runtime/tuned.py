@@ -38,9 +38,17 @@ class TunedCascade:
         return predict_one(self._single, image, self.tuning.tiles[0].options)
 
     def predict(self, images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:
-        """Answer a batch: one program for each bucket, a power of two; the rest of a bucket takes no time."""
+        """Answer a batch: one program for each bucket, a power of two; the rest of a bucket takes no time.
+
+        Raises:
+            InputError: There are no images.
+        """
+        if len(images) == 0:
+            msg = "images: expected at least one, got none"
+            raise InputError(msg)
         parts = [self._bucket(images[i : i + LARGEST_BUCKET]) for i in range(0, len(images), LARGEST_BUCKET)]
-        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)
+        # By NumPy: JAX would compile a program for every number of rows.
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
     @functools.cached_property
     def without_caches(self) -> "TunedCascade":
@@ -87,7 +95,7 @@ class TunedCascade:
         batched = self.batched(bucket)
         options = next(t.options for t in self.tuning.tiles if t.size == batched.schedule.sizes[0])
         answer = predict_tiled(batched, images, n, options)
-        return answer if n == bucket else jax.tree.map(lambda rows: rows[:n], answer)
+        return answer if n == bucket else jax.tree.map(lambda rows: np.asarray(rows)[:n], answer)
 
     @functools.cached_property
     def _single(self) -> Cascade:

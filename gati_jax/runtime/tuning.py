@@ -63,6 +63,8 @@ class Tuning:
 
     device: str
     tiles: tuple[Tile, ...]
+    jaxlib: str = ""
+    """The compiler's version: another one may not know these options, or be faster without them."""
 
     def __post_init__(self) -> None:
         """Refuse a tuning without a tile for one request.

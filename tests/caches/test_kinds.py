@@ -84,7 +84,8 @@ def test_specs_are_frozen():
 
 def test_own_modules_cannot_be_described():
     with pytest.raises(
-        InputError, match=r"a bundle can hold Conv, FullyConnected, GlobalAverage, Grid, Network, Pool, got Dense"
+        InputError,
+        match=r"a bundle can hold Conv, Convolutional, FullyConnected, GlobalAverage, Grid, Network, Pool, got Dense",
     ):
         caches.describe_predictor(nn.Dense(3))
     with pytest.raises(InputError, match=r"a bundle can hold LinearSelector, SortedSelector, got Dense"):

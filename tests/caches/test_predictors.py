@@ -18,8 +18,8 @@ from gati_jax.caches import (
     adaptive_average,
     build_predictor,
     describe_predictor,
+    fold_standardize,
 )
-from gati_jax.caches.predictors import fold_standardize
 
 CLASSES, BATCH = 5, 4
 PREDICTORS: dict[str, Any] = {

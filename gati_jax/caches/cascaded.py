@@ -1,0 +1,33 @@
+"""A predictor that also sees what the cache before it said (Zero Time Waste, Wojcik et al., arXiv:2106.05409)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_FLOOR = -16.0  # a log-probability below this says nothing more, and its weight would drown all else
+
+
+class Cascaded(nn.Module):
+    """A predictor's logits plus a linear map of the previous cache's log-probabilities.
+
+    The sum of logits is a geometric ensemble, ``p ~ p_inner * prod_j p_previous[j] ** w[j, :]``, with learned weights;
+    the previous cache may be one of these itself, so the ensemble reaches back to the first. No computation is thrown
+    away: what an earlier cache was nearly sure of still counts.
+    """
+
+    classes: int
+    inner: nn.Module
+
+    @nn.compact
+    def __call__(
+        self, activation: Float[Array, "batch *site"], previous: Float[Array, "batch classes"]
+    ) -> Float[Array, "batch classes"]:
+        """Return class logits."""
+        log_probabilities = jnp.maximum(jax.nn.log_softmax(previous), _FLOOR)
+        ensemble = nn.Dense(self.classes, use_bias=False, kernel_init=_identity, name="ensemble")
+        return self.inner(activation) + ensemble(log_probabilities)
+
+
+def _identity(_: Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> Float[Array, "classes classes"]:
+    return jnp.eye(*shape, dtype=dtype)
