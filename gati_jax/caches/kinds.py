@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gati_jax._errors import InputError
 from gati_jax.models import ResNet
 
+from .neighbours import Centres, Confidence, Neighbours
 from .network import Network
 from .predictors import Conv, FullyConnected, GlobalAverage, Grid, Pool
 from .selectors import LinearSelector, SortedSelector
@@ -69,6 +70,25 @@ class NetworkSpec(_Spec):
     network: ResNet
 
 
+class NeighboursSpec(_Spec):
+    """Freeze Inference's k-NN."""
+
+    kind: Literal["knn"] = "knn"
+    points: Width
+    k: Width = 50
+    units: Width = 1024
+    cells: Width | None = None
+
+
+class CentresSpec(_Spec):
+    """Freeze Inference's k-means."""
+
+    kind: Literal["kmeans"] = "kmeans"
+    centres: Width = 100
+    units: Width = 1024
+    cells: Width | None = None
+
+
 class LinearSelectorSpec(_Spec):
     """The paper's linear selector."""
 
@@ -83,10 +103,24 @@ class SortedSelectorSpec(_Spec):
     top: Width = 10
 
 
+class ConfidenceSpec(_Spec):
+    """The largest logit as it is."""
+
+    kind: Literal["confidence"] = "confidence"
+
+
 PredictorSpec = Annotated[
-    FullyConnectedSpec | PoolSpec | ConvSpec | GlobalAverageSpec | GridSpec | NetworkSpec, Field(discriminator="kind")
+    FullyConnectedSpec
+    | PoolSpec
+    | ConvSpec
+    | GlobalAverageSpec
+    | GridSpec
+    | NetworkSpec
+    | NeighboursSpec
+    | CentresSpec,
+    Field(discriminator="kind"),
 ]
-SelectorSpec = Annotated[LinearSelectorSpec | SortedSelectorSpec, Field(discriminator="kind")]
+SelectorSpec = Annotated[LinearSelectorSpec | SortedSelectorSpec | ConfidenceSpec, Field(discriminator="kind")]
 
 _PREDICTORS = {
     FullyConnectedSpec: FullyConnected,
@@ -95,8 +129,10 @@ _PREDICTORS = {
     GlobalAverageSpec: GlobalAverage,
     GridSpec: Grid,
     NetworkSpec: Network,
+    NeighboursSpec: Neighbours,
+    CentresSpec: Centres,
 }
-_SELECTORS = {LinearSelectorSpec: LinearSelector, SortedSelectorSpec: SortedSelector}
+_SELECTORS = {LinearSelectorSpec: LinearSelector, SortedSelectorSpec: SortedSelector, ConfidenceSpec: Confidence}
 
 
 def build_predictor(spec: PredictorSpec, classes: int) -> nn.Module:

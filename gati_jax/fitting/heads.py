@@ -7,7 +7,7 @@ import flax.linen as nn
 from jaxtyping import PyTree
 
 from gati_jax._errors import InputError
-from gati_jax.caches import Grid, SortedSelector, import_network
+from gati_jax.caches import Centres, Grid, Neighbours, SortedSelector, import_network
 from gati_jax.models import Chain, Normalization, ResNet, Variables
 
 DEFAULT_SELECTOR = SortedSelector()
@@ -84,6 +84,9 @@ def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
         predictor = head.predictor(chain.classes)
         if (got := getattr(predictor, "classes", chain.classes)) != chain.classes:
             msg = f"heads: expected {head.name} to have the base's {chain.classes} classes, got {got}"
+            raise InputError(msg)
+        if isinstance(predictor, Neighbours | Centres) and head.variables is None:
+            msg = f"heads: expected {head.name} to be trained by gradients, got a neighbour cache: see fit_freeze"
             raise InputError(msg)
         parts |= {f"{head.name}@{site}": Part(site, predictor, head.selector, head.variables) for site in sites}
     if not parts:
