@@ -15,6 +15,7 @@ from .kinds import build_predictor as build_predictor
 from .kinds import build_selector as build_selector
 from .kinds import describe_predictor as describe_predictor
 from .kinds import describe_selector as describe_selector
+from .memory import MIB as MIB
 from .memory import CacheMemory as CacheMemory
 from .memory import PublishedMemory as PublishedMemory
 from .memory import memory_report as memory_report
@@ -29,6 +30,7 @@ from .neighbours import key_features as key_features
 from .neighbours import keys_of as keys_of
 from .neighbours import nearest as nearest
 from .neighbours import squared_distances as squared_distances
+from .neighbours import stored_centres as stored_centres
 from .neighbours import stored_points as stored_points
 from .neighbours import vote as vote
 from .network import Network as Network

@@ -169,6 +169,17 @@ def stored_points(
     return _added({**points, "count": jnp.zeros((), jnp.int32)}, keys, labels)
 
 
+def stored_centres(
+    keys: Float[Array | np.ndarray, "n units"],
+    labels: Int[Array | np.ndarray, " n"],
+    share: Float[Array | np.ndarray, " n"],
+) -> dict[str, Array]:
+    """Return the collection "points" of a k-means cache; a centre of label -1 is nobody's nearest."""
+    keys, labels = jnp.asarray(keys, jnp.float32), jnp.asarray(labels, jnp.int32)
+    norms = jnp.where(labels == NO_POINT, jnp.inf, jnp.sum(keys**2, -1))
+    return {"keys": keys, "labels": labels, "norms": norms, "share": jnp.asarray(share, jnp.float32)}
+
+
 def keys_of(candidate: Candidate, activation: Float[Array, "batch *site"]) -> Float[Array, "batch units"]:
     """Return the keys of activations, as the candidate's lookup computes them.
 
@@ -184,7 +195,7 @@ def keys_of(candidate: Candidate, activation: Float[Array, "batch *site"]) -> Fl
 
 
 def extend(
-    candidate: Candidate, keys: Float[Array | np.ndarray, "n units"], labels: Int[Array | np.ndarray, " n"]
+    candidate: Candidate, keys: Float[Array | np.ndarray, "n units"], labels: Int[Array | np.ndarray, " labels"]
 ) -> Candidate:
     """Return the candidate with more points; shapes stay, so no program is compiled anew.
 
@@ -193,7 +204,7 @@ def extend(
     Args:
         candidate: A k-NN cache.
         keys: Of the new points, see ``keys_of``.
-        labels: The base's answers to them.
+        labels: The base's answers to them, as many.
 
     Raises:
         InputError: Another kind of cache, keys of another length or not finite, or labels that are no classes.

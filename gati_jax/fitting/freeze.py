@@ -26,6 +26,7 @@ from gati_jax.caches import (
     Neighbours,
     key_features,
     point_bytes,
+    stored_centres,
     stored_points,
 )
 from gati_jax.data import check_distinct_rows, fingerprint, row_digests
@@ -47,8 +48,8 @@ class FreezeConfig:
     Args:
         kinds: "knn", "kmeans", or both: they share their key networks.
         key_units: Length of a key.
-        cells: None for the paper's key network on the flattened activation; c for means over c x c fields first, which
-            takes a hundredth of the memory.
+        cells: None for the paper's key network on the flattened activation; c for means over c x c fields first: with
+            4, ResNet-18's eight key networks take an eighth of the memory.
         k: Neighbours that a k-NN cache asks.
         budget: Bytes for the points of all k-NN caches together, the same number at every site; None keeps all points.
             Key networks are not in it.
@@ -146,9 +147,11 @@ def fit_freeze(
     del parts  # and with them the output layers
     keys, answers = _all_keys(chain, networks, images, freeze.cells, config.batch)
     items = [
-        _candidate(kind, site, params, keys[name], answers, chain.classes, kept, freeze, config.seed)
+        _candidate(
+            kind, network, keys[name], answers, classes=chain.classes, kept=kept, freeze=freeze, seed=config.seed
+        )
         for kind in freeze.kinds
-        for name, (site, params) in networks.items()
+        for name, network in networks.items()
     ]
     return Candidates(
         items=tuple(items),
@@ -204,19 +207,20 @@ def _all_keys(
 
 def _candidate(
     kind: Kind,
-    site: int,
-    params: PyTree,
+    key_network: tuple[int, PyTree],
     keys: Float[np.ndarray, "n units"],
     answers: Int[np.ndarray, " n"],
+    *,
     classes: int,
     kept: int,
     freeze: FreezeConfig,
     seed: int,
 ) -> Candidate:
+    site, params = key_network
     shape = {"units": freeze.key_units, "cells": freeze.cells}
     if kind == "knn":
         capacity = kept + freeze.spare
-        how = freeze.choice if kept < len(keys) else "random"  # which keeps all
+        how = freeze.choice if kept < len(keys) else "random"  # which then keeps all
         rows = choose_points(keys, answers, kept, k=freeze.k, classes=classes, how=how, seed=seed)
         predictor: nn.Module = Neighbours(classes, points=capacity, k=freeze.k, **shape)
         points = stored_points(keys[rows], answers[rows], capacity)
@@ -224,7 +228,6 @@ def _candidate(
         predictor = Centres(classes, centres=freeze.centres, **shape)
         at, nearest = k_means(keys, freeze.centres, seed=seed)
         labels, share = describe_centres(nearest, answers, freeze.centres, classes)
-        norms = jnp.where(jnp.asarray(labels) < 0, jnp.inf, jnp.sum(at**2, -1))
-        points = {"keys": at, "labels": jnp.asarray(labels), "norms": norms, "share": jnp.asarray(share)}
+        points = stored_centres(at, labels, share)
     variables = {"predictor": {"params": params, "points": points}, "selector": {}}
     return Candidate(f"{kind}@{site}", site, predictor, Confidence(), variables)

@@ -56,7 +56,7 @@ def choose_points(
         chosen = _condensed(keys, labels, size, k, classes, rng)
     elif how == "spread":
         rows = [np.flatnonzero(labels == label) for label in range(classes)]
-        parts = [_spread(keys[r], share) for r, share in zip(rows, shares, strict=True)]
+        parts = [_spread(keys[r], share) for r, share in zip(rows, shares.tolist(), strict=True)]
         chosen = np.concatenate([r[part] for r, part in zip(rows, parts, strict=True)])
     else:
         msg = f"choice: expected random, condensed or spread, got {how!r}"
@@ -69,8 +69,8 @@ def _shares(counts: Int[np.ndarray, " classes"], size: int) -> Int[np.ndarray, "
     shares = np.zeros_like(counts)
     while (rest := size - int(shares.sum())) > 0:
         open_ = np.flatnonzero(shares < counts)
-        each, more = divmod(rest, len(open_))
-        extra = np.full(len(open_), each) + (np.arange(len(open_)) < more)
+        each = rest // len(open_)
+        extra = each or np.arange(len(open_)) < rest
         shares[open_] = np.minimum(counts[open_], shares[open_] + extra)
     return shares
 
@@ -127,7 +127,7 @@ def _scores(
 def _spread(keys: Float[np.ndarray, "n units"], size: int) -> Int[np.ndarray, " size"]:
     if size == 0:
         return np.zeros(0, int)
-    return np.asarray(_farthest(jnp.asarray(keys), int(size)))
+    return np.asarray(_farthest(jnp.asarray(keys), size))
 
 
 @functools.partial(jax.jit, static_argnames="size")
