@@ -104,6 +104,8 @@ def test_the_script_on_the_digits(tmp_path):
             right = sum(e["hits"] * e["agreement"] for e in exits if e["hits"])
             assert right == pytest.approx(300 * protocol[kind]["agreement"])
             assert protocol[kind]["half_share"] <= protocol[kind]["before_output_share"]
-            assert protocol[kind]["half_share"] <= result["oracle"][kind]["half_share"] + 1 - protocol[kind]["agreement"]
+            assert (
+                protocol[kind]["half_share"] <= result["oracle"][kind]["half_share"] + 1 - protocol[kind]["agreement"]
+            )
     assert all(row["total"] == row["key_network"] + row["points"] for row in result["memory"]["knn"])
     assert (tmp_path / "out" / "freeze.json").is_file()
