@@ -39,7 +39,7 @@ def choose_points(
         size: How many to keep.
         k: Neighbours that the cache asks; "condensed" asks them, too.
         classes: Of the base.
-        how: See above.
+        how: See above; docs/freeze.md has a measurement, in which random ones were the best or as good.
         seed: Draws whatever is drawn.
 
     Raises:
