@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from .caches import Candidate as Candidate
     from .fitting import Augment as Augment
     from .fitting import FitConfig as FitConfig
+    from .fitting import FreezeConfig as FreezeConfig
     from .fitting import Head as Head
     from .fitting import fit as fit
+    from .fitting import fit_freeze as fit_freeze
     from .fitting import network_head as network_head
     from .models import Chain as Chain
     from .models import Normalization as Normalization
@@ -42,7 +44,7 @@ _ROOMS = {
     "_errors": ("BundleError", "InputError", "WeightsError"),
     "bundle": ("Bundle", "load_bundle", "save_bundle", "save_tuning"),
     "caches": ("Candidate",),
-    "fitting": ("Augment", "FitConfig", "Head", "fit", "network_head"),
+    "fitting": ("Augment", "FitConfig", "FreezeConfig", "Head", "fit", "fit_freeze", "network_head"),
     "_infer": ("infer", "infer_batch"),
     "models": ("Chain", "Normalization", "resnet"),
     "planning": ("Certificate", "CostTable", "Plan", "ReplayTable", "certify", "plan"),

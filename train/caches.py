@@ -22,7 +22,7 @@ from gati_jax.models import fold, import_state_dict, read_weights, to_chain
 from gati_jax.planning import Certificate, CostTable, Plan, cascade_ms
 
 from . import cli
-from .config import Config
+from .config import Base, Config
 from .records import measured_costs, record_look
 
 EXAMPLE = (
@@ -187,12 +187,21 @@ def load_base(config: Config) -> Chain:
     Raises:
         InputError: No weights are named, or they are another network's.
     """
-    if config.base.weights is None:
+    return read_base(config.base)
+
+
+def read_base(base: Base) -> Chain:
+    """Read the base's weights into its inference chain.
+
+    Raises:
+        InputError: See ``load_base``.
+    """
+    if base.weights is None:
         msg = "base.weights: expected a .safetensors file (train one with python -m train.base), got nothing"
         raise InputError(msg)
-    network = config.base.resnet()
-    variables = import_state_dict(network, read_weights(config.base.weights))
-    return to_chain(network, fold(variables), config.base.normalize())
+    network = base.resnet()
+    variables = import_state_dict(network, read_weights(base.weights))
+    return to_chain(network, fold(variables), base.normalize())
 
 
 if __name__ == "__main__":

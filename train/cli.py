@@ -19,7 +19,7 @@ from rich.table import Table
 
 from gati_jax import InputError, __version__
 
-from .config import Config, describe_keys, load_config
+from .config import Config, M, describe_keys, load
 
 Result = dict[str, Any]
 
@@ -69,19 +69,28 @@ def parser(description: str, example: str, *, out: bool = True) -> Parser:
 
 
 def parse_experiment(argv: Sequence[str] | None, description: str, example: str) -> tuple[argparse.Namespace, Config]:
+    """Parse ``--config FILE --out DIR [--section.key value ...]`` of an experiment with caches, see ``parse``."""
+    return parse(Config, argv, description, example)
+
+
+def parse(model: type[M], argv: Sequence[str] | None, description: str, example: str) -> tuple[argparse.Namespace, M]:
     """Parse ``--config FILE --out DIR [--section.key value ...]``.
 
+    Args:
+        model: What the file may say.
+        argv: The command line; None for the process's.
+        description: What the script does.
+        example: A whole command.
+
     Raises:
-        InputError: See ``load_config``.
+        InputError: See ``load``.
     """
     p = parser(description, example)
     p.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file, see configs/")
-    keys = "\n".join(
-        f"  --{key}  (default: {default})  {text}".rstrip() for key, default, text in describe_keys(Config)
-    )
+    keys = "\n".join(f"  --{key}  (default: {default})  {text}".rstrip() for key, default, text in describe_keys(model))
     p.epilog = f"{p.epilog}\n\nevery key of the config can be overridden; defaults where the file says nothing:\n{keys}"
     arguments, overrides = p.parse_known_args(argv)
-    return arguments, load_config(arguments.config, overrides)
+    return arguments, load(model, arguments.config, overrides)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -5,7 +5,7 @@ import functools
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,6 +21,9 @@ class Section(BaseModel):
     """A frozen record that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+M = TypeVar("M", bound=Section)
 
 
 class Splits(Section):
@@ -179,7 +182,17 @@ class Config(Section):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the TOML file of an experiment with caches, see ``load``."""
+    return load(Config, path, overrides)
+
+
+def load(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
     """Read a TOML file and apply ``--section.key value`` overrides.
+
+    Args:
+        model: What the file may say.
+        path: The file.
+        overrides: What the command line says.
 
     Raises:
         InputError: The file cannot be read, or a key or a value is not right; names the nearest key.
@@ -191,19 +204,24 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(msg) from error
     for key, text in _pairs(overrides):
         _assign(values, key.split("."), _value(text))
-    return build_config(values)
+    return _build(model, values)
 
 
 def build_config(values: Mapping[str, Any]) -> Config:
     """Check a nested dictionary.
 
     Raises:
-        InputError: See ``load_config``.
+        InputError: See ``load``.
     """
+    return _build(Config, values)
+
+
+def _build(model: type[M], values: Mapping[str, Any]) -> M:
     try:
-        return Config.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        msg = "; ".join(_explain(e["loc"], e["type"], e["msg"], e["input"]) for e in error.errors(include_url=False))
+        errors = error.errors(include_url=False)
+        msg = "; ".join(_explain(model, e["loc"], e["type"], e["msg"], e["input"]) for e in errors)
         raise InputError(msg) from error
 
 
@@ -246,10 +264,10 @@ def _assign(values: dict[str, Any], keys: list[str], value: object) -> None:
             below = below.setdefault(at, {}) if isinstance(below, dict) else below[at]
 
 
-def _explain(loc: tuple[int | str, ...], kind: str, message: str, got: object) -> str:
+def _explain(model: type[Section], loc: tuple[int | str, ...], kind: str, message: str, got: object) -> str:
     key = ".".join(map(str, loc))
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(key, _keys(Config), n=1, cutoff=0.0)
+        near = difflib.get_close_matches(key, _keys(model), n=1, cutoff=0.0)
         return f"config: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
     return f"config: {key}: {message}" + ("" if kind == "missing" else f", got {got!r}")
 

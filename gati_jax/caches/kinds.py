@@ -10,6 +10,7 @@ from gati_jax._errors import InputError
 from gati_jax.models import ResNet
 
 from .convolutional import Convolutional
+from .neighbours import Centres, Confidence, Neighbours
 from .network import Network
 from .predictors import Conv, FullyConnected, GlobalAverage, Grid, Pool
 from .selectors import LinearSelector, SortedSelector
@@ -82,6 +83,25 @@ class NetworkSpec(_Spec):
     network: ResNet
 
 
+class NeighboursSpec(_Spec):
+    """Freeze Inference's k-NN."""
+
+    kind: Literal["knn"] = "knn"
+    points: Width
+    k: Width = 50
+    units: Width = 1024
+    cells: Width | None = None
+
+
+class CentresSpec(_Spec):
+    """Freeze Inference's k-means."""
+
+    kind: Literal["kmeans"] = "kmeans"
+    centres: Width = 100
+    units: Width = 1024
+    cells: Width | None = None
+
+
 class LinearSelectorSpec(_Spec):
     """The paper's linear selector."""
 
@@ -96,11 +116,25 @@ class SortedSelectorSpec(_Spec):
     top: Width = 10
 
 
+class ConfidenceSpec(_Spec):
+    """The largest logit as it is."""
+
+    kind: Literal["confidence"] = "confidence"
+
+
 PredictorSpec = Annotated[
-    FullyConnectedSpec | PoolSpec | ConvSpec | GlobalAverageSpec | GridSpec | ConvolutionalSpec | NetworkSpec,
+    FullyConnectedSpec
+    | PoolSpec
+    | ConvSpec
+    | GlobalAverageSpec
+    | GridSpec
+    | ConvolutionalSpec
+    | NetworkSpec
+    | NeighboursSpec
+    | CentresSpec,
     Field(discriminator="kind"),
 ]
-SelectorSpec = Annotated[LinearSelectorSpec | SortedSelectorSpec, Field(discriminator="kind")]
+SelectorSpec = Annotated[LinearSelectorSpec | SortedSelectorSpec | ConfidenceSpec, Field(discriminator="kind")]
 
 _PREDICTORS = {
     FullyConnectedSpec: FullyConnected,
@@ -110,8 +144,10 @@ _PREDICTORS = {
     GridSpec: Grid,
     ConvolutionalSpec: Convolutional,
     NetworkSpec: Network,
+    NeighboursSpec: Neighbours,
+    CentresSpec: Centres,
 }
-_SELECTORS = {LinearSelectorSpec: LinearSelector, SortedSelectorSpec: SortedSelector}
+_SELECTORS = {LinearSelectorSpec: LinearSelector, SortedSelectorSpec: SortedSelector, ConfidenceSpec: Confidence}
 
 
 def build_predictor(spec: PredictorSpec, classes: int) -> nn.Module:

@@ -3,7 +3,10 @@
 from .augment import Augment as Augment
 from .candidates import Candidates as Candidates
 from .candidates import fit as fit
+from .centres import k_means as k_means
 from .distill import distillation_loss as distillation_loss
+from .freeze import FreezeConfig as FreezeConfig
+from .freeze import fit_freeze as fit_freeze
 from .heads import DEFAULT_HEADS as DEFAULT_HEADS
 from .heads import Head as Head
 from .heads import network_head as network_head
@@ -11,5 +14,6 @@ from .loop import LoopConfig as LoopConfig
 from .loop import LoopState as LoopState
 from .loop import run_loop as run_loop
 from .optimize import apply_gradients as apply_gradients
+from .points import choose_points as choose_points
 from .predictors import FitConfig as FitConfig
 from .selection import fit_selector as fit_selector

@@ -94,7 +94,7 @@ def fit(
         raise InputError(msg)
     to_train = {name: part for name, part in parts.items() if part.variables is None}
     if to_train:
-        identity = f"{config} {to_train} {_code(chain)} {fingerprint(fit_rows)} {tree_digest(chain.params)}"
+        identity = f"{config} {to_train} {chain_code(chain)} {fingerprint(fit_rows)} {tree_digest(chain.params)}"
         folder = Path(checkpoint) if checkpoint else None
         parts |= train_predictors(
             chain, to_train, images, config, checkpoint=folder, identity=identity, progress=progress
@@ -147,7 +147,7 @@ def _fit_selectors(
     )
 
 
-def _code(chain: Chain) -> str:
+def chain_code(chain: Chain) -> str:
     """Write out what the chain computes: two chains with the same parameters may differ in their blocks."""
     spec = jax.ShapeDtypeStruct((1, *chain.input_spec.shape), chain.input_spec.dtype)
     return f"{chain.input_spec} {chain.normalization} {jax.make_jaxpr(Chain.__call__)(chain, spec)}"

@@ -7,7 +7,7 @@ import flax.linen as nn
 from jaxtyping import PyTree
 
 from gati_jax._errors import InputError
-from gati_jax.caches import Cascaded, Grid, SortedSelector, import_network
+from gati_jax.caches import Cascaded, Centres, Grid, Neighbours, SortedSelector, import_network
 from gati_jax.models import Chain, Normalization, ResNet, Variables
 
 DEFAULT_SELECTOR = SortedSelector()
@@ -89,6 +89,9 @@ def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
         predictor = head.predictor(chain.classes)
         if (got := getattr(predictor, "classes", chain.classes)) != chain.classes:
             msg = f"heads: expected {head.name} to have the base's {chain.classes} classes, got {got}"
+            raise InputError(msg)
+        if isinstance(predictor, Neighbours | Centres) and head.variables is None:
+            msg = f"heads: expected {head.name} to be trained by gradients, got a neighbour cache: see fit_freeze"
             raise InputError(msg)
         parts |= _parts_of_head(head, predictor, sorted(sites), chain.classes)
     if not parts:

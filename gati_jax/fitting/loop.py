@@ -42,7 +42,7 @@ class LoopConfig:
         epochs: Passes over the data.
         batch: Rows in a step.
         seed: Order of the rows.
-        checkpoint_seconds: Least time between two checkpoints.
+        checkpoint_seconds: Least time between two checkpoints; as many times more as one takes seconds to write.
     """
 
     epochs: int
@@ -95,7 +95,7 @@ def run_loop(
         state = checkpointer.load(abstract_state=restore_spec(state))
         _log.info("%s: resumed at step %d of %d", description, int(state.step), total)
     done = int(state.step)
-    saved = time.monotonic()
+    saved, took = time.monotonic(), 0.0
     losses: list[Array] = []
     with _bar(progress) as bar:
         task = bar.add_task(description, total=total, completed=done)
@@ -109,9 +109,12 @@ def run_loop(
                     _log.info("%s: epoch %d of %d, loss %.4f", description, epoch, config.epochs, np.mean(losses))
                 losses.clear()
             bar.update(task, completed=done, description=description)
-            if checkpointer and (time.monotonic() - saved >= config.checkpoint_seconds or done == total):
+            now = time.monotonic()
+            # Heads of gigabytes take a while to write: no more than a thirtieth of the time goes into it.
+            if checkpointer and (now - saved >= config.checkpoint_seconds * max(1.0, took) or done == total):
                 checkpointer.save(done, state)
                 saved = time.monotonic()
+                took = saved - now
     if checkpointer:
         checkpointer.close()
     return state

@@ -7,6 +7,8 @@ from .certificate import Certificate as Certificate
 from .certificate import certify as certify
 from .compose import Plan as Plan
 from .compose import plan as plan
+from .freeze import freeze_plan as freeze_plan
+from .freeze import zero_error_thresholds as zero_error_thresholds
 from .origin import Origin as Origin
 from .tables import CostTable as CostTable
 from .tables import Outcome as Outcome

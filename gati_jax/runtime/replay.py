@@ -93,7 +93,8 @@ def _unseen_fold(candidates: Candidates, rows: np.ndarray) -> Int[np.ndarray, " 
     order = np.argsort(candidates.select_rows)
     known = candidates.select_rows[order]
     at = np.minimum(np.searchsorted(known, rows), len(known) - 1)
-    folds = jax.tree.leaves(candidates.fold_selectors[0])[0].shape[0] - 1
+    leaves = jax.tree.leaves(candidates.fold_selectors)
+    folds = leaves[0].shape[0] - 1 if leaves else 0  # selectors without parameters have seen nothing
     return np.where(known[at] == rows, candidates.select_fold[order][at], folds).astype(np.int32)
 
 
@@ -109,6 +110,9 @@ def _replay_batch(
     for item, selector in zip(items, selectors, strict=True):
         said = logits_of[item.name]
         classes.append(jnp.argmax(said, -1))
+        if not jax.tree.leaves(selector):  # nothing was fitted
+            scores.append(call(item.selector, selector, said))
+            continue
         by_fold = jax.vmap(functools.partial(call, item.selector), (0, None))(selector, said)  # float[folds + 1, batch]
         scores.append(jnp.take_along_axis(by_fold, fold[None], axis=0)[0])
     none = jnp.zeros((0, len(images)))

@@ -83,10 +83,10 @@ def test_specs_are_frozen():
 
 
 def test_own_modules_cannot_be_described():
-    known = "Conv, Convolutional, FullyConnected, GlobalAverage, Grid, Network, Pool"
+    known = "Centres, Conv, Convolutional, FullyConnected, GlobalAverage, Grid, Neighbours, Network, Pool"
     with pytest.raises(InputError, match=f"a bundle can hold {known}, got Dense"):
         caches.describe_predictor(nn.Dense(3))
-    with pytest.raises(InputError, match=r"a bundle can hold LinearSelector, SortedSelector, got Dense"):
+    with pytest.raises(InputError, match=r"a bundle can hold Confidence, LinearSelector, SortedSelector, got Dense"):
         caches.describe_selector(nn.Dense(3))
 
 

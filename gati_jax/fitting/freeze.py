@@ -1,0 +1,233 @@
+"""Fit Freeze Inference's caches: key networks learn the base's answers, then keys of the fit split become points.
+
+Key networks are the hidden layers of FC(units) heads (or of pooled ones), trained like any predictors, all sites in one
+pass over the data; their output layers are dropped. Then one more pass computes all keys, a batch at a time: what is
+held is n x units floats a site, never n activations.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree, Shaped
+
+from gati_jax._digest import tree_digest
+from gati_jax._errors import InputError
+from gati_jax.caches import (
+    Candidate,
+    Centres,
+    Confidence,
+    FullyConnected,
+    Grid,
+    Neighbours,
+    key_features,
+    point_bytes,
+    stored_centres,
+    stored_points,
+)
+from gati_jax.data import check_distinct_rows, fingerprint, row_digests
+from gati_jax.models import Chain, check_images
+
+from .candidates import Candidates, chain_code
+from .centres import describe_centres, k_means
+from .heads import Head, Part, parts_of
+from .points import Choice, choose_points
+from .predictors import DEFAULT_CONFIG, FitConfig, train_predictors
+
+Kind = Literal["knn", "kmeans"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FreezeConfig:
+    """Which neighbour caches to make.
+
+    Args:
+        kinds: "knn", "kmeans", or both: they share their key networks.
+        key_units: Length of a key.
+        cells: None for the paper's key network on the flattened activation; c for means over c x c fields first: with
+            4, ResNet-18's eight key networks take an eighth of the memory.
+        k: Neighbours that a k-NN cache asks.
+        budget: Bytes for the points of all k-NN caches together, the same number at every site; None keeps all points.
+            Key networks are not in it.
+        choice: Which points to keep within the budget, see ``choose_points``.
+        spare: Empty rows of every k-NN cache, for ``extend``; the budget pays for them, too.
+        centres: Of a k-means cache.
+    """
+
+    kinds: tuple[Kind, ...] = ("knn", "kmeans")
+    key_units: int = 1024
+    cells: int | None = None
+    k: int = 50
+    budget: int | None = None
+    choice: Choice = "random"
+    spare: int = 0
+    centres: int = 100
+
+    def __post_init__(self) -> None:
+        """Refuse what could not be made.
+
+        Raises:
+            InputError: Names the field.
+        """
+        if not self.kinds or not set(self.kinds) <= {"knn", "kmeans"} or len(set(self.kinds)) < len(self.kinds):
+            msg = f"kinds: expected knn, kmeans or both, got {self.kinds}"
+            raise InputError(msg)
+        least = {"key_units": 1, "cells": 1, "k": 1, "budget": 1, "spare": 0, "centres": 1}
+        for name, bound in least.items():
+            if (got := getattr(self, name)) is not None and got < bound:
+                msg = f"{name}: expected {bound} or more, got {got}"
+                raise InputError(msg)
+
+    def points(self, n: int, sites: int) -> int:
+        """Return how many of n points a k-NN cache keeps at each of ``sites`` sites.
+
+        Raises:
+            InputError: Fewer than it asks.
+        """
+        rows = n + self.spare if self.budget is None else self.budget // (sites * point_bytes(self.key_units))
+        kept = min(n, rows - self.spare)
+        if kept < self.k:
+            msg = f"k: expected at most the points of a cache, got {self.k}, and room for {max(0, kept)} points"
+            raise InputError(msg)
+        return kept
+
+
+DEFAULT_FREEZE = FreezeConfig()
+
+
+def fit_freeze(
+    chain: Chain,
+    images: Shaped[np.ndarray, "n ..."],
+    *,
+    select: Shaped[np.ndarray, "m ..."],
+    sites: tuple[int, ...] | None = None,
+    freeze: FreezeConfig = DEFAULT_FREEZE,
+    config: FitConfig = DEFAULT_CONFIG,
+    checkpoint: Path | str | None = None,
+    progress: bool = True,
+) -> Candidates:
+    """Make neighbour caches that reproduce the answers of a frozen base. No labels are needed.
+
+    Args:
+        chain: The base.
+        images: The fit split: uint8 or prepared inputs. Its keys, not augmented, are the points.
+        select: The rows that will set thresholds. Nothing is fitted on them; they are only remembered.
+        sites: Where; None for sites 1 .. N - 1.
+        freeze: Which caches.
+        config: How key networks are trained.
+        checkpoint: As in ``fit``.
+        progress: Whether to draw a progress bar on a terminal.
+
+    Returns:
+        Candidates "knn@k" and "kmeans@k", as ``fit`` returns its own.
+
+    Raises:
+        InputError: Images that the chain does not take, overlapping splits, a site that the chain does not have, or
+            room for fewer points than a cache asks.
+    """
+    images, select = check_images(chain, images), check_images(chain, select, argument="select")
+    if images.dtype != select.dtype:
+        msg = f"select: expected {images.dtype}, as images, got {select.dtype}"
+        raise InputError(msg)
+    fit_rows, select_rows = row_digests(images), row_digests(select)
+    check_distinct_rows(select_rows, fit_rows, names=("select", "fit"))
+    parts = parts_of(chain, [_key_head(freeze, sites)])
+    kept = freeze.points(len(images), len(parts)) if "knn" in freeze.kinds else 0
+    if "kmeans" in freeze.kinds and freeze.centres > len(images):
+        msg = f"centres: expected at most the {len(images)} images, got {freeze.centres}"
+        raise InputError(msg)
+    identity = f"{config} {parts} {chain_code(chain)} {fingerprint(fit_rows)} {tree_digest(chain.params)}"
+    folder = Path(checkpoint) if checkpoint else None
+    parts = train_predictors(chain, parts, images, config, checkpoint=folder, identity=identity, progress=progress)
+    networks = {name: _key_network(part) for name, part in parts.items()}
+    del parts  # and with them the output layers
+    keys, answers = _all_keys(chain, networks, images, freeze.cells, config.batch)
+    items = [
+        _candidate(
+            kind, network, keys[name], answers, classes=chain.classes, kept=kept, freeze=freeze, seed=config.seed
+        )
+        for kind in freeze.kinds
+        for name, network in networks.items()
+    ]
+    return Candidates(
+        items=tuple(items),
+        fold_selectors=({},) * len(items),
+        select_rows=select_rows,
+        select_fold=np.zeros(len(select_rows), np.int32),
+        fit_rows=fit_rows,
+        dtype=str(images.dtype),
+    )
+
+
+def _key_head(freeze: FreezeConfig, sites: tuple[int, ...] | None) -> Head:
+    def predictor(classes: int) -> nn.Module:
+        if freeze.cells is None:
+            return FullyConnected(classes, hidden=freeze.key_units)
+        return Grid(classes, cells=freeze.cells, hidden=freeze.key_units)
+
+    return Head(name="key", predictor=predictor, selector=Confidence(), sites=sites)
+
+
+def _key_network(part: Part) -> tuple[int, PyTree]:
+    variables: Any = part.variables
+    return part.site, {"hidden": variables["params"]["hidden"]}
+
+
+def _all_keys(
+    chain: Chain, networks: dict[str, tuple[int, PyTree]], images: np.ndarray, cells: int | None, batch: int
+) -> tuple[dict[str, Float[np.ndarray, "n units"]], Int[np.ndarray, " n"]]:
+    """Return the keys of all images by site, and the base's answers."""
+    sites = {name: site for name, (site, _) in networks.items()}
+
+    @jax.jit
+    @jax.default_matmul_precision("highest")
+    def compute(chain: Chain, params: dict[str, PyTree], rows: Array) -> tuple[dict[str, Array], Array]:
+        at, logits = chain.activations(chain.prepare(rows))
+        keys = {}
+        for name, site in sites.items():
+            hidden = params[name]["hidden"]
+            keys[name] = nn.relu(key_features(at[site], cells) @ hidden["kernel"] + hidden["bias"][None])
+        return keys, jnp.argmax(logits, -1)
+
+    params = {name: own for name, (_, own) in networks.items()}
+    units = {name: own["hidden"]["bias"].shape[0] for name, own in params.items()}
+    keys = {name: np.empty((len(images), width), np.float32) for name, width in units.items()}
+    answers = np.empty(len(images), np.int32)
+    for start in range(0, len(images), batch):
+        rows = images[start : start + batch]
+        said, answers[start : start + batch] = compute(chain, params, rows)
+        for name, some in said.items():
+            keys[name][start : start + batch] = some
+    return keys, answers
+
+
+def _candidate(
+    kind: Kind,
+    key_network: tuple[int, PyTree],
+    keys: Float[np.ndarray, "n units"],
+    answers: Int[np.ndarray, " n"],
+    *,
+    classes: int,
+    kept: int,
+    freeze: FreezeConfig,
+    seed: int,
+) -> Candidate:
+    site, params = key_network
+    shape = {"units": freeze.key_units, "cells": freeze.cells}
+    if kind == "knn":
+        capacity = kept + freeze.spare
+        how = freeze.choice if kept < len(keys) else "random"  # which then keeps all
+        rows = choose_points(keys, answers, kept, k=freeze.k, classes=classes, how=how, seed=seed)
+        predictor: nn.Module = Neighbours(classes, points=capacity, k=freeze.k, **shape)
+        points = stored_points(keys[rows], answers[rows], capacity)
+    else:
+        predictor = Centres(classes, centres=freeze.centres, **shape)
+        at, nearest = k_means(keys, freeze.centres, seed=seed)
+        labels, share = describe_centres(nearest, answers, freeze.centres, classes)
+        points = stored_centres(at, labels, share)
+    variables = {"predictor": {"params": params, "points": points}, "selector": {}}
+    return Candidate(f"{kind}@{site}", site, predictor, Confidence(), variables)

@@ -1,0 +1,252 @@
+"""Neighbour caches against plain NumPy: distances, votes, centres, and a ring of points."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from gati_jax import Candidate, InputError, caches
+from gati_jax.caches import Centres, Confidence, Neighbours, extend, keys_of, lookup
+
+CLASSES, UNITS, SITE = 4, 6, (4, 4, 3)
+
+
+def hidden(features: int, units=UNITS) -> dict[str, Any]:
+    rng = np.random.default_rng(7)
+    kernel = rng.standard_normal((features, units)).astype(np.float32)
+    return {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(rng.standard_normal(units).astype(np.float32))}
+
+
+def knn(keys, labels, *, capacity=None, k=3, features=48, cells=None) -> Candidate:
+    """A cache of points whose keys are given."""
+    capacity = capacity or len(keys)
+    predictor = Neighbours(CLASSES, points=capacity, k=k, units=keys.shape[1], cells=cells)
+    points = caches.stored_points(keys, labels, capacity)
+    params = {"params": {"hidden": hidden(features, keys.shape[1])}, "points": points}
+    return Candidate("knn@1", 1, predictor, Confidence(), {"predictor": params, "selector": {}})
+
+
+def random_points(n, seed=0, units=UNITS):
+    rng = np.random.default_rng(seed)
+    return (3 * rng.standard_normal((n, units))).astype(np.float32), rng.integers(0, CLASSES, n).astype(np.int32)
+
+
+def activations(n=5, shape=SITE):
+    return np.random.default_rng(1).standard_normal((n, *shape)).astype(np.float32)
+
+
+def reference_keys(candidate, x):
+    """Flatten channels first, as the paper's PyTorch does; float64."""
+    own = candidate.params["predictor"]["params"]["hidden"]
+    flat = np.moveaxis(x, -1, 1).reshape(len(x), -1).astype(np.float64)
+    return np.maximum(flat @ np.asarray(own["kernel"], np.float64) + np.asarray(own["bias"], np.float64), 0)
+
+
+def reference_scores(keys, points, labels, k):
+    """(m_i / k) x the sum of 1 / distance over the neighbours of label i, one request at a time."""
+    scores = np.zeros((len(keys), CLASSES))
+    for row, key in enumerate(keys):
+        distance = np.sqrt(((points.astype(np.float64) - key) ** 2).sum(1))
+        for i in range(CLASSES):
+            near = [n for n in np.argsort(distance, kind="stable")[:k] if labels[n] == i]
+            scores[row, i] = len(near) / k * sum(1 / distance[n] for n in near)
+    return scores
+
+
+@settings(max_examples=15, deadline=None)
+@given(n=st.integers(1, 40), k=st.integers(1, 40), seed=st.integers(0, 99), spare=st.integers(0, 3))
+def test_scores_are_the_papers(n, k, seed, spare):
+    keys, labels = random_points(n, seed)
+    k, x = min(n, k), activations()
+    cache = knn(keys, labels, k=k, capacity=n + spare)
+    expected = reference_scores(reference_keys(cache, x), keys, labels, k)
+    logits, score = lookup(cache, jnp.asarray(x))
+    assert np.isfinite(logits).all()
+    np.testing.assert_allclose(np.exp(logits), expected, rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose(score, np.log(expected.max(1)), atol=2e-4)
+
+
+def test_neighbours_are_scikit_learns():
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    points, labels = random_points(500, units=32)
+    asked, _ = random_points(60, seed=1, units=32)
+    found, distances = caches.nearest(jnp.asarray(asked), jnp.asarray(points), jnp.sum(jnp.asarray(points) ** 2, 1), 50)
+    model = neighbors.KNeighborsClassifier(50, algorithm="brute").fit(points, labels)
+    expected_distances, expected = model.kneighbors(asked)
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-4)
+    same = np.mean([len(set(a) & set(b)) for a, b in zip(np.asarray(found).tolist(), expected.tolist(), strict=True)])
+    assert same > 49.9  # the last may differ where two are equally far to seven digits
+
+
+def test_an_exact_repeat_is_sure_and_finite():
+    x = activations(1)
+    keys, labels = random_points(12)
+    keys, labels = np.concatenate([keys, reference_keys(knn(keys, labels), x).astype(np.float32)]), np.append(labels, 2)
+    logits, score = lookup(knn(keys, labels.astype(np.int32), k=4), jnp.asarray(x))
+    assert np.isfinite(logits).all()
+    assert np.isfinite(score).all()
+    assert int(jnp.argmax(logits[0])) == 2
+    far, _ = lookup(knn(keys[:-1], labels[:-1].astype(np.int32), k=4), jnp.asarray(x))
+    assert float(score[0]) > float(far.max()) + 5  # thousands of times surer
+
+
+def test_repeats_far_from_the_origin_stay_repeats():
+    """Where the matrix product's rounding is larger than the distances between points."""
+    rng = np.random.default_rng(0)
+    points = jnp.asarray(1000 + rng.standard_normal((30, UNITS)), jnp.float32)
+    index, distance = caches.nearest(points, points, jnp.sum(points**2, 1), 1)
+    floor = 1e-4 * np.linalg.norm(points, axis=1)
+    np.testing.assert_allclose(distance[:, 0], np.maximum(np.linalg.norm(points - points[index[:, 0]], axis=1), floor))
+    assert np.isfinite(distance).all()
+    assert (caches.squared_distances(points, points, jnp.sum(points**2, 1)) >= 0).all()
+
+
+def test_ties_go_to_the_first_point_and_the_lowest_class():
+    keys = np.ones((6, UNITS), np.float32)
+    labels = np.array([3, 1, 1, 3, 0, 0], np.int32)
+    index, _ = caches.nearest(jnp.zeros((1, UNITS)), jnp.asarray(keys), jnp.sum(jnp.asarray(keys) ** 2, 1), 4)
+    assert index.tolist() == [[0, 1, 2, 3]]
+    logits, _ = lookup(knn(keys, labels, k=4), jnp.asarray(activations(1)))
+    assert float(logits[0, 1]) == float(logits[0, 3])
+    assert int(jnp.argmax(logits[0])) == 1
+
+
+def test_rows_without_a_point_are_nobodys_neighbours():
+    keys, labels = random_points(3)
+    far = keys + 1e4  # empty rows hold zeros, which are much nearer
+    logits, _ = lookup(knn(far, labels, capacity=50, k=10), jnp.asarray(activations()))
+    full, _ = lookup(knn(far, labels, k=3), jnp.asarray(activations()))
+    np.testing.assert_allclose(logits, np.where(full > -60, full + np.log(3 / 10), full), atol=1e-4)
+    empty, score = lookup(knn(keys[:0], labels[:0], capacity=5, k=5), jnp.asarray(activations()))
+    assert np.isfinite(empty).all()
+    assert (score == score.min()).all()
+
+
+def test_more_neighbours_than_points_are_refused():
+    keys, labels = random_points(3)
+    with pytest.raises(InputError, match="k: expected at most the 3 points, got 4"):
+        lookup(knn(keys, labels, k=4), jnp.asarray(activations()))
+
+
+def test_a_pooled_key_averages_fields():
+    keys, labels = random_points(20)
+    x = activations()
+    cache = knn(keys, labels, cells=2, features=12)
+    own = cache.params["predictor"]["params"]["hidden"]
+    means = x.reshape(5, 2, 2, 2, 2, 3).mean((2, 4)).reshape(5, 12)
+    expected = np.maximum(means @ np.asarray(own["kernel"]) + np.asarray(own["bias"]), 0)
+    np.testing.assert_allclose(keys_of(cache, jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
+    scores = reference_scores(expected, keys, labels, 3)
+    np.testing.assert_allclose(np.exp(lookup(cache, jnp.asarray(x))[0]), scores, rtol=1e-3, atol=1e-6)
+
+
+def test_the_nearest_centre_answers_with_its_share_over_the_distance():
+    keys, _ = random_points(7)
+    labels, share = np.array([0, 1, 2, 3, 0, 1, -1], np.int32), np.linspace(0.4, 1, 7).astype(np.float32)
+    predictor = Centres(CLASSES, centres=7, units=UNITS)
+    params = {"params": {"hidden": hidden(48)}, "points": caches.stored_centres(keys, labels, share)}
+    cache = Candidate("kmeans@1", 1, predictor, Confidence(), {"predictor": params, "selector": {}})
+    x = activations(40)
+    logits, score = lookup(cache, jnp.asarray(x))
+    distance = np.linalg.norm(reference_keys(cache, x)[:, None] - keys[None, :6], axis=-1)  # the last has no points
+    at = distance.argmin(1)
+    assert np.array_equal(logits.argmax(1), labels[at])
+    np.testing.assert_allclose(score, np.log(share[at] / distance.min(1)), atol=1e-4)
+    assert np.isfinite(logits).all()
+    with pytest.raises(InputError, match="expected a k-NN cache, got kmeans@1, a Centres"):
+        extend(cache, keys, labels)
+
+
+@settings(max_examples=12, deadline=None)
+@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=5), capacity=st.integers(1, 12))
+def test_new_points_fill_empty_rows_and_then_replace_the_oldest(sizes, capacity):
+    rng, cache, everything = np.random.default_rng(0), knn(*random_points(0), capacity=capacity, k=1), []
+    for size in sizes:
+        keys, labels = random_points(size, seed=int(rng.integers(1000)))
+        before = jax.tree.map(np.asarray, cache.params)
+        grown = extend(cache, keys, labels)
+        assert jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.asarray, cache.params)))  # pure
+        cache = grown
+        everything += [(*key, label) for key, label in zip(keys.tolist(), labels.tolist(), strict=True)]
+    points = cache.params["predictor"]["points"]
+    taken = np.asarray(points["labels"]) >= 0
+    stored = [
+        (*key, label)
+        for key, label in zip(points["keys"][taken].tolist(), points["labels"][taken].tolist(), strict=True)
+    ]
+    assert sorted(stored) == sorted(everything[-capacity:])
+    assert int(points["count"]) == len(everything)
+    assert np.array_equal(np.isinf(points["norms"]), ~taken)
+
+
+def test_an_extended_cache_answers_what_it_was_told_without_another_program():
+    keys, labels = random_points(10)
+    cache = knn(keys, labels, capacity=16, k=2)
+    traces = []
+
+    @jax.jit
+    def run(cache, x):
+        traces.append(1)
+        return lookup(cache, x)
+
+    x = jnp.asarray(activations(3))
+    before, _ = run(cache, x)
+    told = np.asarray((before.argmax(1) + 1) % CLASSES).astype(np.int32)
+    after, _ = run(extend(cache, keys_of(cache, x), told), x)
+    assert after.argmax(1).tolist() == told.tolist()
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "labels", "message"),
+    [
+        (np.zeros((2, UNITS + 1), np.float32), np.zeros(2, np.int32), r"keys: expected \[n, 6\] and n labels"),
+        (np.zeros((2, UNITS), np.float32), np.zeros(3, np.int32), "got .* and 3 labels"),
+        (np.full((1, UNITS), np.nan, np.float32), np.zeros(1, np.int32), "keys: expected finite"),
+        (
+            np.zeros((1, UNITS), np.float32),
+            np.full(1, CLASSES, np.int32),
+            r"labels: expected classes 0 to 3, got \[4\]",
+        ),
+        (np.zeros((1, UNITS), np.float32), np.full(1, -1, np.int32), r"got \[-1\]"),
+    ],
+    ids=["units", "number", "NaN", "class", "no class"],
+)
+def test_points_that_cannot_be_are_refused(keys, labels, message):
+    with pytest.raises(InputError, match=message):
+        extend(knn(*random_points(5)), keys, labels)
+
+
+def test_a_manifest_may_name_them_in_bounds():
+    predictors: TypeAdapter[Any] = TypeAdapter(caches.PredictorSpec)
+    for predictor in (Neighbours(CLASSES, points=70, k=7, units=9, cells=2), Centres(CLASSES, centres=8, units=9)):
+        spec = caches.describe_predictor(predictor)
+        assert caches.build_predictor(predictors.validate_json(spec.model_dump_json()), CLASSES) == predictor
+    assert caches.build_selector(caches.describe_selector(Confidence())) == Confidence()
+    for name, value in (("points", 65_537), ("k", 0), ("units", 10**9), ("cells", -1)):
+        with pytest.raises(ValidationError):
+            predictors.validate_python({"kind": "knn", "points": 100, name: value})
+
+
+def test_memory_is_counted_with_the_key_network():
+    cache = knn(*random_points(20), capacity=30)
+    (row,) = caches.memory_report([cache])
+    assert (row.name, row.site) == ("knn@1", 1)
+    assert row.key_network == 4 * (48 * UNITS + UNITS)
+    assert row.points == 30 * caches.point_bytes(UNITS) + 4  # the count of points
+    assert row.total == cache.bytes
+
+
+def test_the_papers_memory_comes_out_of_the_arithmetic_but_for_its_k_means():
+    resnet18 = [shape for shape in ((32, 32, 64), (16, 16, 128), (8, 8, 256), (4, 4, 512)) for _ in range(2)]
+    rows = {row.what: row for row in caches.published_memory(resnet18)}
+    for what in ("raw k-NN", "reduced k-NN"):
+        assert rows[what].mb == rows[what].published_mb
+    for what in ("k-means", "k-means, ResNet-50"):
+        assert 2 * rows[what].mb == rows[what].published_mb
+    assert rows["key networks"].mb == 960  # which the paper does not count

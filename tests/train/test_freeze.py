@@ -1,0 +1,111 @@
+"""Freeze Inference's protocol: what it says of a table that can be reckoned by hand, and the script on the digits."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gati_jax
+from gati_jax import InputError, ReplayTable
+from tests.train.one_pass import SMALLEST, json_of, small_and_repeatable
+from train import freeze
+from train.config import load
+from train.freeze_config import FreezeExperiment
+
+CONFIG = Path(__file__).parents[2] / "configs" / "repro_freeze_resnet18.toml"
+DIGITS = """
+[data]
+name = "digits"
+base_trained_on = ["all[:900]"]
+splits = { build = "all[:500]", seen = "all[500:800]", clean = "all[1000:1300]", serve = "all[1300:1600]" }
+[base]
+network = "resnet20"
+input_shape = [8, 8, 1]
+normalization = { scale = 0.0625, mean = [0.305], std = [0.376] }
+[fit]
+epochs = 1
+batch = 50
+[freeze]
+key_units = 8
+k = 5
+centres = 20
+"""
+
+
+def test_the_published_experiment_loads():
+    config = load(FreezeExperiment, CONFIG)
+    assert config.freeze.build() == gati_jax.FreezeConfig(k=50, key_units=1024, centres=100)
+    assert config.base.resnet().classes == 10
+    with pytest.raises(InputError, match=r"unknown key freeze\.neighbours"):
+        load(FreezeExperiment, CONFIG, ["--freeze.neighbours", "3"])
+    with pytest.raises(InputError, match="kinds"):
+        load(FreezeExperiment, CONFIG, ["--freeze.kinds", "[]"])
+
+
+def table(classes, scores):
+    """Requests whose answer is 0, at sites 1, 2 and 4 of a base of four blocks and an idle one."""
+    classes = np.array(classes, np.int32).T
+    n = classes.shape[1]
+    return ReplayTable(
+        names=("a", "b", "c"), sites=(1, 2, 4), depth=5, answers=np.zeros(n, np.int32), classes=classes,
+        scores=np.array(scores, np.float32).T, rows=np.arange(n, dtype=np.uint64), labels=np.ones(n, np.int32),
+    )  # fmt: skip
+
+
+def test_a_table_by_hand():
+    """Thresholds just above 5, 3 and 7."""
+    validation = table([[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[5, 9, 9], [6, 3, 9], [1, 1, 7]])
+    requests = table(
+        [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1]],
+        [[6, 0, 0], [5, 4, 0], [5, 4, 9], [0, 3, 8], [0, 3, 7]],
+    )
+    found = freeze.served(validation, requests, blocks=4)
+    assert [e["hits"] for e in found["exits"]] == [1, 2, 1, 1]
+    assert [e["exit"] for e in found["exits"]] == [1, 2, 4, "base"]
+    assert [e["agreement"] for e in found["exits"]] == [1, 0.5, 1, 1]
+    assert found["half_share"] == 3 / 5
+    assert found["before_last_block_share"] == 3 / 5
+    assert found["before_output_share"] == 4 / 5
+    assert found["agreement"] == found["accuracy"] + 3 / 5 == 4 / 5
+    assert found["blocks_mean"] == (1 + 2 + 2 + 4 + 4) / 5
+    assert freeze.oracle(requests, blocks=4) == {"half_share": 1.0, "blocks_mean": (1 + 2 + 1 + 1 + 1) / 5}
+
+
+def test_a_cache_behind_the_last_block_sees_what_the_classifier_sees():
+    spec = jax.ShapeDtypeStruct((3,), np.float32)
+    chain = gati_jax.Chain((lambda p, x: x * p,) * 2, lambda p, x: x @ p, (2.0, 3.0, jnp.eye(3)), spec)
+    longer, x = freeze.with_exit_behind_last(chain), jnp.ones((1, 3))
+    assert len(longer) == 3
+    assert np.array_equal(longer(x), chain(x))
+    assert longer.activations(x)[0][2].tolist() == [[6, 6, 6]]
+
+
+def test_the_script_on_the_digits(tmp_path):
+    (tmp_path / "digits.toml").write_text(DIGITS)
+    chain_of = gati_jax.models.init(SMALLEST, jax.random.key(0))
+    with small_and_repeatable(SMALLEST), pytest.MonkeyPatch.context() as patch:
+        # Initial weights: what the base answers does not matter here.
+        patch.setattr(
+            freeze,
+            "read_base",
+            lambda base: gati_jax.models.to_chain(SMALLEST, gati_jax.models.fold(chain_of), base.normalize()),
+        )
+        arguments = ["--config", str(tmp_path / "digits.toml"), "--out", str(tmp_path / "out")]
+        result = json_of(freeze.main, *arguments)
+    blocks = len(gati_jax.models.to_chain(SMALLEST, gati_jax.models.fold(chain_of)))
+    assert [result["protocols"][s]["base_saw_thresholds"] for s in ("seen", "clean")] == [True, False]
+    for protocol in result["protocols"].values():
+        for kind in ("knn", "kmeans"):
+            exits = protocol[kind]["exits"]
+            assert [e["exit"] for e in exits] == [*range(1, blocks + 1), "base"]
+            assert sum(e["hits"] for e in exits) == result["n"] == 300
+            right = sum(e["hits"] * e["agreement"] for e in exits if e["hits"])
+            assert right == pytest.approx(300 * protocol[kind]["agreement"])
+            assert protocol[kind]["half_share"] <= protocol[kind]["before_output_share"]
+            assert (
+                protocol[kind]["half_share"] <= result["oracle"][kind]["half_share"] + 1 - protocol[kind]["agreement"]
+            )
+    assert all(row["total"] == row["key_network"] + row["points"] for row in result["memory"]["knn"])
+    assert (tmp_path / "out" / "freeze.json").is_file()

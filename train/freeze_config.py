@@ -1,0 +1,78 @@
+"""What the file of a Freeze Inference experiment may say."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from gati_jax import FitConfig, FreezeConfig
+
+from .config import Augmentation, Base, Count, Section
+
+
+class FreezeSplits(Section):
+    """Disjoint parts of the source, in TFDS's notation."""
+
+    build: str = Field(description="trains key networks, and becomes points")
+    seen: str = Field(description="sets thresholds as published, on images that the base was trained on")
+    clean: str = Field(description="sets thresholds once more, on images that the base has not seen")
+    serve: str = Field(description="requests; nothing is chosen on them")
+
+
+class FreezeData(Section):
+    """Where images come from."""
+
+    name: str = Field(description="digits, or a TensorFlow Datasets name such as cifar10")
+    dir: Path | None = Field(None, description="TensorFlow Datasets folder; unset: TFDS's default")
+    splits: FreezeSplits
+    base_trained_on: tuple[str, ...] = Field(description="parts that the base was trained on, whoever trained it")
+
+
+class KeyTraining(Section):
+    """How key networks are trained."""
+
+    epochs: Count = 3
+    batch: Count = 256
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-3
+    augment: Augmentation = Augmentation()
+
+    def build(self, seed: int) -> FitConfig:
+        """Return the library's record."""
+        options = self.model_dump(exclude={"augment"})
+        return FitConfig(**options, augment=self.augment.build(), seed=seed)
+
+
+class Caches(Section):
+    """As ``gati_jax.FreezeConfig``."""
+
+    kinds: tuple[Literal["knn", "kmeans"], ...] = ("knn", "kmeans")
+    key_units: Annotated[int, Field(ge=1, le=65_536)] = 1024
+    cells: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        default=None, description="average fields in front of the key network; unset: the paper's flattened activation"
+    )
+    k: Count = 50
+    budget: Count | None = Field(default=None, description="bytes for the points of all k-NN caches; unset: all points")
+    choice: Literal["random", "condensed", "spread"] = "random"
+    centres: Count = 100
+    behind_last: bool = Field(default=True, description="a cache behind the last block, too, as the paper has one")
+
+    def build(self) -> FreezeConfig:
+        """Return the library's record."""
+        return FreezeConfig(**self.model_dump(exclude={"behind_last"}))
+
+
+class FreezeExperiment(Section):
+    """The published protocol, and the same with clean splits."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    data: FreezeData
+    base: Base
+    fit: KeyTraining = KeyTraining()
+    freeze: Caches = Caches()
+
+    @model_validator(mode="after")
+    def _caches_can_be_made(self) -> "FreezeExperiment":
+        self.freeze.build()
+        return self
