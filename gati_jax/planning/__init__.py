@@ -5,6 +5,7 @@ from .betting import accuracy_gap_bound as accuracy_gap_bound
 from .binomial import largest_passing as largest_passing
 from .binomial import p_value as p_value
 from .binomial import samples_needed as samples_needed
+from .certificate import CONDITIONAL as CONDITIONAL
 from .certificate import Certificate as Certificate
 from .certificate import ExitRate as ExitRate
 from .certificate import tightest as tightest

@@ -98,13 +98,13 @@ def _passes(
 def _of_opened(table: ReplayTable, path: list[Float[np.ndarray, " caches"]], mean_ms: list[float]) -> Plan:
     """Return the plan of the caches that some step opens."""
     steps = np.stack(path)
-    on = np.isfinite(steps).any(0)
+    on = [bool(np.isfinite(column).any()) for column in steps.T]
     kept = table.take([name for name, is_on in zip(table.names, on, strict=True) if is_on])
     return Plan(
         names=kept.names,
         sites=kept.sites,
         depth=table.depth,
-        path=steps[:, on],
+        path=steps[:, np.asarray(on, bool)],
         disagreement=np.array([replay_plan(table, thresholds).disagreement for thresholds in path]),
         mean_ms=np.array(mean_ms),
         n=len(table),
