@@ -161,7 +161,7 @@ class Planning(Section):
     epsilon: Share = Field(default=0.02, description="largest share of requests that may disagree with the base")
     delta: Share = Field(default=0.05, description="risk that the certificate is wrong, or any of several")
     also: Annotated[tuple[Share, ...], Field(max_length=3)] = Field(
-        default=(), description="further epsilons: a plan for each, named like 2%%, all certified together"
+        default=(), description="further epsilons: a plan for each, named like 2%, all certified together"
     )
     max_sites: Count | None = None
     batch: Annotated[int, Field(ge=1, le=4096)] = Field(default=1, description="requests at once that latency is about")

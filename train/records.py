@@ -139,4 +139,5 @@ def record_look(
 
 def count_looks(looks: Iterable[Look]) -> int:
     """Return how often the rows were opened: plans that were certified together count once, for they share delta."""
-    return len({(look.data_fingerprint, look.together) if look.together else look for look in looks})
+    together = {(look.data_fingerprint, look.together) for look in looks if look.together}
+    return len(together) + sum(not look.together for look in looks)
