@@ -13,7 +13,7 @@ from gati_jax._errors import InputError
 from .compose import MAX_THRESHOLDS, Plan
 from .tables import CostTable, ReplayTable, cascade_ms, replay_plan
 
-LEVELS = (1e-4, 1e-2, 0.1, 1.0, 4.0)
+LEVELS = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 2.0, 4.0)
 """Times delta, what every exit's p-value may be on the select split: sure steps first, and some for luck at the end."""
 ROUNDS = 3  # over all caches, on each level; more find hardly anything
 

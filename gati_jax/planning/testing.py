@@ -168,7 +168,8 @@ def _certify(plan: Plan, table: ReplayTable, epsilon: float, terms: _Terms, meth
         tested = _tested(plan, i, outcome, epsilon, method)
         if tested.p_value > terms.level:
             break
-        step, passed = i, tested
+        if i == 0 or np.isfinite(plan.path[i]).any():  # a step that opens nothing says nothing
+            step, passed = i, tested
     if step <= 0:
         step = -1  # step 0 is the bare base: nothing to certify
     count = int(outcomes[step].disagrees.sum()) if step > 0 else 0

@@ -96,7 +96,7 @@ def test_the_order_of_the_requests_does_not_matter(drawn, delta, random):
 def test_more_requests_bound_it_more_tightly():
     bounds = [upper_bound(n // 100, n // 100, n, 0.05) for n in (100, 1000, 10_000, 100_000)]
     assert bounds == sorted(bounds, reverse=True)
-    assert bounds[-1] < 0.001
+    assert bounds[-1] < 0.002
 
 
 @pytest.mark.parametrize("n", [10**4, 10**9, 2**52])
@@ -178,7 +178,8 @@ def test_certify_bounds_the_loss_for_whichever_step_the_data_chooses(make_table,
         n=n, losses=1, gains=2, upper=upper_bound(1, 2, n, 0.05 / 12), delta=0.05, comparisons=12
     )
     for change in ({"comparisons": 3}, {"n": n + 1}, {"losses": 2, "gains": 2, "upper": 1.0}):
+        other = dataclasses.replace(gap, **{"upper": 1.0} | change)
         with pytest.raises(gati_jax.InputError, match="accuracy_gap: expected"):
-            dataclasses.replace(certificate, accuracy_gap=dataclasses.replace(gap, **{"upper": 1.0} | change))
+            dataclasses.replace(certificate, accuracy_gap=other)
     nothing = gati_jax.certify(plan, dataclasses.replace(table, labels=labels), 0.001)
     assert (nothing.certified, nothing.accuracy_gap) == (False, None)

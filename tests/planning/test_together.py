@@ -1,5 +1,6 @@
 """Several plans in one look: each pays for all, and each can be checked by itself."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -26,7 +27,7 @@ def test_each_plan_is_certified_as_alone_at_its_share_of_delta(random_tables, ma
         path[0] = OFF
         plan = make_plan(path, sites=table.sites, depth=table.depth)
         named[f"p{i}"] = (plan, data.draw(st.sampled_from([0.1, 0.3])))
-    with pytest.warns() if looks > 1 else _nothing():
+    with pytest.warns() if looks > 1 else contextlib.nullcontext():
         together = certify_together(named, table, delta, looks=looks)
     assert list(together) == list(named)
     for name, (plan, epsilon) in named.items():
@@ -36,12 +37,6 @@ def test_each_plan_is_certified_as_alone_at_its_share_of_delta(random_tables, ma
         assert (one.name, one.plans, one.looks, one.delta) == (name, plans, looks, delta)
         assert one.level == pytest.approx(delta / plans / looks)
         assert one.stays_off == alone.stays_off
-
-
-def _nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 def passing(make_table, make_plan, exact_cdf, n=100, epsilon=0.1, delta=0.1):
