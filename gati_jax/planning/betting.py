@@ -13,11 +13,13 @@ import math
 
 import numpy as np
 from jaxtyping import Bool
+from scipy.optimize import brentq
 
 from gati_jax._errors import InputError
 
 METHOD = "betting, mixture of constant bets"
-_HALVINGS = 100  # of an interval of length 2, which leaves nothing
+_LARGEST_GAP = 1 - 1e-12  # at 1 stakes would be infinite
+_ACCURACY = 1e-13
 _LARGEST_BET = 0.99  # of the capital: one lost request may not ruin it
 _TOLERANCE = 1e-9  # another machine's logarithms
 
@@ -97,15 +99,11 @@ def accuracy_gap_bound(
 def upper_bound(losses: int, gains: int, n: int, delta: float) -> float:
     """Return the smallest gap at which the capital comes to 1 / delta; 1 where it never does."""
     # What a bet wins does not fall with g, whatever came: what is ruled out at g is ruled out above it.
-    low, high = -1.0, 1.0
-    bets = _bets(n, delta)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        if not low < middle < high:
-            break
-        enough = _log_capital(middle, bets, losses, gains, n) >= -math.log(delta)
-        low, high = (low, middle) if enough else (middle, high)
-    return high
+    bets, needed = _bets(n, delta), -math.log(delta)
+    if _log_capital(_LARGEST_GAP, bets, losses, gains, n) < needed:
+        return 1.0
+    found = brentq(lambda gap: _log_capital(gap, bets, losses, gains, n) - needed, -1.0, _LARGEST_GAP, xtol=_ACCURACY)
+    return min(1.0, float(found) + 2 * _ACCURACY)  # to the safe side
 
 
 def _bets(n: int, delta: float) -> list[float]:

@@ -6,12 +6,12 @@ them, and may be wrong on more than its share. ``certify_conditional`` would sto
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import binom
+from scipy.special import bdtr
 
 from gati_jax._errors import InputError
 
 from .compose import MAX_THRESHOLDS, Plan
-from .tables import CostTable, ReplayTable, cascade_ms, replay_plan
+from .tables import CostTable, Outcome, ReplayTable, cascade_ms, replay_plan
 
 LEVELS = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 2.0, 4.0)
 """Times delta, what every exit's p-value may be on the select split: sure steps first, and some for luck at the end."""
@@ -72,27 +72,28 @@ def _moved(
     """Return the thresholds with that of one cache where the mean time is the smallest and every exit passes."""
     scores = np.unique(table.scores[cache])
     spaced = np.linspace(0, len(scores) - 1, min(len(scores), MAX_THRESHOLDS)).astype(int)
+    on = np.isfinite(thresholds)
+    on[cache] = True
+    looked = np.cumsum(np.where(on, [costs.lookup_ms[name] for name in table.names], 0.0))
+    ms = np.array([costs.until(site) for site in (*table.sites, table.depth)]) + np.append(looked, looked[-1])
+    # Where several caches stand at one site, the last of them counts the site's exits.
+    last = list({table.sites[c]: c for c in np.flatnonzero(on).tolist()}.values())
     best, best_ms = None, np.inf
     for threshold in scores[spaced][np.isfinite(scores[spaced])]:
         trial = thresholds.copy()
         trial[cache] = threshold
-        ms = cascade_ms(table, trial, costs)
-        if ms < best_ms and _passes(table, trial, *terms):
-            best, best_ms = trial, ms
+        outcome = replay_plan(table, trial)
+        mean = float(ms[outcome.exits].mean())
+        if mean < best_ms and _passes(outcome, last, *terms):
+            best, best_ms = trial, mean
     return best
 
 
-def _passes(
-    table: ReplayTable, thresholds: Float[np.ndarray, " caches"], alpha: float, level: float, scale: float
-) -> bool:
+def _passes(outcome: Outcome, last: list[int], alpha: float, level: float, scale: float) -> bool:
     """Say whether every open exit would pass with ``scale`` times as many requests as these."""
-    outcome, caches = replay_plan(table, thresholds), len(table.names)
-    left = np.cumsum(np.bincount(outcome.exits, minlength=caches + 1))[:-1]
-    wrong = np.cumsum(np.bincount(outcome.exits[outcome.disagrees], minlength=caches + 1))[:-1]
-    # Where several caches stand at one site, the last of them counts the site's exits.
-    last = list({table.sites[c]: c for c in np.flatnonzero(np.isfinite(thresholds)).tolist()}.values())
-    p_values = binom.cdf(np.ceil(wrong * scale)[last], np.floor(left * scale)[last], alpha)
-    return bool(np.all(p_values <= level))
+    left = np.cumsum(np.bincount(outcome.exits, minlength=last[-1] + 1))[last]
+    wrong = np.cumsum(np.bincount(outcome.exits[outcome.disagrees], minlength=last[-1] + 1))[last]
+    return bool(np.all(bdtr(np.ceil(wrong * scale), np.floor(left * scale).astype(int), alpha) <= level))
 
 
 def _of_opened(table: ReplayTable, path: list[Float[np.ndarray, " caches"]], mean_ms: list[float]) -> Plan:

@@ -142,7 +142,7 @@ def test_plans_together_keep_the_promise_together(make_table, make_plan):
     assert failures / DRAWS >= DELTA / 4
 
 
-@pytest.mark.parametrize(("losses", "gains"), [(0.05, 0.0), (0.05, 0.05), (0.3, 0.2), (0.005, 0.004)])
+@pytest.mark.parametrize(("losses", "gains"), [(0.05, 0.0), (0.05, 0.05), (0.005, 0.004)])
 def test_the_bound_on_the_accuracy_gap_is_wrong_at_most_as_often_as_delta(losses, gains):
     # A bet's capital is compared with 1 / delta by Markov's inequality, which costs: bounds by betting at a fixed n are
     # wrong far more rarely than delta. Measured at n = 2,000, delta = 0.1: 0.004, 0.006, 0.005 and 0.000 of the draws.
@@ -163,7 +163,7 @@ def population(seed, n, make_table):
 
 @pytest.mark.parametrize("kind", ["marginal", "conditional"])
 def test_resplits_of_one_table_fail_at_most_as_often_as_delta(make_table, make_costs, kind):
-    table, costs = population(1, 1200, make_table), make_costs([1.0] * 4, [0.05] * 3)
+    table, costs = population(1, 800, make_table), make_costs([1.0] * 4, [0.05] * 3)
     epsilon, options = 0.08, {}
     if kind == "conditional":
         options = {
@@ -172,7 +172,7 @@ def test_resplits_of_one_table_fail_at_most_as_often_as_delta(make_table, make_c
             ),
             "certify_with": lambda plan, rows: gati_jax.certify_conditional(plan, rows, epsilon, DELTA),
         }
-    draws = 25 if options else 80
+    draws = 8 if options else 40
     coverage = resplit_coverage(table, costs, epsilon, DELTA, draws, 0, **options)
     assert coverage.certified > draws / 2
     assert coverage.low <= DELTA
@@ -185,14 +185,14 @@ def test_resplits_of_one_table_fail_at_most_as_often_as_delta(make_table, make_c
 
 
 def test_resplits_find_out_who_certifies_what_does_not_hold(make_table, make_costs):
-    table, costs = population(2, 1200, make_table), make_costs([1.0] * 4, [0.05] * 3)
+    table, costs = population(2, 800, make_table), make_costs([1.0] * 4, [0.05] * 3)
 
     def believed(plan, rows):
         """Certify what a fifth of the requests, taken for all of them, would allow."""
         counted = gati_jax.certify(plan, rows, 0.2, DELTA)
         return dataclasses.replace(counted, accuracy_gap=None)
 
-    coverage = resplit_coverage(table, costs, 0.05, DELTA, 30, 0, certify_with=believed)
+    coverage = resplit_coverage(table, costs, 0.05, DELTA, 20, 0, certify_with=believed)
     assert coverage.low > DELTA
     assert coverage.worst_rate > 0.05
 
