@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 from jaxtyping import Bool
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 
 from gati_jax._errors import InputError
 
@@ -102,8 +102,10 @@ def upper_bound(losses: int, gains: int, n: int, delta: float) -> float:
     bets, needed = _bets(n, delta), -math.log(delta)
     if _log_capital(_LARGEST_GAP, bets, losses, gains, n) < needed:
         return 1.0
-    found = brentq(lambda gap: _log_capital(gap, bets, losses, gains, n) - needed, -1.0, _LARGEST_GAP, xtol=_ACCURACY)
-    return min(1.0, float(found) + 2 * _ACCURACY)  # to the safe side
+    found = root_scalar(
+        lambda gap: _log_capital(gap, bets, losses, gains, n) - needed, bracket=(-1.0, _LARGEST_GAP), xtol=_ACCURACY
+    )
+    return min(1.0, float(found.root) + 2 * _ACCURACY)  # to the safe side
 
 
 def _bets(n: int, delta: float) -> list[float]:
