@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .planning import Plan as Plan
     from .planning import ReplayTable as ReplayTable
     from .planning import certify as certify
+    from .planning import certify_conditional as certify_conditional
+    from .planning import certify_together as certify_together
     from .planning import plan as plan
     from .runtime import Prediction as Prediction
     from .runtime import measure_costs as measure_costs
@@ -47,7 +49,16 @@ _ROOMS = {
     "fitting": ("Augment", "FitConfig", "FreezeConfig", "Head", "fit", "fit_freeze", "network_head"),
     "_infer": ("infer", "infer_batch"),
     "models": ("Chain", "Normalization", "resnet"),
-    "planning": ("Certificate", "CostTable", "Plan", "ReplayTable", "certify", "plan"),
+    "planning": (
+        "Certificate",
+        "CostTable",
+        "Plan",
+        "ReplayTable",
+        "certify",
+        "certify_conditional",
+        "certify_together",
+        "plan",
+    ),
     "runtime": ("Prediction", "measure_costs", "replay", "tune"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

@@ -10,7 +10,13 @@ from .runtime import Prediction, TunedCascade, predict_batch, predict_one
 Numerics = Literal["reference", "fast"]
 
 
-def infer(bundle: Bundle, image: Any, *, numerics: Numerics | None = None) -> Prediction:  # noqa: ANN401 (anything that NumPy takes)
+def infer(
+    bundle: Bundle,
+    image: Any,  # noqa: ANN401 (anything that NumPy takes)
+    *,
+    numerics: Numerics | None = None,
+    plan: str | None = None,
+) -> Prediction:
     """Answer one request, leaving at the first cache that is sure enough.
 
     Args:
@@ -18,13 +24,14 @@ def infer(bundle: Bundle, image: Any, *, numerics: Numerics | None = None) -> Pr
         image: One uint8 image (the bundle normalises it) or one prepared float32 input, without a batch dimension.
         numerics: "reference" is the arithmetic that was certified; "fast" what ``tune`` found fastest on this device,
             whose logits differ in their last bits. Unless told: fast where the bundle has been tuned.
+        plan: The name of one of ``bundle.plans``. Unless told: the default one.
 
     Returns:
         ``class_index`` int32[], ``exit`` int32[] (site number, or N for the base), ``score`` float32[] and ``logits``
         float32[classes] of whoever answered.
 
     Raises:
-        InputError: The shape, the dtype or a value is not what the bundle's network takes.
+        InputError: The shape, the dtype or a value is not what the bundle's network takes, or there is no such plan.
 
     Example:
         >>> import gati_jax
@@ -33,11 +40,17 @@ def infer(bundle: Bundle, image: Any, *, numerics: Numerics | None = None) -> Pr
         3
     """
     array = check_images(bundle.chain, image, batched=False, argument="image")
-    tuned = _tuned(bundle, numerics)
-    return tuned.predict_one(array) if tuned else predict_one(bundle.cascade, array)
+    tuned = _tuned(bundle, numerics, plan)
+    return tuned.predict_one(array) if tuned else predict_one(bundle.cascade_of(plan), array)
 
 
-def infer_batch(bundle: Bundle, images: Any, *, numerics: Numerics | None = None) -> Prediction:  # noqa: ANN401 (anything that NumPy takes)
+def infer_batch(
+    bundle: Bundle,
+    images: Any,  # noqa: ANN401 (anything that NumPy takes)
+    *,
+    numerics: Numerics | None = None,
+    plan: str | None = None,
+) -> Prediction:
     """Answer many requests, each leaving at its own exit.
 
     Args:
@@ -45,23 +58,25 @@ def infer_batch(bundle: Bundle, images: Any, *, numerics: Numerics | None = None
         images: uint8 or prepared inputs with a leading batch dimension.
         numerics: As for ``infer``. Reference numerics answer rows one after another, exactly as ``infer`` does, in one
             program for each number of rows; fast ones in tiles, in one program for each power of two.
+        plan: As for ``infer``.
 
     Returns:
         As ``infer``, with a leading batch dimension everywhere.
 
     Raises:
-        InputError: The shape, the dtype or a value is not what the bundle's network takes.
+        InputError: The shape, the dtype or a value is not what the bundle's network takes, or there is no such plan.
     """
     array = check_images(bundle.chain, images)
-    tuned = _tuned(bundle, numerics)
-    return tuned.predict(array) if tuned and len(array) else predict_batch(bundle.cascade, array)
+    tuned = _tuned(bundle, numerics, plan)
+    return tuned.predict(array) if tuned and len(array) else predict_batch(bundle.cascade_of(plan), array)
 
 
-def _tuned(bundle: Bundle, numerics: Numerics | None) -> TunedCascade | None:
+def _tuned(bundle: Bundle, numerics: Numerics | None, plan: str | None) -> TunedCascade | None:
     if numerics not in {None, "reference", "fast"}:
         msg = f"numerics: expected reference or fast, got {numerics!r}"
         raise InputError(msg)
-    if numerics == "fast" and bundle.tuned is None:
+    tuned = bundle.tuned_of(plan)
+    if numerics == "fast" and tuned is None:
         msg = "numerics: this bundle has not been tuned for this device; run python -m train.tune --bundle DIR"
         raise InputError(msg)
-    return None if numerics == "reference" else bundle.tuned
+    return None if numerics == "reference" else tuned

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from ._errors import BundleError
+from ._plans import MAX_PLANS
 from .caches import PredictorSpec, SelectorSpec
 from .models import Normalization, ResNet
 from .planning import Certificate, CostTable, Origin, Plan
@@ -123,13 +124,13 @@ class PlanEntry(Strict):
 class Plans(Strict):
     """``plans.json``."""
 
-    plans: Annotated[tuple[PlanEntry, ...], Field(min_length=1, max_length=1)]
+    plans: Annotated[tuple[PlanEntry, ...], Field(min_length=1, max_length=MAX_PLANS)]
 
 
 class Certificates(Strict):
-    """``certificates.json``: one for each plan. Both files hold lists, for more plans to come."""
+    """``certificates.json``: one for each plan, in the same order."""
 
-    certificates: Annotated[tuple[Certificate, ...], Field(min_length=1, max_length=1)]
+    certificates: Annotated[tuple[Certificate, ...], Field(min_length=1, max_length=MAX_PLANS)]
 
 
 class DeviceFile(Strict):

@@ -1,8 +1,8 @@
 """Bundles: what is saved, loaded and served.
 
     manifest.json      network, normalization, caches, class names, provenance, digests of all other files
-    plans.json         chosen caches in order, and the path of their thresholds
-    certificates.json  what is known of their disagreement
+    plans.json         up to four plans, the default first: chosen caches in order, and the path of their thresholds
+    certificates.json  what is known of the disagreement of each
     arrays/            parameters of the base and of the caches (Orbax)
     tuning/            measured costs, algorithms and tiles by device; not part of the digest, for it is measured anew
 
@@ -41,6 +41,7 @@ from ._manifest import (
     read_json,
     write_json,
 )
+from ._plans import CertifiedPlans, check_plans, sites_of
 from .caches import Candidate, build_predictor, build_selector, choose, describe_predictor, describe_selector
 from .models import Chain, ResNet, fold, init, to_chain
 from .planning import Certificate, CostTable, Origin, Plan
@@ -51,13 +52,16 @@ MAX_ARRAY_BYTES = 8 * 2**30  # a manifest of a few lines may imply any number; c
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A base with its caches, a plan for them, and a certificate of the plan."""
+    """A base with its caches, a plan for them, and a certificate of the plan; or up to four of both."""
 
     chain: Chain
     caches: tuple[Candidate, ...]
-    """The plan's, in its order."""
+    """The plan's, in its order; then those that only the other plans have."""
     plan: Plan
+    """The one that is used unless another is named."""
     certificate: Certificate
+    also: tuple[tuple[Plan, Certificate], ...] = ()
+    """Other plans, each with its certificate."""
     class_names: tuple[str, ...] = ()
     provenance: Provenance = Provenance()  # noqa: RUF009 (frozen)
     costs: tuple[CostTable, ...] = ()
@@ -65,20 +69,66 @@ class Bundle:
     tunings: tuple[Tuning, ...] = ()
     """By device."""
 
-    @functools.cached_property
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """All plans by name, the default one first."""
+        return {certificate.name: plan for plan, certificate in ((self.plan, self.certificate), *self.also)}
+
+    @property
+    def certificates(self) -> dict[str, Certificate]:
+        """Their certificates."""
+        return {certificate.name: certificate for certificate in (self.certificate, *(c for _, c in self.also))}
+
+    @property
     def cascade(self) -> Cascade:
         """The certified step of the plan, ready to run: caches that stay off are left out."""
-        thresholds = self.plan.thresholds(self.certificate.step)
-        on = [c for c, threshold in zip(self.caches, thresholds, strict=True) if np.isfinite(threshold)]
-        cascade = Cascade(self.chain, tuple(on), jnp.asarray(thresholds[np.isfinite(thresholds)], jnp.float32))
-        check_cascade(cascade)
-        return cascade
+        return self.cascades[self.certificate.name]
 
-    @functools.cached_property
+    @property
     def tuned(self) -> TunedCascade | None:
         """The cascade as this device runs it fastest; None where nobody has tuned it for this device."""
+        return self.tuned_of(None)
+
+    @functools.cached_property
+    def cascades(self) -> dict[str, Cascade]:
+        """The cascade of every plan by name."""
+        return {name: self._cascade(plan, self.certificates[name].step) for name, plan in self.plans.items()}
+
+    def cascade_of(self, name: str | None) -> Cascade:
+        """Return the cascade of a plan; None names the default one.
+
+        Raises:
+            InputError: There is no such plan.
+        """
+        return self.cascades[self._known(name)]
+
+    def tuned_of(self, name: str | None) -> TunedCascade | None:
+        """Return ``cascade_of(name)`` as this device runs it fastest, if the bundle has been tuned for it.
+
+        Raises:
+            InputError: There is no such plan.
+        """
+        return self._tuned.get(self._known(name))
+
+    @functools.cached_property
+    def _tuned(self) -> dict[str, TunedCascade]:
         tuning = next((tuning for tuning in self.tunings if tuning.device == device_name()), None)
-        return None if tuning is None else TunedCascade(self.cascade, tuning)
+        return {} if tuning is None else {name: TunedCascade(c, tuning) for name, c in self.cascades.items()}
+
+    def _known(self, name: str | None) -> str:
+        name = self.certificate.name if name is None else name
+        if name not in self.plans:
+            msg = f"plan: expected one of {', '.join(self.plans)}, got {name!r}"
+            raise InputError(msg)
+        return name
+
+    def _cascade(self, plan: Plan, step: int) -> Cascade:
+        thresholds = plan.thresholds(step)
+        on = np.isfinite(thresholds)
+        caches = choose(self.caches, [name for name, is_on in zip(plan.names, on, strict=True) if is_on])
+        cascade = Cascade(self.chain, caches, jnp.asarray(thresholds[on], jnp.float32))
+        check_cascade(cascade)
+        return cascade
 
 
 def save_bundle(
@@ -88,6 +138,7 @@ def save_bundle(
     plan: Plan,
     certificate: Certificate,
     *,
+    also: Iterable[tuple[Plan, Certificate]] = (),
     class_names: tuple[str, ...] = (),
     provenance: Provenance | None = None,
     costs: Iterable[CostTable] = (),
@@ -97,29 +148,32 @@ def save_bundle(
     Args:
         path: The folder to write.
         chain: The base.
-        candidates: Among which are the plan's.
-        plan: Which caches, in which order, with which thresholds.
+        candidates: Among which are all plans'.
+        plan: Which caches, in which order, with which thresholds; used unless another plan is named.
         certificate: Of that very plan.
+        also: Up to three more plans, each with its certificate, under other names. All of them must have been certified
+            together.
         class_names: Names of the classes, in the order of the logits.
         provenance: Versions, seeds, data, config.
         costs: Measured costs.
 
     Raises:
-        InputError: The certificate is another plan's, or a cache is of a kind that no bundle can hold.
+        InputError: A certificate is another plan's, the plans were not certified together or have the same name, or a
+            cache is of a kind that no bundle can hold.
     """
-    path = Path(path)
-    if certificate.plan_hash != plan.hash:
-        msg = "certificate: expected that of this plan, got another plan's"
-        raise InputError(msg)
+    path, pairs = Path(path), ((plan, certificate), *also)
+    check_plans(pairs)
     if path.exists() and not (path.is_dir() and ((path / "manifest.json").is_file() or not any(path.iterdir()))):
         msg = f"path: expected a bundle or nothing at {path}, got something else, which is left alone"
         raise InputError(msg)
-    caches = choose(candidates, plan.names)
-    if tuple(c.site for c in caches) != plan.sites or plan.depth != len(chain):
-        expected = f"sites {plan.sites} of {plan.depth} blocks"
-        msg = f"candidates: expected the plan's {expected}, got {tuple(c.site for c in caches)} of {len(chain)}"
-        raise InputError(msg)
-    _check_origin(plan, chain, caches)
+    caches = choose(candidates, tuple(sites_of(pairs)))
+    for one, _ in pairs:
+        sites = tuple(c.site for c in choose(caches, one.names))
+        if sites != one.sites or one.depth != len(chain):
+            expected = f"sites {one.sites} of {one.depth} blocks"
+            msg = f"candidates: expected the plan's {expected}, got {sites} of {len(chain)}"
+            raise InputError(msg)
+        _check_origin(one, chain, caches)
     entries = tuple(
         CacheEntry(
             name=c.name, site=c.site, predictor=describe_predictor(c.predictor), selector=describe_selector(c.selector)
@@ -128,8 +182,8 @@ def save_bundle(
     )
     with replacing(path) as folder:
         ocp.save(str(folder.absolute() / "arrays"), _arrays(chain, caches))
-        write_json(folder / "plans.json", Plans(plans=(PlanEntry.of(plan),)))
-        write_json(folder / "certificates.json", Certificates(certificates=(certificate,)))
+        write_json(folder / "plans.json", Plans(plans=tuple(PlanEntry.of(one) for one, _ in pairs)))
+        write_json(folder / "certificates.json", Certificates(certificates=tuple(c for _, c in pairs)))
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             network=chain.network if isinstance(chain.network, ResNet) else None,
@@ -179,36 +233,32 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
     folder = present(Path(path))
     manifest = _read_manifest(folder)
     check_files(folder, manifest.files)
-    (plan_entry,) = read_json(folder / "plans.json", Plans).plans
-    (certificate,) = read_json(folder / "certificates.json", Certificates).certificates
-    plan = plan_entry.plan()
-    consistent = (
-        certificate.plan_hash == plan.hash
-        and [(c.name, c.site) for c in manifest.caches] == list(zip(plan.names, plan.sites, strict=True))
-        and certificate.step < len(plan.path)
-    )
-    if not consistent:
+    pairs = _read_plans(folder)
+    if [(c.name, c.site) for c in manifest.caches] != list(sites_of(pairs).items()):
         msg = f"bundle: {folder} is inconsistent: its plan, certificate and caches do not belong together"
         raise BundleError(msg)
     skeleton = _skeleton(manifest, chain)
-    if len(skeleton) != plan.depth:
-        msg = f"chain: expected {plan.depth} blocks, for which {folder} was planned, got {len(skeleton)}"
-        raise BundleError(msg)
+    for plan, _ in pairs:
+        if len(skeleton) != plan.depth:
+            msg = f"chain: expected {plan.depth} blocks, for which {folder} was planned, got {len(skeleton)}"
+            raise BundleError(msg)
     caches = tuple(_empty_cache(entry, skeleton) for entry in manifest.caches)
     arrays = _load_arrays(folder / "arrays", _arrays(skeleton, caches))
     base = _filled(skeleton, arrays, "base")
     caches = tuple(_filled(cache, arrays, f"caches/{cache.name}") for cache in caches)
     devices = read_devices(folder / "tuning", base, caches)
     try:
-        _check_origin(plan, base, caches)
+        for plan, _ in pairs:
+            _check_origin(plan, base, caches)
     except InputError as error:
         msg = f"bundle: {folder} is inconsistent: {error}"
         raise BundleError(msg) from error
     return Bundle(
         chain=base,
         caches=caches,
-        plan=plan,
-        certificate=certificate,
+        plan=pairs[0][0],
+        certificate=pairs[0][1],
+        also=pairs[1:],
         class_names=manifest.class_names,
         provenance=manifest.provenance,
         costs=tuple(table for file in devices for table in file.costs),
@@ -216,10 +266,31 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
     )
 
 
+def _read_plans(folder: Path) -> CertifiedPlans:
+    """Read the plans with their certificates.
+
+    Raises:
+        BundleError: A file is damaged, or they do not belong together.
+    """
+    plans = [entry.plan() for entry in read_json(folder / "plans.json", Plans).plans]
+    certificates = read_json(folder / "certificates.json", Certificates).certificates
+    if len(plans) != len(certificates):
+        got = f"{len(plans)} plans and {len(certificates)} certificates"
+        msg = f"bundle: {folder} is inconsistent: expected a certificate for each plan, got {got}"
+        raise BundleError(msg)
+    pairs = tuple(zip(plans, certificates, strict=True))
+    try:
+        check_plans(pairs)
+    except InputError as error:
+        msg = f"bundle: {folder} is inconsistent: {error}"
+        raise BundleError(msg) from error
+    return pairs
+
+
 def _check_origin(plan: Plan, chain: Chain, caches: tuple[Candidate, ...]) -> None:
     """Check that plan and certificate were made from these very parameters; a plan made by hand does not say."""
     if plan.origin != Origin():
-        plan.origin.check(origin(chain, caches, plan.origin.dtype), "candidates")
+        plan.origin.check(origin(chain, choose(caches, plan.names), plan.origin.dtype), "candidates")
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -26,6 +26,9 @@ EVALUATION = {
         "method": "by hand",
         "numerics": "reference",
         "looks": 1,
+        "name": "2%",
+        "plans": 1,
+        "accuracy_gap": None,
         "certified": True,
         "base_saw_data": False,
         "holds": True,
@@ -168,6 +171,23 @@ def test_nothing_is_promised_without_a_certificate():
     assert "Nothing could be certified" in p.text
     assert "At most" not in p.text
     assert "fails" in p.classes
+
+
+def test_the_page_says_how_much_accuracy_may_be_lost_where_that_is_known():
+    assert "less accurate" not in page().text
+    gap = {"upper": 0.0123, "delta": 0.1, "losses": 41, "gains": 37, "method": "bets"}
+    text = " ".join(page(certificate={"accuracy_gap": gap}).text.split())
+    for said in (
+        "at most 1.23% less accurate than the base",
+        "confidence 90% of its own",
+        "41 answers lost and 37 gained; bets",
+    ):
+        assert said in text
+
+
+def test_the_page_names_a_plan_that_has_company():
+    assert "certified together" not in page().text
+    assert "plan 2% of 3 certified together" in page(certificate={"plans": 3}).text
 
 
 @pytest.mark.parametrize("saw", [True, False])

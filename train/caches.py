@@ -4,6 +4,7 @@ The ``certify`` split is opened once the plan, with its whole path of thresholds
 every time that happened.
 """
 
+import dataclasses
 import json
 import logging
 import sys
@@ -19,17 +20,17 @@ from gati_jax import Chain, Head, InputError, ReplayTable, data
 from gati_jax.bundle import Provenance
 from gati_jax.fitting import network_head
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
-from gati_jax.planning import Certificate, CostTable, Plan, cascade_ms
+from gati_jax.planning import Certificate, CostTable, Plan, cascade_ms, tightest
 
 from . import cli
 from .config import Base, Config
-from .records import measured_costs, record_look
+from .records import count_looks, measured_costs, record_look
 
 EXAMPLE = (
     "python -m train.caches --config configs/cifar10_resnet56.toml --out runs/r56"
     " --data.dir ../shared/data/tfds --base.weights ../shared/data/weights/resnet56-cifar10.safetensors"
 )
-CERTIFICATE_KEYS = ("epsilon", "delta", "n", "certified", "disagreements", "looks")
+CERTIFICATE_KEYS = ("name", "epsilon", "delta", "n", "certified", "disagreements", "looks", "plans")
 _log = logging.getLogger("train.caches")  # not __name__, which is "__main__"
 
 
@@ -56,18 +57,25 @@ def main(argv: list[str] | None = None) -> None:
 
     select = gati_jax.replay(chain, candidates, parts["select"].images, labels=parts["select"].labels)
     costs = measured_costs(arguments.out / "costs.json", chain, candidates, config)
-    plan = gati_jax.plan(
-        select, costs, epsilon=config.plan.epsilon, delta=config.plan.delta, max_sites=config.plan.max_sites
-    )
-    chosen = candidates.take(plan.names)
+    plans = {
+        name: (
+            gati_jax.plan(select, costs, epsilon=epsilon, delta=level(config), max_sites=config.plan.max_sites),
+            epsilon,
+        )
+        for name, epsilon in config.plan.epsilons.items()
+    }
+    chosen = candidates.take(tuple(dict.fromkeys(name for plan, _ in plans.values() for name in plan.names)))
 
-    # From here on nothing may be chosen: the plan is fixed, and the certify split is opened.
+    # From here on nothing may be chosen: the plans are fixed, and the certify split is opened.
     rows = data.row_digests(parts["certify"].images)
-    looks = record_look(arguments.out / "looks.json", rows, plan, config.plan.epsilon, config.plan.delta)
+    looks = record_look(arguments.out / "looks.json", rows, plans, config.plan.delta)
     certify = gati_jax.replay(chain, chosen, parts["certify"].images, labels=parts["certify"].labels)
-    certificate = gati_jax.certify(
-        plan, certify, config.plan.epsilon, config.plan.delta, looks=len(looks), base_saw_data=saw_certify
+    certificates = gati_jax.certify_together(
+        plans, certify, config.plan.delta, looks=count_looks(looks), base_saw_data=saw_certify
     )
+    default = tightest(certificates)
+    plan, certificate = plans[default][0], certificates[default]
+    also = [(plans[name][0], certificates[name]) for name in plans if name != default]
     for sentence in certificate.stays_off:
         _log.warning(sentence)
 
@@ -76,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         versions=cli.versions(),
         seed=config.seed,
         data_fingerprints={name: data.fingerprint(data.row_digests(part.images)) for name, part in parts.items()},
-        looks=tuple(look.model_dump() for look in looks),
+        looks=tuple(look.entry() for look in looks),
         command=sys.argv,
         config=config.model_dump(mode="json"),
     )
@@ -87,12 +95,14 @@ def main(argv: list[str] | None = None) -> None:
         chosen,
         plan,
         certificate,
+        also=also,
         class_names=parts["fit"].class_names,
         provenance=provenance,
         costs=[costs],
     )
 
     result = {"bundle": str(path), "fit_seconds": fit_seconds} | summary(select, certify, costs, plan, certificate)
+    result["also"] = [summary(select, certify, costs, *other) for other in also]
     cli.write_result(arguments.out / "caches.json", result)
     if arguments.json:
         print(json.dumps(result))
@@ -119,14 +129,25 @@ def summary(
             for name, site, t in zip(plan.names, plan.sites, thresholds.tolist(), strict=True)
         ],
         "sites": [site for site, threshold in zip(plan.sites, thresholds, strict=True) if np.isfinite(threshold)],
-        "certificate": {name: getattr(certificate, name) for name in CERTIFICATE_KEYS},
+        "certificate": {name: getattr(certificate, name) for name in CERTIFICATE_KEYS} | gap_entry(certificate),
         "predicted": {
             "full_ms": costs.full_ms,
-            "cascade_ms": cascade_ms(certify, thresholds, costs),
+            "cascade_ms": cascade_ms(certify.take(plan.names), thresholds, costs),
             "batch": costs.batch,
             "device": costs.device,
         },
     }
+
+
+def level(config: Config) -> float:
+    """Return the delta that each of the config's plans is tested at on a first look."""
+    return config.plan.delta / len(config.plan.epsilons)
+
+
+def gap_entry(certificate: Certificate) -> dict[str, Any]:
+    """Return what is said of the loss of accuracy, where the certify split has labels."""
+    gap = certificate.accuracy_gap
+    return {"accuracy_gap": None if gap is None else dataclasses.asdict(gap) | {"mean": gap.mean}}
 
 
 def show(result: dict[str, Any], title: str) -> None:
@@ -137,22 +158,28 @@ def show(result: dict[str, Any], title: str) -> None:
         for c in result["plan"]
     ]
     cli.show(title, columns, rows)
-    print(certificate_line(result["certificate"]))
-    predicted = result["predicted"]
-    print(
-        f"predicted {predicted['full_ms']:.3f} ms -> {predicted['cascade_ms']:.3f} ms on {predicted['device']},"
-        f" batch {predicted['batch']}. Bundle: {result['bundle']}"
-    )
+    for one in (result, *result["also"]):
+        print(f"plan {one['certificate']['name']}: {certificate_line(one['certificate'])}")
+        predicted = one["predicted"]
+        print(
+            f"  predicted {predicted['full_ms']:.3f} ms -> {predicted['cascade_ms']:.3f} ms on {predicted['device']},"
+            f" batch {predicted['batch']}"
+        )
+    print(f"Bundle: {result['bundle']}")
 
 
 def certificate_line(c: dict[str, Any]) -> str:
     """Say what was certified."""
     if not c["certified"]:
         return f"NOT certified at epsilon {c['epsilon']}: every cache stays off, the base answers"
-    return (
-        f"certified: at most {c['epsilon']:.1%} of requests disagree with the base (confidence {1 - c['delta']:.0%};"
-        f" {c['disagreements']} of {c['n']} certify requests did)"
+    together = f", {c['plans']} plans together" if c["plans"] > 1 else ""
+    certified = (
+        f"certified: at most {c['epsilon']:.1%} of requests disagree with the base (confidence {1 - c['delta']:.0%}"
+        f"{together}; {c['disagreements']} of {c['n']} certify requests did)"
     )
+    if gap := c["accuracy_gap"]:
+        certified += f"; loses at most {gap['upper']:.2%} of accuracy (confidence {1 - gap['delta']:.0%})"
+    return certified
 
 
 def small_networks(config: Config) -> list[Head]:

@@ -164,10 +164,20 @@ class Planning(Section):
     """What is to be certified."""
 
     epsilon: Share = Field(default=0.02, description="largest share of requests that may disagree with the base")
-    delta: Share = Field(default=0.05, description="risk that the certificate is wrong")
+    delta: Share = Field(default=0.05, description="risk that the certificate is wrong, or any of several")
+    also: Annotated[tuple[Share, ...], Field(max_length=3)] = Field(
+        default=(), description="further epsilons: a plan for each, named like 2%, all certified together"
+    )
     max_sites: Count | None = None
     batch: Annotated[int, Field(ge=1, le=4096)] = Field(default=1, description="requests at once that latency is about")
     tuned: bool = Field(default=False, description="tune the network first, and plan with its times then; minutes more")
+
+    @property
+    def epsilons(self) -> dict[str, float]:
+        """By name of the plan; one plan alone is called default."""
+        if not self.also:
+            return {"default": self.epsilon}
+        return {f"{100 * epsilon:.6g}%": epsilon for epsilon in sorted({self.epsilon, *self.also})}
 
 
 class Config(Section):

@@ -20,6 +20,7 @@ from gati_jax.report import render
 from gati_jax.runtime import measure_speed
 
 from . import cli, speeds
+from .caches import gap_entry
 from .config import build_config
 
 _log = logging.getLogger("train.evaluate")
@@ -132,14 +133,22 @@ def quality(bundle: Bundle, prediction: Prediction, table: ReplayTable) -> dict[
         "certificate": {
             **{
                 name: getattr(certificate, name)
-                for name in ("epsilon", "delta", "n", "disagreements", "method", "numerics", "looks")
+                for name in ("name", "epsilon", "delta", "n", "disagreements", "method", "numerics", "looks", "plans")
             },
+            **gap_entry(certificate),
             "certified": certificate.certified,
             "base_saw_data": certificate.base_saw_data,
             "holds": bool(certificate.certified and 1 - agrees.mean() <= certificate.epsilon),
         },
         "exits": exits,
     }
+
+
+def loss(gap: dict[str, Any] | None) -> str:
+    """Say how much accuracy may be lost."""
+    if gap is None:
+        return "no labels, or nothing certified"
+    return f"{gap['upper']:.4f}, delta {gap['delta']} ({gap['mean']:.4f} of {gap['n']} certify requests)"
 
 
 def accuracy(classes: ArrayLike, labels: np.ndarray | None) -> float | None:
@@ -173,6 +182,7 @@ def show(result: dict[str, Any]) -> None:
     lines = [
         ("agreement with the base", f"{result['cascade']['agreement']:.4f} of {result['n']} requests"),
         ("accuracy, base -> cascade", f"{base:.4f} -> {cascade:.4f}" if labelled else "no labels"),
+        ("accuracy, lost at most", loss(certificate["accuracy_gap"])),
         ("certificate", bound if certificate["certified"] else "nothing certified: the base answers every request"),
         ("ideal speed-up", f"{result['cost']['ideal_speedup']:.3f}"),
         ("measured speed-up, batch 1", f"{measured['speedup']:.3f} ({times})"),

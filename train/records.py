@@ -1,8 +1,9 @@
 """What one run of ``train.caches`` leaves in DIR for the next one: costs.json and looks.json."""
 
 import dataclasses
+import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -32,12 +33,18 @@ class _Costs(_Record):
 
 
 class Look(_Record):
-    """One plan that was held against certify rows, at one epsilon and delta."""
+    """One plan that was held against certify rows, at one epsilon and delta; alone, or with others in one look."""
 
     plan_hash: str
     data_fingerprint: str
     epsilon: float
     delta: float
+    together: str = ""
+    """The same for all plans that were certified together; empty for a plan alone."""
+
+    def entry(self) -> dict[str, str | float]:
+        """Return what is written down: a plan alone says nothing of others."""
+        return self.model_dump(exclude=None if self.together else {"together"})
 
 
 class _Looks(_Record):
@@ -90,19 +97,19 @@ def measured_costs(path: Path, chain: Chain, candidates: Iterable[Candidate], co
 
 
 def record_look(
-    path: Path, rows: UInt64[np.ndarray, " n"], plan: Plan, epsilon: float, delta: float
+    path: Path, rows: UInt64[np.ndarray, " n"], plans: Mapping[str, tuple[Plan, float]], delta: float
 ) -> tuple[Look, ...]:
-    """Write down that these rows are opened to certify this plan, before they are.
+    """Write down that these rows are opened to certify these plans, before they are.
 
     Args:
         path: looks.json.
         rows: Digests of the certify rows.
-        plan: About to be certified.
-        epsilon: The disagreement to certify.
-        delta: The risk of error.
+        plans: About to be certified together, by name, each with the disagreement to certify.
+        delta: The risk of error of all together.
 
     Returns:
-        All looks at any of these rows, this one included. The same look again learns nothing new and counts once.
+        All looks at any of these rows, this one included; ``count_looks`` says how many. The same look again learns
+        nothing new and counts once.
 
     Raises:
         InputError: The file is damaged.
@@ -115,11 +122,22 @@ def record_look(
         msg = f"looks: {path} is damaged, and without it nobody knows how often the certify data has been opened"
         raise InputError(msg) from error
     fingerprint = data.fingerprint(rows)
-    look = Look(plan_hash=plan.hash, data_fingerprint=fingerprint, epsilon=epsilon, delta=delta)
-    if look not in book.looks:
+    tested = sorted((plan.hash, epsilon) for plan, epsilon in plans.values())
+    together = hashlib.sha256(repr((tested, delta)).encode()).hexdigest()[:32] if len(tested) > 1 else ""
+    looks = tuple(
+        Look(plan_hash=plan, data_fingerprint=fingerprint, epsilon=epsilon, delta=delta, together=together)
+        for plan, epsilon in tested
+    )
+    if new := tuple(look for look in looks if look not in book.looks):
         hexadecimal = rows.astype("<u8").tobytes().hex()
-        book = _Looks(looks=(*book.looks, look), rows={**book.rows, fingerprint: hexadecimal})
-        cli.write_result(path, book.model_dump())
+        book = _Looks(looks=(*book.looks, *new), rows={**book.rows, fingerprint: hexadecimal})
+        cli.write_result(path, {"looks": [look.entry() for look in book.looks], "rows": book.rows})
     opened = {name: np.frombuffer(bytes.fromhex(text), "<u8") for name, text in book.rows.items()}
     overlapping = {name for name, others in opened.items() if np.isin(others, rows).any()}
     return tuple(look for look in book.looks if look.data_fingerprint in overlapping)
+
+
+def count_looks(looks: Iterable[Look]) -> int:
+    """Return how often the rows were opened: plans that were certified together count once, for they share delta."""
+    together = {(look.data_fingerprint, look.together) for look in looks if look.together}
+    return len(together) + sum(not look.together for look in looks)

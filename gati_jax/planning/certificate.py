@@ -1,54 +1,86 @@
-"""Certificates: with confidence 1 - delta, the cascade disagrees with the base on at most epsilon of requests.
-
-Fixed-sequence testing ("Learn then Test", Angelopoulos et al., arXiv:2110.01052): the plan's path is walked from its
-strictest step on; the null hypothesis of a step, "the disagreement exceeds epsilon", is rejected while its
-exact binomial p-value is at most delta; the last step before the first failure is certified. The number of steps needs
-no correction, because their order was fixed before the data was seen. It holds for requests drawn as these were.
-"""
+"""What is known of a plan's disagreement with the base. A certificate can be checked by its own fields."""
 
 import dataclasses
-import warnings
-
-import numpy as np
-from jaxtyping import Bool
+import re
+from collections.abc import Mapping
+from typing import Literal
 
 from gati_jax._errors import InputError
-from gati_jax.data import check_distinct_rows, fingerprint
 
-from .binomial import p_value, samples_needed
-from .compose import Plan
-from .tables import ReplayTable, replay_plan
+from .betting import AccuracyGap
+from .binomial import p_value
 
-METHOD = "fixed-sequence testing, exact binomial"
+MARGINAL = "fixed-sequence testing, exact binomial"
+CONDITIONAL = "conditional per exit: fixed-sequence testing, exact binomial for every exit at once"
+Method = Literal[
+    "fixed-sequence testing, exact binomial",
+    "conditional per exit: fixed-sequence testing, exact binomial for every exit at once",
+]
+_NAME = re.compile(r"[\w.%+-]{1,40}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExitRate:
+    """The certify requests that left at or before a site."""
+
+    site: int
+    n: int
+    disagreements: int
+    p_value: float
+    """Of "more than epsilon of such requests disagree", given that there are n."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            InputError: Says what was expected.
+        """
+        if not (0 <= self.disagreements <= self.n < 2**53 and self.site >= 0):
+            msg = f"exits: expected counts, got {self.disagreements} of {self.n} at site {self.site}"
+            raise InputError(msg)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """What is known of a plan's disagreement with the base."""
+    """What is known of a plan's disagreement with the base.
 
+    With the marginal ``method``, with confidence 1 - delta, at most epsilon of all requests disagree. With the
+    conditional one, at most epsilon of those that leave at or before each of ``exits`` do, for every one of these at
+    once; and so of all requests, too, because the base never disagrees with itself.
+    """
+
+    name: str = "default"
+    """The plan's, among those of a bundle."""
     epsilon: float
     delta: float
-    """As asked for; the test ran at ``delta / looks``."""
+    """As asked for; the test ran at ``delta / looks / plans``."""
     step: int
     """The certified step of the plan's path; -1 where nothing could be certified and every cache stays off."""
     n: int
     disagreements: int
     """Among the n certify requests, at the certified step."""
     p_value: float
-    method: str = METHOD
+    """The largest of ``exits`` where the certificate is conditional."""
+    method: Method = MARGINAL
     numerics: str = "reference"
     """The arithmetic that was certified: the float32 reference path."""
     looks: int = 1
-    """How often this data has been opened for a certificate, this time included."""
+    """How often this data has been opened for certificates, this time included."""
+    plans: int = 1
+    """Plans that were certified together, in one look: that any of their certificates is wrong has risk delta."""
     base_saw_data: bool = False
     """Whether the base was trained on the certify split."""
     plan_hash: str
     data_fingerprint: str
+    exits: tuple[ExitRate, ...] = ()
+    """For every cache that is on, in the order of the sites, where the certificate is conditional."""
+    accuracy_gap: AccuracyGap | None = None
+    """Where the certify split has labels. Its delta comes on top."""
     stays_off: tuple[str, ...] = ()
     """A sentence for every cache of the plan that is off at the certified step."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be.
+        """Refuse what cannot be, and what its own counts refute.
 
         Raises:
             InputError: Names the field.
@@ -57,13 +89,20 @@ class Certificate:
             if not 0 < getattr(self, name) < 1:
                 msg = f"{name}: expected a number between 0 and 1, got {getattr(self, name)}"
                 raise InputError(msg)
-        if not (0 <= self.disagreements <= self.n < 2**53 and 1 <= self.looks < 2**53 and self.step >= -1):
-            msg = f"certificate: expected counts, got {self.disagreements} of {self.n}, look {self.looks}"
+        check_name(self.name)
+        counts = 0 <= self.disagreements <= self.n < 2**53 and self.step >= -1
+        if not (counts and 1 <= self.looks < 2**53 and 1 <= self.plans < 2**53):
+            got = f"{self.disagreements} of {self.n}, look {self.looks} for {self.plans} plans"
+            msg = f"certificate: expected counts, got {got}"
             raise InputError(msg)
-
-        passed = p_value(self.disagreements, self.n, self.epsilon) <= self.delta / self.looks
-        if self.step == 0 or (self.step > 0 and not passed):
+        if self.method not in {MARGINAL, CONDITIONAL}:
+            msg = f"method: expected {MARGINAL!r} or {CONDITIONAL!r}, got {self.method!r}"
+            raise InputError(msg)
+        if self.step == 0 or (self.step > 0 and not self._passed()):
             msg = f"certificate: {self.disagreements} of {self.n} do not certify step {self.step} at {self.epsilon}"
+            raise InputError(msg)
+        if self.step > 0 and self.accuracy_gap is not None and not self._has_gap(self.accuracy_gap):
+            msg = f"accuracy_gap: expected one of the same {self.n} requests and tests, got {self.accuracy_gap}"
             raise InputError(msg)
 
     @property
@@ -71,83 +110,47 @@ class Certificate:
         """Whether any step of the path was certified."""
         return self.step >= 0
 
+    @property
+    def level(self) -> float:
+        """What each p-value was compared with: the plans of all looks share delta."""
+        return self.delta / self.looks / self.plans
 
-def certify(
-    plan: Plan, table: ReplayTable, epsilon: float, delta: float = 0.05, *, looks: int = 1, base_saw_data: bool = False
-) -> Certificate:
-    """Certify the farthest step of a plan's path that the data supports.
+    def _passed(self) -> bool:
+        if self.method == MARGINAL:
+            return not self.exits and p_value(self.disagreements, self.n, self.epsilon) <= self.level
+        rising = all(
+            a.site < b.site and a.n <= b.n and a.disagreements <= b.disagreements
+            for a, b in zip(self.exits, self.exits[1:], strict=False)
+        )
+        if not (self.exits and rising and self.exits[-1].n <= self.n):
+            return False
+        passed = all(p_value(e.disagreements, e.n, self.epsilon) <= self.level for e in self.exits)
+        return passed and self.exits[-1].disagreements == self.disagreements
 
-    Args:
-        plan: Composed, and thereby fixed, on other rows.
-        table: Replay of the certify split with the candidates of the plan.
-        epsilon: The disagreement to certify.
-        delta: The risk that the certificate is wrong.
-        looks: How often these rows have been opened for a certificate, this time included. A second look pays: it is
-            tested at delta / looks. That bounds the risk of each certificate, not of the whole series of looks.
-        base_saw_data: Whether the base was trained on these rows, which makes it (and so its caches) surer on them.
+    def _has_gap(self, gap: AccuracyGap) -> bool:
+        """Only a request that disagrees can be a loss or a gain; the step was chosen among at least so many."""
+        possible = gap.n == self.n and gap.losses + gap.gains <= self.disagreements
+        return possible and gap.comparisons >= self.step * self.looks * self.plans
+
+
+def check_name(name: str) -> None:
+    """Check the name of a plan.
 
     Raises:
-        InputError: The table is empty, of other parameters than the plan's, lacks a candidate, or shares rows with the
-            plan's; epsilon or delta is outside (0, 1).
+        InputError: It is not one plain word.
     """
-    for name, value in (("epsilon", epsilon), ("delta", delta)):
-        if not 0 < value < 1:
-            msg = f"{name}: expected a number between 0 and 1, got {value}"
-            raise InputError(msg)
-    if looks < 1:
-        msg = f"looks: expected 1 or more, got {looks}"
+    if not _NAME.fullmatch(name):
+        msg = f"name: expected up to 40 letters, digits or any of . % + - _, got {name!r}"
         raise InputError(msg)
-    if len(table) == 0:
-        msg = "table: expected at least one request, got none"
-        raise InputError(msg)
-    table = table.take(plan.names)
-    if (table.sites, table.depth) != (plan.sites, plan.depth):
-        got = f"{table.sites} of {table.depth}"
-        msg = f"table: expected the plan's sites {plan.sites} of {plan.depth} blocks, got {got}"
-        raise InputError(msg)
-    plan.origin.check(table.origin, "table")
-    check_distinct_rows(table.rows, plan.rows, names=("certify", "select"))
-    if looks > 1:
-        warnings.warn(f"look {looks} at this certify data: tested at delta / {looks}", stacklevel=2)
-    disagrees = [replay_plan(table, thresholds).disagrees for thresholds in plan.path]
-    step = -1
-    while step + 1 < len(disagrees) and p_value(int(disagrees[step + 1].sum()), len(table), epsilon) <= delta / looks:
-        step += 1
-    if step <= 0:
-        step = -1  # step 0 is the bare base: nothing to certify
-    count = int(disagrees[step].sum()) if step > 0 else 0
-    return Certificate(
-        epsilon=epsilon,
-        delta=delta,
-        step=step,
-        n=len(table),
-        disagreements=count,
-        p_value=p_value(count, len(table), epsilon),
-        looks=looks,
-        base_saw_data=base_saw_data,
-        plan_hash=plan.hash,
-        data_fingerprint=fingerprint(table.rows),
-        stays_off=_stays_off(plan, step, disagrees, epsilon, delta / looks),
-    )
 
 
-def _stays_off(
-    plan: Plan, step: int, disagrees: list[Bool[np.ndarray, " n"]], epsilon: float, delta: float
-) -> tuple[str, ...]:
-    """Say for every cache that is off what it would take to certify the first step that opens it."""
-    off = np.isinf(plan.thresholds(step))
-    sentences = []
-    for cache in np.flatnonzero(off):
-        opens = int(np.argmax(np.isfinite(plan.path[:, cache])))
-        rate, n = float(disagrees[opens].mean()), len(disagrees[opens])
-        worst = max(float(disagrees[i].mean()) for i in range(opens + 1))  # every step up to it must pass
-        needed = samples_needed(worst, epsilon, delta)
-        more = (
-            f"about {max(1, needed - n)} more certify samples would open it"
-            if needed is not None
-            else "no number of samples would open it: collect data or fit a better cache"
-        )
-        sentences.append(
-            f"{plan.names[cache]} stays off: with it {rate:.2%} of {n} disagree, {epsilon:.2%} is allowed; {more}"
-        )
-    return tuple(sentences)
+def tightest(certificates: Mapping[str, Certificate]) -> str:
+    """Name the certificate with the smallest epsilon that certifies anything, or the smallest of all if none does.
+
+    Raises:
+        InputError: There is none.
+    """
+    if not certificates:
+        msg = "certificates: expected at least one, got none"
+        raise InputError(msg)
+    return min(certificates, key=lambda name: (not certificates[name].certified, certificates[name].epsilon))

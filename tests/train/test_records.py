@@ -16,7 +16,7 @@ from gati_jax.planning import ReplayTable
 from tests.train.one_pass import DIGITS, caches_arguments, json_of, strict
 from train import caches
 from train.config import load_config
-from train.records import measured_costs, record_look
+from train.records import count_looks, measured_costs, record_look
 
 
 def step_at(bundle: gati_jax.Bundle, delta: float) -> int:
@@ -83,7 +83,7 @@ def test_looks_count_where_they_share_rows(tmp_path):
     first, second = made_up_plan(1.0), made_up_plan(2.0)
 
     def look(rows: np.ndarray, plan: Plan, epsilon: float = 0.1) -> int:
-        return len(record_look(path, rows, plan, epsilon, 0.05))
+        return count_looks(record_look(path, rows, {"default": (plan, epsilon)}, 0.05))
 
     assert look(rows, first) == 1
     assert look(others, first) == 1
@@ -93,6 +93,65 @@ def test_looks_count_where_they_share_rows(tmp_path):
     assert look(others, second) == 2
     assert look(rows[:5], second) == 4  # part of the same rows, and so not new ones
     assert look(np.concatenate([rows[:1], others[:1]]), first) == 7
+
+
+def test_plans_certified_together_are_one_look_with_as_many_plans(tmp_path):
+    path, rows = tmp_path / "looks.json", np.arange(9, dtype=np.uint64)
+    family = {"tight": (made_up_plan(1.0), 0.1), "loose": (made_up_plan(2.0), 0.2)}
+
+    def look(plans: dict[str, tuple[Plan, float]], delta: float = 0.05) -> tuple[int, int]:
+        looks = record_look(path, rows, plans, delta)
+        return count_looks(looks), len(looks)
+
+    assert look(family) == (1, 2)
+    assert look(dict(reversed(family.items()))) == (1, 2)  # the same, in another order
+    assert look({"b": family["loose"], "a": family["tight"]}) == (1, 2)  # under other names
+    assert look({"default": family["tight"]}) == (2, 3)  # alone it would be tested at all of delta
+    assert look(family, delta=0.1) == (3, 5)
+    assert look({**family, "third": (made_up_plan(3.0), 0.3)}) == (4, 8)
+    assert count_looks(record_look(path, rows[:1], family, 0.05)) == 5  # other rows, though some of the same
+
+
+def test_looks_of_older_runs_are_read_and_kept(tmp_path):
+    path, rows, plan = tmp_path / "looks.json", np.arange(3, dtype=np.uint64), made_up_plan(1.0)
+    (look,) = record_look(path, rows, {"default": (plan, 0.1)}, 0.05)
+    assert set(look.entry()) == {"plan_hash", "data_fingerprint", "epsilon", "delta"}  # as they always were
+    assert record_look(path, rows, {"default": (plan, 0.1)}, 0.05) == (look,)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_several_plans_are_certified_together_in_one_look(run, tmp_path):
+    out = tmp_path / "caches"
+    out.mkdir()
+    shutil.copy(run.folder / "caches" / "costs.json", out)
+    shutil.copytree(run.folder / "caches" / "checkpoints", out / "checkpoints")
+    also = ["--out", str(out), "--plan.also", "[0.1, 0.4]"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a second look would warn
+        result = json_of(caches.main, *caches_arguments(run.folder), *also)
+    bundle = gati_jax.load_bundle(out / "bundle")
+    certificates = bundle.certificates
+    assert {name: c.epsilon for name, c in certificates.items()} == {"10%": 0.1, "20%": 0.2, "40%": 0.4}
+    assert {(c.plans, c.looks, c.delta) for c in certificates.values()} == {(3, 1, 0.05)}
+    assert any(c.certified for c in certificates.values())
+    first = min((c for c in certificates.values() if c.certified), key=lambda c: c.epsilon)
+    assert (bundle.certificate, next(iter(bundle.plans))) == (first, first.name)
+    assert len(bundle.provenance.looks) == 3
+    assert len({look["together"] for look in bundle.provenance.looks}) == 1
+    assert [result["certificate"]["name"], *(c["certificate"]["name"] for c in result["also"])] == [*certificates]
+    for name, certificate in certificates.items():
+        assert certificate.step == -1 or binom.cdf(certificate.disagreements, 300, certificate.epsilon) <= 0.05 / 3
+        gap = certificate.accuracy_gap
+        assert (gap is not None) == certificate.certified, name
+    part = data.load("digits", "all[1197:1497]")
+    for name, certificate in certificates.items():
+        # The cascade of each plan repeats on these rows what was counted for its certificate.
+        prediction = gati_jax.infer_batch(bundle, part.images, numerics="reference", plan=name)
+        table = gati_jax.replay(bundle.chain, (), part.images)
+        right, base = np.asarray(prediction.class_index) == part.labels, table.answers == part.labels
+        assert int((prediction.class_index != table.answers).sum()) == certificate.disagreements
+        if gap := certificate.accuracy_gap:
+            assert (gap.losses, gap.gains) == (int((base & ~right).sum()), int((right & ~base).sum()))
 
 
 def test_a_bundle_tells_of_all_looks(run):
@@ -117,7 +176,7 @@ LOOK = {"plan_hash": "p", "data_fingerprint": "f", "epsilon": 0.1, "delta": 0.05
 def test_damaged_looks_are_not_forgotten_but_reported(tmp_path, content):
     (tmp_path / "looks.json").write_text(content)
     with pytest.raises(InputError, match=r"looks\.json"):
-        record_look(tmp_path / "looks.json", np.arange(3, dtype=np.uint64), made_up_plan(1.0), 0.1, 0.05)
+        record_look(tmp_path / "looks.json", np.arange(3, dtype=np.uint64), {"a": (made_up_plan(1.0), 0.1)}, 0.05)
     assert (tmp_path / "looks.json").read_text() == content
 
 

@@ -1,0 +1,206 @@
+"""Bundles with several plans: certified together, named, and refused where they were not."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gati_jax
+from gati_jax import BundleError, InputError
+from gati_jax.planning import CONDITIONAL, ExitRate, accuracy_gap_bound
+from tests.bundle.made import (
+    REQUESTS,
+    answers,
+    cache,
+    edit,
+    in_memory,
+    load,
+    make,
+    make_certificate,
+    make_plan,
+    own_chain,
+    same_plan,
+    sign,
+)
+
+NAMES = ("1%", "2%", "exits")
+
+
+def family():
+    """Three plans; the second has a cache that the first has not, the third is certified per exit."""
+    rng = np.random.default_rng(1)
+    chain = own_chain(rng)
+    one, two, zero = cache(rng, "fc@1", 1), cache(rng, "fc@2", 2), cache(rng, "fc@0", 0)
+    plans = make_plan((one, two)), make_plan((zero, two), threshold=0.5), make_plan((one, two), threshold=-1.0)
+    right = np.ones(100, bool)
+    gap = accuracy_gap_bound(right, np.arange(100) > 0, 0.05, comparisons=6)
+    certificates = [
+        dataclasses.replace(make_certificate(plan), name=name, plans=3, n=300)
+        for name, plan in zip(NAMES, plans, strict=True)
+    ]
+    certificates[0] = dataclasses.replace(certificates[0], n=100, disagreements=1, accuracy_gap=gap)
+    exits = tuple(ExitRate(site=site, n=n, disagreements=2, p_value=0.0) for site, n in ((1, 200), (2, 300)))
+    certificates[2] = dataclasses.replace(certificates[2], method=CONDITIONAL, exits=exits)
+    return chain, (one, two, zero), list(zip(plans, certificates, strict=True))
+
+
+def save(path, pairs, chain, caches):
+    (plan, certificate), *also = pairs
+    gati_jax.save_bundle(path, chain, caches, plan, certificate, also=also)
+
+
+@pytest.fixture(scope="module")
+def saved_family(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("family") / "bundle"
+    chain, caches, pairs = family()
+    save(path, pairs, chain, caches)
+    return path
+
+
+@pytest.fixture
+def folder(saved_family, tmp_path) -> Path:
+    return shutil.copytree(saved_family, tmp_path / "bundle")
+
+
+def test_every_plan_comes_back_and_answers_as_its_own_bundle_would(saved_family):
+    chain, caches, pairs = family()
+    bundle = load(saved_family)
+    assert [c.name for c in bundle.caches] == ["fc@1", "fc@2", "fc@0"]  # each once, the default plan's first
+    assert tuple(bundle.plans) == tuple(bundle.certificates) == tuple(bundle.cascades) == NAMES
+    exits = set()
+    for plan, certificate in pairs:
+        assert same_plan(bundle.plans[certificate.name], plan)
+        assert bundle.certificates[certificate.name] == certificate
+        alone = in_memory((chain, tuple(c for n in plan.names for c in caches if c.name == n), plan, certificate))
+        named = gati_jax.infer_batch(bundle, REQUESTS, plan=certificate.name)
+        assert [np.asarray(column).tobytes() for column in named] == answers(alone)
+        exits.add(np.asarray(named.exit).tobytes())
+        one = gati_jax.infer(bundle, REQUESTS[0], plan=certificate.name)
+        assert int(one.exit) == int(named.exit[0])
+        assert bundle.tuned_of(certificate.name) is None
+    assert len(exits) == 3  # else the names would say nothing
+    assert bundle.cascade is bundle.cascade_of(None) is bundle.cascade_of("1%")
+    assert same_plan(bundle.plan, pairs[0][0])
+    assert answers(bundle) == [np.asarray(c).tobytes() for c in gati_jax.infer_batch(bundle, REQUESTS, plan="1%")]
+
+
+def test_a_bundle_of_one_plan_names_it_default(saved):
+    bundle = load(saved)
+    assert (list(bundle.plans), bundle.also) == (["default"], ())
+
+
+@pytest.mark.parametrize("name", ["3%", "", "default"])
+def test_a_plan_that_is_not_there_is_refused(saved_family, name):
+    with pytest.raises(InputError, match=r"plan: expected one of 1%, 2%, exits, got"):
+        gati_jax.infer(load(saved_family), REQUESTS[0], plan=name)
+
+
+def test_a_bundle_from_before_there_were_several_plans_is_read(folder, saved):
+    old = shutil.copytree(saved, folder.parent / "old")
+    new_fields = ("name", "plans", "exits", "accuracy_gap")
+    edit(old / "certificates.json", lambda c: [c["certificates"][0].pop(field) for field in new_fields] and None)
+    sign(old)
+    assert load(old).certificate == load(saved).certificate
+    assert answers(load(old)) == answers(in_memory(make(1)))
+
+
+def certificate_change(index, **fields):
+    return "certificates.json", lambda c: c["certificates"][index].update(fields)
+
+
+def swap(tree):
+    tree["certificates"].reverse()
+
+
+FORGED = {
+    "certified alone": (
+        *certificate_change(1, plans=1),
+        "expected 3 plans to be certified together, got 2% .*one of 1",
+    ),
+    "certified with one other": (*certificate_change(2, plans=2), "expected 3 plans to be certified together"),
+    "no plans": (*certificate_change(2, plans=0), "expected counts"),
+    "counts that do not pay for three": (*certificate_change(1, disagreements=21), "do not certify step 2"),
+    "a name twice": (*certificate_change(1, name="1%"), "of different names"),
+    "a name that is code": (*certificate_change(1, name="<script>"), "name: expected"),
+    "each other's certificates": ("certificates.json", swap, "expected that of this plan"),
+    "a certificate too few": ("certificates.json", lambda c: c["certificates"].pop() and None, "3 plans and 2 cert"),
+    "five plans": ("plans.json", lambda p: p["plans"].extend(p["plans"][:2]), "plans"),
+    "no exits": (*certificate_change(2, exits=[]), "do not certify step 2"),
+    "exits of a marginal certificate": (
+        *certificate_change(1, exits=[{"site": 2, "n": 300, "disagreements": 2, "p_value": 0.0}]),
+        "do not certify step 2",
+    ),
+    "an exit left out": (
+        *certificate_change(2, exits=[{"site": 2, "n": 300, "disagreements": 2, "p_value": 0.0}]),
+        "expected a step of the plan's path and its exits",
+    ),
+    "an exit that refutes it": (
+        *certificate_change(2, exits=[{"site": s, "n": 20, "disagreements": 2, "p_value": 0.0} for s in (1, 2)]),
+        "do not certify step 2",
+    ),
+    "an unknown key of an exit": (
+        *certificate_change(2, exits=[{"site": 2, "n": 300, "disagreements": 2, "p_value": 0.0, "x": 1}]),
+        "certificates.2.exits.0.*x",
+    ),
+    "another method": (*certificate_change(1, method="trust me"), "certificates.1.method"),
+    "a conditional one said to be marginal": (
+        *certificate_change(2, method="fixed-sequence testing, exact binomial"),
+        "do not certify step 2",
+    ),
+    "a smaller gap": (
+        "certificates.json",
+        lambda c: c["certificates"][0]["accuracy_gap"].update(upper=0.01),
+        "accuracy gap: 1 and 0 of 100 bound it by",
+    ),
+    "a gap of fewer comparisons": (
+        "certificates.json",
+        lambda c: c["certificates"][0]["accuracy_gap"].update(comparisons=2),
+        "accuracy_gap: expected one of the same 100 requests",
+    ),
+    "an unknown key of a gap": (
+        "certificates.json",
+        lambda c: c["certificates"][0]["accuracy_gap"].update(x=1),
+        "accuracy_gap.*x",
+    ),
+    "a cache at two sites": ("plans.json", lambda p: p["plans"][2].update(sites=[0, 2]), "that of this plan|one site"),
+    "a cache that no plan has": ("plans.json", lambda p: p["plans"].pop(1) and None, "3 certificates"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_forged_and_signed_plans_are_refused(folder, case):
+    file, change, message = FORGED[case]
+    edit(folder / file, change)
+    sign(folder)
+    with pytest.raises(BundleError, match=message):
+        load(folder)
+
+
+def test_caches_that_no_plan_names_are_refused(folder):
+    for name, key in (("plans.json", "plans"), ("certificates.json", "certificates")):
+        content = json.loads((folder / name).read_text())
+        del content[key][1]
+        (folder / name).write_text(json.dumps(content))
+    sign(folder)
+    with pytest.raises(BundleError, match="inconsistent"):
+        load(folder)
+
+
+def test_plans_that_did_not_pay_for_one_another_are_not_saved(tmp_path):
+    chain, caches, pairs = family()
+    alone = [(plan, dataclasses.replace(certificate, plans=2)) for plan, certificate in pairs]
+    with pytest.raises(InputError, match="expected 3 plans to be certified together, got 1% certified as one of 2"):
+        save(tmp_path / "b", alone, chain, caches)
+    plan = pairs[0][0]
+    five = [(plan, dataclasses.replace(make_certificate(plan), name=f"p{i}", plans=5, n=300)) for i in range(5)]
+    with pytest.raises(InputError, match="plans: expected at most 4"):
+        save(tmp_path / "b", five, chain, caches)
+    same = [(plan, dataclasses.replace(c, name="x", plan_hash=plan.hash, step=-1)) for _, c in pairs]
+    with pytest.raises(InputError, match="of different names"):
+        save(tmp_path / "b", same, chain, caches)
+    with pytest.raises(InputError, match="candidates: expected fc@0"):
+        save(tmp_path / "b", pairs, chain, caches[:2])
+    assert not list(tmp_path.iterdir())
