@@ -17,6 +17,11 @@ from .coverage import resplit_coverage as resplit_coverage
 from .freeze import freeze_plan as freeze_plan
 from .freeze import zero_error_thresholds as zero_error_thresholds
 from .origin import Origin as Origin
+from .policies import POLICIES as POLICIES
+from .policies import max_probability as max_probability
+from .policies import oracle_exits as oracle_exits
+from .policies import policy_table as policy_table
+from .policies import shared_threshold_plan as shared_threshold_plan
 from .tables import CostTable as CostTable
 from .tables import Outcome as Outcome
 from .tables import ReplayTable as ReplayTable

@@ -18,6 +18,7 @@ from .measure import measure_costs as measure_costs
 from .measure import time_interleaved as time_interleaved
 from .replay import origin as origin
 from .replay import replay as replay
+from .replay import replay_logits as replay_logits
 from .search import tune as tune
 from .search import tune_tile as tune_tile
 from .speed import Speed as Speed

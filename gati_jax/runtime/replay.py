@@ -98,6 +98,37 @@ def _unseen_fold(candidates: Candidates, rows: np.ndarray) -> Int[np.ndarray, " 
     return np.where(known[at] == rows, candidates.select_fold[order][at], folds).astype(np.int32)
 
 
+def replay_logits(
+    chain: Chain, candidates: Iterable[Candidate], images: Shaped[np.ndarray, "n ..."], *, batch: int = 128
+) -> Float[np.ndarray, "candidates n classes"]:
+    """Return the logits of every candidate's predictor: what other rules than its selector's would leave by.
+
+    Args:
+        chain: The base.
+        candidates: Whose.
+        images: uint8 or prepared inputs.
+        batch: Images in a step.
+    """
+    images, items = check_images(chain, images), tuple(candidates)
+    parts = []
+    for start in range(0, len(images), batch):
+        rows = images[start : start + batch]
+        padded = np.concatenate([rows, np.repeat(rows[:1], batch - len(rows), axis=0)])
+        parts.append(np.asarray(_logits_batch(chain, items, padded))[:, : len(rows)])
+    return np.concatenate(parts, axis=1)
+
+
+@jax.jit
+@reference
+def _logits_batch(
+    chain: Chain, items: tuple[Candidate, ...], images: Array
+) -> Float[Array, "candidates batch classes"]:
+    sites, _ = chain.activations(chain.prepare(images))
+    by_name = {item.name: item for item in items}
+    logits = predict_all(by_name, {name: item.params["predictor"] for name, item in by_name.items()}, sites)
+    return jnp.stack(list(logits.values()))
+
+
 @jax.jit
 @reference
 def _replay_batch(
