@@ -24,7 +24,8 @@ from gati_jax.planning import Certificate, CostTable, Plan, cascade_ms, tightest
 
 from . import cli
 from .config import Base, Config
-from .records import count_looks, measured_costs, record_look
+from .exploration import explore
+from .records import count_looks, record_look
 
 EXAMPLE = (
     "python -m train.caches --config configs/cifar10_resnet56.toml --out runs/r56"
@@ -44,26 +45,12 @@ def main(argv: list[str] | None = None) -> None:
     parts = {name: data.load(config.data.name, splits[name], config.data.dir) for name in ("fit", "select", "certify")}
 
     started = time.perf_counter()
-    candidates = gati_jax.fit(
-        chain,
-        parts["fit"].images,
-        select=parts["select"].images,
-        heads=[*(head.build() for head in config.fit.heads), *small_networks(config)],
-        config=config.fit.build(config.seed),
-        checkpoint=arguments.out / "checkpoints",
-    )
+    heads = [*(head.build() for head in config.fit.heads), *small_networks(config)]
+    found = explore(config, chain, heads, parts, arguments.out)
+    candidates, select, costs = found.candidates, found.select, found.costs
     fit_seconds = time.perf_counter() - started
-    _log.info("fitted %d candidates in %.0f s", len(candidates), fit_seconds)
-
-    select = gati_jax.replay(chain, candidates, parts["select"].images, labels=parts["select"].labels)
-    costs = measured_costs(arguments.out / "costs.json", chain, candidates, config)
-    plans = {
-        name: (
-            gati_jax.plan(select, costs, epsilon=epsilon, delta=level(config), max_sites=config.plan.max_sites),
-            epsilon,
-        )
-        for name, epsilon in config.plan.epsilons.items()
-    }
+    _log.info("explored %d candidates in %.0f s", len(candidates), fit_seconds)
+    plans = {name: (found.plan(config, epsilon), epsilon) for name, epsilon in config.plan.epsilons.items()}
     chosen = candidates.take(tuple(dict.fromkeys(name for plan, _ in plans.values() for name in plan.names)))
 
     # From here on nothing may be chosen: the plans are fixed, and the certify split is opened.
@@ -101,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
         costs=[costs],
     )
 
-    result = {"bundle": str(path), "fit_seconds": fit_seconds} | summary(select, certify, costs, plan, certificate)
+    explored = {"bundle": str(path), "fit_seconds": fit_seconds, "dropped": found.dropped, "ranking": found.ranking()}
+    result = explored | summary(select, certify, costs, plan, certificate)
     result["also"] = [summary(select, certify, costs, *other) for other in also]
     cli.write_result(arguments.out / "caches.json", result)
     if arguments.json:
@@ -137,11 +125,6 @@ def summary(
             "device": costs.device,
         },
     }
-
-
-def level(config: Config) -> float:
-    """Return the delta that each of the config's plans is tested at on a first look."""
-    return config.plan.delta / len(config.plan.epsilons)
 
 
 def gap_entry(certificate: Certificate) -> dict[str, Any]:

@@ -111,13 +111,20 @@ class HeadSection(Section):
     predictor: PredictorSpec = GridSpec()
     selector: SelectorSpec = SortedSelectorSpec()
     sites: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    selectors: tuple[SelectorSpec, ...] = Field(default=(), description="more selectors to try on the same predictor")
     cascaded: bool = Field(default=False, description="each also sees what the one at the site before says")
 
     def build(self) -> Head:
         """Return the library's record."""
         predictor = functools.partial(build_predictor, self.predictor)
-        selector = build_selector(self.selector)
-        return Head(name=self.name, predictor=predictor, selector=selector, sites=self.sites, cascaded=self.cascaded)
+        return Head(
+            name=self.name,
+            predictor=predictor,
+            selector=build_selector(self.selector),
+            sites=self.sites,
+            selectors=tuple((spec.kind, build_selector(spec)) for spec in self.selectors),
+            cascaded=self.cascaded,
+        )
 
 
 class NetworkSection(Section):
@@ -169,6 +176,13 @@ class Planning(Section):
         default=(), description="further epsilons: a plan for each, named like 2%, all certified together"
     )
     max_sites: Count | None = None
+    memory_share: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="bytes of all caches together, as a share of the base's"
+    )
+    worst_share: Annotated[float, Field(gt=1)] | None = Field(
+        default=None, description="time of a request that no cache answers, as a multiple of the base's"
+    )
+    seconds: Annotated[float, Field(ge=0)] = Field(default=30.0, description="to search for the best composition")
     batch: Annotated[int, Field(ge=1, le=4096)] = Field(default=1, description="requests at once that latency is about")
     tuned: bool = Field(default=False, description="tune the network first, and plan with its times then; minutes more")
 

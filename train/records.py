@@ -29,7 +29,7 @@ class _Costs(_Record):
     """costs.json."""
 
     identity: dict[str, str]
-    costs: CostTable
+    tile: Tile
 
 
 class Look(_Record):
@@ -62,8 +62,10 @@ class _Looks(_Record):
         return self
 
 
-def measured_costs(path: Path, chain: Chain, candidates: Iterable[Candidate], config: Config) -> CostTable:
-    """Measure, or take what an earlier run of the same experiment measured here.
+def measured_tile(path: Path, chain: Chain, candidates: Iterable[Candidate], config: Config) -> tuple[Tile, CostTable]:
+    """Measure costs, or take what an earlier run of the same experiment measured here.
+
+    They are those of a tile of ``plan.batch`` rows: tuned first, if ``plan.tuned`` says so.
 
     Times never repeat exactly. A second measurement could change the plan, and cost a second look at ``certify``.
     """
@@ -82,9 +84,9 @@ def measured_costs(path: Path, chain: Chain, candidates: Iterable[Candidate], co
     except ValidationError:
         _log.warning("%s is damaged: costs are measured anew", path)
         saved = None
-    if saved and saved.identity == identity:
+    if saved and saved.identity == identity and saved.tile.costs:
         _log.info("costs as measured before (remove %s to measure anew)", path)
-        return saved.costs
+        return saved.tile, saved.tile.costs
     tile = Tile(size=config.plan.batch, milliseconds=1.0, options=(), algorithms={})
     if config.plan.tuned:
         tile = tune_tile(chain, tuple(candidates), tile.size)
@@ -92,8 +94,9 @@ def measured_costs(path: Path, chain: Chain, candidates: Iterable[Candidate], co
     costs = gati_jax.measure_costs(
         tuned_chain(chain, tile), caches, rounds=config.measure_rounds, batch=tile.size, options=tile.options
     )
-    cli.write_result(path, {"identity": identity, "costs": dataclasses.asdict(costs)})
-    return costs
+    tile = dataclasses.replace(tile, milliseconds=costs.full_ms, costs=costs)
+    cli.write_result(path, {"identity": identity, "tile": dataclasses.asdict(tile)})
+    return tile, costs
 
 
 def record_look(

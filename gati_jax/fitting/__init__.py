@@ -17,3 +17,5 @@ from .optimize import apply_gradients as apply_gradients
 from .points import choose_points as choose_points
 from .predictors import FitConfig as FitConfig
 from .selection import fit_selector as fit_selector
+from .untrained import head_sizes as head_sizes
+from .untrained import untrained as untrained

@@ -15,7 +15,7 @@ from gati_jax.caches import Candidate, choose, predict_all
 from gati_jax.data import check_distinct_rows, fingerprint, row_digests
 from gati_jax.models import Chain, check_images
 
-from .heads import DEFAULT_HEADS, Head, Part, parts_of
+from .heads import DEFAULT_HEADS, Head, Part, more_selectors, parts_of
 from .predictors import DEFAULT_CONFIG, FitConfig, train_predictors
 from .selection import deal_folds, fit_selector_folds
 
@@ -99,6 +99,7 @@ def fit(
         parts |= train_predictors(
             chain, to_train, images, config, checkpoint=folder, identity=identity, progress=progress
         )
+    parts = more_selectors(parts, heads)
     fold = deal_folds(len(unique), config.folds, config.seed)[copy_of]
     fold_selectors = _fit_selectors(chain, parts, select, fold, config)
     items = tuple(

@@ -1,7 +1,7 @@
 """Heads: what kinds of caches to make, and at which sites."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 from jaxtyping import PyTree
@@ -23,6 +23,7 @@ class Head:
         selector: The selector.
         sites: Where; None for sites 1 .. N - 1.
         variables: The predictor's, if it has been trained already: only its selector is fitted then.
+        selectors: Further selectors to try on the same predictor, by name: "linear" makes "grid+linear@9".
         cascaded: Whether each, but at the first site, also sees the logits of the one at the site before, see
             ``gati_jax.caches.Cascaded``.
     """
@@ -32,6 +33,7 @@ class Head:
     selector: nn.Module
     sites: tuple[int, ...] | None = None
     variables: PyTree | None = dataclasses.field(default=None, repr=False, compare=False)
+    selectors: tuple[tuple[str, nn.Module], ...] = ()
     cascaded: bool = False
 
 
@@ -102,6 +104,18 @@ def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
         msg = f"heads: expected distinct names, got {[head.name for head in heads]}"
         raise InputError(msg)
     return parts
+
+
+def more_selectors(parts: Mapping[str, Part], heads: Sequence[Head]) -> dict[str, Part]:
+    """Return the parts, and beside them the same predictors with the heads' further selectors."""
+    found = dict(parts)
+    for head in heads:
+        for name, part in parts.items():
+            prefix, _, site = name.rpartition("@")
+            if prefix == head.name:
+                for other, selector in head.selectors:
+                    found[f"{prefix}+{other}@{site}"] = dataclasses.replace(part, selector=selector)
+    return found
 
 
 def _parts_of_head(head: Head, predictor: nn.Module, sites: Sequence[int], classes: int) -> dict[str, Part]:

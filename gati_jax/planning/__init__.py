@@ -17,6 +17,9 @@ from .coverage import resplit_coverage as resplit_coverage
 from .freeze import freeze_plan as freeze_plan
 from .freeze import zero_error_thresholds as zero_error_thresholds
 from .origin import Origin as Origin
+from .payable import Rank as Rank
+from .payable import rank as rank
+from .payable import unpayable as unpayable
 from .policies import POLICIES as POLICIES
 from .policies import max_probability as max_probability
 from .policies import oracle_exits as oracle_exits

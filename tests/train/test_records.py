@@ -16,7 +16,7 @@ from gati_jax.planning import ReplayTable
 from tests.train.one_pass import DIGITS, caches_arguments, json_of, strict
 from train import caches
 from train.config import load_config
-from train.records import count_looks, measured_costs, record_look
+from train.records import count_looks, measured_tile, record_look
 
 
 def step_at(bundle: gati_jax.Bundle, delta: float) -> int:
@@ -187,6 +187,6 @@ def test_costs_that_are_damaged_or_of_another_kind_are_measured_anew(run, tmp_pa
     (tmp_path / "costs.json").write_text(damage((folder / "costs.json").read_text()))
     config = load_config(Path(DIGITS[1]), caches_arguments(run.folder)[2:])
     chain = caches.load_base(config)
-    measured = measured_costs(tmp_path / "costs.json", chain, run.bundle.caches, config)
+    _, measured = measured_tile(tmp_path / "costs.json", chain, run.bundle.caches, config)
     assert set(measured.lookup_ms) == {cache.name for cache in run.bundle.caches}
-    assert measured_costs(tmp_path / "costs.json", chain, (), config) == measured  # kept, this time
+    assert measured_tile(tmp_path / "costs.json", chain, (), config)[1] == measured  # kept, this time
