@@ -5,6 +5,7 @@ networks and points are shared, so the difference is the thresholds' doing.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import sys
@@ -16,8 +17,9 @@ import jax
 import numpy as np
 
 import gati_jax
-from gati_jax import Chain, FitConfig, FreezeConfig, ReplayTable, data
-from gati_jax.caches import MIB, memory_report, published_memory
+from gati_jax import Chain, FitConfig, FreezeConfig, Head, ReplayTable, data
+from gati_jax.caches import MIB, Conv, FullyConnected, LinearSelector, Pool, memory_report, published_memory
+from gati_jax.fitting import Candidates
 from gati_jax.planning import replay_plan, zero_error_thresholds
 
 from . import cli
@@ -57,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         freeze=config.freeze.build(),
         fit=config.fit.build(config.seed),
         behind_last=config.freeze.behind_last,
+        predictors=config.freeze.predictors,
         checkpoint=arguments.out / "checkpoints",
     )
 
@@ -93,6 +96,7 @@ def freeze_protocol(
     freeze: FreezeConfig,
     fit: FitConfig,
     behind_last: bool = True,
+    predictors: bool = False,
     checkpoint: Any = None,  # noqa: ANN401 (a path, a string or nothing)
 ) -> dict[str, Any]:
     """Build caches, set thresholds on two splits, serve.
@@ -103,6 +107,7 @@ def freeze_protocol(
         freeze: Which caches.
         fit: How key networks are trained.
         behind_last: Whether there is a cache behind block N, too.
+        predictors: Whether the paper's FC, Pool and Conv are trained as well; FC's hidden layers are the keys then.
         checkpoint: Folder for an interrupted fit.
 
     Returns:
@@ -113,8 +118,15 @@ def freeze_protocol(
     if behind_last:
         chain = with_exit_behind_last(chain)
     started = time.perf_counter()
+    learned = paper_predictors(chain, parts, freeze, fit, checkpoint) if predictors else None
     candidates = gati_jax.fit_freeze(
-        chain, parts["build"].images, select=parts["clean"].images, freeze=freeze, config=fit, checkpoint=checkpoint
+        chain,
+        parts["build"].images,
+        select=parts["clean"].images,
+        freeze=freeze,
+        config=fit,
+        heads=None if learned is None else learned.take([c.name for c in learned if c.name.startswith("fc@")]),
+        checkpoint=checkpoint,
     )
     fit_seconds = time.perf_counter() - started
     _log.info("fitted %d caches in %.0f s", len(candidates), fit_seconds)
@@ -147,9 +159,34 @@ def freeze_protocol(
             kind: [{**row._asdict(), "total": row.total} for row in memory_report(candidates.take(own))]
             for kind, own in names.items()
         },
+        "predictors": {} if learned is None else agreement_of(chain, learned, parts["serve"].images),
         "fit_seconds": fit_seconds,
         "replay_seconds": time.perf_counter() - started,
     }
+
+
+def paper_predictors(
+    chain: Chain,
+    parts: dict[str, data.Dataset],
+    freeze: FreezeConfig,
+    fit: FitConfig,
+    checkpoint: Any,  # noqa: ANN401
+) -> Candidates:
+    """Train the paper's three predictors at every site, in one pass."""
+    kinds = {"fc": functools.partial(FullyConnected, hidden=freeze.key_units), "pool": Pool, "conv": Conv}
+    heads = [Head(name=name, predictor=kind, selector=LinearSelector()) for name, kind in kinds.items()]
+    return gati_jax.fit(
+        chain, parts["build"].images, select=parts["clean"].images, heads=heads, config=fit, checkpoint=checkpoint
+    )
+
+
+def agreement_of(chain: Chain, candidates: Candidates, images: np.ndarray) -> dict[str, dict[str, float]]:
+    """Return the share of requests on which each predictor agrees with the base: by kind and site."""
+    table = gati_jax.replay(chain, candidates, images)
+    found: dict[str, dict[str, float]] = {}
+    for name, site, share in zip(table.names, table.sites, table.agrees.mean(1).tolist(), strict=True):
+        found.setdefault(name.partition("@")[0], {})[str(site)] = share
+    return found
 
 
 def with_exit_behind_last(chain: Chain) -> Chain:

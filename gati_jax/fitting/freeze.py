@@ -107,6 +107,7 @@ def fit_freeze(
     sites: tuple[int, ...] | None = None,
     freeze: FreezeConfig = DEFAULT_FREEZE,
     config: FitConfig = DEFAULT_CONFIG,
+    heads: Candidates | None = None,
     checkpoint: Path | str | None = None,
     progress: bool = True,
 ) -> Candidates:
@@ -119,6 +120,8 @@ def fit_freeze(
         sites: Where; None for sites 1 .. N - 1.
         freeze: Which caches.
         config: How key networks are trained.
+        heads: Fitted FC(units) heads (Grid heads where ``freeze.cells`` says so), one at each site, whose hidden layers
+            become the key networks; None trains them.
         checkpoint: As in ``fit``.
         progress: Whether to draw a progress bar on a terminal.
 
@@ -140,9 +143,12 @@ def fit_freeze(
     if "kmeans" in freeze.kinds and freeze.centres > len(images):
         msg = f"centres: expected at most the {len(images)} images, got {freeze.centres}"
         raise InputError(msg)
-    identity = f"{config} {parts} {chain_code(chain)} {fingerprint(fit_rows)} {tree_digest(chain.params)}"
-    folder = Path(checkpoint) if checkpoint else None
-    parts = train_predictors(chain, parts, images, config, checkpoint=folder, identity=identity, progress=progress)
+    if heads is not None:
+        parts = _as_trained(parts, heads)
+    else:
+        identity = f"{config} {parts} {chain_code(chain)} {fingerprint(fit_rows)} {tree_digest(chain.params)}"
+        folder = Path(checkpoint) if checkpoint else None
+        parts = train_predictors(chain, parts, images, config, checkpoint=folder, identity=identity, progress=progress)
     networks = {name: _key_network(part) for name, part in parts.items()}
     del parts  # and with them the output layers
     keys, answers = _all_keys(chain, networks, images, freeze.cells, config.batch)
@@ -170,6 +176,23 @@ def _key_head(freeze: FreezeConfig, sites: tuple[int, ...] | None) -> Head:
         return Grid(classes, cells=freeze.cells, hidden=freeze.key_units)
 
     return Head(name="key", predictor=predictor, selector=Confidence(), sites=sites)
+
+
+def _as_trained(parts: dict[str, Part], heads: Candidates) -> dict[str, Part]:
+    """Take key networks from heads that are trained already.
+
+    Raises:
+        InputError: They are other heads, or at other sites.
+    """
+    trained = {head.site: head for head in heads}
+    wanted = {part.site: part.predictor.clone(standardize=False) for part in parts.values()}
+    if {site: head.predictor for site, head in trained.items()} != wanted or len(heads) != len(wanted):
+        msg = f"heads: expected {next(iter(wanted.values()))} at sites {list(wanted)}, got {[h.name for h in heads]}"
+        raise InputError(msg)
+    return {
+        name: dataclasses.replace(part, variables=trained[part.site].params["predictor"])
+        for name, part in parts.items()
+    }
 
 
 def _key_network(part: Part) -> tuple[int, PyTree]:
