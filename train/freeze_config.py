@@ -56,9 +56,7 @@ class Caches(Section):
     budget: Count | None = Field(default=None, description="bytes for the points of all k-NN caches; unset: all points")
     choice: Literal["random", "condensed", "spread"] = "random"
     centres: Count = 100
-    predictors: bool = Field(
-        default=False, description="train the paper's FC, Pool and Conv, too; FC's hidden layers are keys"
-    )
+    predictors: bool = Field(default=False, description="train the paper's FC, Pool and Conv, too")
     behind_last: bool = Field(default=True, description="a cache behind the last block, too, as the paper has one")
 
     def build(self) -> FreezeConfig:

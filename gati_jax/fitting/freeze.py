@@ -189,10 +189,8 @@ def _as_trained(parts: dict[str, Part], heads: Candidates) -> dict[str, Part]:
     if {site: head.predictor for site, head in trained.items()} != wanted or len(heads) != len(wanted):
         msg = f"heads: expected {next(iter(wanted.values()))} at sites {list(wanted)}, got {[h.name for h in heads]}"
         raise InputError(msg)
-    return {
-        name: dataclasses.replace(part, variables=trained[part.site].params["predictor"])
-        for name, part in parts.items()
-    }
+    variables = {site: head.params["predictor"] for site, head in trained.items()}
+    return {name: dataclasses.replace(part, variables=variables[part.site]) for name, part in parts.items()}
 
 
 def _key_network(part: Part) -> tuple[int, PyTree]:
