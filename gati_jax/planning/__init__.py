@@ -21,6 +21,7 @@ from .payable import Rank as Rank
 from .payable import rank as rank
 from .payable import unpayable as unpayable
 from .policies import POLICIES as POLICIES
+from .policies import Score as Score
 from .policies import max_probability as max_probability
 from .policies import oracle_exits as oracle_exits
 from .policies import policy_table as policy_table
