@@ -5,9 +5,14 @@ from .binomial import p_value as p_value
 from .binomial import samples_needed as samples_needed
 from .certificate import Certificate as Certificate
 from .certificate import certify as certify
-from .compose import Plan as Plan
-from .compose import plan as plan
+from .compose import Budget as Budget
+from .compose import Composition as Composition
+from .compose import compose as compose
+from .front import front as front
 from .origin import Origin as Origin
+from .path import compose_plan as compose_plan
+from .path import plan as plan
+from .plan import Plan as Plan
 from .tables import CostTable as CostTable
 from .tables import Outcome as Outcome
 from .tables import ReplayTable as ReplayTable

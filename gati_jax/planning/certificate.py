@@ -16,7 +16,7 @@ from gati_jax._errors import InputError
 from gati_jax.data import check_distinct_rows, fingerprint
 
 from .binomial import p_value, samples_needed
-from .compose import Plan
+from .plan import Plan
 from .tables import ReplayTable, replay_plan
 
 METHOD = "fixed-sequence testing, exact binomial"
