@@ -80,7 +80,9 @@ class Relaxation:
             usable=usable[ids],
         )
 
-    def costs(self, s: int, prices: Prices) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "here n"], Float[np.ndarray, "here n"]]:
+    def costs(
+        self, s: int, prices: Prices
+    ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "here n"], Float[np.ndarray, "here n"]]:
         """Return each request's cost less its toll at the s-th site: where it is closed, at a miss, and at a hit.
 
         The first site refuses nobody and asks no toll.

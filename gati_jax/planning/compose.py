@@ -31,7 +31,7 @@ class Budget:
 
     disagreements: int
     """Requests of the table that may get another answer than the base's."""
-    memory_bytes: float | None = None
+    memory_bytes: int | None = None
     """Of the chosen caches together."""
     worst_ms: float | None = None
     """Of a request that no cache answers: all blocks and all lookups."""
@@ -59,7 +59,7 @@ class Composition:
     thresholds: tuple[float, ...]
     disagreements: int
     mean_ms: float
-    memory_bytes: float
+    memory_bytes: int
     bound_ms: float
     """Nothing within the budget takes less, with ``grid`` thresholds a candidate."""
     gap: float
@@ -78,7 +78,7 @@ def compose(
     costs: CostTable,
     budget: Budget,
     *,
-    bytes: Mapping[str, float] | None = None,  # noqa: A002
+    bytes: Mapping[str, int] | None = None,  # noqa: A002
     seconds: float = 60.0,
     thresholds: int = GRID,
     progress: Callable[[int, float, float], None] | None = None,
@@ -102,7 +102,7 @@ def compose(
     if not 1 <= thresholds <= MAX_THRESHOLDS:
         msg = f"thresholds: expected 1 to {MAX_THRESHOLDS}, got {thresholds}"
         raise InputError(msg)
-    memory = dict(bytes or {})
+    memory = {name: float(size) for name, size in (bytes or {}).items()}
     if budget.memory_bytes is not None and (missing := sorted(set(table.names) - set(memory))):
         msg = f"bytes: expected those of every candidate, got none of {', '.join(missing)}"
         raise InputError(msg)
@@ -166,7 +166,7 @@ def _good_choice(
         c = index[name]
         start[options.site[c]] = (c, int(np.searchsorted(-options.thresholds[c], -np.float32(threshold))))
     fine, choice = options.thin(MAX_THRESHOLDS, tuple(start))
-    found, price = search(fine, choice, restarts=RESTARTS, out_of_time=out_of_time)
+    found, price = search(fine, choice, restarts=min(RESTARTS, len(table.names)), out_of_time=out_of_time)
     return found, fine, price
 
 
@@ -196,7 +196,7 @@ def _told(
         thresholds=tuple(thresholds.tolist()),
         disagreements=wrong,
         mean_ms=mean_ms,
-        memory_bytes=float(options.uses[[c for c, _ in chosen], 0].sum()),
+        memory_bytes=round(options.uses[[c for c, _ in chosen], 0].sum()),
         bound_ms=min(bound_ms, mean_ms),
         gap=0.0 if proved else gap,
         proved=proved,

@@ -56,7 +56,12 @@ class _Members(NamedTuple):
 
 
 def solve(
-    options: Options, start: Found, price: float, *, out_of_time: Callable[[], bool], progress: Callable[[int, float, float], None]
+    options: Options,
+    start: Found,
+    price: float,
+    *,
+    out_of_time: Callable[[], bool],
+    progress: Callable[[int, float, float], None],
 ) -> Result:
     """Find the best choice, or a bound on it where the time runs out.
 
@@ -73,7 +78,7 @@ def solve(
         np.packbits(np.ones(options.n, bool)), (), options.start_ms, 0, options.limits,
         np.array([-1]), np.array([0]), everything, _first_prices(options, start.choice, price), options.usable,
     )  # fmt: skip
-    best, nodes = start, 0
+    best, nodes, node_steps = start, 0, _schedule(NODE_STEPS, NODE_RANGE)
     bound, families = _expand(options, whole, _root(options), best, _schedule(ROOT_STEPS, ROOT_RANGE), out_of_time)
     heap = [(key, next(ticket), family) for key, family in families]
     heapq.heapify(heap)
@@ -86,8 +91,7 @@ def solve(
         nodes += len(members.choices)
         best = _improve(options, members, best)
         if len(family.choice) + 1 < options.sites:
-            steps = _schedule(NODE_STEPS, NODE_RANGE)
-            _, found = _expand(options, family, members, best, steps, out_of_time)
+            _, found = _expand(options, family, members, best, node_steps, out_of_time)
             for child_key, child in found:
                 heapq.heappush(heap, (max(key, child_key), next(ticket), child))
         progress(nodes, best.ms, min(bound, best.ms))

@@ -10,9 +10,9 @@ def front(
     table: ReplayTable,
     costs: CostTable,
     disagreements: Sequence[int],
-    memory_bytes: Sequence[float | None] = (None,),
+    memory_bytes: Sequence[int | None] = (None,),
     *,
-    bytes: Mapping[str, float] | None = None,  # noqa: A002
+    bytes: Mapping[str, int] | None = None,  # noqa: A002
     worst_ms: float | None = None,
     sites: int | None = None,
     seconds: float = 60.0,
@@ -40,9 +40,7 @@ def front(
     found: list[Composition] = []
     for done, (count, memory) in enumerate(ladder):
         budget = Budget(disagreements=count, memory_bytes=memory, worst_ms=worst_ms, sites=sites)
-        found.append(
-            compose(table, costs, budget, bytes=bytes, seconds=seconds / len(ladder), thresholds=thresholds)
-        )
+        found.append(compose(table, costs, budget, bytes=bytes, seconds=seconds / len(ladder), thresholds=thresholds))
         if progress:
             progress(done + 1, len(ladder))
     merits = [(c.mean_ms, c.disagreements, c.memory_bytes) for c in found]

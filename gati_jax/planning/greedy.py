@@ -88,7 +88,7 @@ class _Grid(NamedTuple):
     """For each candidate the rows from its most to its least certain one, and where thresholds may lie."""
 
     order: Int[np.ndarray, "candidates n"]
-    cuts: tuple[Int[np.ndarray, " thresholds"], ...]  # a threshold at cut i lets the first i + 1 rows of the order hit
+    cuts: tuple[Int[np.ndarray, "..."], ...]  # a threshold at cut i lets the first i + 1 rows of the order hit
 
     @classmethod
     def of(cls, table: ReplayTable, floor: Thresholds) -> "_Grid":

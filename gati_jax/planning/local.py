@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from .options import Choice, Options, cost_to_go, evaluate, fits, used
 
-HALVINGS = 14  # of the price of a wrong answer
+HALVINGS = 10  # of the price of a wrong answer
 SPREAD = 0.3  # of the log price, when a search is restarted
 
 
@@ -46,28 +46,29 @@ def alternatives(options: Options, choice: Choice, site: int) -> Alternatives:
     closed = (float(ms + on_ms.sum()), wrong + int(on_wrong.sum()))
 
     here, width = options.at(site), options.width + 1
-    index = options.level[here][:, left] + width * np.arange(len(here))[:, None]
-
-    def summed(values: Float[np.ndarray, "#here left"]) -> Float[np.ndarray, "here thresholds"]:
-        weights = np.broadcast_to(values, index.shape).ravel()
-        counts = np.bincount(index.ravel(), weights, width * len(here))
-        return counts.reshape(len(here), width)[:, :-1].cumsum(1)
-
+    level = options.level[here][:, left]
     lengths = np.array([len(options.thresholds[c]) for c in here], int)
     others = used(options, (*choice[:site], None, *choice[site + 1 :]))
     room = (others + options.uses[here] <= options.limits * (1 + 1e-12)).all(1)
     return Alternatives(
-        ms=closed[0] + summed(-on_ms[None]) + (options.lookup_ms[here] * left.sum())[:, None],
-        wrong=closed[1] + np.rint(summed(options.wrong[here][:, left] - on_wrong[None])).astype(int),
+        ms=closed[0] + _summed(level, -on_ms, width) + (options.lookup_ms[here] * left.sum())[:, None],
+        wrong=closed[1] + np.rint(_summed(level, options.wrong[here][:, left] - on_wrong, width)).astype(int),
         allowed=(np.arange(width - 1) < lengths[:, None]) & room[:, None],
         candidates=here,
         closed=closed,
     )
 
 
-def descend(
-    options: Options, choice: Choice, value: Callable[[np.ndarray, np.ndarray], np.ndarray]
-) -> Choice:
+def _summed(
+    level: Int[np.ndarray, "here left"], values: Float[np.ndarray, "..."], width: int
+) -> Float[np.ndarray, "here thresholds"]:
+    """Sum values over the requests that hit at each threshold."""
+    index = level + width * np.arange(len(level))[:, None]
+    sums = np.bincount(index.ravel(), np.broadcast_to(values, index.shape).ravel(), width * len(level))
+    return sums.reshape(len(level), width)[:, :-1].cumsum(1)
+
+
+def descend(options: Options, choice: Choice, value: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Choice:
     """Change one site at a time for the least ``value(ms, wrong)``, until no change helps."""
     ms, wrong = evaluate(options, choice)
     now = float(value(np.array(ms), np.array(wrong)))

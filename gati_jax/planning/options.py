@@ -25,7 +25,7 @@ class Options:
     uses: Float[np.ndarray, "candidates resources"]  # bytes, full-miss time, places
     wrong: Bool[np.ndarray, "candidates n"]
     level: Int[np.ndarray, "candidates n"]  # the first of the candidate's thresholds at which the request hits
-    thresholds: tuple[Float[np.ndarray, " levels"], ...]  # falling; level ``len`` never hits
+    thresholds: tuple[Float[np.ndarray, "..."], ...]  # falling; level ``len`` never hits
     before_ms: float  # blocks before the first site
     span_ms: Float[np.ndarray, " sites"]  # blocks from each site to the next, from the last one to the end
     disagreements: int  # the budget

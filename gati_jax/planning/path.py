@@ -23,9 +23,9 @@ def plan(
     epsilon: float,
     delta: float = 0.05,
     max_sites: int | None = None,
-    memory_bytes: float | None = None,
+    memory_bytes: int | None = None,
     worst_ms: float | None = None,
-    bytes: Mapping[str, float] | None = None,  # noqa: A002
+    bytes: Mapping[str, int] | None = None,  # noqa: A002
     seconds: float = SECONDS,
 ) -> Plan:
     """Compose a cascade on the ``select`` split.
@@ -44,8 +44,10 @@ def plan(
     Raises:
         InputError: Tables of different bases, epsilon or delta outside (0, 1).
     """
-    budget = {"memory_bytes": memory_bytes, "worst_ms": worst_ms, "sites": max_sites}
-    return compose_plan(table, costs, epsilon=epsilon, delta=delta, bytes=bytes, seconds=seconds, **budget)[0]
+    return compose_plan(
+        table, costs, epsilon=epsilon, delta=delta, memory_bytes=memory_bytes, worst_ms=worst_ms, sites=max_sites,
+        bytes=bytes, seconds=seconds,
+    )[0]  # fmt: skip
 
 
 def compose_plan(
@@ -54,10 +56,10 @@ def compose_plan(
     *,
     epsilon: float,
     delta: float = 0.05,
-    memory_bytes: float | None = None,
+    memory_bytes: int | None = None,
     worst_ms: float | None = None,
-    sites: float | None = None,
-    bytes: Mapping[str, float] | None = None,  # noqa: A002
+    sites: int | None = None,
+    bytes: Mapping[str, int] | None = None,  # noqa: A002
     seconds: float = SECONDS,
 ) -> tuple[Plan, Composition]:
     """Return a plan as `plan` does, and the composition that it goes through, with its proof and what it refused.
@@ -72,9 +74,7 @@ def compose_plan(
     check_tables(table, costs)
     # The caches are chosen for what a split as large as this one could certify; the path goes on to epsilon, for luck.
     target = max(0, largest_passing(len(table), epsilon, delta))
-    budget = Budget(
-        disagreements=target, memory_bytes=memory_bytes, worst_ms=worst_ms, sites=None if sites is None else int(sites)
-    )
+    budget = Budget(disagreements=target, memory_bytes=memory_bytes, worst_ms=worst_ms, sites=sites)
     composition = compose(table, costs, budget, bytes=bytes, seconds=seconds)
     part = table.take(composition.names)
     goal = np.array(composition.thresholds, np.float32)
@@ -120,9 +120,7 @@ def _refined(coarse: list[Thresholds], table: ReplayTable, costs: CostTable) -> 
     return path
 
 
-def _between(
-    table: ReplayTable, before: Thresholds, after: Thresholds
-) -> list[Thresholds]:
+def _between(table: ReplayTable, before: Thresholds, after: Thresholds) -> list[Thresholds]:
     """Lower one threshold from ``before`` to ``after``, stopping short of every request that comes to disagree."""
     changed = np.flatnonzero(before != after)
     if len(changed) != 1:
