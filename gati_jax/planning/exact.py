@@ -154,6 +154,8 @@ def _expand(
     first = len(members.choices[0])
     mean = members.left.mean(0)
     rows = np.flatnonzero(mean)
+    if not len(rows):
+        return best.ms, []  # nobody is left to be served: `_improve` has seen these
     room, fixed = members.room.max(0), float(members.ms.mean())
     relaxation = Relaxation.of(options, first, rows, mean[rows], room, family.usable)
     decided = first - (options.sites - 1 - len(family.prices.tolls))  # sites of which no toll is asked any more

@@ -78,7 +78,7 @@ def read_options(
     costs: CostTable,
     *,
     disagreements: int,
-    limits: Sequence[float | None],
+    limits: Sequence[float | int | None],  # noqa: PYI041 (beartype takes no int for a float)
     memory: Mapping[str, float],
 ) -> Options:
     """Turn a table, its candidates in the order of their sites, into options; limits None is no limit."""
@@ -98,7 +98,7 @@ def read_options(
         before_ms=float(until[0]),
         span_ms=np.diff(until),
         disagreements=disagreements,
-        limits=np.array([np.inf if limit is None else limit for limit in limits]),
+        limits=np.array([np.inf if limit is None else limit for limit in limits], float),
     )
 
 
