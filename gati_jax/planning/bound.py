@@ -1,8 +1,8 @@
 """Lower bounds on what a composition can still reach: Lagrangian relaxation of the requests' way through the sites.
 
 Every request has a *toll* at every site, a guess at what it still takes from there on. A site may refuse requests
-for which it would take longer than the toll, and pays the toll of those that it passes on. Then the sites no longer depend on
-each other: the least of each, summed, is a lower bound whatever the tolls, for the way that requests really
+for which it would take longer than the toll, and pays the toll of those that it passes on. Then the sites no longer
+depend on each other: the least of each, summed, is a lower bound whatever the tolls, for the way that requests really
 go is one of those allowed. Budgets become prices in the same manner. Subgradient steps raise the bound.
 """
 

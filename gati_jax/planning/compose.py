@@ -23,6 +23,7 @@ from .tables import CostTable, ReplayTable, cascade_ms, replay_plan
 GRID = 16  # thresholds a candidate in the exact search; the local one sees MAX_THRESHOLDS
 RESTARTS = 30
 LOCAL_SHARE = 0.3  # of the time, at most
+PROVED = 1e-8  # a gap that rounding explains
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,7 @@ def _translate(coarse: Options, fine: Options, choice: Choice) -> Choice:
     )
 
 
-def _told(
+def _told(  # noqa: PLR0917
     table: ReplayTable, costs: CostTable, options: Options, choice: Choice, bound_ms: float, grid: int, nodes: int,
     began: float,
 ) -> Composition:  # fmt: skip
@@ -189,7 +190,7 @@ def _told(
     assert fits(options, choice)  # noqa: S101
     assert wrong == evaluate(options, choice)[1] <= options.disagreements  # noqa: S101
     gap = max(0.0, 1 - bound_ms / mean_ms) if mean_ms > 0 else 0.0
-    proved = gap <= 1e-8
+    proved = gap <= PROVED
     return Composition(
         names=part.names,
         sites=part.sites,

@@ -1,7 +1,7 @@
 """Branch and bound over the sites from the first to the last, best bound first.
 
 A node is a prefix: what is open up to a site is decided, so the requests that are left, the time and the wrong answers
-are exact; `bound` says what the rest takes at least. The nodes that share all but their last decision are bounded together,
+are exact; `bound` says what the rest takes at least. Nodes that share all but their last decision are bounded together,
 with prices that suit their mean.
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from .bound import Ascent, Prices, Relaxation, ascend
+from .bound import Prices, Relaxation, ascend
 from .local import Found, polish
 from .options import Choice, Options, cost_to_go, evaluate
 

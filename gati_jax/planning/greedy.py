@@ -1,4 +1,4 @@
-"""A greedy walk: every step lowers one threshold, or opens one cache, where that saves the most for what it makes wrong.
+"""A greedy walk: each step lowers one threshold, or opens one cache, where that saves most for what it makes wrong.
 
 Requests are counted jointly: a hit at an early site takes its request away from all later ones.
 """

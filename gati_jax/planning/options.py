@@ -78,7 +78,7 @@ def read_options(
     costs: CostTable,
     *,
     disagreements: int,
-    limits: Sequence[float | int | None],  # noqa: PYI041 (beartype takes no int for a float)
+    limits: Sequence[float | int | None],
     memory: Mapping[str, float],
 ) -> Options:
     """Turn a table, its candidates in the order of their sites, into options; limits None is no limit."""

@@ -168,7 +168,7 @@ def test_scores_that_never_hit_are_no_options(make_table, make_costs, score):
 
 
 def test_reasons_name_what_stands_in_the_way(make_table, make_costs):
-    # c1 answers all at site 1; c0 there knows half; c2 behind comes too late; c3's lookup is dearer than the last block.
+    # c1 answers all at site 1; c0 there knows half; c2 behind is too late; c3's lookup is dearer than a block.
     sure = [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
     table = make_table(1 - np.array(sure), sure, sites=(1, 1, 2, 3), depth=4)
     costs = make_costs([1, 1, 1, 1], [0.1, 0.1, 0.1, 1.5])
