@@ -52,6 +52,6 @@ def front(
     return tuple(kept[merit] for merit in sorted(kept))
 
 
-def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+def _beats(one: tuple[float, int, int], other: tuple[float, int, int]) -> bool:
     """Say whether ``one`` is nowhere worse and somewhere better."""
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))

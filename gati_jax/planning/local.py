@@ -65,7 +65,7 @@ def _summed(
     """Sum values over the requests that hit at each threshold."""
     index = level + width * np.arange(len(level))[:, None]
     sums = np.bincount(index.ravel(), np.broadcast_to(values, index.shape).ravel(), width * len(level))
-    return sums.reshape(len(level), width)[:, :-1].cumsum(1)
+    return sums.astype(float).reshape(len(level), width)[:, :-1].cumsum(1)  # of nothing, bincount gives integers
 
 
 def descend(options: Options, choice: Choice, value: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Choice:
