@@ -21,7 +21,7 @@ from .front import front as front
 from .origin import Origin as Origin
 from .path import compose_plan as compose_plan
 from .path import plan as plan
-from .plan import Plan as Plan
+from .planned import Plan as Plan
 from .policies import POLICIES as POLICIES
 from .policies import max_probability as max_probability
 from .policies import oracle_exits as oracle_exits

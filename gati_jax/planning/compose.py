@@ -6,7 +6,7 @@ proved that nothing is better, or says how much better something could still be.
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -83,6 +83,7 @@ def compose(
     seconds: float = 60.0,
     thresholds: int = GRID,
     progress: Callable[[int, float, float], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Composition:
     """Choose at most one candidate a site, and their thresholds, for the least expected latency within a budget.
 
@@ -94,11 +95,12 @@ def compose(
         seconds: To search for. A proof may come sooner; without one the remaining gap is told.
         thresholds: At most so many a candidate in the exact search, 64 at most.
         progress: Told nodes, the best mean time and its lower bound now and then.
+        clock: What ``seconds`` are counted by; ``time.process_time`` where other work shares the machine.
 
     Raises:
-        InputError: Tables of different bases, no request, bytes that are missing.
+        InputError: Tables of different bases, no request, bytes that are missing, a worst time that the base exceeds.
     """
-    began = time.monotonic()
+    began = clock()
     check_tables(table, costs)
     if not 1 <= thresholds <= MAX_THRESHOLDS:
         msg = f"thresholds: expected 1 to {MAX_THRESHOLDS}, got {thresholds}"
@@ -107,15 +109,18 @@ def compose(
     if budget.memory_bytes is not None and (missing := sorted(set(table.names) - set(memory))):
         msg = f"bytes: expected those of every candidate, got none of {', '.join(missing)}"
         raise InputError(msg)
+    if budget.worst_ms is not None and budget.worst_ms < costs.full_ms * (1 - 1e-12):
+        msg = f"worst_ms: expected at least the base's own {costs.full_ms} ms, got {budget.worst_ms}"
+        raise InputError(msg)
     table = in_order(table)
-    worst = None if budget.worst_ms is None else budget.worst_ms - costs.full_ms
+    worst = None if budget.worst_ms is None else max(0.0, budget.worst_ms - costs.full_ms)
     options = read_options(
         table, costs, disagreements=budget.disagreements, limits=(budget.memory_bytes, worst, budget.sites),
         memory=memory,
     )  # fmt: skip
 
     def over(share: float) -> Callable[[], bool]:
-        return lambda: time.monotonic() - began >= share * seconds
+        return lambda: clock() - began >= share * seconds
 
     found, fine, price = _good_choice(table, costs, options, over(LOCAL_SHARE))
     coarse, choice = fine.thin(thresholds, found.choice)
@@ -127,7 +132,7 @@ def compose(
     )  # fmt: skip
     if result.found.ms < found.ms:
         found = polish(fine, _translate(coarse, fine, result.found.choice))
-    return _told(table, costs, fine, found.choice, result.bound_ms / n, coarse.width, result.nodes, began)
+    return _told(table, costs, fine, found.choice, result.bound_ms / n, coarse.width, result.nodes, clock() - began)
 
 
 def check_tables(table: ReplayTable, costs: CostTable) -> None:
@@ -157,8 +162,8 @@ def _good_choice(
     """Search from the greedy walk's end; return the options with few enough thresholds, its own among them."""
     index = {name: c for c, name in enumerate(table.names)}
 
-    def room(names: object) -> bool:
-        chosen = [index[name] for name in names]  # pyright: ignore[reportGeneralTypeIssues]
+    def room(names: Sequence[str]) -> bool:
+        chosen = [index[name] for name in names]
         return bool((options.uses[chosen].sum(0) <= options.limits * (1 + 1e-12)).all())
 
     _, opened = greedy(table, costs, options.disagreements, fits=room, out_of_time=out_of_time)
@@ -180,7 +185,7 @@ def _translate(coarse: Options, fine: Options, choice: Choice) -> Choice:
 
 def _told(  # noqa: PLR0917
     table: ReplayTable, costs: CostTable, options: Options, choice: Choice, bound_ms: float, grid: int, nodes: int,
-    began: float,
+    seconds: float,
 ) -> Composition:  # fmt: skip
     chosen = [option for option in choice if option is not None]
     part = table.take([table.names[c] for c, _ in chosen])
@@ -203,6 +208,6 @@ def _told(  # noqa: PLR0917
         proved=proved,
         grid=grid,
         nodes=nodes,
-        seconds=time.monotonic() - began,
+        seconds=seconds,
         refused=MappingProxyType(reasons(table, costs, options, choice)),
     )

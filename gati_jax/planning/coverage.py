@@ -11,7 +11,7 @@ from gati_jax._errors import InputError
 
 from .certificate import CONDITIONAL, Certificate
 from .path import plan as compose
-from .plan import Plan
+from .planned import Plan
 from .tables import CostTable, ReplayTable, replay_plan
 from .testing import certify, exit_rates
 

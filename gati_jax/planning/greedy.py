@@ -96,7 +96,7 @@ class _Grid(NamedTuple):
         ranked = np.take_along_axis(table.scores, order, 1)
         last = np.concatenate([ranked[:, 1:] < ranked[:, :-1], np.ones((len(ranked), 1), bool)], axis=1)
         ends = [np.flatnonzero(row) for row in last]  # a cut may not split equal scores
-        ends = [e[row[e] >= lowest] for e, row, lowest in zip(ends, ranked, floor, strict=True)]
+        ends = [e[(row[e] >= lowest) & (row[e] > -np.inf)] for e, row, lowest in zip(ends, ranked, floor, strict=True)]
         thin = [np.unique(np.linspace(0, len(e) - 1, min(len(e), MAX_THRESHOLDS)).astype(int)) for e in ends]
         return cls(order, tuple(e[t] for e, t in zip(ends, thin, strict=True)))
 

@@ -10,7 +10,7 @@ from gati_jax._errors import InputError
 from .binomial import largest_passing
 from .compose import Budget, Composition, check_tables, compose
 from .greedy import Thresholds, walk
-from .plan import Plan
+from .planned import Plan
 from .tables import CostTable, ReplayTable, cascade_ms, replay_plan
 
 SECONDS = 30.0
@@ -136,9 +136,3 @@ def _between(table: ReplayTable, before: Thresholds, after: Thresholds) -> list[
             stop[cache] = short_of.min()
             stops.append(stop)
     return stops
-
-
-def _ms_at(candidate_plan: Plan, target: int) -> float:
-    """Return the mean time at the last step before the first with more than ``target`` disagreements."""
-    beyond = np.flatnonzero(candidate_plan.disagreement > (target + 0.5) / candidate_plan.n)
-    return float(candidate_plan.mean_ms[beyond[0] - 1 if len(beyond) else -1])

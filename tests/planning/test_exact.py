@@ -61,7 +61,7 @@ def draw_budget(data, costs):
     return Budget(
         disagreements=data.draw(st.integers(0, 5)),
         memory_bytes=data.draw(st.sampled_from([None, 0, 30, 50, 70])),
-        worst_ms=data.draw(st.sampled_from([None, 0.0, 0.25, 0.5, 1.0]).map(lambda ms: ms and costs.full_ms + ms)),
+        worst_ms=data.draw(st.sampled_from([None, *(costs.full_ms + ms for ms in (0.0, 0.25, 0.5, 1.0))])),
         sites=data.draw(st.sampled_from([None, 0, 1, 2])),
     )
 
@@ -205,6 +205,12 @@ def test_a_memory_budget_needs_everybodys_bytes(make_table, make_costs):
     table, costs = make_table([[0], [0]], [[1.0], [1.0]]), make_costs([1] * 4, [0, 0])
     with pytest.raises(gati_jax.InputError, match="bytes: expected those of every candidate, got none of c1"):
         compose(table, costs, Budget(disagreements=0, memory_bytes=9), bytes={"c0": 1})
+
+
+def test_the_base_itself_must_be_within_the_worst_time(make_table, make_costs):
+    table, costs = make_table([[0]], [[1.0]]), make_costs([1] * 4, [0])
+    with pytest.raises(gati_jax.InputError, match=r"worst_ms: expected at least the base's own 4\.0 ms, got 3\.9"):
+        compose(table, costs, Budget(disagreements=0, worst_ms=3.9))
 
 
 def test_no_candidates(make_costs):
