@@ -1,98 +1,146 @@
-"""Composition: which caches, with which thresholds (GATI's composition phase).
+"""Composition: which caches, with which thresholds, within which budgets (GATI's composition phase).
 
-A plan is a *path* of threshold vectors, from nothing that is known to go wrong to the disagreement asked for. It is
-fixed and hashed before the ``certify`` split is opened; the certificate says how far along it one may go.
-
-The path is greedy: every step lowers one threshold, or opens one cache, where that saves the most time for each request
-that it makes disagree. Requests are counted jointly: a hit at an early site takes its request away from all later ones.
+The choice is exact where time allows: a local search finds a good one, branch and bound improves on it until it has
+proved that nothing is better, or says how much better something could still be.
 """
 
 import dataclasses
-import hashlib
-import itertools
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
-from jaxtyping import Float, Int, UInt64
 
 from gati_jax._errors import InputError
 
-from .binomial import largest_passing
-from .origin import Origin
+from .exact import solve
+from .greedy import MAX_THRESHOLDS, greedy
+from .local import Found, polish, search
+from .options import Choice, Options, evaluate, fits, read_options
+from .refused import reasons
 from .tables import CostTable, ReplayTable, cascade_ms, replay_plan
 
-SMALL_MOVE = 0.1  # of the budget; taken first, for a certificate can only stop between moves
-MAX_THRESHOLDS = 64  # for each candidate: more would fit the noise of a few thousand requests
+GRID = 16  # thresholds a candidate in the exact search; the local one sees MAX_THRESHOLDS
+RESTARTS = 30
+LOCAL_SHARE = 0.3  # of the time, at most
+PROVED = 1e-8  # a gap that rounding explains
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The chosen caches in order, and the path of their thresholds.
+class Budget:
+    """What a composition may take; None is no limit."""
 
-    ``path[i, c]`` is cache c's threshold on step i, infinity where it is off. ``disagreement`` and ``mean_ms`` are
-    what composition saw on each step, on out-of-fold scores of the select split.
-    """
-
-    names: tuple[str, ...]
-    sites: tuple[int, ...]
-    depth: int
-    path: Float[np.ndarray, "steps caches"]
-    disagreement: Float[np.ndarray, " steps"]
-    mean_ms: Float[np.ndarray, " steps"]
-    n: int
-    """Requests of the table that it was composed on."""
-    rows: UInt64[np.ndarray, " n"] = dataclasses.field(repr=False)  # their digests
-    origin: Origin = Origin()  # noqa: RUF009 (frozen)
+    disagreements: int
+    """Requests of the table that may get another answer than the base's."""
+    memory_bytes: int | None = None
+    """Of the chosen caches together."""
+    worst_ms: float | None = None
+    """Of a request that no cache answers: all blocks and all lookups."""
+    sites: int | None = None
 
     def __post_init__(self) -> None:
-        """Check that the columns belong together; thresholds are compared with float32 scores.
+        """Refuse what is no budget.
 
         Raises:
             InputError: Names the field.
         """
-        object.__setattr__(self, "path", np.asarray(self.path, np.float32))
-        steps, caches = len(self.disagreement), len(self.names)
-        if self.path.shape != (steps, caches) or len(self.mean_ms) != steps or len(self.sites) != caches or steps == 0:
-            msg = f"path: expected shape [steps, caches] = [{steps}, {caches}], got {list(self.path.shape)}"
-            raise InputError(msg)
-        if np.isnan(self.path).any() or (self.path == -np.inf).any():
-            msg = "path: expected thresholds or infinity, got NaN or -infinity"
-            raise InputError(msg)
-        if np.isfinite(self.path[0]).any():
-            msg = f"path: expected its first step to be the bare base, all infinite, got {self.path[0]}"
-            raise InputError(msg)
-
-    @property
-    def hash(self) -> str:
-        """Digest of all that must be fixed before ``certify`` is opened."""
-        digest = hashlib.sha256(repr((self.names, self.sites, self.depth, self.path.shape, self.origin)).encode())
-        digest.update(np.ascontiguousarray(self.path).tobytes())
-        return digest.hexdigest()
-
-    def thresholds(self, step: int) -> Float[np.ndarray, " caches"]:
-        """Return step ``step``'s thresholds; all off where nothing was certified (step -1)."""
-        return self.path[step] if step >= 0 else np.full(len(self.names), np.inf, np.float32)
+        for name in ("disagreements", "memory_bytes", "worst_ms", "sites"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                msg = f"{name}: expected 0 or more, got {value}"
+                raise InputError(msg)
 
 
-def plan(
-    table: ReplayTable, costs: CostTable, *, epsilon: float, delta: float = 0.05, max_sites: int | None = None
-) -> Plan:
-    """Compose a cascade on the ``select`` split.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Composition:
+    """The chosen caches in the order of their sites, and how good the choice is."""
+
+    names: tuple[str, ...]
+    sites: tuple[int, ...]
+    thresholds: tuple[float, ...]
+    disagreements: int
+    mean_ms: float
+    memory_bytes: int
+    bound_ms: float
+    """Nothing within the budget takes less, with ``grid`` thresholds a candidate."""
+    gap: float
+    """The share of ``mean_ms`` that might still be saved; 0 where that is proved to be none."""
+    proved: bool
+    grid: int
+    """Thresholds that the proof allows each candidate; those of the choice are among them."""
+    nodes: int
+    seconds: float
+    refused: Mapping[str, str] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    """For every candidate that was not chosen, why."""
+
+
+def compose(
+    table: ReplayTable,
+    costs: CostTable,
+    budget: Budget,
+    *,
+    bytes: Mapping[str, int] | None = None,  # noqa: A002
+    seconds: float = 60.0,
+    thresholds: int = GRID,
+    progress: Callable[[int, float, float], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Composition:
+    """Choose at most one candidate a site, and their thresholds, for the least expected latency within a budget.
 
     Args:
-        table: Replay of the select split, with out-of-fold scores.
+        table: Replay, with out-of-fold scores; hits are counted jointly.
         costs: Measured times of the same base and candidates.
-        epsilon: The disagreement to be certified; the path ends there.
-        delta: The certificate's; the choice of caches aims at what a split as large as this one could certify.
-        max_sites: At most so many caches.
+        budget: What may not be exceeded.
+        bytes: For each candidate by name; needed for a budget of memory.
+        seconds: To search for. A proof may come sooner; without one the remaining gap is told.
+        thresholds: At most so many a candidate in the exact search, 64 at most.
+        progress: Told nodes, the best mean time and its lower bound now and then.
+        clock: What ``seconds`` are counted by; ``time.process_time`` where other work shares the machine.
 
     Raises:
-        InputError: Tables of different bases, epsilon or delta outside (0, 1).
+        InputError: Tables of different bases, no request, bytes that are missing, a worst time that the base exceeds.
     """
-    for name, value in (("epsilon", epsilon), ("delta", delta)):
-        if not 0 < value < 1:
-            msg = f"{name}: expected a number between 0 and 1, got {value}"
-            raise InputError(msg)
+    began = clock()
+    check_tables(table, costs)
+    if not 1 <= thresholds <= MAX_THRESHOLDS:
+        msg = f"thresholds: expected 1 to {MAX_THRESHOLDS}, got {thresholds}"
+        raise InputError(msg)
+    memory = {name: float(size) for name, size in (bytes or {}).items()}
+    if budget.memory_bytes is not None and (missing := sorted(set(table.names) - set(memory))):
+        msg = f"bytes: expected those of every candidate, got none of {', '.join(missing)}"
+        raise InputError(msg)
+    if budget.worst_ms is not None and budget.worst_ms < costs.full_ms * (1 - 1e-12):
+        msg = f"worst_ms: expected at least the base's own {costs.full_ms} ms, got {budget.worst_ms}"
+        raise InputError(msg)
+    table = in_order(table)
+    worst = None if budget.worst_ms is None else max(0.0, budget.worst_ms - costs.full_ms)
+    options = read_options(
+        table, costs, disagreements=budget.disagreements, limits=(budget.memory_bytes, worst, budget.sites),
+        memory=memory,
+    )  # fmt: skip
+
+    def over(share: float) -> Callable[[], bool]:
+        return lambda: clock() - began >= share * seconds
+
+    found, fine, price = _good_choice(table, costs, options, over(LOCAL_SHARE))
+    coarse, choice = fine.thin(thresholds, found.choice)
+    tell = progress or (lambda *_: None)
+    n = len(table)
+    result = solve(
+        coarse, Found(found.ms, choice), price, out_of_time=over(1.0),
+        progress=lambda nodes, ms, bound: tell(nodes, ms / n, bound / n),
+    )  # fmt: skip
+    if result.found.ms < found.ms:
+        found = polish(fine, _translate(coarse, fine, result.found.choice))
+    return _told(table, costs, fine, found.choice, result.bound_ms / n, coarse.width, result.nodes, clock() - began)
+
+
+def check_tables(table: ReplayTable, costs: CostTable) -> None:
+    """Check that two tables are of the same base and candidates.
+
+    Raises:
+        InputError: They are not, or nothing has been replayed.
+    """
     if table.depth != len(costs.blocks_ms) or not set(table.names) <= set(costs.lookup_ms):
         got = f"{len(costs.blocks_ms)} and {tuple(costs.lookup_ms)}"
         msg = f"costs: expected times of {table.depth} blocks and of {table.names}, got {got}"
@@ -100,169 +148,66 @@ def plan(
     if len(table) == 0:
         msg = "table: expected at least one request, got none"
         raise InputError(msg)
-    table = table.take([table.names[i] for i in np.argsort(table.sites, kind="stable")])
-    # The caches are chosen for what a split as large as this one could certify; the path goes on to epsilon, for luck.
-    target = max(0, largest_passing(len(table), epsilon, delta))
-    budgets = (target, int(epsilon * len(table) + 1e-9))
-    best = _greedy(table, costs, budgets)
-    best_ms = _ms_at(best, target)
-    while best.names:
-        smaller = [_greedy(table.take([n for n in best.names if n != name]), costs, budgets) for name in best.names]
-        ms = [_ms_at(p, target) for p in smaller]
-        too_many = max_sites is not None and len(best.names) > max_sites
-        if not too_many and min(ms) > best_ms:
-            break
-        best, best_ms = smaller[int(np.argmin(ms))], min(ms)
-    return _refined(best, table.take(best.names), costs)
 
 
-def _refined(coarse: Plan, table: ReplayTable, costs: CostTable) -> Plan:
-    """Put steps between those of a path, one for each request that comes to disagree.
+def in_order(table: ReplayTable) -> ReplayTable:
+    """Return the table with its candidates in the order of their sites, and of their names at one site."""
+    order = sorted(range(len(table.names)), key=lambda i: (table.sites[i], table.names[i]))
+    return table.take([table.names[i] for i in order])
 
-    A certificate can only stop at a step, and fixed-sequence testing pays nothing for more of them.
-    """
-    path = [coarse.path[0]]
-    for before, after in itertools.pairwise(coarse.path):
-        most = max(replay_plan(table, thresholds).disagreement for thresholds in (before, after))
-        for thresholds in _between(table, before, after):
-            faster = cascade_ms(table, thresholds, costs) < cascade_ms(table, path[-1], costs)
-            if faster and replay_plan(table, thresholds).disagreement <= most:
-                path.append(thresholds)
-        path.append(after)
-    return dataclasses.replace(
-        coarse,
-        path=np.stack(path),
-        disagreement=np.array([replay_plan(table, thresholds).disagreement for thresholds in path]),
-        mean_ms=np.array([cascade_ms(table, thresholds, costs) for thresholds in path]),
+
+def _good_choice(
+    table: ReplayTable, costs: CostTable, options: Options, out_of_time: Callable[[], bool]
+) -> tuple[Found, Options, float]:
+    """Search from the greedy walk's end; return the options with few enough thresholds, its own among them."""
+    index = {name: c for c, name in enumerate(table.names)}
+
+    def room(names: Sequence[str]) -> bool:
+        chosen = [index[name] for name in names]
+        return bool((options.uses[chosen].sum(0) <= options.limits * (1 + 1e-12)).all())
+
+    _, opened = greedy(table, costs, options.disagreements, fits=room, out_of_time=out_of_time)
+    start: list[tuple[int, int] | None] = [None] * options.sites
+    for name, threshold in opened.items():
+        c = index[name]
+        start[options.site[c]] = (c, int(np.searchsorted(-options.thresholds[c], -np.float32(threshold))))
+    fine, choice = options.thin(MAX_THRESHOLDS, tuple(start))
+    found, price = search(fine, choice, restarts=min(RESTARTS, len(table.names)), out_of_time=out_of_time)
+    return found, fine, price
+
+
+def _translate(coarse: Options, fine: Options, choice: Choice) -> Choice:
+    """Return the same choice in the indices of other options."""
+    return tuple(
+        o and (o[0], int(np.searchsorted(-fine.thresholds[o[0]], -coarse.thresholds[o[0]][o[1]]))) for o in choice
     )
 
 
-def _between(
-    table: ReplayTable, before: Float[np.ndarray, " caches"], after: Float[np.ndarray, " caches"]
-) -> list[Float[np.ndarray, " caches"]]:
-    """Lower one threshold from ``before`` to ``after``, stopping short of every request that comes to disagree."""
-    (cache,) = np.flatnonzero(before != after)
-    then, now = replay_plan(table, before), replay_plan(table, after)
-    moved = (now.exits == cache) & (then.exits != cache)
-    scores = table.scores[cache]
-    stops = []
-    for wrong in np.unique(scores[moved & now.disagrees & ~then.disagrees])[::-1]:
-        if len(short_of := scores[moved & (scores > wrong)]):
-            stop = after.copy()
-            stop[cache] = short_of.min()
-            stops.append(stop)
-    return stops
-
-
-def _ms_at(candidate_plan: Plan, target: int) -> float:
-    """Return the mean time at the last step before the first with more than ``target`` disagreements."""
-    beyond = np.flatnonzero(candidate_plan.disagreement > (target + 0.5) / candidate_plan.n)
-    return float(candidate_plan.mean_ms[beyond[0] - 1 if len(beyond) else -1])
-
-
-class _Move(NamedTuple):
-    """A step of the greedy path."""
-
-    cache: int
-    threshold: np.float32
-    saved: float  # milliseconds, summed over requests
-    wrong: int  # requests that come to disagree, less those that cease to
-
-
-def _greedy(table: ReplayTable, costs: CostTable, budgets: tuple[int, ...]) -> Plan:
-    """Walk the path to each budget of disagreements in turn, then keep the caches that it opened."""
-    m, n = table.scores.shape
-    grid = _Grid.of(table)
-    thresholds = np.full(m, np.inf, np.float32)
-    path, disagreement, mean = [thresholds.copy()], [0.0], [costs.full_ms]
-    for budget in budgets:
-        small = max(1, int(budget * SMALL_MOVE))
-        while True:
-            move = _best_move(table, costs, grid, thresholds, budget, small)
-            move = move or _best_move(table, costs, grid, thresholds, budget, budget)
-            if move is None:
-                break
-            thresholds[move.cache] = move.threshold
-            path.append(thresholds.copy())
-            disagreement.append(replay_plan(table, thresholds).disagreement)
-            mean.append(cascade_ms(table, thresholds, costs))
-    on = np.isfinite(thresholds)
-    keep = [name for name, is_on in zip(table.names, on, strict=True) if is_on]
-    kept = table.take(keep)
-    return Plan(
-        names=kept.names,
-        sites=kept.sites,
-        depth=table.depth,
-        path=np.stack(path)[:, on],
-        n=n,
-        rows=table.rows,
-        origin=kept.origin,
-        disagreement=np.asarray(disagreement),
-        mean_ms=np.asarray(mean),
+def _told(  # noqa: PLR0917
+    table: ReplayTable, costs: CostTable, options: Options, choice: Choice, bound_ms: float, grid: int, nodes: int,
+    seconds: float,
+) -> Composition:  # fmt: skip
+    chosen = [option for option in choice if option is not None]
+    part = table.take([table.names[c] for c, _ in chosen])
+    thresholds = np.array([options.thresholds[c][t] for c, t in chosen], np.float32)
+    mean_ms = cascade_ms(part, thresholds, costs)
+    wrong = int(replay_plan(part, thresholds).disagrees.sum())
+    assert fits(options, choice)  # noqa: S101
+    assert wrong == evaluate(options, choice)[1] <= options.disagreements  # noqa: S101
+    gap = max(0.0, 1 - bound_ms / mean_ms) if mean_ms > 0 else 0.0
+    proved = gap <= PROVED
+    return Composition(
+        names=part.names,
+        sites=part.sites,
+        thresholds=tuple(thresholds.tolist()),
+        disagreements=wrong,
+        mean_ms=mean_ms,
+        memory_bytes=round(options.uses[[c for c, _ in chosen], 0].sum()),
+        bound_ms=min(bound_ms, mean_ms),
+        gap=0.0 if proved else gap,
+        proved=proved,
+        grid=grid,
+        nodes=nodes,
+        seconds=seconds,
+        refused=MappingProxyType(reasons(table, costs, options, choice)),
     )
-
-
-class _Grid(NamedTuple):
-    """For each candidate the rows from its most to its least certain one, and where thresholds may lie."""
-
-    order: Int[np.ndarray, "candidates n"]
-    cuts: tuple[Int[np.ndarray, " thresholds"], ...]  # a threshold at cut i lets the first i + 1 rows of the order hit
-
-    @classmethod
-    def of(cls, table: ReplayTable) -> "_Grid":
-        order = np.argsort(-table.scores, axis=1, kind="stable")
-        ranked = np.take_along_axis(table.scores, order, 1)
-        last = np.concatenate([ranked[:, 1:] < ranked[:, :-1], np.ones((len(ranked), 1), bool)], axis=1)
-        ends = [np.flatnonzero(row) for row in last]  # a cut may not split equal scores
-        thin = [np.unique(np.linspace(0, len(e) - 1, min(len(e), MAX_THRESHOLDS)).astype(int)) for e in ends]
-        return cls(order, tuple(e[t] for e, t in zip(ends, thin, strict=True)))
-
-
-def _best_move(
-    table: ReplayTable,
-    costs: CostTable,
-    grid: _Grid,
-    thresholds: Float[np.ndarray, " candidates"],
-    budget: int,
-    largest: int,
-) -> _Move | None:
-    """Return the move that saves the most for each new disagreement, or None if none saves within the budget.
-
-    Moves that cost no disagreement come first, the largest saving first. No move costs more than ``largest``.
-    """
-    m, n = table.scores.shape
-    if m == 0:
-        return None
-    outcome = replay_plan(table, thresholds)
-    on = np.isfinite(thresholds)
-    looked = np.cumsum(np.where(on, [costs.lookup_ms[name] for name in table.names], 0.0))
-    blocks = np.array([costs.until(site) for site in (*table.sites, table.depth)])
-    now_ms = blocks + np.append(looked, looked[-1])
-    best: _Move | None = None
-    spent = int(outcome.disagrees.sum())
-    for c in range(m):
-        if not on[c] and table.sites[c] in np.asarray(table.sites)[on]:
-            continue  # one cache at a site
-        # A request that leaves at c or before keeps its exit; the others come to c if their score is high enough.
-        later = outcome.exits > c
-        lookup_ms = 0.0 if on[c] else costs.lookup_ms[table.names[c]]
-        opening = lookup_ms * int(later.sum())
-        here_ms = blocks[c] + looked[c]
-        order = grid.order[c]
-        saved = np.cumsum(np.where(later, now_ms[outcome.exits] - here_ms, 0.0)[order]) - opening
-        wrong = np.cumsum(np.where(later, (~table.agrees[c]).astype(int) - outcome.disagrees, 0)[order])
-        cuts = grid.cuts[c]
-        affordable = wrong[cuts] <= min(budget - spent, largest)
-        cuts = cuts[(saved[cuts] > 1e-9 * n) & affordable & (table.scores[c][order[cuts]] < thresholds[c])]
-        if not len(cuts):
-            continue
-        free = cuts[wrong[cuts] <= 0]
-        pick = free[np.argmax(saved[free])] if len(free) else cuts[np.argmax(saved[cuts] / wrong[cuts])]
-        move = _Move(c, table.scores[c][order[pick]], float(saved[pick]), int(wrong[pick]))
-        if best is None or _value(move) > _value(best):
-            best = move
-    return best
-
-
-def _value(move: _Move) -> tuple[bool, float]:
-    return (move.wrong <= 0, move.saved / max(move.wrong, 1))

@@ -10,7 +10,8 @@ from scipy.special import bdtr
 
 from gati_jax._errors import InputError
 
-from .compose import MAX_THRESHOLDS, Plan
+from .greedy import MAX_THRESHOLDS
+from .planned import Plan
 from .tables import CostTable, Outcome, ReplayTable, cascade_ms, replay_plan
 
 LEVELS = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 2.0, 4.0)

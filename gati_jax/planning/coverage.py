@@ -10,8 +10,8 @@ from scipy.stats import beta
 from gati_jax._errors import InputError
 
 from .certificate import CONDITIONAL, Certificate
-from .compose import Plan
-from .compose import plan as compose
+from .path import plan as compose
+from .planned import Plan
 from .tables import CostTable, ReplayTable, replay_plan
 from .testing import certify, exit_rates
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from gati_jax._errors import InputError
 
-from .compose import Plan
+from .planned import Plan
 from .tables import CostTable, ReplayTable, cascade_ms, replay_plan
 
 

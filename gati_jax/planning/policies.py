@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import logsumexp
 
-from .compose import Plan
+from .planned import Plan
 from .tables import CostTable, ReplayTable, cascade_ms, replay_plan
 
 Logits = Float[np.ndarray, "sites n classes"]

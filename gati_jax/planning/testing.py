@@ -21,7 +21,7 @@ from gati_jax.data import check_distinct_rows, fingerprint
 from .betting import AccuracyGap, accuracy_gap_bound
 from .binomial import p_value, samples_needed
 from .certificate import CONDITIONAL, MARGINAL, Certificate, ExitRate, Method, check_name
-from .compose import Plan
+from .planned import Plan
 from .tables import Outcome, ReplayTable, replay_plan
 
 

@@ -1,0 +1,151 @@
+"""A greedy walk: each step lowers one threshold, or opens one cache, where that saves most for what it makes wrong.
+
+Requests are counted jointly: a hit at an early site takes its request away from all later ones.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from .tables import CostTable, ReplayTable, cascade_ms, replay_plan
+
+SMALL_MOVE = 0.1  # of the budget; taken first, for a certificate can only stop between moves
+MAX_THRESHOLDS = 64  # for each candidate: more would fit the noise of a few thousand requests
+
+Thresholds = Float[np.ndarray, " candidates"]
+
+
+def greedy(
+    table: ReplayTable,
+    costs: CostTable,
+    budget: int,
+    *,
+    fits: Callable[[Sequence[str]], bool],
+    out_of_time: Callable[[], bool],
+) -> tuple[float, dict[str, float]]:
+    """Walk to a budget of disagreements, then drop caches while that saves time, or while too many are open.
+
+    Args:
+        table: Candidates in the order of their sites.
+        costs: Their times.
+        budget: Requests that may disagree.
+        fits: Says whether these caches may be open together.
+        out_of_time: Where it is true, caches are dropped only until the rest fits.
+
+    Returns:
+        The mean time, and the thresholds of the open caches.
+    """
+
+    def end(names: Sequence[str]) -> tuple[float, dict[str, float]]:
+        part = table.take(names)
+        off = np.full(len(names), np.inf, np.float32)
+        last = walk(part, costs, start=off, floor=np.full_like(off, -np.inf), budget=budget)[-1]
+        opened = {name: float(t) for name, t in zip(names, last, strict=True) if t < np.inf}
+        return cascade_ms(part, last, costs), opened
+
+    best_ms, best = end(table.names)
+    while best:
+        fitting = fits(tuple(best))
+        if fitting and out_of_time():
+            break
+        smaller = [end([other for other in best if other != name]) for name in best]
+        ms, fewer = min(smaller, key=lambda found: found[0])
+        if fitting and ms > best_ms:
+            break
+        best_ms, best = ms, fewer
+    return best_ms, best
+
+
+def walk(
+    table: ReplayTable, costs: CostTable, *, start: Thresholds, floor: Thresholds, budget: int
+) -> list[Thresholds]:
+    """Return the steps from ``start`` on, not below ``floor``, to a budget of disagreements."""
+    grid = _Grid.of(table, floor)
+    thresholds = start.astype(np.float32)
+    path = [thresholds.copy()]
+    small = max(1, int(budget * SMALL_MOVE))
+    while True:
+        move = _best_move(table, costs, grid, thresholds, budget, small)
+        move = move or _best_move(table, costs, grid, thresholds, budget, budget)
+        if move is None:
+            return path
+        thresholds[move.cache] = move.threshold
+        path.append(thresholds.copy())
+
+
+class _Move(NamedTuple):
+    """A step of the greedy path."""
+
+    cache: int
+    threshold: np.float32
+    saved: float  # milliseconds, summed over requests
+    wrong: int  # requests that come to disagree, less those that cease to
+
+
+class _Grid(NamedTuple):
+    """For each candidate the rows from its most to its least certain one, and where thresholds may lie."""
+
+    order: Int[np.ndarray, "candidates n"]
+    cuts: tuple[Int[np.ndarray, "..."], ...]  # a threshold at cut i lets the first i + 1 rows of the order hit
+
+    @classmethod
+    def of(cls, table: ReplayTable, floor: Thresholds) -> "_Grid":
+        order = np.argsort(-table.scores, axis=1, kind="stable")
+        ranked = np.take_along_axis(table.scores, order, 1)
+        last = np.concatenate([ranked[:, 1:] < ranked[:, :-1], np.ones((len(ranked), 1), bool)], axis=1)
+        ends = [np.flatnonzero(row) for row in last]  # a cut may not split equal scores
+        ends = [e[(row[e] >= lowest) & (row[e] > -np.inf)] for e, row, lowest in zip(ends, ranked, floor, strict=True)]
+        thin = [np.unique(np.linspace(0, len(e) - 1, min(len(e), MAX_THRESHOLDS)).astype(int)) for e in ends]
+        return cls(order, tuple(e[t] for e, t in zip(ends, thin, strict=True)))
+
+
+def _best_move(
+    table: ReplayTable,
+    costs: CostTable,
+    grid: _Grid,
+    thresholds: Thresholds,
+    budget: int,
+    largest: int,
+) -> _Move | None:
+    """Return the move that saves the most for each new disagreement, or None if none saves within the budget.
+
+    Moves that cost no disagreement come first, the largest saving first. No move costs more than ``largest``.
+    """
+    m, n = table.scores.shape
+    if m == 0:
+        return None
+    outcome = replay_plan(table, thresholds)
+    on = np.isfinite(thresholds)
+    looked = np.cumsum(np.where(on, [costs.lookup_ms[name] for name in table.names], 0.0))
+    blocks = np.array([costs.until(site) for site in (*table.sites, table.depth)])
+    now_ms = blocks + np.append(looked, looked[-1])
+    best: _Move | None = None
+    spent = int(outcome.disagrees.sum())
+    for c in range(m):
+        if not on[c] and table.sites[c] in np.asarray(table.sites)[on]:
+            continue  # one cache at a site
+        # A request that leaves at c or before keeps its exit; the others come to c if their score is high enough.
+        later = outcome.exits > c
+        lookup_ms = 0.0 if on[c] else costs.lookup_ms[table.names[c]]
+        opening = lookup_ms * int(later.sum())
+        here_ms = blocks[c] + looked[c]
+        order = grid.order[c]
+        saved = np.cumsum(np.where(later, now_ms[outcome.exits] - here_ms, 0.0)[order]) - opening
+        wrong = np.cumsum(np.where(later, (~table.agrees[c]).astype(int) - outcome.disagrees, 0)[order])
+        cuts = grid.cuts[c]
+        affordable = wrong[cuts] <= min(budget - spent, largest)
+        cuts = cuts[(saved[cuts] > 1e-9 * n) & affordable & (table.scores[c][order[cuts]] < thresholds[c])]
+        if not len(cuts):
+            continue
+        free = cuts[wrong[cuts] <= 0]
+        pick = free[np.argmax(saved[free])] if len(free) else cuts[np.argmax(saved[cuts] / wrong[cuts])]
+        move = _Move(c, table.scores[c][order[pick]], float(saved[pick]), int(wrong[pick]))
+        if best is None or _value(move) > _value(best):
+            best = move
+    return best
+
+
+def _value(move: _Move) -> tuple[bool, float]:
+    return (move.wrong <= 0, move.saved / max(move.wrong, 1))

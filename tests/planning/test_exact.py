@@ -1,0 +1,222 @@
+"""Exact composition against brute force over every choice of candidates and thresholds, and against greedy."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gati_jax
+from gati_jax.planning import Budget, ReplayTable, compose, compose_plan, front
+from gati_jax.planning.greedy import greedy
+
+SEEDS = st.integers(0, 2**31)
+SMALL = settings(deadline=None, max_examples=40)
+
+
+@pytest.fixture(scope="session")
+def draw_problem(make_table, make_costs):
+    def draw(seed, candidates, n, *, levels=4, free=False):
+        """Candidates that share sites, ties among scores, costs in eighths of a millisecond, bytes in tens."""
+        rng = np.random.default_rng(seed)
+        depth = int(rng.integers(2, 5))
+        sites = rng.integers(depth, size=candidates).tolist()
+        right = rng.random((candidates, n)) < rng.choice([0.5, 0.8, 0.95])
+        scores = rng.integers(levels, size=(candidates, n)) + right * rng.integers(2)
+        table = make_table(~right, scores, sites=sites or None, depth=depth)
+        lookups = np.zeros(candidates) if free else rng.integers(5, size=candidates) / 8
+        costs = make_costs(rng.integers(0, 9, depth) / 8, lookups)
+        return table, costs, {name: 10 * int(rng.integers(1, 5)) for name in table.names}
+
+    return draw
+
+
+def every_choice(table):
+    """For each site one of its candidates at one of its scores, or none."""
+    at = [[c for c, s in enumerate(table.sites) if s == site] for site in sorted(set(table.sites))]
+    options = [[None, *((c, t) for c in here for t in np.unique(table.scores[c]))] for here in at]
+    return itertools.product(*options)
+
+
+def best_by_brute_force(walk, table, costs, memory, budget):
+    best = np.inf
+    for choice in every_choice(table):
+        chosen = [option for option in choice if option is not None]
+        names = [table.names[c] for c, _ in chosen]
+        worst = costs.full_ms + sum(costs.lookup_ms[name] for name in names)
+        if budget.sites is not None and len(names) > budget.sites:
+            continue
+        if budget.memory_bytes is not None and sum(memory[name] for name in names) > budget.memory_bytes:
+            continue
+        if budget.worst_ms is not None and worst > budget.worst_ms + 1e-9:
+            continue
+        served = walk(table.take(names), [t for _, t in chosen], costs)
+        if served.wrong <= budget.disagreements:
+            best = min(best, served.mean_ms)
+    return best
+
+
+def draw_budget(data, costs):
+    return Budget(
+        disagreements=data.draw(st.integers(0, 5)),
+        memory_bytes=data.draw(st.sampled_from([None, 0, 30, 50, 70])),
+        worst_ms=data.draw(st.sampled_from([None, *(costs.full_ms + ms for ms in (0.0, 0.25, 0.5, 1.0))])),
+        sites=data.draw(st.sampled_from([None, 0, 1, 2])),
+    )
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.data(), SEEDS, st.integers(0, 4), st.integers(1, 14))
+def test_it_is_as_fast_as_brute_force(draw_problem, walk, data, seed, candidates, n):
+    table, costs, memory = draw_problem(seed, candidates, n)
+    budget = draw_budget(data, costs)
+    found = compose(table, costs, budget, bytes=memory)
+    assert found.mean_ms == pytest.approx(best_by_brute_force(walk, table, costs, memory, budget))
+    assert (found.proved, found.gap) == (True, 0.0)
+    assert found.bound_ms == pytest.approx(found.mean_ms)
+
+
+@SMALL
+@given(st.data(), SEEDS, st.integers(1, 4), st.integers(1, 14))
+def test_without_time_the_bound_still_holds(draw_problem, walk, data, seed, candidates, n):
+    table, costs, memory = draw_problem(seed, candidates, n)
+    budget = draw_budget(data, costs)
+    found = compose(table, costs, budget, bytes=memory, seconds=0.0)
+    best = best_by_brute_force(walk, table, costs, memory, budget)
+    assert found.bound_ms <= best + 1e-9
+    assert found.mean_ms >= best - 1e-9
+    assert found.mean_ms * (1 - found.gap) <= best + 1e-9
+    assert found.proved == (found.gap == 0)
+
+
+@SMALL
+@given(st.data(), SEEDS, st.integers(1, 7), st.integers(20, 80))
+def test_budgets_hold_when_replayed(draw_problem, walk, data, seed, candidates, n):
+    table, costs, memory = draw_problem(seed, candidates, n, levels=40)
+    budget = draw_budget(data, costs)
+    found = compose(table, costs, budget, bytes=memory, seconds=5.0)
+    served = walk(table.take(found.names), found.thresholds, costs)
+    assert served.mean_ms == pytest.approx(found.mean_ms)
+    assert served.wrong == found.disagreements <= budget.disagreements
+    assert list(found.sites) == sorted(set(found.sites))
+    assert [table.sites[table.names.index(name)] for name in found.names] == list(found.sites)
+    assert found.memory_bytes == sum(memory[name] for name in found.names)
+    assert budget.memory_bytes is None or found.memory_bytes <= budget.memory_bytes
+    assert budget.sites is None or len(found.names) <= budget.sites
+    worst = costs.full_ms + sum(costs.lookup_ms[name] for name in found.names)
+    assert budget.worst_ms is None or not found.names or worst <= budget.worst_ms + 1e-9
+    assert set(found.refused) == set(table.names) - set(found.names)
+    assert all(found.refused.values())
+
+
+@SMALL
+@given(SEEDS, st.integers(1, 7), st.integers(20, 80), st.integers(0, 8), st.sampled_from([0.0, 5.0]))
+def test_it_is_never_slower_than_greedy(draw_problem, seed, candidates, n, disagreements, seconds):
+    table, costs, _ = draw_problem(seed, candidates, n, levels=40)
+    table = table.take([table.names[i] for i in np.argsort(table.sites, kind="stable")])
+    ms, _ = greedy(table, costs, disagreements, fits=lambda _: True, out_of_time=lambda: seconds == 0)
+    found = compose(table, costs, Budget(disagreements=disagreements), seconds=seconds)
+    assert found.mean_ms <= ms + 1e-9
+
+
+@SMALL
+@given(SEEDS, st.integers(1, 4), st.integers(20, 60), st.sampled_from([0.1, 0.3, 0.5]))
+def test_a_plan_leads_through_the_composition(draw_problem, walk, seed, candidates, n, epsilon):
+    table, costs, _ = draw_problem(seed, candidates, n, levels=20)
+    plan, composition = compose_plan(table, costs, epsilon=epsilon, delta=0.5)
+    target = max(0, gati_jax.planning.largest_passing(n, epsilon, 0.5))
+    upto = [i for i, share in enumerate(plan.disagreement) if share <= (target + 0.5) / n]
+    assert plan.mean_ms[upto].min() <= composition.mean_ms + 1e-9
+    assert set(plan.names) <= set(composition.names)
+    for thresholds, ms in zip(plan.path, plan.mean_ms, strict=True):
+        assert walk(table.take(plan.names), thresholds, costs).mean_ms == pytest.approx(ms)
+
+
+@SMALL
+@given(SEEDS, st.integers(1, 4), st.integers(4, 12))
+def test_the_front_is_what_brute_force_leaves(draw_problem, walk, seed, candidates, n):
+    table, costs, memory = draw_problem(seed, candidates, n)
+    counts, sizes = [0, 1, 3], [20, 40, None]
+    found = front(table, costs, counts, sizes, bytes=memory)
+    merits = [(c.mean_ms, c.disagreements, c.memory_bytes) for c in found]
+    assert merits == sorted(merits)
+    for one, other in itertools.permutations(merits, 2):
+        assert not all(a <= b for a, b in zip(one, other, strict=True))
+    for count, size in itertools.product(counts, sizes):
+        best = best_by_brute_force(walk, table, costs, memory, Budget(disagreements=count, memory_bytes=size))
+        within = [ms for ms, wrong, b in merits if wrong <= count and (size is None or b <= size)]
+        assert min(within) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize("lookup", [0.0, 0.5, 9.0])
+@pytest.mark.parametrize("blocks", [[0, 0], [1, 2]])
+def test_one_candidate_and_all_its_answers_alike(make_table, make_costs, walk, wrong, lookup, blocks):
+    table, costs = make_table([[wrong] * 6], [[1.0] * 6], depth=2), make_costs(blocks, [lookup])
+    budget = Budget(disagreements=5)
+    found = compose(table, costs, budget)
+    assert found.mean_ms == pytest.approx(best_by_brute_force(walk, table, costs, {}, budget))
+    assert found.proved
+
+
+@pytest.mark.parametrize("score", [np.nan, -np.inf])
+def test_scores_that_never_hit_are_no_options(make_table, make_costs, score):
+    table, costs = make_table([[0] * 4], [[score] * 4], depth=2), make_costs([1, 1], [0.1])
+    found = compose(table, costs, Budget(disagreements=4))
+    assert (found.names, found.refused) == ((), {"c0": "it answers nothing"})
+
+
+def test_reasons_name_what_stands_in_the_way(make_table, make_costs):
+    # c1 answers all at site 1; c0 there knows half; c2 behind is too late; c3's lookup is dearer than a block.
+    sure = [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
+    table = make_table(1 - np.array(sure), sure, sites=(1, 1, 2, 3), depth=4)
+    costs = make_costs([1, 1, 1, 1], [0.1, 0.1, 0.1, 1.5])
+    found = compose(table, costs, Budget(disagreements=0))
+    assert found.names == ("c1",)
+    assert found.refused["c0"] == "c1 at the same site saves 1.500 ms more"
+    assert found.refused["c2"] == "would cost 0.000 ms more than it saves beside the others"
+    assert found.refused["c3"] == "its lookup takes 1.500 ms, all blocks behind it 1.000 ms"
+    sizes = {"c0": 10, "c1": 20, "c2": 10, "c3": 1}
+    small = compose(table, costs, Budget(disagreements=0, memory_bytes=15), bytes=sizes)
+    assert small.names == ("c2",)
+    assert small.refused["c1"] == "over the budget by itself: 20 bytes of memory, 15 allowed"
+    assert small.refused["c0"] == "no room beside the others: 20 bytes of memory, 15 allowed"
+
+
+def test_jointly_harmless_thresholds_are_found(make_table, make_costs):
+    # c1 alone is wrong about the first four; c0 answers just these, rightly, before it.
+    first = (np.arange(20) < 4).astype(float)
+    table = make_table([1 - first, first], [first, np.ones(20)], sites=(1, 2), depth=9)
+    found = compose(table, make_costs([1] * 9, [0.1, 0.1]), Budget(disagreements=0))
+    assert (found.names, found.disagreements) == (("c0", "c1"), 0)
+    assert found.mean_ms == pytest.approx((4 * 1.1 + 16 * 2.2) / 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("disagreements", -1), ("memory_bytes", -1), ("worst_ms", -1.0), ("sites", -1)]
+)
+def test_budget_refuses_negative_numbers(name, value):
+    with pytest.raises(gati_jax.InputError, match=f"{name}: expected 0 or more, got -1"):
+        Budget(**{"disagreements": 0} | {name: value})
+
+
+def test_a_memory_budget_needs_everybodys_bytes(make_table, make_costs):
+    table, costs = make_table([[0], [0]], [[1.0], [1.0]]), make_costs([1] * 4, [0, 0])
+    with pytest.raises(gati_jax.InputError, match="bytes: expected those of every candidate, got none of c1"):
+        compose(table, costs, Budget(disagreements=0, memory_bytes=9), bytes={"c0": 1})
+
+
+def test_the_base_itself_must_be_within_the_worst_time(make_table, make_costs):
+    table, costs = make_table([[0]], [[1.0]]), make_costs([1] * 4, [0])
+    with pytest.raises(gati_jax.InputError, match=r"worst_ms: expected at least the base's own 4\.0 ms, got 3\.9"):
+        compose(table, costs, Budget(disagreements=0, worst_ms=3.9))
+
+
+def test_no_candidates(make_costs):
+    table = ReplayTable(
+        names=(), sites=(), depth=2, answers=np.zeros(3, int), classes=np.zeros((0, 3), int),
+        scores=np.zeros((0, 3), np.float32), rows=np.arange(3, dtype=np.uint64),
+    )  # fmt: skip
+    found = compose(table, make_costs([1, 2], []), Budget(disagreements=0))
+    assert (found.names, found.mean_ms, found.proved) == ((), 3.0, True)
