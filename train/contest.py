@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 import gati_jax
 from gati_jax import Candidate, Certificate, CostTable, Plan, ReplayTable
-from gati_jax.caches import Cascaded
+from gati_jax.caches import on_its_own
 from gati_jax.fitting import Candidates
 from gati_jax.models import Chain
 from gati_jax.planning import POLICIES, Score, max_probability, policy_table, replay_plan, shared_threshold_plan
@@ -132,7 +132,7 @@ def exit_times(
     tuning = Tuning(device=device_name(), tiles=(tile,))
     programs = {}
     for name, plan in plans.items():
-        caches = tuple(_alone(c) for c in candidates.take(plan.names))
+        caches = tuple(on_its_own(c) for c in candidates.take(plan.names))
         for exit_ in range(len(caches) + 1):
             # An infinite threshold is never reached, minus infinity always: the request leaves where it is told to.
             thresholds = [-np.inf if i == exit_ else np.inf for i in range(len(caches))]
@@ -142,16 +142,6 @@ def exit_times(
     return {
         name: np.array([median[f"{name}\n{i}"] for i in range(len(plan.names) + 1)]) for name, plan in plans.items()
     }
-
-
-def _alone(cache: Candidate) -> Candidate:
-    """Return a cascaded head's own part."""
-    if not isinstance(cache.predictor, Cascaded):
-        return cache
-    own = {"params": cache.params["predictor"]["params"]["inner"]}
-    return dataclasses.replace(
-        cache, predictor=cache.predictor.inner, params={**cache.params, "predictor": own}, previous=None
-    )
 
 
 def paired(ours: Float[np.ndarray, " n"], theirs: Float[np.ndarray, " n"]) -> dict[str, Any]:

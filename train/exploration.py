@@ -10,6 +10,7 @@ import jax
 
 import gati_jax
 from gati_jax import Chain, CostTable, Head, Plan, ReplayTable, data
+from gati_jax.caches import on_its_own
 from gati_jax.fitting import Candidates, head_sizes, untrained
 from gati_jax.planning import rank, unpayable
 from gati_jax.runtime import Tile
@@ -98,7 +99,8 @@ def explore(
     too_large = {name for name, size in sizes.items() if memory is not None and size > memory}
     small = _without(chain, heads, too_large)
     trial = untrained(chain, small)
-    tile, costs = measured_tile(out / "costs.json", chain, trial, config)
+    # What an ensemble with the cache before adds, a product of classes x classes, is too little to be measured.
+    tile, costs = measured_tile(out / "costs.json", chain, [on_its_own(c) for c in trial], config)
     sites = {name: int(name.rpartition("@")[2]) for name in sizes}
     dropped = unpayable(costs, sites, sizes, memory_bytes=memory)
     for name, reason in dropped.items():

@@ -6,6 +6,7 @@ from .candidate import lookup as lookup
 from .candidate import predict_all as predict_all
 from .candidate import predictor_inputs as predictor_inputs
 from .cascaded import Cascaded as Cascaded
+from .cascaded import on_its_own as on_its_own
 from .convolutional import Convolutional as Convolutional
 from .folding import fold_standardize as fold_standardize
 from .kinds import CentresSpec as CentresSpec

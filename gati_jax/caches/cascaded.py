@@ -1,9 +1,14 @@
 """A predictor that also sees what the cache before it said (Zero Time Waste, Wojcik et al., arXiv:2106.05409)."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from .candidate import Candidate
 
 _FLOOR = -16.0  # a log-probability below this says nothing more, and its weight would drown all else
 
@@ -29,5 +34,14 @@ class Cascaded(nn.Module):
         return self.inner(activation) + ensemble(log_probabilities)
 
 
-def _identity(_: Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> Float[Array, "classes classes"]:
+def _identity(_: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32) -> Float[Array, "classes classes"]:
     return jnp.eye(*shape, dtype=dtype)
+
+
+def on_its_own(candidate: Candidate) -> Candidate:
+    """Return a cascaded candidate's own part, without the ensemble; any other as it is."""
+    if not isinstance(candidate.predictor, Cascaded):
+        return candidate
+    own = {kind: tree["inner"] for kind, tree in candidate.params["predictor"].items() if "inner" in tree}
+    params = {**candidate.params, "predictor": own}
+    return dataclasses.replace(candidate, predictor=candidate.predictor.inner, params=params, previous=None)

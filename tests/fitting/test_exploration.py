@@ -1,0 +1,77 @@
+"""Cascaded heads, further selectors, candidates before they learn."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import gati_jax
+from gati_jax.caches import LinearSelector
+from gati_jax.fitting import head_sizes, untrained
+from gati_jax.runtime import replay_logits
+from tests.fitting import tiny
+
+SHORT = dataclasses.replace(tiny.CONFIG, epochs=2)
+
+
+def fit(*heads, config=SHORT):
+    rows, select = tiny.images()
+    return gati_jax.fit(tiny.chain(), rows, select=select, heads=heads, config=config, progress=False)
+
+
+def test_a_further_selector_shares_its_predictor():
+    head = dataclasses.replace(tiny.head(1, 2), selectors=(("linear", LinearSelector()),))
+    candidates = fit(head)
+    assert [c.name for c in candidates] == ["fc@1", "fc@2", "fc+linear@1", "fc+linear@2"]
+    by_name = {c.name: c for c in candidates}
+    for site in (1, 2):
+        one, other = by_name[f"fc@{site}"], by_name[f"fc+linear@{site}"]
+        assert jax.tree.all(jax.tree.map(lambda a, b: a is b, one.params["predictor"], other.params["predictor"]))
+        assert isinstance(other.selector, LinearSelector)
+    plain = fit(tiny.head(1, 2))  # and does not disturb it
+    for c in plain:
+        jax.tree.map(np.testing.assert_array_equal, c.params, by_name[c.name].params)
+
+
+def test_a_cascaded_head_sees_what_the_one_before_says():
+    candidates = fit(dataclasses.replace(tiny.head(0, 1, 2), cascaded=True))
+    first, second, third = candidates
+    assert (first.previous, second.previous, third.previous) == (None, "fc@0", "fc@1")
+    rows = tiny.images()[1][:20]
+    logits = replay_logits(tiny.chain(), candidates, rows, batch=8)
+    sites, _ = tiny.chain().activations(jnp.asarray(rows))
+    said = first.predictor.apply(first.params["predictor"], sites[0])
+    np.testing.assert_allclose(logits[0], said, rtol=1e-4, atol=1e-5)
+    for i, cache in enumerate((second, third), start=1):
+        said = cache.predictor.apply(cache.params["predictor"], sites[cache.site], said)
+        np.testing.assert_allclose(logits[i], said, rtol=1e-4, atol=1e-5)
+    table = gati_jax.replay(tiny.chain(), candidates, rows)
+    assert (table.classes == logits.argmax(-1)).all()
+
+
+def test_no_gradient_flows_from_one_head_into_the_one_before():
+    alone, cascaded = fit(tiny.head(0)), fit(dataclasses.replace(tiny.head(0, 1), cascaded=True))
+    # Other heads draw other first values; so compare after fits that begin alike: one step of no length.
+    still = dataclasses.replace(SHORT, learning_rate=1e-12)
+    begins = [fit(dataclasses.replace(tiny.head(0, 1), cascaded=c), config=still) for c in (True, False)]
+    jax.tree.map(np.testing.assert_array_equal, *(b.items[0].params["predictor"] for b in begins))
+    independent = fit(tiny.head(0, 1))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        independent.items[0].params["predictor"],
+        cascaded.items[0].params["predictor"],
+    )
+    assert alone.items[0].previous is None
+
+
+def test_untrained_candidates_are_those_of_a_fit_but_for_their_values():
+    head = dataclasses.replace(tiny.head(0, 1, 2), selectors=(("linear", LinearSelector()),), cascaded=True)
+    fresh, fitted = untrained(tiny.chain(), [head]), fit(head)
+    for one, other in zip(fresh, fitted, strict=True):
+        assert (one.name, one.site, one.previous) == (other.name, other.site, other.previous)
+        assert (one.predictor, one.selector) == (other.predictor, other.selector)
+        assert jax.tree.map(np.shape, one.params) == jax.tree.map(np.shape, other.params)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(one.params))
+    sizes = head_sizes(tiny.chain(), [dataclasses.replace(head, cascaded=False)])
+    assert set(sizes) == {c.name for c in fitted}

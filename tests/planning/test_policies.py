@@ -1,0 +1,76 @@
+"""Other people's rules, against plain loops and SciPy."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.special import softmax
+from scipy.stats import entropy
+
+from gati_jax.planning import POLICIES, oracle_exits, policy_table, replay_plan, shared_threshold_plan
+
+LOGITS = hnp.arrays(
+    np.float32, st.tuples(st.integers(1, 4), st.integers(1, 6), st.just(3)), elements=st.integers(-4, 4)
+)
+SDN, BRANCHY, PABEE = POLICIES.values()
+
+
+@given(LOGITS)
+def test_log_odds_order_requests_as_the_largest_probability_does(logits):
+    probability = softmax(logits.astype(np.float64), axis=-1).max(-1)
+    np.testing.assert_allclose(SDN(logits), np.log(probability / (1 - probability)), rtol=1e-6, atol=1e-9)
+
+
+@given(LOGITS)
+def test_entropy(logits):
+    expected = entropy(softmax(logits.astype(np.float64), axis=-1), axis=-1)
+    np.testing.assert_allclose(-BRANCHY(logits), expected, atol=1e-9)
+
+
+@given(LOGITS)
+def test_patience_counts_sites_in_a_row(logits):
+    classes = logits.argmax(-1)
+    for request in range(classes.shape[1]):
+        run = 0
+        for site in range(len(classes)):
+            run = run + 1 if site and classes[site, request] == classes[site - 1, request] else 0
+            assert PABEE(logits)[site, request] == run
+
+
+def test_certainty_beyond_float32_still_tells_requests_apart():
+    assert np.diff(SDN(np.array([[[40.0, 0, 0], [50.0, 0, 0]]], np.float32))) == pytest.approx(10)
+
+
+@pytest.fixture
+def table(random_tables):
+    return random_tables(3, 3, 60)
+
+
+def test_one_threshold_is_lowered_for_all_sites_until_too_many_disagree(table):
+    table, costs = table
+    plan = shared_threshold_plan(table, costs, epsilon=0.3)
+    assert (plan.path == plan.path[:, :1]).all()
+    assert (np.diff(plan.path[1:, 0]) < 0).all()
+    rates = [replay_plan(table, thresholds).disagreement for thresholds in plan.path]
+    assert plan.disagreement.tolist() == pytest.approx(rates)
+    assert max(rates) <= 0.3
+    lower = table.scores[table.scores < plan.path[-1, 0]]  # the first that was left out
+    if lower.size:
+        assert replay_plan(table, np.full(3, lower.max())).disagreement > 0.3
+
+
+def test_a_policy_keeps_the_requests_and_gives_its_own_classes(table):
+    table, _ = table
+    logits = np.random.default_rng(0).standard_normal((*table.scores.shape, 3)).astype(np.float32)
+    judged = policy_table(table, logits, SDN)
+    assert (judged.classes == logits.argmax(-1)).all()
+    assert (judged.rows == table.rows).all()
+    assert judged.scores.dtype == np.float32
+
+
+def test_the_oracle_leaves_at_the_first_site_where_anybody_is_right(table):
+    table, _ = table
+    for request, exit_ in enumerate(oracle_exits(table)):
+        right = [s for s, agrees in zip(table.sites, table.agrees[:, request], strict=True) if agrees]
+        assert exit_ == min(right, default=table.depth)

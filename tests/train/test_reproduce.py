@@ -1,0 +1,59 @@
+"""train.reproduce on the digits: every policy, both operating points, figures."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.train.one_pass import caches_arguments, json_of, small_and_repeatable
+from train import reproduce
+
+HEADS = (
+    '[{name = "grid", predictor = {kind = "grid", cells = 2, hidden = 8}, selectors = [{kind = "linear"}]},'
+    ' {name = "grid2", predictor = {kind = "grid", cells = 2, hidden = 8}, cascaded = true},'
+    ' {name = "huge", predictor = {kind = "fc", hidden = 4096}}]'
+)
+
+
+@pytest.fixture(scope="module")
+def reproduced(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reproduced")
+    options = ["--fit.heads", HEADS, "--fit.epochs", "2", "--plan.epsilon", "0.2", "--plan.memory_share", "4"]
+    arguments = [*caches_arguments(run.folder), *options, "--measure_rounds", "3", "--out", str(folder)]
+    with small_and_repeatable(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduce, "ROUNDS", 2)
+        patch.setattr(reproduce, "TIMED", 4)
+        return folder, json_of(reproduce.main, *arguments)
+
+
+def test_every_policy_is_judged_on_the_same_requests(reproduced):
+    folder, result = reproduced
+    assert result == json.loads((folder / "reproduction.json").read_text())
+    policies = [row["policy"] for row in result["certified"]["rows"]]
+    assert policies[0] == "default plan"
+    assert {"max probability (SDN)", "entropy (BranchyNet)", "patience (PABEE)", "ZTW ensemble"} <= set(policies)
+    assert "the paper's selector" in policies
+    n = {sum(row["exits"]) for group in ("certified", "accurate") for row in result[group]["rows"]}
+    assert n == {sum(result["oracle"]["exits"])}
+    for row in result["certified"]["rows"]:
+        assert row["slower_by"]["low_ms"] <= row["slower_by"]["mean_ms"] <= row["slower_by"]["high_ms"]
+        assert np.isfinite(row["mean_ms"])
+
+
+def test_nobody_saves_more_than_the_oracle(reproduced):
+    _, result = reproduced
+    for row in result["certified"]["rows"]:
+        assert row["saved_share"] <= result["oracle"]["saved_share"] + row["disagreement"] + 1e-9
+
+
+def test_what_cannot_pay_is_not_fitted(reproduced):
+    _, result = reproduced
+    assert result["explored"]["dropped"]
+    assert all(name.startswith("huge@") for name in result["explored"]["dropped"])
+    assert not any(row["name"].startswith("huge") for row in result["explored"]["ranking"])
+
+
+def test_figures_are_drawn(reproduced):
+    folder, _ = reproduced
+    for name in ("exits", "agreement", "front", "memory"):
+        assert (folder / "figures" / f"{name}.svg").read_text().startswith("<?xml")
