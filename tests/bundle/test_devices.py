@@ -12,7 +12,7 @@ import pytest
 
 import gati_jax
 from gati_jax import CostTable
-from gati_jax.models import layers
+from gati_jax.models import Algorithm, layers
 from gati_jax.runtime import Tile, Tuning, device_name
 from gati_jax.runtime.tuning import OPTIONS
 from tests.bundle.made import edit
@@ -24,7 +24,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
 def tuned(saved_residual, residual, tmp_path) -> Path:
     """The tuning of a bundle of a small ResNet of two blocks, made by hand; nothing of it is compiled."""
     chain, caches, *_ = residual
-    kinds = {layer.kind: "im2col" for block in layers(chain.network) for layer in block}
+    kinds: dict[str, Algorithm] = {layer.kind: "im2col" for block in layers(chain.network) for layer in block}
     lookup_ms = {cache.name: 0.1 for cache in caches}
     tiles = tuple(
         Tile(
