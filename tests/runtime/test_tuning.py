@@ -17,7 +17,7 @@ import gati_jax
 from gati_jax.caches import GlobalAverage, SortedSelector
 from gati_jax.models import Chain, ResNet, fold, init, layers, to_chain
 from gati_jax.runtime import Cascade, Tile, TunedCascade, Tuning, batched, predict_one, search
-from gati_jax.runtime.options import compiled
+from gati_jax.runtime.options import Options, compiled
 from gati_jax.runtime.tuning import OPTIONS
 from train import tune as script
 
@@ -153,8 +153,7 @@ A, B = OPTIONS["cpu"][:2]
 @given(ms=st.lists(st.floats(0.1, 10), min_size=6, max_size=6, unique=True))
 def test_tiles_that_share_a_program_share_its_options(base, ms):
     """By made-up times for one, two and eight rows under two sets of options."""
-    sizes: tuple[int, ...] = (1, 2, 8)
-    made_up_ms = dict(zip(itertools.product(sizes, (A, B)), ms, strict=True))
+    made_up_ms: dict[tuple[int, Options], float] = dict(zip(itertools.product((1, 2, 8), (A, B)), ms, strict=True))
 
     def times(networks, tiles, _rounds):
         return np.array([[made_up_ms[tile.size, tile.options]] * len(networks) for tile in tiles])
