@@ -78,19 +78,7 @@ def worker(name: str, *arguments: str) -> Generator[Worker]:
 
 def main() -> None:
     """Run the benchmark."""
-    p = cli.parser(str(__doc__), EXAMPLE, out=False)
-    p.add_argument("--bundle", type=Path, required=True, metavar="DIR")
-    p.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
-    p.add_argument(
-        "--smaller", nargs="*", default=[], metavar="NETWORK=WEIGHTS", help="smaller networks to show beside"
-    )
-    p.add_argument("--batches", type=cli.positive, nargs="+", default=[1, 8, 32, 128], metavar="N")
-    p.add_argument("--rounds", type=cli.positive, default=15, metavar="N", help="(default: 15)")
-    p.add_argument(
-        "--images", type=cli.positive, default=1000, metavar="N", help="test images to answer (default: 1000)"
-    )
-    p.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
-    arguments = p.parse_args()
+    arguments = parser().parse_args()
     result = compare(arguments)
     if arguments.out:
         cli.write_result(arguments.out, result)
@@ -100,6 +88,48 @@ def main() -> None:
         show(result)
 
 
+def smaller(text: str) -> tuple[str, str]:
+    """Read a network and the file with its weights.
+
+    Raises:
+        ArgumentTypeError: That is not what it is.
+    """
+    network, _, weights = text.partition("=")
+    if not (network and weights):
+        msg = f"expected NETWORK=WEIGHTS, such as resnet20=resnet20.safetensors, got {text!r}"
+        raise argparse.ArgumentTypeError(msg)
+    return network, weights
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    p = cli.parser(str(__doc__), EXAMPLE, out=False)
+    p.add_argument("--bundle", type=Path, required=True, metavar="DIR")
+    p.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=CONTENDERS,
+        default=list(CONTENDERS),
+        metavar="NAME",
+        help=f"any of: {', '.join(CONTENDERS)} (default: all; those that are not installed are left out)",
+    )
+    p.add_argument(
+        "--smaller",
+        nargs="*",
+        type=smaller,
+        default=[],
+        metavar="NETWORK=WEIGHTS",
+        help="smaller networks to show beside",
+    )
+    p.add_argument("--batches", type=cli.positive, nargs="+", default=[1, 8, 32, 128], metavar="N")
+    p.add_argument("--rounds", type=cli.positive, default=15, metavar="N", help="(default: 15)")
+    p.add_argument(
+        "--images", type=cli.positive, default=1000, metavar="N", help="test images to answer (default: 1000)"
+    )
+    p.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
+    return p
+
+
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Start the contenders, let them take turns, and ask for their answers."""
     bundle = gati_jax.load_bundle(arguments.bundle)
@@ -107,8 +137,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     test = data.load(config.data.name, config.data.splits.test, config.data.dir)
     ideal = ideal_speedups(bundle, test.images[: arguments.images], arguments.batches, arguments.rounds)
     runs = {name: (name, config.base.network, str(config.base.weights)) for name in arguments.contenders}
-    for item in arguments.smaller:
-        network, _, weights = item.partition("=")
+    for network, weights in arguments.smaller:
         for runtime in ("jax.jit full", "onnxruntime full"):
             runs[f"{runtime} {network}"] = (runtime, network, weights)
     with ExitStack() as stack:

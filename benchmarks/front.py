@@ -23,7 +23,7 @@ OURS = "#c2410c"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
-    p = argparse.ArgumentParser(description=__doc__, epilog=f"example: {EXAMPLE}")
+    p = argparse.ArgumentParser(prog="python -m benchmarks.front", description=__doc__, epilog=f"example: {EXAMPLE}")
     p.add_argument("result", type=Path, metavar="FILE", help="JSON written by benchmarks.compare")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="figure to write: .svg, .png or .pdf")
     arguments = p.parse_args(argv)

@@ -8,13 +8,14 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
+from rich.progress import track as rich_track
 from rich.table import Table
 
 from gati_jax import InputError, __version__
@@ -22,6 +23,7 @@ from gati_jax import InputError, __version__
 from .config import Config, M, describe_keys, load
 
 Result = dict[str, Any]
+T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
@@ -126,6 +128,12 @@ def write_result(path: Path, result: Result) -> None:
         file.write("\n")
     Path(file.name).chmod(0o644)
     Path(file.name).replace(path)
+
+
+def track(items: Sequence[T], description: str) -> Iterator[T]:
+    """Yield ``items`` behind a progress bar, if standard error is a terminal."""
+    console = Console(stderr=True)
+    yield from rich_track(items, description, console=console, disable=not console.is_terminal, transient=True)
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -1,6 +1,7 @@
 """What ``train.evaluate`` says of time: what the exits save ideally, and really."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from gati_jax import Bundle
 from gati_jax.planning import ReplayTable, replay_plan
 from gati_jax.runtime import Speed, expected_ms, measure_batches
 from gati_jax.runtime.measure import device_name
+
+_log = logging.getLogger("train.evaluate")
 
 
 def fast(
@@ -24,6 +27,7 @@ def fast(
         requests = images[: max(timed // batch, 2) * batch]
         if tuned is None or len(requests) < batch:
             continue
+        _log.info("timing %d requests in batches of %d", len(requests), batch)
         speed = measure_batches(tuned, requests, batch=batch)
         costs = tuned.costs(batch)
         predicted = expected_ms(tuned.cascade, costs, tuned.schedule(batch), exits, batch)
@@ -42,6 +46,7 @@ def measured(bundle: Bundle, speed: Speed, *, driver: str, numerics: str) -> dic
         "dtype": str(bundle.chain.input_spec.dtype),
         "batch": speed.batch,
         "requests": len(speed.exits),
+        "full": speed.full,
         "full_ms": speed.full_ms,
         "cascade_ms": speed.cascade_ms,
         "speedup": speed.speedup,

@@ -1,6 +1,7 @@
 """Measured costs: what each block and each lookup takes on this device, the programs taking turns."""
 
 import functools
+import logging
 import os
 import platform
 import re
@@ -24,6 +25,9 @@ from .numerics import reference
 from .options import Options, compiled
 from .packing import Packed, pack, unpack
 from .schedule import Schedule
+
+LEAST_SHARE = 0.1
+_log = logging.getLogger(__name__)
 
 
 def device_name() -> str:
@@ -110,9 +114,11 @@ def measure_costs(
         options: Compiler options of the programs.
         sites: Measure up to these only; blocks in between share a span's time equally. None: every block.
     """
-    depth = len(chain)
+    depth, candidates = len(chain), tuple(candidates)
     images = jnp.zeros((batch, *chain.input_spec.shape), chain.input_spec.dtype)
     stops = [*sorted({site for site in (range(1, depth) if sites is None else sites) if site}), depth]
+    message = "measuring %d spans and %d lookups in batches of %d, %d rounds"
+    _log.info(message, len(stops), len(candidates), batch, rounds)
     prefixes = {str(site): prefix_program(chain, site, images, options) for site in stops}
     times = time_interleaved(prefixes, rounds=rounds)
     until = np.maximum.accumulate([0.0, *(float(np.median(v)) for v in times.values())])
@@ -145,6 +151,10 @@ def _time_lookups(
     Alone, a lookup is too short to time: starting its program takes longer. So as many as there are sites are timed at
     once, in a cascade in which every one of them misses, and what that takes longer than the base is shared out in
     proportion to their times alone.
+
+    That is a difference of two long times, and noise may eat it up or turn it around. But no lookup is free, and a plan
+    that takes one for free looks up everywhere: each costs at least ``LEAST_SHARE`` of its time alone. Most of that
+    time is the start of its program, so that where differences are clear, they are several times as much.
     """
     groups: list[dict[int, Candidate]] = []
     for candidate in candidates:
@@ -163,7 +173,7 @@ def _time_lookups(
             programs[cache.name] = lookup_program(cache, activation, options)
         median = {name: float(np.median(ms)) for name, ms in time_interleaved(programs, rounds=rounds).items()}
         alone = sum(median[cache.name] for cache in caches)
-        added = max(0.0, median["cascade"] - median["base"])
+        added = max(LEAST_SHARE * alone, median["cascade"] - median["base"])
         milliseconds |= {cache.name: added * median[cache.name] / alone for cache in caches}
     return milliseconds
 

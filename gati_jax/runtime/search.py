@@ -2,8 +2,9 @@
 
 Algorithms are chosen per kind of layer by timing whole spans, as cuDNN chooses by timing: what surrounds a convolution
 is fused into it, so that a layer timed alone says little. Compiler options belong to whole programs and are tried one
-set after another. Nothing here looks at answers, but for one check: tuned logits must be the reference ones to within
-``TOLERANCE`` of their range.
+set after another. One program runs all tiles of a batch: those larger than 1 are all tuned, timed and run under the
+same options; the tile of 1 has its own, for it runs alone wherever there is one request. Nothing here looks at answers,
+but for one check: tuned logits must be the reference ones to within ``TOLERANCE`` of their range.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from gati_jax._errors import InputError
 from gati_jax.caches import Candidate, Network
 from gati_jax.models import Algorithm, Chain, Layer, ResNet, layers, to_chain, winograd_where_wide, with_algorithms
 
@@ -24,7 +26,7 @@ from .measure import device_name, time_interleaved
 from .numerics import reference
 from .options import Options, compiled
 from .packing import Packed, pack, unpack
-from .tuning import OPTIONS, Tile, Tuning, tuned_chain
+from .tuning import MOST_ROWS, MOST_TILES, OPTIONS, Tile, Tuning, tuned_chain
 
 TOLERANCE = 1e-3
 MARGIN = 0.03  # less is noise
@@ -41,8 +43,16 @@ def tune(
         caches: Small networks among them are tuned along with it.
         sizes: Tile sizes to try; 1 is always among them.
         rounds: Interleaved repeats of every timing, of which the medians count.
+
+    Raises:
+        InputError: Too many sizes, or one that cannot be.
     """
-    tiles = [tune_tile(chain, caches, size, rounds=rounds) for size in sorted({1, *sizes})]
+    networks, larger = _networks(chain, caches), sorted({*sizes} - {1})
+    if len(larger) >= MOST_TILES or not all(1 < size <= MOST_ROWS for size in larger):
+        msg = f"sizes: expected up to {MOST_TILES} of 1 to {MOST_ROWS} rows, 1 among them, got {list(sizes)}"
+        raise InputError(msg)
+    starts = [start for group in ((1,), larger) if group for start in _starts(networks, group, rounds)]
+    tiles = [_tuned(networks, start, rounds) for start in starts]
     # Minutes lie between the first and the last; to be compared, they must have been timed together.
     ms = _time_networks((chain,), tiles, 3 * rounds)[:, 0]
     together = [dataclasses.replace(tile, milliseconds=float(t)) for tile, t in zip(tiles, ms, strict=True)]
@@ -50,14 +60,39 @@ def tune(
 
 
 def tune_tile(chain: Chain, caches: Sequence[Candidate], size: int, *, rounds: int = 7) -> Tile:
-    """Find what is fastest for ``size`` rows at once; arguments as for ``tune``."""
-    networks = (chain, *(_chain_of(cache) for cache in caches if isinstance(cache.predictor, Network)))
-    starts = [
-        Tile(size=size, milliseconds=1.0, options=options, algorithms=algorithms)
-        for options in _supported()
-        for algorithms in _uniform(networks)
+    """Find what is fastest for ``size`` rows at once, in a program of their own; arguments as for ``tune``."""
+    networks = _networks(chain, caches)
+    (start,) = _starts(networks, (size,), rounds)
+    return _tuned(networks, start, rounds)
+
+
+def _networks(chain: Chain, caches: Sequence[Candidate]) -> tuple[Chain, ...]:
+    """Return the base and the small networks among the caches."""
+    return (chain, *(_chain_of(cache) for cache in caches if isinstance(cache.predictor, Network)))
+
+
+def _starts(networks: Sequence[Chain], sizes: Sequence[int], rounds: int) -> list[Tile]:
+    """Return for each size the best under the options that are best for all of them.
+
+    Sizes weigh the same, however long they take: the product of their times decides.
+    """
+    supported, uniform = _supported(), _uniform(networks)
+    tiles = [
+        [
+            Tile(size=size, milliseconds=1.0, options=options, algorithms=algorithms)
+            for options in supported
+            for algorithms in uniform
+        ]
+        for size in sizes
     ]
-    start = starts[int(np.argmin(_time_networks(networks, starts, rounds).sum(1)))]
+    times = np.stack([_time_networks(networks, row, rounds).sum(1) for row in tiles])
+    ms = times.reshape(len(sizes), len(supported), len(uniform))
+    best = int(np.argmin(np.log(ms.min(2)).sum(0)))
+    return [row[best * len(uniform) + int(np.argmin(of[best]))] for row, of in zip(tiles, ms, strict=True)]
+
+
+def _tuned(networks: Sequence[Chain], start: Tile, rounds: int) -> Tile:
+    """Choose the algorithms of one tile; options stay."""
     # Spans are short, and their times noisy: in the end whole networks decide.
     refined = [dataclasses.replace(start, algorithms=_refine(networks, start, rounds))]
     tiles = [*(refined if jax.default_backend() == "cpu" else ()), start]
@@ -65,7 +100,7 @@ def tune_tile(chain: Chain, caches: Sequence[Candidate], size: int, *, rounds: i
     ms = _time_networks(networks, tiles, 2 * rounds)
     ranked = np.argsort(ms.sum(1), kind="stable")
     best = next(i for i in ranked if all(_error(network, tiles[i]) <= TOLERANCE for network in networks))
-    _log.info("tile of %d: %.2f ms, %s", size, ms[best, 0], dict(tiles[best].algorithms) or "direct")
+    _log.info("tile of %d: %.2f ms, %s", start.size, ms[best, 0], dict(tiles[best].algorithms) or "direct")
     return dataclasses.replace(tiles[best], milliseconds=float(ms[best, 0]))
 
 

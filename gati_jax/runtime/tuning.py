@@ -14,6 +14,7 @@ from .cascade import Cascade
 from .options import Options
 
 MOST_TILES = 16  # each is one more loop in every span
+MOST_ROWS = 4096
 _GRAPHS = "xla_gpu_enable_command_buffer"
 _LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 OPTIONS: dict[str, tuple[Options, ...]] = {
@@ -49,8 +50,8 @@ class Tile:
         Raises:
             InputError: A size or a time that cannot be, or options that tuning does not try.
         """
-        if not (1 <= self.size <= 4096 and 0 < self.milliseconds < np.inf):  # noqa: PLR2004
-            msg = f"tile: expected 1 to 4096 rows in a positive time, got {self.size} in {self.milliseconds}"
+        if not (1 <= self.size <= MOST_ROWS and 0 < self.milliseconds < np.inf):
+            msg = f"tile: expected 1 to {MOST_ROWS} rows in a positive time, got {self.size} in {self.milliseconds}"
             raise InputError(msg)
         if not any(self.options == options for tried in OPTIONS.values() for options in tried):
             msg = f"options: expected those that tuning tries, got {self.options}"

@@ -1,6 +1,10 @@
 """A small network as a cache at site 0: it says what it says alone, in a fit, in a bundle and tuned."""
 
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -133,18 +137,42 @@ def test_a_network_of_other_classes_is_refused(chain, pixels):
         gati_jax.fit(chain, pixels[:64], select=pixels[64:], heads=[head])
 
 
-def test_it_answers_from_a_bundle_as_it_did_before(chain, fitted, pixels, tmp_path):
+@pytest.fixture(scope="module")
+def saved(chain, fitted, pixels, tmp_path_factory) -> Path:
+    """A bundle with the network alone."""
     costs = gati_jax.CostTable(
         device="test", batch=1, blocks_ms=(1.0,) * len(chain), lookup_ms={"small@0": 0.1, "grid@1": 5.0}
     )
     chosen = fitted.take(["small@0"])
     plan = gati_jax.plan(gati_jax.replay(chain, chosen, pixels[64:114]), costs, epsilon=0.95, delta=0.5)
     certificate = gati_jax.certify(plan, gati_jax.replay(chain, chosen, pixels[114:]), 0.95, 0.5)
-    gati_jax.save_bundle(tmp_path / "bundle", chain, chosen, plan, certificate)
-    bundle = gati_jax.load_bundle(tmp_path / "bundle")
+    path = tmp_path_factory.mktemp("network") / "bundle"
+    gati_jax.save_bundle(path, chain, chosen, plan, certificate)
+    return path
+
+
+def test_it_answers_from_a_bundle_as_it_did_before(chain, fitted, pixels, saved):
+    bundle = gati_jax.load_bundle(saved)
     assert bundle.cascade.sites == (0,)
-    kept = Cascade(chain, chosen.items, bundle.cascade.thresholds)
+    kept = Cascade(chain, fitted.take(["small@0"]).items, bundle.cascade.thresholds)
     for image in pixels[114:120]:
         found, expected = gati_jax.infer(bundle, image), predict_one(kept, image)
         assert int(found.exit) == int(expected.exit)
         np.testing.assert_array_equal(found.logits, expected.logits)
+
+
+LOAD = """
+import sys
+import gati_jax, jax, numpy as np
+assert jax.config.jax_enable_x64
+bundle = gati_jax.load_bundle(sys.argv[1])
+print(sorted({str(leaf.dtype) for leaf in jax.tree.leaves((bundle.chain, bundle.caches))}))
+"""
+
+
+def test_its_bundle_loads_where_64_bits_are_the_default(saved):
+    """There, parameters that a network would be made with are float64; what was saved is float32."""
+    environment = os.environ | {"JAX_ENABLE_X64": "1"}
+    command = [sys.executable, "-c", LOAD, str(saved)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    assert (result.returncode, result.stdout.strip()) == (0, "['float32']"), result.stderr

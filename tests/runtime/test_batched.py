@@ -82,6 +82,14 @@ def test_padding_is_not_answered_and_changes_nothing(chain, caches, splits):
         np.testing.assert_allclose(full[:11], some[:11], atol=1e-4)
 
 
+@pytest.mark.parametrize(("rows", "count"), [(0, None), (3, 0), (3, 4), (3, -1)])
+def test_a_count_that_cannot_be_is_refused(chain, caches, splits, rows, count):
+    cascade = BatchedCascade.of(Cascade(chain, caches, jnp.zeros(2)), EIGHT_TWO)
+    got = 0 if count is None else count
+    with pytest.raises(gati_jax.InputError, match=rf"count: expected 1 to {rows}, the length of images, got {got}"):
+        predict_tiled(cascade, splits["test"][:rows], count)
+
+
 def test_work_behind_an_exit_is_not_done_and_nothing_recompiles(caches, splits, chain):
     """Blocks tell how many rows they ran: whole tiles, of the survivors only."""
     ran: list[tuple[int, int]] = []

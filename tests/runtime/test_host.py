@@ -7,6 +7,7 @@ import pytest
 import gati_jax
 from gati_jax.runtime import Cascade, compile_stages, predict_on_host, predict_one
 from gati_jax.runtime.batched import BatchedCascade, predict_tiled
+from gati_jax.runtime.host import HostCascade
 from gati_jax.runtime.schedule import Schedule
 
 SCHEDULE = Schedule.of({4: 1.0, 1: 0.4})
@@ -46,6 +47,13 @@ def test_programs_are_compiled_before_the_first_request(chain, caches, splits, t
     assert host.warm_up_seconds > 0
     with pytest.raises(TypeError):  # a compiled program takes what it was compiled for
         host.run(0, splits["test"][:4, :32])
+
+
+def test_no_images_are_refused(chain, caches, splits):
+    cascade = Cascade(chain, caches, jnp.zeros(2))
+    host = HostCascade(cascade=cascade, schedule=SCHEDULE, programs={}, leaves={}, warm_up_seconds=0.0)
+    with pytest.raises(gati_jax.InputError, match="images: expected at least one, got none"):
+        predict_on_host(host, splits["test"][:0])
 
 
 def test_too_many_programs_are_refused(chain, caches):

@@ -1,11 +1,26 @@
 """What is measured, and how often; never how long it takes."""
 
+import logging
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import gati_jax
-from gati_jax.runtime import Cascade, Speed, measure_costs, measure_speed, predict_one, time_interleaved
+from gati_jax.runtime import (
+    Cascade,
+    Speed,
+    Tile,
+    TunedCascade,
+    Tuning,
+    device_name,
+    measure,
+    measure_costs,
+    measure_speed,
+    predict_one,
+    speed,
+    time_interleaved,
+)
 from gati_jax.runtime.measure import spread
 
 
@@ -31,10 +46,28 @@ def test_costs_have_an_entry_for_every_block_and_candidate(chain, candidates):
     assert len(costs.blocks_ms) == len(chain)
     assert min(costs.blocks_ms) >= 0
     assert set(costs.lookup_ms) == {c.name for c in some}
-    assert min(costs.lookup_ms.values()) >= 0
+    assert min(costs.lookup_ms.values()) > 0
     assert (costs.batch, costs.full_ms > 0, costs.spread >= 0) == (1, True, True)
     assert costs.device
     assert not set(costs.device) & set(" /")
+
+
+@pytest.mark.parametrize(("cascade", "added"), [(5.0, 1.0), (4.5, 0.5), (4.1, 0.2), (3.0, 0.2)])
+def test_no_lookup_is_free(chain, candidates, monkeypatch, cascade, added):
+    """What all add is shared out by their times alone, 0.5 and 1.5 ms; noise takes away all but a tenth of these."""
+    one, two = sorted(candidates, key=lambda c: c.site)[:2]
+    made_up = {"base": 4.0, "cascade": cascade, one.name: 0.5, two.name: 1.5}
+    timed = lambda programs, *, rounds: {name: np.full(rounds, made_up.get(name, 1.0)) for name in programs}  # noqa: E731
+    monkeypatch.setattr(measure, "time_interleaved", timed)
+    costs = measure_costs(chain, (one, two), rounds=3)
+    assert costs.lookup_ms == {one.name: pytest.approx(added / 4), two.name: pytest.approx(3 * added / 4)}
+
+
+def test_a_measurement_says_how_long_it_will_be(chain, candidates, monkeypatch, caplog):
+    monkeypatch.setattr(measure, "time_interleaved", lambda programs, *, rounds: {n: np.ones(rounds) for n in programs})
+    with caplog.at_level(logging.INFO, logger="gati_jax"):
+        measure_costs(chain, (c for c in candidates.items[:2]), rounds=7, batch=3, sites=(2, 4))
+    assert "measuring 3 spans and 2 lookups in batches of 3, 7 rounds" in caplog.text
 
 
 def test_costs_without_candidates(chain):
@@ -51,10 +84,27 @@ def test_measured_costs_are_what_plan_takes(chain, candidates, splits):
 
 def test_speed_by_arithmetic():
     # Three requests leave after 1 of 4 ms, one goes through: ideally (3 * 1 + 4) / 4 = 1.75 ms instead of 4.
-    speed = Speed(full_ms=4.0, cascade_ms=2.0, exit_ms={1: 1.0, 3: 4.0}, exits=(1, 1, 3, 1), spread=0.1)
-    assert speed.speedup == 2
-    assert speed.ideal == pytest.approx(4 / 1.75)
-    assert speed.conversion == pytest.approx(1.75 / 2)
+    found = Speed(full_ms=4.0, cascade_ms=2.0, exit_ms={1: 1.0, 3: 4.0}, exits=(1, 1, 3, 1), spread=0.1)
+    assert found.speedup == 2
+    assert found.ideal == pytest.approx(4 / 1.75)
+    assert found.conversion == pytest.approx(1.75 / 2)
+
+
+@pytest.mark.parametrize(("tuned_ms", "full"), [(2.0, "tuned"), (6.0, "reference"), (None, "reference")])
+def test_a_speed_up_is_over_the_fastest_full_network(chain, candidates, splits, monkeypatch, tuned_ms, full):
+    """The reference network takes 4 ms, its first block and the cascade 1; what is ideal does not change."""
+    cascade = Cascade(chain, candidates.items[:1], jnp.asarray([0.0]))
+    made_up = {"cascade": 1.0, "1": 1.0, "5": 4.0, "tuned": tuned_ms}
+    timed = lambda programs, *, rounds: {name: np.full(rounds, made_up[name]) for name in programs}  # noqa: E731
+    monkeypatch.setattr(speed, "time_interleaved", timed)
+    tile = Tile(size=1, milliseconds=1.0, options=(), algorithms={})
+    tuned = TunedCascade(cascade, Tuning(device=device_name(), tiles=(tile,))) if tuned_ms else None
+    found = measure_speed(cascade, splits["test"][:3], tuned=tuned, rounds=2)
+    fastest = min(4.0, tuned_ms or 4.0)
+    assert (found.full, found.full_ms, found.speedup) == (full, fastest, fastest)
+    assert found.exit_ms == {1: pytest.approx(fastest / 4), 5: pytest.approx(fastest)}
+    ideal = 1 / np.mean([{1: 0.25, 5: 1.0}[exit_] for exit_ in found.exits])
+    assert (found.ideal, found.conversion) == (pytest.approx(ideal), pytest.approx(fastest / ideal))
 
 
 def test_measured_speed_is_consistent(chain, candidates, splits):
@@ -62,13 +112,13 @@ def test_measured_speed_is_consistent(chain, candidates, splits):
     first, third = candidates.items[0], candidates.items[2]
     score = predict_one(Cascade(chain, (first,), jnp.asarray([-jnp.inf])), images[1]).score
     cascade = Cascade(chain, (first, third), jnp.stack([score, jnp.float32(1.0)]))
-    speed = measure_speed(cascade, images, rounds=2)
-    assert speed.exits == tuple(int(predict_one(cascade, image).exit) for image in images)
-    assert set(speed.exit_ms) == {1, 3, 5}
-    assert speed.exit_ms[5] == speed.full_ms
-    assert min(speed.full_ms, speed.cascade_ms, *speed.exit_ms.values()) > 0
-    assert speed.speedup == pytest.approx(speed.full_ms / speed.cascade_ms)
-    ideal = speed.full_ms / np.mean([speed.exit_ms[exit_] for exit_ in speed.exits])
-    assert speed.ideal == pytest.approx(ideal)
-    assert speed.conversion == pytest.approx(speed.speedup / ideal)
-    assert speed.spread >= 0
+    found = measure_speed(cascade, images, rounds=2)
+    assert found.exits == tuple(int(predict_one(cascade, image).exit) for image in images)
+    assert set(found.exit_ms) == {1, 3, 5}
+    assert found.exit_ms[5] == found.full_ms
+    assert min(found.full_ms, found.cascade_ms, *found.exit_ms.values()) > 0
+    assert found.speedup == pytest.approx(found.full_ms / found.cascade_ms)
+    ideal = found.full_ms / np.mean([found.exit_ms[exit_] for exit_ in found.exits])
+    assert found.ideal == pytest.approx(ideal)
+    assert found.conversion == pytest.approx(found.speedup / ideal)
+    assert found.spread >= 0

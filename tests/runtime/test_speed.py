@@ -13,6 +13,7 @@ from gati_jax import CostTable
 from gati_jax.caches import Network
 from gati_jax.models import ResNet
 from gati_jax.runtime import Cascade, Tile, TunedCascade, Tuning, device_name, expected_ms, measure_batches
+from gati_jax.runtime import speed as speeds
 from gati_jax.runtime.schedule import Schedule
 from gati_jax.runtime.speed import path_ms
 
@@ -87,6 +88,22 @@ def test_measured_batches_are_consistent(cascade, splits):
     assert min(speed.full_ms, speed.cascade_ms) > 0
     with pytest.raises(gati_jax.InputError, match="at least one group of 32, got 21"):
         measure_batches(tuned, images, batch=32)
+
+
+@pytest.mark.parametrize(("tuned_ms", "full"), [(3.0, "tuned"), (5.0, "reference")])
+def test_batches_are_compared_with_the_faster_full_network(cascade, splits, monkeypatch, tuned_ms, full):
+    made_up = {"cascade": 2.0, "tuned": tuned_ms, "reference": 4.0}
+
+    def timed(programs, rounds):
+        return {name: np.full((rounds, len(calls)), made_up[name]) for name, calls in programs.items()}
+
+    monkeypatch.setattr(speeds, "_time_turns", timed)
+    tile = Tile(size=1, milliseconds=1.0, options=(), algorithms={}, costs=table(cascade, 1.0, 0.1))
+    tuned = TunedCascade(cascade, Tuning(device=device_name(), tiles=(tile,)))
+    found = measure_batches(tuned, splits["test"][:2], batch=1, rounds=2)
+    fastest = min(tuned_ms, 4.0)
+    assert (found.full, found.full_ms, found.speedup) == (full, fastest, fastest / 2)
+    assert found.conversion == pytest.approx(fastest / 2 / (5 / np.mean(found.exits)))
 
 
 def test_without_costs_there_is_no_ideal(cascade, splits):

@@ -1,19 +1,24 @@
 """Tuning: what it finds answers as the reference does, survives in a bundle, and cannot be forged."""
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import gati_jax
 from gati_jax.caches import GlobalAverage, SortedSelector
 from gati_jax.models import Chain, ResNet, fold, init, layers, to_chain
 from gati_jax.runtime import Cascade, Tile, TunedCascade, Tuning, batched, predict_one, search
-from gati_jax.runtime.options import compiled
+from gati_jax.runtime.options import Options, compiled
+from gati_jax.runtime.tuning import OPTIONS
 from train import tune as script
 
 NETWORK = ResNet(stages=(2, 1), widths=(4, 8), shortcut="B", input_shape=(8, 8, 3))
@@ -71,6 +76,45 @@ def test_a_bucket_is_compiled_once(cascade, images):
     assert tuned.batched(8) is tuned.batched(8)
 
 
+COMPILE = "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """Grows by an entry for everything that is handed to the compiler."""
+    seen: list[str] = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        del duration_secs  # JAX names it
+        if event == COMPILE:
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_warm_bucket_compiles_nothing_more_for_any_batch_size(cascade, images, monkeypatch, compilations):
+    """Not even what cuts the padding off, or puts parts together."""
+    monkeypatch.setattr("gati_jax.runtime.tuned.LARGEST_BUCKET", 8)
+    tuned = TunedCascade(cascade, made_up(1, 2))
+    for count in (1, 8):
+        jax.block_until_ready(tuned.predict(images[:count]))
+    assert compilations  # they are seen
+    compilations.clear()
+    for count in (1, 5, 6, 7, 8, 9):
+        found = tuned.predict(images[:count])
+        assert {len(np.asarray(column)) for column in found} == {count}
+    assert not compilations
+    tuned.predict(images[:3])  # another bucket
+    assert compilations
+
+
+def test_no_images_are_refused(cascade, images):
+    with pytest.raises(gati_jax.InputError, match="images: expected at least one, got none"):
+        TunedCascade(cascade, made_up(1)).predict(images[:0])
+
+
 def test_more_rows_than_the_largest_bucket_are_answered_in_parts(cascade, images, monkeypatch):
     monkeypatch.setattr("gati_jax.runtime.tuned.LARGEST_BUCKET", 4)
     tuned = TunedCascade(cascade, made_up(1, 2))
@@ -100,6 +144,40 @@ def test_algorithms_that_lose_too_many_digits_are_not_taken(base, monkeypatch):
     monkeypatch.setattr(search, "TOLERANCE", 0.0)
     (tile,) = gati_jax.tune(base, sizes=(1,), rounds=1).tiles
     assert tile.algorithms == {}
+
+
+A, B = OPTIONS["cpu"][:2]
+
+
+@settings(max_examples=40, deadline=None)
+@given(ms=st.lists(st.floats(0.1, 10), min_size=6, max_size=6, unique=True))
+def test_tiles_that_share_a_program_share_its_options(base, ms):
+    """By made-up times for one, two and eight rows under two sets of options."""
+    made_up_ms: dict[tuple[int, Options], float] = dict(zip(itertools.product((1, 2, 8), (A, B)), ms, strict=True))
+
+    def times(networks, tiles, _rounds):
+        return np.array([[made_up_ms[tile.size, tile.options]] * len(networks) for tile in tiles])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "_time_networks", times)
+        patch.setattr(search, "_supported", lambda: [A, B])
+        patch.setattr(search, "_refine", lambda *_: {})
+        patch.setattr(search, "_error", lambda *_: 0.0)
+        one, two, eight = gati_jax.tune(base, sizes=(8, 2), rounds=1).tiles
+    assert one.options == min((A, B), key=lambda o: made_up_ms[1, o])
+    assert two.options == eight.options
+    taken, other = (made_up_ms[2, o] * made_up_ms[8, o] for o in ((A, B) if two.options == A else (B, A)))
+    assert taken <= other * (1 + 1e-9)
+    assert [tile.milliseconds for tile in (one, two, eight)] == [
+        made_up_ms[tile.size, tile.options] for tile in (one, two, eight)
+    ]
+
+
+@pytest.mark.parametrize("sizes", [(8, 5000), (0,), (-3, 1), tuple(range(2, 18))], ids=str)
+def test_sizes_that_cannot_be_are_refused_before_anything_is_timed(base, monkeypatch, sizes):
+    monkeypatch.setattr(search, "_time_networks", lambda *_: pytest.fail("timed"))
+    with pytest.raises(gati_jax.InputError, match="sizes: expected up to 16 of 1 to 4096 rows, 1 among them, got"):
+        gati_jax.tune(base, sizes=sizes)
 
 
 def test_a_chain_of_other_functions_is_tuned_without_algorithms(chain):

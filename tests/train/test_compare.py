@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import gati_jax
-from benchmarks import front, table
+from benchmarks import compare, front, table
 from benchmarks.compare import report, take_turns, worker
+from benchmarks.contenders import CONTENDERS
 from gati_jax import data
 
 
@@ -52,6 +53,38 @@ def test_ratios_are_to_the_first_and_agreement_is_with_the_reference():
     assert full["spread"] == pytest.approx(0.5)  # ratios 2, 1, 1: quartiles 1 and 1.5
 
 
+@pytest.mark.parametrize("item", ["foo", "=weights", "resnet20="])
+def test_a_smaller_network_needs_weights(item):
+    with pytest.raises(gati_jax.InputError, match=f"--smaller: expected NETWORK=WEIGHTS, .* got '{item}'"):
+        compare.parser().parse_args(["--bundle", "b", "--smaller", item])
+    given = compare.parser().parse_args(["--bundle", "b", "--smaller", "resnet20=a=b"])
+    assert given.smaller == [("resnet20", "a=b")]
+
+
+def test_help_names_the_contenders_and_the_command(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "2000")  # nothing is broken at a hyphen
+    said = " ".join(compare.parser().format_help().split())
+    assert all(name in said for name in CONTENDERS)
+    with pytest.raises(SystemExit):
+        front.main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: python -m benchmarks.front ")
+
+
+def test_every_cell_that_is_shown_has_its_heading(monkeypatch):
+    shown = []
+    monkeypatch.setattr(compare.cli, "show", lambda _, columns, rows: shown.append((columns, list(rows))))
+    times = {name: {2: np.array([[ms]])} for name, ms in (("gati-jax cascade", 1.0), ("jax.jit full", 4.0))}
+    result = report(times, dict.fromkeys(times, ([1, 1], 10.0)), np.array([1, 0]), "resnet20", {2: 8.0})
+    compare.show(result)
+    ((columns, (ours, full)),) = shown
+    assert len(columns) == len(ours) == len(full)
+    cells = dict(zip(columns, ours, strict=True))
+    assert (cells["mean ms"], cells["agreement"], cells["conversion"], cells["peak MiB"]) == (
+        "1.00", "100.00%", "0.50", "10",
+    )  # fmt: skip
+    assert dict(zip(columns, full, strict=True))["conversion"] == ""
+
+
 def test_a_contender_in_its_own_process_answers_as_the_library(run):
     path, rows = run.folder / "caches" / "bundle", 20
     with worker("gati-jax cascade", str(path), "resnet20", "unused", str(rows)) as one:
@@ -70,12 +103,16 @@ def test_a_contender_that_cannot_start_says_nothing(run):
 
 
 def test_a_result_can_be_written_out_and_drawn(tmp_path):
-    times = {name: {2: np.array([[ms]])} for name, ms in (("gati-jax cascade", 1.0), ("onnxruntime full", 4.0))}
+    rounds = {"gati-jax cascade": [1.0, 1.0, 2.0], "onnxruntime full": [4.0, 5.0, 4.0]}
+    times = {name: {2: np.array([ms]).T} for name, ms in rounds.items()}
     answers = dict.fromkeys(times, ([1, 1], 10.0))
     result: dict[str, Any] = report(times, answers, np.array([1, 0]), "resnet20", {}) | {"images": 2}
     head, _, ours, _ = table.table(result["rows"])
     assert head == "| contender | batch 2 | accuracy | agreement | peak MiB |"
-    assert ours == "| gati-jax cascade | 1.0 ms (0.25) | 50.0% | 100.0% | 10 |"
+    # Ratios 0.25, 0.2 and 0.5: the quartiles lie half way to the outer two.
+    assert ours == "| gati-jax cascade | 1.0 ms (0.25 +- 60%) | 50.0% | 100.0% | 10 |"
+    older = [{key: value for key, value in row.items() if key != "round_ms"} for row in result["rows"]]
+    assert table.table(older)[2] == "| gati-jax cascade | 1.0 ms (0.25) | 50.0% | 100.0% | 10 |"
     (tmp_path / "result.json").write_text(json.dumps(result))
     front.main([str(tmp_path / "result.json"), "--out", str(tmp_path / "figure.svg")])
     assert "gati-jax cascade" in (tmp_path / "figure.svg").read_text()

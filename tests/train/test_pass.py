@@ -75,6 +75,7 @@ def test_costs_are_consistent(run):
     cost = run.evaluation["cost"]
     (measured,) = cost["measured"]
     assert measured["requests"] == TESTED
+    assert measured["full"] == "reference"  # the bundle is not tuned: there is no other
     assert measured["speedup"] == pytest.approx(measured["full_ms"] / measured["cascade_ms"])
     assert cost["saved_share"] == pytest.approx(1 - 1 / cost["ideal_speedup"])
     # Every request of the split was timed, so their ideal is the split's.
@@ -160,6 +161,7 @@ def test_without_json_a_table_is_printed(run, tmp_path, capsys):
     evaluate.main([*evaluate_arguments(run.folder, tmp_path), "--timed", "1"])
     printed = capsys.readouterr().out
     assert "agreement with the base" in printed
+    assert "over the reference full network" in printed
     assert ("holds here" in printed) == run.evaluation["certificate"]["holds"]
     assert "evaluation.json" in printed
 

@@ -42,27 +42,38 @@ def test_it_is_planned_certified_and_saved_like_any_other_cache(passed):
     assert bundle.cascade.sites[0] == 0
 
 
-def test_a_tuned_evaluation_says_how_fast_every_batch_is(passed):
+def test_a_tuned_evaluation_says_how_fast_every_batch_is(passed, monkeypatch):
     folder, _ = passed
     bundle = ["--bundle", str(folder / "caches" / "bundle")]
     tuning = json_of(tune.main, *bundle, "--tiles", "1", "4", "--rounds", "1")
     assert [tile["size"] for tile in tuning["tiles"]] == [1, 4]
     assert all("small@0" in tile["costs"]["lookup_ms"] for tile in tuning["tiles"])
     arguments = [*evaluate_arguments(folder, folder / "eval"), "--batches", "1", "4", "64", "--timed", "8"]
+    measure, networks_beside = evaluate.measure_speed, []
+
+    def recording(*given, tuned, **more):
+        networks_beside.append(tuned)
+        return measure(*given, tuned=tuned, **more)
+
+    monkeypatch.setattr(evaluate, "measure_speed", recording)
     result = json_of(evaluate.main, *arguments)
+    assert networks_beside != [None]  # the tuned full network may be the fastest
     reference, *fast = result["cost"]["measured"]
     assert (reference["numerics"], reference["driver"], reference["batch"]) == ("reference", "while_loop", 1)
     assert [(row["batch"], row["driver"]) for row in fast] == [(1, "while_loop"), (4, "tiles")]  # 60 rows: no 64
-    for row in fast:
-        assert row["numerics"] == "fast"
+    for row in (reference, *fast):
+        assert row["full"] in {"reference", "tuned"}
         assert row["speedup"] == pytest.approx(row["full_ms"] / row["cascade_ms"])
         assert row["conversion"] == pytest.approx(row["speedup"] / row["ideal"])
+    for row in fast:
+        assert row["numerics"] == "fast"
         assert np.isfinite(row["predicted_ms"])
         assert row["predicted_ms"] > 0
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        evaluate.main(arguments)
+        evaluate.show(result | {"cost": result["cost"] | {"measured": [reference | {"full": "tuned"}, *fast]}})
     assert "Tuned for this device" in printed.getvalue()
+    assert "over the tuned full network, which is faster than the reference one" in printed.getvalue()
 
 
 @pytest.mark.usefixtures("quiet_logging", "tiny")

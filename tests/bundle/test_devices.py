@@ -1,0 +1,120 @@
+"""What ``tuning/`` says of devices: believed where it can be true of this bundle and this compiler, else left out."""
+
+import json
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gati_jax
+from gati_jax import CostTable
+from gati_jax.models import Algorithm, layers
+from gati_jax.runtime import Tile, Tuning, device_name
+from gati_jax.runtime.tuning import OPTIONS
+from tests.bundle.made import edit
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+
+
+@pytest.fixture
+def tuned(saved_residual, residual, tmp_path) -> Path:
+    """The tuning of a bundle of a small ResNet of two blocks, made by hand; nothing of it is compiled."""
+    chain, caches, *_ = residual
+    kinds: dict[str, Algorithm] = {layer.kind: "im2col" for block in layers(chain.network) for layer in block}
+    lookup_ms = {cache.name: 0.1 for cache in caches}
+    tiles = tuple(
+        Tile(
+            size=size,
+            milliseconds=1.0,
+            options=OPTIONS["cpu"][1],
+            algorithms=kinds,
+            costs=CostTable(device=device_name(), batch=size, blocks_ms=(1.0, 2.0), lookup_ms=lookup_ms),
+        )
+        for size in (1, 4)
+    )
+    tuning = Tuning(device=device_name(), tiles=tiles, jaxlib=version("jaxlib"))
+    folder = shutil.copytree(saved_residual, tmp_path / "bundle")
+    gati_jax.save_tuning(folder, tuning)
+    return folder / "tuning" / f"{device_name()}.json"
+
+
+def of_tuning(**values: object) -> Callable[[Any], None]:
+    return lambda content: content["tuning"].update(values)
+
+
+def of_tile(**values: object) -> Callable[[Any], None]:
+    return lambda content: content["tuning"]["tiles"][1].update(values)
+
+
+def of_costs(**values: object) -> Callable[[Any], None]:
+    return lambda content: content["tuning"]["tiles"][1]["costs"].update(values)
+
+
+def strided(algorithm: str) -> Callable[[Any], None]:
+    """Let the algorithm do the convolution of stride 2, which no Winograd transform can."""
+
+    def change(content: Any) -> None:
+        algorithms = content["tuning"]["tiles"][1]["algorithms"]
+        (kind,) = (kind for kind in algorithms if kind.startswith("3x3/2"))
+        algorithms[kind] = algorithm
+
+    return change
+
+
+UNFIT = {
+    "of another device": (of_tuning(device="cpu-another"), f"expected one of {device_name()}, got cpu-another"),
+    "of another compiler": (of_tuning(jaxlib="0.0.1"), "expected one of jaxlib .*, got 0.0.1"),
+    "a layer that is none of it": (
+        of_tile(algorithms={"3x3/1 999-999 8x8": "im2col"}),
+        "the network has no 3x3/1 999-999 8x8 that im2col could do",
+    ),
+    "an algorithm that cannot": (strided("winograd2"), "the network has no 3x3/2 .* that winograd2 could do"),
+    "options of another platform": (of_tile(options=OPTIONS["gpu"][1]), "are no options for cpu"),
+    "costs of another depth": (of_costs(blocks_ms=[1.0]), "expected costs of 2 blocks for 4 rows, got 1 for 4"),
+    "costs of another batch": (of_costs(batch=8), "expected costs of 2 blocks for 4 rows, got 2 for 8"),
+    "costs of other caches": (
+        of_costs(lookup_ms={"grid@0": 0.1, "pool@1": 0.1}),
+        "expected costs of grid@0, grid@1, got grid@0, pool@1",
+    ),
+}
+
+
+def test_what_can_be_true_is_believed(tuned):
+    bundle = gati_jax.load_bundle(tuned.parents[1])  # warnings are errors
+    assert [tuning.device for tuning in bundle.tunings] == [device_name()]
+    assert bundle.tuned is not None
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_cannot_be_true_is_left_out(tuned, case):
+    change, reason = UNFIT[case]
+    edit(tuned, change)
+    with pytest.warns(UserWarning, match=f"the tuning in .* is left out: .*{reason}.*run python -m train.tune"):
+        bundle = gati_jax.load_bundle(tuned.parents[1])
+    assert (bundle.tunings, bundle.tuned) == ((), None)
+    exits = np.asarray(gati_jax.infer_batch(bundle, PIXELS).exit)  # it answers without
+    assert set(exits.tolist()) <= {0, 1, 2}
+
+
+def test_measured_costs_stay_where_the_tuning_goes(tuned):
+    costs = CostTable(device=device_name(), batch=1, blocks_ms=(1.0, 1.0), lookup_ms={"grid@0": 0.5})
+    content = json.loads(tuned.read_text())
+    table = {"device": costs.device, "batch": 1, "blocks_ms": [1.0, 1.0], "lookup_ms": {"grid@0": 0.5}}
+    tuned.write_text(json.dumps(content | {"costs": [table]}))
+    edit(tuned, of_tuning(jaxlib="0.0.1"))
+    with pytest.warns(UserWarning, match="left out"):
+        bundle = gati_jax.load_bundle(tuned.parents[1])
+    assert bundle.costs == (costs,)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"tuning": 3}', '{"tuning": {"device": "cpu", "tiles": []}}'])
+def test_the_error_of_a_damaged_file_says_what_to_do(tuned, content):
+    tuned.write_text(content)
+    with pytest.raises(gati_jax.BundleError, match=rf"{tuned.name}.*only measurements: remove it, and tune again"):
+        gati_jax.load_bundle(tuned.parents[1])
+    tuned.unlink()
+    assert gati_jax.load_bundle(tuned.parents[1]).tunings == ()
