@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gati_jax import InputError
+from gati_jax._linen import call
 from gati_jax.caches import Cascaded, Convolutional, Grid, fold_standardize
 
-PICTURE = np.random.default_rng(0).standard_normal((3, 9, 7, 4)).astype(np.float32) * 3 + 1
+PICTURE = jnp.asarray(np.random.default_rng(0).standard_normal((3, 9, 7, 4)) * 3 + 1, jnp.float32)
 
 
 def by_xla(params, x, *, kernel, stride, cells):
@@ -22,7 +23,7 @@ def by_xla(params, x, *, kernel, stride, cells):
         x = jax.lax.conv_general_dilated(x, layer["kernel"], (stride, stride), "VALID", dimension_numbers=dims)
         x = nn.relu(x + layer["bias"])
     head = Grid(5, cells=cells, hidden=params["hidden"]["bias"].shape[0], standardize=False)
-    return head.apply({"params": {name: params[name] for name in ("hidden", "out")}}, x)
+    return call(head, {"params": {name: params[name] for name in ("hidden", "out")}}, x)
 
 
 @settings(max_examples=15, deadline=None)
@@ -36,12 +37,12 @@ def test_patches_are_a_convolution_and_standardisation_folds_into_it(channels, k
     head = Convolutional(5, tuple(channels), kernel, stride, cells, hidden=6)
     variables = head.init(jax.random.key(1), PICTURE)
     statistics = variables["statistics"]["standardize"]
-    standardised = (PICTURE - np.asarray(statistics["mean"])) / np.asarray(statistics["std"])
-    expected = by_xla(variables["params"], jnp.asarray(standardised), kernel=kernel, stride=stride, cells=cells)
-    np.testing.assert_allclose(head.apply(variables, PICTURE), expected, rtol=2e-4, atol=2e-4)
+    standardised = (PICTURE - statistics["mean"].reshape(1, 1, 1, -1)) / statistics["std"].reshape(1, 1, 1, -1)
+    expected = by_xla(variables["params"], standardised, kernel=kernel, stride=stride, cells=cells)
+    np.testing.assert_allclose(call(head, variables, PICTURE), expected, rtol=2e-4, atol=2e-4)
     folded, own = fold_standardize(head, variables)
     assert not folded.standardize
-    np.testing.assert_allclose(folded.apply(own, PICTURE), expected, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(call(folded, own, PICTURE), expected, rtol=2e-4, atol=2e-4)
 
 
 def test_statistics_are_those_of_channels():
@@ -55,14 +56,14 @@ def test_vectors_are_refused():
 
 
 def test_a_cascaded_head_is_a_geometric_ensemble_of_itself_and_the_one_before():
-    inner, previous = Convolutional(5, (4,)), np.random.default_rng(1).standard_normal((3, 5)).astype(np.float32)
+    inner, previous = Convolutional(5, (4,)), jax.random.normal(jax.random.key(1), (3, 5))
     head = Cascaded(5, inner)
     variables = head.init(jax.random.key(0), PICTURE, previous)
     own = {kind: tree["inner"] for kind, tree in variables.items()}
-    alone = jax.nn.softmax(inner.apply(own, PICTURE))
+    alone = jax.nn.softmax(call(inner, own, PICTURE))
     product = alone * jax.nn.softmax(previous)  # weights begin as the identity
-    together = jax.nn.softmax(head.apply(variables, PICTURE, previous))
+    together = jax.nn.softmax(call(head, variables, PICTURE, previous))
     np.testing.assert_allclose(together, product / product.sum(-1, keepdims=True), rtol=1e-4)
     folded, folded_variables = fold_standardize(head, variables)
-    expected = head.apply(variables, PICTURE, previous)
-    np.testing.assert_allclose(folded.apply(folded_variables, PICTURE, previous), expected, rtol=1e-4, atol=1e-4)
+    expected = call(head, variables, PICTURE, previous)
+    np.testing.assert_allclose(call(folded, folded_variables, PICTURE, previous), expected, rtol=1e-4, atol=1e-4)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gati_jax
+from gati_jax._linen import call
 from gati_jax.caches import LinearSelector
 from gati_jax.fitting import head_sizes, untrained
 from gati_jax.runtime import replay_logits
@@ -38,15 +39,15 @@ def test_a_cascaded_head_sees_what_the_one_before_says():
     candidates = fit(dataclasses.replace(tiny.head(0, 1, 2), cascaded=True))
     first, second, third = candidates
     assert (first.previous, second.previous, third.previous) == (None, "fc@0", "fc@1")
-    rows = tiny.images()[1][:20]
-    logits = replay_logits(tiny.chain(), candidates, rows, batch=8)
-    sites, _ = tiny.chain().activations(jnp.asarray(rows))
-    said = first.predictor.apply(first.params["predictor"], sites[0])
+    rows = jnp.asarray(tiny.images()[1][:20])
+    logits = replay_logits(tiny.chain(), candidates, np.asarray(rows), batch=8)
+    sites, _ = tiny.chain().activations(rows)
+    said = call(first.predictor, first.params["predictor"], sites[0])
     np.testing.assert_allclose(logits[0], said, rtol=1e-4, atol=1e-5)
     for i, cache in enumerate((second, third), start=1):
-        said = cache.predictor.apply(cache.params["predictor"], sites[cache.site], said)
+        said = call(cache.predictor, cache.params["predictor"], sites[cache.site], said)
         np.testing.assert_allclose(logits[i], said, rtol=1e-4, atol=1e-5)
-    table = gati_jax.replay(tiny.chain(), candidates, rows)
+    table = gati_jax.replay(tiny.chain(), candidates, np.asarray(rows))
     assert (table.classes == logits.argmax(-1)).all()
 
 
