@@ -62,7 +62,9 @@ def _blur(rng: np.random.Generator, sites: int, variants: int, n: int, own: floa
 
 def main() -> None:
     """Compose on a table for each size and seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compose", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sites", type=int, nargs="+", default=[8, 27])
     parser.add_argument("--variants", type=int, default=6, help="candidates a site")
     parser.add_argument("--requests", type=int, default=5000)

@@ -109,7 +109,7 @@ class Relaxation:
         width = self.options.width + 1
         for s, part in enumerate(self.parts):
             closed, miss, hit = self.costs(s, prices)
-            least, taken, passing = float(closed @ self.weights), closed, None
+            least, taken, passing, c = float(closed @ self.weights), closed, None, 0
             if (many := part.stop - part.start) and width > 1:
                 gain = np.bincount(self.index[part].ravel(), ((hit - miss) * self.weights).ravel(), width * many)
                 values = gain.reshape(many, width)[:, :-1].cumsum(1)
@@ -158,7 +158,12 @@ def ascend(
         if moving is None:
             moving = value
         else:
-            moving = Value(0.0, *(new + MOMENTUM * old for new, old in zip(value[1:], moving[1:], strict=True)))
+            moving = Value(
+                0.0,
+                value.tolls + MOMENTUM * moving.tolls,
+                value.wrong + MOMENTUM * moving.wrong,
+                value.uses + MOMENTUM * moving.uses,
+            )
         square = float((moving.tolls**2).sum() + PRICE_STEP * (moving.wrong**2 + (scale * moving.uses**2).sum()))
         if square <= 0:
             break

@@ -71,7 +71,8 @@ def resplit_coverage(
         draws: Splits.
         seed: Of the splits.
         shares: Of the rows, for composing and for certifying; something must be left.
-        compose_with: Returns a plan; unless told, ``plan`` with these costs, epsilon and delta.
+        compose_with: Returns a plan; unless told, ``plan`` with these costs, epsilon and delta, and no time to search:
+            where a search ends depends on the machine, and a draw could not be repeated.
         certify_with: Returns its certificate; unless told, ``certify`` with these epsilon and delta.
 
     Raises:
@@ -82,7 +83,7 @@ def resplit_coverage(
     if draws < 1 or min(parts) < 1 or sum(parts) >= n:
         msg = f"draws, shares: expected one draw or more, and rows in every part of {n}, got {draws} and {shares}"
         raise InputError(msg)
-    compose_with = compose_with or (lambda rows: compose(rows, costs, epsilon=epsilon, delta=delta))
+    compose_with = compose_with or (lambda rows: compose(rows, costs, epsilon=epsilon, delta=delta, seconds=0.0))
     certify_with = certify_with or (lambda plan, rows: certify(plan, rows, epsilon, delta))
     rng = np.random.default_rng(seed)
     certified, failures, rates = 0, 0, []

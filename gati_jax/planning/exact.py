@@ -18,7 +18,7 @@ from .local import Found, polish
 from .options import Choice, Options, cost_to_go, evaluate
 
 TOLERANCE = 1e-9  # relative: bounds are sums of floats
-ROOT_STEPS, ROOT_RANGE = 500, (1.5, 0.05)
+ROOT_STEPS, ROOT_RANGE = 1500, (1.5, 0.02)
 NODE_STEPS, NODE_RANGE = 12, (0.6, 0.1)
 
 

@@ -49,7 +49,7 @@ def alternatives(options: Options, choice: Choice, site: int) -> Alternatives:
     level = options.level[here][:, left]
     lengths = np.array([len(options.thresholds[c]) for c in here], int)
     others = used(options, (*choice[:site], None, *choice[site + 1 :]))
-    room = (others + options.uses[here] <= options.limits * (1 + 1e-12)).all(1)
+    room = np.all(others + options.uses[here] <= options.limits * (1 + 1e-12), axis=1)
     return Alternatives(
         ms=closed[0] + _summed(level, -on_ms, width) + (options.lookup_ms[here] * left.sum())[:, None],
         wrong=closed[1] + np.rint(_summed(level, options.wrong[here][:, left] - on_wrong, width)).astype(int),
