@@ -30,11 +30,21 @@ class Contestant:
     tables: Mapping[str, ReplayTable]
 
 
+def logits_of(
+    chain: Chain, candidates: Candidates, images: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, Float[np.ndarray, "n classes"]]]:
+    """Return what every predictor says, by split and name; candidates that differ in their selector count once."""
+    distinct = candidates.take([c.name for c in candidates if "+" not in c.name])
+    names = [c.name for c in distinct]
+    return {
+        split: dict(zip(names, replay_logits(chain, distinct, rows), strict=True)) for split, rows in images.items()
+    }
+
+
 def contestants(
-    chain: Chain,
     candidates: Candidates,
     tables: Mapping[str, ReplayTable],
-    images: Mapping[str, np.ndarray],
+    logits: Mapping[str, Mapping[str, Float[np.ndarray, "n classes"]]],
     costs: CostTable,
     *,
     ours: Sequence[int],
@@ -43,18 +53,13 @@ def contestants(
     """Return every policy with the heads and sites that serve it best on the select split.
 
     Args:
-        chain: The base.
         candidates: All that were explored.
         tables: Replays by split: "select", "certify", "test".
-        images: By split.
+        logits: See ``logits_of``.
         costs: Measured times.
         ours: The sites of the default plan; policies may use these, or all.
         epsilon: The disagreement to be certified.
     """
-    names = [c.name for c in candidates]
-    logits = {
-        split: dict(zip(names, replay_logits(chain, candidates, rows), strict=True)) for split, rows in images.items()
-    }
 
     def judged_by(score: Score | None, own: list[str]) -> dict[str, ReplayTable]:
         """Return the tables of heads by a policy's score, or, for None, by their own selectors'."""

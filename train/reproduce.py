@@ -24,7 +24,7 @@ from gati_jax.runtime import Cascade, TunedCascade, Tuning, device_name, measure
 from . import cli
 from .caches import load_base, small_networks
 from .config import Config
-from .contest import Contestant, certified_step, contestants, exit_times, paired, step_at_accuracy
+from .contest import Contestant, certified_step, contestants, exit_times, logits_of, paired, step_at_accuracy
 from .exploration import Explored, explore
 from .figures import draw
 
@@ -90,8 +90,9 @@ def compare(
     epsilon, delta = config.plan.epsilon, config.plan.delta
     plan = found.plan(config, epsilon)
     far = found.plan(config, FARTHEST)
-    field = contestants(chain, found.candidates, tables, images, found.costs, ours=plan.sites, epsilon=epsilon)
-    loose = contestants(chain, found.candidates, tables, images, found.costs, ours=far.sites, epsilon=FARTHEST)
+    logits = logits_of(chain, found.candidates, {name: images[name] for name in tables})
+    field = contestants(found.candidates, tables, logits, found.costs, ours=plan.sites, epsilon=epsilon)
+    loose = contestants(found.candidates, tables, logits, found.costs, ours=far.sites, epsilon=FARTHEST)
     certified = [_ours(plan, tables), *field]
     accurate = [_ours(far, tables), *loose]
     timed = {f"certified {c.name}": c.plan for c in certified} | {f"accurate {c.name}": c.plan for c in accurate}

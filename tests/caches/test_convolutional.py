@@ -36,8 +36,8 @@ def by_xla(params, x, *, kernel, stride, cells):
 def test_patches_are_a_convolution_and_standardisation_folds_into_it(channels, kernel, stride, cells):
     head = Convolutional(5, tuple(channels), kernel, stride, cells, hidden=6)
     variables = head.init(jax.random.key(1), PICTURE)
-    statistics = variables["statistics"]["standardize"]
-    standardised = (PICTURE - statistics["mean"].reshape(1, 1, 1, -1)) / statistics["std"].reshape(1, 1, 1, -1)
+    mean, std = (jnp.asarray(variables["statistics"]["standardize"][name]) for name in ("mean", "std"))
+    standardised = (PICTURE - mean.reshape(1, 1, 1, -1)) / std.reshape(1, 1, 1, -1)
     expected = by_xla(variables["params"], standardised, kernel=kernel, stride=stride, cells=cells)
     np.testing.assert_allclose(call(head, variables, PICTURE), expected, rtol=2e-4, atol=2e-4)
     folded, own = fold_standardize(head, variables)
@@ -47,7 +47,8 @@ def test_patches_are_a_convolution_and_standardisation_folds_into_it(channels, k
 
 def test_statistics_are_those_of_channels():
     variables = Convolutional(5).init(jax.random.key(0), PICTURE)
-    np.testing.assert_allclose(variables["statistics"]["standardize"]["mean"], PICTURE.mean((0, 1, 2)), rtol=1e-5)
+    mean = jnp.asarray(variables["statistics"]["standardize"]["mean"])
+    np.testing.assert_allclose(mean, PICTURE.mean((0, 1, 2)), rtol=1e-5)
 
 
 def test_vectors_are_refused():
