@@ -25,7 +25,7 @@ quickstart: $(STAMP)  ## Train a small network on digits, cache it, certify it, 
 	$(PY) -m train.evaluate --bundle runs/digits/caches/bundle --out runs/digits/eval
 
 test: $(STAMP)  ## Run the tests (TESTS='-m slow' for those on real CIFAR-10)
-	$(PY) -m pytest $(TESTS)
+	$(PY) -m pytest -n auto --dist loadfile $(TESTS)
 
 lint: $(STAMP)  ## Check style and types
 	$(VENV)/bin/ruff check .

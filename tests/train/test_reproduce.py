@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.train.one_pass import caches_arguments, json_of, small_and_repeatable
-from train import reproduce
+from train import page, reproduce
 
 HEADS = (
     '[{name = "grid", predictor = {kind = "grid", cells = 2, hidden = 8}, selectors = [{kind = "linear"}]},'
@@ -57,3 +57,15 @@ def test_figures_are_drawn(reproduced):
     folder, _ = reproduced
     for name in ("exits", "agreement", "front", "memory"):
         assert (folder / "figures" / f"{name}.svg").read_text().startswith("<?xml")
+
+
+def test_the_page_says_what_was_measured_and_what_was_not_run(reproduced, tmp_path):
+    folder, result = reproduced
+    page.main(["--reproduction", str(folder / "reproduction.json"), "--out", str(tmp_path / "page.md")])
+    text = (tmp_path / "page.md").read_text()
+    for row in result["certified"]["rows"]:
+        assert f"| {row['policy']} | {row['heads']} | {row['mean_ms']:.2f} |" in text
+    assert f"{result['oracle']['half_share']:.2%}" in text
+    assert "| k-NN: agreement with the base | 97.48 % | not run |" in text
+    page.main(["--out", str(tmp_path / "empty.md")])
+    assert "latency gain certified at 1 % disagreement |  | not run" in (tmp_path / "empty.md").read_text()
