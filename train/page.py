@@ -109,7 +109,7 @@ def _gains(result: dict[str, Any] | None) -> list[list[str]]:
     accurate, certified = (result["measured"][key] for key in ("accurate", "certified"))
     row, base = result["accurate"]["rows"][0], result["base"]["accuracy"]
     shares = " / ".join(f"{m['cache_bytes'] / m['base_bytes']:.1%}" for m in (accurate, certified))
-    kept = f"accuracy on test {row['accuracy'] / base:.2%} of the base's; chosen on select"
+    kept = f"accuracy on test {row['accuracy'] / base:.2%} of the base's; chosen on certify"
     found = " of ".join(map(str, result["certified"]["disagreements"]["default plan"]))
     return [
         [names[0], "91.58 %", f"{result['oracle']['half_share']:.2%}", "theirs knows when a k-NN cache is right"],
@@ -142,7 +142,7 @@ def policies(result: dict[str, Any] | None) -> list[str]:
     parts = ["## Policies"]
     for group, title in (
         ("certified", f"Each certified at {result['epsilon']:.0%} disagreement, delta {result['delta']}"),
-        ("accurate", "Each at 97 % of the base's accuracy, the step chosen on select"),
+        ("accurate", "Each at 97 % of the base's accuracy, the step chosen on certify"),
     ):
         rows = []
         for row in result[group]["rows"]:

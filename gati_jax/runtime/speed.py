@@ -130,7 +130,7 @@ def measure_batches(
         "reference": [prefix_program(chain, depth, group) for group in groups],
     }
     exits = np.concatenate([np.asarray(tuned.predict(group).exit) for group in groups])
-    by_group = _time_turns(programs, rounds)
+    by_group = time_turns(programs, rounds)
     mean = {name: float(np.median(ms, axis=0).mean()) for name, ms in by_group.items()}
     networks: tuple[FullNetwork, ...] = ("tuned", "reference")
     fastest = min(networks, key=lambda name: mean[name])
@@ -147,7 +147,7 @@ def measure_batches(
     )
 
 
-def _time_turns(
+def time_turns(
     programs: Mapping[str, Sequence[Callable[[], object]]], rounds: int
 ) -> dict[str, Float[np.ndarray, "rounds groups"]]:
     """Let contenders take turns in answering all groups, one after another.
