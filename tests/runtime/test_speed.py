@@ -97,7 +97,7 @@ def test_batches_are_compared_with_the_faster_full_network(cascade, splits, monk
     def timed(programs, rounds):
         return {name: np.full((rounds, len(calls)), made_up[name]) for name, calls in programs.items()}
 
-    monkeypatch.setattr(speeds, "_time_turns", timed)
+    monkeypatch.setattr(speeds, "time_turns", timed)
     tile = Tile(size=1, milliseconds=1.0, options=(), algorithms={}, costs=table(cascade, 1.0, 0.1))
     tuned = TunedCascade(cascade, Tuning(device=device_name(), tiles=(tile,)))
     found = measure_batches(tuned, splits["test"][:2], batch=1, rounds=2)
