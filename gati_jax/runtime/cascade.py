@@ -82,12 +82,15 @@ def check_cascade(cascade: Cascade) -> None:
     """Check that caches and thresholds fit the chain.
 
     Raises:
-        InputError: Sites out of order or range, activations that no float32 buffer can carry, or not one threshold for
-            each cache.
+        InputError: Sites out of order or range, cascaded caches, activations that no float32 buffer can carry, or not
+            one threshold for each cache.
     """
     sites, specs = cascade.sites, cascade.chain.site_specs
     if sorted(set(sites)) != list(sites) or any(not 0 <= site < len(cascade.chain) for site in sites):
         msg = f"caches: expected rising sites in 0 .. {len(cascade.chain) - 1}, got {sites}"
+        raise InputError(msg)
+    if cascaded := [cache.name for cache in cascade.caches if cache.previous is not None]:
+        msg = f"caches: expected none that sees what another says (no driver passes that on), got {', '.join(cascaded)}"
         raise InputError(msg)
     floats = {jnp.dtype(name) for name in ("float32", "float16", "bfloat16")}
     if bad := [site for site in sites if specs[site].dtype not in floats]:

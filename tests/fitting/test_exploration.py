@@ -5,12 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import gati_jax
+from gati_jax import InputError
 from gati_jax._linen import call
 from gati_jax.caches import LinearSelector
 from gati_jax.fitting import head_sizes, untrained
-from gati_jax.runtime import replay_logits
+from gati_jax.runtime import Cascade, check_cascade, replay_logits
 from tests.fitting import tiny
 
 SHORT = dataclasses.replace(tiny.CONFIG, epochs=2)
@@ -49,6 +51,13 @@ def test_a_cascaded_head_sees_what_the_one_before_says():
         np.testing.assert_allclose(logits[i], said, rtol=1e-4, atol=1e-5)
     table = gati_jax.replay(tiny.chain(), candidates, np.asarray(rows))
     assert (table.classes == logits.argmax(-1)).all()
+
+
+def test_no_cascade_runs_one():
+    first, second = fit(dataclasses.replace(tiny.head(0, 1), cascaded=True))
+    cascade = Cascade(tiny.chain(), (first, second), jnp.zeros(2))
+    with pytest.raises(InputError, match=r"caches: expected none that sees.*fc@1"):
+        check_cascade(cascade)
 
 
 def test_no_gradient_flows_from_one_head_into_the_one_before():
