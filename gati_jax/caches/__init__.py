@@ -50,5 +50,6 @@ from .predictors import Pool as Pool
 from .predictors import Predictor as Predictor
 from .predictors import adaptive_average as adaptive_average
 from .selectors import LinearSelector as LinearSelector
+from .selectors import ProbabilitySelector as ProbabilitySelector
 from .selectors import Selector as Selector
 from .selectors import SortedSelector as SortedSelector

@@ -13,7 +13,7 @@ from .convolutional import Convolutional
 from .neighbours import Centres, Confidence, Neighbours
 from .network import Network
 from .predictors import Conv, FullyConnected, GlobalAverage, Grid, Pool
-from .selectors import LinearSelector, SortedSelector
+from .selectors import LinearSelector, ProbabilitySelector, SortedSelector
 
 Width = Annotated[int, Field(ge=1, le=65_536)]
 
@@ -116,6 +116,12 @@ class SortedSelectorSpec(_Spec):
     top: Width = 10
 
 
+class ProbabilitySelectorSpec(_Spec):
+    """The log-odds of the largest probability."""
+
+    kind: Literal["probability"] = "probability"
+
+
 class ConfidenceSpec(_Spec):
     """The largest logit as it is."""
 
@@ -134,7 +140,9 @@ PredictorSpec = Annotated[
     | CentresSpec,
     Field(discriminator="kind"),
 ]
-SelectorSpec = Annotated[LinearSelectorSpec | SortedSelectorSpec | ConfidenceSpec, Field(discriminator="kind")]
+SelectorSpec = Annotated[
+    LinearSelectorSpec | SortedSelectorSpec | ProbabilitySelectorSpec | ConfidenceSpec, Field(discriminator="kind")
+]
 
 _PREDICTORS = {
     FullyConnectedSpec: FullyConnected,
@@ -147,7 +155,12 @@ _PREDICTORS = {
     NeighboursSpec: Neighbours,
     CentresSpec: Centres,
 }
-_SELECTORS = {LinearSelectorSpec: LinearSelector, SortedSelectorSpec: SortedSelector, ConfidenceSpec: Confidence}
+_SELECTORS = {
+    LinearSelectorSpec: LinearSelector,
+    SortedSelectorSpec: SortedSelector,
+    ProbabilitySelectorSpec: ProbabilitySelector,
+    ConfidenceSpec: Confidence,
+}
 
 
 def build_predictor(spec: PredictorSpec, classes: int) -> nn.Module:

@@ -33,6 +33,16 @@ class LinearSelector(nn.Module):
         return miss_hit[:, 1] - miss_hit[:, 0]
 
 
+class ProbabilitySelector(nn.Module):
+    """The log-odds of the largest probability: nothing is learned, so nothing is learned wrongly from few rows."""
+
+    @nn.compact
+    def __call__(self, logits: Float[Array, "batch classes"]) -> Float[Array, " batch"]:
+        """Return scores."""
+        ordered = jnp.sort(logits, axis=-1)
+        return ordered[:, -1] - jax.nn.logsumexp(ordered[:, :-1], axis=-1)
+
+
 class SortedSelector(nn.Module):
     """A small MLP on the ``top`` largest log-probabilities in order: it sees how sure the predictor is, not of what."""
 

@@ -20,7 +20,11 @@ PREDICTORS = {
     "gap": (caches.GlobalAverage, {"hidden"}),
     "grid": (caches.Grid, {"cells", "hidden"}),
 }
-SELECTORS = {"linear": (caches.LinearSelector, set()), "sorted": (caches.SortedSelector, {"hidden", "top"})}
+SELECTORS = {
+    "linear": (caches.LinearSelector, set()),
+    "sorted": (caches.SortedSelector, {"hidden", "top"}),
+    "probability": (caches.ProbabilitySelector, set()),
+}
 
 
 @pytest.mark.parametrize("kind", PREDICTORS)
@@ -86,7 +90,9 @@ def test_own_modules_cannot_be_described():
     known = "Centres, Conv, Convolutional, FullyConnected, GlobalAverage, Grid, Neighbours, Network, Pool"
     with pytest.raises(InputError, match=f"a bundle can hold {known}, got Dense"):
         caches.describe_predictor(nn.Dense(3))
-    with pytest.raises(InputError, match=r"a bundle can hold Confidence, LinearSelector, SortedSelector, got Dense"):
+    with pytest.raises(
+        InputError, match=r"a bundle can hold Confidence, LinearSelector, ProbabilitySelector, SortedSelector"
+    ):
         caches.describe_selector(nn.Dense(3))
 
 

@@ -10,8 +10,9 @@ import pytest
 import gati_jax
 from gati_jax import InputError
 from gati_jax._linen import call
-from gati_jax.caches import LinearSelector
+from gati_jax.caches import LinearSelector, ProbabilitySelector
 from gati_jax.fitting import head_sizes, untrained
+from gati_jax.planning import max_probability
 from gati_jax.runtime import Cascade, check_cascade, replay_logits
 from tests.fitting import tiny
 
@@ -35,6 +36,18 @@ def test_a_further_selector_shares_its_predictor():
     plain = fit(tiny.head(1, 2))  # and does not disturb it
     for c in plain:
         jax.tree.map(np.testing.assert_array_equal, c.params, by_name[c.name].params)
+
+
+def test_a_selector_may_have_nothing_to_learn():
+    head = dataclasses.replace(tiny.head(1), selectors=(("probability", ProbabilitySelector()),))
+    candidates = fit(head)
+    rows = tiny.images()[1]  # the select split: out of fold is no other than in it, where nothing is learned
+    table = gati_jax.replay(tiny.chain(), candidates, rows)
+    (logits,) = replay_logits(tiny.chain(), candidates.take(["fc@1"]), rows)
+    scores = table.scores[table.names.index("fc+probability@1")]
+    np.testing.assert_allclose(scores, max_probability(logits[None])[0], rtol=1e-4, atol=1e-5)
+    alone = gati_jax.replay(tiny.chain(), candidates.take(["fc+probability@1"]), rows)
+    assert alone.scores.shape == (1, len(rows))
 
 
 def test_a_cascaded_head_sees_what_the_one_before_says():
