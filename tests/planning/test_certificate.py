@@ -35,7 +35,7 @@ def test_certified_step_is_the_last_before_the_first_failure(random_tables, make
         count = walk(table, thresholds).wrong
         if exact_cdf(count, n, epsilon) > delta:
             break
-        if i > 0:  # the bare base needs no certificate
+        if i > 0 and np.isfinite(thresholds).any():  # the bare base needs no certificate
             step, wrong = i, count
     certificate = gati_jax.certify(plan, table, epsilon, delta)
     assert (certificate.step, certificate.disagreements) == (step, wrong)

@@ -97,6 +97,7 @@ def compilations() -> Iterator[list[str]]:
 def test_a_warm_bucket_compiles_nothing_more_for_any_batch_size(cascade, images, monkeypatch, compilations):
     """Not even what cuts the padding off, or puts parts together."""
     monkeypatch.setattr("gati_jax.runtime.tuned.LARGEST_BUCKET", 8)
+    jax.clear_caches()  # another test may have compiled the same
     tuned = TunedCascade(cascade, made_up(1, 2))
     for count in (1, 8):
         jax.block_until_ready(tuned.predict(images[:count]))
