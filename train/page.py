@@ -57,7 +57,7 @@ def page(reproduction: dict[str, Any] | None, freeze: dict[str, Any] | None) -> 
     """Return the whole page."""
     parts = [
         "# Reproduction",
-        "Written by `python -m train.page` from what the two commands below measured; nothing is typed in by hand.",
+        "Written by `python -m train.page` from what the two commands below measured.",
         COMMANDS,
         "ResNet-50, ResNet-152, CIFAR-100 and speech commands are not run: there is no trained network for them here.",
         *predictors(freeze),
