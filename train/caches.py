@@ -8,7 +8,6 @@ import dataclasses
 import json
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -20,7 +19,7 @@ from gati_jax import Chain, Head, InputError, ReplayTable, data
 from gati_jax.bundle import Provenance
 from gati_jax.fitting import network_head
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
-from gati_jax.planning import Certificate, CostTable, Plan, cascade_ms, tightest
+from gati_jax.planning import Certificate, Composition, CostTable, Plan, cascade_ms, tightest
 
 from . import cli
 from .config import Base, Config
@@ -44,13 +43,12 @@ def main(argv: list[str] | None = None) -> None:
     chain = load_base(config)
     parts = {name: data.load(config.data.name, splits[name], config.data.dir) for name in ("fit", "select", "certify")}
 
-    started = time.perf_counter()
     heads = [*(head.build() for head in config.fit.heads), *small_networks(config)]
     found = explore(config, chain, heads, parts, arguments.out)
     candidates, select, costs = found.candidates, found.select, found.costs
-    fit_seconds = time.perf_counter() - started
-    _log.info("explored %d candidates in %.0f s", len(candidates), fit_seconds)
-    plans = {name: (found.plan(config, epsilon), epsilon) for name, epsilon in config.plan.epsilons.items()}
+    _log.info("fitted %d candidates in %.0f s", len(candidates), found.fit_seconds)
+    composed = {name: (*found.plan(config, epsilon), epsilon) for name, epsilon in config.plan.epsilons.items()}
+    plans = {name: (plan, epsilon) for name, (plan, _, epsilon) in composed.items()}
     chosen = candidates.take(tuple(dict.fromkeys(name for plan, _ in plans.values() for name in plan.names)))
 
     # From here on nothing may be chosen: the plans are fixed, and the certify split is opened.
@@ -88,7 +86,13 @@ def main(argv: list[str] | None = None) -> None:
         costs=[costs],
     )
 
-    explored = {"bundle": str(path), "fit_seconds": fit_seconds, "dropped": found.dropped, "ranking": found.ranking()}
+    explored = {
+        "bundle": str(path),
+        "fit_seconds": found.fit_seconds,
+        "dropped": found.dropped,
+        "ranking": found.ranking(config.plan.epsilon),
+        "composition": {name: composition_entry(composition) for name, (_, composition, _) in composed.items()},
+    }
     result = explored | summary(select, certify, costs, plan, certificate)
     result["also"] = [summary(select, certify, costs, *other) for other in also]
     cli.write_result(arguments.out / "caches.json", result)
@@ -127,6 +131,12 @@ def summary(
     }
 
 
+def composition_entry(composition: Composition) -> dict[str, Any]:
+    """Return how good a composition is known to be, and why it left the other candidates out."""
+    keys = ("gap", "proved", "grid", "nodes", "seconds")
+    return {key: getattr(composition, key) for key in keys} | {"refused": dict(composition.refused)}
+
+
 def gap_entry(certificate: Certificate) -> dict[str, Any]:
     """Return what is said of the loss of accuracy, where the certify split has labels."""
     gap = certificate.accuracy_gap
@@ -142,12 +152,16 @@ def show(result: dict[str, Any], title: str) -> None:
     ]
     cli.show(title, columns, rows)
     for one in (result, *result["also"]):
-        print(f"plan {one['certificate']['name']}: {certificate_line(one['certificate'])}")
+        name = one["certificate"]["name"]
+        print(f"plan {name}: {certificate_line(one['certificate'])}")
         predicted = one["predicted"]
         print(
             f"  predicted {predicted['full_ms']:.3f} ms -> {predicted['cascade_ms']:.3f} ms on {predicted['device']},"
             f" batch {predicted['batch']}"
         )
+    for name, c in result["composition"].items():
+        known = "nothing is better" if c["proved"] else f"something may be {c['gap']:.1%} faster"
+        print(f"composition {name}: {known}, with {c['grid']} thresholds a cache ({c['seconds']:.0f} s)")
     print(f"Bundle: {result['bundle']}")
 
 

@@ -35,15 +35,20 @@ class Splits(Section):
     test: str
 
 
-class Data(Section):
+class Source(Section):
     """Where images come from."""
 
     name: str = Field(description="digits, or a TensorFlow Datasets name such as cifar10")
     dir: Path | None = Field(
         None, description="TensorFlow Datasets folder; unset: TFDS's default, downloading what is missing"
     )
-    splits: Splits
     base_trained_on: tuple[str, ...] = Field(description="parts that the base was trained on, whoever trained it")
+
+
+class Data(Source):
+    """Where images come from, and which are for what."""
+
+    splits: Splits
 
 
 class Augmentation(Section):
@@ -146,25 +151,30 @@ class NetworkSection(Section):
         return Normalization(**self.normalization.model_dump()) if self.normalization else base.normalize()
 
 
-class Fit(Section):
-    """How caches are fitted."""
+class PredictorTraining(Section):
+    """How predictors are trained."""
 
     epochs: Count = 5
     batch: Count = 128
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-2
     weight_decay: Annotated[float, Field(ge=0)] = 1e-3
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    temperature: Annotated[float, Field(gt=0)] = 6.0
-    folds: Annotated[int, Field(ge=2, le=20)] = 5
     augment: Augmentation = Augmentation()
-    heads: tuple[HeadSection, ...] = (HeadSection(name="grid"),)
-    networks: tuple[NetworkSection, ...] = Field(default=(), description="small networks that come before the base")
 
     def build(self, seed: int) -> FitConfig:
         """Return the library's record."""
         options = self.model_dump(exclude={"augment", "heads", "networks"})
         return FitConfig(**options, augment=self.augment.build(), seed=seed)
+
+
+class Fit(PredictorTraining):
+    """How caches are fitted."""
+
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    temperature: Annotated[float, Field(gt=0)] = 6.0
+    folds: Annotated[int, Field(ge=2, le=20)] = 5
+    heads: tuple[HeadSection, ...] = (HeadSection(name="grid"),)
+    networks: tuple[NetworkSection, ...] = Field(default=(), description="small networks that come before the base")
 
 
 class Planning(Section):

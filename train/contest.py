@@ -1,6 +1,7 @@
 """Policies beside one another: the same frozen base, sites and splits, each certified, each timed on one device."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from gati_jax.caches import on_its_own
 from gati_jax.fitting import Candidates
 from gati_jax.models import Chain
 from gati_jax.planning import POLICIES, Score, max_probability, policy_table, replay_plan, shared_threshold_plan
-from gati_jax.runtime import Cascade, Tile, TunedCascade, Tuning, device_name, replay_logits, time_turns
+from gati_jax.runtime import Cascade, Tile, predict_one, replay_logits, time_turns, tuned_chain
 
 RESAMPLES = 2000
 CALLS = 4
@@ -102,9 +103,9 @@ def _rules(candidates: Candidates) -> list[tuple[str, list[str], Score | None]]:
     ]
 
 
-def certified_step(contestant: Contestant, epsilon: float, delta: float) -> Certificate:
-    """Certify a policy's plan on the certify split, as if it were the only one looked at."""
-    return gati_jax.certify(contestant.plan, contestant.tables["certify"], epsilon, delta)
+def certified_step(contestant: Contestant, epsilon: float, delta: float, looks: int) -> Certificate:
+    """Certify a policy's plan on the certify split, each as if it were the only one of this look."""
+    return gati_jax.certify(contestant.plan, contestant.tables["certify"], epsilon, delta, looks=looks)
 
 
 def step_at_accuracy(contestant: Contestant, share: float) -> int:
@@ -138,21 +139,19 @@ def exit_times(
     Returns:
         Milliseconds of a request that leaves at each cache, and last, at the base.
     """
-    tuning = Tuning(device=device_name(), tiles=(tile,))
+    base = tuned_chain(chain, tile)  # one for all: the weights of a copy for each would push one another out of memory
     programs = {}
     for name, plan in plans.items():
         caches = tuple(on_its_own(c) for c in candidates.take(plan.names))
         for exit_ in range(len(caches) + 1):
             # An infinite threshold is never reached, minus infinity always: the request leaves where it is told to.
             thresholds = [-np.inf if i == exit_ else np.inf for i in range(len(caches))]
-            tuned = TunedCascade(Cascade(chain, caches, jnp.asarray(thresholds, jnp.float32)), tuning)
-            programs[f"{name}\n{exit_}"] = lambda tuned=tuned: tuned.predict_one(image)
+            cascade = Cascade(base, caches, jnp.asarray(thresholds, jnp.float32))
+            programs[name, exit_] = functools.partial(predict_one, cascade, image, tile.options)
     # A few calls in a row: the first finds its weights cold, as no server would leave them.
-    turns = time_turns({key: [program] * CALLS for key, program in programs.items()}, rounds)
+    turns = time_turns({f"{name} {exit_}": [run] * CALLS for (name, exit_), run in programs.items()}, rounds)
     median = {key: float(np.median(ms[:, 1:])) for key, ms in turns.items()}
-    return {
-        name: np.array([median[f"{name}\n{i}"] for i in range(len(plan.names) + 1)]) for name, plan in plans.items()
-    }
+    return {name: np.array([median[f"{name} {i}"] for i in range(len(plan.names) + 1)]) for name, plan in plans.items()}
 
 
 def paired(ours: Float[np.ndarray, " n"], theirs: Float[np.ndarray, " n"]) -> dict[str, Any]:
@@ -160,4 +159,9 @@ def paired(ours: Float[np.ndarray, " n"], theirs: Float[np.ndarray, " n"]) -> di
     difference = theirs - ours
     rows = np.random.default_rng(0).integers(0, len(difference), (RESAMPLES, len(difference)))
     low, high = np.quantile(difference[rows].mean(1), (0.025, 0.975))
-    return {"mean_ms": float(difference.mean()), "low_ms": float(low), "high_ms": float(high), "ties": bool(low <= 0)}
+    return {
+        "mean_ms": float(difference.mean()),
+        "low_ms": float(low),
+        "high_ms": float(high),
+        "ties": bool(low <= 0 <= high),
+    }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import jax
 
 import gati_jax
-from gati_jax import Chain, CostTable, Head, Plan, ReplayTable, data
+from gati_jax import Chain, CostTable, Head, InputError, Plan, ReplayTable, data
 from gati_jax.caches import on_its_own
 from gati_jax.fitting import Candidates, head_sizes, untrained
-from gati_jax.planning import rank, unpayable
+from gati_jax.planning import Composition, compose_plan, rank, unpayable
 from gati_jax.runtime import Tile
 
 from . import cli
@@ -36,24 +37,25 @@ class Explored:
     """Candidates that were not fitted, and why."""
     memory_bytes: int | None
     """What the caches of a plan may take."""
+    fit_seconds: float
 
-    def plan(self, config: Config, epsilon: float) -> Plan:
-        """Compose a plan of what a cascade can run, within the config's budgets."""
+    def plan(self, config: Config, epsilon: float) -> tuple[Plan, Composition]:
+        """Compose a plan of what a cascade can run, within the config's budgets; with its proof and refusals."""
         alone = [c for c in self.candidates if c.previous is None]
         worst = config.plan.worst_share
-        return gati_jax.plan(
+        return compose_plan(
             self.select.take([c.name for c in alone]),
             self.costs,
             epsilon=epsilon,
             delta=config.plan.delta / len(config.plan.epsilons),
-            max_sites=config.plan.max_sites,
+            sites=config.plan.max_sites,
             memory_bytes=self.memory_bytes,
             worst_ms=None if worst is None else worst * self.costs.full_ms,
             bytes={c.name: c.bytes for c in alone},
             seconds=config.plan.seconds,
         )
 
-    def ranking(self, epsilon: float = 0.01) -> list[dict[str, Any]]:
+    def ranking(self, epsilon: float) -> list[dict[str, Any]]:
         """Return what each candidate would save as the only cache, the best first."""
         sizes = {c.name: c.bytes for c in self.candidates}
         ranked = rank(self.select, self.costs, epsilon=epsilon)
@@ -61,9 +63,9 @@ class Explored:
             row._asdict() | {"lookup_ms": self.costs.lookup_ms[row.name], "bytes": sizes[row.name]} for row in ranked
         ]
 
-    def show(self, title: str) -> None:
+    def show(self, title: str, epsilon: float) -> None:
         """Print the best of the ranking, and what was dropped."""
-        columns = ("candidate", "site", "agreement", "leave at 1 %", "saves alone", "lookup ms", "MB")
+        columns = ("candidate", "site", "agreement", f"leave at {epsilon:.1%}", "saves alone", "lookup ms", "MB")
         rows = [
             (
                 r["name"],
@@ -74,7 +76,7 @@ class Explored:
                 f"{r['lookup_ms']:.3f}",
                 f"{r['bytes'] / 1e6:.2f}",
             )
-            for r in self.ranking()[:SHOWN]
+            for r in self.ranking(epsilon)[:SHOWN]
         ]
         cli.show(title, columns, rows)
         for name, reason in self.dropped.items():
@@ -96,33 +98,52 @@ def explore(
     base_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(chain))
     memory = None if config.plan.memory_share is None else int(config.plan.memory_share * base_bytes)
     sizes = head_sizes(chain, heads)
-    too_large = {name for name, size in sizes.items() if memory is not None and size > memory}
-    small = _without(chain, heads, too_large)
+    small = within(chain, heads, {name for name, size in sizes.items() if memory is None or size <= memory})
     trial = untrained(chain, small)
     # What an ensemble with the cache before adds, a product of classes x classes, is too little to be measured.
     tile, costs = measured_tile(out / "costs.json", chain, [on_its_own(c) for c in trial], config)
     sites = {name: int(name.rpartition("@")[2]) for name in sizes}
-    dropped = unpayable(costs, sites, sizes, memory_bytes=memory)
+    reasons = unpayable(costs, sites, sizes, memory_bytes=memory)
+    kept = within(chain, small, set(sizes) - set(reasons))
+    fitted = head_sizes(chain, kept) if kept else {}
+    dropped = {name: reason for name, reason in reasons.items() if name not in fitted}
     for name, reason in dropped.items():
         _log.info("%s is not fitted: %s", name, reason)
+    if not kept:
+        msg = "fit.heads: expected at least one that can pay, got none; see the reasons above"
+        raise InputError(msg)
+    started = time.perf_counter()
     candidates = gati_jax.fit(
         chain,
         parts["fit"].images,
         select=parts["select"].images,
-        heads=_without(chain, small, set(dropped)),
+        heads=kept,
         config=config.fit.build(config.seed),
         checkpoint=out / "checkpoints",
     )
+    fit_seconds = time.perf_counter() - started
     select = gati_jax.replay(chain, candidates, parts["select"].images, labels=parts["select"].labels)
-    return Explored(candidates=candidates, select=select, tile=tile, costs=costs, dropped=dropped, memory_bytes=memory)
+    return Explored(
+        candidates=candidates,
+        select=select,
+        tile=tile,
+        costs=costs,
+        dropped=dropped,
+        memory_bytes=memory,
+        fit_seconds=fit_seconds,
+    )
 
 
-def _without(chain: Chain, heads: Sequence[Head], names: set[str]) -> list[Head]:
-    """Return the heads at the sites that remain; one whose further selectors are too dear keeps its own."""
+def within(chain: Chain, heads: Sequence[Head], names: set[str]) -> list[Head]:
+    """Return the heads at the sites where they, or the same predictor under a further selector, are among ``names``.
+
+    Selectors cost next to nothing: where their lookups differ, it is noise, and a predictor is fitted once for all.
+    """
     kept = []
     for head in heads:
         sites = range(1, len(chain)) if head.sites is None else head.sites
-        left = tuple(site for site in sites if f"{head.name}@{site}" not in names)
+        kinds = [head.name, *(f"{head.name}+{other}" for other, _ in head.selectors)]
+        left = tuple(site for site in sites if any(f"{kind}@{site}" in names for kind in kinds))
         if left:
             kept.append(dataclasses.replace(head, sites=left))
     return kept

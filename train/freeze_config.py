@@ -1,13 +1,12 @@
 """What the file of a Freeze Inference experiment may say."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from gati_jax import FitConfig, FreezeConfig
+from gati_jax import FreezeConfig
 
-from .config import Augmentation, Base, Count, Section
+from .config import Base, Count, PredictorTraining, Section, Source
 
 
 class FreezeSplits(Section):
@@ -19,29 +18,18 @@ class FreezeSplits(Section):
     serve: str = Field(description="requests; nothing is chosen on them")
 
 
-class FreezeData(Section):
-    """Where images come from."""
+class FreezeData(Source):
+    """Where images come from, and which are for what."""
 
-    name: str = Field(description="digits, or a TensorFlow Datasets name such as cifar10")
-    dir: Path | None = Field(None, description="TensorFlow Datasets folder; unset: TFDS's default")
     splits: FreezeSplits
-    base_trained_on: tuple[str, ...] = Field(description="parts that the base was trained on, whoever trained it")
 
 
-class KeyTraining(Section):
+class KeyTraining(PredictorTraining):
     """How key networks are trained."""
 
     epochs: Count = 3
     batch: Count = 256
-    optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-3
-    augment: Augmentation = Augmentation()
-
-    def build(self, seed: int) -> FitConfig:
-        """Return the library's record."""
-        options = self.model_dump(exclude={"augment"})
-        return FitConfig(**options, augment=self.augment.build(), seed=seed)
 
 
 class Caches(Section):

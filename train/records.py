@@ -74,7 +74,7 @@ def measured_tile(path: Path, chain: Chain, candidates: Iterable[Candidate], con
         "rounds": str(config.measure_rounds),
         "seed": str(config.seed),
         "device": device_name(),
-        "plan": f"batch {config.plan.batch}, tuned {config.plan.tuned}",
+        "plan": f"batch {config.plan.batch}, tuned {config.plan.tuned}, memory {config.plan.memory_share}",
         "jax": cli.versions()["jax"],
     }
     try:

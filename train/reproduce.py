@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,11 +23,12 @@ from gati_jax.planning import oracle_exits, replay_plan
 from gati_jax.runtime import Cascade, TunedCascade, Tuning, device_name, measure_batches
 
 from . import cli
-from .caches import load_base, small_networks
+from .caches import composition_entry, load_base, small_networks
 from .config import Config
 from .contest import Contestant, certified_step, contestants, exit_times, logits_of, paired, step_at_accuracy
 from .exploration import Explored, explore
 from .figures import draw
+from .records import count_looks, record_look
 
 EXAMPLE = (
     "python -m train.reproduce --config configs/repro_resnet18.toml --out runs/repro18"
@@ -62,8 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         "network": config.base.network,
         "splits": splits,
         "base": {"accuracy": accuracy(tables["test"].answers, tables["test"])},
-        "explored": {"ranking": found.ranking(), "dropped": found.dropped},
-        **compare(config, chain, found, tables, {name: part.images for name, part in parts.items()}),
+        "explored": {"ranking": found.ranking(config.plan.epsilon), "dropped": found.dropped},
+        **compare(config, chain, found, tables, {name: part.images for name, part in parts.items()}, arguments.out),
         "device": device_name(),
         "command": sys.argv,
         "versions": cli.versions(),
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.json:
         print(json.dumps(result))
     else:
-        found.show(f"{config.base.network} on {config.data.name}: candidates")
+        found.show(f"{config.base.network} on {config.data.name}: candidates", config.plan.epsilon)
         show(result)
         print(f"written: {arguments.out / 'reproduction.json'}, {arguments.out / 'figures'}")
 
@@ -85,11 +87,13 @@ def compare(
     found: Explored,
     tables: Mapping[str, ReplayTable],
     images: Mapping[str, np.ndarray],
+    out: Path,
 ) -> dict[str, Any]:
     """Compose, certify and time the default plan and every policy."""
     epsilon, delta = config.plan.epsilon, config.plan.delta
-    plan = found.plan(config, epsilon)
-    far = found.plan(config, FARTHEST)
+    plan, composition = found.plan(config, epsilon)
+    far, _ = found.plan(config, FARTHEST)
+    looks = count_looks(record_look(out / "looks.json", tables["certify"].rows, {DEFAULT: (plan, epsilon)}, delta))
     logits = logits_of(chain, found.candidates, {name: images[name] for name in tables})
     field = contestants(found.candidates, tables, logits, found.costs, ours=plan.sites, epsilon=epsilon)
     loose = contestants(found.candidates, tables, logits, found.costs, ours=far.sites, epsilon=FARTHEST)
@@ -97,11 +101,13 @@ def compare(
     accurate = [_ours(far, tables), *loose]
     timed = {f"certified {c.name}": c.plan for c in certified} | {f"accurate {c.name}": c.plan for c in accurate}
     ms = exit_times(chain, found.candidates, timed, found.tile, images["test"][0], rounds=ROUNDS)
-    steps = {c.name: certified_step(c, epsilon, delta) for c in certified}
+    steps = {c.name: certified_step(c, epsilon, delta, looks) for c in certified}
     oracle = oracle_exits(tables["test"])
     return {
         "epsilon": epsilon,
         "delta": delta,
+        "looks": looks,
+        "composition": composition_entry(composition),
         "candidates": len(found.candidates),
         "oracle": _exits_summary(oracle, found) | {"half_share": float((oracle <= len(chain) / 2).mean())},
         "certified": _rows(certified, {c.name: steps[c.name].step for c in certified}, ms, "certified", found)

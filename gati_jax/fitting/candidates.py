@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,12 +82,7 @@ def fit(
     Raises:
         InputError: Images that the chain does not take, overlapping splits, a site that the chain does not have.
     """
-    images, select = check_images(chain, images), check_images(chain, select, argument="select")
-    if images.dtype != select.dtype:
-        msg = f"select: expected {images.dtype}, as images, got {select.dtype}"
-        raise InputError(msg)
-    fit_rows, select_rows = row_digests(images), row_digests(select)
-    check_distinct_rows(select_rows, fit_rows, names=("select", "fit"))
+    images, select, fit_rows, select_rows = check_splits(chain, images, select)
     parts = parts_of(chain, heads)
     unique, copy_of = np.unique(select_rows, return_inverse=True)  # equal rows share a fold
     if len(unique) < config.folds:
@@ -121,6 +117,30 @@ def fit(
         fit_rows=fit_rows,
         dtype=str(images.dtype),
     )
+
+
+class CheckedSplits(NamedTuple):
+    """The fit and the select split, as arrays that the chain takes, and their digests."""
+
+    images: Shaped[np.ndarray, "n ..."]
+    select: Shaped[np.ndarray, "m ..."]
+    fit_rows: UInt64[np.ndarray, " n"]
+    select_rows: UInt64[np.ndarray, " m"]
+
+
+def check_splits(chain: Chain, images: np.ndarray, select: np.ndarray) -> CheckedSplits:
+    """Check that two splits are of the chain's inputs and one dtype, and share no rows.
+
+    Raises:
+        InputError: They are not, or do.
+    """
+    images, select = check_images(chain, images), check_images(chain, select, argument="select")
+    if images.dtype != select.dtype:
+        msg = f"select: expected {images.dtype}, as images, got {select.dtype}"
+        raise InputError(msg)
+    checked = CheckedSplits(images, select, row_digests(images), row_digests(select))
+    check_distinct_rows(checked.select_rows, checked.fit_rows, names=("select", "fit"))
+    return checked
 
 
 def _fit_selectors(

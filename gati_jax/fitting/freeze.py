@@ -29,10 +29,10 @@ from gati_jax.caches import (
     stored_centres,
     stored_points,
 )
-from gati_jax.data import check_distinct_rows, fingerprint, row_digests
-from gati_jax.models import Chain, check_images
+from gati_jax.data import fingerprint
+from gati_jax.models import Chain
 
-from .candidates import Candidates, chain_code
+from .candidates import Candidates, chain_code, check_splits
 from .centres import describe_centres, k_means
 from .heads import Head, Part, parts_of
 from .points import Choice, choose_points
@@ -132,12 +132,7 @@ def fit_freeze(
         InputError: Images that the chain does not take, overlapping splits, a site that the chain does not have, or
             room for fewer points than a cache asks.
     """
-    images, select = check_images(chain, images), check_images(chain, select, argument="select")
-    if images.dtype != select.dtype:
-        msg = f"select: expected {images.dtype}, as images, got {select.dtype}"
-        raise InputError(msg)
-    fit_rows, select_rows = row_digests(images), row_digests(select)
-    check_distinct_rows(select_rows, fit_rows, names=("select", "fit"))
+    images, select, fit_rows, select_rows = check_splits(chain, images, select)
     parts = parts_of(chain, [_key_head(freeze, sites)])
     kept = freeze.points(len(images), len(parts)) if "knn" in freeze.kinds else 0
     if "kmeans" in freeze.kinds and freeze.centres > len(images):

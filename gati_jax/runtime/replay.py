@@ -1,7 +1,7 @@
 """Replay: what the base and all candidates say to every request, in the float32 reference arithmetic."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -62,13 +62,11 @@ def replay(
         selectors = tuple(jax.tree.map(lambda v: v[None], item.params["selector"]) for item in items)
         fold = np.zeros(len(rows), np.int32)
     parts = []
-    for start in range(0, len(images), batch):
-        chunk, chunk_fold = images[start : start + batch], fold[start : start + batch]
-        short = batch - len(chunk)  # a full last batch, by repetition: one shape, one program
-        padded = np.concatenate([chunk, np.repeat(chunk[:1], short, axis=0)])
-        part = _replay_batch(chain, items, selectors, padded, np.append(chunk_fold, np.zeros(short, np.int32)))
-        parts.append([np.asarray(column)[..., : len(chunk)] for column in part])
-    answers, classes, scores = (np.concatenate(columns, axis=-1) for columns in zip(*parts, strict=True))
+    for rows_here in _batches(len(images), batch):
+        part = _replay_batch(chain, items, selectors, images[rows_here], fold[rows_here])
+        parts.append([np.asarray(column) for column in part])
+    n = len(images)
+    answers, classes, scores = (np.concatenate(columns, axis=-1)[..., :n] for columns in zip(*parts, strict=True))
     return ReplayTable(
         names=tuple(c.name for c in items),
         sites=tuple(c.site for c in items),
@@ -108,14 +106,23 @@ def replay_logits(
         candidates: Whose.
         images: uint8 or prepared inputs.
         batch: Images in a step.
+
+    Raises:
+        InputError: No candidates, or images that the chain does not take.
     """
     images, items = check_images(chain, images), tuple(candidates)
-    parts = []
-    for start in range(0, len(images), batch):
-        rows = images[start : start + batch]
-        padded = np.concatenate([rows, np.repeat(rows[:1], batch - len(rows), axis=0)])
-        parts.append(np.asarray(_logits_batch(chain, items, padded))[:, : len(rows)])
-    return np.concatenate(parts, axis=1)
+    if not (items and len(images)):
+        msg = f"candidates, images: expected at least one of each, got {len(items)} and {len(images)}"
+        raise InputError(msg)
+    parts = [np.asarray(_logits_batch(chain, items, images[rows])) for rows in _batches(len(images), batch)]
+    return np.concatenate(parts, axis=1)[:, : len(images)]
+
+
+def _batches(n: int, batch: int) -> Iterator[Int[np.ndarray, " batch"]]:
+    """Yield the rows of every batch; the last one is filled up by its first row: one shape, one program."""
+    for start in range(0, n, batch):
+        rows = np.arange(start, start + batch)
+        yield np.where(rows < n, rows, start)
 
 
 @jax.jit
