@@ -111,15 +111,16 @@ def certified_step(contestant: Contestant, epsilon: float, delta: float, looks: 
 def step_at_accuracy(contestant: Contestant, share: float) -> int:
     """Return the farthest step at which the certify split keeps this share of the base's accuracy.
 
-    On select, where the plan was composed to look well, it would be too far.
+    By one standard error: of the many steps, the farthest that seems to keep it is one that was lucky. On select, where
+    the plan was composed to look well, it would be too far anyway.
     """
     table = contestant.tables["certify"]
     assert table.labels is not None  # noqa: S101 (the caller has checked)
-    least = share * float((table.answers == table.labels).mean())
-    kept = [
-        float((replay_plan(table, thresholds).classes == table.labels).mean()) >= least
-        for thresholds in contestant.plan.path
-    ]
+    needed = share * (table.answers == table.labels)
+    kept = []
+    for thresholds in contestant.plan.path:
+        spare = (replay_plan(table, thresholds).classes == table.labels) - needed
+        kept.append(spare.mean() >= spare.std() / np.sqrt(len(spare)))
     return int(np.flatnonzero(kept)[-1])
 
 

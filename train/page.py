@@ -139,7 +139,7 @@ def policies(result: dict[str, Any] | None) -> list[str]:
     parts = ["## Policies"]
     for group, title in (
         ("certified", f"Each certified at {result['epsilon']:.0%} disagreement, delta {result['delta']}"),
-        ("accurate", "Each at 97 % of the base's accuracy, the step chosen on certify"),
+        ("accurate", "Each at 97 % of the base's accuracy, the step chosen on certify by one standard error"),
     ):
         rows = []
         for row in result[group]["rows"]:

@@ -194,7 +194,7 @@ def show(result: dict[str, Any]) -> None:
     """Print the comparison."""
     for group, title in (
         ("certified", f"Certified at {result['epsilon']:.1%} disagreement"),
-        ("accurate", f"At {ACCURACY_SHARE:.0%} of the base's accuracy (chosen on certify)"),
+        ("accurate", f"At {ACCURACY_SHARE:.0%} of the base's accuracy (chosen on certify by one standard error)"),
     ):
         rows = [
             (
