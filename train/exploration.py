@@ -94,11 +94,18 @@ def explore(
         heads: The declared search space.
         parts: The splits "fit" and "select".
         out: For costs.json and checkpoints, from which a killed run resumes.
+
+    Raises:
+        InputError: No candidate can pay.
     """
     base_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(chain))
     memory = None if config.plan.memory_share is None else int(config.plan.memory_share * base_bytes)
     sizes = head_sizes(chain, heads)
     small = within(chain, heads, {name for name, size in sizes.items() if memory is None or size <= memory})
+    if memory is not None and not small:
+        least = f"{min(sizes.values()) / 1e6:.2f} MB, the smallest of fit.heads"
+        msg = f"plan.memory_share: expected room for {least}, got {memory / 1e6:.2f} MB"
+        raise InputError(msg)
     trial = untrained(chain, small)
     # What an ensemble with the cache before adds, a product of classes x classes, is too little to be measured.
     tile, costs = measured_tile(out / "costs.json", chain, [on_its_own(c) for c in trial], config)

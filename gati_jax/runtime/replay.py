@@ -45,9 +45,7 @@ def replay(
     """
     images = check_images(chain, images)
     items = tuple(candidates)
-    if batch < 1:
-        msg = f"batch: expected 1 or more, got {batch}"
-        raise InputError(msg)
+    _check_batch(batch)
     if len(images) == 0:
         msg = "images: expected at least one, got none"
         raise InputError(msg)
@@ -108,14 +106,21 @@ def replay_logits(
         batch: Images in a step.
 
     Raises:
-        InputError: No candidates, or images that the chain does not take.
+        InputError: No candidates, images that the chain does not take, or a batch of no rows.
     """
     images, items = check_images(chain, images), tuple(candidates)
+    _check_batch(batch)
     if not (items and len(images)):
         msg = f"candidates, images: expected at least one of each, got {len(items)} and {len(images)}"
         raise InputError(msg)
     parts = [np.asarray(_logits_batch(chain, items, images[rows])) for rows in _batches(len(images), batch)]
     return np.concatenate(parts, axis=1)[:, : len(images)]
+
+
+def _check_batch(batch: int) -> None:
+    if batch < 1:
+        msg = f"batch: expected 1 or more, got {batch}"
+        raise InputError(msg)
 
 
 def _batches(n: int, batch: int) -> Iterator[Int[np.ndarray, " batch"]]:

@@ -1,11 +1,15 @@
 """train.reproduce on the digits: every policy, both operating points, figures."""
 
 import json
+import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
-from tests.train.one_pass import caches_arguments, json_of, small_and_repeatable
+from tests.train.one_pass import Run, caches_arguments, json_of, small_and_repeatable, strict
 from train import page, reproduce
 
 HEADS = (
@@ -15,15 +19,19 @@ HEADS = (
 )
 
 
-@pytest.fixture(scope="module")
-def reproduced(run, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reproduced")
+def reproduce_in(folder: Path, run: Run, *more: str) -> Any:
     options = ["--fit.heads", HEADS, "--fit.epochs", "2", "--plan.epsilon", "0.2", "--plan.memory_share", "4"]
-    arguments = [*caches_arguments(run.folder), *options, "--measure_rounds", "3", "--out", str(folder)]
+    arguments = [*caches_arguments(run.folder), *options, "--measure_rounds", "3", "--out", str(folder), *more]
     with small_and_repeatable(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(reproduce, "ROUNDS", 2)
         patch.setattr(reproduce, "TIMED", 4)
-        return folder, json_of(reproduce.main, *arguments)
+        return json_of(reproduce.main, *arguments)
+
+
+@pytest.fixture(scope="module")
+def reproduced(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reproduced")
+    return folder, reproduce_in(folder, run)
 
 
 def test_every_policy_is_judged_on_the_same_requests(reproduced):
@@ -51,6 +59,38 @@ def test_what_cannot_pay_is_not_fitted(reproduced):
     assert result["explored"]["dropped"]
     assert all(name.startswith("huge@") for name in result["explored"]["dropped"])
     assert not any(row["name"].startswith("huge") for row in result["explored"]["ranking"])
+
+
+def test_the_first_look_at_certify_is_written_down(reproduced):
+    folder, result = reproduced
+    (look,) = strict((folder / "looks.json").read_text())["looks"]
+    assert (look["epsilon"], look["delta"], result["looks"]) == (0.2, 0.05, 1)
+
+
+def test_another_plan_is_a_second_look_and_pays(run, reproduced, tmp_path):
+    folder, first = reproduced
+    again = shutil.copytree(folder, tmp_path / "again")
+    with pytest.warns(UserWarning, match="look 2 at this certify data"):
+        second = reproduce_in(again, run, "--plan.epsilon", "0.1")
+    looks = strict((again / "looks.json").read_text())["looks"]
+    assert (second["looks"], [look["epsilon"] for look in looks]) == (2, [0.2, 0.1])
+    assert looks[0]["data_fingerprint"] == looks[1]["data_fingerprint"]
+    assert second["explored"]["ranking"] != []
+    for disagreements, n in second["certified"]["disagreements"].values():
+        # Whoever certified anything passed at half of delta; a plan that is all off disagrees with nothing.
+        assert disagreements == 0 or binom.cdf(disagreements, n, 0.1) <= 0.05 / 2
+    assert {c["name"] for c in first["explored"]["ranking"]} == {c["name"] for c in second["explored"]["ranking"]}
+
+
+def test_the_composition_says_how_good_it_is_and_why_it_refuses_caches(reproduced):
+    _, result = reproduced
+    composition = result["composition"]
+    assert set(composition) == {"gap", "proved", "grid", "nodes", "seconds", "refused"}
+    assert composition["proved"] == (composition["gap"] == 0)
+    chosen = set(result["certified"]["rows"][0]["caches"])
+    alone = {row["name"] for row in result["explored"]["ranking"]}
+    assert set(composition["refused"]) <= alone - chosen
+    assert all(composition["refused"].values())
 
 
 def test_figures_are_drawn(reproduced):

@@ -1,0 +1,119 @@
+"""What is fitted, what is not and why: made-up times on a tiny chain."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gati_jax
+from gati_jax import Chain, CostTable, Head, InputError, data
+from gati_jax.caches import FullyConnected, LinearSelector
+from gati_jax.fitting import untrained
+from tests.fitting import tiny
+from tests.train.one_pass import DIGITS
+from train.config import Config, load_config
+from train.exploration import Explored, explore, within
+from train.records import measured_tile
+
+TWO = dataclasses.replace(tiny.head(1, 2), selectors=(("linear", LinearSelector()),))
+WIDE = Head(name="wide", predictor=lambda classes: FullyConnected(classes, hidden=1024), selector=LinearSelector())
+
+
+def config(*options: str) -> Config:
+    quick = ["--fit.epochs", "1", "--fit.batch", "32", "--fit.augment", "{}", "--measure_rounds", "3"]
+    return load_config(Path(DIGITS[1]), [*quick, *options])
+
+
+def parts() -> dict[str, data.Dataset]:
+    images = dict(zip(("fit", "select"), tiny.images(), strict=True))
+    return {name: data.Dataset(images=rows, labels=np.zeros(len(rows), np.int32)) for name, rows in images.items()}
+
+
+@pytest.fixture
+def lookups(monkeypatch):
+    """Lookups take what a test says, or a hundredth of a millisecond; a block takes one. Counts measurements."""
+    said: dict[str, float] = {}
+    measured: list[Sequence[str]] = []
+
+    def measure(chain: Chain, caches: Sequence[gati_jax.Candidate], **_: object) -> CostTable:
+        measured.append([cache.name for cache in caches])
+        lookup_ms = {cache.name: said.get(cache.name, 0.01) for cache in caches}
+        return CostTable(device="cpu", batch=1, blocks_ms=(1.0,) * len(chain), lookup_ms=lookup_ms)
+
+    monkeypatch.setattr(gati_jax, "measure_costs", measure)
+    return said, measured
+
+
+def explored(tmp_path, *heads: Head, options: Sequence[str] = ()) -> Explored:
+    return explore(config(*options), tiny.chain(), heads, parts(), tmp_path)
+
+
+NAMES = [f"{kind}@{site}" for kind in ("fc", "fc+linear", "fc2", "wide") for site in (1, 2)]
+
+
+@settings(deadline=None)
+@given(st.sets(st.sampled_from([*NAMES, "fc+other@1", "fc@0", "fc@10"])))
+def test_a_predictor_is_kept_where_any_of_its_selectors_is_named(names):
+    heads = [TWO, dataclasses.replace(tiny.head(1, 2), name="fc2"), WIDE]  # wide: at every site but 0, by default
+    kept = within(tiny.chain(), heads, names)
+    found = {(head.name, site) for head in kept for site in head.sites or ()}
+    known = names & set(NAMES)
+    assert found == {(name.partition("@")[0].partition("+")[0], int(name[-1])) for name in known}
+    for head in kept:  # but for its sites it is as it was: all its selectors are fitted
+        (before,) = (h for h in heads if h.name == head.name)
+        assert dataclasses.replace(head, sites=before.sites) == before
+
+
+def test_one_selector_that_can_pay_keeps_the_predictor_and_its_other_selectors(lookups, tmp_path):
+    said, _ = lookups
+    said |= {"fc@1": 2.5, "fc@2": 1.5, "fc+linear@2": 1.01}  # a hit saves two blocks at site 1, one at site 2
+    found = explored(tmp_path, TWO)
+    assert [c.name for c in found.candidates] == ["fc@1", "fc+linear@1"]
+    assert set(found.dropped) == {"fc@2", "fc+linear@2"}
+    assert "1.500 ms" in found.dropped["fc@2"]
+    assert {row["name"] for row in found.ranking(0.1)} == {"fc@1", "fc+linear@1"}  # and none of those dropped
+
+
+def test_what_is_over_the_memory_budget_is_neither_measured_nor_fitted(lookups, tmp_path):
+    _, measured = lookups
+    found = explored(tmp_path, tiny.head(1), WIDE, options=["--plan.memory_share", "2"])
+    assert measured == [["fc@1"]]
+    assert [c.name for c in found.candidates] == ["fc@1"]
+    assert set(found.dropped) == {"wide@1", "wide@2"}
+    assert all("MB" in reason for reason in found.dropped.values())
+
+
+def test_where_nothing_can_pay_that_is_said_and_nothing_is_fitted(lookups, tmp_path, monkeypatch):
+    said, measured = lookups
+    monkeypatch.setattr(gati_jax, "fit", None)  # would raise TypeError
+    said |= dict.fromkeys(("fc@1", "fc+linear@1", "fc@2", "fc+linear@2"), 3.0)
+    with pytest.raises(InputError, match=r"fit\.heads: expected at least one that can pay"):
+        explored(tmp_path / "dear", TWO)
+    assert len(measured) == 1
+    with pytest.raises(InputError, match=r"plan\.memory_share: expected room for .* MB, the smallest"):
+        explored(tmp_path / "large", TWO, options=["--plan.memory_share", "0.001"])
+    assert len(measured) == 1  # nor measured
+
+
+def test_costs_under_another_memory_budget_are_measured_anew(lookups, tmp_path):
+    """The budget decides which candidates are measured."""
+    said, measured = lookups
+
+    def costs(*options: str) -> Mapping[str, float]:
+        caches = untrained(tiny.chain(), [TWO])
+        return measured_tile(tmp_path / "costs.json", tiny.chain(), caches, config(*options))[1].lookup_ms
+
+    first = costs("--plan.memory_share", "2")
+    said["fc@1"] = 0.5  # a measurement would show it
+    assert costs("--plan.memory_share", "2") == first
+    assert len(measured) == 1
+    for share, times in (("3", 2), (None, 3)):
+        options = () if share is None else ("--plan.memory_share", share)
+        assert costs(*options)["fc@1"] == 0.5
+        assert len(measured) == times
+    assert costs() == costs()
+    assert len(measured) == 3
