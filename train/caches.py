@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     explored = {
         "bundle": str(path),
         "fit_seconds": found.fit_seconds,
+        "epochs": candidates.epochs,
         "dropped": found.dropped,
         "ranking": found.ranking(config.plan.epsilon),
         "composition": {name: composition_entry(composition) for name, (_, composition, _) in composed.items()},

@@ -160,6 +160,9 @@ class PredictorTraining(Section):
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-2
     weight_decay: Annotated[float, Field(ge=0)] = 1e-3
     augment: Augmentation = Augmentation()
+    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="time for these passes: as many epochs as fit into it; unset: all"
+    )
 
     def build(self, seed: int) -> FitConfig:
         """Return the library's record."""

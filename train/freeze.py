@@ -160,6 +160,7 @@ def freeze_protocol(
             for kind, own in names.items()
         },
         "predictors": {} if learned is None else agreement_of(chain, learned, parts["serve"].images),
+        "epochs": candidates.epochs,
         "fit_seconds": fit_seconds,
         "replay_seconds": time.perf_counter() - started,
     }

@@ -69,8 +69,9 @@ def measured_tile(path: Path, chain: Chain, candidates: Iterable[Candidate], con
 
     Times never repeat exactly. A second measurement could change the plan, and cost a second look at ``certify``.
     """
-    sections = {"fit": config.fit, "base": config.base}
-    identity = {name: section.model_dump_json() for name, section in sections.items()} | {
+    identity = {
+        "fit": config.fit.model_dump_json(exclude={"minutes"}),  # a fit that goes on plans with the same costs
+        "base": config.base.model_dump_json(),
         "rounds": str(config.measure_rounds),
         "seed": str(config.seed),
         "device": device_name(),

@@ -65,7 +65,11 @@ def main(argv: list[str] | None = None) -> None:
         "network": config.base.network,
         "splits": splits,
         "base": {"accuracy": accuracy(tables["test"].answers, tables["test"])},
-        "explored": {"ranking": found.ranking(config.plan.epsilon), "dropped": found.dropped},
+        "explored": {
+            "epochs": found.candidates.epochs,
+            "ranking": found.ranking(config.plan.epsilon),
+            "dropped": found.dropped,
+        },
         **compare(config, chain, found, tables, {name: part.images for name, part in parts.items()}, arguments.out),
         "device": device_name(),
         "command": sys.argv,

@@ -36,6 +36,8 @@ class Candidates:
     fit_rows: UInt64[np.ndarray, " m"]  # digests
     dtype: str
     """Of the images: rows are recognised by their bytes."""
+    epochs: float | None = None
+    """Passes over the fit split that the predictors had; None where none was trained."""
 
     def __iter__(self) -> Iterator[Candidate]:
         """Iterate over the candidates."""
@@ -89,12 +91,14 @@ def fit(
         msg = f"select: expected at least one distinct row for each of {config.folds} folds, got {len(unique)}"
         raise InputError(msg)
     to_train = {name: part for name, part in parts.items() if part.variables is None}
+    epochs = None
     if to_train:
         identity = f"{config} {to_train} {chain_code(chain)} {fingerprint(fit_rows)} {tree_digest(chain.params)}"
         folder = Path(checkpoint) if checkpoint else None
-        parts |= train_predictors(
+        trained, epochs = train_predictors(
             chain, to_train, images, config, checkpoint=folder, identity=identity, progress=progress
         )
+        parts |= trained
     parts = more_selectors(parts, heads)
     fold = deal_folds(len(unique), config.folds, config.seed)[copy_of]
     fold_selectors = _fit_selectors(chain, parts, select, fold, config)
@@ -116,6 +120,7 @@ def fit(
         select_fold=fold,
         fit_rows=fit_rows,
         dtype=str(images.dtype),
+        epochs=epochs,
     )
 
 

@@ -138,12 +138,15 @@ def fit_freeze(
     if "kmeans" in freeze.kinds and freeze.centres > len(images):
         msg = f"centres: expected at most the {len(images)} images, got {freeze.centres}"
         raise InputError(msg)
+    epochs = None if heads is None else heads.epochs
     if heads is not None:
         parts = _as_trained(parts, heads)
     else:
         identity = f"{config} {parts} {chain_code(chain)} {fingerprint(fit_rows)} {tree_digest(chain.params)}"
         folder = Path(checkpoint) if checkpoint else None
-        parts = train_predictors(chain, parts, images, config, checkpoint=folder, identity=identity, progress=progress)
+        parts, epochs = train_predictors(
+            chain, parts, images, config, checkpoint=folder, identity=identity, progress=progress
+        )
     networks = {name: _key_network(part) for name, part in parts.items()}
     del parts  # and with them the output layers
     keys, answers = _all_keys(chain, networks, images, freeze.cells, config.batch)
@@ -161,6 +164,7 @@ def fit_freeze(
         select_fold=np.zeros(len(select_rows), np.int32),
         fit_rows=fit_rows,
         dtype=str(images.dtype),
+        epochs=epochs,
     )
 
 

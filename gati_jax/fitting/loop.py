@@ -2,12 +2,14 @@
 
 import dataclasses
 import hashlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 from orbax.checkpoint import v1 as ocp
@@ -43,12 +45,18 @@ class LoopConfig:
         batch: Rows in a step.
         seed: Order of the rows.
         checkpoint_seconds: Least time between two checkpoints; as many times more as one takes seconds to write.
+        steps: Where to end, if that is before the last epoch's end.
+        seconds: Time after which no further step is begun.
+        clock: Tells the time in seconds.
     """
 
     epochs: int
     batch: int
     seed: int = 0
     checkpoint_seconds: float = 30.0
+    steps: int | None = None
+    seconds: float | None = None
+    clock: Callable[[], float] = time.monotonic
 
 
 class _Rate(ProgressColumn):
@@ -89,17 +97,20 @@ def run_loop(
     if per_epoch == 0:
         msg = f"images: expected at least one batch of {config.batch} rows, got {n}"
         raise InputError(msg)
-    total = per_epoch * config.epochs
+    total = min(per_epoch * config.epochs, per_epoch * config.epochs if config.steps is None else config.steps)
     checkpointer = _checkpointer(checkpoint, identity)
     if checkpointer and checkpointer.latest:
         state = checkpointer.load(abstract_state=restore_spec(state))
         _log.info("%s: resumed at step %d of %d", description, int(state.step), total)
-    done = int(state.step)
-    saved, took = time.monotonic(), 0.0
+    done = kept = int(state.step)
+    began = saved = config.clock()
+    took = 0.0
     losses: list[Array] = []
     with _bar(progress) as bar:
         task = bar.add_task(description, total=total, completed=done)
-        for rows in _steps(n, config, done):
+        for rows in itertools.islice(_steps(n, config, done), max(0, total - done)):
+            if _time_is_spent(config, began, losses):
+                break
             state, loss = step(state, *(array[rows] for array in arrays))
             losses.append(loss)
             done += 1
@@ -109,15 +120,24 @@ def run_loop(
                     _log.info("%s: epoch %d of %d, loss %.4f", description, epoch, config.epochs, np.mean(losses))
                 losses.clear()
             bar.update(task, completed=done, description=description)
-            now = time.monotonic()
+            now = config.clock()
             # Heads of gigabytes take a while to write: no more than a thirtieth of the time goes into it.
-            if checkpointer and (now - saved >= config.checkpoint_seconds * max(1.0, took) or done == total):
+            if checkpointer and now - saved >= config.checkpoint_seconds * max(1.0, took):
                 checkpointer.save(done, state)
-                saved = time.monotonic()
+                kept, saved = done, config.clock()
                 took = saved - now
     if checkpointer:
+        if kept != done:
+            checkpointer.save(done, state)
         checkpointer.close()
     return state
+
+
+def _time_is_spent(config: LoopConfig, began: float, losses: list[Array]) -> bool:
+    if config.seconds is None:
+        return False
+    jax.block_until_ready(losses)  # or steps would only be queued while there is time
+    return config.clock() - began >= config.seconds
 
 
 def _steps(n: int, config: LoopConfig, done: int) -> Iterator[Int[np.ndarray, " batch"]]:
@@ -134,11 +154,15 @@ def _bar(progress: bool) -> Progress:  # noqa: FBT001
     return Progress(*columns, console=console, disable=not (progress and console.is_terminal))
 
 
+def checkpoint_folder(folder: Path, identity: str) -> Path:
+    """Return where the checkpoints of one identity lie."""
+    return folder / hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+
+
 def _checkpointer(folder: Path | None, identity: str) -> Any | None:  # noqa: ANN401
     if folder is None:
         return None
-    digest = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
     keep_newest: Any = ocp.training.preservation_policies.LatestN(1)
-    path = folder.absolute() / digest
+    path = checkpoint_folder(folder, identity).absolute()
     path.mkdir(parents=True, exist_ok=True)
     return ocp.training.Checkpointer(str(path), preservation_policy=keep_newest, cleanup_tmp_directories=True)

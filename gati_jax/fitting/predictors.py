@@ -6,23 +6,27 @@ The base's parameters are an argument of that step that nothing updates.
 
 import dataclasses
 import functools
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PyTree
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from gati_jax._errors import InputError
 from gati_jax.caches import fold_standardize, predict_all, predictor_inputs
 from gati_jax.models import Chain, fast_forward
 
 from .augment import Augment
+from .budget import report_budget, within_minutes
 from .distill import distillation_loss
 from .heads import Part
-from .loop import LoopConfig, LoopState, run_loop
+from .loop import LoopConfig, LoopState, Step, checkpoint_folder, run_loop
 from .optimize import apply_gradients
 
 _INIT_ROWS = 512  # enough to tell the features' means and scales
@@ -43,6 +47,8 @@ class FitConfig:
         augment: Crops and flips.
         folds: Folds of the select split.
         seed: Initial values, order and augmentation.
+        minutes: Time for the predictors' passes, compilation included: where not all epochs fit into it, as many as do,
+            with the schedule laid over those. A resumed fit with more of it goes on from where it ended.
     """
 
     epochs: int = 5
@@ -55,6 +61,8 @@ class FitConfig:
     augment: Augment = Augment()  # noqa: RUF009 (frozen)
     folds: int = 5
     seed: int = 0
+    minutes: float | None = dataclasses.field(default=None, repr=False)
+    """Not in the repr, which tells fits apart: more time makes no other fit."""
 
     def __post_init__(self) -> None:
         """Refuse what could not be trained.
@@ -68,6 +76,9 @@ class FitConfig:
         if not 0 < self.learning_rate < np.inf:
             msg = f"learning_rate: expected a positive number, got {self.learning_rate}"
             raise InputError(msg)
+        if self.minutes is not None and not 0 < self.minutes < np.inf:
+            msg = f"minutes: expected a positive number, or None, got {self.minutes}"
+            raise InputError(msg)
         for name, least in (("epochs", 1), ("batch", 1), ("folds", 2)):
             if (got := getattr(self, name)) < least:
                 msg = f"{name}: expected {least} or more, got {got}"
@@ -77,12 +88,27 @@ class FitConfig:
 DEFAULT_CONFIG = FitConfig()
 
 
-def _optimizer(config: FitConfig, n: int) -> optax.GradientTransformation:
-    steps = max(1, config.epochs * (n // config.batch))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, steps // 10, steps)
+class Trained(NamedTuple):
+    """Predictors that are ready for use."""
+
+    parts: dict[str, Part]
+    epochs: float
+    """Passes that they had: fewer than configured where the time was spent."""
+
+
+def _optimizer(config: FitConfig, steps: Int[Array, ""]) -> optax.GradientTransformation:
+    """Return the optimizer for a fit of so many steps, whose number is data: another one compiles nothing."""
+    warm = steps // 10
+
+    def rate(count: ArrayLike) -> Array:
+        step = jnp.asarray(count)
+        rising = step / jnp.maximum(warm, 1)
+        falling = (1 + jnp.cos(jnp.pi * (step - warm) / jnp.maximum(steps - warm, 1))) / 2
+        return config.learning_rate * jnp.where(step < warm, rising, falling)
+
     if config.optimizer == "adamw":
-        return optax.adamw(schedule, weight_decay=config.weight_decay)
-    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, momentum=0.9))
+        return optax.adamw(rate, weight_decay=config.weight_decay)
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=0.9))
 
 
 def _init(
@@ -114,8 +140,9 @@ def train_predictors(
     checkpoint: Path | None,
     identity: str,
     progress: bool,
-) -> dict[str, Part]:
-    """Train predictors; return them with their variables, ready for use.
+    clock: Callable[[], float] = time.monotonic,
+) -> Trained:
+    """Train predictors; return them with their variables.
 
     Raises:
         InputError: Fewer images than one batch, or a predictor diverged.
@@ -123,28 +150,41 @@ def train_predictors(
     if len(images) < config.batch:
         msg = f"images: expected at least one batch of {config.batch} rows, got {len(images)}"
         raise InputError(msg)
-    optimizer = _optimizer(config, len(images))
     chain = fast_forward(chain)
-    step = jax.jit(functools.partial(_step, dict(parts), config, optimizer), donate_argnames="state")
+    jitted = jax.jit(functools.partial(_step, dict(parts), config), donate_argnames="state")
     drawn = np.random.default_rng(config.seed).permutation(len(images))[:_INIT_ROWS]
     params, constants = _init(chain, parts, images[drawn], config)
+    per_epoch = len(images) // config.batch
+    planned = per_epoch * config.epochs
+    first = LoopState(jnp.zeros((), jnp.int32), params, _optimizer(config, jnp.asarray(planned)).init(params))
+    loop = LoopConfig(epochs=config.epochs, batch=config.batch, seed=config.seed, clock=clock)
+
+    def step_of(steps: int) -> Step:
+        total = jnp.asarray(steps, jnp.int32)
+        return lambda state, rows: jitted(chain, constants, total, state=state, images=rows)
+
+    record = None if checkpoint is None else checkpoint_folder(checkpoint, identity).with_suffix(".budget.json")
+    if config.minutes is not None:
+        loop = within_minutes(step_of(planned), first, (images,), loop, config.minutes, record)
     state = run_loop(
-        lambda state, rows: step(chain, constants, state=state, images=rows),
-        LoopState(jnp.zeros((), jnp.int32), params, optimizer.init(params)),
+        step_of(loop.steps or planned),
+        first,
         (images,),
-        LoopConfig(epochs=config.epochs, batch=config.batch, seed=config.seed),
+        loop,
         checkpoint=checkpoint,
         identity=identity,
         description=f"fitting {len(parts)} predictors",
         progress=progress,
     )
+    if config.minutes is not None:
+        report_budget(int(state.step), loop, per_epoch, config.minutes, record)
     _check_finite(state.params)
     variables = _merge(state.params, constants)
     trained = {}
     for name, part in parts.items():
         predictor, folded = fold_standardize(part.predictor, variables[name])
         trained[name] = dataclasses.replace(part, predictor=predictor, variables=folded)
-    return trained
+    return Trained(trained, int(state.step) / per_epoch)
 
 
 def _merge(params: dict[str, PyTree], constants: dict[str, PyTree]) -> dict[str, PyTree]:
@@ -154,9 +194,9 @@ def _merge(params: dict[str, PyTree], constants: dict[str, PyTree]) -> dict[str,
 def _step(
     parts: dict[str, Part],
     config: FitConfig,
-    optimizer: optax.GradientTransformation,
     chain: Chain,
     constants: dict[str, PyTree],
+    steps: Int[Array, ""],
     *,
     state: LoopState,
     images: Array,
@@ -173,6 +213,7 @@ def _step(
         return jnp.sum(jnp.stack(losses))
 
     value, gradients = jax.value_and_grad(loss)(state.params)
+    optimizer = _optimizer(config, steps)
     params, opt_state = apply_gradients(optimizer, gradients, state.opt_state, state.params)
     return LoopState(state.step + 1, params, opt_state), value / len(parts)
 
