@@ -1,5 +1,6 @@
 """What stands in a bundle's JSON files. They are untrusted: fields are typed and bounded, and no unknown one passes."""
 
+import json
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -159,6 +160,26 @@ def read_json(path: Path, kind: type[T]) -> T:
         where = ".".join(map(str, first["loc"])) or "the file"
         msg = f"bundle: {path} is damaged: {where}: {first['msg']}"
         raise BundleError(msg) from error
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest; the version comes first, since a newer one may have any other form."""
+    file = folder / "manifest.json"
+    if not file.is_file():
+        msg = f"bundle: expected a bundle folder with a manifest.json, got {folder}"
+        raise BundleError(msg)
+    if file.stat().st_size > MAX_JSON_BYTES:
+        msg = f"bundle: {file} is larger than {MAX_JSON_BYTES} bytes"
+        raise BundleError(msg)
+    try:
+        version = json.loads(file.read_bytes()).get("format_version")
+    except (ValueError, AttributeError, RecursionError) as error:
+        msg = f"bundle: {file} is damaged: {error}"
+        raise BundleError(msg) from error
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        msg = f"bundle: {folder} has format version {version}, gati_jax reads up to {FORMAT_VERSION}: upgrade it"
+        raise BundleError(msg)
+    return read_json(file, Manifest)
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401
