@@ -1,0 +1,134 @@
+"""What passes between the front, the engine, the scheduler and the runner. No JAX here."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Route:
+    """A way through the base that requests may take: one of a bundle's plans, or the base alone."""
+
+    name: str
+    """The plan's; "base" where no cache is asked."""
+    sites: tuple[int, ...]
+    """Where its caches are; stage i ends there, the last stage behind the base."""
+    depth: int
+    """Blocks of the base: the exit of the last stage."""
+    epsilon: float | None
+    """What is certified of its disagreement: 0 for the base alone, None where nothing is."""
+    stage_ms: Mapping[int, tuple[float, ...]]
+    """By bucket (rows that a program takes): measured milliseconds of every stage."""
+    leave: tuple[float, ...]
+    """The share of the requests entering each stage that is expected to leave there; 1 in the last."""
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """The exit of every stage."""
+        return (*self.sites, self.depth)
+
+
+class Answer(NamedTuple):
+    """What a client gets for one image."""
+
+    class_index: int
+    exit: int
+    score: float  # infinity from the base
+    logits: Float[np.ndarray, " classes"]
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Job:
+    """One image on its way; the scheduler and the engine change it, in the engine's thread only, but ``abandoned``."""
+
+    image: Shaped[np.ndarray, "*input"]
+    route: int
+    arrived: float
+    """Seconds, by the engine's clock."""
+    deadline: float | None = None
+    """When the answer comes too late."""
+    done: "Future[Answer]" = dataclasses.field(default_factory=Future)
+    request_id: str = ""
+    stage: int = 0
+    slot: int = -1
+    since: float = 0.0
+    """When it came to the queue where it waits."""
+    abandoned: bool = False
+    """Its client has left; the slot is freed after the step that it is in."""
+
+
+class Step(NamedTuple):
+    """What runs next: a stage of a route on some jobs."""
+
+    route: int
+    stage: int
+    bucket: int
+    jobs: tuple[Job, ...]
+
+
+class StageResult(NamedTuple):
+    """What a step says of its jobs, in their order."""
+
+    hit: Bool[np.ndarray, " jobs"]
+    class_index: Int[np.ndarray, " jobs"]
+    score: Float[np.ndarray, " jobs"]
+    logits: Float[np.ndarray, "jobs classes"]
+
+
+class Running(Protocol):
+    """A dispatched step."""
+
+    def result(self) -> StageResult:
+        """Wait for it.
+
+        Raises:
+            Exception: Whatever went wrong on the device; only this step's jobs are concerned.
+        """
+        ...
+
+
+class Runner(Protocol):
+    """Owns the device; called from the engine's thread only. It never decides what runs."""
+
+    @property
+    def routes(self) -> Sequence[Route]:
+        """What it can run."""
+        ...
+
+    @property
+    def capacity(self) -> int:
+        """Slots: jobs that may be on their way at once."""
+        ...
+
+    def dispatch(self, step: Step) -> Running:
+        """Start a step, without waiting for it; rows of the same slot follow one another in the order of dispatch."""
+        ...
+
+
+class ServeError(Exception):
+    """A request that is not answered, and why."""
+
+
+class OverloadedError(ServeError):
+    """Refused: as many requests as are admitted are on their way."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        """Say when to try again, in seconds."""
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(ServeError):
+    """The deadline passed before the answer was there."""
+
+
+class StepError(ServeError):
+    """The step that the request was in failed."""
+
+
+class StoppingError(ServeError):
+    """The server is stopping and admits nothing more."""
