@@ -38,20 +38,16 @@ class Metrics:
         """Start from nothing, in a registry of its own."""
         self.registry = CollectorRegistry()
         self._routes, self._tally = tuple(routes), tally
-        plan, here = ("plan",), {"registry": self.registry}
-        self._requests = Counter("gati_requests", "Requests", ("protocol", "method", "code"), **here)
-        self._latency = Histogram(
-            "gati_latency_seconds", "From arrival to answer", (*plan, "exit"), buckets=_SECONDS, **here
-        )
-        self._steps = Histogram(
-            "gati_step_seconds", "From dispatch to result", (*plan, "stage", "bucket"), buckets=_SECONDS, **here
-        )
-        self._occupancy = Histogram(
-            "gati_batch_occupancy", "Share of rows in use", ("stage", "bucket"), buckets=_SHARES, **here
-        )
-        self._left = Counter("gati_left", "Images by exit", (*plan, "exit"), **here)
-        self._failed = Counter("gati_failed_steps", "Failed steps", (*plan, "stage"), **here)
-        self._refused = Counter("gati_refused", "What was not answered", ("reason",), **here)
+        counter = functools.partial(Counter, registry=self.registry)
+        seconds = functools.partial(Histogram, registry=self.registry, buckets=_SECONDS)
+        shares = functools.partial(Histogram, registry=self.registry, buckets=_SHARES)
+        self._requests = counter("gati_requests", "Requests", ("protocol", "method", "code"))
+        self._latency = seconds("gati_latency_seconds", "From arrival to answer", ("plan", "exit"))
+        self._steps = seconds("gati_step_seconds", "From dispatch to result", ("plan", "stage", "bucket"))
+        self._occupancy = shares("gati_batch_occupancy", "Share of rows in use", ("stage", "bucket"))
+        self._left = counter("gati_left", "Images by exit", ("plan", "exit"))
+        self._failed = counter("gati_failed_steps", "Failed steps", ("plan", "stage"))
+        self._refused = counter("gati_refused", "What was not answered", ("reason",))
         for route in self._routes:  # series that are there before anything happens, so that rates have a start
             for stage, exit_ in enumerate(route.exits):
                 self._of_exit(route.name, exit_)
@@ -69,7 +65,7 @@ class Metrics:
         """Count a request."""
         self._of_request(protocol, method, code).inc()
 
-    def step(self, step: Step, seconds: float, failed: bool) -> None:  # noqa: FBT001 (the engine's Observer)
+    def step(self, step: Step, seconds: float, *, failed: bool) -> None:
         """Hear of a step."""
         self._tally.step(step, seconds)
         if failed:

@@ -116,7 +116,7 @@ class Runner(Protocol):
 class Observer(Protocol):
     """Is told what happens; must be quick. What it raises is logged and changes nothing."""
 
-    def step(self, step: Step, seconds: float, failed: bool) -> None:  # noqa: FBT001 (called by position)
+    def step(self, step: Step, seconds: float, *, failed: bool) -> None:
         """Hear of a step: how long from dispatch to its result. From the engine's thread."""
         ...
 

@@ -1,6 +1,7 @@
 """HTTP bodies: JSON, and behind it tensors as bytes (Triton's binary extension)."""
 
 import json
+from collections.abc import Mapping, Sequence
 
 from starlette.types import Receive
 
@@ -103,7 +104,7 @@ def _incoming(field: str, tensor: RequestInput, rest: memoryview) -> tuple[Incom
     return Incoming(field, tensor.name, tensor.datatype, shape, raw=rest[:size]), rest[size:]
 
 
-def encode(head: dict[str, object], outputs: list[Outgoing]) -> tuple[bytes, int | None]:
+def encode(head: Mapping[str, object], outputs: Sequence[Outgoing]) -> tuple[bytes, int | None]:
     """Put an answer into a body.
 
     Args:
@@ -122,5 +123,5 @@ def encode(head: dict[str, object], outputs: list[Outgoing]) -> tuple[bytes, int
         else:
             one["data"] = to_json(tensor)
         described.append(one)
-    text = json.dumps(head | {"outputs": described}, allow_nan=False).encode()
+    text = json.dumps({**head, "outputs": described}, allow_nan=False).encode()
     return b"".join((text, *parts)), (len(text) if parts else None)

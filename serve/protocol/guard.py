@@ -57,7 +57,7 @@ class Guard:
             await self._app(scope, receive, respond)
         except UnauthorizedError as error:
             await explain(error, {"www-authenticate": "Bearer"})(scope, receive, respond)
-        except Exception:  # the application has sent a 500 before it raised
+        except Exception:  # noqa: BLE001 (logged; the application has sent a 500 before it raised)
             _log.exception("a request failed", extra={"path": scope["path"]})
         finally:
             endpoint = getattr(scope.get("endpoint"), "__name__", "none")
