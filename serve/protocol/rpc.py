@@ -68,7 +68,9 @@ def create_server(service: Service, metrics: Metrics, *, limit: int, token: str 
         )
         # Messages are parsed by the handler: here, grpc would call what cannot be parsed an internal error.
         handlers[method.name] = grpc.unary_unary_rpc_method_handler(
-            guarded, request_deserializer=None, response_serializer=Message.SerializeToString
+            guarded,
+            request_deserializer=None,
+            response_serializer=getattr(pb, method.output_type.name).SerializeToString,
         )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers),))
     return server
