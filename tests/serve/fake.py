@@ -21,6 +21,7 @@ from serve.protocol.rpc import create_server
 from serve.protocol.service import Service
 from serve.protocol.statistics import Tally
 from serve.records import Answer, Job, Route, Statistics, Step
+from serve.records import ServeError as ServeError
 
 SHAPE = (2, 3, 1)
 EXITS = (0, 2, 4)

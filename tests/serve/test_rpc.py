@@ -115,7 +115,7 @@ def test_tritonclient_infers(client, front, datatype, dtype):
         parameters={"epsilon": 0.05},
         headers={"x-request-id": "me"},
     )
-    assert result.as_numpy("class_name").tolist() == ["cat".encode(), b"dog", "élan".encode()]
+    assert result.as_numpy("class_name").tolist() == [b"cat", b"dog", "élan".encode()]
     assert result.as_numpy("score").tolist() == [1.5, 2.0, np.inf]
     assert result.as_numpy("exit").tolist() == [0, 2, 4]
     response = result.get_response()
