@@ -114,8 +114,8 @@ def choose(
 
 def expected_ms(route: Route) -> float:
     """Return the expected milliseconds of a request that is alone."""
-    smallest = min(route.stage_ms)
-    return policy.remaining_ms({smallest: [ms / 1 for ms in route.stage_ms[smallest]]}, route.leave)[0]
+    alone = {1: route.stage_ms[min(route.stage_ms)]}  # in the smallest bucket, whatever its size
+    return policy.remaining_ms(alone, route.leave)[0]
 
 
 def _epsilon(route: Route) -> float:
