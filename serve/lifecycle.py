@@ -10,8 +10,10 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -19,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator
+from typing import NamedTuple, TypeVar
 
 import grpc
 import grpc.aio
@@ -31,10 +34,11 @@ from gati_jax import InputError
 from .metrics import Metrics
 from .protocol.http import create_app
 from .protocol.rpc import create_server
-from .protocol.service import Service
+from .protocol.service import Backend, Service
 from .settings import Settings
 
 _log = logging.getLogger("serve")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,10 +47,8 @@ class Parts:
 
     service: Service
     metrics: Metrics
-    start: Callable[[], None]
-    """Warm up, then take requests: minutes, in a thread of its own."""
-    stop: Callable[[float | None], bool]
-    """Finish what was admitted, within seconds; False if time ran out."""
+    start: Callable[[], Backend]
+    """Warm up and start what answers: minutes, in a thread of its own."""
 
 
 def run(settings: Settings, parts: Parts) -> int:
@@ -85,23 +87,27 @@ async def _serve(settings: Settings, parts: Parts) -> int:
         serving.result()  # whatever kept it from starting
     if not warming.done():
         _leave(0, "stopped before it was ready")
-    warming.result()
-    parts.service.warmed_up()
+    backend = warming.result()
+    parts.service.warmed_up(backend)
     _log.info("ready", extra={"model": parts.service.model.name, "version": parts.service.model.version})
     await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
-    return await _drain(settings, parts, http, rpc, serving)
+    return await _drain(settings, parts.service, backend, _Sockets(http, rpc, serving))
 
 
-async def _drain(
-    settings: Settings, parts: Parts, http: _HttpServer, rpc: grpc.aio.Server, serving: asyncio.Task[None]
-) -> int:
-    parts.service.drain()
+class _Sockets(NamedTuple):
+    http: _HttpServer
+    rpc: grpc.aio.Server
+    serving: asyncio.Task[None]  # http's
+
+
+async def _drain(settings: Settings, service: Service, backend: Backend, sockets: _Sockets) -> int:
+    service.drain()
     _log.info("stopping", extra={"grace": settings.grace, "drain": settings.drain})
     await asyncio.sleep(settings.grace)
     until = time.monotonic() + settings.drain
-    http.should_exit = True
-    await asyncio.gather(serving, rpc.stop(settings.drain))
-    finished = await asyncio.to_thread(parts.stop, max(0.0, until - time.monotonic()))
+    sockets.http.should_exit = True
+    await asyncio.gather(sockets.serving, sockets.rpc.stop(settings.drain))
+    finished = await asyncio.to_thread(backend.engine.stop, max(0.0, until - time.monotonic()))
     if not finished:
         _leave(1, "stopped before all that was admitted was answered")
     _log.info("stopped")
@@ -130,23 +136,20 @@ def _leave(code: int, message: str) -> None:
     os._exit(code)
 
 
-def _in_thread(work: Callable[[], None]) -> "asyncio.Future[None]":
+def _in_thread(work: Callable[[], T]) -> "asyncio.Future[T]":
     """Run something that no exit has to wait for."""
     loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-
-    def tell(error: BaseException | None) -> None:
-        if not done.done():
-            done.set_result(None) if error is None else done.set_exception(error)
+    done: asyncio.Future[T] = loop.create_future()
 
     def body() -> None:
-        error = None
         try:
-            work()
-        except Exception as caught:  # noqa: BLE001 (raised where it is awaited)
-            error = caught
+            result = work()
+        except Exception as error:  # noqa: BLE001 (raised where it is awaited)
+            tell = functools.partial(done.set_exception, error)
+        else:
+            tell = functools.partial(done.set_result, result)
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(tell, error)
+            loop.call_soon_threadsafe(tell)
 
     threading.Thread(target=body, name="warm-up", daemon=True).start()
     return done
@@ -184,7 +187,7 @@ def _http_config(settings: Settings, app: ASGIApp) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain)),
+        timeout_graceful_shutdown=math.ceil(settings.drain),
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )

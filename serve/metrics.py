@@ -34,10 +34,11 @@ _SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 class Metrics:
     """The engine's observer."""
 
-    def __init__(self, routes: Sequence[Route], tally: Tally) -> None:
+    def __init__(self, tally: Tally) -> None:
         """Start from nothing, in a registry of its own."""
         self.registry = CollectorRegistry()
-        self._routes, self._tally = tuple(routes), tally
+        self._tally = tally
+        self._routes: tuple[Route, ...] = ()
         counter = functools.partial(Counter, registry=self.registry)
         seconds = functools.partial(Histogram, registry=self.registry, buckets=_SECONDS)
         shares = functools.partial(Histogram, registry=self.registry, buckets=_SHARES)
@@ -48,17 +49,24 @@ class Metrics:
         self._left = counter("gati_left", "Images by exit", ("plan", "exit"))
         self._failed = counter("gati_failed_steps", "Failed steps", ("plan", "stage"))
         self._refused = counter("gati_refused", "What was not answered", ("reason",))
-        for route in self._routes:  # series that are there before anything happens, so that rates have a start
-            for stage, exit_ in enumerate(route.exits):
-                self._of_exit(route.name, exit_)
-                self._failed.labels(route.name, stage)
         for reason in ("overloaded", "stopping", "deadline"):
             self._refused.labels(reason)
 
     def watch(
-        self, *, statistics: Callable[[], Statistics], ready: Callable[[], bool], model: str, version: str
+        self,
+        routes: Sequence[Route],
+        *,
+        statistics: Callable[[], Statistics],
+        ready: Callable[[], bool],
+        model: str,
+        version: str,
     ) -> None:
-        """Report the state of an engine, too."""
+        """Report an engine with these routes, before it starts."""
+        self._routes = tuple(routes)
+        for route in self._routes:  # series that are there before anything happens, so that rates have a start
+            for stage, exit_ in enumerate(route.exits):
+                self._of_exit(route.name, exit_)
+                self._failed.labels(route.name, stage)
         self.registry.register(_Now(self._routes, statistics, ready, model, version))
 
     def request(self, protocol: str, method: str, code: int) -> None:

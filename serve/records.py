@@ -58,6 +58,8 @@ class Job:
     slot: int = -1
     since: float = 0.0
     """When it came to the queue where it waits."""
+    computed: float = 0.0
+    """Seconds spent in steps; the engine's thread alone adds to it."""
 
     @property
     def abandoned(self) -> bool:

@@ -36,8 +36,8 @@ class Settings:
     grpc_port: int = 8001
     max_body: int = 32 * 2**20
     """Bytes of a request."""
-    admitted: int | None = None
-    """Images on their way at once; None for as many as there are slots."""
+    capacity: int = 256
+    """Images on their way at once; more are refused."""
     max_wait_ms: float = 2.0
     timeout: float = 60.0
     """Seconds that a request may take."""
@@ -49,6 +49,8 @@ class Settings:
     tls_key: Path | None = None
     token: str | None = None
     log_level: str = "info"
+    reference: bool = False
+    """Whether to run the arithmetic that was certified even where the bundle has been tuned for this device."""
     json: bool = False
 
     def __post_init__(self) -> None:
@@ -128,7 +130,7 @@ _OPTIONS: tuple[tuple[str, str, Callable[[str], object], str], ...] = (
     ("http_port", "N", _port, "0 takes a free one"),
     ("grpc_port", "N", _port, "0 takes a free one"),
     ("max_body", "BYTES", _whole(1024, 2**31 - 1), "largest request"),
-    ("admitted", "N", _whole(1, 10**6), "images on their way at once; more are refused (default: as many as fit)"),
+    ("capacity", "N", _whole(1, 2**16), "images on their way at once; more are refused"),
     ("max_wait_ms", "MS", _seconds, "waiting that counts as much as the whole gain of a step"),
     ("timeout", "S", _seconds, "what a request may take"),
     ("grace", "S", _seconds, "between SIGTERM, when readiness turns 503, and the closing of the sockets"),
@@ -170,6 +172,7 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settings:
         default = _DEFAULTS[name]
         told = text if default is None else f"{text} (default: {default})"
         p.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, default=default, help=told)
+    p.add_argument("--reference", action="store_true", help="the certified arithmetic, even where the bundle is tuned")
     p.add_argument("--json", action="store_true", help="print the addresses as JSON on standard output")
     arguments = p.parse_args(argv)
     return Settings(**vars(arguments), token=environ.get(TOKEN))

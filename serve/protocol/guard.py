@@ -2,6 +2,7 @@
 
 import hmac
 import logging
+import math
 import time
 
 from starlette.responses import JSONResponse
@@ -70,5 +71,5 @@ class Guard:
 def explain(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
     """Return the response to an error."""
     status, message, retry_after = refusal(error)
-    retry = {} if retry_after is None else {"retry-after": str(max(1, round(retry_after + 0.5)))}  # whole seconds
+    retry = {} if retry_after is None else {"retry-after": str(max(1, math.ceil(retry_after)))}  # whole seconds
     return JSONResponse({"error": message}, status, headers=retry | (headers or {}))

@@ -2,11 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Self
-
-from gati_jax import Bundle
-from serve.records import Route
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from .errors import UnknownModelError
 from .messages import ConfigParameter, ConfigTensor, ModelConfig, ModelMetadata, TensorMetadata
@@ -41,23 +38,6 @@ class Model:
     """What is certified, by plan; plans without a certificate that holds are left out."""
     max_rows: int
     """Images in a request."""
-
-    @classmethod
-    def of(cls, bundle: Bundle, routes: Sequence[Route], *, name: str, version: str, max_rows: int) -> Self:
-        """Describe a bundle."""
-        certified = {r.name: bundle.certificates[r.name] for r in routes if r.name in bundle.certificates}
-        bounds = {plan: Bound(c.epsilon, c.delta) for plan, c in certified.items() if c.step >= 0}
-        return cls(
-            name=name,
-            version=version,
-            input_shape=tuple(bundle.chain.input_spec.shape),
-            datatypes=("FP32",) if bundle.chain.normalization is None else ("UINT8", "FP32"),
-            classes=bundle.chain.classes,
-            class_names=bundle.class_names,
-            plans=tuple(route.name for route in routes),
-            bounds=bounds | {r.name: Bound(0.0, 0.0) for r in routes if r.epsilon == 0 and r.name not in certified},
-            max_rows=max_rows,
-        )
 
     @property
     def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:

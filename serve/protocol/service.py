@@ -7,17 +7,18 @@ abandons the rows.
 
 import asyncio
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float
 
 from gati_jax import __version__
-from serve.records import Answer, DeadlineError
+from serve.records import Answer, DeadlineError, Statistics, StepError
 
 from .errors import NotReadyError, RequestError
 from .messages import ModelReady, ModelStatistics, Parameters, ServerMetadata
@@ -28,6 +29,8 @@ from .tensors import DTYPES, Outgoing
 from .waiting import gather
 
 NAME = "gati-jax"
+_log = logging.getLogger("serve")
+_WARMING_UP = "the server is warming up"
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics"]
 
 
@@ -44,6 +47,14 @@ class Engine(Protocol):
         """Nobody waits for these any more."""
         ...
 
+    def statistics(self) -> Statistics:
+        """Return how things stand."""
+        ...
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Finish what was admitted; False if time ran out."""
+        ...
+
 
 class Choose(Protocol):
     """How a request gets its route."""
@@ -55,6 +66,13 @@ class Choose(Protocol):
             ValueError: There is none; the sentence names the field.
         """
         ...
+
+
+class Backend(NamedTuple):
+    """What answers."""
+
+    engine: Engine
+    choose: Choose
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,8 +92,6 @@ class Service:
     def __init__(
         self,
         model: Model,
-        engine: Engine,
-        choose: Choose,
         *,
         tally: Tally,
         timeout: float = 60.0,
@@ -85,22 +101,20 @@ class Service:
 
         Args:
             model: What clients are told.
-            engine: What answers.
-            choose: How a request gets its route.
             tally: Counts.
             timeout: Seconds after which a request has failed.
             clock: The engine's, in seconds.
         """
         self.model = model
         self.timeout = timeout
-        self._not_ready: str | None = "the server is warming up"
         self._draining = False
-        self._engine, self._choose, self._tally, self._clock = engine, choose, tally, clock
+        self._backend: Backend | None = None
+        self._tally, self._clock = tally, clock
         self._names = [name.encode() for name in model.class_names] or [str(i).encode() for i in range(model.classes)]
 
-    def warmed_up(self) -> None:
+    def warmed_up(self, backend: Backend) -> None:
         """Take requests from now on."""
-        self._not_ready = None
+        self._backend = backend
 
     def drain(self) -> None:
         """Say that the server is going away; requests that come all the same are answered."""
@@ -109,7 +123,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether new requests should come here."""
-        return self._not_ready is None and not self._draining
+        return self._backend is not None and not self._draining and self._backend.engine.statistics().running
 
     def check_ready(self) -> None:
         """Check that new requests should come here.
@@ -118,7 +132,7 @@ class Service:
             NotReadyError: They should not.
         """
         if not self.ready:
-            raise NotReadyError(self._not_ready or "the server is stopping")
+            raise NotReadyError(_WARMING_UP if self._backend is None else "the server is stopping")
 
     def model_ready(self, name: str, version: str = "") -> ModelReady:
         """Check that requests to this model should come here.
@@ -159,8 +173,10 @@ class Service:
         started = self._clock()
         try:
             response, rows, times = await self._infer(request, started, remaining, request_id)
-        except BaseException:
+        except BaseException as error:
             self._tally.failed(self._clock() - started)
+            if isinstance(error, StepError):
+                _log.exception("a request was lost with its step")
             raise
         self._tally.answered(rows, times)
         return response
@@ -168,8 +184,9 @@ class Service:
     async def _infer(
         self, request: Request, started: float, remaining: float | None, request_id: str
     ) -> tuple[Response, int, Times]:
-        if self._not_ready is not None:
-            raise NotReadyError(self._not_ready)
+        if self._backend is None:
+            raise NotReadyError(_WARMING_UP)
+        engine, choose = self._backend
         self.model.check(request.model, request.version)
         epsilon, deadline_ms, seconds = wishes_of(request.parameters)
         wanted = wanted_of(request, self.model)
@@ -177,8 +194,8 @@ class Service:
         seconds = min(seconds, self.timeout, math.inf if remaining is None else remaining)
         decoded = self._clock()
         try:
-            route = self._choose(epsilon=epsilon, deadline_ms=deadline_ms)
-            futures = self._engine.submit(images, route=route, deadline=started + seconds, request_id=request_id)
+            route = choose(epsilon=epsilon, deadline_ms=deadline_ms)
+            futures = engine.submit(images, route=route, deadline=started + seconds, request_id=request_id)
         except ValueError as error:
             raise RequestError(str(error)) from None
         try:
@@ -190,7 +207,7 @@ class Service:
             raise DeadlineError(msg) from None
         finally:
             if pending := [future for future in futures if not future.done()]:
-                self._engine.abandon(pending)
+                engine.abandon(pending)
         answered = self._clock()
         response = self._respond(request, route, answers, wanted)
         now = self._clock()

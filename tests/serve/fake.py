@@ -1,7 +1,7 @@
 """An engine whose answers are computed by hand, and what stands around it.
 
-An image of value v (its first pixel) is answered with class v % 3, logits 0 but for a 2 at the class, and leaves at exit
-v % 3: at site 0, at site 2, or at exit 4, the base, whose score is infinite; elsewhere the score is v / 2. So three
+An image of value v (its first pixel) is answered with class v % 3, logits 0 but for a 2 at the class, and it leaves
+by v % 3: at site 0, at site 2, or at exit 4, the base, whose score is infinite; elsewhere the score is v / 2. So three
 classes at 2: probabilities e^2 / (e^2 + 2) = 0.7870 and 1 / (e^2 + 2) = 0.1065.
 """
 
@@ -18,10 +18,9 @@ from serve.metrics import Metrics
 from serve.protocol.http import create_app
 from serve.protocol.model import Bound, Model
 from serve.protocol.rpc import create_server
-from serve.protocol.service import Service
+from serve.protocol.service import Backend, Service
 from serve.protocol.statistics import Tally
 from serve.records import Answer, Job, Route, Statistics, Step
-from serve.records import ServeError as ServeError
 
 SHAPE = (2, 3, 1)
 EXITS = (0, 2, 4)
@@ -112,7 +111,7 @@ class FakeEngine:
         return True
 
     def statistics(self):
-        return Statistics(waiting={(1, 2): 5}, slots_in_use=3, admitted=16, backlog_ms=250.0)
+        return Statistics(waiting={(1, 2): 5}, slots_in_use=3, admitted=16, backlog_ms=250.0, running=True)
 
 
 class Front:
@@ -120,44 +119,51 @@ class Front:
 
     def __init__(self, *, token=None, timeout=30.0, ready=True):
         self.engine, tally = FakeEngine(), Tally()
-        self.metrics = Metrics(ROUTES, tally)
+        self.metrics = Metrics(tally)
         self.engine.observer = self.metrics
-        self.service = Service(MODEL, self.engine, choose, tally=tally, timeout=timeout)
+        self.service = Service(MODEL, tally=tally, timeout=timeout)
         self.metrics.watch(
-            statistics=self.engine.statistics, ready=lambda: self.service.ready, model="gati", version="v7"
+            ROUTES, statistics=self.engine.statistics, ready=lambda: self.service.ready, model="gati", version="v7"
         )
         self.token = token
         self.app = create_app(self.service, self.metrics, limit=LIMIT, token=token)
         if ready:
-            self.service.warmed_up()
+            self.warm_up()
 
-    @contextlib.contextmanager
+    def warm_up(self):
+        self.service.warmed_up(Backend(self.engine, choose))
+
     def sockets(self):
-        """Serve over real sockets from a thread of its own; yields the ports."""
-        ports, up, end = [], threading.Event(), {}
+        """See ``sockets``."""
+        return sockets(self.service, self.metrics, token=self.token)
 
-        async def serve():
-            with socket.create_server(("127.0.0.1", 0)) as listener:
-                config = uvicorn.Config(self.app, log_config=None, lifespan="off", ws="none", http="httptools")
-                http = uvicorn.Server(config)
-                rpc = create_server(self.service, self.metrics, limit=LIMIT, token=self.token)
-                ports.extend((listener.getsockname()[1], rpc.add_insecure_port("127.0.0.1:0")))
-                await rpc.start()
-                end["loop"], end["event"] = asyncio.get_running_loop(), asyncio.Event()
-                running = asyncio.create_task(http.serve(sockets=[listener]))
-                while not http.started:
-                    await asyncio.sleep(0.001)
-                up.set()
-                await end["event"].wait()
-                http.should_exit = True
-                await asyncio.gather(running, rpc.stop(0))
 
-        thread = threading.Thread(target=asyncio.run, args=(serve(),))
-        thread.start()
-        assert up.wait(30)
-        try:
-            yield tuple(ports)
-        finally:
-            end["loop"].call_soon_threadsafe(end["event"].set)
-            thread.join(30)
-            self.engine.stop()
+@contextlib.contextmanager
+def sockets(service, metrics, *, limit=LIMIT, token=None):
+    """Serve over real sockets from a thread of its own; yields HTTP's port and gRPC's."""
+    ports, up, end = [], threading.Event(), {}
+
+    async def serve():
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            app = create_app(service, metrics, limit=limit, token=token)
+            http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none", http="httptools"))
+            rpc = create_server(service, metrics, limit=limit, token=token)
+            ports.extend((listener.getsockname()[1], rpc.add_insecure_port("127.0.0.1:0")))
+            await rpc.start()
+            end["loop"], end["event"] = asyncio.get_running_loop(), asyncio.Event()
+            running = asyncio.create_task(http.serve(sockets=[listener]))
+            while not http.started:
+                await asyncio.sleep(0.001)
+            up.set()
+            await end["event"].wait()
+            http.should_exit = True
+            await asyncio.gather(running, rpc.stop(0))
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    assert up.wait(30)
+    try:
+        yield tuple(ports)
+    finally:
+        end["loop"].call_soon_threadsafe(end["event"].set)
+        thread.join(30)

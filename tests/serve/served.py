@@ -12,6 +12,7 @@ import fake
 
 from serve import lifecycle, logs
 from serve.__main__ import run
+from serve.protocol.service import Backend
 from serve.settings import parse
 
 heard = {"warm": threading.Event(), "answer": threading.Event()}
@@ -39,16 +40,14 @@ def main():
     settings = parse(["--bundle", "none", "--json", "--http-port", "0", "--grpc-port", "0", *sys.argv[1:]], os.environ)
     logs.configure("info")
     front = fake.Front(ready=False)
-    front.service._engine = engine = Slow()
+    engine = Slow()
     threading.Thread(target=listen, daemon=True).start()
-    parts = lifecycle.Parts(
-        service=front.service, metrics=front.metrics, start=lambda: void(heard["warm"].wait()), stop=engine.stop
-    )
-    sys.exit(lifecycle.run(settings, parts))
 
+    def start():
+        heard["warm"].wait()
+        return Backend(engine, fake.choose)
 
-def void(_):
-    """Return nothing."""
+    sys.exit(lifecycle.run(settings, lifecycle.Parts(service=front.service, metrics=front.metrics, start=start)))
 
 
 if __name__ == "__main__":

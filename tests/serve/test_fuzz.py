@@ -1,6 +1,7 @@
-"""Requests that nobody would think of: made up from the OpenAPI description, and from good requests damaged at random."""
+"""Requests that nobody thinks of: made up from the OpenAPI description, and good ones damaged at random."""
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import sys
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.protocol import rpc
-from serve.protocol.errors import RequestError
+from serve.protocol.errors import RequestError, UnknownModelError
 from serve.protocol.messages import parse_request
 
 _spec = importlib.util.spec_from_file_location("fake", Path(__file__).with_name("fake.py"))
@@ -81,20 +82,16 @@ def test_anything_in_the_place_of_anything_gets_an_answer_or_a_400(data):
 @given(st.binary(max_size=40), st.integers(0, 400), st.text(max_size=6) | st.integers().map(str))
 @settings(max_examples=100, deadline=None)
 def test_bytes_behind_the_json_never_make_the_server_fail(extra, cut, length):
-    response = ask(
-        content=GOOD.encode()[:cut] + extra,
-        headers={"inference-header-content-length": length.encode("utf-8", "replace")},
-    )
+    headers = {"inference-header-content-length": length.encode("utf-8", "replace")}
+    response = ask(content=GOOD.encode()[:cut] + extra, headers=headers)
     assert response.status_code in {200, 400}, response.text
 
 
 @given(st.binary(max_size=200))
 @settings(max_examples=200, deadline=None)
 def test_json_is_read_or_refused(text):
-    try:
+    with contextlib.suppress(RequestError):
         parse_request(text)
-    except RequestError as error:
-        assert str(error)
 
 
 @given(st.binary(max_size=60), st.integers(0, 200))
@@ -107,8 +104,6 @@ def test_messages_are_read_or_refused(extra, at):
         parameters={"epsilon": {"double_param": 0.1}},
     )
     good = message.SerializeToString()
-    try:
+    with contextlib.suppress(RequestError, UnknownModelError):
         decoded = rpc.decode(rpc._parse(rpc.pb.ModelInferRequest, good[:at] + extra + good[at:]))
         asyncio.run(FRONT.service.infer(decoded))
-    except fake.ServeError as error:
-        assert rpc.refusal(error).status in {400, 404}

@@ -279,7 +279,7 @@ def test_a_body_that_never_ends_gets_408(fake):
     [
         (OverloadedError("overloaded: 16 of 16 places are taken", 0.2), 429, "1"),
         (OverloadedError("overloaded: 16 of 16 places are taken", 2.3), 429, "3"),
-        (StoppingError("stopping"), 503, "2"),
+        (StoppingError("stopping"), 503, "1"),
     ],
 )
 def test_refusals_say_when_to_try_again(front, refusal, status, retry):
@@ -336,7 +336,7 @@ def test_nothing_is_answered_before_the_warm_up(fake):
     for method, path in (("GET", "/v2/health/ready"), ("GET", "/v2/models/gati/ready"), ("POST", INFER)):
         response = ask(front, method, path, json={"inputs": [tensor()]})
         assert (response.status_code, response.json()) == (503, {"error": "the server is warming up"})
-    front.service.warmed_up()
+    front.warm_up()
     assert ask(front, "GET", "/v2/health/ready").json() == {"ready": True}
     front.service.drain()
     assert ask(front, "GET", "/v2/health/ready").status_code == 503

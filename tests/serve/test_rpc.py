@@ -61,7 +61,8 @@ def test_the_compiled_messages_are_those_of_the_proto_file(tmp_path):
     written = (tmp_path / "inference_pb2.py").read_text()
     committed = (FOLDER / "inference_pb2.py").read_text()
     descriptors = [re.search(r"AddSerializedFile\((.*)\)", text) for text in (written, committed)]
-    assert descriptors[0] and descriptors[1]
+    assert descriptors[0]
+    assert descriptors[1]
     assert descriptors[0][1] == descriptors[1][1]
 
 
