@@ -72,7 +72,7 @@ class _HttpServer(uvicorn.Server):
 
 async def _serve(settings: Settings, parts: Parts) -> int:
     told = _on_signals()
-    listener = _listen(settings)
+    listener = _listen(settings, settings.http_port, "--http-port")
     app = create_app(parts.service, parts.metrics, limit=settings.max_body, token=settings.token)
     http = _HttpServer(_http_config(settings, app))
     rpc = create_server(parts.service, parts.metrics, limit=settings.max_body, token=settings.token)
@@ -155,18 +155,20 @@ def _in_thread(work: Callable[[], T]) -> "asyncio.Future[T]":
     return done
 
 
-def _listen(settings: Settings) -> socket.socket:
+def _listen(settings: Settings, port: int, option: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.http_port), family=family, backlog=2048)
+        return socket.create_server((settings.host, port), family=family, backlog=2048)
     except (OSError, UnicodeError) as error:
-        msg = f"--http-port: cannot listen at {settings.host} port {settings.http_port}: {error}"
+        msg = f"{option}: cannot listen at {settings.host} port {port}: {error}"
         raise InputError(msg) from None
 
 
 def _bind(server: grpc.aio.Server, settings: Settings) -> int:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"{host}:{settings.grpc_port}"
+    if settings.grpc_port:
+        _listen(settings, settings.grpc_port, "--grpc-port").close()  # grpc would write pages about a taken port
     try:
         if settings.tls_cert is None or settings.tls_key is None:
             return server.add_insecure_port(address)

@@ -16,9 +16,10 @@ def jobs(count, route=0):
 
 
 def samples(front):
-    """Every sample by its name and labels."""
+    """Return a look-up of samples by name and labels."""
     families = text_string_to_metric_families(front.metrics.page().decode())
-    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+    found = {(s.name, *sorted(s.labels.items())): s.value for family in families for s in family.samples}
+    return lambda name, **labels: found[name, *sorted((key, str(value)) for key, value in labels.items())]
 
 
 def test_everything_that_happens_is_counted(front, fake):
@@ -31,36 +32,36 @@ def test_everything_that_happens_is_counted(front, fake):
     metrics.refused("overloaded")
     metrics.request("http", "infer", 429)
     got = samples(front)
-    assert got["gati_step_seconds_count", "loose", "0", "4"] == 3
-    assert got["gati_step_seconds_sum", "loose", "0", "4"] == pytest.approx(0.009)
-    assert got["gati_batch_occupancy_sum", "0", "4"] == 8 / 4
-    assert got["gati_failed_steps_total", "loose", "2"] == 1
-    assert got["gati_left_total", "loose", "0"] == 2  # values 0 and 3 leave at site 0, 1 at site 2
-    assert got["gati_left_total", "loose", "2"] == 1
-    assert got["gati_latency_seconds_count", "loose", "0"] == 2
-    assert got["gati_latency_seconds_bucket", "loose", "0", "0.008"] == 0
-    assert got["gati_latency_seconds_bucket", "loose", "0", "0.016"] == 2
-    assert got["gati_refused_total", "overloaded"] == 1
-    assert got["gati_requests_total", "http", "infer", "429"] == 1
+    assert got("gati_step_seconds_count", plan="loose", stage=0, bucket=4) == 3
+    assert got("gati_step_seconds_sum", plan="loose", stage=0, bucket=4) == pytest.approx(0.009)
+    assert got("gati_batch_occupancy_sum", stage=0, bucket=4) == 8 / 4
+    assert got("gati_failed_steps_total", plan="loose", stage=2) == 1
+    assert got("gati_left_total", plan="loose", exit=0) == 2  # values 0 and 3 leave at site 0, 1 at site 2
+    assert got("gati_left_total", plan="loose", exit=2) == 1
+    assert got("gati_latency_seconds_count", plan="loose", exit=0) == 2
+    assert got("gati_latency_seconds_bucket", plan="loose", exit=0, le=0.008) == 0
+    assert got("gati_latency_seconds_bucket", plan="loose", exit=0, le=0.016) == 2
+    assert got("gati_refused_total", reason="overloaded") == 1
+    assert got("gati_requests_total", protocol="http", method="infer", code=429) == 1
 
 
 def test_gauges_are_read_when_they_are_asked_for(front):
     got = samples(front)
-    assert got["gati_queue_depth", "loose", "2"] == 5
-    assert got["gati_queue_depth", "tight", "0"] == 0
-    assert (got["gati_slots", "used"], got["gati_slots", "admitted"]) == (3, 16)
-    assert got["gati_backlog_seconds",] == 0.25
-    assert got["gati_bundle_info", "gati", "v7"] == 1
-    assert got["gati_ready",] == 1
+    assert got("gati_queue_depth", plan="loose", stage=2) == 5
+    assert got("gati_queue_depth", plan="tight", stage=0) == 0
+    assert (got("gati_slots", state="used"), got("gati_slots", state="admitted")) == (3, 16)
+    assert got("gati_backlog_seconds") == 0.25
+    assert got("gati_bundle_info", model="gati", version="v7") == 1
+    assert got("gati_ready") == 1
     front.service.drain()
-    assert samples(front)["gati_ready",] == 0
+    assert samples(front)("gati_ready") == 0
 
 
 def test_series_are_there_before_anything_happens(front):
     got = samples(front)
-    assert got["gati_left_total", "base", "4"] == 0
-    assert got["gati_failed_steps_total", "tight", "1"] == 0
-    assert got["gati_refused_total", "stopping"] == 0
+    assert got("gati_left_total", plan="base", exit=4) == 0
+    assert got("gati_failed_steps_total", plan="tight", stage=1) == 0
+    assert got("gati_refused_total", reason="stopping") == 0
 
 
 def test_the_documentation_names_every_metric_and_no_other(front):
