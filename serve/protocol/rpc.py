@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -37,6 +37,7 @@ _CONTENTS = {"UINT8": "uint_contents", "INT32": "int_contents", "FP32": "fp32_co
 _log = logging.getLogger("serve.grpc")
 
 Context = grpc.aio.ServicerContext[bytes, Message]
+M = TypeVar("M", bound=Message)
 Method = Callable[[Any, Context], Awaitable[Message]]
 
 
@@ -214,7 +215,7 @@ def _guard(
     return call
 
 
-def _parse(kind: type[Message], body: bytes) -> Message:
+def _parse(kind: type[M], body: bytes) -> M:
     try:
         return kind.FromString(body)
     except DecodeError:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import socket
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import uvicorn
@@ -73,7 +73,7 @@ class FakeEngine:
         self.submitted = threading.Event()
         self.abandoned = threading.Event()
         self.calls: list[dict] = []
-        self.observer = None
+        self.observer: Metrics | None = None
         self._pool = ThreadPoolExecutor(1)
 
     def submit(self, images, *, route, deadline=None, request_id=""):
@@ -100,12 +100,12 @@ class FakeEngine:
                     self.observer.answered(job, one, 0.003)
                 job.done.set_result(one)
 
-    def abandon(self, futures: list[Future]):
+    def abandon(self, futures):
         for future in futures:
             future.cancel()
         self.abandoned.set()
 
-    def stop(self, timeout=None):
+    def stop(self, timeout: float | None = None) -> bool:
         del timeout
         self._pool.shutdown()
         return True

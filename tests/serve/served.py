@@ -31,7 +31,7 @@ class Slow(fake.FakeEngine):
         heard["answer"].wait()
         super()._run(jobs, route)
 
-    def stop(self, timeout=None):
+    def stop(self, timeout: float | None = None) -> bool:
         finished = heard["answer"].wait(timeout)
         return finished and super().stop()
 
