@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(EXTRAS)
 TESTS ?= -m "not slow"
 
-.PHONY: help setup quickstart test lint bench constraints clean
+.PHONY: help setup quickstart test lint bench stubs constraints clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -35,6 +35,11 @@ lint: $(STAMP)  ## Check style and types
 bench:  ## Time a bundle beside other runtimes (BUNDLE=runs/r56/bundle ARGS='--rounds 9')
 	$(MAKE) --no-print-directory setup EXTRAS=train,torch,bench
 	$(PY) -m benchmarks.compare --bundle $(or $(BUNDLE),runs/digits/caches/bundle) $(ARGS)
+
+# A process may also import tritonclient's messages, which bear the same names: ours stay out of the shared pool.
+stubs: $(STAMP)  ## Compile serve/protocol/inference.proto
+	$(PY) -m grpc_tools.protoc -I serve/protocol --python_out=serve/protocol --pyi_out=serve/protocol inference.proto
+	sed -i 's/_descriptor_pool.Default()/_descriptor_pool.DescriptorPool()/' serve/protocol/inference_pb2.py
 
 constraints: $(STAMP)  ## Resolve all extras together anew
 	$(PY) -m pip install --quiet uv

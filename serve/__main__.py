@@ -1,0 +1,32 @@
+"""``python -m serve``: see ``serve.settings`` for the command line and ``serve.lifecycle`` for what happens."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from gati_jax import InputError
+
+from . import lifecycle, logs
+from .settings import parse
+
+
+def main() -> None:
+    """Serve a bundle."""
+    settings = parse(None, os.environ)
+    logs.configure(settings.log_level)
+    from .assemble import assemble  # noqa: PLC0415 (--help and a mistyped port need no JAX)
+
+    sys.exit(lifecycle.run(settings, assemble(settings)))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Turn bad input into one line and exit code 2."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run(main)

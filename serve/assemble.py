@@ -1,0 +1,97 @@
+"""From a bundle to what is behind the sockets."""
+
+import functools
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import gati_jax
+
+from . import routes
+from .engine import Engine
+from .lifecycle import Parts
+from .metrics import Metrics
+from .protocol.model import Bound, Model
+from .protocol.service import Backend, Service
+from .protocol.statistics import Tally
+from .records import Route
+from .runner import JaxRunner
+from .settings import Settings
+
+_DIGITS = 12
+_log = logging.getLogger("serve")
+
+
+def assemble(settings: Settings) -> Parts:
+    """Load the bundle and say how to start its engine.
+
+    Raises:
+        InputError: There is no sound bundle.
+    """
+    bundle = gati_jax.load_bundle(settings.bundle)
+    version = version_of(settings.bundle)
+    sources = routes.load(bundle, reference=settings.reference)
+    model = describe(bundle, sources, name=settings.name, version=version, max_rows=settings.capacity)
+    tally = Tally()
+    metrics, service = Metrics(tally), Service(model, tally=tally, timeout=settings.timeout)
+
+    def start() -> Backend:
+        runner = JaxRunner(sources, capacity=settings.capacity, progress=_tell)
+        engine = Engine(runner, max_wait_ms=settings.max_wait_ms, observer=metrics)
+        metrics.watch(
+            runner.routes,
+            statistics=engine.statistics,
+            ready=lambda: service.ready,
+            model=model.name,
+            version=model.version,
+        )
+        engine.start()
+        return Backend(engine, functools.partial(choose, engine, routes.default(engine.routes)))
+
+    return Parts(service=service, metrics=metrics, start=start)
+
+
+def describe(
+    bundle: gati_jax.Bundle, sources: Sequence[routes.CascadeRoute], *, name: str, version: str, max_rows: int
+) -> Model:
+    """Return what clients are told of a bundle."""
+    certificates = bundle.certificates
+    bounds = {  # the base, which has no certificate, agrees with itself
+        source.name: Bound(source.epsilon, certificates[source.name].delta if source.name in certificates else 0.0)
+        for source in sources
+        if source.epsilon is not None
+    }
+    return Model(
+        name=name,
+        version=version,
+        input_shape=tuple(bundle.chain.input_spec.shape),
+        datatypes=("FP32",) if bundle.chain.normalization is None else ("UINT8", "FP32"),
+        classes=bundle.chain.classes,
+        class_names=bundle.class_names,
+        plans=tuple(source.name for source in sources),
+        bounds=bounds,
+        max_rows=max_rows,
+    )
+
+
+def choose(engine: Engine, default: int, *, epsilon: float | None, deadline_ms: float | None) -> int:
+    """Choose a request's route by what waits now.
+
+    Raises:
+        ValueError: There is none; the sentence names the field.
+    """
+    if epsilon is None and deadline_ms is None:
+        return default
+    known: tuple[Route, ...] = engine.routes
+    backlog_ms = 0.0 if deadline_ms is None else engine.statistics().backlog_ms
+    return routes.choose(known, epsilon=epsilon, deadline_ms=deadline_ms, default=default, backlog_ms=backlog_ms)
+
+
+def _tell(ready: int, programs: int) -> None:
+    _log.debug("warming up", extra={"ready": ready, "programs": programs})
+
+
+def version_of(folder: Path) -> str:
+    """Return a bundle's version: its manifest, which lists the digests of everything else, named by its own digest."""
+    return hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:_DIGITS]

@@ -1,0 +1,142 @@
+"""What Prometheus reads at /metrics.
+
+    gati_requests_total{protocol,method,code}   requests by their HTTP status (gRPC's are translated)
+    gati_latency_seconds{plan,exit}             histogram: from an image's arrival to its answer, by the exit it left at
+    gati_step_seconds{plan,stage,bucket}        histogram: from a step's dispatch to its result
+    gati_batch_occupancy{stage,bucket}          histogram: the share of a step's rows that are requests
+    gati_left_total{plan,exit}                  images by exit: hits of a site, or answers of the base
+    gati_failed_steps_total{plan,stage}         steps whose requests got an error
+    gati_refused_total{reason}                  overloaded or stopping (requests), deadline (images)
+    gati_queue_depth{plan,stage}                images that wait, now
+    gati_slots{state}                           places for images in the engine: used, and admitted at most
+    gati_backlog_seconds                        the work that waits
+    gati_ready                                  1 while requests should come here
+    gati_bundle_info{model,version}             1: the bundle that is served
+
+Observations come from the engine's thread, and gauges are read when Prometheus asks.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.registry import Collector
+
+from .protocol.statistics import Tally
+from .records import Answer, Job, Route, Statistics, Step
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+
+
+class Metrics:
+    """The engine's observer."""
+
+    def __init__(self, tally: Tally) -> None:
+        """Start from nothing, in a registry of its own."""
+        self.registry = CollectorRegistry()
+        self._tally = tally
+        self._routes: tuple[Route, ...] = ()
+        counter = functools.partial(Counter, registry=self.registry)
+        seconds = functools.partial(Histogram, registry=self.registry, buckets=_SECONDS)
+        shares = functools.partial(Histogram, registry=self.registry, buckets=_SHARES)
+        self._requests = counter("gati_requests", "Requests", ("protocol", "method", "code"))
+        self._latency = seconds("gati_latency_seconds", "From arrival to answer", ("plan", "exit"))
+        self._steps = seconds("gati_step_seconds", "From dispatch to result", ("plan", "stage", "bucket"))
+        self._occupancy = shares("gati_batch_occupancy", "Share of rows in use", ("stage", "bucket"))
+        self._left = counter("gati_left", "Images by exit", ("plan", "exit"))
+        self._failed = counter("gati_failed_steps", "Failed steps", ("plan", "stage"))
+        self._refused = counter("gati_refused", "What was not answered", ("reason",))
+        for reason in ("overloaded", "stopping", "deadline"):
+            self._refused.labels(reason)
+
+    def watch(
+        self,
+        routes: Sequence[Route],
+        *,
+        statistics: Callable[[], Statistics],
+        ready: Callable[[], bool],
+        model: str,
+        version: str,
+    ) -> None:
+        """Report an engine with these routes, before it starts."""
+        self._routes = tuple(routes)
+        for route in self._routes:  # series that are there before anything happens, so that rates have a start
+            for stage, exit_ in enumerate(route.exits):
+                self._of_exit(route.name, exit_)
+                self._failed.labels(route.name, stage)
+        self.registry.register(_Now(self._routes, statistics, ready, model, version))
+
+    def request(self, protocol: str, method: str, code: int) -> None:
+        """Count a request."""
+        self._of_request(protocol, method, code).inc()
+
+    def step(self, step: Step, seconds: float, *, failed: bool) -> None:
+        """Hear of a step."""
+        self._tally.step(step, seconds)
+        if failed:
+            self._failed.labels(self._routes[step.route].name, step.stage).inc()
+        time, occupancy = self._of_step(step.route, step.stage, step.bucket)
+        time.observe(seconds)
+        occupancy.observe(len(step.jobs) / step.bucket)
+
+    def answered(self, job: Job, answer: Answer, seconds: float) -> None:
+        """Hear of an answer."""
+        latency, left = self._of_exit(self._routes[job.route].name, answer.exit)
+        latency.observe(seconds)
+        left.inc()
+
+    def refused(self, reason: str) -> None:
+        """Hear of a refusal."""
+        self._refused.labels(reason).inc()
+
+    def page(self) -> bytes:
+        """Return everything as Prometheus reads it."""
+        return generate_latest(self.registry)
+
+    # Finding a series by its labels takes longer than counting; there are few.
+
+    @functools.cache  # noqa: B019 (lives as long as the server)
+    def _of_request(self, protocol: str, method: str, code: int) -> Counter:
+        return self._requests.labels(protocol, method, code)
+
+    @functools.cache  # noqa: B019
+    def _of_step(self, route: int, stage: int, bucket: int) -> tuple[Histogram, Histogram]:
+        return self._steps.labels(self._routes[route].name, stage, bucket), self._occupancy.labels(stage, bucket)
+
+    @functools.cache  # noqa: B019
+    def _of_exit(self, plan: str, exit_: int) -> tuple[Histogram, Counter]:
+        return self._latency.labels(plan, exit_), self._left.labels(plan, exit_)
+
+
+class _Now(Collector):
+    """Gauges of the moment."""
+
+    def __init__(
+        self,
+        routes: Sequence[Route],
+        statistics: Callable[[], Statistics],
+        ready: Callable[[], bool],
+        model: str,
+        version: str,
+    ) -> None:
+        self._routes, self._statistics, self._ready = routes, statistics, ready
+        self._bundle = {"model": model, "version": version}
+
+    def collect(self) -> Iterator[GaugeMetricFamily | InfoMetricFamily]:
+        """Read them."""
+        now = self._statistics()
+        depth = GaugeMetricFamily("gati_queue_depth", "Images that wait", labels=("plan", "stage"))
+        for number, route in enumerate(self._routes):
+            for stage in range(len(route.exits)):
+                depth.add_metric((route.name, str(stage)), now.waiting.get((number, stage), 0))
+        slots = GaugeMetricFamily("gati_slots", "Places for images", labels=("state",))
+        slots.add_metric(("used",), now.slots_in_use)
+        slots.add_metric(("admitted",), now.admitted)
+        yield depth
+        yield slots
+        yield GaugeMetricFamily("gati_backlog_seconds", "Work that waits", value=now.backlog_ms / 1e3)
+        yield GaugeMetricFamily("gati_ready", "1 while requests should come here", value=float(self._ready()))
+        yield InfoMetricFamily("gati_bundle", "The bundle that is served", value=self._bundle)

@@ -1,0 +1,217 @@
+"""The protocol over HTTP: routes, their OpenAPI description, and what happens when a client leaves."""
+
+import asyncio
+from types import TracebackType
+from typing import Any, Self
+
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive
+
+from gati_jax import __version__
+from serve import logs
+from serve.metrics import CONTENT_TYPE, Metrics
+from serve.records import ServeError
+
+from . import bodies, messages
+from .errors import SlowBodyError
+from .guard import HEALTH, Guard, explain
+from .service import Service
+
+_REFS = "#/components/schemas/{model}"
+_GONE = 499  # nginx's "client closed request"; nobody sees it but /metrics
+_DESCRIPTION = (
+    "Classifies images and leaves at the first exit that is sure enough. Speaks the Open Inference Protocol (KServe "
+    "v2); tensors are JSON, or bytes behind the JSON."
+)
+_BODY = {
+    "parameters": [
+        {
+            "name": "Inference-Header-Content-Length",
+            "in": "header",
+            "description": "Bytes of the JSON, where tensors follow it as bytes.",
+            "schema": {"type": "integer", "minimum": 0},
+        }
+    ],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"$ref": _REFS.format(model="InferenceRequest")}},
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    },
+}
+
+
+def create_app(service: Service, metrics: Metrics, *, limit: int, token: str | None = None) -> ASGIApp:
+    """Return the HTTP side of a service.
+
+    Args:
+        service: What answers.
+        metrics: What /metrics shows.
+        limit: Bytes of a body.
+        token: What clients have to show on everything but health; None to ask for nothing.
+    """
+    app = FastAPI(title="GATI-JAX", version=__version__, description=_DESCRIPTION)
+    app.openapi = lambda: _describe(app)  # as FastAPI's documentation extends it
+    handlers = _Handlers(service, metrics, limit)
+    app.get("/v2", response_model=messages.ServerMetadata)(handlers.server)
+    app.get(HEALTH[0], response_model=messages.Live)(handlers.live)
+    app.get(HEALTH[1], response_model=messages.Ready, responses=_errors(503))(handlers.ready)
+    app.get("/v2/models/stats", response_model=messages.ModelStatistics)(handlers.all_statistics)
+    app.get("/metrics", response_class=Response)(handlers.metrics)
+    for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        path: dict[str, Any] = {"parameters": [_path(name) for name in ("model", "version") if f"{{{name}}}" in model]}
+
+        def get(end: str, reply: type[BaseModel], *codes: int, at: str = model, path: dict[str, Any] = path) -> Any:  # noqa: ANN401
+            return app.get(at + end, response_model=reply, openapi_extra=path, responses=_errors(404, *codes))
+
+        get("", messages.ModelMetadata)(handlers.model)
+        get("/ready", messages.ModelReady, 503)(handlers.model_ready)
+        get("/config", messages.ModelConfig)(handlers.config)
+        get("/stats", messages.ModelStatistics)(handlers.statistics)
+        app.post(
+            f"{model}/infer",
+            response_class=Response,
+            openapi_extra=_BODY | {"parameters": path["parameters"] + _BODY["parameters"]},
+            responses={200: {"model": messages.InferenceResponse}}
+            | _errors(400, 404, 408, 413, 415, 429, 500, 503, 504),
+        )(handlers.infer)
+    for kind in (ServeError, HTTPException, Exception):
+        app.add_exception_handler(kind, _on_error)
+    return Guard(app, metrics, token=token)
+
+
+class _Handlers:
+    """One coroutine a route."""
+
+    def __init__(self, service: Service, metrics: Metrics, limit: int) -> None:
+        self._service, self._metrics, self._limit = service, metrics, limit
+
+    async def live(self) -> messages.Live:
+        """Say that the process answers."""
+        return messages.Live(live=True)
+
+    async def ready(self) -> messages.Ready:
+        """Say whether new requests should come here."""
+        self._service.check_ready()
+        return messages.Ready(ready=True)
+
+    async def server(self) -> messages.ServerMetadata:
+        """Describe the server."""
+        return self._service.metadata()
+
+    async def all_statistics(self) -> messages.ModelStatistics:
+        """Say what the server has done."""
+        return self._service.statistics("")
+
+    async def metrics(self) -> Response:
+        """Show Prometheus everything."""
+        return Response(self._metrics.page(), media_type=CONTENT_TYPE)
+
+    async def model(self, request: Request) -> messages.ModelMetadata:
+        """Describe what the model takes and gives."""
+        self._service.model.check(*_asked(request))
+        return self._service.model.metadata()
+
+    async def model_ready(self, request: Request) -> messages.ModelReady:
+        """Say whether new requests to the model should come here."""
+        return self._service.model_ready(*_asked(request))
+
+    async def config(self, request: Request) -> messages.ModelConfig:
+        """Describe the model as perf_analyzer reads it."""
+        self._service.model.check(*_asked(request))
+        return self._service.model.config()
+
+    async def statistics(self, request: Request) -> messages.ModelStatistics:
+        """Say what the model has done."""
+        return self._service.statistics(*_asked(request))
+
+    async def infer(self, request: Request) -> Response:
+        """Classify images."""
+        headers, receive = request.headers, request.receive
+        try:
+            body = await self._read(receive, headers.get("content-length"), headers.get("content-encoding"))
+            model, version = _asked(request)
+            self._service.model.check(model, version)
+            asked = bodies.decode(body, headers.get(bodies.HEADER_LENGTH), model=model, version=version)
+            async with _WhileConnected(receive):
+                answer = await self._service.infer(asked, request_id=logs.request_id.get())
+        except bodies.GoneError:
+            return Response(status_code=_GONE)
+        head = {"model_name": answer.model, "model_version": answer.version, "parameters": answer.parameters}
+        if answer.id:
+            head["id"] = answer.id
+        body, json_bytes = bodies.encode(head, answer.outputs)
+        if json_bytes is None:
+            return Response(body, media_type="application/json")
+        return Response(body, media_type="application/octet-stream", headers={bodies.HEADER_LENGTH: str(json_bytes)})
+
+    async def _read(self, receive: Receive, length: str | None, encoding: str | None) -> bytes:
+        seconds = self._service.timeout
+        try:
+            async with asyncio.timeout(seconds):
+                return await bodies.read(receive, length, encoding, self._limit)
+        except TimeoutError:
+            msg = f"body: expected all of it within {seconds:g} s"
+            raise SlowBodyError(msg) from None
+
+
+class _WhileConnected:
+    """Cancels its block when the client leaves, and turns this into a ``GoneError``, as ``asyncio.timeout`` does."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive, self._gone = receive, False
+
+    async def __aenter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 (every request has one)
+        self._task, self._cancelling = task, task.cancelling()
+        self._watch = asyncio.ensure_future(self._receive())  # behind the body comes nothing but "http.disconnect"
+        self._watch.add_done_callback(self._leave)
+        return self
+
+    def _leave(self, _: object) -> None:
+        self._gone = True
+        self._task.cancel()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watch.remove_done_callback(self._leave)
+        self._watch.cancel()
+        if self._gone and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise bodies.GoneError from error
+
+
+def _asked(request: Request) -> tuple[str, str]:
+    return request.path_params["model"], request.path_params.get("version", "")
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    del request
+    if isinstance(error, HTTPException):  # no such route, or not with this method
+        return JSONResponse({"error": f"path: {error.detail}"}, error.status_code, headers=error.headers)
+    return explain(error)
+
+
+def _path(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+
+
+def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
+    return {code: {"model": messages.ErrorResponse} for code in codes}
+
+
+def _describe(app: FastAPI) -> dict[str, Any]:
+    """Return the OpenAPI description; FastAPI does not know the request, which it does not read."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        _, request = models_json_schema([(messages.InferenceRequest, "validation")], ref_template=_REFS)
+        schema["components"]["schemas"].update(request["$defs"])
+        app.openapi_schema = schema
+    return app.openapi_schema

@@ -1,0 +1,242 @@
+"""What the server does for a client, whatever the transport.
+
+One request: what it asks for is checked (`requests`), a route is chosen, the engine admits all of its rows or none, the
+event loop waits (`waiting`), answers become tensors. Whoever stops waiting, because the client left or time ran out,
+abandons the rows.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from gati_jax import __version__
+from serve.records import Answer, DeadlineError, Statistics, StepError
+
+from .errors import NotReadyError, RequestError
+from .messages import ModelReady, ModelStatistics, Parameters, ServerMetadata
+from .model import Model
+from .requests import Request, images_of, wanted_of, wishes_of
+from .statistics import Tally, Times
+from .tensors import DTYPES, Outgoing
+from .waiting import gather
+
+NAME = "gati-jax"
+_log = logging.getLogger("serve")
+_WARMING_UP = "the server is warming up"
+EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics"]
+
+
+class Engine(Protocol):
+    """What the front needs of the engine."""
+
+    def submit(
+        self, images: np.ndarray, *, route: int, deadline: float | None = None, request_id: str = ""
+    ) -> "Sequence[Future[Answer]]":
+        """Admit all rows or none."""
+        ...
+
+    def abandon(self, futures: "Sequence[Future[Answer]]") -> None:
+        """Nobody waits for these any more."""
+        ...
+
+    def statistics(self) -> Statistics:
+        """Return how things stand."""
+        ...
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Finish what was admitted; False if time ran out."""
+        ...
+
+
+class Choose(Protocol):
+    """How a request gets its route."""
+
+    def __call__(self, *, epsilon: float | None, deadline_ms: float | None) -> int:
+        """Return a route's number.
+
+        Raises:
+            ValueError: There is none; the sentence names the field.
+        """
+        ...
+
+
+class Backend(NamedTuple):
+    """What answers."""
+
+    engine: Engine
+    choose: Choose
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Response:
+    """An answered request, before it goes into an envelope."""
+
+    model: str
+    version: str
+    id: str
+    parameters: Parameters
+    outputs: Sequence[Outgoing]
+
+
+class Service:
+    """The server without its sockets; used from the event loop's thread only."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        tally: Tally,
+        timeout: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Serve one model; not ready yet.
+
+        Args:
+            model: What clients are told.
+            tally: Counts.
+            timeout: Seconds after which a request has failed.
+            clock: The engine's, in seconds.
+        """
+        self.model = model
+        self.timeout = timeout
+        self._draining = False
+        self._backend: Backend | None = None
+        self._tally, self._clock = tally, clock
+        self._names = [name.encode() for name in model.class_names] or [str(i).encode() for i in range(model.classes)]
+
+    def warmed_up(self, backend: Backend) -> None:
+        """Take requests from now on."""
+        self._backend = backend
+
+    def drain(self) -> None:
+        """Say that the server is going away; requests that come all the same are answered."""
+        self._draining = True
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests should come here."""
+        return self._backend is not None and not self._draining and self._backend.engine.statistics().running
+
+    def check_ready(self) -> None:
+        """Check that new requests should come here.
+
+        Raises:
+            NotReadyError: They should not.
+        """
+        if not self.ready:
+            raise NotReadyError(_WARMING_UP if self._backend is None else "the server is stopping")
+
+    def model_ready(self, name: str, version: str = "") -> ModelReady:
+        """Check that requests to this model should come here.
+
+        Raises:
+            UnknownModelError: There is no such model.
+            NotReadyError: They should not.
+        """
+        self.model.check(name, version)
+        self.check_ready()
+        return ModelReady(name=name, ready=True)
+
+    def metadata(self) -> ServerMetadata:
+        """Describe the server."""
+        return ServerMetadata(name=NAME, version=__version__, extensions=EXTENSIONS)
+
+    def statistics(self, name: str, version: str = "") -> ModelStatistics:
+        """Say what the model has done; no name means all models.
+
+        Raises:
+            UnknownModelError: There is no such model.
+        """
+        if name:
+            self.model.check(name, version)
+        return self._tally.snapshot(self.model.name, self.model.version)
+
+    async def infer(self, request: Request, *, remaining: float | None = None, request_id: str = "") -> Response:
+        """Answer a request; where this is cancelled, its rows are abandoned.
+
+        Args:
+            request: What came.
+            remaining: Seconds after which nobody waits for the answer any more.
+            request_id: For logs.
+
+        Raises:
+            ServeError: Why there is no answer.
+        """
+        started = self._clock()
+        try:
+            response, rows, times = await self._infer(request, started, remaining, request_id)
+        except BaseException as error:
+            self._tally.failed(self._clock() - started)
+            if isinstance(error, StepError):
+                _log.exception("a request was lost with its step")
+            raise
+        self._tally.answered(rows, times)
+        return response
+
+    async def _infer(
+        self, request: Request, started: float, remaining: float | None, request_id: str
+    ) -> tuple[Response, int, Times]:
+        if self._backend is None:
+            raise NotReadyError(_WARMING_UP)
+        engine, choose = self._backend
+        self.model.check(request.model, request.version)
+        epsilon, deadline_ms, seconds = wishes_of(request.parameters)
+        wanted = wanted_of(request, self.model)
+        images = images_of(request, self.model)
+        seconds = min(seconds, self.timeout, math.inf if remaining is None else remaining)
+        decoded = self._clock()
+        try:
+            route = choose(epsilon=epsilon, deadline_ms=deadline_ms)
+            futures = engine.submit(images, route=route, deadline=started + seconds, request_id=request_id)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        try:
+            # The engine lets a deadline pass at its next step; a step that hangs must not keep the client.
+            async with asyncio.timeout(seconds):
+                answers = await gather(futures)
+        except TimeoutError:
+            msg = f"the deadline passed: no answer within {seconds * 1000:.0f} ms"
+            raise DeadlineError(msg) from None
+        finally:
+            if pending := [future for future in futures if not future.done()]:
+                engine.abandon(pending)
+        answered = self._clock()
+        response = self._respond(request, route, answers, wanted)
+        now = self._clock()
+        computing = min(max(answer.computed for answer in answers), answered - decoded)
+        return response, len(images), Times(now - started, decoded - started, computing, now - answered)
+
+    def _respond(self, request: Request, route: int, answers: Sequence[Answer], wanted: Mapping[str, bool]) -> Response:
+        plan = self.model.plans[route]
+        bound = self.model.bounds.get(plan)
+        return Response(
+            model=self.model.name,
+            version=self.model.version,
+            id=request.id,
+            parameters={"plan": plan} | ({} if bound is None else bound._asdict()),
+            outputs=[self._output(name, answers, binary=binary) for name, binary in wanted.items()],
+        )
+
+    def _output(self, name: str, answers: Sequence[Answer], *, binary: bool) -> Outgoing:
+        datatype, shape = self.model.outputs[name]
+        if name == "class_name":
+            values: np.ndarray | list[bytes] = [self._names[answer.class_index] for answer in answers]
+        elif name in {"logits", "probabilities"}:
+            logits = np.stack([answer.logits for answer in answers])
+            values = logits if name == "logits" else _softmax(logits)
+        else:
+            values = np.asarray([getattr(answer, name) for answer in answers], DTYPES[datatype])
+        return Outgoing(name, datatype, (len(answers), *shape), values, binary)
+
+
+def _softmax(logits: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n classes"]:
+    e = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)

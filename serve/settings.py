@@ -1,0 +1,178 @@
+"""The command line of ``python -m serve``; only the token comes from the environment, where ``ps`` does not show it."""
+
+import argparse
+import dataclasses
+import ipaddress
+import math
+import re
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from gati_jax import InputError
+
+TOKEN = "GATI_TOKEN"  # noqa: S105 (the name of the variable)
+_EXAMPLE = """\
+examples:
+  python -m serve --bundle runs/digits/caches/bundle
+  curl localhost:8000/v2/models/gati
+
+  GATI_TOKEN=... python -m serve --bundle DIR --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
+"""
+_LEVELS = ("debug", "info", "warning", "error")
+_DIGITS = 12
+_DAY = 86400
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the server was told."""
+
+    bundle: Path
+    name: str = "gati"
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    max_body: int = 32 * 2**20
+    """Bytes of a request."""
+    capacity: int = 256
+    """Images on their way at once; more are refused."""
+    max_wait_ms: float = 2.0
+    timeout: float = 60.0
+    """Seconds that a request may take."""
+    grace: float = 2.0
+    """Seconds between readiness turning 503 and the sockets closing."""
+    drain: float = 30.0
+    """Seconds to finish what was admitted."""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    token: str | None = None
+    log_level: str = "info"
+    reference: bool = False
+    """Whether to run the arithmetic that was certified even where the bundle has been tuned for this device."""
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what belongs together.
+
+        Raises:
+            InputError: It does not.
+        """
+        if self.http_port == self.grpc_port != 0:
+            msg = f"--grpc-port: expected another port than --http-port's, got {self.grpc_port} for both"
+            raise InputError(msg)
+        if (self.tls_cert is None) != (self.tls_key is None):
+            msg = "--tls-cert: expected together with --tls-key, got one of them"
+            raise InputError(msg)
+        if self.tls_cert is not None and self.tls_key is not None:
+            try:
+                ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(self.tls_cert, self.tls_key)
+            except (OSError, ssl.SSLError) as error:
+                msg = f"--tls-cert: expected a certificate and its key in PEM files, got {error}"
+                raise InputError(msg) from None
+        token = self.token
+        if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
+            msg = f"{TOKEN}: expected printable ASCII characters without spaces, got something else"
+            raise InputError(msg)
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and len(text) < _DIGITS and low <= int(text) <= high):
+            msg = f"expected a whole number from {low} to {high}, got {text}"
+            raise argparse.ArgumentTypeError(msg)
+        return int(text)
+
+    return read
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= _DAY:
+        msg = f"expected a number from 0 to {_DAY}, got {text}"
+        raise argparse.ArgumentTypeError(msg)
+    return value
+
+
+def _name(text: str) -> str:
+    if (
+        not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", text) or text == "stats"
+    ):  # /v2/models/stats is all models' statistics
+        msg = f"expected letters, digits, dots, dashes and underscores, and not 'stats', got {text}"
+        raise argparse.ArgumentTypeError(msg)
+    return text
+
+
+def _level(text: str) -> str:
+    if text not in _LEVELS:
+        msg = f"expected one of {', '.join(_LEVELS)}, got {text}"
+        raise argparse.ArgumentTypeError(msg)
+    return text
+
+
+_port = _whole(0, 65535)
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}
+_OPTIONS: tuple[tuple[str, str, Callable[[str], object], str], ...] = (
+    ("name", "NAME", _name, "what clients call the model"),
+    ("host", "HOST", str, "address to listen at; others than this machine's own need a token and TLS to be safe"),
+    ("http_port", "N", _port, "0 takes a free one"),
+    ("grpc_port", "N", _port, "0 takes a free one"),
+    ("max_body", "BYTES", _whole(1024, 2**31 - 1), "largest request"),
+    ("capacity", "N", _whole(1, 2**16), "images on their way at once; more are refused"),
+    ("max_wait_ms", "MS", _seconds, "waiting that counts as much as the whole gain of a step"),
+    ("timeout", "S", _seconds, "what a request may take"),
+    ("grace", "S", _seconds, "between SIGTERM, when readiness turns 503, and the closing of the sockets"),
+    ("drain", "S", _seconds, "to finish what was admitted, after that"),
+    ("tls_cert", "FILE", Path, "certificate chain"),
+    ("tls_key", "FILE", Path, "its private key"),
+    ("log_level", "LEVEL", _level, f"{', '.join(_LEVELS)}; debug tells of every request"),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        msg = f"arguments: {message} (see --help)"
+        raise InputError(msg)
+
+
+def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settings:
+    """Read the command line.
+
+    Args:
+        argv: Its words; None for the process's.
+        environ: Where the token is.
+
+    Raises:
+        InputError: Something is not what was expected.
+    """
+    p = _Parser(
+        prog="python -m serve",
+        description="Serve a bundle: the Open Inference Protocol (KServe v2) over HTTP and gRPC.",
+        epilog=f"{_EXAMPLE}\nenvironment:\n  {TOKEN}  clients must show this bearer token on everything but health",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
+    for name, metavar, kind, text in _OPTIONS:
+        default = _DEFAULTS[name]
+        told = text if default is None else f"{text} (default: {default})"
+        p.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, default=default, help=told)
+    p.add_argument("--reference", action="store_true", help="the certified arithmetic, even where the bundle is tuned")
+    p.add_argument("--json", action="store_true", help="print the addresses as JSON on standard output")
+    arguments = p.parse_args(argv)
+    return Settings(**vars(arguments), token=environ.get(TOKEN))

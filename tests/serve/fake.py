@@ -1,0 +1,169 @@
+"""An engine whose answers are computed by hand, and what stands around it.
+
+An image of value v (its first pixel) is answered with class v % 3, logits 0 but for a 2 at the class, and it leaves
+by v % 3: at site 0, at site 2, or at exit 4, the base, whose score is infinite; elsewhere the score is v / 2. So three
+classes at 2: probabilities e^2 / (e^2 + 2) = 0.7870 and 1 / (e^2 + 2) = 0.1065.
+"""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import uvicorn
+
+from serve.metrics import Metrics
+from serve.protocol.http import create_app
+from serve.protocol.model import Bound, Model
+from serve.protocol.rpc import create_server
+from serve.protocol.service import Backend, Service
+from serve.protocol.statistics import Tally
+from serve.records import Answer, Job, Route, Statistics, Step
+
+SHAPE = (2, 3, 1)
+EXITS = (0, 2, 4)
+LIMIT = 4096
+ROUTES = tuple(
+    Route(
+        name=name, sites=EXITS[:-1], depth=4, epsilon=epsilon, stage_ms={1: (1.0,) * 3, 4: (2.0,) * 3}, leave=(0, 0, 1)
+    )
+    for name, epsilon in (("tight", 0.01), ("loose", 0.05), ("base", 0.0))
+)
+MODEL = Model(
+    name="gati",
+    version="v7",
+    input_shape=SHAPE,
+    datatypes=("UINT8", "FP32"),
+    classes=3,
+    class_names=("cat", "dog", "élan"),
+    plans=("tight", "loose", "base"),
+    bounds={"tight": Bound(0.01, 0.05), "loose": Bound(0.05, 0.05), "base": Bound(0.0, 0.0)},
+    max_rows=8,
+)
+
+
+def answer(value: float) -> Answer:
+    index = int(value) % 3
+    logits = np.zeros(3, np.float32)
+    logits[index] = 2
+    return Answer(index, EXITS[index], float("inf") if index == 2 else value / 2, logits, computed=1e-6)
+
+
+def choose(*, epsilon, deadline_ms):
+    del deadline_ms
+    if epsilon is None:
+        return 0
+    if epsilon < 0.01:
+        return 2
+    if epsilon > 0.5:
+        msg = f"epsilon: expected at most 0.5, got {epsilon}"
+        raise ValueError(msg)
+    return 1 if epsilon >= 0.05 else 0
+
+
+class FakeEngine:
+    """Answers in another thread, as the engine does."""
+
+    def __init__(self):
+        self.refusal: Exception | None = None  # of submit
+        self.failure: Exception | None = None  # of every future
+        self.silent = False  # whether it keeps clients waiting for ever
+        self.submitted = threading.Event()
+        self.abandoned = threading.Event()
+        self.calls: list[dict] = []
+        self.observer: Metrics | None = None
+        self._pool = ThreadPoolExecutor(1)
+
+    def submit(self, images, *, route, deadline=None, request_id=""):
+        if self.refusal:
+            raise self.refusal
+        self.calls.append({"images": images, "route": route, "deadline": deadline, "request_id": request_id})
+        jobs = [Job(image=image, route=route, arrived=0.0) for image in images]
+        if not self.silent:
+            self._pool.submit(self._run, jobs, route)
+        self.submitted.set()
+        return [job.done for job in jobs]
+
+    def _run(self, jobs, route):
+        if self.observer:
+            self.observer.step(Step(route, 0, 8, tuple(jobs)), 0.002, failed=bool(self.failure))
+        for job in jobs:
+            if not job.done.set_running_or_notify_cancel():
+                continue
+            if self.failure:
+                job.done.set_exception(self.failure)
+            else:
+                one = answer(float(job.image.ravel()[0]))
+                if self.observer:
+                    self.observer.answered(job, one, 0.003)
+                job.done.set_result(one)
+
+    def abandon(self, futures):
+        for future in futures:
+            future.cancel()
+        self.abandoned.set()
+
+    def stop(self, timeout: float | None = None) -> bool:
+        del timeout
+        self._pool.shutdown()
+        return True
+
+    def statistics(self):
+        return Statistics(waiting={(1, 2): 5}, slots_in_use=3, admitted=16, backlog_ms=250.0, running=True)
+
+
+class Front:
+    """A service before a fake engine."""
+
+    def __init__(self, *, token=None, timeout=30.0, ready=True):
+        self.engine, tally = FakeEngine(), Tally()
+        self.metrics = Metrics(tally)
+        self.engine.observer = self.metrics
+        self.service = Service(MODEL, tally=tally, timeout=timeout)
+        self.metrics.watch(
+            ROUTES, statistics=self.engine.statistics, ready=lambda: self.service.ready, model="gati", version="v7"
+        )
+        self.token = token
+        self.app = create_app(self.service, self.metrics, limit=LIMIT, token=token)
+        if ready:
+            self.warm_up()
+
+    def warm_up(self):
+        self.service.warmed_up(Backend(self.engine, choose))
+
+    def sockets(self):
+        """See ``sockets``."""
+        return sockets(self.service, self.metrics, token=self.token)
+
+
+@contextlib.contextmanager
+def sockets(service, metrics, *, limit=LIMIT, token=None):
+    """Serve over real sockets from a thread of its own; yields HTTP's port and gRPC's."""
+    ports, up, end = [], threading.Event(), {}
+
+    async def serve():
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            app = create_app(service, metrics, limit=limit, token=token)
+            http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none", http="httptools"))
+            rpc = create_server(service, metrics, limit=limit, token=token)
+            ports.extend((listener.getsockname()[1], rpc.add_insecure_port("127.0.0.1:0")))
+            await rpc.start()
+            end["loop"], end["event"] = asyncio.get_running_loop(), asyncio.Event()
+            running = asyncio.create_task(http.serve(sockets=[listener]))
+            while not http.started:
+                await asyncio.sleep(0.001)
+            up.set()
+            await end["event"].wait()
+            http.should_exit = True
+            await asyncio.gather(running, rpc.stop(0))
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    assert up.wait(30)
+    try:
+        yield tuple(ports)
+    finally:
+        end["loop"].call_soon_threadsafe(end["event"].set)
+        thread.join(30)

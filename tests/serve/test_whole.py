@@ -1,0 +1,80 @@
+"""From a bundle on disk to clients: the answers are those of the library."""
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+
+import gati_jax
+from gati_jax import InputError
+from serve.assemble import assemble
+from serve.settings import Settings
+
+OUTPUTS = ("class_index", "exit", "score", "logits")
+
+
+@pytest.fixture(scope="module")
+def served(residual, fake, tmp_path_factory):
+    """A bundle, and the ports where it is served."""
+    path = tmp_path_factory.mktemp("served") / "bundle"
+    gati_jax.save_bundle(path, residual.chain, residual.caches, residual.plan, residual.certificate)
+    parts = assemble(Settings(bundle=path, capacity=32, reference=True))
+    backend = parts.start()
+    parts.service.warmed_up(backend)
+    with fake.sockets(parts.service, parts.metrics, limit=2**20) as ports:
+        yield gati_jax.load_bundle(path), ports, parts
+    assert backend.engine.stop(60)
+
+
+def pixels(n):
+    return np.random.default_rng(5).integers(0, 256, (n, 8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize("transport", ["http", "grpc"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_every_answer_is_that_of_infer_batch(served, transport, prepared):
+    bundle, ports, _ = served
+    images = np.asarray(bundle.chain.prepare(pixels(24))) if prepared else pixels(24)
+    expected = gati_jax.infer_batch(bundle, images, numerics="reference")
+    assert len(set(np.asarray(expected.exit).tolist())) > 1
+    module = tritonclient.http if transport == "http" else tritonclient.grpc
+    with module.InferenceServerClient(f"127.0.0.1:{ports[transport == 'grpc']}") as client:
+        given = module.InferInput("images", list(images.shape), "FP32" if prepared else "UINT8")
+        result = client.infer("gati", [given.set_data_from_numpy(images)])
+        assert result
+    for name in ("class_index", "exit"):
+        np.testing.assert_array_equal(result.as_numpy(name), getattr(expected, name))
+    for name in ("score", "logits"):
+        np.testing.assert_allclose(
+            np.asarray(result.as_numpy(name), float), getattr(expected, name), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_epsilon_zero_asks_the_base(served):
+    bundle, ports, _ = served
+    with tritonclient.http.InferenceServerClient(f"127.0.0.1:{ports[0]}") as client:
+        given = tritonclient.http.InferInput("images", [4, 8, 8, 3], "UINT8").set_data_from_numpy(pixels(4))
+        result = client.infer("gati", [given], parameters={"epsilon": 0.0})
+        assert result
+    np.testing.assert_array_equal(np.asarray(result.as_numpy("exit")), len(bundle.chain))
+    assert result.get_response()["parameters"] == {"plan": "base", "epsilon": 0.0, "delta": 0.0}
+    np.testing.assert_allclose(
+        np.asarray(result.as_numpy("logits"), float),
+        bundle.chain(bundle.chain.prepare(pixels(4))),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_statistics_and_metrics_know_the_steps(served):
+    _, _, parts = served
+    (stats,) = parts.service.statistics("").model_stats
+    assert stats.execution_count == sum(batch.compute_infer.count for batch in stats.batch_stats) > 0
+    assert stats.inference_stats.compute_infer.ns > 0
+    page = parts.metrics.page().decode()
+    assert f'gati_bundle_info{{model="gati",version="{stats.version}"}} 1.0' in page
+
+
+def test_what_is_no_bundle_is_bad_input(tmp_path):
+    with pytest.raises(InputError, match="bundle"):
+        assemble(Settings(bundle=tmp_path))
