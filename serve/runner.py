@@ -166,11 +166,13 @@ class JaxRunner:
     def _route(self, number: int, source: CascadeRoute, *, measure: bool) -> Route:
         """Run every program, and describe the route with the times that were measured now, or when it was tuned."""
         stages = range(len(source.cascade.sites) + 1)
-        stage_ms = {bucket: tuple(self._time((number, stage, bucket)) for stage in stages) for bucket in self._tiles}
-        known = {bucket: _tuned_ms(source, tile) for bucket, tile in self._tiles.items()}
-        if not measure:
-            tuned = {bucket: ms for bucket, ms in known.items() if ms is not None}
-            stage_ms = tuned if len(tuned) == len(known) else stage_ms  # times from two days are not comparable
+        tuned = {bucket: ms for bucket, tile in self._tiles.items() if (ms := _tuned_ms(source, tile)) is not None}
+        known = len(tuned) == len(self._tiles) and not measure  # times from two days are not comparable
+        stage_ms = {
+            bucket: tuple(self._time((number, stage, bucket), 0 if known else ROUNDS) for stage in stages)
+            for bucket in self._tiles
+        }
+        stage_ms = tuned if known else stage_ms
         return Route(
             name=source.name,
             sites=source.cascade.sites,
@@ -180,14 +182,14 @@ class JaxRunner:
             leave=source.leave,
         )
 
-    def _time(self, key: _Key) -> float:
-        """Return the median milliseconds of a program, run on nothing but padding."""
+    def _time(self, key: _Key, rounds: int) -> float:
+        """Run a program on nothing but padding, once to warm up; return the median milliseconds of further rounds."""
         padding, times = np.full(key[2], self.capacity, np.int32), []
-        for _ in range(ROUNDS + 1):
+        for _ in range(1 + rounds):
             start = time.perf_counter()
             np.asarray(self._execute(key, (), padding))
             times.append((time.perf_counter() - start) * 1e3)
-        return float(np.median(times[1:]))  # the first warms up
+        return float(np.median(times[1:] or times))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
