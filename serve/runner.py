@@ -101,21 +101,21 @@ class JaxRunner:
         Raises:
             InputError: They are not of the same structure and shapes.
         """
-        known = {(program.structure, key): program.run for key, program in self._programs.items()}
-        changed = {}
-        for key, cascade in self._cascades(sources).items():
+        cascades, changed = self._cascades(sources), {}
+        for key, cascade in cascades.items():
             leaves, structure = programs.leaves_of(cascade, key[1])
             old = self._programs.get(key)
-            same = old and [(x.shape, x.dtype) for x in old.leaves] == [(x.shape, x.dtype) for x in leaves]
-            if not same or (structure, key) not in known:
-                msg = "sources: expected the same routes, networks, caches and shapes as before, got others"
-                raise InputError(msg)
-            changed[key] = Program(run=known[structure, key], leaves=leaves, structure=structure)
+            shapes = [(leaf.shape, leaf.dtype) for leaf in leaves]
+            if old and old.structure == structure and [(leaf.shape, leaf.dtype) for leaf in old.leaves] == shapes:
+                changed[key] = dataclasses.replace(old, leaves=leaves)
+        if set(changed) != set(cascades) or set(changed) != set(self._programs):
+            msg = "sources: expected the same routes, networks, caches and shapes as before, got others"
+            raise InputError(msg)
         self._programs = changed
 
     def lose(self, site: int) -> None:
         """Replace a slab that a failed step has taken along; rows in it are lost to their jobs."""
-        self._slabs[site] = _zeros(self._slabs[site].aval)
+        self._slabs[site] = jnp.zeros(self._slabs[site].shape, self._slabs[site].dtype)
         self._lost[site] = set(range(self.capacity))
 
     def _execute(
