@@ -141,7 +141,7 @@ class Statistics:
     admitted: int
     """The bound of ``slots_in_use``."""
     backlog_ms: float
-    """The work that waits: what its stages are expected to take in the buckets that are best."""
+    """What everyone on the way is expected to take, in the buckets that are best; running steps count whole."""
     answered: int = 0
     refused: int = 0
     expired: int = 0

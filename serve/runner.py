@@ -101,21 +101,21 @@ class JaxRunner:
         Raises:
             InputError: They are not of the same structure and shapes.
         """
-        known = {(program.structure, key): program.run for key, program in self._programs.items()}
-        changed = {}
-        for key, cascade in self._cascades(sources).items():
+        cascades, changed = self._cascades(sources), {}
+        for key, cascade in cascades.items():
             leaves, structure = programs.leaves_of(cascade, key[1])
             old = self._programs.get(key)
-            same = old and [(x.shape, x.dtype) for x in old.leaves] == [(x.shape, x.dtype) for x in leaves]
-            if not same or (structure, key) not in known:
-                msg = "sources: expected the same routes, networks, caches and shapes as before, got others"
-                raise InputError(msg)
-            changed[key] = Program(run=known[structure, key], leaves=leaves, structure=structure)
+            shapes = [(leaf.shape, leaf.dtype) for leaf in leaves]
+            if old and old.structure == structure and [(leaf.shape, leaf.dtype) for leaf in old.leaves] == shapes:
+                changed[key] = dataclasses.replace(old, leaves=leaves)
+        if set(changed) != set(cascades) or set(changed) != set(self._programs):
+            msg = "sources: expected the same routes, networks, caches and shapes as before, got others"
+            raise InputError(msg)
         self._programs = changed
 
     def lose(self, site: int) -> None:
         """Replace a slab that a failed step has taken along; rows in it are lost to their jobs."""
-        self._slabs[site] = _zeros(self._slabs[site].aval)
+        self._slabs[site] = jnp.zeros(self._slabs[site].shape, self._slabs[site].dtype)
         self._lost[site] = set(range(self.capacity))
 
     def _execute(
@@ -166,11 +166,13 @@ class JaxRunner:
     def _route(self, number: int, source: CascadeRoute, *, measure: bool) -> Route:
         """Run every program, and describe the route with the times that were measured now, or when it was tuned."""
         stages = range(len(source.cascade.sites) + 1)
-        stage_ms = {bucket: tuple(self._time((number, stage, bucket)) for stage in stages) for bucket in self._tiles}
-        known = {bucket: _tuned_ms(source, tile) for bucket, tile in self._tiles.items()}
-        if not measure:
-            tuned = {bucket: ms for bucket, ms in known.items() if ms is not None}
-            stage_ms = tuned if len(tuned) == len(known) else stage_ms  # times from two days are not comparable
+        tuned = {bucket: ms for bucket, tile in self._tiles.items() if (ms := _tuned_ms(source, tile)) is not None}
+        known = len(tuned) == len(self._tiles) and not measure  # times from two days are not comparable
+        stage_ms = {
+            bucket: tuple(self._time((number, stage, bucket), 0 if known else ROUNDS) for stage in stages)
+            for bucket in self._tiles
+        }
+        stage_ms = tuned if known else stage_ms
         return Route(
             name=source.name,
             sites=source.cascade.sites,
@@ -180,14 +182,14 @@ class JaxRunner:
             leave=source.leave,
         )
 
-    def _time(self, key: _Key) -> float:
-        """Return the median milliseconds of a program, run on nothing but padding."""
+    def _time(self, key: _Key, rounds: int) -> float:
+        """Run a program on nothing but padding, once to warm up; return the median milliseconds of further rounds."""
         padding, times = np.full(key[2], self.capacity, np.int32), []
-        for _ in range(ROUNDS + 1):
+        for _ in range(1 + rounds):
             start = time.perf_counter()
             np.asarray(self._execute(key, (), padding))
             times.append((time.perf_counter() - start) * 1e3)
-        return float(np.median(times[1:]))  # the first warms up
+        return float(np.median(times[1:] or times))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

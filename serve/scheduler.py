@@ -46,10 +46,11 @@ class Scheduler:
         """Start empty."""
         self.routes = tuple(routes)
         self.admitted = capacity if admitted is None else min(admitted, capacity)
-        self._max_wait = max_wait
+        self._max_wait = max(max_wait, 1e-6)  # as good as first come, first served
         self._free = list(range(capacity))[::-1]  # the lowest is taken first, so that slabs stay warm
         self._capacity = capacity
         self._queues: dict[_Key, list[_Waiting]] = {}
+        self._running: list[Step] = []
         self._numbers = itertools.count()
         self._seen = [list(route.leave) for route in self.routes]  # what leaves where
         self._used = [list(route.leave) for route in self.routes]  # the same, as choices were made by
@@ -74,10 +75,12 @@ class Scheduler:
 
     @property
     def backlog_ms(self) -> float:
-        """Milliseconds that the device is expected to need for all who wait."""
-        total = 0.0
-        for (route, stage), queue in self._queues.items():
-            total += len(queue) * policy.remaining_ms(self.routes[route].stage_ms, self._seen[route])[stage]
+        """Milliseconds that the device is expected to need for all on their way; running steps count whole."""
+        rest = [(*policy.remaining_ms(r.stage_ms, seen), 0.0) for r, seen in zip(self.routes, self._seen, strict=True)]
+        total = sum(len(queue) * rest[route][stage] for (route, stage), queue in self._queues.items())
+        for route, stage, bucket, jobs in self._running:
+            survivors = len(jobs) * (1 - self._seen[route][stage])
+            total += self._step_ms((route, stage), bucket) + survivors * rest[route][stage + 1]
         return total
 
     # What changes it
@@ -125,7 +128,9 @@ class Scheduler:
         key = urgent or max(choices, key=lambda key: (self._score(key, choices[key], now), key[1]))  # deeper on ties
         queue, bucket = self._queues[key], choices[key].bucket
         self._keep(key, queue[bucket:])
-        return Step(*key, bucket, tuple(waiting.job for waiting in queue[:bucket]))
+        step = Step(*key, bucket, tuple(waiting.job for waiting in queue[:bucket]))
+        self._running.append(step)
+        return step
 
     def finish(self, step: Step, left: Sequence[bool], now: float) -> list[Job]:
         """Free the slots of those who left; the others queue for the next stage.
@@ -138,6 +143,7 @@ class Scheduler:
         Returns:
             Those who did not leave but were abandoned: they are not queued.
         """
+        self._running.remove(step)
         self._release(job for job, is_out in zip(step.jobs, left, strict=True) if is_out)
         others = [job for job, is_out in zip(step.jobs, left, strict=True) if not is_out]
         given_up = [job for job in others if job.abandoned]
@@ -150,6 +156,7 @@ class Scheduler:
 
     def fail(self, step: Step) -> None:
         """Free the slots of all."""
+        self._running.remove(step)
         self._release(step.jobs)
 
     def clear(self) -> list[Job]:

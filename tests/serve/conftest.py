@@ -17,6 +17,7 @@ from gati_jax import Candidate, Normalization, Plan
 from gati_jax.caches import Grid, LinearSelector, SortedSelector
 from gati_jax.models import ResNet, fold, init, to_chain
 from tests.bundle.made import drawn, make_certificate, make_plan
+from tests.serve.fakes import pixels
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +41,6 @@ def residual() -> gati_jax.Bundle:
     plan = Plan(**{**vars(plan), "path": path, "disagreement": plan.disagreement[:2], "mean_ms": plan.mean_ms[:2]})
     certificate = make_certificate(plan, step=1)
     return gati_jax.Bundle(chain=chain, caches=tuple(caches), plan=plan, certificate=certificate)
-
-
-def pixels(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (n, 8, 8, 3), np.uint8)
 
 
 @pytest.fixture(scope="session")

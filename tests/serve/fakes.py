@@ -33,6 +33,11 @@ def image(leaves_at: int, class_index: int = 0) -> np.ndarray:
     return np.array([leaves_at, class_index], np.float32)
 
 
+def pixels(n: int, seed: int = 0) -> np.ndarray:
+    """Random images for the small ResNet."""
+    return np.random.default_rng(seed).integers(0, 256, (n, 8, 8, 3), np.uint8)
+
+
 class FakeClock:
     """Time that passes only when told."""
 

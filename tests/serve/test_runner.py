@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gati_jax
@@ -16,7 +16,7 @@ from serve import routes
 from serve.engine import Engine
 from serve.records import Job, Step
 from serve.runner import JaxRunner
-from tests.serve.conftest import pixels
+from tests.serve.fakes import pixels
 
 CAPACITY = 8
 INF = np.inf
@@ -59,11 +59,12 @@ def check(answers, expected):
     classes, exits, scores, logits = (np.stack([np.asarray(a[i]) for a in answers]) for i in range(4))
     np.testing.assert_array_equal(classes, expected.class_index)
     np.testing.assert_array_equal(exits, expected.exit)
-    np.testing.assert_allclose(scores, expected.score, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(logits, expected.logits, rtol=1e-5, atol=1e-5)
+    for found, wanted in ((scores, np.asarray(expected.score)), (logits, np.asarray(expected.logits))):
+        largest = np.abs(wanted[np.isfinite(wanted)]).max(initial=1.0)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * largest)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None)
 @given(
     slots=st.lists(st.integers(0, CAPACITY - 1), unique=True, min_size=1),
     seed=st.integers(0, 9),
@@ -146,17 +147,19 @@ def answers(result):
 
 def same(one, other):
     for x, y in zip(answers(one), answers(other), strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-5)
+        np.testing.assert_array_equal(x, y)
 
 
 def test_a_step_writes_the_rows_of_its_misses_only(residual):
     """Others keep theirs, though padding and hits are scattered, too: to nowhere."""
-    runner = JaxRunner(with_thresholds(residual, 0.0, INF), capacity=6, buckets=(1, 4))
     jobs = make_jobs(0, 2, 5)
+    scores = gati_jax.replay(residual.chain, residual.caches, np.stack([job.image for job in jobs])).scores[0]
+    two_hit = np.sort(scores)[:2].mean()
+    runner = JaxRunner(with_thresholds(residual, two_hit, INF), capacity=6, buckets=(1, 4))
     before = np.full((6, 8, 8, 3), 7.0, np.float32)
     runner._slabs[0] = jnp.asarray(before)
     result = runner.dispatch(Step(0, 0, 4, jobs)).result()
-    assert set(result.hit.tolist()) == {True, False}
+    assert sorted(result.hit.tolist()) == [False, True, True]
     after = np.asarray(runner._slabs[0])
     missed = [job.slot for job, hit in zip(jobs, result.hit, strict=True) if not hit]
     changed = [slot for slot in range(6) if not np.array_equal(after[slot], before[slot])]

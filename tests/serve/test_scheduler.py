@@ -142,6 +142,18 @@ def test_all_images_of_a_request_are_admitted_or_none():
         scheduler.admit([job()] * 4, 0.0)
 
 
+def test_the_backlog_counts_who_runs_and_who_will_survive():
+    scheduler = Scheduler([route(2.0, 4.0)], 8)
+    admit(scheduler, job(), job(), job())
+    # a row takes 5/4 ms, and half of them 10/4 more
+    assert scheduler.backlog_ms == pytest.approx(3 * 2.5)
+    step = scheduler.next_step(0.0)
+    assert len(step.jobs) == 2
+    assert scheduler.backlog_ms == pytest.approx(3.0 + 1 * 2.5 + 2.5)  # the step, its survivor, who waits
+    scheduler.fail(step)
+    assert scheduler.backlog_ms == pytest.approx(2.5)
+
+
 def test_who_waits_in_vain_is_dropped_before_a_step_and_gives_back_its_slot():
     scheduler = Scheduler([route(1.0)], 3)
     expired, gone, kept = admit(scheduler, job(deadline=0.5), job(), job(deadline=0.7))
