@@ -62,9 +62,9 @@ class Worker:
 
 
 @contextmanager
-def worker(name: str, *arguments: str) -> Generator[Worker]:
+def worker(name: str, *arguments: str, module: str = "benchmarks.worker") -> Generator[Worker]:
     """Start a contender."""
-    command = [sys.executable, "-m", "benchmarks.worker", name, *arguments]
+    command = [sys.executable, "-m", module, name, *arguments]
     pipe = subprocess.PIPE
     with (
         tempfile.TemporaryFile("w+") as errors,
