@@ -43,7 +43,7 @@ class Answer(NamedTuple):
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Job:
-    """One image on its way; the scheduler and the engine change it, in the engine's thread only, but ``abandoned``."""
+    """One image on its way; only the scheduler changes it, under the engine's lock."""
 
     image: Shaped[np.ndarray, "*input"]
     route: int
@@ -57,8 +57,11 @@ class Job:
     slot: int = -1
     since: float = 0.0
     """When it came to the queue where it waits."""
-    abandoned: bool = False
-    """Its client has left; the slot is freed after the step that it is in."""
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether its client has left; the slot is freed before the next step, or after the one that it is in."""
+        return self.done.cancelled()
 
 
 class Step(NamedTuple):
@@ -107,6 +110,48 @@ class Runner(Protocol):
     def dispatch(self, step: Step) -> Running:
         """Start a step, without waiting for it; rows of the same slot follow one another in the order of dispatch."""
         ...
+
+
+class Observer(Protocol):
+    """Is told what happens; must be quick. What it raises is logged and changes nothing."""
+
+    def step(self, step: Step, seconds: float, *, failed: bool) -> None:
+        """Hear of a step: how long from dispatch to its result. From the engine's thread."""
+        ...
+
+    def answered(self, job: Job, answer: Answer, seconds: float) -> None:
+        """Hear of an answer: how long since the job arrived. From the engine's thread."""
+        ...
+
+    def refused(self, reason: str) -> None:
+        """Hear of a request "overloaded" or "stopping" (from whoever submitted it), or of a job past its "deadline"."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """The engine at one moment; counters count images since the start."""
+
+    waiting: Mapping[tuple[int, int], int]
+    """By route and stage, where any wait."""
+    slots_in_use: int
+    admitted: int
+    """The bound of ``slots_in_use``."""
+    backlog_ms: float
+    """The work that waits: what its stages are expected to take in the buckets that are best."""
+    answered: int = 0
+    refused: int = 0
+    expired: int = 0
+    """Dropped before a step, because their deadline had passed."""
+    abandoned: int = 0
+    failed: int = 0
+    """Lost in a step that failed."""
+    steps: int = 0
+    failed_steps: int = 0
+    leave: tuple[tuple[float, ...], ...] = ()
+    """By route and stage: the share that leaves there, as lately seen."""
+    running: bool = False
+    """Whether the engine's thread is there to answer."""
 
 
 class ServeError(Exception):

@@ -1,0 +1,223 @@
+"""Who runs next. No JAX, no threads, and no clock: callers say what time it is.
+
+A job has a slot from its admission until it leaves: behind a hit or the last stage, or because its step failed, its
+deadline passed, or its client left. In between it waits in the queue of its route and stage, together with whoever has
+come as far, whenever they arrived: that is how survivors of several arrivals are merged. The device is never idle while
+anything waits, so a lone request is never held back for company; company gathers while a step runs.
+"""
+
+import bisect
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from . import policy
+from .records import Job, OverloadedError, Route, Step
+
+PATIENCE = 1.0  # seconds: who has no deadline is served, within its queue, as if it had this one
+WINDOW = 500  # rows: the memory of the shares that leave
+MOVED = 0.05
+
+_Key = tuple[int, int]  # route and stage
+
+
+class _Waiting(NamedTuple):
+    """A job in its queue; sorts by what is due first, then by arrival."""
+
+    due: float
+    arrived: float
+    number: int  # unique, so that jobs are never compared
+    job: Job
+
+
+class Scheduler:
+    """Queues, slots, and the choice of the next step.
+
+    Args:
+        routes: Ways through the base, with their measured times.
+        capacity: Slots of the runner.
+        max_wait: Seconds of age that count as much as the whole gain of a step, see ``next_step``.
+        admitted: The most jobs on their way at once; unless told, as many as there are slots.
+    """
+
+    def __init__(
+        self, routes: Sequence[Route], capacity: int, *, max_wait: float = 0.002, admitted: int | None = None
+    ) -> None:
+        """Start empty."""
+        self.routes = tuple(routes)
+        self.admitted = capacity if admitted is None else min(admitted, capacity)
+        self._max_wait = max_wait
+        self._free = list(range(capacity))[::-1]  # the lowest is taken first, so that slabs stay warm
+        self._capacity = capacity
+        self._queues: dict[_Key, list[_Waiting]] = {}
+        self._numbers = itertools.count()
+        self._seen = [list(route.leave) for route in self.routes]  # what leaves where
+        self._used = [list(route.leave) for route in self.routes]  # the same, as choices were made by
+        self._choices: dict[tuple[int, int, int], policy.Choice] = {}
+
+    # What it says
+
+    @property
+    def in_use(self) -> int:
+        """Slots that are taken."""
+        return self._capacity - len(self._free)
+
+    @property
+    def waiting(self) -> dict[tuple[int, int], int]:
+        """How many jobs wait, by route and stage."""
+        return {key: len(queue) for key, queue in self._queues.items()}
+
+    @property
+    def leave(self) -> tuple[tuple[float, ...], ...]:
+        """The share that leaves, by route and stage, as lately seen."""
+        return tuple(tuple(shares) for shares in self._seen)
+
+    @property
+    def backlog_ms(self) -> float:
+        """Milliseconds that the device is expected to need for all who wait."""
+        total = 0.0
+        for (route, stage), queue in self._queues.items():
+            total += len(queue) * policy.remaining_ms(self.routes[route].stage_ms, self._seen[route])[stage]
+        return total
+
+    # What changes it
+
+    def admit(self, jobs: Sequence[Job], now: float) -> None:
+        """Give every job a slot and a place in its first queue; all of them or none.
+
+        Raises:
+            OverloadedError: There are not as many slots; says when to try again.
+            ValueError: There could never be as many.
+        """
+        if len(jobs) > self.admitted:
+            msg = f"images: expected at most {self.admitted} at once, got {len(jobs)}"
+            raise ValueError(msg)
+        if (missing := self.in_use + len(jobs) - self.admitted) > 0:
+            retry = max(self._max_wait, missing * self.backlog_ms / 1e3 / self.in_use)  # all leave at an even pace
+            msg = f"overloaded: {self.in_use} of {self.admitted} places are taken; try again in {retry:.3f} s"
+            raise OverloadedError(msg, retry)
+        for job in jobs:
+            job.slot = self._free.pop()
+            self._queue(job, 0, now)
+
+    def drop(self, now: float) -> list[Job]:
+        """Take out, and return, who waits in vain: past the deadline, or abandoned."""
+        dropped: list[Job] = []
+        for key, queue in list(self._queues.items()):
+            vain = [waiting for waiting in queue if _in_vain(waiting.job, now)]
+            if vain:
+                self._keep(key, [waiting for waiting in queue if waiting not in vain])
+                dropped += [waiting.job for waiting in vain]
+        self._release(dropped)
+        return dropped
+
+    def next_step(self, now: float) -> Step | None:
+        """Take out of the queues, and return, what is best run next; None where nothing waits.
+
+        Queues are compared by what they gain (see ``policy``), times one more than the age of their oldest job in units
+        of ``max_wait``. So a gain is outweighed in the end by any age, and nobody starves. But where someone would miss
+        a deadline by waiting for one more step, and can still make it, the one that is due first goes first.
+        """
+        if not self._queues:
+            return None
+        choices = {key: self._choose(*key, len(queue)) for key, queue in self._queues.items()}
+        urgent = self._urgent(choices, now)
+        key = urgent or max(choices, key=lambda key: (self._score(key, choices[key], now), key[1]))  # deeper on ties
+        queue, bucket = self._queues[key], choices[key].bucket
+        self._keep(key, queue[bucket:])
+        return Step(*key, bucket, tuple(waiting.job for waiting in queue[:bucket]))
+
+    def finish(self, step: Step, left: Sequence[bool], now: float) -> list[Job]:
+        """Free the slots of those who left; the others queue for the next stage.
+
+        Args:
+            step: What ran.
+            left: Of its jobs; of the last stage, all.
+            now: Seconds.
+
+        Returns:
+            Those who did not leave but were abandoned: they are not queued.
+        """
+        self._release(job for job, is_out in zip(step.jobs, left, strict=True) if is_out)
+        others = [job for job, is_out in zip(step.jobs, left, strict=True) if not is_out]
+        given_up = [job for job in others if job.abandoned]
+        self._release(given_up)
+        for job in others:
+            if job.slot >= 0:  # not given up: a client may leave at any moment, so this is not asked twice
+                self._queue(job, step.stage + 1, now)
+        self._learn(step, sum(left))
+        return given_up
+
+    def fail(self, step: Step) -> None:
+        """Free the slots of all."""
+        self._release(step.jobs)
+
+    def clear(self) -> list[Job]:
+        """Take out, and return, all who wait."""
+        jobs = [waiting.job for queue in self._queues.values() for waiting in queue]
+        self._queues.clear()
+        self._release(jobs)
+        return jobs
+
+    def _queue(self, job: Job, stage: int, now: float) -> None:
+        job.stage, job.since = stage, now
+        due = job.arrived + PATIENCE if job.deadline is None else min(job.deadline, job.arrived + PATIENCE)
+        queue = self._queues.setdefault((job.route, stage), [])
+        bisect.insort(queue, _Waiting(due, job.arrived, next(self._numbers), job))
+
+    def _keep(self, key: _Key, rest: list[_Waiting]) -> None:
+        if rest:
+            self._queues[key] = rest
+        else:
+            del self._queues[key]
+
+    def _release(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            self._free.append(job.slot)
+            job.slot = -1
+
+    # How it chooses
+
+    def _choose(self, route: int, stage: int, waiting: int) -> policy.Choice:
+        stage_ms = self.routes[route].stage_ms
+        key = route, stage, min(waiting, max(stage_ms))
+        if key not in self._choices:
+            self._choices[key] = policy.choose(stage_ms, self._used[route], stage, key[2])
+        return self._choices[key]
+
+    def _score(self, key: _Key, choice: policy.Choice, now: float) -> float:
+        oldest = min(waiting.arrived for waiting in self._queues[key][: choice.bucket])
+        return choice.gain * (1 + (now - oldest) / self._max_wait)
+
+    def _urgent(self, choices: dict[_Key, policy.Choice], now: float) -> _Key | None:
+        """Return the queue whose first job would miss its deadline if another step came first, and else would not."""
+        longest = max(self._step_ms(key, choice.bucket) for key, choice in choices.items()) / 1e3
+        urgent: list[tuple[float, _Key]] = []
+        for key, choice in choices.items():
+            deadline = self._queues[key][0].job.deadline
+            if deadline is None:
+                continue
+            slack = deadline - now - self._alone_ms(key, choice.bucket) / 1e3
+            if 0 <= slack < longest:
+                urgent.append((deadline, key))
+        return min(urgent)[1] if urgent else None
+
+    def _step_ms(self, key: _Key, bucket: int) -> float:
+        return self.routes[key[0]].stage_ms[bucket][key[1]]
+
+    def _alone_ms(self, key: _Key, bucket: int) -> float:
+        """Return what a job takes that is served at once, in this bucket, then alone, and leaves at the very end."""
+        stage_ms = self.routes[key[0]].stage_ms
+        return self._step_ms(key, bucket) + sum(stage_ms[min(stage_ms)][key[1] + 1 :])
+
+    def _learn(self, step: Step, hits: int) -> None:
+        """Follow the traffic: a running mean; choices are made anew once it has moved by a twentieth."""
+        seen, used, rows = self._seen[step.route], self._used[step.route], len(step.jobs)
+        seen[step.stage] += (hits - rows * seen[step.stage]) / (rows + WINDOW)
+        if abs(seen[step.stage] - used[step.stage]) > MOVED:
+            self._used[step.route] = list(seen)
+            self._choices = {key: choice for key, choice in self._choices.items() if key[0] != step.route}
+
+
+def _in_vain(job: Job, now: float) -> bool:
+    return job.abandoned or (job.deadline is not None and job.deadline <= now)
