@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import gati_jax
+from gati_jax import InputError
 from serve.records import Route, Running, StageResult, Step
 from train.config import build_config
 
@@ -100,6 +101,8 @@ def onnx_runner(path: Path, images: np.ndarray, folder: Path) -> FullRunner:
     """
     bundle = gati_jax.load_bundle(path)
     config = build_config(bundle.provenance.config)
-    task = task_of(path, config, config.base.network, Path(config.base.weights), folder)
+    if config.base.weights is None:
+        raise InputError("bundle: expected the file of its base's weights in its provenance, got none")
+    task = task_of(path, config, config.base.network, config.base.weights, folder)
     predict = CONTENDERS["onnxruntime full"](task)
     return FullRunner(predict, depth=len(bundle.chain.blocks), stage_ms=measure(predict, images))

@@ -21,8 +21,8 @@ def summarize(
     """Return a run's figures.
 
     Latency is from the scheduled time to the answer, over the answered requests. ``throughput`` is answers a second
-    from the first request to the last answer; ``goodput``, answers within the SLO per second in which requests were sent.
-    ``goodput_share`` is over all requests: one that is refused or lost has missed it.
+    from the first request to the last answer; ``goodput``, answers within the SLO a second in which requests were
+    sent. ``goodput_share`` is over all requests: one that is refused or lost has missed it.
 
     Args:
         run: What was measured.
