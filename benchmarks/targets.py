@@ -6,6 +6,7 @@ counted are asked for, and nothing is copied that need not be.
 
 import asyncio
 import functools
+import importlib
 import json
 import urllib.parse
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -170,8 +171,8 @@ async def _http(host: str, port: int, model: str, images: Images, parameters: Pa
 
 @asynccontextmanager
 async def _grpc(host: str, port: int, model: str, images: Images, parameters: Parameters) -> AsyncGenerator[Ask]:
-    import grpc  # noqa: PLC0415 (optional)
-    from serve.protocol import inference_pb2 as pb  # noqa: PLC0415 (needs protobuf)
+    # Optional, and without types.
+    grpc, pb = (importlib.import_module(name) for name in ("grpc", "serve.protocol.inference_pb2"))
 
     start = pb.ModelInferRequest(model_name=model)
     start.inputs.add(name=INPUT, datatype=DATATYPES[images.dtype.name], shape=[1, *images.shape[1:]])

@@ -209,7 +209,7 @@ def test_an_engine_in_this_process():
         await asyncio.sleep(0)
         ((given, route, deadline, future),) = engine.taken
         assert (given.tolist(), route, deadline) == ([[8, 9, 10, 11]], 1, 7.5)
-        future.set_result(Answer(np.int32(3), 5, 0.5, np.zeros(10, np.float32)))
+        future.set_result(Answer(3, 5, 0.5, np.zeros(10, np.float32)))
         assert await asked == Reply(3, 5)
         with pytest.raises(OverloadedError):
             await ask(0)

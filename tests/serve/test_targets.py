@@ -87,3 +87,50 @@ def test_an_address_that_is_none_is_refused(url):
 def test_images_that_the_protocol_has_no_word_for_are_refused():
     with pytest.raises(InputError, match="images: expected uint8 or float32, got complex64"):
         targets.server("http://localhost:1", "model", IMAGES.astype(np.complex64), {})
+
+
+def test_grpc_requests_are_the_protocols():
+    grpc: Any = pytest.importorskip("grpc")
+    pb: Any = pytest.importorskip("serve.protocol.inference_pb2")
+    asked = []
+
+    async def infer(request, context):
+        asked.append(request)
+        first = request.raw_input_contents[0][0]
+        if first == 12:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
+        if first == 24:
+            await context.abort(grpc.StatusCode.INTERNAL, "odd")
+        outputs = [
+            pb.ModelInferResponse.InferOutputTensor(name=name, datatype="INT32") for name in ("exit", "class_index")
+        ]
+        return pb.ModelInferResponse(outputs=outputs, raw_output_contents=[np.int32(x).tobytes() for x in (3, first)])
+
+    async def main():
+        server = grpc.aio.server()
+        method = grpc.unary_unary_rpc_method_handler(
+            infer,
+            request_deserializer=pb.ModelInferRequest.FromString,
+            response_serializer=pb.ModelInferResponse.SerializeToString,
+        )
+        service = grpc.method_handlers_generic_handler("inference.GRPCInferenceService", {"ModelInfer": method})
+        server.add_generic_rpc_handlers((service,))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        parameters = {"epsilon": 0.01, "timeout": 5, "plan": "2%", "odd": True}
+        async with targets.server(f"grpc://127.0.0.1:{port}", "m", IMAGES, parameters) as ask:
+            assert await asyncio.gather(ask(0), ask(4)) == [Reply(0, 3), Reply(48, 3)]
+            with pytest.raises(OverloadedError, match="full"):
+                await ask(1)
+            with pytest.raises(grpc.aio.AioRpcError, match="odd"):
+                await ask(2)
+        await server.stop(None)
+
+    run(main())
+    request = asked[0]
+    assert (request.model_name, list(request.raw_input_contents)) == ("m", [IMAGES[0].tobytes()])
+    (tensor,) = request.inputs
+    assert (tensor.name, tensor.datatype, list(tensor.shape)) == ("images", "UINT8", [1, 2, 2, 3])
+    assert [output.name for output in request.outputs] == ["class_index", "exit"]
+    fields = {name: getattr(value, value.WhichOneof("parameter_choice")) for name, value in request.parameters.items()}
+    assert fields == {"epsilon": 0.01, "timeout": 5, "plan": "2%", "odd": True}
