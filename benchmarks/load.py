@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     p = cli.parser(str(__doc__), EXAMPLE, out=False)
     p.add_argument("--url", required=True, metavar="URL", help="http://HOST:PORT or grpc://HOST:PORT")
-    p.add_argument("--model", default="model", metavar="NAME", help="the model's name there (default: model)")
+    p.add_argument("--model", default="gati", metavar="NAME", help="the model's name there (default: gati)")
     p.add_argument("--data", required=True, metavar="NAME", help="data set, as in configs")
     p.add_argument("--split", default="test", metavar="ROWS", help="its part that requests draw from (default: test)")
     p.add_argument("--data-dir", type=Path, metavar="DIR")

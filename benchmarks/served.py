@@ -14,14 +14,16 @@ import numpy as np
 
 import gati_jax
 from gati_jax import data
+from serve import routes
 from serve.engine import Engine
 from serve.records import Runner
+from serve.runner import JaxRunner
 from train.config import build_config
 
 from . import targets
 from .driving import run
 from .load import Load, measure
-from .onnx_runner import onnx_runner
+from .onnx_runner import CAPACITY, onnx_runner
 from .worker import answers_descriptor
 
 CASCADE, FULL, ONNX = "cascade", "full", "onnx"
@@ -32,9 +34,9 @@ def runner_of(name: str, path: Path, images: np.ndarray, folder: Path) -> tuple[
     """Return what computes, and the route that requests take."""
     if name == ONNX:
         return onnx_runner(path, images, folder), 0
-    from serve import routes  # noqa: PLC0415 (ONNX Runtime's process is to be without JAX's compiled programs)
-
-    raise NotImplementedError(routes)
+    found = routes.load(gati_jax.load_bundle(path))
+    runner = JaxRunner([route for route in found if name == CASCADE or not route.cascade.sites], capacity=CAPACITY)
+    return runner, routes.default(runner.routes)
 
 
 def main() -> None:
