@@ -171,7 +171,7 @@ class Engine:
                 if step is None or len(running) >= self._ahead:
                     self._postprocess(running[0])
                     running.popleft()
-        except BaseException:
+        except Exception:  # noqa: BLE001 (the last resort)
             _log.critical("the engine's thread ends", exc_info=True)
             with self._wake:
                 self._stopping = True
@@ -180,7 +180,6 @@ class Engine:
             for job in lost:
                 if job.done.running() or (not job.done.done() and job.done.set_running_or_notify_cancel()):
                     job.done.set_exception(StepError("failed: the engine had to stop"))
-            raise
 
     def _schedule(self, *, busy: bool) -> Step | None:
         """Drop who waits in vain and return the next step; wait for one unless the device is busy or the end has come.

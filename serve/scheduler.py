@@ -191,14 +191,14 @@ class Scheduler:
 
     def _urgent(self, choices: dict[_Key, policy.Choice], now: float) -> _Key | None:
         """Return the queue whose first job would miss its deadline if another step came first, and else would not."""
-        longest = max(self._step_ms(key, choice.bucket) for key, choice in choices.items()) / 1e3
+        step_ms = {key: self._step_ms(key, choice.bucket) for key, choice in choices.items()}
         urgent: list[tuple[float, _Key]] = []
         for key, choice in choices.items():
             deadline = self._queues[key][0].job.deadline
             if deadline is None:
                 continue
-            slack = deadline - now - self._alone_ms(key, choice.bucket) / 1e3
-            if 0 <= slack < longest:
+            slack_ms = (deadline - now) * 1e3 - self._alone_ms(key, choice.bucket)
+            if 0 <= slack_ms < max((ms for other, ms in step_ms.items() if other != key), default=0):
                 urgent.append((deadline, key))
         return min(urgent)[1] if urgent else None
 

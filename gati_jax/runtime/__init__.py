@@ -25,6 +25,7 @@ from .speed import Speed as Speed
 from .speed import expected_ms as expected_ms
 from .speed import measure_batches as measure_batches
 from .speed import measure_speed as measure_speed
+from .speed import stages_ms as stages_ms
 from .speed import time_turns as time_turns
 from .tuned import TunedCascade as TunedCascade
 from .tuning import Tile as Tile

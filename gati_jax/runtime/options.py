@@ -12,7 +12,12 @@ Options = tuple[tuple[str, str], ...]
 
 @functools.cache
 def compiled(
-    function: Callable[..., Any], options: Options, *, static: tuple[str, ...] = (), keep_unused: bool = False
+    function: Callable[..., Any],
+    options: Options,
+    *,
+    static: tuple[str, ...] = (),
+    keep_unused: bool = False,
+    donate: tuple[str, ...] = (),
 ) -> jax.stages.Wrapped:
     """Return ``function`` jitted with these options; the same program for the same arguments.
 
@@ -21,5 +26,12 @@ def compiled(
         options: Compiler options.
         static: Names of static arguments.
         keep_unused: Hand over even those arrays that the program does not read.
+        donate: Names of arguments whose memory the results may take.
     """
-    return jax.jit(function, static_argnames=static, keep_unused=keep_unused, compiler_options=dict(options) or None)
+    return jax.jit(
+        function,
+        static_argnames=static,
+        donate_argnames=donate,
+        keep_unused=keep_unused,
+        compiler_options=dict(options) or None,
+    )

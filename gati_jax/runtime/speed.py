@@ -175,6 +175,15 @@ def path_ms(cascade: Cascade, costs: CostTable) -> dict[int, float]:
     }
 
 
+def stages_ms(cascade: Cascade, costs: CostTable) -> tuple[float, ...]:
+    """Return what every stage takes: its blocks and its lookup."""
+    stops, names = (*cascade.sites, len(cascade.chain)), (*(cache.name for cache in cascade.caches), None)
+    return tuple(
+        costs.until(site) - costs.until(before) + (costs.lookup_ms[name] if name else 0.0)
+        for before, site, name in zip((0, *cascade.sites), stops, names, strict=True)
+    )
+
+
 def expected_ms(
     cascade: Cascade,
     costs: Mapping[int, CostTable],
@@ -194,15 +203,9 @@ def expected_ms(
     Raises:
         InputError: Fewer requests than one group.
     """
+    by_size = {size: stages_ms(cascade, table) for size, table in costs.items()}
     stops = (*cascade.sites, len(cascade.chain))
-    spans = zip((0, *cascade.sites), stops, (*(cache.name for cache in cascade.caches), None), strict=True)
-    stage_ms = [
-        {
-            size: table.until(site) - table.until(before) + (table.lookup_ms[name] if name else 0.0)
-            for size, table in costs.items()
-        }
-        for before, site, name in spans
-    ]
+    stage_ms = [{size: ms[i] for size, ms in by_size.items()} for i in range(len(stops))]
     groups = exits[: len(exits) // batch * batch].reshape(-1, batch)
     if not len(groups):
         msg = f"exits: expected at least one group of {batch}, got {len(exits)}"

@@ -1,0 +1,86 @@
+"""A runner whose answers and times can be computed by hand.
+
+An image is two numbers: the stage at which it leaves, and its class. The score is the stage's number plus one, and
+logits are zero but for a one at the class. Nothing waits: a step moves the clock by its time in the route's table.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from serve.records import Route, StageResult, Step
+
+CLASSES = 10
+
+
+def route(
+    *stages: float, leave: Sequence[float] | None = None, buckets: Sequence[int] = (1, 2, 4), name="plan"
+) -> Route:
+    """Stages of so many ms for one image, a half more for every further one; sites 1, 2, ..."""
+    depth = len(stages)
+    return Route(
+        name=name,
+        sites=tuple(range(1, depth)),
+        depth=depth,
+        epsilon=0.01,
+        stage_ms={bucket: tuple(ms * (1 + bucket) / 2 for ms in stages) for bucket in buckets},
+        leave=tuple(leave or (*[0.5] * (depth - 1), 1.0)),
+    )
+
+
+def image(leaves_at: int, class_index: int = 0) -> np.ndarray:
+    return np.array([leaves_at, class_index], np.float32)
+
+
+class FakeClock:
+    """Time that passes only when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclasses.dataclass
+class FakeRunner:
+    """Answers at once; remembers its steps."""
+
+    routes: Sequence[Route]
+    capacity: int = 8
+    clock: FakeClock = dataclasses.field(default_factory=FakeClock)
+    before: Callable[[Step], None] = lambda _: None
+    """Called before each step runs; may raise, or block."""
+    steps: list[Step] = dataclasses.field(default_factory=list)
+    reached: dict[int, int] = dataclasses.field(default_factory=dict)
+    """By slot, the stage whose activation it holds: a step must find what the last one left."""
+
+    def dispatch(self, step: Step) -> "FakeRunning":
+        return FakeRunning(self, step)
+
+
+@dataclasses.dataclass
+class FakeRunning:
+    runner: FakeRunner
+    step: Step
+
+    def result(self) -> StageResult:
+        runner, (route_, stage, bucket, jobs) = self.runner, self.step
+        runner.steps.append(self.step)
+        runner.before(self.step)
+        assert 0 < len(jobs) <= bucket
+        assert len({job.slot for job in jobs}) == len(jobs)
+        for job in jobs:
+            assert 0 <= job.slot < runner.capacity
+            assert stage == 0 or runner.reached[job.slot] == stage - 1
+            runner.reached[job.slot] = stage
+        runner.clock.now += runner.routes[route_].stage_ms[bucket][stage] / 1e3
+        rows = np.stack([job.image for job in jobs])
+        classes = rows[:, 1].astype(int)
+        return StageResult(
+            hit=rows[:, 0] <= stage,
+            class_index=classes,
+            score=np.full(len(jobs), stage + 1.0, np.float32),
+            logits=np.eye(CLASSES, dtype=np.float32)[classes],
+        )

@@ -1,0 +1,245 @@
+"""The runner against ``infer_batch``: whatever the buckets, slots and merges, every answer is the bundle's."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import gati_jax
+from gati_jax import InputError
+from gati_jax.runtime import Cascade, Tile, Tuning, device_name, predict_batch
+from serve import routes
+from serve.engine import Engine
+from serve.records import Job, Step
+from serve.runner import JaxRunner
+from tests.serve.conftest import pixels
+
+CAPACITY = 8
+INF = np.inf
+
+
+@pytest.fixture(scope="module")
+def runner(residual):
+    return JaxRunner(routes.load(residual), capacity=CAPACITY, buckets=(1, 2, 4))
+
+
+def with_thresholds(bundle, *thresholds):
+    plan, *rest = routes.load(bundle)
+    cascade = dataclasses.replace(plan.cascade, thresholds=jnp.asarray(thresholds, jnp.float32))
+    return [dataclasses.replace(plan, cascade=cascade), *rest]
+
+
+def serve(runner, images, steps, *, route=0):
+    """Drive images through by hand: ``steps`` draws which stage runs next, in which bucket, on whom."""
+    jobs = [Job(image=x, route=route, arrived=0.0, slot=slot) for x, slot in images]
+    answers, number = {}, {job: i for i, job in enumerate(jobs)}
+    a_route = runner.routes[route]
+    while jobs:
+        stage = steps.draw(st.sampled_from(sorted({job.stage for job in jobs})))
+        ready = [job for job in jobs if job.stage == stage]
+        bucket = steps.draw(st.sampled_from(sorted(a_route.stage_ms)))
+        chosen = tuple(steps.draw(st.permutations(ready))[:bucket])
+        result = runner.dispatch(Step(route, stage, bucket, chosen)).result()
+        assert result.hit.shape == (len(chosen),)
+        for row, job in enumerate(chosen):
+            if result.hit[row]:
+                columns = (result.class_index[row], a_route.exits[stage], result.score[row], result.logits[row])
+                answers[number[job]] = columns
+                jobs.remove(job)
+            job.stage += 1
+    return [answers[i] for i in sorted(answers)]
+
+
+def check(answers, expected):
+    """Classes and exits are the same; scores and logits of one arithmetic in batches of other sizes."""
+    classes, exits, scores, logits = (np.stack([np.asarray(a[i]) for a in answers]) for i in range(4))
+    np.testing.assert_array_equal(classes, expected.class_index)
+    np.testing.assert_array_equal(exits, expected.exit)
+    np.testing.assert_allclose(scores, expected.score, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits, expected.logits, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    slots=st.lists(st.integers(0, CAPACITY - 1), unique=True, min_size=1),
+    seed=st.integers(0, 9),
+    floats=st.lists(st.booleans(), min_size=CAPACITY, max_size=CAPACITY),
+    route=st.integers(0, 1),
+    steps=st.data(),
+)
+def test_any_steps_give_the_bundles_answers(  # noqa: PLR0917 (drawn)
+    residual, runner, slots, seed, floats, route, steps
+):
+    """Any slots, merges, orders and buckets; some images are pixels, others prepared."""
+    images = pixels(len(slots), seed)
+    given_ = [
+        np.asarray(residual.chain.normalization(x[None]))[0] if is_float else x
+        for x, is_float in zip(images, floats, strict=False)
+    ]
+    found = serve(runner, list(zip(given_, slots, strict=True)), steps, route=route)
+    check(found, predict_batch((residual.cascade, Cascade(residual.chain, (), jnp.zeros(0)))[route], images))
+
+
+def through_engine(runner, images, route=0):
+    engine = Engine(runner)
+    engine.start()
+    futures = [future for image in images for future in engine.submit(image[None], route=route)]
+    answers = [future.result(60) for future in futures]
+    assert engine.stop(60)
+    return answers
+
+
+def test_served_digits_are_answered_as_by_the_library(dense, splits):
+    runner = JaxRunner(routes.load(dense), capacity=300)
+    images = splits["test"][:256]
+    expected = gati_jax.infer_batch(dense, images, numerics="reference")
+    assert len(set(np.asarray(expected.exit).tolist())) > 1  # several exits are taken
+    check(through_engine(runner, images), expected)
+
+
+@pytest.mark.parametrize("thresholds", [(-INF, -INF), (INF, INF), (INF, -INF)], ids=["all hit", "all miss", "second"])
+def test_extremes(residual, thresholds):
+    sources = with_thresholds(residual, *thresholds)
+    runner = JaxRunner(sources, capacity=20, buckets=(1, 4))
+    images = pixels(20)
+    expected = predict_batch(sources[0].cascade, images)
+    check(through_engine(runner, images), expected)
+    assert len(set(np.asarray(expected.exit).tolist())) == 1
+
+
+def test_programs_take_new_parameters_without_compiling(residual):
+    runner = JaxRunner(routes.load(residual), capacity=20, buckets=(1, 4))
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, residual.chain)
+    other = dataclasses.replace(residual, chain=doubled)
+    images = pixels(16)
+    expected = gati_jax.infer_batch(other, images, numerics="reference")
+    before = gati_jax.infer_batch(residual, images, numerics="reference")
+    assert not np.allclose(expected.logits, before.logits)
+    programs = {id(program.run) for program in runner._programs.values()}
+    runner.reload(routes.load(other))
+    assert {id(program.run) for program in runner._programs.values()} == programs
+    check(through_engine(runner, images), expected)
+    for bad in (routes.load(residual)[:1], routes.load(residual)[::-1]):
+        with pytest.raises(InputError, match="expected the same routes"):
+            runner.reload(bad)
+
+
+def test_plans_with_the_same_caches_share_programs(residual):
+    plan, base = with_thresholds(residual, INF, INF)
+    runner = JaxRunner([plan, dataclasses.replace(plan, name="loose"), base], capacity=4, buckets=(1, 2))
+    assert len(runner._programs) == 14
+    assert len({id(program.run) for program in runner._programs.values()}) == 8
+    assert sorted(runner._slabs) == [0, 1]  # of both plans
+
+
+def make_jobs(*slots, stage=0):
+    return tuple(Job(image=pixels(1, slot)[0], route=0, arrived=0.0, slot=slot, stage=stage) for slot in slots)
+
+
+def answers(result):
+    return [np.asarray(column) for column in result]
+
+
+def same(one, other):
+    for x, y in zip(answers(one), answers(other), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_a_step_writes_the_rows_of_its_misses_only(residual):
+    """Others keep theirs, though padding and hits are scattered, too: to nowhere."""
+    jobs = make_jobs(0, 2, 5)
+    scores = gati_jax.replay(residual.chain, residual.caches, np.stack([job.image for job in jobs])).scores[0]
+    two_hit = np.sort(scores)[:2].mean()
+    runner = JaxRunner(with_thresholds(residual, two_hit, INF), capacity=6, buckets=(1, 4))
+    before = np.full((6, 8, 8, 3), 7.0, np.float32)
+    runner._slabs[0] = jnp.asarray(before)
+    result = runner.dispatch(Step(0, 0, 4, jobs)).result()
+    assert sorted(result.hit.tolist()) == [False, True, True]
+    after = np.asarray(runner._slabs[0])
+    missed = [job.slot for job, hit in zip(jobs, result.hit, strict=True) if not hit]
+    changed = [slot for slot in range(6) if not np.array_equal(after[slot], before[slot])]
+    assert changed == missed
+
+
+def test_a_failure_that_spares_the_slab_spares_everyone_else(residual):
+    runner = JaxRunner(with_thresholds(residual, INF, INF), capacity=6, buckets=(2,))
+    spared, failing = make_jobs(1, 2), make_jobs(3)
+    runner.dispatch(Step(0, 0, 2, spared)).result()
+    expected = runner.dispatch(Step(0, 1, 2, spared)).result()
+    whole, key = runner._programs, (0, 0, 2)
+    runner._programs = {**whole, key: dataclasses.replace(whole[key], run=lambda *_: 1 / 0)}
+    with pytest.raises(ZeroDivisionError):
+        runner.dispatch(Step(0, 0, 2, failing))
+    runner._programs = whole
+    same(runner.dispatch(Step(0, 1, 2, spared)).result(), expected)
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_rows_of_a_slab_that_was_lost_are_not_served(residual, when):
+    """A slab that is donated goes down with the step; whoever was in it fails, and is never answered from zeros."""
+    runner = JaxRunner(with_thresholds(residual, INF, INF), capacity=6, buckets=(2,))
+    lost, failing = make_jobs(1, 2), make_jobs(3)
+    runner.dispatch(Step(0, 0, 2, lost)).result()
+    whole, key = runner._programs, (0, 0, 2)
+
+    def at_once(*args):
+        args[-1].delete()  # the slab
+        raise RuntimeError("out of memory")
+
+    def later(leaves, source, slots, after):
+        said, after = whole[key].run(leaves, source, slots, after)
+        said.delete()  # reading it fails, as after an error on the device
+        return said, after
+
+    runner._programs = {**whole, key: dataclasses.replace(whole[key], run={"at once": at_once, "later": later}[when])}
+    with pytest.raises(RuntimeError, match=r"out of memory|deleted"):
+        runner.dispatch(Step(0, 0, 2, failing)).result()
+    runner._programs = whole
+    with pytest.raises(RuntimeError, match="what stood at site 0 was lost"):
+        runner.dispatch(Step(0, 1, 2, lost))
+    fresh = make_jobs(1)  # takes a slot that was lost, and writes it anew
+    runner.dispatch(Step(0, 0, 2, fresh)).result()
+    assert runner.dispatch(Step(0, 1, 2, fresh)).result().hit.tolist() == [False]
+
+
+def test_a_tuning_decides_on_buckets_programs_and_times(residual):
+    """Times come from the tuning where every tile has them; options and algorithms always."""
+    costs = [
+        gati_jax.CostTable(
+            device="test", batch=size, blocks_ms=(1.0 * size, 2.0 * size), lookup_ms={"grid@0": 0.25, "grid@1": 0.5}
+        )
+        for size in (1, 4)
+    ]
+    tiles = tuple(
+        Tile(size=table.batch, milliseconds=table.full_ms, options=(), algorithms={}, costs=table) for table in costs
+    )
+    tuned = dataclasses.replace(residual, tunings=(Tuning(device=device_name(), tiles=tiles),))
+    runner = JaxRunner(routes.load(tuned), capacity=6)
+    # sites 0 and 1 of two blocks: the lookup at the input; block 1 and a lookup; block 2
+    assert runner.routes[0].stage_ms == {1: (0.25, 1.5, 2.0), 4: (0.25, 4.5, 8.0)}
+    assert runner.routes[1].stage_ms == {1: (3.0,), 4: (12.0,)}
+    check(through_engine(runner, pixels(6)), gati_jax.infer_batch(tuned, pixels(6), numerics="fast"))
+    with pytest.raises(InputError, match=r"buckets: expected some of \[1, 4\], which have been tuned, got \[2\]"):
+        JaxRunner(routes.load(tuned), buckets=(2,))
+
+
+def test_times_are_measured_where_there_is_no_tuning(runner):
+    for route in runner.routes:
+        assert sorted(route.stage_ms) == [1, 2, 4]
+        assert all(ms > 0 for stages in route.stage_ms.values() for ms in stages)
+        assert {len(stages) for stages in route.stage_ms.values()} == {len(route.exits)}
+
+
+def test_too_many_programs_are_refused(residual):
+    with pytest.raises(InputError, match="buckets: expected at most 42 programs, got 3 stages"):
+        JaxRunner(routes.load(residual), buckets=range(1, 16))
+
+
+def test_warm_up_tells_how_far_it_is(residual):
+    told = []
+    JaxRunner(routes.load(residual), capacity=4, buckets=(1,), progress=lambda *now: told.append(now))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
