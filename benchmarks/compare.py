@@ -62,9 +62,9 @@ class Worker:
 
 
 @contextmanager
-def worker(name: str, *arguments: str) -> Generator[Worker]:
+def worker(name: str, *arguments: str, module: str = "benchmarks.worker") -> Generator[Worker]:
     """Start a contender."""
-    command = [sys.executable, "-m", "benchmarks.worker", name, *arguments]
+    command = [sys.executable, "-m", module, name, *arguments]
     pipe = subprocess.PIPE
     with (
         tempfile.TemporaryFile("w+") as errors,
@@ -227,16 +227,20 @@ def report(times: Any, answers: Any, labels: Any, network: str, ideal: Mapping[i
             if title == CASCADE and batch in ideal:
                 full = min(np.median(times[name][batch].mean(1)) for name in FULL if name in times)
                 rows[-1] |= {"ideal": ideal[batch], "conversion": float(full / mean / ideal[batch])}
-    head = ["git", "rev-parse", "HEAD"]
-    commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
     return {
         "network": network,
         "rows": rows,
         "machine": device_name(),
         "versions": cli.versions() | {name: v for name in RUNTIMES if (v := version_of(name))},
-        "commit": commit,
+        "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def commit() -> str:
+    """Return the revision of the code; empty outside a checkout."""
+    head = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
 
 
 def version_of(package: str) -> str | None:

@@ -38,11 +38,12 @@ class Task(NamedTuple):
 def _cascade(task: Task, *, caches: bool) -> Predict:
     bundle = gati_jax.load_bundle(task.bundle)
     if not caches:
-        bundle = _without_caches(bundle)
+        bundle = without_caches(bundle)
     return lambda images: np.asarray(gati_jax.infer_batch(bundle, images).logits)
 
 
-def _without_caches(bundle: Bundle) -> Bundle:
+def without_caches(bundle: Bundle) -> Bundle:
+    """Return the bundle as one whose certificate opens nothing."""
     off = dataclasses.replace(bundle.certificate, step=-1, disagreements=0)
     return dataclasses.replace(bundle, certificate=off)
 

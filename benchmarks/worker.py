@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -27,24 +28,11 @@ CHUNK = 128
 def main() -> None:
     """Serve the parent."""
     name, bundle, network, weights, rows = sys.argv[1:]
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # libraries print
+    answers = answers_descriptor()
     config = build_config(gati_jax.load_bundle(bundle).provenance.config)
-    load = functools.partial(data.load, config.data.name, data_dir=config.data.dir)
-    images = load(config.data.splits.test).images[: int(rows)]
+    images = data.load(config.data.name, config.data.splits.test, config.data.dir).images[: int(rows)]
     with tempfile.TemporaryDirectory() as folder:
-        task = Task(
-            bundle=Path(bundle),
-            network=resnet(network, classes=config.base.classes, input_shape=config.base.input_shape),
-            weights=Path(weights),
-            normalization=normalization_of(network, config),
-            cores=len(os.sched_getaffinity(0)),
-            fit=functools.partial(load, config.data.splits.fit),
-            select=functools.partial(load, config.data.splits.select),
-            epsilon=config.plan.epsilon,
-            folder=Path(folder),
-        )
-        predict = CONTENDERS[name](task)
+        predict = CONTENDERS[name](task_of(Path(bundle), config, network, Path(weights), Path(folder)))
         print(json.dumps("ready"), file=answers)
         for line in sys.stdin:
             command, *numbers = line.split()
@@ -57,6 +45,29 @@ def main() -> None:
             else:
                 chunks = [predict(images[i : i + CHUNK]).argmax(-1) for i in range(0, len(images), CHUNK)]
                 print(json.dumps([np.concatenate(chunks).tolist(), peak_mib()]), file=answers)
+
+
+def answers_descriptor() -> TextIO:
+    """Return what standard output was; from now on it is standard error, for libraries print."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return answers
+
+
+def task_of(bundle: Path, config: Config, network: str, weights: Path, folder: Path) -> Task:
+    """Return what a contender is given."""
+    load = functools.partial(data.load, config.data.name, data_dir=config.data.dir)
+    return Task(
+        bundle=bundle,
+        network=resnet(network, classes=config.base.classes, input_shape=config.base.input_shape),
+        weights=weights,
+        normalization=normalization_of(network, config),
+        cores=len(os.sched_getaffinity(0)),
+        fit=functools.partial(load, config.data.splits.fit),
+        select=functools.partial(load, config.data.splits.select),
+        epsilon=config.plan.epsilon,
+        folder=folder,
+    )
 
 
 def milliseconds(predict: Predict, batch: np.ndarray) -> float:

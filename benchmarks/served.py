@@ -1,0 +1,63 @@
+"""A contender behind the engine, in a process of its own, with the load generator beside it in another thread.
+
+Every line on standard input is a load as JSON (``benchmarks.load.Load``), answered with its figures as a line of JSON.
+So the generator takes from the same cores as the server; ``generator_cores`` says how much.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+import gati_jax
+from gati_jax import data
+from serve import routes
+from serve.engine import Engine
+from serve.records import Runner
+from serve.runner import JaxRunner
+from train.config import build_config
+
+from . import targets
+from .driving import run
+from .load import Load, measure
+from .onnx_runner import CAPACITY, onnx_runner
+from .worker import answers_descriptor
+
+CASCADE, FULL, ONNX = "cascade", "full", "onnx"
+CONTENDERS = (CASCADE, FULL, ONNX)
+
+
+def runner_of(name: str, path: Path, images: np.ndarray, folder: Path) -> tuple[Runner, int]:
+    """Return what computes, and the route that requests take."""
+    if name == ONNX:
+        return onnx_runner(path, images, folder), 0
+    found = routes.load(gati_jax.load_bundle(path))
+    runner = JaxRunner([route for route in found if name == CASCADE or not route.cascade.sites], capacity=CAPACITY)
+    return runner, routes.default(runner.routes)
+
+
+def main() -> None:
+    """Serve the parent."""
+    name, bundle, rows, classes = sys.argv[1:]
+    answers = answers_descriptor()
+    config = build_config(gati_jax.load_bundle(bundle).provenance.config)
+    images = data.load(config.data.name, config.data.splits.test, config.data.dir).images[: int(rows)]
+    expected = np.load(classes)
+    with tempfile.TemporaryDirectory() as folder:
+        runner, route = runner_of(name, Path(bundle), images, Path(folder))
+        engine = Engine(runner)
+        engine.start()
+        ask = targets.engine(engine, images, route=route, clock=time.monotonic)
+        print(json.dumps("ready"), file=answers)
+        for line in sys.stdin:
+            load = Load(**json.loads(line))
+            figures = run(measure(ask, load, images=len(images), expected=expected, cpu=time.thread_time))
+            print(json.dumps(figures), file=answers)
+        engine.stop(timeout=None)
+
+
+if __name__ == "__main__":
+    main()
