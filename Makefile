@@ -1,12 +1,12 @@
 # Every target sets itself up: a virtual environment for this Python in .venv/, from constraints.txt.
 PYTHON ?= python3
-EXTRAS ?= train,test,dev
+EXTRAS ?= train,serve,test,dev
 VENV := .venv/$(notdir $(PYTHON))
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(EXTRAS)
 TESTS ?= -m "not slow"
 
-.PHONY: help setup quickstart test lint bench stubs constraints clean
+.PHONY: help setup quickstart serve test lint bench stubs constraints clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -23,6 +23,9 @@ quickstart: $(STAMP)  ## Train a small network on digits, cache it, certify it, 
 	$(PY) -m train.base --config configs/digits.toml --out runs/digits/base
 	$(PY) -m train.caches --config configs/digits.toml --out runs/digits/caches
 	$(PY) -m train.evaluate --bundle runs/digits/caches/bundle --out runs/digits/eval
+
+serve: $(STAMP)  ## Serve the quickstart's bundle (BUNDLE=runs/r56/bundle ARGS='--http-port 8080')
+	$(PY) -m serve --bundle $(or $(BUNDLE),runs/digits/caches/bundle) $(ARGS)
 
 test: $(STAMP)  ## Run the tests (TESTS='-m slow' for those on real CIFAR-10)
 	$(PY) -m pytest -n auto --dist loadfile $(TESTS)

@@ -98,6 +98,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--shares", type=above_0, nargs="+", default=list(SHARES), metavar="SHARE", help="rates for goodput")
     p.add_argument("--burst", type=above_0, metavar="X", help="arrivals in bursts of X times the rate between them")
     p.add_argument("--seconds", type=above_0, default=10.0, metavar="S", help="of every load (default: 10)")
+    p.add_argument(
+        "--load-seconds",
+        type=above_0,
+        metavar="S",
+        help="of the load at --load, whose tail counts (default: --seconds)",
+    )
     p.add_argument("--rounds", type=cli.positive, default=5, metavar="N", help="(default: 5)")
     p.add_argument("--images", type=cli.positive, default=1000, metavar="N", help="test images (default: 1000)")
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
@@ -107,13 +113,18 @@ def parser() -> argparse.ArgumentParser:
 def compare(workers: Mapping[str, Worker], arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure everything."""
     seconds, rounds = arguments.seconds, arguments.rounds
+    load_seconds = arguments.load_seconds or seconds
+    turns = len(workers) * rounds * (load_seconds + (2 + len(arguments.shares)) * seconds)
+    print(f"{', '.join(workers)}: {turns / 60:.1f} minutes of load", file=sys.stderr)
     alone = take_turns(workers, Load(kind="closed", clients=1, seconds=seconds), rounds)
     full = take_turns(workers, Load(kind="closed", clients=SATURATING, seconds=seconds), rounds)
     slo_ms = arguments.slo_factor * median(alone[FULL], "mean_ms")
     capacity = median(full[FULL], "throughput")
     kind = "bursty" if arguments.burst else "poisson"
     opened = Load(kind=kind, seconds=seconds, burst=arguments.burst or 1.0, slo_ms=slo_ms)
-    loaded = take_turns(workers, dataclasses.replace(opened, rate=arguments.load * capacity), rounds)
+    loaded = take_turns(
+        workers, dataclasses.replace(opened, rate=arguments.load * capacity, seconds=load_seconds), rounds
+    )
     rates = [share * capacity for share in arguments.shares]
     grid = [take_turns(workers, dataclasses.replace(opened, rate=rate), rounds) for rate in rates]
     return report(alone, full, loaded, dict(zip(rates, grid, strict=True))) | {"slo_ms": slo_ms, "load": arguments.load}

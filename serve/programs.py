@@ -1,12 +1,15 @@
 """The runner's programs: gather -> span -> lookup -> scatter, one for each stage of a route and each bucket."""
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Lowered
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from gati_jax.models import Chain
@@ -17,6 +20,11 @@ from gati_jax.runtime.options import Options, compiled
 from gati_jax.runtime.packing import pack, unpack
 
 HIT, SCORE, LOGITS = 0, 1, 2  # columns of what a program says
+THREADS = min(4, os.cpu_count() or 1)  # a compiler takes some hundred MB
+
+Key = tuple[int, int, int]  # route, stage, bucket
+Progress = Callable[[int, int], None]
+"""Programs that are ready, and how many there will be."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,18 +44,40 @@ class Program:
 
 
 def build(
-    cascade: Cascade, stage: int, bucket: int, *, capacity: int, options: Options, known: dict[Any, Any]
-) -> Program:
-    """Compile a stage, unless ``known`` has a program of the same structure, to which it is added otherwise."""
-    leaves, structure = leaves_of(cascade, stage)
-    key = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), stage, bucket, options
-    if key not in known:
-        program = compiled(_run, options, static=("structure", "stage"), donate=("after",))
-        slots = jax.ShapeDtypeStruct((bucket,), jnp.int32)
-        source = before(cascade, stage, bucket, capacity)
-        after = slab(cascade, stage, capacity) if stage < len(cascade.caches) else None
-        known[key] = program.lower(leaves, source, slots, after, structure=structure, stage=stage).compile()
-    return Program(run=known[key], leaves=leaves, structure=structure)
+    wanted: Mapping[Key, tuple[Cascade, Options]], *, capacity: int, progress: Progress | None = None
+) -> dict[Key, Program]:
+    """Compile programs; those of one structure share one.
+
+    They are traced here, one after another, and compiled in threads: the compiler does not hold Python's lock.
+
+    Args:
+        wanted: By route, stage and bucket, the cascade and compiler options.
+        capacity: Rows of slabs.
+        progress: Is told how many are ready, and how many there will be; programs that are shared count once.
+    """
+    lowered: dict[Any, Lowered] = {}
+    parts: dict[Key, tuple[Any, list[Array], Any]] = {}
+    for (route, stage, bucket), (cascade, options) in wanted.items():
+        leaves, structure = leaves_of(cascade, stage)
+        same = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), stage, bucket, options
+        parts[route, stage, bucket] = same, leaves, structure
+        if same not in lowered:
+            program = compiled(_run, options, static=("structure", "stage"), donate=("after",))
+            slots = jax.ShapeDtypeStruct((bucket,), jnp.int32)
+            source = before(cascade, stage, bucket, capacity)
+            after = slab(cascade, stage, capacity) if stage < len(cascade.caches) else None
+            lowered[same] = program.lower(leaves, source, slots, after, structure=structure, stage=stage)
+    ready: dict[Any, Any] = {}
+    with ThreadPoolExecutor(THREADS, "compile") as pool:
+        compiling = {pool.submit(one.compile): same for same, one in lowered.items()}
+        for done in as_completed(compiling):
+            ready[compiling[done]] = done.result()
+            if progress is not None:
+                progress(len(ready), len(lowered))
+    return {
+        key: Program(run=ready[same], leaves=leaves, structure=structure)
+        for key, (same, leaves, structure) in parts.items()
+    }
 
 
 def leaves_of(cascade: Cascade, stage: int) -> tuple[list[Array], Any]:

@@ -3,8 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,10 @@ from jaxtyping import Array, Float, Int
 
 from gati_jax import InputError
 from gati_jax.runtime import Cascade, Tile, stages_ms, tuned_cache, tuned_chain
+from gati_jax.runtime.options import Options
 
 from . import programs
-from .programs import HIT, LOGITS, SCORE, Program
+from .programs import HIT, LOGITS, SCORE, Key, Progress
 from .records import Route, StageResult, Step
 from .routes import CascadeRoute
 
@@ -26,9 +26,6 @@ ROUNDS = 5
 LEAST_MS = 0.01  # nothing is free, whatever differences of measured times say
 
 _log = logging.getLogger(__name__)
-_Key = tuple[int, int, int]  # route, stage, bucket
-Progress = Callable[[int, int], None]
-"""Programs that are ready, and how many there will be."""
 
 
 class JaxRunner:
@@ -42,7 +39,6 @@ class JaxRunner:
         sources: The routes, see ``routes.load``; they share a base.
         capacity: Slots. Memory: capacity x the sizes of all activations at sites of caches.
         buckets: Rows that a program takes; unless told, the tuning's tiles up to ``LARGEST``, or ``BUCKETS``.
-        measure: Measure stages now even where that was done when the bundle was tuned.
         progress: Is told how far warm-up has come.
 
     Raises:
@@ -55,7 +51,6 @@ class JaxRunner:
         *,
         capacity: int = 256,
         buckets: Sequence[int] | None = None,
-        measure: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Compile, run and measure every program."""
@@ -71,10 +66,14 @@ class JaxRunner:
         """By site: slots whose rows went down with the slab that a failed step had been given."""
         self._sites = [source.cascade.sites for source in sources]
         self._chain = sources[0].cascade.chain
-        self._programs = self._build(sources, progress)
-        self.routes = tuple(self._route(number, source, measure=measure) for number, source in enumerate(sources))
-        self.warm_up_seconds = time.perf_counter() - started
-        _log.info("warm-up: %d programs in %.1f s", len(self._programs), self.warm_up_seconds)
+        self._programs = programs.build(
+            {key: (cascade, self._options(key[2])) for key, cascade in self._cascades(sources).items()},
+            capacity=capacity,
+            progress=progress,
+        )
+        self.routes = tuple(self._route(number, source) for number, source in enumerate(sources))
+        count = len({id(program.run) for program in self._programs.values()})
+        _log.info("warm-up: %d programs in %.1f s", count, time.perf_counter() - started)
 
     def dispatch(self, step: Step) -> "_Running":
         """Start a step.
@@ -119,7 +118,7 @@ class JaxRunner:
         self._lost[site] = set(range(self.capacity))
 
     def _execute(
-        self, key: _Key, images: Sequence[np.ndarray], slots: Int[np.ndarray, " bucket"]
+        self, key: Key, images: Sequence[np.ndarray], slots: Int[np.ndarray, " bucket"]
     ) -> Float[Array, "bucket columns"]:
         route, stage, bucket = key
         sites = self._sites[route]
@@ -139,22 +138,13 @@ class JaxRunner:
 
     # Warm-up
 
-    def _build(self, sources: Sequence[CascadeRoute], progress: Progress | None) -> dict[_Key, Program]:
-        built: dict[_Key, Program] = {}
-        known: dict[Any, Any] = {}
-        cascades = self._cascades(sources)
-        for key, cascade in cascades.items():
-            _, stage, bucket = key
-            tile = self._tiles[bucket]
-            options = tile.options if tile else ()
-            built[key] = programs.build(cascade, stage, bucket, capacity=self.capacity, options=options, known=known)
-            if progress is not None:
-                progress(len(built), len(cascades))
-        return built
+    def _options(self, bucket: int) -> Options:
+        tile = self._tiles[bucket]
+        return tile.options if tile else ()
 
-    def _cascades(self, sources: Sequence[CascadeRoute]) -> dict[_Key, Cascade]:
+    def _cascades(self, sources: Sequence[CascadeRoute]) -> dict[Key, Cascade]:
         """Return, for every program, the cascade by its bucket's algorithms; routes share what is the same."""
-        found: dict[_Key, Cascade] = {}
+        found: dict[Key, Cascade] = {}
         for bucket, tile in self._tiles.items():
             chain = tuned_chain(sources[0].cascade.chain, tile) if tile else sources[0].cascade.chain
             for number, source in enumerate(sources):
@@ -163,11 +153,11 @@ class JaxRunner:
                 found |= {(number, stage, bucket): cascade for stage in range(len(caches) + 1)}
         return found
 
-    def _route(self, number: int, source: CascadeRoute, *, measure: bool) -> Route:
+    def _route(self, number: int, source: CascadeRoute) -> Route:
         """Run every program, and describe the route with the times that were measured now, or when it was tuned."""
         stages = range(len(source.cascade.sites) + 1)
         tuned = {bucket: ms for bucket, tile in self._tiles.items() if (ms := _tuned_ms(source, tile)) is not None}
-        known = len(tuned) == len(self._tiles) and not measure  # times from two days are not comparable
+        known = len(tuned) == len(self._tiles)  # times from two days are not comparable
         stage_ms = {
             bucket: tuple(self._time((number, stage, bucket), 0 if known else ROUNDS) for stage in stages)
             for bucket in self._tiles
@@ -182,7 +172,7 @@ class JaxRunner:
             leave=source.leave,
         )
 
-    def _time(self, key: _Key, rounds: int) -> float:
+    def _time(self, key: Key, rounds: int) -> float:
         """Run a program on nothing but padding, once to warm up; return the median milliseconds of further rounds."""
         padding, times = np.full(key[2], self.capacity, np.int32), []
         for _ in range(1 + rounds):

@@ -16,7 +16,7 @@ import gati_jax
 from gati_jax import Candidate, Normalization, Plan
 from gati_jax.caches import Grid, LinearSelector, SortedSelector
 from gati_jax.models import ResNet, fold, init, to_chain
-from tests.bundle.made import drawn, make_certificate, make_plan
+from tests.bundle.made import drawn, make_certificate
 from tests.serve.fakes import pixels
 
 
@@ -35,21 +35,31 @@ def residual() -> gati_jax.Bundle:
             "selector": drawn(rng, lambda s=selector: s.init(jax.random.key(0), jnp.zeros((1, 5)))),
         }
         caches.append(Candidate(f"grid@{site}", site, predictor, selector, params))
-    plan = make_plan(tuple(caches), depth=2)
-    scores = gati_jax.replay(chain, caches, pixels(64)).scores
-    path = np.array([[np.inf, np.inf], np.median(scores, axis=1)], np.float32)
-    plan = Plan(**{**vars(plan), "path": path, "disagreement": plan.disagreement[:2], "mean_ms": plan.mean_ms[:2]})
-    certificate = make_certificate(plan, step=1)
-    return gati_jax.Bundle(chain=chain, caches=tuple(caches), plan=plan, certificate=certificate)
+    return half_hit(chain, caches, pixels(64))
 
 
 @pytest.fixture(scope="session")
-def dense(chain, candidates, planned) -> gati_jax.Bundle:
-    """The dense network on digits, trained; prepared inputs only."""
-    plan, certificate = planned
-    named = {candidate.name: candidate for candidate in candidates}
-    caches = tuple(named[name] for name in plan.names)
-    return gati_jax.Bundle(chain=chain, caches=caches, plan=plan, certificate=certificate)
+def dense(chain, candidates, splits) -> gati_jax.Bundle:
+    """The dense network on digits, trained, with a cache at each of its sites 1 to 4; prepared inputs only."""
+    return half_hit(chain, candidates, splits["test"][:256])
+
+
+def half_hit(chain, caches, images) -> gati_jax.Bundle:
+    """A bundle that takes every exit: thresholds are medians, of an even number of scores, so that none is at one."""
+    caches = tuple(caches)
+    scores = gati_jax.replay(chain, caches, images).scores
+    path = np.stack([np.full(len(caches), np.inf), np.median(scores, axis=1)]).astype(np.float32)
+    plan = Plan(
+        names=tuple(cache.name for cache in caches),
+        sites=tuple(cache.site for cache in caches),
+        depth=len(chain),
+        path=path,
+        disagreement=np.array([0.0, 0.01]),
+        mean_ms=np.array([3.0, 2.0]),
+        n=2,
+        rows=np.array([1, 2**64 - 1], np.uint64),
+    )
+    return gati_jax.Bundle(chain=chain, caches=caches, plan=plan, certificate=make_certificate(plan, step=1))
 
 
 @pytest.fixture(scope="session")

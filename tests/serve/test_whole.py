@@ -1,9 +1,12 @@
 """From a bundle on disk to clients: the answers are those of the library."""
 
+import asyncio
+
 import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+from tritonclient.http import aio
 
 import gati_jax
 from gati_jax import InputError
@@ -18,7 +21,7 @@ def served(residual, fake, tmp_path_factory):
     """A bundle, and the ports where it is served."""
     path = tmp_path_factory.mktemp("served") / "bundle"
     gati_jax.save_bundle(path, residual.chain, residual.caches, residual.plan, residual.certificate)
-    parts = assemble(Settings(bundle=path, capacity=32, reference=True))
+    parts = assemble(Settings(bundle=path, capacity=64, reference=True))
     backend = parts.start()
     parts.service.warmed_up(backend)
     with fake.sockets(parts.service, parts.metrics, limit=2**20) as ports:
@@ -48,6 +51,34 @@ def test_every_answer_is_that_of_infer_batch(served, transport, prepared):
         np.testing.assert_allclose(
             np.asarray(result.as_numpy(name), float), getattr(expected, name), rtol=1e-4, atol=1e-5
         )
+
+
+def test_of_many_requests_at_once_none_is_lost_and_none_mixed_up(served):
+    """2,000 requests of one or two images by 32 clients; logits of random images differ by far more than arithmetic."""
+    bundle, ports, _ = served
+    images = pixels(200)
+    expected = gati_jax.infer_batch(bundle, images, numerics="reference")
+    rng = np.random.default_rng(0)
+    wanted = [rng.integers(0, len(images), rng.integers(1, 3)) for _ in range(2000)]
+
+    async def client(connection, requests):
+        for rows in requests:
+            given = aio.InferInput("images", [len(rows), 8, 8, 3], "UINT8").set_data_from_numpy(images[rows])
+            result = await connection.infer("gati", [given])
+            np.testing.assert_array_equal(result.as_numpy("exit"), np.asarray(expected.exit)[rows])
+            np.testing.assert_allclose(
+                np.asarray(result.as_numpy("logits"), float), np.asarray(expected.logits)[rows], rtol=1e-4, atol=1e-4
+            )
+            answered.append(len(rows))
+
+    async def clients():
+        async with aio.InferenceServerClient(f"127.0.0.1:{ports[0]}", conn_limit=32) as connection:
+            await asyncio.gather(*(client(connection, wanted[k::32]) for k in range(32)))
+
+    answered: list[int] = []
+    asyncio.run(clients())
+    assert sum(answered) == sum(map(len, wanted))
+    assert len(answered) == 2000
 
 
 def test_epsilon_zero_asks_the_base(served):
