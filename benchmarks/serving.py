@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
         "--load-seconds",
         type=above_0,
         metavar="S",
-        help="of the load at --load, whose tail counts (default: --seconds)",
+        help="of the load at --load, for its tail (default: --seconds)",
     )
     p.add_argument("--rounds", type=cli.positive, default=5, metavar="N", help="(default: 5)")
     p.add_argument("--images", type=cli.positive, default=1000, metavar="N", help="test images (default: 1000)")
