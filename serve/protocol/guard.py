@@ -4,6 +4,7 @@ import hmac
 import logging
 import math
 import time
+from collections.abc import Callable
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,9 +32,14 @@ def check_token(token: str | None, authorization: str | None) -> None:
 class Guard:
     """An ASGI application around another one."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, *, token: str | None = None) -> None:
-        """Ask for ``token`` on everything but health, if there is one."""
-        self._app, self._metrics, self._token = app, metrics, token
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, *, token: str | None = None, draining: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Ask for ``token`` on everything but health, if there is one.
+
+        While ``draining``, connections are not kept: a client that sends on one as it is closed would get no answer.
+        """
+        self._app, self._metrics, self._token, self._draining = app, metrics, token, draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
@@ -49,7 +55,8 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                last = ((b"connection", b"close"),) if self._draining() else ()
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), *last]
             await send(message)
 
         try:

@@ -83,7 +83,7 @@ def create_app(service: Service, metrics: Metrics, *, limit: int, token: str | N
         )(handlers.infer)
     for kind in (ServeError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
-    return Guard(app, metrics, token=token)
+    return Guard(app, metrics, token=token, draining=lambda: service.draining)
 
 
 class _Handlers:

@@ -107,7 +107,7 @@ class Service:
         """
         self.model = model
         self.timeout = timeout
-        self._draining = False
+        self.draining = False
         self._backend: Backend | None = None
         self._tally, self._clock = tally, clock
         self._names = [name.encode() for name in model.class_names] or [str(i).encode() for i in range(model.classes)]
@@ -118,12 +118,12 @@ class Service:
 
     def drain(self) -> None:
         """Say that the server is going away; requests that come all the same are answered."""
-        self._draining = True
+        self.draining = True
 
     @property
     def ready(self) -> bool:
         """Whether new requests should come here."""
-        return self._backend is not None and not self._draining and self._backend.engine.statistics().running
+        return self._backend is not None and not self.draining and self._backend.engine.statistics().running
 
     def check_ready(self) -> None:
         """Check that new requests should come here.

@@ -17,7 +17,7 @@ from gati_jax import Candidate, Normalization, Plan
 from gati_jax.caches import Grid, LinearSelector, SortedSelector
 from gati_jax.models import ResNet, fold, init, to_chain
 from tests.bundle.made import drawn, make_certificate
-from tests.serve.fakes import pixels
+from tests.serve.fake_runner import pixels
 
 
 @pytest.fixture(scope="session")

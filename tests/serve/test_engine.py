@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from serve.engine import Engine
 from serve.records import DeadlineError, OverloadedError, StageResult, StepError, StoppingError
-from tests.serve.fakes import CLASSES, FakeRunner, image, route
+from tests.serve.fake_runner import CLASSES, FakeRunner, image, route
 
 PATIENCE = 30  # seconds until a test that hangs fails
 

@@ -340,7 +340,9 @@ def test_nothing_is_answered_before_the_warm_up(fake):
     assert ask(front, "GET", "/v2/health/ready").json() == {"ready": True}
     front.service.drain()
     assert ask(front, "GET", "/v2/health/ready").status_code == 503
-    outputs(ask(front, json={"inputs": [tensor()]}))  # who comes all the same is answered
+    response = ask(front, json={"inputs": [tensor()]})  # who comes all the same is answered
+    assert outputs(response)
+    assert response.headers["connection"] == "close"  # and does not stay
 
 
 @pytest.mark.parametrize("path", [INFER, "/v2", "/v2/models/gati", "/metrics", "/docs", "/openapi.json", "/nowhere"])

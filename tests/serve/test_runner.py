@@ -16,7 +16,7 @@ from serve import routes
 from serve.engine import Engine
 from serve.records import Job, Step
 from serve.runner import JaxRunner
-from tests.serve.fakes import pixels
+from tests.serve.fake_runner import pixels
 
 CAPACITY = 8
 INF = np.inf

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from serve import policy
 from serve.records import Job, OverloadedError
 from serve.scheduler import Scheduler
-from tests.serve.fakes import image, route
+from tests.serve.fake_runner import image, route
 
 
 def job(arrived=0.0, *, route=0, deadline=None, leaves_at=0):
