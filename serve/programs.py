@@ -38,8 +38,8 @@ class Program:
 
     def __call__(
         self, source: PyTree, slots: Int[np.ndarray, " bucket"], after: Array | None
-    ) -> tuple[Float[Array, "bucket columns"], Array | None]:
-        """Start it."""
+    ) -> tuple[Float[Array, "bucket columns"], Any]:
+        """Start it; the slab that is returned with what it says is None behind the last stage."""
         return self.run(self.leaves, source, slots, after)
 
 
@@ -116,8 +116,8 @@ def to_source(chain: Chain, images: Sequence[Shaped[np.ndarray, "*input"]], buck
     spec = chain.input_spec
     prepared = np.zeros((bucket, *spec.shape), spec.dtype)
     if chain.normalization is None:
-        for row, image in zip(prepared, images, strict=False):
-            row[...] = image
+        for i, image in enumerate(images):
+            prepared[i] = image
         return [prepared]
     pixels, is_pixels = np.zeros((bucket, *spec.shape), np.uint8), np.zeros(bucket, bool)
     for i, image in enumerate(images):

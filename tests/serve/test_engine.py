@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from serve.engine import Engine
 from serve.records import DeadlineError, OverloadedError, StageResult, StepError, StoppingError
-from tests.serve.fake_runner import CLASSES, FakeRunner, image, route
+from tests.serve.fake_runner import CLASSES, FakeRunner, FakeRunning, image, route
 
 PATIENCE = 30  # seconds until a test that hangs fails
 
@@ -120,11 +120,13 @@ def test_a_step_that_fails_fails_its_jobs_only(make):
 
 @pytest.mark.parametrize("rows", [0, 2])
 def test_a_runner_that_speaks_of_others_fails_the_step(make, rows):
+    class OfOthers(FakeRunning):
+        def result(self):
+            return StageResult(*(np.concatenate([column] * 2)[:rows] for column in super().result()))
+
     class Wrong(FakeRunner):
         def dispatch(self, step):
-            found = super().dispatch(step).result()
-            wrong = StageResult(*(np.concatenate([column] * 2)[:rows] for column in found))
-            return type("Running", (), {"result": lambda _: wrong})()
+            return OfOthers(self, step)
 
     with pytest.raises(StepError, match="ValueError"):
         make(Wrong([route(1.0)])).submit(images((0, 1)), route=0)[0].result(PATIENCE)

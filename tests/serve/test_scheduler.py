@@ -11,19 +11,25 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from serve import policy
-from serve.records import Job, OverloadedError
+from serve.records import Job, OverloadedError, Step
 from serve.scheduler import Scheduler
 from tests.serve.fake_runner import image, route
 
 
-def job(arrived=0.0, *, route=0, deadline=None, leaves_at=0):
+def job(arrived=0.0, *, route=0, deadline=None, leaves_at=0) -> Job:
     return Job(image=image(leaves_at), route=route, arrived=arrived, deadline=deadline)
 
 
-def admit(scheduler, *jobs):
+def admit(scheduler, *jobs: Job) -> tuple[Job, ...]:
     for each in jobs:
         scheduler.admit((each,), each.arrived)
     return jobs
+
+
+def take(scheduler, now) -> Step:
+    step = scheduler.next_step(now)
+    assert step
+    return step
 
 
 def leaves(step):
@@ -69,11 +75,11 @@ def test_survivors_of_several_arrivals_are_merged():
     scheduler = Scheduler([route(1.0, 1.0)], 8)
     first, second = admit(scheduler, job(0.0, leaves_at=1), job(0.5, leaves_at=1))
     scheduler.drop(0.5)
-    step = scheduler.next_step(0.5)
+    step = take(scheduler, 0.5)
     assert (step.stage, step.bucket, step.jobs) == (0, 2, (first, second))
     scheduler.finish(step, [False, False], 0.6)
     (third,) = admit(scheduler, job(0.6, leaves_at=1))
-    steps = [scheduler.next_step(0.6) for _ in range(2)]
+    steps = [take(scheduler, 0.6) for _ in range(2)]
     assert {step.stage: step.jobs for step in steps} == {0: (third,), 1: (first, second)}
     assert scheduler.next_step(0.6) is None
 
@@ -85,9 +91,9 @@ def test_deeper_stages_come_first_where_the_gain_is_the_same():
     assert policy.gain(flat, (2 / 3, 1.0), 0, 1, 1) == policy.gain(flat, (2 / 3, 1.0), 1, 1, 1)
     scheduler = Scheduler([a_route], 8)
     (deep,) = admit(scheduler, job(0.0))
-    scheduler.finish(scheduler.next_step(0.0), [False], 0.0)
+    scheduler.finish(take(scheduler, 0.0), [False], 0.0)
     admit(scheduler, job(0.0))
-    assert scheduler.next_step(1.0).jobs == (deep,)
+    assert take(scheduler, 1.0).jobs == (deep,)
 
 
 def test_who_is_rare_and_dear_is_served_in_the_end():
@@ -95,28 +101,27 @@ def test_who_is_rare_and_dear_is_served_in_the_end():
     cheap, dear = route(1.0), route(100.0)
     scheduler = Scheduler([cheap, dear], 8, max_wait=0.00205)
     (rare,) = admit(scheduler, job(0.0, route=1))
-    for millisecond in range(1000):
-        now = millisecond / 1e3
+    steps: list[Step] = []
+    while not steps or steps[-1].jobs != (rare,):
+        now = len(steps) / 1e3
         admit(scheduler, job(now))
-        step = scheduler.next_step(now)
-        if step.jobs == (rare,):
-            break
-        scheduler.finish(step, [True], now + 1e-3)
+        steps.append(take(scheduler, now))
+        scheduler.finish(steps[-1], [True], now + 1e-3)
     # gains 1 and 1/100, ages 0 and t: 1/100 * (1 + t / 2.05 ms) > 1 from t = 202.95 ms on
-    assert millisecond == 203
+    assert len(steps) - 1 == 203
 
 
 def test_an_urgent_job_goes_first_and_a_hopeless_one_does_not():
     for deadline, first in ((0.015, 0), (0.0105, 1), (0.009, 0)):  # time enough; needs 10 ms, 0.5 to spare; hopeless
         scheduler = Scheduler([route(1.0), route(10.0)], 8, max_wait=1.0)
         admit(scheduler, job(0.0), job(0.0, route=1, deadline=deadline))
-        assert scheduler.next_step(0.0).route == first
+        assert take(scheduler, 0.0).route == first
 
 
 def test_a_queue_is_served_by_deadline_then_by_arrival():
     scheduler = Scheduler([route(1.0, buckets=(1,))], 8)
     late, early, second, soon = admit(scheduler, job(0.2), job(0.1), job(0.1), job(0.3, deadline=0.5))
-    order = [scheduler.next_step(0.3).jobs[0] for _ in range(4)]
+    order = [take(scheduler, 0.3).jobs[0] for _ in range(4)]
     assert order == [soon, early, second, late]
 
 
@@ -124,7 +129,7 @@ def test_patience_keeps_deadlines_from_starving_who_has_none():
     scheduler = Scheduler([route(1.0, buckets=(1,))], 8)
     (patient,) = admit(scheduler, job(0.0))
     admit(scheduler, job(2.0, deadline=2.5))  # due after the patient one was
-    assert scheduler.next_step(2.0).jobs == (patient,)
+    assert take(scheduler, 2.0).jobs == (patient,)
 
 
 # Admission, and who leaves otherwise
@@ -147,7 +152,7 @@ def test_the_backlog_counts_who_runs_and_who_will_survive():
     admit(scheduler, job(), job(), job())
     # a row takes 5/4 ms, and half of them 10/4 more
     assert scheduler.backlog_ms == pytest.approx(3 * 2.5)
-    step = scheduler.next_step(0.0)
+    step = take(scheduler, 0.0)
     assert len(step.jobs) == 2
     assert scheduler.backlog_ms == pytest.approx(3.0 + 1 * 2.5 + 2.5)  # the step, its survivor, who waits
     scheduler.fail(step)
@@ -160,14 +165,14 @@ def test_who_waits_in_vain_is_dropped_before_a_step_and_gives_back_its_slot():
     gone.done.cancel()
     assert scheduler.drop(0.5) == [expired, gone]
     assert scheduler.in_use == 1
-    assert scheduler.next_step(0.5).jobs == (kept,)
+    assert take(scheduler, 0.5).jobs == (kept,)
     assert scheduler.drop(9.0) == []  # it is running
 
 
 def test_who_leaves_during_a_step_is_not_queued_again():
     scheduler = Scheduler([route(1.0, 1.0)], 3)
     (gone,) = admit(scheduler, job())
-    step = scheduler.next_step(0.0)
+    step = take(scheduler, 0.0)
     gone.done.cancel()
     assert scheduler.in_use == 1  # its row is still being written
     assert scheduler.finish(step, [False], 0.1) == [gone]
@@ -177,7 +182,7 @@ def test_who_leaves_during_a_step_is_not_queued_again():
 def test_a_failed_step_gives_back_its_slots_only():
     scheduler = Scheduler([route(1.0, buckets=(1,))], 3)
     admit(scheduler, job(), job())
-    scheduler.fail(scheduler.next_step(0.0))
+    scheduler.fail(take(scheduler, 0.0))
     assert (scheduler.in_use, scheduler.waiting) == (1, {(0, 0): 1})
 
 
@@ -185,7 +190,7 @@ def test_shares_follow_the_traffic():
     scheduler = Scheduler([route(1.0, 1.0, leave=(0.9, 1.0), buckets=(4,))], 8)
     for _ in range(1000):
         scheduler.admit([job() for _ in range(4)], 0.0)
-        scheduler.finish(scheduler.next_step(0.0), [True, False, False, False], 0.0)
+        scheduler.finish(take(scheduler, 0.0), [True, False, False, False], 0.0)
         while step := scheduler.next_step(0.0):
             scheduler.finish(step, [True] * len(step.jobs), 0.0)
     assert scheduler.leave[0][0] == pytest.approx(0.25, abs=0.01)
@@ -310,7 +315,7 @@ def test_nobody_starves(cheap, dear, leave, deadlines):
         while scheduler.in_use < 8:
             admit(scheduler, job(now, deadline=now + 0.9 if deadlines else None))
         scheduler.drop(now)
-        step = scheduler.next_step(now)
+        step = take(scheduler, now)
         now += routes[step.route].stage_ms[step.bucket][step.stage] / 1e3
         scheduler.finish(step, leaves(step), now)
         assert now < bound
