@@ -111,20 +111,20 @@ class Engine:
         now = self._clock()
         jobs = [Job(image=x, route=route, arrived=now, deadline=deadline, request_id=request_id) for x in images]
         try:
-            self._admit(jobs, now)
+            self._admit(jobs)
         except (OverloadedError, StoppingError) as error:
             reason = "overloaded" if isinstance(error, OverloadedError) else "stopping"
             self._tell(lambda observer: observer.refused(reason))
             raise
         return [job.done for job in jobs]
 
-    def _admit(self, jobs: Sequence[Job], now: float) -> None:
+    def _admit(self, jobs: Sequence[Job]) -> None:
         with self._wake:
             self._count["refused"] += len(jobs)
             if self._stopping:
                 msg = "stopping: the server admits nothing more"
                 raise StoppingError(msg)
-            self._scheduler.admit(jobs, now)
+            self._scheduler.admit(jobs)
             self._count["refused"] -= len(jobs)
             self._wake.notify()
 
@@ -223,7 +223,7 @@ class Engine:
             self._fail(dispatched, error)
             return
         with self._wake:
-            given_up = self._scheduler.finish(step, [answer is not None for answer in answers], now)
+            given_up = self._scheduler.finish(step, [answer is not None for answer in answers])
             self._claim(given_up)
             leaving = [(job, answer) for job, answer in zip(step.jobs, answers, strict=True) if answer is not None]
             claimed = set(self._claim([job for job, _ in leaving]))

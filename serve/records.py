@@ -56,8 +56,6 @@ class Job:
     request_id: str = ""
     stage: int = 0
     slot: int = -1
-    since: float = 0.0
-    """When it came to the queue where it waits."""
     computed: float = 0.0
     """Seconds spent in steps; the engine's thread alone adds to it."""
 

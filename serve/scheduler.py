@@ -85,7 +85,7 @@ class Scheduler:
 
     # What changes it
 
-    def admit(self, jobs: Sequence[Job], now: float) -> None:
+    def admit(self, jobs: Sequence[Job]) -> None:
         """Give every job a slot and a place in its first queue; all of them or none.
 
         Raises:
@@ -101,7 +101,7 @@ class Scheduler:
             raise OverloadedError(msg, retry)
         for job in jobs:
             job.slot = self._free.pop()
-            self._queue(job, 0, now)
+            self._queue(job, 0)
 
     def drop(self, now: float) -> list[Job]:
         """Take out, and return, who waits in vain: past the deadline, or abandoned."""
@@ -132,13 +132,12 @@ class Scheduler:
         self._running.append(step)
         return step
 
-    def finish(self, step: Step, left: Sequence[bool], now: float) -> list[Job]:
+    def finish(self, step: Step, left: Sequence[bool]) -> list[Job]:
         """Free the slots of those who left; the others queue for the next stage.
 
         Args:
             step: What ran.
             left: Of its jobs; of the last stage, all.
-            now: Seconds.
 
         Returns:
             Those who did not leave but were abandoned: they are not queued.
@@ -150,7 +149,7 @@ class Scheduler:
         self._release(given_up)
         for job in others:
             if job.slot >= 0:  # not given up: a client may leave at any moment, so this is not asked twice
-                self._queue(job, step.stage + 1, now)
+                self._queue(job, step.stage + 1)
         self._learn(step, sum(left))
         return given_up
 
@@ -166,8 +165,8 @@ class Scheduler:
         self._release(jobs)
         return jobs
 
-    def _queue(self, job: Job, stage: int, now: float) -> None:
-        job.stage, job.since = stage, now
+    def _queue(self, job: Job, stage: int) -> None:
+        job.stage = stage
         due = job.arrived + PATIENCE if job.deadline is None else min(job.deadline, job.arrived + PATIENCE)
         queue = self._queues.setdefault((job.route, stage), [])
         bisect.insort(queue, _Waiting(due, job.arrived, next(self._numbers), job))

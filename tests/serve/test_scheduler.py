@@ -22,7 +22,7 @@ def job(arrived=0.0, *, route=0, deadline=None, leaves_at=0) -> Job:
 
 def admit(scheduler, *jobs: Job) -> tuple[Job, ...]:
     for each in jobs:
-        scheduler.admit((each,), each.arrived)
+        scheduler.admit((each,))
     return jobs
 
 
@@ -77,7 +77,7 @@ def test_survivors_of_several_arrivals_are_merged():
     scheduler.drop(0.5)
     step = take(scheduler, 0.5)
     assert (step.stage, step.bucket, step.jobs) == (0, 2, (first, second))
-    scheduler.finish(step, [False, False], 0.6)
+    scheduler.finish(step, [False, False])
     (third,) = admit(scheduler, job(0.6, leaves_at=1))
     steps = [take(scheduler, 0.6) for _ in range(2)]
     assert {step.stage: step.jobs for step in steps} == {0: (third,), 1: (first, second)}
@@ -91,7 +91,7 @@ def test_deeper_stages_come_first_where_the_gain_is_the_same():
     assert policy.gain(flat, (2 / 3, 1.0), 0, 1, 1) == policy.gain(flat, (2 / 3, 1.0), 1, 1, 1)
     scheduler = Scheduler([a_route], 8)
     (deep,) = admit(scheduler, job(0.0))
-    scheduler.finish(take(scheduler, 0.0), [False], 0.0)
+    scheduler.finish(take(scheduler, 0.0), [False])
     admit(scheduler, job(0.0))
     assert take(scheduler, 1.0).jobs == (deep,)
 
@@ -102,11 +102,11 @@ def test_who_is_rare_and_dear_is_served_in_the_end():
     scheduler = Scheduler([cheap, dear], 8, max_wait=0.00205)
     (rare,) = admit(scheduler, job(0.0, route=1))
     steps: list[Step] = []
-    while not steps or steps[-1].jobs != (rare,):
+    while len(steps) < 1000 and (not steps or steps[-1].jobs != (rare,)):
         now = len(steps) / 1e3
         admit(scheduler, job(now))
         steps.append(take(scheduler, now))
-        scheduler.finish(steps[-1], [True], now + 1e-3)
+        scheduler.finish(steps[-1], [True])
     # gains 1 and 1/100, ages 0 and t: 1/100 * (1 + t / 2.05 ms) > 1 from t = 202.95 ms on
     assert len(steps) - 1 == 203
 
@@ -137,14 +137,14 @@ def test_patience_keeps_deadlines_from_starving_who_has_none():
 
 def test_all_images_of_a_request_are_admitted_or_none():
     scheduler = Scheduler([route(2.0)], 8, admitted=3, max_wait=0.001)
-    scheduler.admit([job(), job()], 0.0)
+    scheduler.admit([job(), job()])
     with pytest.raises(OverloadedError, match="2 of 3 places are taken") as refused:
-        scheduler.admit([job(), job()], 0.0)
+        scheduler.admit([job(), job()])
     assert (scheduler.in_use, scheduler.waiting) == (2, {(0, 0): 2})
     # two rows of 5/4 ms wait; half of that until one of them has left
     assert refused.value.retry_after == pytest.approx(2 * 1.25e-3 / 2)
     with pytest.raises(ValueError, match="images: expected at most 3 at once, got 4"):
-        scheduler.admit([job()] * 4, 0.0)
+        scheduler.admit([job()] * 4)
 
 
 def test_the_backlog_counts_who_runs_and_who_will_survive():
@@ -175,7 +175,7 @@ def test_who_leaves_during_a_step_is_not_queued_again():
     step = take(scheduler, 0.0)
     gone.done.cancel()
     assert scheduler.in_use == 1  # its row is still being written
-    assert scheduler.finish(step, [False], 0.1) == [gone]
+    assert scheduler.finish(step, [False]) == [gone]
     assert (scheduler.in_use, scheduler.waiting) == (0, {})
 
 
@@ -189,10 +189,10 @@ def test_a_failed_step_gives_back_its_slots_only():
 def test_shares_follow_the_traffic():
     scheduler = Scheduler([route(1.0, 1.0, leave=(0.9, 1.0), buckets=(4,))], 8)
     for _ in range(1000):
-        scheduler.admit([job() for _ in range(4)], 0.0)
-        scheduler.finish(take(scheduler, 0.0), [True, False, False, False], 0.0)
+        scheduler.admit([job() for _ in range(4)])
+        scheduler.finish(take(scheduler, 0.0), [True, False, False, False])
         while step := scheduler.next_step(0.0):
-            scheduler.finish(step, [True] * len(step.jobs), 0.0)
+            scheduler.finish(step, [True] * len(step.jobs))
     assert scheduler.leave[0][0] == pytest.approx(0.25, abs=0.01)
     assert scheduler.leave[0][1] == 1.0
 
@@ -228,10 +228,10 @@ class Anything(RuleBasedStateMachine):
         new = [job(self.now, route=to, leaves_at=leaves_at, deadline=deadline) for _ in range(number)]
         if len(self.on_their_way) + number > self.CAPACITY:
             with pytest.raises(OverloadedError) as refused:
-                self.scheduler.admit(new, self.now)
+                self.scheduler.admit(new)
             assert refused.value.retry_after > 0
         else:
-            self.scheduler.admit(new, self.now)
+            self.scheduler.admit(new)
             self.on_their_way += new
 
     @rule(which=st.integers(0, CAPACITY - 1))
@@ -261,7 +261,7 @@ class Anything(RuleBasedStateMachine):
         out = [each.image[0] <= step.stage for each in step.jobs]
         if step.stage == len(self.routes[step.route].sites):
             out = [True] * len(out)
-        given_up = self.scheduler.finish(step, out, self.now)
+        given_up = self.scheduler.finish(step, out)
         assert all(each.abandoned for each in given_up)
         self.end([each for each, is_out in zip(step.jobs, out, strict=True) if is_out] + given_up)
 
@@ -317,7 +317,7 @@ def test_nobody_starves(cheap, dear, leave, deadlines):
         scheduler.drop(now)
         step = take(scheduler, now)
         now += routes[step.route].stage_ms[step.bucket][step.stage] / 1e3
-        scheduler.finish(step, leaves(step), now)
+        scheduler.finish(step, leaves(step))
         assert now < bound
 
 
@@ -340,7 +340,7 @@ def simulate(a_route, arrivals, leaves_at):
         now += a_route.stage_ms[step.bucket][step.stage] / 1e3
         out = [stage or step.stage == len(a_route.sites) for stage in leaves(step)]
         seconds |= {names[each]: now - each.arrived for each, is_out in zip(step.jobs, out, strict=True) if is_out}
-        scheduler.finish(step, out, now)
+        scheduler.finish(step, out)
     return np.array([seconds[number] for number in sorted(seconds)])
 
 
