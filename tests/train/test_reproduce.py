@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import binom
 
 from tests.train.one_pass import Run, caches_arguments, json_of, small_and_repeatable, strict
-from train import page, reproduce
+from train import page, reproduce, standings
 
 HEADS = (
     '[{name = "grid", predictor = {kind = "grid", cells = 2, hidden = 8}, selectors = [{kind = "linear"}]},'
@@ -24,7 +24,7 @@ def reproduce_in(folder: Path, run: Run, *more: str) -> Any:
     arguments = [*caches_arguments(run.folder), *options, "--measure_rounds", "3", "--out", str(folder), *more]
     with small_and_repeatable(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(reproduce, "ROUNDS", 2)
-        patch.setattr(reproduce, "TIMED", 4)
+        patch.setattr(standings, "TIMED", 4)
         return json_of(reproduce.main, *arguments)
 
 
