@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from gati_jax.caches import Candidate, lookup
+from gati_jax.caches import Candidate, Network, lookup
 from gati_jax.models import Chain
 
 from .batched import BatchedCascade, predict_tiled
@@ -48,30 +48,35 @@ def time_lookups(
 
     That is a difference of two long times, and noise may eat it up or turn it around. But no lookup is free, and a plan
     that takes one for free looks up everywhere: each costs at least ``LEAST_SHARE`` of its time alone. Most of that
-    time is the start of its program, so that where differences are clear, they are several times as much.
+    time is the start of its program, so that where differences are clear, they are several times as much. A small
+    network before the base is long enough to be timed alone.
     """
     alike: dict[tuple[object, ...], list[Candidate]] = {}
     for candidate in candidates:
         alike.setdefault(_predictor_key(candidate), []).append(candidate)
+    distinct = [candidate for candidate, *_ in alike.values()]
+    alone = _time_alone(chain, distinct, len(images), rounds, options)
+    cascades = _cascades(cache for cache in distinct if not isinstance(cache.predictor, Network))
+    programs = {str(i): [_all_miss(chain, caches, images, options)] * TURN for i, caches in enumerate([(), *cascades])}
+    # The first call of a turn finds its weights cold.
+    turns = {int(i): np.median(ms[:, 1:], axis=1) for i, ms in time_turns(programs, rounds).items()}
+    milliseconds = {cache.name: alone[cache.name] for cache in distinct}
+    for i, caches in enumerate(cascades, start=1):
+        whole = sum(alone[cache.name] for cache in caches)
+        added = max(LEAST_SHARE * whole, float(np.median(turns[i] - turns[0])))
+        milliseconds |= {cache.name: added * alone[cache.name] / whole for cache in caches}
+    return {other.name: milliseconds[first.name] for first, *rest in alike.values() for other in (first, *rest)}
+
+
+def _cascades(candidates: Iterable[Candidate]) -> list[tuple[Candidate, ...]]:
+    """Deal candidates out to cascades, each with one at a site."""
     groups: list[dict[int, Candidate]] = []
-    for candidate, *_ in alike.values():
+    for candidate in candidates:
         free = next((group for group in groups if candidate.site not in group), None)
         if free is None:
             groups.append(free := {})
         free[candidate.site] = candidate
-    cascades = [tuple(group[site] for site in sorted(group)) for group in groups]
-    programs = {str(i): [_all_miss(chain, caches, images, options)] * TURN for i, caches in enumerate([(), *cascades])}
-    # The first call of a turn finds its weights cold.
-    turns = {int(i): np.median(ms[:, 1:], axis=1) for i, ms in time_turns(programs, rounds).items()}
-    alone = _time_alone(chain, [cache for caches in cascades for cache in caches], len(images), rounds, options)
-    milliseconds = {}
-    for i, caches in enumerate(cascades, start=1):
-        whole = sum(alone[cache.name] for cache in caches)
-        added = max(LEAST_SHARE * whole, float(np.median(turns[i] - turns[0])))
-        for cache in caches:
-            share = added * alone[cache.name] / whole
-            milliseconds |= dict.fromkeys((other.name for other in alike[_predictor_key(cache)]), share)
-    return milliseconds
+    return [tuple(group[site] for site in sorted(group)) for group in groups]
 
 
 def _predictor_key(candidate: Candidate) -> tuple[object, ...]:

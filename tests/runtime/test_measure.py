@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import gati_jax
+from gati_jax.caches import Network
+from gati_jax.models import ResNet
 from gati_jax.runtime import (
     Cascade,
     Speed,
@@ -90,6 +92,14 @@ def test_a_predictor_costs_the_same_under_every_selector(chain, candidates, made
     made_up |= {"0": 4.0, "1": 4.5, "2": 4.75}
     costs = measure_costs(chain, (one, again, other), rounds=3)
     assert costs.lookup_ms == {one.name: 0.5, "again": 0.5, "other": 0.75}
+
+
+def test_a_small_network_is_timed_alone(chain, candidates, made_up):
+    """It is long enough; a difference of two longer times would be noise."""
+    head = candidates.items[0]
+    small = dataclasses.replace(head, name="small", predictor=Network(10, ResNet(stages=(1,), widths=(4,))))
+    made_up |= {"0": 4.0, "1": 4.5, "small": 2.5}
+    assert measure_costs(chain, (small, head), rounds=3).lookup_ms == {"small": 2.5, head.name: 0.5}
 
 
 @pytest.mark.usefixtures("made_up")
