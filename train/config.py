@@ -306,6 +306,8 @@ def _explain(model: type[Section], loc: tuple[int | str, ...], kind: str, messag
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(key, _keys(model), n=1, cutoff=0.0)
         return f"config: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+    if not loc:  # of the whole file: nobody wants to read all of it again
+        return f"config: {message}"
     return f"config: {key}: {message}" + ("" if kind == "missing" else f", got {got!r}")
 
 
