@@ -116,13 +116,11 @@ class Reproduction(Run):
     certified: Group
     accurate: Group
     measured: Measured
-    base_ms: float | None = None
-    """Timed in turns with the policies; None where it was not."""
 
     @property
     def full_ms(self) -> float:
         """What a request takes in the base."""
-        return self.certified.rows[0].full_ms if self.base_ms is None else self.base_ms
+        return self.certified.rows[0].full_ms
 
 
 class Served(_Part):
