@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gati_jax import InputError
-from gati_jax.runtime.measure import spread
+from gati_jax.runtime.timing import spread
 from train import cli
 
 EXAMPLE = "python -m benchmarks.table benchmarks/results/resnet18-cpu.json"

@@ -3,6 +3,7 @@
 import numpy as np
 
 from ._errors import InputError
+from .data import fingerprint
 from .planning import CONDITIONAL, Certificate, Plan
 
 MAX_PLANS = 4
@@ -22,6 +23,9 @@ def check_plans(pairs: CertifiedPlans) -> None:
     for plan, certificate in pairs:
         if certificate.plan_hash != plan.hash:
             msg = "certificate: expected that of this plan, got another plan's"
+            raise InputError(msg)
+        if certificate.select_fingerprint not in {"", fingerprint(plan.rows)}:
+            msg = "certificate: expected that of a plan composed on these rows, got one composed on others"
             raise InputError(msg)
         if certificate.step >= len(plan.path) or (certificate.step > 0 and not _same_exits(plan, certificate)):
             msg = f"certificate: expected a step of the plan's path and its exits, got step {certificate.step}"

@@ -19,7 +19,7 @@ from gati_jax import Chain, Head, InputError, ReplayTable, data
 from gati_jax.bundle import Provenance
 from gati_jax.fitting import network_head
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
-from gati_jax.planning import Certificate, Composition, CostTable, Plan, cascade_ms, tightest
+from gati_jax.planning import Certificate, Composition, CostTable, Plan, cascade_ms, count_repeats, tightest
 
 from . import cli
 from .config import Base, Config
@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     saw_certify = base_saw_certify(config)
     chain = load_base(config)
     parts = {name: data.load(config.data.name, splits[name], config.data.dir) for name in ("fit", "select", "certify")}
+    count_repeats(data.row_digests(parts["certify"].images), drawn=config.plan.repeats)  # refused before hours of work
 
     heads = [*(head.build() for head in config.fit.heads), *small_networks(config)]
     found = explore(config, chain, heads, parts, arguments.out)
@@ -56,8 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     looks = record_look(arguments.out / "looks.json", rows, plans, config.plan.delta)
     certify = gati_jax.replay(chain, chosen, parts["certify"].images, labels=parts["certify"].labels)
     certificates = gati_jax.certify_together(
-        plans, certify, config.plan.delta, looks=count_looks(looks), base_saw_data=saw_certify
-    )
+        plans, certify, config.plan.delta, looks=count_looks(looks), base_saw_data=saw_certify,
+        repeats=True,  # what `count_repeats` let pass above
+    )  # fmt: skip
     default = tightest(certificates)
     plan, certificate = plans[default][0], certificates[default]
     also = [(plans[name][0], certificates[name]) for name in plans if name != default]

@@ -55,8 +55,16 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
-def parser(description: str, example: str, *, out: bool = True) -> Parser:
-    """Return a parser with what every script has."""
+def file(text: str) -> Path:
+    """Read the name of a file that may not exist yet."""
+    if Path(text).is_dir():
+        msg = f"expected a file, got the folder {text}"
+        raise argparse.ArgumentTypeError(msg)
+    return Path(text)
+
+
+def parser(description: str, example: str, *, out: bool = True, as_json: bool = True) -> Parser:
+    """Return a parser with what every script has, ``--out DIR`` and ``--json``, unless the script is told otherwise."""
     p = Parser(
         prog=f"python -m {example.split()[2]}",
         description=description,
@@ -66,7 +74,8 @@ def parser(description: str, example: str, *, out: bool = True) -> Parser:
     )
     if out:
         p.add_argument("--out", type=folder, required=True, metavar="DIR", help="folder for results, made if need be")
-    p.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    if as_json:
+        p.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
     return p
 
 

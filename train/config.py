@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gati_jax import Augment, FitConfig, Head, InputError, Normalization
 from gati_jax.caches import GridSpec, PredictorSpec, SelectorSpec, SortedSelectorSpec, build_predictor, build_selector
@@ -109,15 +109,34 @@ class Base(Section):
         return Normalization(**self.normalization.model_dump())
 
 
+def _plain(name: str) -> str:
+    """Check a name that candidates' names are made with: grid@4, grid+linear@4."""
+    if not name or set(name) & {"@", "+"}:
+        msg = "expected a name without @ and +, which separate it from site and selector"
+        raise ValueError(msg)
+    return name
+
+
+HeadName = Annotated[str, AfterValidator(_plain)]
+
+
 class HeadSection(Section):
     """A kind of cache to train."""
 
-    name: str
+    name: HeadName
     predictor: PredictorSpec = GridSpec()
     selector: SelectorSpec = SortedSelectorSpec()
     sites: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     selectors: tuple[SelectorSpec, ...] = Field(default=(), description="more selectors to try on the same predictor")
     cascaded: bool = Field(default=False, description="each also sees what the one at the site before says")
+
+    @model_validator(mode="after")
+    def _selectors_differ(self) -> "HeadSection":
+        kinds = [spec.kind for spec in self.selectors]
+        if len(set(kinds)) < len(kinds):
+            msg = f"selectors: expected at most one of a kind, by which candidates are named, got {', '.join(kinds)}"
+            raise ValueError(msg)
+        return self
 
     def build(self) -> Head:
         """Return the library's record."""
@@ -135,7 +154,7 @@ class HeadSection(Section):
 class NetworkSection(Section):
     """A trained small network as a cache at site 0, with inputs and classes as the base's."""
 
-    name: str
+    name: HeadName
     network: str = Field(description="as base.network")
     weights: Path
     trained_on: tuple[str, ...] = Field(description="as data.base_trained_on; none of it may be select or certify")
@@ -197,6 +216,9 @@ class Planning(Section):
     )
     seconds: Annotated[float, Field(ge=0)] = Field(default=30.0, description="to search for the best composition")
     batch: Annotated[int, Field(ge=1, le=4096)] = Field(default=1, description="requests at once that latency is about")
+    repeats: bool = Field(
+        default=False, description="equal certify rows are requests that came again, drawn one by one, and not copies"
+    )
     tuned: bool = Field(default=False, description="tune the network first, and plan with its times then; minutes more")
 
     @property
@@ -306,6 +328,8 @@ def _explain(model: type[Section], loc: tuple[int | str, ...], kind: str, messag
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(key, _keys(model), n=1, cutoff=0.0)
         return f"config: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+    if not loc:  # of the whole file: nobody wants to read all of it again
+        return f"config: {message}"
     return f"config: {key}: {message}" + ("" if kind == "missing" else f", got {got!r}")
 
 

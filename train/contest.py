@@ -1,24 +1,17 @@
 """Policies beside one another: the same frozen base, sites and splits, each certified, each timed on one device."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 import gati_jax
 from gati_jax import Candidate, Certificate, CostTable, Plan, ReplayTable
-from gati_jax.caches import on_its_own
 from gati_jax.fitting import Candidates
 from gati_jax.models import Chain
 from gati_jax.planning import POLICIES, Score, max_probability, policy_table, replay_plan, shared_threshold_plan
-from gati_jax.runtime import Cascade, Tile, predict_one, replay_logits, time_turns, tuned_chain
-
-RESAMPLES = 2000
-CALLS = 4
+from gati_jax.runtime import replay_logits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +71,7 @@ def contestants(
         tried = []
         for head in heads:
             sites = sorted(c.site for c in candidates if _head(c) == head)
-            for some in {tuple(sites), tuple(site for site in sites if site in ours)}:
+            for some in {tuple(sites), tuple(site for site in sites if site in ours)} - {()}:
                 judged = judged_by(score, [f"{head}@{site}" for site in some])
                 plan = shared_threshold_plan(judged["select"], costs, epsilon=epsilon)
                 tried.append(Contestant(name=policy, heads=head, plan=plan, tables=judged))
@@ -103,9 +96,16 @@ def _rules(candidates: Candidates) -> list[tuple[str, list[str], Score | None]]:
     ]
 
 
-def certified_step(contestant: Contestant, epsilon: float, delta: float, looks: int) -> Certificate:
-    """Certify a policy's plan on the certify split, each as if it were the only one of this look."""
-    return gati_jax.certify(contestant.plan, contestant.tables["certify"], epsilon, delta, looks=looks)
+def certified_step(
+    contestant: Contestant, epsilon: float, delta: float, *, looks: int, base_saw_data: bool
+) -> Certificate:
+    """Certify a policy's plan on the certify split, as if it were the only one of this look.
+
+    That is what a user of this policy alone would do. Of all the certificates of a contest, one counts: the default
+    plan's, which was fixed before.
+    """
+    table = contestant.tables["certify"]
+    return gati_jax.certify(contestant.plan, table, epsilon, delta, looks=looks, base_saw_data=base_saw_data)
 
 
 def step_at_accuracy(contestant: Contestant, share: float) -> int:
@@ -124,45 +124,14 @@ def step_at_accuracy(contestant: Contestant, share: float) -> int:
     return int(np.flatnonzero(kept)[-1])
 
 
-def exit_times(
-    chain: Chain, candidates: Candidates, plans: Mapping[str, Plan], tile: Tile, image: np.ndarray, *, rounds: int
-) -> dict[str, Float[np.ndarray, " exits"]]:
-    """Time the way to every exit of every plan, lookups on the way included, all plans taking turns.
-
-    Args:
-        chain: The base.
-        candidates: Among which are the plans'. A cascaded head is timed without its ensemble, which flatters it.
-        plans: By name.
-        tile: The tuning that all of them run by, at batch 1.
-        image: A request.
-        rounds: How often each is timed; medians are taken.
-
-    Returns:
-        Milliseconds of a request that leaves at each cache, and last, at the base.
-    """
-    base = tuned_chain(chain, tile)  # one for all: the weights of a copy for each would push one another out of memory
-    programs = {}
-    for name, plan in plans.items():
-        caches = tuple(on_its_own(c) for c in candidates.take(plan.names))
-        for exit_ in range(len(caches) + 1):
-            # An infinite threshold is never reached, minus infinity always: the request leaves where it is told to.
-            thresholds = [-np.inf if i == exit_ else np.inf for i in range(len(caches))]
-            cascade = Cascade(base, caches, jnp.asarray(thresholds, jnp.float32))
-            programs[name, exit_] = functools.partial(predict_one, cascade, image, tile.options)
-    # A few calls in a row: the first finds its weights cold, as no server would leave them.
-    turns = time_turns({f"{name} {exit_}": [run] * CALLS for (name, exit_), run in programs.items()}, rounds)
-    median = {key: float(np.median(ms[:, 1:])) for key, ms in turns.items()}
-    return {name: np.array([median[f"{name} {i}"] for i in range(len(plan.names) + 1)]) for name, plan in plans.items()}
+def farthest_on_test(contestant: Contestant, share: float) -> int:
+    """Return the step that keeps the accuracy on the test split itself: published gains are read off such curves."""
+    table = contestant.tables["test"]
+    least = share * accuracy(table.answers, table)
+    kept = [accuracy(replay_plan(table, t).classes, table) >= least for t in contestant.plan.path]
+    return int(np.flatnonzero(kept)[-1])
 
 
-def paired(ours: Float[np.ndarray, " n"], theirs: Float[np.ndarray, " n"]) -> dict[str, Any]:
-    """Return how much longer the other takes, with a 95 % bootstrap interval over requests; pairs stay together."""
-    difference = theirs - ours
-    rows = np.random.default_rng(0).integers(0, len(difference), (RESAMPLES, len(difference)))
-    low, high = np.quantile(difference[rows].mean(1), (0.025, 0.975))
-    return {
-        "mean_ms": float(difference.mean()),
-        "low_ms": float(low),
-        "high_ms": float(high),
-        "ties": bool(low <= 0 <= high),
-    }
+def accuracy(classes: np.ndarray, table: ReplayTable) -> float:
+    """Return the share of right classes."""
+    return float((classes == table.labels).mean())

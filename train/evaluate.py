@@ -21,7 +21,7 @@ from gati_jax.runtime import measure_speed
 
 from . import cli, speeds
 from .caches import gap_entry
-from .config import build_config
+from .config import Config, build_config
 
 _log = logging.getLogger("train.evaluate")
 EXAMPLE = "python -m train.evaluate --bundle runs/r56/bundle --out runs/r56/eval"
@@ -30,6 +30,50 @@ CHUNK = 250
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
+    arguments = parser().parse_args(argv)
+
+    # --- Bundle and data --------------------------------------------------------------------------------------------
+    bundle = gati_jax.load_bundle(arguments.bundle)
+    config = fitted_on(bundle, arguments.bundle)
+    rows = getattr(config.data.splits, arguments.split)
+    split = data.load(config.data.name, rows, arguments.data_dir or config.data.dir)
+    check_fingerprint(bundle, arguments.split, split)
+    if arguments.split == "select":
+        _log.warning("the plan was composed on select, with other selectors: its agreement here says little")
+
+    # --- Answers ----------------------------------------------------------------------------------------------------
+    prediction = answers(bundle, split.images)
+    _log.info("the base and every cache answer the %d requests alone", len(split))
+    table = gati_jax.replay(bundle.chain, bundle.cascade.caches, split.images, labels=split.labels)
+    timed = split.images[: arguments.timed]
+    _log.info("timing %d requests, one at a time", len(timed))
+    speed = measure_speed(bundle.cascade, timed, tuned=bundle.tuned)
+    fast = speeds.fast(bundle, split.images, prediction.exit, arguments.batches, arguments.timed)
+
+    # --- Result -----------------------------------------------------------------------------------------------------
+    result = {
+        "dataset": config.data.name,
+        "split": rows,
+        "network": config.base.network,
+        **quality(bundle, prediction, table),
+        "cost": speeds.cost(bundle, prediction.exit, speed, fast),
+        "memory": {"base_bytes": size(bundle.chain), "cache_bytes": size(bundle.cascade.caches)},
+        "versions": cli.versions(),
+        "seed": config.seed,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    result["oracle"] = {"saved_share": speeds.oracle_saved_share(table, speed)}
+    cli.write_result(arguments.out / "evaluation.json", result)
+    (arguments.out / "report.html").write_text(render(result), encoding="utf-8")
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        show(result)
+        print(f"written: {arguments.out / 'evaluation.json'}, {arguments.out / 'report.html'}")
+
+
+def parser() -> cli.Parser:
+    """Return what the command line may say."""
     p = cli.parser("Evaluate a saved bundle.", EXAMPLE)
     p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
     p.add_argument(
@@ -59,52 +103,26 @@ def main(argv: list[str] | None = None) -> None:
         metavar="N",
         help="batch sizes to time where the bundle has been tuned for this device (default: 1 8 32 128)",
     )
-    arguments = p.parse_args(argv)
+    return p
 
-    # --- Bundle and data --------------------------------------------------------------------------------------------
-    bundle = gati_jax.load_bundle(arguments.bundle)
+
+def fitted_on(bundle: Bundle, path: Path) -> Config:
+    """Return the experiment that a bundle comes from.
+
+    Raises:
+        InputError: It does not say.
+    """
     if not bundle.provenance.config:
-        msg = f"bundle: {arguments.bundle} does not say what it was fitted on; expected one written by train.caches"
+        msg = f"bundle: {path} does not say what it was fitted on; expected one written by train.caches"
         raise InputError(msg)
-    config = build_config(bundle.provenance.config)
-    rows = getattr(config.data.splits, arguments.split)
-    split = data.load(config.data.name, rows, arguments.data_dir or config.data.dir)
-    check_fingerprint(bundle, arguments.split, split)
-    if arguments.split == "select":
-        _log.warning("the plan was composed on select, with other selectors: its agreement here says little")
+    return build_config(bundle.provenance.config)
 
-    # --- Answers ----------------------------------------------------------------------------------------------------
-    # The certified arithmetic throughout, even where the bundle has been tuned: quality, times and certificate agree.
-    starts = cli.track(range(0, len(split), CHUNK), "answering")
-    chunks = [gati_jax.infer_batch(bundle, split.images[i : i + CHUNK], numerics="reference") for i in starts]
-    prediction = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
-    _log.info("the base and every cache answer the %d requests alone", len(split))
-    table = gati_jax.replay(bundle.chain, bundle.cascade.caches, split.images, labels=split.labels)
-    timed = split.images[: arguments.timed]
-    _log.info("timing %d requests, one at a time", len(timed))
-    speed = measure_speed(bundle.cascade, timed, tuned=bundle.tuned)
-    fast = speeds.fast(bundle, split.images, prediction.exit, arguments.batches, arguments.timed)
 
-    # --- Result -----------------------------------------------------------------------------------------------------
-    result = {
-        "dataset": config.data.name,
-        "split": rows,
-        "network": config.base.network,
-        **quality(bundle, prediction, table),
-        "cost": speeds.cost(bundle, prediction.exit, speed, fast),
-        "memory": {"base_bytes": size(bundle.chain), "cache_bytes": size(bundle.cascade.caches)},
-        "versions": cli.versions(),
-        "seed": config.seed,
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    result["oracle"] = {"saved_share": speeds.oracle_saved_share(table, speed)}
-    cli.write_result(arguments.out / "evaluation.json", result)
-    (arguments.out / "report.html").write_text(render(result), encoding="utf-8")
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        show(result)
-        print(f"written: {arguments.out / 'evaluation.json'}, {arguments.out / 'report.html'}")
+def answers(bundle: Bundle, images: np.ndarray) -> Prediction:
+    """Answer in the certified arithmetic, even where the bundle is tuned: quality, times and certificate agree."""
+    starts = cli.track(range(0, len(images), CHUNK), "answering")
+    chunks = [gati_jax.infer_batch(bundle, images[i : i + CHUNK], numerics="reference") for i in starts]
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
 
 
 def check_fingerprint(bundle: Bundle, name: str, split: data.Dataset) -> None:

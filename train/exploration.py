@@ -1,6 +1,7 @@
 """Exploration: drop what cannot pay, fit the rest in one pass, rank it (GATI's exploration phase)."""
 
 import dataclasses
+import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import gati_jax
 from gati_jax import Chain, CostTable, Head, InputError, Plan, ReplayTable, data
@@ -18,7 +20,7 @@ from gati_jax.runtime import Tile
 
 from . import cli
 from .config import Config
-from .records import measured_tile
+from .records import keep_composition, kept_composition, measured_tile
 
 _log = logging.getLogger("train.exploration")
 SHOWN = 20
@@ -38,22 +40,31 @@ class Explored:
     memory_bytes: int | None
     """What the caches of a plan may take."""
     fit_seconds: float
+    folder: Path
+    """Where compositions are kept."""
 
     def plan(self, config: Config, epsilon: float) -> tuple[Plan, Composition]:
         """Compose a plan of what a cascade can run, within the config's budgets; with its proof and refusals."""
         alone = [c for c in self.candidates if c.previous is None]
+        table = self.select.take([c.name for c in alone])
         worst = config.plan.worst_share
-        return compose_plan(
-            self.select.take([c.name for c in alone]),
-            self.costs,
-            epsilon=epsilon,
-            delta=config.plan.delta / len(config.plan.epsilons),
-            sites=config.plan.max_sites,
-            memory_bytes=self.memory_bytes,
-            worst_ms=None if worst is None else worst * self.costs.full_ms,
-            bytes={c.name: c.bytes for c in alone},
-            seconds=config.plan.seconds,
-        )
+        budget = {
+            "epsilon": epsilon,
+            "delta": config.plan.delta / len(config.plan.epsilons),
+            "sites": config.plan.max_sites,
+            "memory_bytes": self.memory_bytes,
+            "worst_ms": None if worst is None else worst * self.costs.full_ms,
+            "bytes": {c.name: c.bytes for c in alone},
+            "seconds": config.plan.seconds,
+        }
+        columns = (table.answers, table.classes, table.scores, table.rows)
+        digest = hashlib.blake2b(repr((table.names, self.costs, budget)).encode(), digest_size=16)
+        for column in columns:
+            digest.update(np.ascontiguousarray(column).tobytes())
+        path, identity = self.folder / f"composition-{epsilon:g}.json", digest.hexdigest()
+        plan, composition = compose_plan(table, self.costs, **budget, composed=kept_composition(path, identity))
+        keep_composition(path, identity, composition)
+        return plan, composition
 
     def ranking(self, epsilon: float) -> list[dict[str, Any]]:
         """Return what each candidate would save as the only cache, the best first."""
@@ -138,6 +149,7 @@ def explore(
         dropped=dropped,
         memory_bytes=memory,
         fit_seconds=fit_seconds,
+        folder=out,
     )
 
 

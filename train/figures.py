@@ -14,8 +14,7 @@ def draw(result: dict[str, Any], folder: Path) -> None:
     """Write four figures as SVG; the same result gives the same files."""
     folder.mkdir(parents=True, exist_ok=True)
     mpl.rcParams |= {"svg.hashsalt": "gati-jax", "svg.fonttype": "none"}
-    figures = {"exits": exits, "agreement": agreement, "front": front, "memory": memory}
-    for name, make in figures.items():
+    for name, (make, _) in FIGURES.items():
         make(result).savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 
@@ -23,7 +22,7 @@ def exits(result: dict[str, Any]) -> Figure:
     """Where requests leave: the default plan at both operating points, and the oracle."""
     figure, axes = _axes("exit (site; the last is the base)", "share of requests")
     groups = {
-        f"certified at {result['epsilon']:.0%}": result["certified"]["rows"][0]["exits"],
+        f"certified at {100 * result['epsilon']:g} %": result["certified"]["rows"][0]["exits"],
         "at 97 % of accuracy": result["accurate"]["rows"][0]["exits"],
         "oracle": result["oracle"]["exits"],
     }
@@ -50,9 +49,9 @@ def agreement(result: dict[str, Any]) -> Figure:
 def front(result: dict[str, Any]) -> Figure:
     """Accuracy against latency, for every policy at both operating points."""
     figure, axes = _axes("mean ms of a request", "accuracy on test")
-    for one, other in zip(result["certified"]["rows"], result["accurate"]["rows"], strict=True):
-        x, y = ([row[key] for row in (one, other)] for key in ("mean_ms", "accuracy"))
-        ours = one["policy"] == "default plan"
+    for i, pair in enumerate(zip(result["certified"]["rows"], result["accurate"]["rows"], strict=True)):
+        x, y = ([row[key] for row in pair] for key in ("mean_ms", "accuracy"))
+        one, ours = pair[0], i == 0  # the first is what the others are compared with
         axes.plot(x, y, marker="o", label=one["policy"], color=OURS if ours else None, zorder=3 if ours else 2)
     full = result["certified"]["rows"][0]["full_ms"]
     axes.plot([full], [result["base"]["accuracy"]], "k*", label="the base")
@@ -62,7 +61,7 @@ def front(result: dict[str, Any]) -> Figure:
 
 def memory(result: dict[str, Any]) -> Figure:
     """What candidates take, and what share of requests each would answer alone."""
-    figure, axes = _axes("MB", "share leaving at 1 % disagreement, alone")
+    figure, axes = _axes("MB", f"share leaving at {100 * result['epsilon']:g} % disagreement, alone")
     rows = result["explored"]["ranking"]
     for site in sorted({row["site"] for row in rows}):
         own = [row for row in rows if row["site"] == site]
@@ -79,3 +78,11 @@ def _axes(x: str, y: str) -> tuple[Figure, Any]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     return figure, axes
+
+
+FIGURES = {  # by name of the file: who draws it, and what it shows
+    "exits": (exits, "Where requests leave: the default plan at both operating points, and the oracle"),
+    "agreement": (agreement, "How often each head says what the base says, by site"),
+    "front": (front, "Accuracy against latency, every policy at both operating points"),
+    "memory": (memory, "What candidates take, and what share of requests each would answer alone"),
+}

@@ -10,7 +10,9 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,8 +23,9 @@ from gati_jax import Chain, FitConfig, FreezeConfig, Head, ReplayTable, data
 from gati_jax.caches import MIB, Conv, FullyConnected, LinearSelector, Pool, memory_report, published_memory
 from gati_jax.fitting import Candidates
 from gati_jax.planning import replay_plan, zero_error_thresholds
+from gati_jax.runtime import device_name
 
-from . import cli
+from . import cli, published
 from .caches import read_base
 from .freeze_config import FreezeExperiment
 
@@ -30,13 +33,6 @@ EXAMPLE = (
     "python -m train.freeze --config configs/repro_freeze_resnet18.toml --out runs/freeze"
     " --data.dir ../shared/data/tfds --base.weights ../shared/data/weights/resnet18-cifar10.safetensors"
 )
-# Of ResNet-18 on CIFAR-10, in the paper: share of requests that save half of the blocks, share that leaves before the
-# output, agreement with the base.
-PUBLISHED = {
-    "knn": {"half_share": 0.20, "before_output_share": 0.95, "agreement": 0.9748},
-    "kmeans": {"half_share": 0.33, "before_output_share": None, "agreement": 0.9285},
-    "oracle": {"half_share": 0.9158},
-}
 PAPER_BLOCKS = [(32 // 2**i, 32 // 2**i, 64 * 2**i) for i in range(4) for _ in range(2)]
 _log = logging.getLogger("train.freeze")  # not __name__, which is "__main__"
 
@@ -73,9 +69,10 @@ def main(argv: list[str] | None = None) -> None:
         "network": config.base.network,
         "splits": splits,
         **result,
-        "published": PUBLISHED,
+        "published": published.FREEZE,
         "published_memory": [{**row._asdict(), "mb": row.mb} for row in published_memory(PAPER_BLOCKS)],
         "seconds": time.perf_counter() - started,
+        "device": device_name(),
         "command": sys.argv,
         "config": config.model_dump(mode="json"),
         "versions": cli.versions(),
@@ -91,13 +88,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def freeze_protocol(
     chain: Chain,
-    parts: dict[str, data.Dataset],
+    parts: Mapping[str, data.Dataset],
     *,
     freeze: FreezeConfig,
     fit: FitConfig,
     behind_last: bool = True,
     predictors: bool = False,
-    checkpoint: Any = None,  # noqa: ANN401 (a path, a string or nothing)
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
     """Build caches, set thresholds on two splits, serve.
 
@@ -114,18 +111,17 @@ def freeze_protocol(
         For "seen" and "clean", and for each kind of cache, what ``served`` says; agreement of every cache; the oracle;
         memory.
     """
-    blocks = len(chain)
-    if behind_last:
-        chain = with_exit_behind_last(chain)
+    base = with_exit_behind_last(chain) if behind_last else chain
     started = time.perf_counter()
-    learned = paper_predictors(chain, parts, freeze, fit, checkpoint) if predictors else None
+    learned = paper_predictors(base, parts, freeze, fit, checkpoint) if predictors else None
+    heads = None if learned is None else learned.take([c.name for c in learned if c.name.startswith("fc@")])
     candidates = gati_jax.fit_freeze(
-        chain,
+        base,
         parts["build"].images,
         select=parts["clean"].images,
         freeze=freeze,
         config=fit,
-        heads=None if learned is None else learned.take([c.name for c in learned if c.name.startswith("fc@")]),
+        heads=heads,
         checkpoint=checkpoint,
     )
     fit_seconds = time.perf_counter() - started
@@ -133,45 +129,59 @@ def freeze_protocol(
     started = time.perf_counter()
     tables = {}
     for name in ("seen", "clean", "serve"):
-        tables[name] = gati_jax.replay(chain, candidates, parts[name].images, labels=parts[name].labels)
+        tables[name] = gati_jax.replay(base, candidates, parts[name].images, labels=parts[name].labels)
         _log.info("%s: replayed %d requests", name, len(tables[name]))
-    names = {kind: [c.name for c in candidates if c.name.startswith(kind)] for kind in freeze.kinds}
-    requests = tables["serve"]
     return {
-        "blocks": blocks,
-        "n": len(requests),
-        "base": {"accuracy": _accuracy(requests.answers, requests.labels), "bytes": _bytes(chain)},
-        "protocols": {
-            split: {kind: served(tables[split].take(own), requests.take(own), blocks) for kind, own in names.items()}
-            for split in ("seen", "clean")
-        },
-        "caches": {
-            kind: [
-                {"exit": site, "agreement": agreement}
-                for site, agreement in zip(
-                    requests.take(own).sites, requests.take(own).agrees.mean(1).tolist(), strict=True
-                )
-            ]
-            for kind, own in names.items()
-        },
-        "oracle": {kind: oracle(requests.take(own), blocks) for kind, own in names.items()},
-        "memory": {
-            kind: [{**row._asdict(), "total": row.total} for row in memory_report(candidates.take(own))]
-            for kind, own in names.items()
-        },
-        "predictors": {} if learned is None else agreement_of(chain, learned, parts["serve"].images),
+        **said_of_caches(candidates, tables, freeze.kinds, blocks=len(chain)),
+        "base": {"accuracy": _accuracy(tables["serve"].answers, tables["serve"].labels), "bytes": _bytes(base)},
+        "predictors": {} if learned is None else agreement_of(base, learned, parts["serve"].images),
         "epochs": candidates.epochs,
         "fit_seconds": fit_seconds,
         "replay_seconds": time.perf_counter() - started,
     }
 
 
+def said_of_caches(
+    candidates: Candidates, tables: Mapping[str, ReplayTable], kinds: Sequence[str], *, blocks: int
+) -> dict[str, Any]:
+    """Say of every kind of cache what the replays say.
+
+    Args:
+        candidates: The caches, named after their kind.
+        tables: Replays of "seen", "clean" and "serve".
+        kinds: Of the caches.
+        blocks: N, of the base.
+    """
+    names = {kind: [c.name for c in candidates if c.name.startswith(kind)] for kind in kinds}
+    requests = {kind: tables["serve"].take(own) for kind, own in names.items()}
+    return {
+        "blocks": blocks,
+        "n": len(tables["serve"]),
+        "protocols": {
+            split: {kind: served(tables[split].take(own), requests[kind], blocks) for kind, own in names.items()}
+            for split in ("seen", "clean")
+        },
+        "caches": {
+            kind: [
+                {"exit": site, "agreement": agreement}
+                for site, agreement in zip(table.sites, table.agrees.mean(1).tolist(), strict=True)
+            ]
+            for kind, table in requests.items()
+        },
+        "oracle": {kind: oracle(table, blocks) for kind, table in requests.items()},
+        "memory": {
+            kind: [{**row._asdict(), "total": row.total} for row in memory_report(candidates.take(own))]
+            for kind, own in names.items()
+        },
+    }
+
+
 def paper_predictors(
     chain: Chain,
-    parts: dict[str, data.Dataset],
+    parts: Mapping[str, data.Dataset],
     freeze: FreezeConfig,
     fit: FitConfig,
-    checkpoint: Any,  # noqa: ANN401
+    checkpoint: Path | None,
 ) -> Candidates:
     """Train the paper's three predictors at every site, in one pass."""
     kinds = {"fc": functools.partial(FullyConnected, hidden=freeze.key_units), "pool": Pool, "conv": Conv}
@@ -257,11 +267,11 @@ def show(result: dict[str, Any]) -> None:
     rows = []
     for split, protocol in result["protocols"].items():
         for kind in result["memory"]:
-            found, published = protocol[kind], PUBLISHED[kind]
+            found, theirs = protocol[kind], published.FREEZE[kind]
             where = f"{result['splits'][split]}{', seen by the base' if protocol['base_saw_thresholds'] else ''}"
             half, out = (found[key] for key in ("half_share", "before_output_share"))
-            own = (_share(half), _share(published["half_share"]), _share(out), _share(published["before_output_share"]))
-            rows.append((kind, where, *own, _share(found["agreement"]), _share(published["agreement"])))
+            own = (_share(half), _share(theirs["half_share"]), _share(out), _share(theirs["before_output_share"]))
+            rows.append((kind, where, *own, _share(found["agreement"]), _share(theirs["agreement"])))
     cli.show(f"{result['network']} on {result['dataset']}, {result['n']} requests", (*columns, "published"), rows)
     for split, protocol in result["protocols"].items():
         for kind in result["memory"]:

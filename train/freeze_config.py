@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field
 
 from gati_jax import FreezeConfig
 
@@ -32,10 +32,17 @@ class KeyTraining(PredictorTraining):
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
 
 
+def _distinct(kinds: tuple[str, ...]) -> tuple[str, ...]:
+    if not kinds or len(set(kinds)) < len(kinds):
+        msg = "expected knn, kmeans or both"
+        raise ValueError(msg)
+    return kinds
+
+
 class Caches(Section):
     """As ``gati_jax.FreezeConfig``."""
 
-    kinds: tuple[Literal["knn", "kmeans"], ...] = ("knn", "kmeans")
+    kinds: Annotated[tuple[Literal["knn", "kmeans"], ...], AfterValidator(_distinct)] = ("knn", "kmeans")
     key_units: Annotated[int, Field(ge=1, le=65_536)] = 1024
     cells: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         default=None, description="average fields in front of the key network; unset: the paper's flattened activation"
@@ -60,8 +67,3 @@ class FreezeExperiment(Section):
     base: Base
     fit: KeyTraining = KeyTraining()
     freeze: Caches = Caches()
-
-    @model_validator(mode="after")
-    def _caches_can_be_made(self) -> "FreezeExperiment":
-        self.freeze.build()
-        return self

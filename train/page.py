@@ -1,173 +1,187 @@
-"""Write docs/reproduction.md from what ``train.reproduce`` and ``train.freeze`` measured."""
+"""Write docs/reproduction.md from what ``train.reproduce`` and ``train.freeze`` measured, and from remarks on it."""
 
-import argparse
-import json
+import os
+import shlex
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from gati_jax import InputError
 
 from . import cli
+from .figures import FIGURES
+from .markdown import NOT_RUN, link, percent, table
+from .page_rows import gains, neighbours, oracles, others, predictors
+from .results import Difference, Freeze, Group, Reproduction, Run, read
 
 EXAMPLE = (
     "python -m train.page --reproduction runs/repro18/reproduction.json --freeze runs/freeze/freeze.json"
-    " --out docs/reproduction.md"
+    " --remarks docs/remarks/reproduction.md --figures figures --out docs/reproduction.md"
 )
-NOT_RUN = "not run"
-COMMANDS = """\
-    python -m train.reproduce --config configs/repro_resnet18.toml --out runs/repro18 ...
-    python -m train.freeze --config configs/repro_freeze_resnet18.toml --out runs/freeze ...\
+PAPERS = ("resnet18", "cifar10")
+CONFIGS = {"reproduce": "repro_resnet18.toml", "freeze": "repro_freeze_resnet18.toml"}
+INTRODUCTION = """\
+Written by `python -m train.page` from what the commands below measured. Remarks are kept in a file of their own
+(`--remarks`): what is changed on this page is lost.\
 """
-PUBLISHED_PREDICTORS = {  # GATI's released tables: ResNet-18, CIFAR-10, behind blocks 1 to 8
-    "fc": (55.1, 60.7, 78.6, 85.3, 94.5, 99.2, 99.95, 100.0),
-    "pool": (55.2, 68.3, 78.3, 84.6, 92.5, 99.0, 99.95, 100.0),
-    "conv": (57.6, 66.0, 75.9, 82.6, 93.3, 98.3, 99.9, 100.0),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
-    p = argparse.ArgumentParser(prog="python -m train.page", description=__doc__, epilog=f"example: {EXAMPLE}")
+    p = cli.parser(str(__doc__), EXAMPLE, out=False, as_json=False)
     p.add_argument("--reproduction", type=Path, metavar="FILE", help="reproduction.json; unset: its rows are not run")
     p.add_argument("--freeze", type=Path, metavar="FILE", help="freeze.json; unset: its rows are not run")
-    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="Markdown to write")
+    p.add_argument("--remarks", type=Path, metavar="FILE", help="Markdown for the end of the page")
+    p.add_argument("--figures", type=Path, metavar="DIR", help="folder of repro-*.svg, as seen from the page's")
+    p.add_argument("--out", type=cli.file, required=True, metavar="FILE", help="Markdown to write")
     arguments = p.parse_args(argv)
-    found = [read(path) if path else None for path in (arguments.reproduction, arguments.freeze)]
-    arguments.out.write_text(page(*found), encoding="utf-8")
+
+    reproduction = read(Reproduction, arguments.reproduction, "reproduction") if arguments.reproduction else None
+    freeze = read(Freeze, arguments.freeze, "freeze") if arguments.freeze else None
+    parts = [page(reproduction, freeze)]
+    if arguments.figures:
+        parts.append(figures(arguments.figures, arguments.out.parent))
+    if arguments.remarks:
+        parts.append(f"## Remarks\n\n{read_remarks(arguments.remarks)}\n")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text("\n".join(parts), encoding="utf-8")
     print(f"written: {arguments.out}")
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Read a result.
+def read_remarks(path: Path) -> str:
+    """Read Markdown.
 
     Raises:
-        InputError: It is none.
+        InputError: It is no text.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        msg = f"result: expected JSON in {path}, got something else: {error}"
+        return path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        msg = f"remarks: expected Markdown in UTF-8, got {path}: {error}"
         raise InputError(msg) from error
 
 
-def page(reproduction: dict[str, Any] | None, freeze: dict[str, Any] | None) -> str:
-    """Return the whole page."""
+def page(reproduction: Reproduction | None, freeze: Freeze | None) -> str:
+    """Return the page, up to figures and remarks."""
     parts = [
         "# Reproduction",
-        "Written by `python -m train.page` from what the two commands below measured.",
-        COMMANDS,
-        "ResNet-50, ResNet-152, CIFAR-100 and speech commands are not run: there is no trained network for them here.",
+        INTRODUCTION,
+        "## Commands",
+        *command("reproduce", reproduction),
+        *command("freeze", freeze),
         *predictors(freeze),
-        *published(reproduction, freeze),
+        "## Published figures",
+        "Of ResNet-18 on CIFAR-10, unless a row says otherwise.",
+        table(
+            ("figure", "published", "ours", "command", "why they differ"),
+            [*gains(reproduction), *oracles(reproduction, freeze), *neighbours(freeze), *others()],
+        ),
         *policies(reproduction),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+# --- Commands -------------------------------------------------------------------------------------------------------
 
 
-def predictors(freeze: dict[str, Any] | None) -> list[str]:
-    """Say how often the paper's predictors agree with the base behind every block."""
-    rows = []
-    ours = (freeze or {}).get("predictors", {})
-    for kind, shares in PUBLISHED_PREDICTORS.items():
-        rows.append([f"{kind}, published", *(f"{share:g}" for share in shares)])
-        own = ours.get(kind, {})
-        rows.append([f"{kind}, ours", *(f"{own[b]:.1%}" if b in own else NOT_RUN for b in map(str, range(1, 9)))])
-    blocks = [f"block {i}" for i in range(1, 9)]
-    why = (
-        "Agreement with the base on the test split, in percent. "
-        "Ours are trained for the epochs that the config says, the published ones for many more, and with the teacher's"
-        " softmax applied twice."
-    )
-    return ["## Predictors behind every block", table(["predictor", *blocks], rows), why]
-
-
-def published(reproduction: dict[str, Any] | None, freeze: dict[str, Any] | None) -> list[str]:
-    """Compare the papers' headline figures."""
-    heads = ("figure", "published", "ours", "why they differ")
-    return ["## Published figures", table(heads, [*_gains(reproduction), *_freeze(freeze)])]
-
-
-def _gains(result: dict[str, Any] | None) -> list[list[str]]:
-    names = [
-        "oracle: requests that could save half of the blocks",
-        "latency gain at 97 % of the base's accuracy, CPU, batch 1",
-        "latency gain certified at 1 % disagreement",
-        "caches' share of the base's bytes, at 97 % / certified",
-    ]
+def command(name: str, result: Run | None) -> list[str]:
+    """Say what was run, when and on what."""
     if result is None:
-        return [[name, "", NOT_RUN, ""] for name in names]
-    accurate, off, certified = (result["measured"][key] for key in ("accurate", "read off test", "certified"))
-    row, base = result["accurate"]["rows"][0], result["base"]["accuracy"]
-    shares = " / ".join(f"{m['cache_bytes'] / m['base_bytes']:.1%}" for m in (accurate, certified))
-    kept = f"{row['accuracy'] / base:.2%} on test, chosen on certify; read off the test curve: {_gain(off)}"
-    found = " of ".join(map(str, result["certified"]["disagreements"]["default plan"]))
-    return [
-        [names[0], "91.58 %", f"{result['oracle']['half_share']:.2%}", "theirs knows when a k-NN cache is right"],
-        [names[1], "1.72", _gain(accurate), kept],
-        [names[2], "none", _gain(certified), f"{found} disagreed; look {result['looks']} at these rows"],
-        [names[3], "22 times them, for FC(1024) behind every block", shares, "pooled and convolutional heads"],
-    ]
+        line = f"python -m train.{name} --config configs/{CONFIGS[name]} --out DIR"
+        return [f"### {name}", f"Not run. It would be:\n\n    {line}"]
+    splits = ", ".join(f"{part} `{rows}`" for part, rows in result.splits.items())
+    where = f"on {result.device}" if result.device else "on a device that it did not write down"
+    said = (
+        f"Measured on {result.date} {where}, jax {result.versions.get('jax', 'unknown')};"
+        f" {result.network} on {result.dataset}: {splits}."
+    )
+    if (result.network, result.dataset) != PAPERS:
+        said += " The published figures are of another network or other data."
+    return [f"### {name}", textwrap.indent(invocation(result.command), "    "), said]
 
 
-def _gain(measured: dict[str, Any]) -> str:
-    return f"{measured['speedup']:.2f} (spread {measured['spread']:.0%}, ideal {measured['ideal']:.2f})"
+def invocation(argv: Sequence[str]) -> str:
+    """Return the command line that a process with these arguments came from."""
+    script = Path(argv[0])
+    if script.parent.name == "train":  # of ``python -m``, which Python replaces by the file
+        start = ["-m", f"train.{script.stem}"]
+    elif argv[0].startswith("train."):
+        start = ["-m", argv[0]]
+    else:
+        start = [argv[0]]
+    return shlex.join(["python", *start, *argv[1:]])
 
 
-def _freeze(result: dict[str, Any] | None) -> list[list[str]]:
-    kinds = {"knn": ("k-NN", "20 %", "97.48 %"), "kmeans": ("k-means", "33 %", "92.85 %")}
-    rows = []
-    for kind, (name, half, agreement) in kinds.items():
-        for split, said in (("seen", "thresholds from images that the base has seen"), ("clean", "from clean images")):
-            own = None if result is None else result["protocols"][split][kind]
-            shares = [NOT_RUN, NOT_RUN] if own is None else [f"{own[k]:.1%}" for k in ("half_share", "agreement")]
-            rows.append([f"{name}: half of the blocks saved for", half, shares[0], said])
-            rows.append([f"{name}: agreement with the base", agreement, shares[1], said])
-    for kind, (name, *_) in kinds.items():
-        memory = {"knn": "2,500 (reduced)", "kmeans": "12.5"}[kind]
-        total = NOT_RUN if result is None else f"{sum(r['total'] for r in result['memory'][kind]) / 2**20:.0f}"
-        rows.append([f"{name}: memory, MB", memory, total, "key networks included; see docs/freeze.md"])
-    return rows
+# --- Policies -------------------------------------------------------------------------------------------------------
 
 
-def policies(result: dict[str, Any] | None) -> list[str]:
+def policies(result: Reproduction | None) -> list[str]:
     """Compare the policies at both operating points."""
     if result is None:
-        return ["## Policies", NOT_RUN]
-    parts = ["## Policies"]
-    for group, title in (
-        ("certified", f"Each certified at {result['epsilon']:.0%} disagreement, delta {result['delta']}"),
-        ("accurate", "Each at 97 % of the base's accuracy, the step chosen on certify by one standard error"),
-    ):
-        rows = []
-        for row in result[group]["rows"]:
-            by = row["slower_by"]
-            slower = f"{by['mean_ms']:.2f} [{by['low_ms']:.2f}, {by['high_ms']:.2f}]{' ties' if by['ties'] else ''}"
-            share = row["saved_share"] / result["oracle"]["saved_share"]
-            cells = (
-                row["policy"],
-                row["heads"],
-                f"{row['mean_ms']:.2f}",
-                "-" if row is result[group]["rows"][0] else slower,
-                f"{row['saved_share']:.1%} ({share:.2f})",
-                f"{row['disagreement']:.2%}",
-                f"{row['accuracy'] / result['base']['accuracy']:.2%}",
-            )
-            rows.append(cells)
-        heads = ("policy", "heads", "mean ms", "slower by ms", "saved (of oracle's)", "disagree", "of base's accuracy")
-        parts += [f"### {title}", table(heads, rows)]
-    where = f"Measured on {result['date']} on {result['device']}, batch 1, jax {result['versions']['jax']}."
-    full = result["certified"]["rows"][0]["full_ms"]
+        return ["## Policies", f"{NOT_RUN.capitalize()}."]
+    how = (
+        f"By {link('reproduce', result)}, batch 1. The base takes {result.full_ms:.2f} ms. A bracket is a 95 %"
+        " bootstrap interval over requests, paired; a policy whose bracket holds 0 ties."
+    )
     return [
-        *parts,
-        f"{where} The base takes {full:.2f} ms. A bracket is a 95 % bootstrap interval over requests, paired.",
+        "## Policies",
+        how,
+        f"### Each certified at {100 * result.epsilon:g} % disagreement, delta {result.delta:g}",
+        _policies(result, result.certified),
+        "### Each at 97 % of the base's accuracy, the step chosen on certify by one standard error",
+        _policies(result, result.accurate),
     ]
+
+
+def _policies(result: Reproduction, group: Group) -> str:
+    heads = ["policy", "heads", "mean ms", "slower by ms", "saved (of oracle's)", "disagree", "of base's accuracy"]
+    rows, most = [], result.oracle.saved_share
+    for row in group.rows:
+        of_oracle = f"{row.saved_share / most:.2f}" if most > 0 else "-"
+        cells = [
+            row.policy,
+            row.heads,
+            f"{row.mean_ms:.2f}",
+            "-" if row is group.rows[0] else _slower(row.slower_by),
+            f"{percent(row.saved_share, 1)} ({of_oracle})",
+            percent(row.disagreement),
+            percent(row.accuracy / result.base.accuracy),
+        ]
+        if group.disagreements:
+            cells.append(" of ".join(map(str, group.disagreements.get(row.policy, ("-",)))))
+        if group.certificates:
+            one = group.certificates.get(row.policy)
+            gap = one.accuracy_gap if one else None
+            cells.append(f"{percent(gap.upper)} (delta {gap.delta:g})" if gap else "-")
+        rows.append(cells)
+    heads += ["disagreed on certify"] * bool(group.disagreements) + ["accuracy lost at most"] * bool(group.certificates)
+    return table(heads, rows)
+
+
+def _slower(by: Difference) -> str:
+    said = " ties" if by.low_ms <= 0 <= by.high_ms else " faster" if by.high_ms < 0 else ""
+    return f"{by.mean_ms:.2f} [{by.low_ms:.2f}, {by.high_ms:.2f}]{said}"
+
+
+# --- Figures --------------------------------------------------------------------------------------------------------
+
+
+def figures(folder: Path, here: Path) -> str:
+    """Show what ``train.reproduce`` has drawn.
+
+    Args:
+        folder: Of the drawings, as seen from the page.
+        here: Where the page is.
+
+    Raises:
+        InputError: A drawing is missing.
+    """
+    paths = {folder / f"repro-{name}.svg": caption for name, (_, caption) in FIGURES.items()}
+    if missing := [path for path in paths if not (here / path).is_file()]:
+        msg = f"figures: expected a drawing at {os.path.normpath(here / missing[0])}, got no such file"
+        raise InputError(msg)
+    shown = "\n\n".join(f"{caption}:\n\n![{caption}]({path.as_posix()})" for path, caption in paths.items())
+    return f"## Figures\n\n{shown}\n"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 import gati_jax
 from gati_jax import Candidate, Chain, CostTable, InputError, Plan, data
+from gati_jax.planning import Composition
 from gati_jax.runtime import Tile, device_name, tune_tile, tuned_cache, tuned_chain
 
 from . import cli
@@ -45,6 +46,13 @@ class Look(_Record):
     def entry(self) -> dict[str, str | float]:
         """Return what is written down: a plan alone says nothing of others."""
         return self.model_dump(exclude=None if self.together else {"together"})
+
+
+class _Composed(_Record):
+    """composition-<epsilon>.json."""
+
+    identity: str
+    composition: Composition
 
 
 class _Looks(_Record):
@@ -98,6 +106,31 @@ def measured_tile(path: Path, chain: Chain, candidates: Iterable[Candidate], con
     tile = dataclasses.replace(tile, milliseconds=costs.full_ms, costs=costs)
     cli.write_result(path, {"identity": identity, "tile": dataclasses.asdict(tile)})
     return tile, costs
+
+
+def kept_composition(path: Path, identity: str) -> Composition | None:
+    """Return what an earlier run of the same experiment composed, if it is there; see ``keep_composition``."""
+    try:
+        saved = TypeAdapter(_Composed).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError:
+        _log.warning("%s is damaged: caches are composed anew", path)
+        return None
+    if saved.identity != identity:
+        return None
+    _log.info("caches as composed before (remove %s to compose anew)", path)
+    return saved.composition
+
+
+def keep_composition(path: Path, identity: str, composition: Composition) -> None:
+    """Write a composition down.
+
+    A search that ends by the clock ends elsewhere next time, and another plan would cost a second look at ``certify``.
+    """
+    entry = {field.name: getattr(composition, field.name) for field in dataclasses.fields(composition)}
+    entry["refused"] = dict(composition.refused)
+    cli.write_result(path, {"identity": identity, "composition": entry})
 
 
 def record_look(

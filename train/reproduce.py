@@ -1,7 +1,8 @@
 """Reproduce the papers' experiment, from exploration to the comparison of policies: DIR/reproduction.json.
 
-Plans are composed on ``select`` and certified on ``certify``; the ``test`` split is only looked at. What a request
-costs is measured: the way to every exit of every policy is timed, all of them taking turns, under one tuning.
+Plans are composed on ``select`` and certified on ``certify``. On ``test`` nothing is chosen but the step of one figure,
+"read off test", because the papers read theirs off such curves. What a request costs is measured: the way to every exit
+of every policy is timed, all of them taking turns, under one tuning.
 """
 
 import json
@@ -13,22 +14,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 import gati_jax
-from gati_jax import Chain, InputError, Plan, ReplayTable, data
-from gati_jax.planning import oracle_exits, replay_plan
-from gati_jax.runtime import Cascade, TunedCascade, Tuning, device_name, measure_batches
+from gati_jax import Certificate, Chain, InputError, Plan, ReplayTable, data
+from gati_jax.planning import oracle_exits
+from gati_jax.runtime import device_name
 
 from . import cli
-from .caches import composition_entry, load_base, small_networks
+from .caches import base_saw_certify, composition_entry, load_base, small_networks
 from .config import Config
-from .contest import Contestant, certified_step, contestants, exit_times, logits_of, paired, step_at_accuracy
+from .contest import Contestant, accuracy, certified_step, contestants, farthest_on_test, logits_of, step_at_accuracy
 from .exploration import Explored, explore
 from .figures import draw
 from .records import count_looks, record_look
+from .standings import BASE, Open, exit_times, exits_summary, judge, measure
 
 EXAMPLE = (
     "python -m train.reproduce --config configs/repro_resnet18.toml --out runs/repro18"
@@ -38,7 +38,6 @@ ACCURACY_SHARE = 0.97  # the paper's operating point
 FARTHEST = 0.10  # disagreement at which the path for it ends
 DEFAULT = "default plan"
 ROUNDS = 25  # of the ways to every exit
-TIMED, TURNS = 500, 5  # requests, from all over the test split, and how often each
 _log = logging.getLogger("train.reproduce")
 
 
@@ -102,107 +101,50 @@ def compare(
     logits = logits_of(chain, found.candidates, {name: images[name] for name in tables})
     field = contestants(found.candidates, tables, logits, found.costs, ours=plan.sites, epsilon=epsilon)
     loose = contestants(found.candidates, tables, logits, found.costs, ours=far.sites, epsilon=FARTHEST)
-    certified = [_ours(plan, tables), *field]
-    accurate = [_ours(far, tables), *loose]
-    timed = {f"certified {c.name}": c.plan for c in certified} | {f"accurate {c.name}": c.plan for c in accurate}
-    ms = exit_times(chain, found.candidates, timed, found.tile, images["test"][0], rounds=ROUNDS)
-    steps = {c.name: certified_step(c, epsilon, delta, looks) for c in certified}
+    certified, accurate = [_ours(plan, tables), *field], [_ours(far, tables), *loose]
+    saw = base_saw_certify(config)
+    certificates = {c.name: certified_step(c, epsilon, delta, looks=looks, base_saw_data=saw) for c in certified}
+    steps = {
+        "certified": [certificates[c.name].step for c in certified],
+        "accurate": [step_at_accuracy(c, ACCURACY_SHARE) for c in accurate],
+    }
+    standings = {
+        group: [(c, Open.of(c.plan, step)) for c, step in zip(field, steps[group], strict=True)]
+        for group, field in (("certified", certified), ("accurate", accurate))
+    }
+    ways = {f"{group} {c.name}": on.names for group, rows in standings.items() for c, on in rows}
+    ms = exit_times(chain, found.candidates, {BASE: (), **ways}, found.tile, images["test"][0], ROUNDS)
     oracle = oracle_exits(tables["test"])
+    measured = {
+        "certified": Open.of(plan, steps["certified"][0]),
+        "accurate": Open.of(far, steps["accurate"][0]),
+        "read off test": Open.of(far, farthest_on_test(accurate[0], ACCURACY_SHARE)),
+    }
     return {
         "epsilon": epsilon,
         "delta": delta,
         "looks": looks,
         "composition": composition_entry(composition),
         "candidates": len(found.candidates),
-        "oracle": _exits_summary(oracle, found) | {"half_share": float((oracle <= len(chain) / 2).mean())},
-        "certified": _rows(certified, {c.name: steps[c.name].step for c in certified}, ms, "certified", found)
-        | {"disagreements": {name: [one.disagreements, one.n] for name, one in steps.items()}},
-        "accurate": _rows(
-            accurate, {c.name: step_at_accuracy(c, ACCURACY_SHARE) for c in accurate}, ms, "accurate", found
-        ),
-        "measured": {
-            "certified": _measured(chain, found, plan, steps[DEFAULT].step, images["test"]),
-            "accurate": _measured(chain, found, far, step_at_accuracy(accurate[0], ACCURACY_SHARE), images["test"]),
-            "read off test": _measured(chain, found, far, _farthest_on_test(accurate[0]), images["test"]),
+        "oracle": exits_summary(oracle, found) | {"half_share": float((oracle <= len(chain) / 2).mean())},
+        "certified": {
+            "rows": judge(standings["certified"], ms, "certified", found),
+            "disagreements": {name: [one.disagreements, one.n] for name, one in certificates.items()},
+            "certificates": {name: _certificate_entry(one) for name, one in certificates.items()},
         },
+        "accurate": {"rows": judge(standings["accurate"], ms, "accurate", found)},
+        "measured": {name: measure(chain, found, on, images["test"]) for name, on in measured.items()},
     }
+
+
+def _certificate_entry(certificate: Certificate) -> dict[str, Any]:
+    keys = ("epsilon", "delta", "n", "disagreements", "step", "certified", "looks", "method", "numerics")
+    return {key: getattr(certificate, key) for key in (*keys, "base_saw_data")}
 
 
 def _ours(plan: Plan, tables: Mapping[str, ReplayTable]) -> Contestant:
     own = {name: table.take(plan.names) for name, table in tables.items()}
     return Contestant(name=DEFAULT, heads="composed", plan=plan, tables=own)
-
-
-def _farthest_on_test(contestant: Contestant) -> int:
-    """Return the step that keeps the accuracy on the test split itself: published gains are read off such curves."""
-    table = contestant.tables["test"]
-    least = ACCURACY_SHARE * accuracy(table.answers, table)
-    kept = [accuracy(replay_plan(table, t).classes, table) >= least for t in contestant.plan.path]
-    return int(np.flatnonzero(kept)[-1])
-
-
-def _rows(
-    field: list[Contestant], steps: Mapping[str, int], ms: Mapping[str, np.ndarray], group: str, found: Explored
-) -> dict[str, Any]:
-    """Say what each contestant does on test at its step; the first is what the others are compared with."""
-    rows, first = [], None
-    for one in field:
-        table, step = one.tables["test"], steps[one.name]
-        outcome = replay_plan(table, one.plan.thresholds(step))
-        latency = ms[f"{group} {one.name}"][outcome.exits]
-        first = latency if first is None else first
-        at = np.array([*table.sites, table.depth])[outcome.exits]
-        rows.append(
-            {
-                "policy": one.name,
-                "heads": one.heads,
-                "caches": list(one.plan.names),
-                "step": step,
-                "thresholds": [None if np.isinf(t) else float(t) for t in one.plan.thresholds(step)],
-                "mean_ms": float(latency.mean()),
-                "full_ms": found.costs.full_ms,
-                "disagreement": outcome.disagreement,
-                "accuracy": accuracy(outcome.classes, table),
-                **_exits_summary(at, found),
-                "slower_by": paired(first, latency),
-            }
-        )
-    return {"rows": rows}
-
-
-def _exits_summary(at: np.ndarray, found: Explored) -> dict[str, Any]:
-    """Return where requests leave, and the share of the base's time that this saves, lookups left out."""
-    until = np.array([found.costs.until(site) for site in range(found.select.depth + 1)])
-    counts = np.bincount(at, minlength=found.select.depth + 1)
-    return {"exits": counts.tolist(), "saved_share": float(1 - until[at].mean() / found.costs.full_ms)}
-
-
-def _measured(chain: Chain, found: Explored, plan: Plan, step: int, images: np.ndarray) -> dict[str, Any]:
-    """Run the cascade and the fastest full network side by side on real requests, one at a time."""
-    thresholds = plan.thresholds(step)
-    on = np.isfinite(thresholds)
-    caches = found.candidates.take([name for name, is_on in zip(plan.names, on, strict=True) if is_on])
-    tuned = TunedCascade(
-        Cascade(chain, tuple(caches), jnp.asarray(thresholds[on])), Tuning(device=device_name(), tiles=(found.tile,))
-    )
-    requests = images[np.linspace(0, len(images) - 1, min(TIMED, len(images))).astype(int)]
-    speed = measure_batches(tuned, requests, batch=1, rounds=TURNS)
-    return {
-        "full_ms": speed.full_ms,
-        "cascade_ms": speed.cascade_ms,
-        "speedup": speed.speedup,
-        "ideal": speed.ideal,
-        "spread": speed.spread,
-        "requests": len(speed.exits),
-        "cache_bytes": sum(c.bytes for c in caches),
-        "base_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(chain)),
-        "sites": [c.site for c in caches],
-    }
-
-
-def accuracy(classes: np.ndarray, table: ReplayTable) -> float:
-    """Return the share of right classes."""
-    return float((classes == table.labels).mean())
 
 
 def show(result: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from .memory import CacheMemory as CacheMemory
 from .memory import PublishedMemory as PublishedMemory
 from .memory import memory_report as memory_report
 from .memory import point_bytes as point_bytes
+from .memory import points_within as points_within
 from .memory import published_memory as published_memory
 from .neighbours import NO_POINT as NO_POINT
 from .neighbours import Centres as Centres

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from gati_jax._errors import InputError
@@ -60,9 +61,13 @@ class Candidate:
 def lookup(
     candidate: Candidate, activation: Float[Array, "batch *site"]
 ) -> tuple[Float[Array, "batch classes"], Float[Array, " batch"]]:
-    """Run the cache: class logits and the score to compare with its threshold."""
+    """Run the cache: class logits and the float32 score to compare with its threshold.
+
+    A threshold of infinity is off, so no score reaches it: an infinite one is held at the largest finite number.
+    """
     logits = call(candidate.predictor, candidate.params["predictor"], activation)
-    return logits, call(candidate.selector, candidate.params["selector"], logits)
+    score = call(candidate.selector, candidate.params["selector"], logits).astype(jnp.float32)
+    return logits, jnp.minimum(score, jnp.finfo(jnp.float32).max)
 
 
 @runtime_checkable

@@ -12,9 +12,17 @@ from .neighbours import Centres, Neighbours
 MIB = 2**20  # the paper's MB
 
 
+COUNT_BYTES = 4  # a k-NN cache's own number of points
+
+
 def point_bytes(units: int) -> int:
     """Return the bytes of one stored point: its key, its label and its norm."""
     return 4 * units + 4 + 4
+
+
+def points_within(budget: int, units: int) -> int:
+    """Return for how many points a k-NN cache has room in ``budget`` bytes, its count of them included."""
+    return max(0, budget - COUNT_BYTES) // point_bytes(units)
 
 
 class CacheMemory(NamedTuple):

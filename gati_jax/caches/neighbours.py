@@ -109,7 +109,7 @@ class _Keyed(nn.Module):
 
 
 class Neighbours(_Keyed):
-    """The paper's k-NN cache; "points" also holds "count", how many points were ever added, see ``extend``."""
+    """The paper's k-NN cache; "points" also holds "count", how many were ever added, up to 2^31: see ``extend``."""
 
     classes: int
     points: int
@@ -207,18 +207,21 @@ def extend(
         labels: The base's answers to them, as many.
 
     Raises:
-        InputError: Another kind of cache, keys of another length or not finite, or labels that are no classes.
+        InputError: Another kind of cache, keys of another length, not finite or too long, or labels that are no
+            classes.
     """
     predictor = candidate.predictor
     if not isinstance(predictor, Neighbours):
         msg = f"candidate: expected a k-NN cache, got {candidate.name}, a {type(predictor).__name__}"
         raise InputError(msg)
-    if keys.shape[1] != predictor.units or len(labels) != len(keys):
+    if keys.shape[1:] != (predictor.units,) or labels.shape != keys.shape[:1]:
         expected = f"[n, {predictor.units}] and n labels"
-        msg = f"keys: expected {expected}, got {list(keys.shape)} and {len(labels)} labels"
+        msg = f"keys: expected {expected}, got {list(keys.shape)} and labels of shape {list(labels.shape)}"
         raise InputError(msg)
-    if not np.isfinite(np.asarray(keys)).all():
-        msg = "keys: expected finite values, got NaN or infinity"
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.sum(np.square(np.asarray(keys, np.float32)), -1)
+    if not np.isfinite(norms).all():  # an infinite norm says that a row holds no point
+        msg = "keys: expected values with a finite sum of squares, got NaN, infinity or too large ones"
         raise InputError(msg)
     if bad := sorted(set(np.asarray(labels).tolist()) - set(range(predictor.classes))):
         msg = f"labels: expected classes 0 to {predictor.classes - 1}, got {bad}"
@@ -226,6 +229,11 @@ def extend(
     variables: dict[str, Any] = candidate.params["predictor"]
     grown = {**variables, "points": _added(variables["points"], keys, labels)}
     return dataclasses.replace(candidate, params={**candidate.params, "predictor": grown})
+
+
+def _counted(count: int, capacity: int) -> int:
+    """Return a count that int32 holds; where it starts over, the ring stays full and goes on where it is."""
+    return count if count < 2**31 else capacity + count % capacity
 
 
 def _added(
@@ -240,5 +248,5 @@ def _added(
         "keys": points["keys"].at[at].set(new),
         "labels": points["labels"].at[at].set(jnp.asarray(labels[len(labels) - last :], jnp.int32)),
         "norms": points["norms"].at[at].set(jnp.sum(new**2, -1)),
-        "count": jnp.int32(count + len(keys)),
+        "count": jnp.int32(_counted(count + len(keys), capacity)),
     }

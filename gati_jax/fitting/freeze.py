@@ -25,7 +25,7 @@ from gati_jax.caches import (
     Grid,
     Neighbours,
     key_features,
-    point_bytes,
+    points_within,
     stored_centres,
     stored_points,
 )
@@ -88,7 +88,7 @@ class FreezeConfig:
         Raises:
             InputError: Fewer than it asks.
         """
-        rows = n + self.spare if self.budget is None else self.budget // (sites * point_bytes(self.key_units))
+        rows = n + self.spare if self.budget is None else points_within(self.budget // sites, self.key_units)
         kept = min(n, rows - self.spare)
         if kept < self.k:
             msg = f"k: expected at most the points of a cache, got {self.k}, and room for {max(0, kept)} points"

@@ -11,6 +11,7 @@ from gati_jax.caches import Cascaded, Centres, Grid, Neighbours, SortedSelector,
 from gati_jax.models import Chain, Normalization, ResNet, Variables
 
 DEFAULT_SELECTOR = SortedSelector()
+_SEPARATORS = frozenset("@+")  # of a head, its further selector and the site: "grid+linear@9"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,21 @@ class Head:
     variables: PyTree | None = dataclasses.field(default=None, repr=False, compare=False)
     selectors: tuple[tuple[str, nn.Module], ...] = ()
     cascaded: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse names of which those of candidates could not be told apart.
+
+        Raises:
+            InputError: Names the field.
+        """
+        others = [name for name, _ in self.selectors]
+        for field, name in (("name", self.name), *(("selectors", other) for other in others)):
+            if not name or set(name) & _SEPARATORS:
+                msg = f"{field}: expected a name without @ and +, which candidates' names are made with, got {name!r}"
+                raise InputError(msg)
+        if len(set(others)) < len(others):
+            msg = f"selectors: expected distinct names, got {', '.join(others)}: one would replace another"
+            raise InputError(msg)
 
 
 def network_head(
@@ -111,10 +127,10 @@ def more_selectors(parts: Mapping[str, Part], heads: Sequence[Head]) -> dict[str
     found = dict(parts)
     for head in heads:
         for name, part in parts.items():
-            prefix, _, site = name.rpartition("@")
-            if prefix == head.name:
+            # Heads of one name at different sites are different heads.
+            if name == f"{head.name}@{part.site}" and (head.sites is None or part.site in head.sites):
                 for other, selector in head.selectors:
-                    found[f"{prefix}+{other}@{site}"] = dataclasses.replace(part, selector=selector)
+                    found[f"{head.name}+{other}@{part.site}"] = dataclasses.replace(part, selector=selector)
     return found
 
 

@@ -29,12 +29,16 @@ def untrained(chain: Chain, heads: Sequence[Head]) -> tuple[Candidate, ...]:
         chain: The base.
         heads: As for ``fit``.
     """
-    candidates = []
+    candidates, drawn = [], {}
     for i, (name, part) in enumerate(_all_parts(chain, heads).items()):
         random = _random(_shapes(chain, part), jax.random.key(i))
         predictor, variables = part.predictor, part.variables
         if variables is None:
-            predictor, variables = fold_standardize(part.predictor, random["predictor"])
+            # Under several selectors, one predictor: as after a fit, so that its lookup is timed once.
+            key = part.site, part.predictor, part.previous
+            if key not in drawn:
+                drawn[key] = fold_standardize(part.predictor, random["predictor"])
+            predictor, variables = drawn[key]
         params = {"predictor": variables, "selector": random["selector"]}
         candidates.append(Candidate(name, part.site, predictor, part.selector, params, part.previous))
     return tuple(candidates)

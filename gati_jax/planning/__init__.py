@@ -31,6 +31,7 @@ from .policies import max_probability as max_probability
 from .policies import oracle_exits as oracle_exits
 from .policies import policy_table as policy_table
 from .policies import shared_threshold_plan as shared_threshold_plan
+from .repeats import count_repeats as count_repeats
 from .tables import CostTable as CostTable
 from .tables import Outcome as Outcome
 from .tables import ReplayTable as ReplayTable

@@ -31,6 +31,8 @@ def largest_passing(n: int, epsilon: float, delta: float) -> int:
 def samples_needed(rate: float, epsilon: float, delta: float) -> int | None:
     """Return how many requests would certify epsilon if they disagreed at ``rate``; None if no number below 2^40 would.
 
+    It suffices; where ``rate`` is not 0, somewhat fewer may, for disagreements are whole and each new one sets back.
+
     Example:
         >>> samples_needed(0.0, 0.02, 0.05), samples_needed(0.03, 0.02, 0.05)
         (149, None)

@@ -72,6 +72,10 @@ class Certificate:
     """Whether the base was trained on the certify split."""
     plan_hash: str
     data_fingerprint: str
+    select_fingerprint: str = ""
+    """Of the rows that the plan was composed on; empty in certificates of old bundles."""
+    repeated: int = 0
+    """How many of the n requests equal one before them: taken for requests that came again, not for copies."""
     exits: tuple[ExitRate, ...] = ()
     """For every cache that is on, in the order of the sites, where the certificate is conditional."""
     accuracy_gap: AccuracyGap | None = None
@@ -90,7 +94,7 @@ class Certificate:
                 msg = f"{name}: expected a number between 0 and 1, got {getattr(self, name)}"
                 raise InputError(msg)
         check_name(self.name)
-        counts = 0 <= self.disagreements <= self.n < 2**53 and self.step >= -1
+        counts = 0 <= self.disagreements <= self.n < 2**53 and 0 <= self.repeated <= self.n and self.step >= -1
         if not (counts and 1 <= self.looks < 2**53 and 1 <= self.plans < 2**53):
             got = f"{self.disagreements} of {self.n}, look {self.looks} for {self.plans} plans"
             msg = f"certificate: expected counts, got {got}"
@@ -112,7 +116,10 @@ class Certificate:
 
     @property
     def level(self) -> float:
-        """What each p-value was compared with: the plans of all looks share delta."""
+        """What each p-value was compared with: the plans of this look share delta / looks.
+
+        Looks share nothing: the j-th is wrong with a risk of at most delta / j, and the sum over many exceeds delta.
+        """
         return self.delta / self.looks / self.plans
 
     def _passed(self) -> bool:

@@ -2,7 +2,7 @@
 
 The choice is exact where time allows: a local search finds a good one, branch and bound improves on it until it has
 proved that nothing is better, or says how much better something could still be. "Proved" refers to a grid: each
-candidate has at most ``thresholds`` of them, the strict ones densely, and those that the local search found. Between
+candidate has at most ``thresholds`` of them, the strict ones densely, and those of the choice among them. Between
 two of the grid a faster one may lie. Bounds are sharp for some eight sites; with dozens, most of the gap is theirs.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from gati_jax._errors import InputError
 
-from .exact import solve
+from .exact import first_prices, solve
 from .greedy import MAX_THRESHOLDS, greedy
 from .local import Found, polish, search
 from .options import Choice, Options, evaluate, fits, read_options
@@ -125,16 +125,24 @@ def compose(
         return lambda: clock() - began >= share * seconds
 
     found, fine, price = _good_choice(table, costs, options, over(LOCAL_SHARE))
-    coarse, choice = fine.thin(thresholds, found.choice)
-    tell = progress or (lambda *_: None)
-    n = len(table)
-    result = solve(
-        coarse, Found(found.ms, choice), price, out_of_time=over(1.0),
-        progress=lambda nodes, ms, bound: tell(nodes, ms / n, bound / n),
-    )  # fmt: skip
-    if result.found.ms < found.ms:
+    prices, nodes, n = first_prices(fine, found.choice, price), 0, len(table)
+
+    def tell(more: int, ms: float, bound: float) -> None:
+        if progress:
+            progress(nodes + more, ms / n, bound / n)
+
+    while True:
+        coarse, choice = fine.thin(thresholds, found.choice)
+        result = solve(coarse, Found(found.ms, choice), prices, out_of_time=over(1.0), progress=tell)
+        nodes, prices = nodes + result.nodes, result.prices
+        if result.found.ms >= found.ms:
+            break
         found = polish(fine, _translate(coarse, fine, result.found.choice))
-    return _told(table, costs, fine, found.choice, result.bound_ms / n, coarse.width, result.nodes, clock() - began)
+        # The bound speaks of the coarse grid alone. A choice that has left it is judged anew, on a grid with its own
+        # thresholds; each time it is faster, so this ends. Without time left, the same prices bound the new grid.
+        if _has(coarse, fine, found.choice):
+            break
+    return _told(table, costs, fine, found.choice, result.bound_ms / n, coarse.width, nodes, clock() - began)
 
 
 def check_tables(table: ReplayTable, costs: CostTable) -> None:
@@ -183,6 +191,11 @@ def _translate(coarse: Options, fine: Options, choice: Choice) -> Choice:
     return tuple(
         o and (o[0], int(np.searchsorted(-fine.thresholds[o[0]], -coarse.thresholds[o[0]][o[1]]))) for o in choice
     )
+
+
+def _has(coarse: Options, fine: Options, choice: Choice) -> bool:
+    """Say whether all thresholds of a choice among the fine options are coarse ones, too."""
+    return all(fine.thresholds[o[0]][o[1]] in coarse.thresholds[o[0]] for o in choice if o is not None)
 
 
 def _told(  # noqa: PLR0917

@@ -71,7 +71,7 @@ def _moved(
     terms: tuple[float, float, float],
 ) -> Float[np.ndarray, " caches"] | None:
     """Return the thresholds with that of one cache where the mean time is the smallest and every exit passes."""
-    scores = np.unique(table.scores[cache])
+    scores = np.unique(table.scores[cache][np.isfinite(table.scores[cache])])
     spaced = np.linspace(0, len(scores) - 1, min(len(scores), MAX_THRESHOLDS)).astype(int)
     on = np.isfinite(thresholds)
     on[cache] = True
@@ -80,7 +80,7 @@ def _moved(
     # Where several caches stand at one site, the last of them counts the site's exits.
     last = list({table.sites[c]: c for c in np.flatnonzero(on).tolist()}.values())
     best, best_ms = None, np.inf
-    for threshold in scores[spaced][np.isfinite(scores[spaced])]:
+    for threshold in scores[spaced]:
         trial = thresholds.copy()
         trial[cache] = threshold
         outcome = replay_plan(table, trial)

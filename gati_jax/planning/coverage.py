@@ -73,7 +73,8 @@ def resplit_coverage(
         shares: Of the rows, for composing and for certifying; something must be left.
         compose_with: Returns a plan; unless told, ``plan`` with these costs, epsilon and delta, and no time to search:
             where a search ends depends on the machine, and a draw could not be repeated.
-        certify_with: Returns its certificate; unless told, ``certify`` with these epsilon and delta.
+        certify_with: Returns its certificate; unless told, ``certify`` with these epsilon and delta, and equal rows as
+            what they are here: two of the population.
 
     Raises:
         InputError: No draws, a part of the table would be empty, or see ``plan`` and ``certify``.
@@ -84,7 +85,7 @@ def resplit_coverage(
         msg = f"draws, shares: expected one draw or more, and rows in every part of {n}, got {draws} and {shares}"
         raise InputError(msg)
     compose_with = compose_with or (lambda rows: compose(rows, costs, epsilon=epsilon, delta=delta, seconds=0.0))
-    certify_with = certify_with or (lambda plan, rows: certify(plan, rows, epsilon, delta))
+    certify_with = certify_with or (lambda plan, rows: certify(plan, rows, epsilon, delta, repeats=True))
     rng = np.random.default_rng(seed)
     certified, failures, rates = 0, 0, []
     for _ in range(draws):

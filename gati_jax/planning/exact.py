@@ -28,6 +28,7 @@ class Result(NamedTuple):
     found: Found
     bound_ms: float  # no choice takes less
     nodes: int
+    prices: Prices  # that bound all choices together
 
 
 class _Family(NamedTuple):
@@ -58,7 +59,7 @@ class _Members(NamedTuple):
 def solve(
     options: Options,
     start: Found,
-    price: float,
+    prices: Prices,
     *,
     out_of_time: Callable[[], bool],
     progress: Callable[[int, float, float], None],
@@ -68,7 +69,7 @@ def solve(
     Args:
         options: The problem.
         start: A choice within the budgets.
-        price: About what a wrong answer is worth, in ms.
+        prices: To start from, see `first_prices`; or those that a search with other thresholds ended with.
         out_of_time: Asked between nodes.
         progress: Told nodes, the best time and the bound.
     """
@@ -76,16 +77,17 @@ def solve(
     everything = np.arange(options.n)
     whole = _Family(
         np.packbits(np.ones(options.n, bool)), (), options.start_ms, 0, options.limits,
-        np.array([-1]), np.array([0]), everything, _first_prices(options, start.choice, price), options.usable,
+        np.array([-1]), np.array([0]), everything, prices, options.usable,
     )  # fmt: skip
     best, nodes, node_steps = start, 0, _schedule(NODE_STEPS, NODE_RANGE)
     bound, families = _expand(options, whole, _root(options), best, _schedule(ROOT_STEPS, ROOT_RANGE), out_of_time)
+    prices = families[0][1].prices if families else prices
     heap = [(key, next(ticket), family) for key, family in families]
     heapq.heapify(heap)
     while heap and heap[0][0] < best.ms - TOLERANCE * best.ms:
         bound = max(bound, heap[0][0])
         if out_of_time():
-            return Result(best, min(bound, best.ms), nodes)
+            return Result(best, min(bound, best.ms), nodes, prices)
         key, _, family = heapq.heappop(heap)
         members = _members(options, family, best)
         nodes += len(members.choices)
@@ -95,15 +97,21 @@ def solve(
             for child_key, child in found:
                 heapq.heappush(heap, (max(key, child_key), next(ticket), child))
         progress(nodes, best.ms, min(bound, best.ms))
-    return Result(best, best.ms, nodes)
+    return Result(best, best.ms, nodes, prices)
 
 
 def _schedule(steps: int, ends: tuple[float, float]) -> tuple[float, ...]:
     return tuple(np.geomspace(*ends, steps).tolist())
 
 
-def _first_prices(options: Options, choice: Choice, price: float) -> Prices:
-    """Start from what the requests take under a good choice: its own bound would be its own time."""
+def first_prices(options: Options, choice: Choice, price: float) -> Prices:
+    """Return prices from what the requests take under a good choice: its own bound would be its own time.
+
+    Args:
+        options: The problem.
+        choice: A good one.
+        price: About what a wrong answer is worth, in ms.
+    """
     ms, _ = cost_to_go(options, choice, price)
     return Prices(ms[1:-1], price, np.zeros(len(options.limits)))
 

@@ -106,8 +106,7 @@ def _levels(
     scores: Float[np.ndarray, " n"], wrong: Bool[np.ndarray, " n"]
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " levels"]]:
     """Return each request's level, and the thresholds just above a request that would newly disagree."""
-    hits = scores > -np.inf  # NaN and -infinity never hit
-    scores = np.minimum(scores, np.finfo(np.float32).max)  # a threshold of infinity would be "off"
+    hits = scores > -np.inf  # -infinity never does
     values = -np.unique(-scores[hits])  # falling
     bad = np.isin(values, scores[hits & wrong])
     stops = values[np.append(bad[1:], True)] if len(values) else values

@@ -61,8 +61,12 @@ def compose_plan(
     sites: int | None = None,
     bytes: Mapping[str, int] | None = None,  # noqa: A002
     seconds: float = SECONDS,
+    composed: Composition | None = None,
 ) -> tuple[Plan, Composition]:
     """Return a plan as `plan` does, and the composition that it goes through, with its proof and what it refused.
+
+    A search that runs out of time ends elsewhere on a busier machine. ``composed``, from an earlier call with the same
+    arguments, is gone through again instead, and gives the same plan.
 
     Raises:
         InputError: As `plan`.
@@ -75,7 +79,7 @@ def compose_plan(
     # The caches are chosen for what a split as large as this one could certify; the path goes on to epsilon, for luck.
     target = max(0, largest_passing(len(table), epsilon, delta))
     budget = Budget(disagreements=target, memory_bytes=memory_bytes, worst_ms=worst_ms, sites=sites)
-    composition = compose(table, costs, budget, bytes=bytes, seconds=seconds)
+    composition = composed or compose(table, costs, budget, bytes=bytes, seconds=seconds)
     part = table.take(composition.names)
     goal = np.array(composition.thresholds, np.float32)
     path = _refined(_path(part, costs, goal, target, int(epsilon * len(table) + 1e-9)), part, costs)

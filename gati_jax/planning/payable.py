@@ -65,7 +65,7 @@ def rank(table: ReplayTable, costs: CostTable, *, epsilon: float, delta: float =
         order = np.argsort(-table.scores[i], kind="stable")
         scores, wrong = table.scores[i][order], np.cumsum(~table.agrees[i][order])
         ends = np.append(scores[1:] < scores[:-1], True)
-        fine = np.flatnonzero(ends & (wrong <= target))
+        fine = np.flatnonzero(ends & (wrong <= target) & (scores > -np.inf))  # -infinity never hits
         hits = (int(fine[-1]) + 1) / len(table) if len(fine) else 0.0
         saved = (hits * (costs.full_ms - costs.until(site)) - costs.lookup_ms[name]) / costs.full_ms
         found.append(Rank(name, site, float(table.agrees[i].mean()), hits, saved))

@@ -45,6 +45,9 @@ class Plan:
         if self.path.shape != (steps, caches) or len(self.mean_ms) != steps or len(self.sites) != caches or steps == 0:
             msg = f"path: expected shape [steps, caches] = [{steps}, {caches}], got {list(self.path.shape)}"
             raise InputError(msg)
+        if self.rows.shape != (self.n,):
+            msg = f"rows: expected the digests of n = {self.n} requests, got shape {list(self.rows.shape)}"
+            raise InputError(msg)
         if np.isnan(self.path).any() or (self.path == -np.inf).any():
             msg = "path: expected thresholds or infinity, got NaN or -infinity"
             raise InputError(msg)
@@ -54,7 +57,7 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """Digest of all that must be fixed before ``certify`` is opened."""
+        """Digest of all that must be fixed before ``certify`` is opened; ``rows`` a certificate names by themselves."""
         digest = hashlib.sha256(repr((self.names, self.sites, self.depth, self.path.shape, self.origin)).encode())
         digest.update(np.ascontiguousarray(self.path).tobytes())
         return digest.hexdigest()

@@ -74,7 +74,7 @@ def shared_threshold_plan(table: ReplayTable, costs: CostTable, *, epsilon: floa
         costs: Measured times.
         epsilon: The disagreement at which the path ends.
     """
-    ranked = np.unique(table.scores)[::-1]
+    ranked = np.unique(table.scores[table.scores > -np.inf])[::-1]
     levels = ranked[np.unique(np.linspace(0, len(ranked) - 1, min(len(ranked), STEPS)).astype(int))]
     m = len(table.names)
     path, disagreement = [np.full(m, np.inf, np.float32)], [0.0]

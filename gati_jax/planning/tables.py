@@ -23,7 +23,8 @@ class ReplayTable:
     answers: Int[np.ndarray, " n"]
     classes: Int[np.ndarray, "candidates n"]
     scores: Float[np.ndarray, "candidates n"]
-    """Out-of-fold where a selector has seen the row."""
+    """Out-of-fold where a selector has seen the row. They become float32, at most its largest; NaN becomes -infinity,
+    which never hits."""
     rows: UInt64[np.ndarray, " n"]
     """Digests, by which splits are told apart."""
     labels: Int[np.ndarray, " n"] | None = None
@@ -41,7 +42,7 @@ class ReplayTable:
             if column is not None and column.shape != self.answers.shape:
                 msg = f"{field}: expected shape {list(self.answers.shape)}, got {list(column.shape)}"
                 raise InputError(msg)
-        object.__setattr__(self, "scores", self.scores.astype(np.float32))  # thresholds are float32
+        object.__setattr__(self, "scores", _comparable(self.scores))
         if len(self.sites) != len(self.names) or len(set(self.names)) != len(self.names):
             msg = f"names: expected a site for each, and no name twice, got {self.names} at {self.sites}"
             raise InputError(msg)
@@ -74,6 +75,13 @@ class ReplayTable:
             scores=self.scores[index],
             origin=self.origin.take(names),
         )
+
+
+def _comparable(scores: Float[np.ndarray, "candidates n"]) -> Float[np.ndarray, "candidates n"]:
+    """Return scores as thresholds are compared with them: a threshold of infinity is off, whatever the score."""
+    limits = np.finfo(np.float32)
+    held = np.where(np.isneginf(scores), -np.inf, np.clip(scores, limits.min, limits.max))
+    return np.where(np.isnan(scores), -np.inf, held).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from .betting import AccuracyGap, accuracy_gap_bound
 from .binomial import p_value, samples_needed
 from .certificate import CONDITIONAL, MARGINAL, Certificate, ExitRate, Method, check_name
 from .planned import Plan
+from .repeats import count_repeats
 from .tables import Outcome, ReplayTable, replay_plan
 
 
@@ -33,6 +34,7 @@ class _Terms:
     looks: int
     plans: int
     base_saw_data: bool
+    repeats: bool
 
     def __post_init__(self) -> None:
         _check_share("delta", self.delta)
@@ -54,7 +56,14 @@ class _Test(NamedTuple):
 
 
 def certify(
-    plan: Plan, table: ReplayTable, epsilon: float, delta: float = 0.05, *, looks: int = 1, base_saw_data: bool = False
+    plan: Plan,
+    table: ReplayTable,
+    epsilon: float,
+    delta: float = 0.05,
+    *,
+    looks: int = 1,
+    base_saw_data: bool = False,
+    repeats: bool = False,
 ) -> Certificate:
     """Certify the farthest step of a plan's path that the data supports.
 
@@ -67,12 +76,14 @@ def certify(
         looks: How often these rows have been opened for certificates, this time included. A second look pays: it is
             tested at delta / looks. That bounds the risk of each look, not of the whole series of looks.
         base_saw_data: Whether the base was trained on these rows, which makes it (and so its caches) surer on them.
+        repeats: Whether equal rows are requests drawn one by one from traffic that repeats itself, and not copies. Else
+            over 1 % of them are refused, and fewer warn.
 
     Raises:
-        InputError: The table is empty, of other parameters than the plan's, lacks a candidate, or shares rows with the
-            plan's; epsilon or delta is outside (0, 1).
+        InputError: The table is empty, of other parameters than the plan's, lacks a candidate, shares rows with the
+            plan's, or repeats rows; epsilon or delta is outside (0, 1).
     """
-    terms = _Terms(delta=delta, looks=looks, plans=1, base_saw_data=base_saw_data)
+    terms = _Terms(delta=delta, looks=looks, plans=1, base_saw_data=base_saw_data, repeats=repeats)
     _warn_of_looks(looks)
     return _certify(plan, table, epsilon, terms, MARGINAL)
 
@@ -84,6 +95,7 @@ def certify_together(
     *,
     looks: int = 1,
     base_saw_data: bool = False,
+    repeats: bool = False,
 ) -> dict[str, Certificate]:
     """Certify several plans in one look at the data: that any of the certificates is wrong has risk delta.
 
@@ -95,6 +107,7 @@ def certify_together(
         delta: The risk of all together.
         looks: As for ``certify``: however many plans, this is one look.
         base_saw_data: As for ``certify``.
+        repeats: As for ``certify``.
 
     Raises:
         InputError: As for ``certify``; or there is no plan.
@@ -102,7 +115,7 @@ def certify_together(
     if not plans:
         msg = "plans: expected at least one, got none"
         raise InputError(msg)
-    terms = _Terms(delta=delta, looks=looks, plans=len(plans), base_saw_data=base_saw_data)
+    terms = _Terms(delta=delta, looks=looks, plans=len(plans), base_saw_data=base_saw_data, repeats=repeats)
     for name in plans:
         check_name(name)
     _warn_of_looks(looks)
@@ -122,6 +135,7 @@ def certify_conditional(
     looks: int = 1,
     plans: int = 1,
     base_saw_data: bool = False,
+    repeats: bool = False,
 ) -> Certificate:
     """Certify that of the requests that leave at or before site k at most alpha disagree, for every k at once.
 
@@ -147,13 +161,14 @@ def certify_conditional(
         looks: As for ``certify``.
         plans: How many plans are certified in this look, each at delta / plans.
         base_saw_data: As for ``certify``.
+        repeats: As for ``certify``.
 
     Raises:
         InputError: As for ``certify``.
     """
     _check_share("alpha", alpha)
     check_name(name)
-    terms = _Terms(delta=delta, looks=looks, plans=plans, base_saw_data=base_saw_data)
+    terms = _Terms(delta=delta, looks=looks, plans=plans, base_saw_data=base_saw_data, repeats=repeats)
     _warn_of_looks(looks)
     return dataclasses.replace(_certify(plan, table, alpha, terms, CONDITIONAL), name=name)
 
@@ -162,6 +177,7 @@ def _certify(plan: Plan, table: ReplayTable, epsilon: float, terms: _Terms, meth
     """Walk the path until a step fails."""
     _check_share("epsilon", epsilon)
     table = _checked(plan, table)
+    repeated = count_repeats(table.rows, drawn=terms.repeats)
     outcomes = [replay_plan(table, thresholds) for thresholds in plan.path]
     step, passed = -1, _Test(p_value(0, len(table), epsilon))
     for i, outcome in enumerate(outcomes):
@@ -187,6 +203,8 @@ def _certify(plan: Plan, table: ReplayTable, epsilon: float, terms: _Terms, meth
         base_saw_data=terms.base_saw_data,
         plan_hash=plan.hash,
         data_fingerprint=fingerprint(table.rows),
+        select_fingerprint=fingerprint(plan.rows),
+        repeated=repeated,
         exits=passed.exits if step > 0 else (),
         accuracy_gap=_gap(plan, table, outcomes[step], terms) if step > 0 else None,
         stays_off=sentences(plan, step, outcomes, epsilon, terms.level),

@@ -15,7 +15,6 @@ from .host import compile_stages as compile_stages
 from .host import predict_on_host as predict_on_host
 from .measure import device_name as device_name
 from .measure import measure_costs as measure_costs
-from .measure import time_interleaved as time_interleaved
 from .replay import origin as origin
 from .replay import replay as replay
 from .replay import replay_logits as replay_logits
@@ -26,7 +25,8 @@ from .speed import expected_ms as expected_ms
 from .speed import measure_batches as measure_batches
 from .speed import measure_speed as measure_speed
 from .speed import stages_ms as stages_ms
-from .speed import time_turns as time_turns
+from .timing import time_interleaved as time_interleaved
+from .timing import time_turns as time_turns
 from .tuned import TunedCascade as TunedCascade
 from .tuning import Tile as Tile
 from .tuning import Tuning as Tuning

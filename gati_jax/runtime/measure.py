@@ -5,28 +5,24 @@ import logging
 import os
 import platform
 import re
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Shaped
 
-from gati_jax.caches import Candidate, lookup
+from gati_jax.caches import Candidate
 from gati_jax.models import Chain
 from gati_jax.planning import CostTable
 
-from .batched import BatchedCascade, predict_tiled
-from .cascade import Cascade, Prediction
-from .drivers import predict_one
+from .lookups import time_lookups
 from .numerics import reference
 from .options import Options, compiled
 from .packing import Packed, pack, unpack
-from .schedule import Schedule
+from .timing import spread, time_interleaved
 
-LEAST_SHARE = 0.1
 _log = logging.getLogger(__name__)
 
 
@@ -47,35 +43,6 @@ def _processor() -> str:
     model = models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{model} {cores} cores"
-
-
-def time_interleaved(
-    programs: Mapping[str, Callable[[], object]], *, rounds: int
-) -> dict[str, Float[np.ndarray, " rounds"]]:
-    """Time programs in turn, so that a disturbance of the machine meets all of them.
-
-    Args:
-        programs: Each returns what ``jax.block_until_ready`` can wait for. All are run once before, to warm up.
-        rounds: How often each is timed.
-
-    Returns:
-        Milliseconds of every run.
-    """
-    for program in programs.values():
-        jax.block_until_ready(program())
-    times = {name: np.empty(rounds) for name in programs}
-    for i in range(rounds):
-        for name, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program())
-            times[name][i] = (time.perf_counter() - start) * 1e3
-    return times
-
-
-def spread(times: Float[np.ndarray, " rounds"]) -> float:
-    """Return the interquartile range over the median."""
-    low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
-    return float((high - low) / median)
 
 
 def prefix_program(
@@ -126,64 +93,6 @@ def measure_costs(
         device=device_name(),
         batch=batch,
         blocks_ms=tuple(np.diff(np.interp(range(depth + 1), [0, *stops], until)).tolist()),
-        lookup_ms=_time_lookups(chain, candidates, images, max(5, rounds // 2), options),
+        lookup_ms=time_lookups(chain, candidates, images, max(5, rounds // 2), options),
         spread=spread(times[str(depth)]),
     )
-
-
-def lookup_program(
-    cache: Candidate, activation: Float[Array, "batch *site"], options: Options = ()
-) -> Callable[[], tuple[Array, Array]]:
-    """Return a compiled call of a lookup by itself."""
-    return functools.partial(compiled(_lookup, options), pack(cache), activation)
-
-
-@reference
-def _lookup(packed: Packed[Candidate], activation: Float[Array, "batch *site"]) -> tuple[Array, Array]:
-    return lookup(unpack(packed), activation)
-
-
-def _time_lookups(
-    chain: Chain, candidates: Iterable[Candidate], images: Shaped[Array, "batch *input"], rounds: int, options: Options
-) -> dict[str, float]:
-    """Return what each lookup adds to the cascade around it.
-
-    Alone, a lookup is too short to time: starting its program takes longer. So as many as there are sites are timed at
-    once, in a cascade in which every one of them misses, and what that takes longer than the base is shared out in
-    proportion to their times alone.
-
-    That is a difference of two long times, and noise may eat it up or turn it around. But no lookup is free, and a plan
-    that takes one for free looks up everywhere: each costs at least ``LEAST_SHARE`` of its time alone. Most of that
-    time is the start of its program, so that where differences are clear, they are several times as much.
-    """
-    groups: list[dict[int, Candidate]] = []
-    for candidate in candidates:
-        free = next((group for group in groups if candidate.site not in group), None)
-        if free is None:
-            groups.append(free := {})
-        free[candidate.site] = candidate
-    milliseconds = {}
-    for group in groups:
-        caches = tuple(group[site] for site in sorted(group))
-        programs: dict[str, Callable[[], object]]
-        programs = {"base": _all_miss(chain, (), images, options), "cascade": _all_miss(chain, caches, images, options)}
-        for cache in caches:
-            spec = chain.site_specs[cache.site]
-            activation = jax.random.normal(jax.random.key(0), (len(images), *spec.shape)).astype(spec.dtype)
-            programs[cache.name] = lookup_program(cache, activation, options)
-        median = {name: float(np.median(ms)) for name, ms in time_interleaved(programs, rounds=rounds).items()}
-        alone = sum(median[cache.name] for cache in caches)
-        added = max(LEAST_SHARE * alone, median["cascade"] - median["base"])
-        milliseconds |= {cache.name: added * median[cache.name] / alone for cache in caches}
-    return milliseconds
-
-
-def _all_miss(
-    chain: Chain, caches: tuple[Candidate, ...], images: Shaped[Array, "batch *input"], options: Options
-) -> Callable[[], Prediction]:
-    """Return a call of the cascade in which every lookup misses."""
-    cascade = Cascade(chain, caches, jnp.full(len(caches), jnp.inf))
-    if len(images) == 1:
-        return functools.partial(predict_one, cascade, images[0], options)
-    one_tile = BatchedCascade.of(cascade, Schedule.of({len(images): 1.0}))
-    return functools.partial(predict_tiled, one_tile, images, options=options)

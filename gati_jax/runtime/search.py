@@ -22,10 +22,11 @@ from gati_jax._errors import InputError
 from gati_jax.caches import Candidate, Network
 from gati_jax.models import Algorithm, Chain, Layer, ResNet, layers, to_chain, winograd_where_wide, with_algorithms
 
-from .measure import device_name, time_interleaved
+from .measure import device_name
 from .numerics import reference
 from .options import Options, compiled
 from .packing import Packed, pack, unpack
+from .timing import time_interleaved
 from .tuning import MOST_ROWS, MOST_TILES, OPTIONS, Tile, Tuning, tuned_chain
 
 TOLERANCE = 1e-3

@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Literal
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from gati_jax._errors import InputError
 from gati_jax.caches import Network
@@ -16,8 +14,10 @@ from gati_jax.planning import CostTable
 
 from .cascade import Cascade
 from .drivers import predict_one
-from .measure import lookup_program, prefix_program, spread, time_interleaved
+from .lookups import lookup_program
+from .measure import prefix_program
 from .schedule import Schedule
+from .timing import spread, time_interleaved, time_turns
 from .tuned import TunedCascade
 
 FullNetwork = Literal["reference", "tuned"]
@@ -145,25 +145,6 @@ def measure_batches(
         batch=batch,
         full=fastest,
     )
-
-
-def time_turns(
-    programs: Mapping[str, Sequence[Callable[[], object]]], rounds: int
-) -> dict[str, Float[np.ndarray, "rounds groups"]]:
-    """Let contenders take turns in answering all groups, one after another.
-
-    Who has just run has its weights in the processor's caches, as under traffic; were another to run in between, each
-    would find them cold.
-    """
-    times = {name: np.empty((rounds, len(calls))) for name, calls in programs.items()}
-    for i in range(-1, rounds):  # the first turn warms up
-        for name, calls in programs.items():
-            for g, call in enumerate(calls):
-                start = time.perf_counter()
-                jax.block_until_ready(call())
-                if i >= 0:
-                    times[name][i, g] = (time.perf_counter() - start) * 1e3
-    return times
 
 
 def path_ms(cascade: Cascade, costs: CostTable) -> dict[int, float]:

@@ -10,6 +10,7 @@ import pytest
 
 import gati_jax
 from gati_jax import BundleError, InputError
+from gati_jax.data import fingerprint
 from gati_jax.planning import CONDITIONAL, ExitRate, accuracy_gap_bound
 from tests.bundle.made import (
     REQUESTS,
@@ -121,6 +122,11 @@ FORGED = {
         "expected 3 plans to be certified together, got 2% .*one of 1",
     ),
     "certified with one other": (*certificate_change(2, plans=2), "expected 3 plans to be certified together"),
+    "a plan composed on other rows": (
+        *certificate_change(0, select_fingerprint="cd" * 16),
+        "expected that of a plan composed on these rows",
+    ),
+    "more repeats than rows": (*certificate_change(1, repeated=301), "expected counts"),
     "no plans": (*certificate_change(2, plans=0), "expected counts"),
     "counts that do not pay for three": (*certificate_change(1, disagreements=21), "do not certify step 2"),
     "a name twice": (*certificate_change(1, name="1%"), "of different names"),
@@ -177,6 +183,15 @@ def test_forged_and_signed_plans_are_refused(folder, case):
     sign(folder)
     with pytest.raises(BundleError, match=message):
         load(folder)
+
+
+def test_a_certificate_of_the_rows_that_its_plan_was_composed_on_is_read(folder, saved_family):
+    rows = fingerprint(load(saved_family).plan.rows)
+    file, change = certificate_change(0, select_fingerprint=rows)
+    edit(folder / file, change)
+    sign(folder)
+    assert load(folder).certificate.select_fingerprint == rows
+    assert not load(saved_family).certificate.select_fingerprint  # as of before it was kept
 
 
 def test_caches_that_no_plan_names_are_refused(folder):

@@ -1,5 +1,6 @@
 """Candidates: two modules and their parameters, as one pytree."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +38,23 @@ def test_lookup_feeds_the_predictor_into_the_selector():
     log_probabilities = expected - np.log(np.exp(expected).sum(1, keepdims=True))
     miss_hit = dense(candidate.params["selector"]["params"]["out"], log_probabilities)
     np.testing.assert_allclose(scores, miss_hit[:, 1] - miss_hit[:, 0], rtol=1e-4, atol=1e-5)
+
+
+class Certain(nn.Module):
+    """As sure as its dtype allows of one row, and of no other."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, logits):
+        return jnp.where(jnp.arange(len(logits)) == 1, jnp.inf, -1.0).astype(self.dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_no_score_is_infinite_because_such_a_threshold_is_off(dtype):
+    _, scores = lookup(build(selector=Certain(dtype)), jnp.asarray(ACTIVATION))
+    assert scores.dtype == jnp.float32
+    assert scores.tolist() == [-1.0, float(np.finfo(np.float32).max), -1.0]
 
 
 def test_bytes_count_every_parameter():

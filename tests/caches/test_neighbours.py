@@ -1,5 +1,6 @@
 """Neighbour caches against plain NumPy: distances, votes, centres, and a ring of points."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -184,6 +185,19 @@ def test_new_points_fill_empty_rows_and_then_replace_the_oldest(sizes, capacity)
     assert np.array_equal(np.isinf(points["norms"]), ~taken)
 
 
+def test_the_count_of_points_starts_over_before_it_overflows():
+    cache = knn(*random_points(6), capacity=6, k=1)
+    predictor = cache.params["predictor"]
+    points = {**predictor["points"], "count": jnp.int32(2**31 - 2)}  # the next goes to row 0
+    cache = dataclasses.replace(cache, params={**cache.params, "predictor": {**predictor, "points": points}})
+    for value in range(9):
+        cache = extend(cache, np.full((1, UNITS), value, np.float32), np.zeros(1, np.int32))
+    points = cache.params["predictor"]["points"]
+    assert (2**31 - 2) % 6 == 0
+    assert points["keys"][:, 0].tolist() == [6, 7, 8, 3, 4, 5]
+    assert 6 <= int(points["count"]) < 2**31
+
+
 def test_an_extended_cache_answers_what_it_was_told_without_another_program():
     keys, labels = random_points(10)
     cache = knn(keys, labels, capacity=16, k=2)
@@ -206,8 +220,9 @@ def test_an_extended_cache_answers_what_it_was_told_without_another_program():
     ("keys", "labels", "message"),
     [
         (np.zeros((2, UNITS + 1), np.float32), np.zeros(2, np.int32), r"keys: expected \[n, 6\] and n labels"),
-        (np.zeros((2, UNITS), np.float32), np.zeros(3, np.int32), "got .* and 3 labels"),
-        (np.full((1, UNITS), np.nan, np.float32), np.zeros(1, np.int32), "keys: expected finite"),
+        (np.zeros((2, UNITS), np.float32), np.zeros(3, np.int32), r"got .* and labels of shape \[3\]"),
+        (np.full((1, UNITS), np.nan, np.float32), np.zeros(1, np.int32), "keys: expected values with a finite sum"),
+        (np.full((1, UNITS), 1e30, np.float32), np.zeros(1, np.int32), "keys: expected values with a finite sum"),
         (
             np.zeros((1, UNITS), np.float32),
             np.full(1, CLASSES, np.int32),
@@ -215,7 +230,7 @@ def test_an_extended_cache_answers_what_it_was_told_without_another_program():
         ),
         (np.zeros((1, UNITS), np.float32), np.full(1, -1, np.int32), r"got \[-1\]"),
     ],
-    ids=["units", "number", "NaN", "class", "no class"],
+    ids=["units", "number", "NaN", "a norm that overflows", "class", "no class"],
 )
 def test_points_that_cannot_be_are_refused(keys, labels, message):
     with pytest.raises(InputError, match=message):

@@ -10,8 +10,9 @@ import pytest
 import gati_jax
 from gati_jax import InputError
 from gati_jax._linen import call
-from gati_jax.caches import LinearSelector, ProbabilitySelector
+from gati_jax.caches import LinearSelector, ProbabilitySelector, SortedSelector, lookup, on_its_own
 from gati_jax.fitting import head_sizes, untrained
+from gati_jax.fitting.heads import Part, more_selectors
 from gati_jax.planning import max_probability
 from gati_jax.runtime import Cascade, check_cascade, replay_logits
 from tests.fitting import tiny
@@ -36,6 +37,34 @@ def test_a_further_selector_shares_its_predictor():
     plain = fit(tiny.head(1, 2))  # and does not disturb it
     for c in plain:
         jax.tree.map(np.testing.assert_array_equal, c.params, by_name[c.name].params)
+
+
+def test_heads_of_one_name_at_different_sites_keep_their_own_selectors():
+    near, far = SortedSelector(hidden=8), SortedSelector(hidden=32)
+    heads = [
+        dataclasses.replace(tiny.head(site), name="grid", selectors=selectors)
+        for site, selectors in ((1, (("sorted", near),)), (2, (("sorted", far),)), (3, ()))
+    ]
+    parts = {f"grid@{site}": Part(site, head.predictor(4), head.selector) for site, head in enumerate(heads, 1)}
+    found = more_selectors(parts, heads)
+    assert {name: part.selector for name, part in found.items() if name not in parts} == {
+        "grid+sorted@1": near,
+        "grid+sorted@2": far,
+    }
+
+
+@pytest.mark.parametrize("name", ["", "grid+linear", "grid@1", "@", "+"])
+def test_names_that_candidates_names_are_made_of_are_plain(name):
+    with pytest.raises(InputError, match="name: expected a name without @ and"):
+        dataclasses.replace(tiny.head(1), name=name)
+    with pytest.raises(InputError, match="selectors: expected a name without @ and"):
+        dataclasses.replace(tiny.head(1), selectors=((name, SortedSelector()),))
+
+
+def test_two_further_selectors_of_one_name_would_be_one():
+    twice = (("sorted", SortedSelector(hidden=8)), ("sorted", SortedSelector(hidden=32)))
+    with pytest.raises(InputError, match="selectors: expected distinct names, got sorted, sorted"):
+        dataclasses.replace(tiny.head(1), selectors=twice)
 
 
 def test_a_selector_may_have_nothing_to_learn():
@@ -64,6 +93,24 @@ def test_a_cascaded_head_sees_what_the_one_before_says():
         np.testing.assert_allclose(logits[i], said, rtol=1e-4, atol=1e-5)
     table = gati_jax.replay(tiny.chain(), candidates, np.asarray(rows))
     assert (table.classes == logits.argmax(-1)).all()
+
+
+def test_on_its_own_a_cascaded_head_is_what_it_adds_to_the_one_before():
+    """Its logits are those of its own part and of the ensemble over what the one before says."""
+    fitted = fit(dataclasses.replace(tiny.head(1, 2), cascaded=True))
+    rows = jnp.asarray(tiny.images()[1])
+    first, second = fitted
+    assert on_its_own(first) is first
+    alone = on_its_own(second)
+    assert (alone.name, alone.site, alone.previous) == (second.name, second.site, None)
+    chain = tiny.chain()
+    sites, _ = chain.activations(rows)
+    before = jax.nn.log_softmax(lookup(first, sites[1])[0])
+    weights = second.params["predictor"]["params"]["ensemble"]["kernel"]
+    expected = lookup(alone, sites[2])[0] + jnp.maximum(before, -16) @ weights
+    np.testing.assert_allclose(replay_logits(chain, fitted, np.asarray(rows))[1], expected, rtol=1e-4, atol=1e-4)
+    assert alone.bytes == second.bytes - weights.size * weights.dtype.itemsize
+    check_cascade(Cascade(chain, (first, alone), jnp.zeros(2)))  # which a cascaded one may not be part of
 
 
 def test_no_cascade_runs_one():

@@ -152,7 +152,7 @@ def test_a_cascade_takes_new_points_without_another_program(tiny):
 
 @pytest.mark.parametrize("choice", ["random", "condensed", "spread"])
 def test_a_budget_is_kept(choice, tiny):
-    budget = 2 * 40 * point_bytes(UNITS) + 11
+    budget = 2 * (40 * point_bytes(UNITS) + 4)  # 4: each cache's count of its points
     freeze = dataclasses.replace(FREEZE, kinds=("knn",), budget=budget, spare=4, choice=choice)
     fitted = fit(tiny, freeze=freeze)
     for c in fitted:
@@ -160,7 +160,9 @@ def test_a_budget_is_kept(choice, tiny):
         assert c.predictor.points == 40
         assert int((c.params["predictor"]["points"]["labels"] >= 0).sum()) == 36
     rows = gati_jax.caches.memory_report(fitted)
-    assert sum(row.points - 4 for row in rows) <= budget  # 4: the count of points
+    assert sum(row.points for row in rows) == budget
+    for less, points in ((0, 36), (1, 35), (2 * point_bytes(UNITS), 35), (2 * point_bytes(UNITS) + 1, 34)):
+        assert dataclasses.replace(freeze, budget=budget - less).points(256, 2) == points
 
 
 @pytest.mark.parametrize(

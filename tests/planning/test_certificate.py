@@ -114,6 +114,59 @@ def test_the_fingerprint_tells_data_apart(make_table, make_plan):
     assert prints[0] == prints[1] != prints[2]
 
 
+def with_repeats(table, repeats):
+    """The same table, its first row so many times more."""
+    rows = table.rows.copy()
+    rows[1 : 1 + repeats] = rows[0]
+    return dataclasses.replace(table, rows=rows)
+
+
+def certifiers(plan, table):
+    """Every way to certify a plan."""
+    return (
+        lambda **said: gati_jax.certify(plan, table, 0.1, **said),
+        lambda **said: gati_jax.certify_together({"default": (plan, 0.1)}, table, **said)["default"],
+        lambda **said: gati_jax.certify_conditional(plan, table, 0.1, **said),
+    )
+
+
+@pytest.mark.parametrize("repeats", [3, 299])
+def test_rows_that_may_be_copies_certify_nothing_unless_they_are_said_to_be_draws(make_table, make_plan, repeats):
+    plan, table = make_plan([[OFF], [1.0]], depth=2), with_repeats(one_cache(make_table, 0, 300), repeats)
+    for certify in certifiers(plan, table):
+        if repeats > 3:
+            with pytest.raises(gati_jax.InputError, match="table: expected distinct rows, got 299 of 300 that repeat"):
+                certify()
+        else:
+            with pytest.warns(UserWarning, match="3 of 300 certify rows repeat another"):
+                assert certify().repeated == 3
+        drawn = certify(repeats=True)  # and no warning
+        assert (drawn.certified, drawn.n, drawn.repeated) == (True, 300, repeats)
+
+
+def test_what_traffic_repeats_counts_as_often_as_it_came(make_table, make_plan):
+    # A request that the caches get wrong is 9 % of the traffic. Counted once it would be 1 of 274.
+    plan, table = make_plan([[OFF], [1.0]], depth=2), with_repeats(one_cache(make_table, 27, 300), 26)
+    assert not gati_jax.certify(plan, table, 0.05, repeats=True).certified
+
+
+def test_a_plan_remembers_as_many_rows_as_it_was_composed_on(make_plan):
+    plan = make_plan([[OFF], [1.0]], depth=2)
+    for rows in (plan.rows[:0], plan.rows[1:], plan.rows[None]):
+        with pytest.raises(Exception, match="rows"):  # beartype may be the first to see the last
+            dataclasses.replace(plan, rows=rows)
+    with pytest.raises(gati_jax.InputError, match="rows: expected the digests of n = 100 requests"):
+        dataclasses.replace(plan, rows=plan.rows[:0])
+
+
+def test_a_certificate_names_the_rows_that_its_plan_was_composed_on(make_table, make_plan):
+    plan, table = make_plan([[OFF], [1.0]], depth=2), one_cache(make_table, 0, 100)
+    other = dataclasses.replace(plan, rows=plan.rows + np.uint64(1))
+    assert other.hash == plan.hash
+    prints = [gati_jax.certify(p, table, 0.1).select_fingerprint for p in (plan, plan, other)]
+    assert prints[0] == prints[1] != prints[2]
+
+
 def more_samples(sentence):
     match = re.search(r"about (\d+) more certify samples would open it", sentence)
     assert match, sentence

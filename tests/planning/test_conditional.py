@@ -204,6 +204,15 @@ def test_a_conditional_path_saves_more_than_the_greedy_one(make_table, make_cost
     assert np.mean(saved) > 0.1
 
 
+@pytest.mark.parametrize("odd", [np.nan, -np.inf])
+def test_the_lowest_score_may_be_a_threshold_of_a_conditional_path(make_table, make_plan, make_costs, odd):
+    # More scores than thresholds are tried: the lowest that can hit is one of them all the same.
+    scores = np.append(np.arange(1.0, 301), odd)
+    table = make_table([np.zeros(301)], [scores], depth=2)
+    laid = conditional_plan(make_plan([[OFF], [1.0]], depth=2), table, make_costs([1, 1], [0.1]), 0.05)
+    assert laid.path[-1].tolist() == [1.0]
+
+
 @pytest.mark.parametrize("classes", [np.ones((2, 50)), np.zeros((2, 50))])
 def test_where_nothing_can_pass_the_path_is_the_bare_base(make_table, make_plan, make_costs, classes):
     table = make_table(classes, np.full((2, 50), np.nan) if not classes.any() else np.ones((2, 50)), sites=(1, 2))

@@ -1,6 +1,7 @@
 """Exact composition against brute force over every choice of candidates and thresholds, and against greedy."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gati_jax
-from gati_jax.planning import Budget, ReplayTable, compose, compose_plan, front
+from gati_jax.planning import Budget, ReplayTable, cascade_ms, compose, compose_plan, front, replay_plan
+from gati_jax.planning.exact import solve
 from gati_jax.planning.greedy import greedy
 
 SEEDS = st.integers(0, 2**31)
@@ -17,13 +19,15 @@ SMALL = settings(deadline=None, max_examples=40)
 
 @pytest.fixture(scope="session")
 def draw_problem(make_table, make_costs):
-    def draw(seed, candidates, n, *, levels=4, free=False):
+    def draw(seed, candidates, n, *, levels=4, free=False, extremes=()):
         """Candidates that share sites, ties among scores, costs in eighths of a millisecond, bytes in tens."""
         rng = np.random.default_rng(seed)
         depth = int(rng.integers(2, 5))
         sites = rng.integers(depth, size=candidates).tolist()
         right = rng.random((candidates, n)) < rng.choice([0.5, 0.8, 0.95])
         scores = rng.integers(levels, size=(candidates, n)) + right * rng.integers(2)
+        if extremes:
+            scores = np.where(rng.random(scores.shape) < 0.3, rng.choice(extremes, scores.shape), scores)
         table = make_table(~right, scores, sites=sites or None, depth=depth)
         lookups = np.zeros(candidates) if free else rng.integers(5, size=candidates) / 8
         costs = make_costs(rng.integers(0, 9, depth) / 8, lookups)
@@ -32,10 +36,14 @@ def draw_problem(make_table, make_costs):
     return draw
 
 
+def finite(scores):
+    return np.unique(scores[np.isfinite(scores)])
+
+
 def every_choice(table):
     """For each site one of its candidates at one of its scores, or none."""
     at = [[c for c, s in enumerate(table.sites) if s == site] for site in sorted(set(table.sites))]
-    options = [[None, *((c, t) for c in here for t in np.unique(table.scores[c]))] for here in at]
+    options = [[None, *((c, t) for c in here for t in finite(table.scores[c]))] for here in at]
     return itertools.product(*options)
 
 
@@ -75,6 +83,17 @@ def test_it_is_as_fast_as_brute_force(draw_problem, walk, data, seed, candidates
     assert found.mean_ms == pytest.approx(best_by_brute_force(walk, table, costs, memory, budget))
     assert (found.proved, found.gap) == (True, 0.0)
     assert found.bound_ms == pytest.approx(found.mean_ms)
+
+
+@SMALL
+@given(SEEDS, st.integers(1, 4), st.integers(1, 12), st.integers(0, 3))
+def test_scores_may_be_infinite_or_no_numbers(draw_problem, walk, seed, candidates, n, disagreements):
+    table, costs, _ = draw_problem(seed, candidates, n, extremes=[np.inf, -np.inf, np.nan])
+    budget = Budget(disagreements=disagreements)
+    found = compose(table, costs, budget)
+    assert found.mean_ms == pytest.approx(best_by_brute_force(walk, table, costs, {}, budget))
+    assert found.proved
+    assert walk(table.take(found.names), found.thresholds, costs).mean_ms == pytest.approx(found.mean_ms)
 
 
 @SMALL
@@ -147,6 +166,75 @@ def test_the_front_is_what_brute_force_leaves(draw_problem, walk, seed, candidat
         best = best_by_brute_force(walk, table, costs, memory, Budget(disagreements=count, memory_bytes=size))
         within = [ms for ms, wrong, b in merits if wrong <= count and (size is None or b <= size)]
         assert min(within) == pytest.approx(best)
+
+
+def impatient(asked):
+    """Return a clock by which the local search has no time of a second, and the exact one has it ``asked`` times."""
+    times = itertools.chain([0.0], itertools.repeat(0.5, asked), itertools.repeat(2.0))
+    return lambda: next(times)
+
+
+def draw_spread(make_table, make_costs, seed):
+    """Three sites with two candidates each and many more scores than a grid of 4 thresholds has."""
+    rng, n = np.random.default_rng(seed), 60
+    wrong = rng.random((6, n)) > 0.75
+    scores = rng.normal(size=(6, n)) + 0.8 * ~wrong
+    table = make_table(wrong, scores, sites=(1, 1, 2, 2, 3, 3), depth=4)
+    return table, make_costs(rng.random(4) + 0.3, 0.2 * rng.random(6))
+
+
+def best_of_grid(table, costs, grid, most):
+    """The least mean time of all choices of these thresholds."""
+    best = np.inf
+    options = [[None, *((c, t) for c in (2 * s, 2 * s + 1) for t in grid[c])] for s in range(3)]
+    for choice in itertools.product(*options):
+        chosen = [option for option in choice if option is not None]
+        part = table.take([table.names[c] for c, _ in chosen])
+        thresholds = np.array([t for _, t in chosen], np.float32)
+        if replay_plan(part, thresholds).disagrees.sum() <= most:
+            best = min(best, cascade_ms(part, thresholds, costs))
+    return best
+
+
+@pytest.mark.parametrize("asked", [20, 10**9])
+@pytest.mark.parametrize("seed", [0, 12, 15, 23, 24, 44, 52, 59])  # in all but the first, polishing leaves the grid
+def test_the_choice_is_on_the_grid_that_its_bound_speaks_of(make_table, make_costs, monkeypatch, seed, asked):
+    table, costs = draw_spread(make_table, make_costs, seed)
+    grids, answers = [], []
+
+    def seen(options, *args, **kwargs):
+        result = solve(options, *args, **kwargs)
+        grids.append(options.thresholds)
+        answers.append(result)
+        return result
+
+    monkeypatch.setattr(sys.modules["gati_jax.planning.compose"], "solve", seen)
+    found = compose(table, costs, Budget(disagreements=6), seconds=1.0, thresholds=4, clock=impatient(asked))
+    for name, threshold in zip(found.names, found.thresholds, strict=True):
+        assert np.float32(threshold) in grids[-1][table.names.index(name)]
+    best = best_of_grid(table, costs, grids[-1], 6)
+    assert found.bound_ms - 1e-9 <= best <= found.mean_ms + 1e-9
+    assert found.proved == (found.gap == 0)
+    assert found.proved or asked < 10**9
+    assert best == pytest.approx(found.mean_ms) or not found.proved
+    assert found.nodes == sum(answer.nodes for answer in answers)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_progress_closes_in_on_what_is_found(make_table, make_costs, seed):
+    table, costs = draw_spread(make_table, make_costs, seed)
+    told = []
+    found = compose(
+        table, costs, Budget(disagreements=6), seconds=1.0, thresholds=4, clock=impatient(10**9),
+        progress=lambda *step: told.append(step),
+    )  # fmt: skip
+    assert told
+    nodes, best, bounds = zip(*told, strict=True)
+    assert list(nodes) == sorted(nodes)
+    assert nodes[-1] == found.nodes
+    assert list(best) == sorted(best, reverse=True)
+    assert best[-1] >= found.mean_ms - 1e-9
+    assert all(bound <= ms + 1e-9 for ms, bound in zip(best, bounds, strict=True))
 
 
 @pytest.mark.parametrize("wrong", [0, 1])

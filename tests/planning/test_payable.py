@@ -1,5 +1,7 @@
 """What cannot pay, and what a cache is worth alone, against plain counting."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -20,9 +22,13 @@ def test_a_candidate_over_the_budget_needs_no_costs(make_costs):
     assert set(unpayable(make_costs([1], []), {"huge": 0}, {"huge": 9}, memory_bytes=8)) == {"huge"}
 
 
+@pytest.mark.parametrize("odd", [None, np.nan, -np.inf, np.inf])
 @pytest.mark.parametrize("seed", range(8))
-def test_ranking_is_the_best_single_threshold_of_each(random_tables, seed):
+def test_ranking_is_the_best_single_threshold_of_each(random_tables, seed, odd):
     table, costs = random_tables(seed, 3, 80, levels=6, agreement=0.95)
+    if odd is not None:
+        some = np.random.default_rng(seed).random(table.scores.shape) < 0.3
+        table = dataclasses.replace(table, scores=np.where(some, odd, table.scores))
     epsilon, delta = 0.2, 0.1
     target = largest_passing(len(table), epsilon, delta)
     ranked = rank(table, costs, epsilon=epsilon, delta=delta)
@@ -30,7 +36,7 @@ def test_ranking_is_the_best_single_threshold_of_each(random_tables, seed):
     for row in ranked:
         one = table.take([row.name])
         hits = 0.0
-        for threshold in np.unique(one.scores):
+        for threshold in np.unique(one.scores[np.isfinite(one.scores)]):
             outcome = replay_plan(one, np.array([threshold], np.float32))
             if outcome.disagrees.sum() <= target:
                 hits = max(hits, float((outcome.exits == 0).mean()))

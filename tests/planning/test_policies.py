@@ -60,6 +60,15 @@ def test_one_threshold_is_lowered_for_all_sites_until_too_many_disagree(table):
         assert replay_plan(table, np.full(3, lower.max())).disagreement > 0.3
 
 
+@pytest.mark.parametrize("odd", [np.nan, -np.inf, np.inf])
+def test_scores_that_are_no_numbers_are_no_steps(make_table, make_costs, odd):
+    table = make_table([[0, 0, 0, 1]], [[3, 2, odd, odd]], depth=2)
+    plan = shared_threshold_plan(table, make_costs([1, 1], [0.1]), epsilon=0.5)
+    largest = float(np.finfo(np.float32).max)
+    assert plan.path[:, 0].tolist() == [np.inf, *([largest] if odd > 0 else []), 3, 2]
+    assert plan.disagreement.tolist() == ([0, 0.25, 0.25, 0.25] if odd > 0 else [0, 0, 0])
+
+
 def test_a_policy_keeps_the_requests_and_gives_its_own_classes(table):
     table, _ = table
     logits = np.random.default_rng(0).standard_normal((*table.scores.shape, 3)).astype(np.float32)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gati_jax
-from gati_jax.planning import CostTable, cascade_ms, replay_plan
+from gati_jax.planning import CostTable, ReplayTable, cascade_ms, replay_plan
 
 SEEDS = st.integers(0, 2**31)
 SMALL = settings(deadline=None, max_examples=60)
@@ -54,6 +54,30 @@ def test_a_threshold_below_every_score_costs_its_lookup(make_table, make_costs, 
 def test_a_score_that_says_nothing_never_hits(make_table, score):
     table = make_table([[0, 0]], [[score, 1.0]], depth=2)
     assert replay_plan(table, np.array([-5.0], np.float32)).exits.tolist() == [1, 0]
+
+
+@SMALL
+@given(SEEDS, st.integers(1, 4), st.integers(1, 20))
+def test_an_infinite_score_hits_whatever_is_on_and_nothing_that_is_off(make_table, walk, seed, candidates, n):
+    rng = np.random.default_rng(seed)
+    scores = rng.choice([np.nan, -np.inf, 0, 1, np.inf], (candidates, n))
+    table = make_table(rng.integers(2, size=(candidates, n)), scores, depth=candidates + 1)
+    thresholds = rng.choice([0.0, 0.5, float(np.finfo(np.float32).max), np.inf], candidates).astype(np.float32)
+    outcome = replay_plan(table, thresholds)
+    for request, exit_ in enumerate(outcome.exits):
+        hits = [c for c in range(candidates) if thresholds[c] < np.inf and scores[c, request] >= thresholds[c]]
+        assert exit_ == min(hits, default=candidates)
+    assert outcome.classes.tolist() == walk(table, thresholds).classes
+
+
+@pytest.mark.parametrize(("double", "single"), [(1e300, 3.4028235e38), (-1e300, -3.4028235e38), (0.1, 0.1)])
+def test_scores_of_double_precision_stay_finite(double, single):
+    one = np.zeros(1, int)
+    table = ReplayTable(
+        names=("c",), sites=(1,), depth=2, answers=one, classes=one[None], scores=np.array([[double]]),
+        rows=one.astype(np.uint64),
+    )  # fmt: skip
+    assert (table.scores.dtype, table.scores.item()) == (np.float32, np.float32(single))
 
 
 @SMALL

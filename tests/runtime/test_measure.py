@@ -1,12 +1,16 @@
 """What is measured, and how often; never how long it takes."""
 
+import dataclasses
 import logging
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import gati_jax
+from gati_jax.caches import Network
+from gati_jax.models import ResNet
 from gati_jax.runtime import (
     Cascade,
     Speed,
@@ -14,6 +18,7 @@ from gati_jax.runtime import (
     TunedCascade,
     Tuning,
     device_name,
+    lookups,
     measure,
     measure_costs,
     measure_speed,
@@ -21,7 +26,7 @@ from gati_jax.runtime import (
     speed,
     time_interleaved,
 )
-from gati_jax.runtime.measure import spread
+from gati_jax.runtime.timing import spread
 
 
 def test_programs_take_turns():
@@ -52,19 +57,53 @@ def test_costs_have_an_entry_for_every_block_and_candidate(chain, candidates):
     assert not set(costs.device) & set(" /")
 
 
+@pytest.fixture
+def made_up(monkeypatch):
+    """Times by name, 1 ms for everything else; of a turn's calls the first takes a second, and does not count."""
+    known = {}
+
+    def interleaved(programs, *, rounds):
+        return {name: np.full(rounds, known.get(name, 1.0)) for name in programs}
+
+    def turns(programs, rounds):
+        calls = {name: [1000.0, *[known.get(name, 1.0)] * (len(calls) - 1)] for name, calls in programs.items()}
+        return {name: np.tile(ms, (rounds, 1)) for name, ms in calls.items()}
+
+    for room in (measure, lookups):
+        monkeypatch.setattr(room, "time_interleaved", interleaved)
+    monkeypatch.setattr(lookups, "time_turns", turns)
+    return known
+
+
 @pytest.mark.parametrize(("cascade", "added"), [(5.0, 1.0), (4.5, 0.5), (4.1, 0.2), (3.0, 0.2)])
-def test_no_lookup_is_free(chain, candidates, monkeypatch, cascade, added):
+def test_no_lookup_is_free(chain, candidates, made_up, cascade, added):
     """What all add is shared out by their times alone, 0.5 and 1.5 ms; noise takes away all but a tenth of these."""
     one, two = sorted(candidates, key=lambda c: c.site)[:2]
-    made_up = {"base": 4.0, "cascade": cascade, one.name: 0.5, two.name: 1.5}
-    timed = lambda programs, *, rounds: {name: np.full(rounds, made_up.get(name, 1.0)) for name in programs}  # noqa: E731
-    monkeypatch.setattr(measure, "time_interleaved", timed)
+    made_up |= {"0": 4.0, "1": cascade, one.name: 0.5, two.name: 1.5}
     costs = measure_costs(chain, (one, two), rounds=3)
     assert costs.lookup_ms == {one.name: pytest.approx(added / 4), two.name: pytest.approx(3 * added / 4)}
 
 
-def test_a_measurement_says_how_long_it_will_be(chain, candidates, monkeypatch, caplog):
-    monkeypatch.setattr(measure, "time_interleaved", lambda programs, *, rounds: {n: np.ones(rounds) for n in programs})
+def test_a_predictor_costs_the_same_under_every_selector(chain, candidates, made_up):
+    """And is timed once; another predictor at its site is timed in a cascade of its own."""
+    one = candidates.items[0]
+    again = dataclasses.replace(one, name="again")
+    other = dataclasses.replace(one, name="other", params=jax.tree.map(lambda leaf: leaf + 1, one.params))
+    made_up |= {"0": 4.0, "1": 4.5, "2": 4.75}
+    costs = measure_costs(chain, (one, again, other), rounds=3)
+    assert costs.lookup_ms == {one.name: 0.5, "again": 0.5, "other": 0.75}
+
+
+def test_a_small_network_is_timed_alone(chain, candidates, made_up):
+    """It is long enough; a difference of two longer times would be noise."""
+    head = candidates.items[0]
+    small = dataclasses.replace(head, name="small", predictor=Network(10, ResNet(stages=(1,), widths=(4,))))
+    made_up |= {"0": 4.0, "1": 4.5, "small": 2.5}
+    assert measure_costs(chain, (small, head), rounds=3).lookup_ms == {"small": 2.5, head.name: 0.5}
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_measurement_says_how_long_it_will_be(chain, candidates, caplog):
     with caplog.at_level(logging.INFO, logger="gati_jax"):
         measure_costs(chain, (c for c in candidates.items[:2]), rounds=7, batch=3, sites=(2, 4))
     assert "measuring 3 spans and 2 lookups in batches of 3, 7 rounds" in caplog.text

@@ -26,6 +26,23 @@ SMALLEST = ResNet(stages=(1,), widths=(4,), input_shape=(8, 8, 1))
 HIDDEN, TESTED = 16, 60
 HEADS = f'[{{name = "grid", predictor = {{kind = "grid", cells = 4, hidden = {HIDDEN}}}}}]'
 FIT = ["--fit.epochs", "6", "--fit.heads", HEADS, "--measure_rounds", "3", "--plan.epsilon", "0.2"]
+FREEZE = """
+[data]
+name = "digits"
+base_trained_on = ["all[:900]"]
+splits = { build = "all[:500]", seen = "all[500:800]", clean = "all[1000:1300]", serve = "all[1300:1600]" }
+[base]
+network = "resnet20"
+input_shape = [8, 8, 1]
+normalization = { scale = 0.0625, mean = [0.305], std = [0.376] }
+[fit]
+epochs = 1
+batch = 50
+[freeze]
+key_units = 8
+k = 5
+centres = 20
+"""
 SPLITS = ["--data.splits.test", f"all[1497:{1497 + TESTED}]"]
 KEYS = {
     "": "dataset split n versions seed",

@@ -1,18 +1,23 @@
 """Bad input to the scripts: one line, exit code 2."""
 
+import dataclasses
 import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from gati_jax import data
 from gati_jax.models import export_state_dict, init, resnet
-from tests.train.one_pass import DIGITS, ROOT, SPLITS, evaluate_arguments
-from train import base, caches, cli, evaluate
+from tests.train.one_pass import DIGITS, FREEZE, ROOT, SPLITS, evaluate_arguments
+from tests.train.written_results import freeze as freeze_result
+from tests.train.written_results import reproduction as reproduction_result
+from train import base, caches, cli, evaluate, freeze, page, reproduce
 
 
 def refuse(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], None], *arguments: str) -> str:
@@ -44,13 +49,13 @@ CONFIG_ERRORS = {
 }
 
 
-@pytest.mark.parametrize("main", [base.main, caches.main], ids=["base", "caches"])
+@pytest.mark.parametrize("main", [base.main, caches.main, reproduce.main], ids=["base", "caches", "reproduce"])
 @pytest.mark.parametrize("case", CONFIG_ERRORS)
 @pytest.mark.usefixtures("quiet_logging")
 def test_bad_config_is_one_line(capsys, monkeypatch, tmp_path, main, case):
     arguments, message = CONFIG_ERRORS[case]
     monkeypatch.chdir(tmp_path)
-    if case in {"no such rows", "data folder", "normalization", "unknown split"} and main is caches.main:
+    if case in {"no such rows", "data folder", "normalization", "unknown split"} and main is not base.main:
         arguments = [*arguments, "--base.weights", str(weights_of(tmp_path))]
     assert message in refuse(capsys, main, *arguments, "--out", "out")
     assert not (tmp_path / "out").exists()
@@ -71,6 +76,7 @@ def weights_of(folder: Path) -> Path:
         (caches.main, "select", "all[800:1197]", ("fit=", "select=all[800:1197]")),
         (caches.main, "certify", "all[1196:1497]", ("select=", "certify=all[1196:1497]")),
         (caches.main, "test", "all", ("fit=", "test=all")),
+        (reproduce.main, "select", "all[800:1197]", ("fit=", "select=all[800:1197]")),
         (base.main, "test", "all[896:]", ("test=all[896:]", "base_trained_on 0=")),
     ],
 )
@@ -173,3 +179,96 @@ def test_a_bundle_that_does_not_say_its_data_is_refused(capsys, run, tmp_path):
     (copy / "manifest.json").write_text(json.dumps(manifest))
     said = refuse(capsys, evaluate.main, "--bundle", str(copy), "--out", str(tmp_path / "out"))
     assert "does not say what it was fitted on" in said
+
+
+@pytest.mark.usefixtures("quiet_logging")
+def test_policies_are_not_compared_without_labels(capsys, monkeypatch, tmp_path):
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *a, **k: dataclasses.replace(load(*a, **k), labels=None))
+    arguments = [*DIGITS, "--base.weights", str(weights_of(tmp_path)), "--out", str(tmp_path / "out")]
+    assert "expected labels" in refuse(capsys, reproduce.main, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+FREEZE_ERRORS = {
+    "missing config": (["--config", "nowhere.toml"], "nowhere.toml"),
+    "a key of another script": (["--fit.folds", "3"], "unknown key fit.folds"),
+    "no kind": (["--freeze.kinds", "[]"], "freeze.kinds: Value error, expected knn, kmeans or both, got []"),
+    "the same kind twice": (["--freeze.kinds", '["knn", "knn"]'], "freeze.kinds: Value error, expected knn, kmeans"),
+    "another kind": (["--freeze.kinds", '["tree"]'], "freeze.kinds.0"),
+    "no cells": (["--freeze.cells", "0"], "freeze.cells"),
+    "overlapping splits": (["--data.splits.serve", "all[1200:]"], "expected disjoint splits"),
+    "no such rows": (["--data.splits.serve", "all[5000:]"], "all has 1797 rows"),
+    "no weights": ([], "base.weights: expected a .safetensors file"),
+}
+
+
+@pytest.mark.parametrize("case", FREEZE_ERRORS)
+@pytest.mark.usefixtures("quiet_logging")
+def test_a_bad_protocol_is_one_line(capsys, monkeypatch, tmp_path, case):
+    arguments, message = FREEZE_ERRORS[case]
+    monkeypatch.chdir(tmp_path)
+    Path("digits.toml").write_text(FREEZE)
+    config = [] if "--config" in arguments else ["--config", "digits.toml"]
+    said = refuse(capsys, freeze.main, *config, *arguments, "--out", "out")
+    assert message in said
+    assert "base_trained_on" not in said  # nobody wants to read the whole config
+    assert not (tmp_path / "out").exists()
+
+
+def without(result: dict[str, Any], *path: str) -> str:
+    """Return a result as JSON, less one of its parts."""
+    below = result
+    for key in path[:-1]:
+        below = below[key]
+    del below[path[-1]]
+    return json.dumps(result)
+
+
+RESULT_ERRORS = {
+    "empty": ("reproduction", "", "Invalid JSON"),
+    "cut off": ("freeze", json.dumps(freeze_result())[:-9], "Invalid JSON"),
+    "no UTF-8": ("freeze", b"\xff\xfe", "Invalid JSON"),
+    "an empty object": ("freeze", "{}", "Field required; and"),
+    "a list": ("reproduction", "[]", "Input should be an object"),
+    "a number": ("reproduction", json.dumps(reproduction_result()).replace("0.925", "NaN"), "base.accuracy"),
+    "half of it": (
+        "reproduction",
+        without(reproduction_result(), "measured", "certified"),
+        "measured.certified: Field",
+    ),
+    "no policies": ("reproduction", json.dumps(reproduction_result() | {"certified": {"rows": []}}), "certified.rows"),
+    "one protocol": ("freeze", without(freeze_result(), "protocols", "clean"), "protocols.clean: Field required"),
+    "the other's": ("freeze", json.dumps(reproduction_result()), "protocols: Field required"),
+}
+
+
+@pytest.mark.parametrize("case", RESULT_ERRORS)
+@pytest.mark.usefixtures("quiet_logging")
+def test_bad_results_are_one_line(capsys, tmp_path, case):
+    name, text, message = RESULT_ERRORS[case]
+    file = tmp_path / "given.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    said = refuse(capsys, page.main, f"--{name}", str(file), "--out", str(tmp_path / "page.md"))
+    assert said.startswith(f"error: {name}: expected a whole {name}.json, got {file}: ")
+    assert message in said
+    assert not (tmp_path / "page.md").exists()
+
+
+@pytest.mark.usefixtures("quiet_logging")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reproduction", "nowhere.json"], "nowhere.json"),
+        (["--remarks", "nowhere.md"], "nowhere.md"),
+        (["--remarks", "latin.md"], "remarks: expected Markdown in UTF-8, got latin.md"),
+        (["--figures", "nowhere"], "figures: expected a drawing at nowhere/repro-exits.svg"),
+        (["--out", "."], "--out: expected a file, got the folder ."),
+        (["--freezer", "a"], "unrecognized arguments: --freezer a"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_refused(capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("latin.md").write_bytes("naïve".encode("latin-1"))
+    assert message in refuse(capsys, page.main, "--out", "page.md", *arguments)
+    assert not Path("page.md").exists()

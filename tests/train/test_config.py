@@ -143,6 +143,20 @@ def test_wrong_value_names_its_key_and_what_came(file, key, text):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["", "a@b", "grid+linear"])
+@pytest.mark.parametrize("rest", ["heads", "networks"])
+def test_a_head_may_not_be_named_as_candidates_are(file, name, rest):
+    more = ', network = "resnet20", weights = "w.pth", trained_on = []' if rest == "networks" else ""
+    with pytest.raises(InputError, match=rf"fit\.{rest}\.0\.name: .*expected a name without @ and .*, got '"):
+        load_config(file, [f"--fit.{rest}", f'[{{name = "{name}"{more}}}]'])
+
+
+def test_further_selectors_of_one_kind_would_replace_one_another(file):
+    text = '[{name = "a", selectors = [{kind = "sorted", hidden = 8}, {kind = "sorted", hidden = 32}]}]'
+    with pytest.raises(InputError, match=r"fit\.heads\.0: .*expected at most one of a kind, .*got sorted, sorted"):
+        load_config(file, ["--fit.heads", text])
+
+
 def test_a_seed_that_numpy_does_not_take_is_refused(file):
     with pytest.raises(InputError, match="config: seed"):
         load_config(file, ["--seed", "-1"])

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import gati_jax
 from gati_jax import Chain, CostTable, Head, InputError, data
 from gati_jax.caches import FullyConnected, LinearSelector
 from gati_jax.fitting import untrained
+from gati_jax.planning import Composition, compose, path
 from tests.fitting import tiny
 from tests.train.one_pass import DIGITS
 from train.config import Config, load_config
@@ -117,3 +119,25 @@ def test_costs_under_another_memory_budget_are_measured_anew(lookups, tmp_path):
         assert len(measured) == times
     assert costs() == costs()
     assert len(measured) == 3
+
+
+@pytest.mark.usefixtures("lookups")
+def test_what_was_composed_once_is_composed_again_though_the_clock_says_otherwise(tmp_path, monkeypatch):
+    """A busier machine would end the search elsewhere; other costs or budgets compose anew; so does damage."""
+    found = explored(tmp_path, TWO)
+    plan, composition = found.plan(config(), 0.5)
+    calls = []
+
+    def out_of_time(*args: Any, seconds: float, **options: Any) -> Composition:
+        calls.append(seconds)
+        return compose(*args, seconds=0.0, **options)
+
+    monkeypatch.setattr(path, "compose", out_of_time)
+    again, kept = found.plan(config(), 0.5)
+    assert (again.hash, kept, calls) == (plan.hash, composition, [])
+    found.plan(config(), 0.4)
+    found.plan(config("--plan.max_sites", "1"), 0.5)
+    assert len(calls) == 2
+    (tmp_path / "composition-0.5.json").write_text("{")
+    found.plan(config("--plan.max_sites", "1"), 0.5)
+    assert len(calls) == 3

@@ -9,29 +9,13 @@ import pytest
 
 import gati_jax
 from gati_jax import InputError, ReplayTable
-from tests.train.one_pass import SMALLEST, json_of, small_and_repeatable
-from train import freeze
+from gati_jax.runtime import device_name
+from tests.train.one_pass import FREEZE, SMALLEST, json_of, small_and_repeatable
+from train import freeze, page
 from train.config import load
 from train.freeze_config import FreezeExperiment
 
 CONFIG = Path(__file__).parents[2] / "configs" / "repro_freeze_resnet18.toml"
-DIGITS = """
-[data]
-name = "digits"
-base_trained_on = ["all[:900]"]
-splits = { build = "all[:500]", seen = "all[500:800]", clean = "all[1000:1300]", serve = "all[1300:1600]" }
-[base]
-network = "resnet20"
-input_shape = [8, 8, 1]
-normalization = { scale = 0.0625, mean = [0.305], std = [0.376] }
-[fit]
-epochs = 1
-batch = 50
-[freeze]
-key_units = 8
-k = 5
-centres = 20
-"""
 
 
 def test_the_published_experiment_loads():
@@ -40,8 +24,9 @@ def test_the_published_experiment_loads():
     assert config.base.resnet().classes == 10
     with pytest.raises(InputError, match=r"unknown key freeze\.neighbours"):
         load(FreezeExperiment, CONFIG, ["--freeze.neighbours", "3"])
-    with pytest.raises(InputError, match="kinds"):
-        load(FreezeExperiment, CONFIG, ["--freeze.kinds", "[]"])
+    for kinds in ("[]", '["knn", "knn"]'):
+        with pytest.raises(InputError, match=r"^config: freeze\.kinds: .*expected knn, kmeans or both, got \["):
+            load(FreezeExperiment, CONFIG, ["--freeze.kinds", kinds])
 
 
 def table(classes, scores):
@@ -83,7 +68,7 @@ def test_a_cache_behind_the_last_block_sees_what_the_classifier_sees():
 
 
 def test_the_script_on_the_digits(tmp_path):
-    (tmp_path / "digits.toml").write_text(DIGITS)
+    (tmp_path / "digits.toml").write_text(FREEZE)
     chain_of = gati_jax.models.init(SMALLEST, jax.random.key(0))
     with small_and_repeatable(SMALLEST), pytest.MonkeyPatch.context() as patch:
         # Initial weights: what the base answers does not matter here.
@@ -108,4 +93,10 @@ def test_the_script_on_the_digits(tmp_path):
                 protocol[kind]["half_share"] <= result["oracle"][kind]["half_share"] + 1 - protocol[kind]["agreement"]
             )
     assert all(row["total"] == row["key_network"] + row["points"] for row in result["memory"]["knn"])
-    assert (tmp_path / "out" / "freeze.json").is_file()
+    assert result["device"] == device_name()
+    page.main(["--freeze", str(tmp_path / "out" / "freeze.json"), "--out", str(tmp_path / "page.md")])
+    text = (tmp_path / "page.md").read_text()
+    for kind, name in (("knn", "k-NN"), ("kmeans", "k-means")):
+        agreement = 100 * result["protocols"]["clean"][kind]["agreement"]
+        row = next(line for line in text.splitlines() if f"{name}: agreement" in line and "all[1000:1300]" in line)
+        assert f"| {agreement:.2f} % | [freeze](#freeze) |" in row

@@ -1,0 +1,95 @@
+"""Policies beside one another: edges that a whole reproduction does not meet, and steps by hand."""
+
+import numpy as np
+import pytest
+
+import gati_jax
+from gati_jax import CostTable, Plan
+from gati_jax.planning import shared_threshold_plan
+from gati_jax.runtime import Tile
+from tests.fitting import tiny
+from train import standings
+from train.contest import Contestant, contestants, farthest_on_test, logits_of, step_at_accuracy
+from train.standings import Open, exit_times, paired
+
+
+@pytest.fixture(scope="module")
+def explored():
+    images, select = tiny.images()
+    chain = tiny.chain()
+    candidates = gati_jax.fit(chain, images, select=select, heads=[tiny.head(1, 2)], config=tiny.CONFIG)
+    labels = np.zeros(len(select), np.int32)
+    tables = {name: gati_jax.replay(chain, candidates, select, labels=labels) for name in ("select", "certify", "test")}
+    costs = CostTable(device="cpu", batch=1, blocks_ms=(1.0,) * len(chain), lookup_ms={c.name: 0.1 for c in candidates})
+    return chain, candidates, tables, costs, dict.fromkeys(tables, select)
+
+
+@pytest.mark.parametrize("ours", [(), (2,), (1, 2)])
+def test_policies_stand_whatever_the_default_plan_uses(explored, ours):
+    chain, candidates, tables, costs, images = explored
+    field = contestants(candidates, tables, logits_of(chain, candidates, images), costs, ours=ours, epsilon=0.3)
+    assert {c.name for c in field} >= {"max probability (SDN)", "entropy (BranchyNet)", "patience (PABEE)"}
+    assert all(set(c.plan.sites) in ({1, 2}, set(ours)) for c in field)
+
+
+def test_only_caches_that_are_on_are_timed(explored, monkeypatch):
+    chain, candidates, tables, _, images = explored
+    names = tuple(c.name for c in candidates)
+    plan = Plan(
+        names=names, sites=tables["test"].sites, depth=len(chain), n=4, rows=np.arange(4, dtype=np.uint64),
+        path=np.array([[np.inf, np.inf], [np.inf, 0.5]]), disagreement=np.zeros(2), mean_ms=np.ones(2),
+    )  # fmt: skip
+    on = Open.of(plan, 1)
+    assert (on.names, on.thresholds.tolist()) == (names[1:], [0.5])
+    assert Open.of(plan, 0).names == ()
+    timed = []
+
+    def turns(programs, rounds):
+        timed.extend(programs)
+        sites = {name: int(name.rpartition(" ")[2]) for name in programs}
+        exits = {name: int(calls[0]().exit) for name, calls in programs.items()}
+        assert exits == {"base 0": len(chain), "ours 0": 2, "ours 1": len(chain)}
+        return {
+            name: np.tile([99.0, *[site + 1.0] * (len(programs[name]) - 1)], (rounds, 1))
+            for name, site in sites.items()
+        }
+
+    monkeypatch.setattr(standings, "time_turns", turns)
+    tile = Tile(size=1, milliseconds=1.0, options=(), algorithms={})
+    ways = {"base": (), "ours": on.names}
+    ms = exit_times(chain, candidates, ways, tile, images["test"][0], 3)
+    assert {name: values.tolist() for name, values in ms.items()} == {"base": [1.0], "ours": [1.0, 2.0]}
+    assert timed == ["base 0", "ours 0", "ours 1"]
+
+
+def test_steps_at_an_accuracy_are_the_farthest_that_keep_it(explored):
+    """On test exactly; on certify by one standard error of the difference, counted here row by row."""
+    _, _, tables, costs, _ = explored
+    plan = shared_threshold_plan(tables["select"], costs, epsilon=0.9)
+    table = tables["test"]
+    one = Contestant(name="one", heads="", plan=plan, tables=tables)
+    for share in (0.5, 0.9, 0.97, 1.0):
+        exact, careful = [], []
+        for step, thresholds in enumerate(plan.path):
+            spare = []
+            for row, answer in enumerate(table.answers):
+                hits = [i for i, t in enumerate(thresholds) if table.scores[i, row] >= t]
+                said = table.classes[hits[0], row] if hits else answer
+                spare.append(float(said == table.labels[row]) - share * float(answer == table.labels[row]))
+            if sum(spare) >= -1e-9:
+                exact.append(step)
+            if np.mean(spare) >= np.std(spare) / np.sqrt(len(spare)):
+                careful.append(step)
+        assert farthest_on_test(one, share) == max(exact)
+        if careful:
+            assert step_at_accuracy(one, share) == max(careful)
+
+
+def test_who_takes_longer_is_told_with_an_interval():
+    rng = np.random.default_rng(0)
+    ours = rng.random(2000)
+    found = paired(ours, ours + 0.1 + 0.01 * rng.standard_normal(2000))
+    assert found["low_ms"] < 0.1 < found["high_ms"]
+    assert not found["ties"]
+    assert not paired(ours, ours - 0.1)["ties"]  # faster is no tie, either
+    assert paired(ours, rng.permutation(ours))["ties"]
