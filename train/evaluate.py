@@ -43,12 +43,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # --- Answers ----------------------------------------------------------------------------------------------------
     prediction = answers(bundle, split.images)
+    exits = np.asarray(prediction.exit)
     _log.info("the base and every cache answer the %d requests alone", len(split))
     table = gati_jax.replay(bundle.chain, bundle.cascade.caches, split.images, labels=split.labels)
     timed = split.images[: arguments.timed]
     _log.info("timing %d requests, one at a time", len(timed))
     speed = measure_speed(bundle.cascade, timed, tuned=bundle.tuned)
-    fast = speeds.fast(bundle, split.images, prediction.exit, arguments.batches, arguments.timed)
+    fast = speeds.fast(bundle, split.images, exits, arguments.batches, arguments.timed)
 
     # --- Result -----------------------------------------------------------------------------------------------------
     result = {
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         "split": rows,
         "network": config.base.network,
         **quality(bundle, prediction, table),
-        "cost": speeds.cost(bundle, prediction.exit, speed, fast),
+        "cost": speeds.cost(bundle, exits, speed, fast),
         "memory": {"base_bytes": size(bundle.chain), "cache_bytes": size(bundle.cascade.caches)},
         "versions": cli.versions(),
         "seed": config.seed,

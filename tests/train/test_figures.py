@@ -42,7 +42,7 @@ def test_bars_are_the_shares_of_requests(result):
 def test_a_head_is_drawn_once_whatever_selects(result):
     lines = {line.get_label(): line.get_xydata() for line in figures.agreement(result).axes[0].lines}
     assert set(lines) == {"grid", "conv"}
-    np.testing.assert_allclose(lines["grid"], [[1, 0.6], [2, 0.7]])
+    np.testing.assert_allclose(np.asarray(lines["grid"], float), [[1, 0.6], [2, 0.7]])
 
 
 def test_every_candidate_is_a_point(result):
@@ -56,7 +56,9 @@ def test_every_candidate_is_a_point(result):
 def test_the_disagreement_is_the_one_of_the_run(result, epsilon, said):
     result["epsilon"] = epsilon
     assert f"at {said} disagreement" in figures.memory(result).axes[0].get_ylabel()
-    labels = [text.get_text() for text in figures.exits(result).axes[0].get_legend().get_texts()]
+    legend = figures.exits(result).axes[0].get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
     assert f"certified at {said}" in labels
 
 
