@@ -97,7 +97,7 @@ def _rules(candidates: Candidates) -> list[tuple[str, list[str], Score | None]]:
 
 
 def certified_step(
-    contestant: Contestant, epsilon: float, delta: float, *, looks: int, base_saw_data: bool
+    contestant: Contestant, epsilon: float, delta: float, *, looks: int, base_saw_data: bool, repeats: bool
 ) -> Certificate:
     """Certify a policy's plan on the certify split, as if it were the only one of this look.
 
@@ -105,7 +105,9 @@ def certified_step(
     plan's, which was fixed before.
     """
     table = contestant.tables["certify"]
-    return gati_jax.certify(contestant.plan, table, epsilon, delta, looks=looks, base_saw_data=base_saw_data)
+    return gati_jax.certify(
+        contestant.plan, table, epsilon, delta, looks=looks, base_saw_data=base_saw_data, repeats=repeats
+    )
 
 
 def step_at_accuracy(contestant: Contestant, share: float) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 
 import gati_jax
 from gati_jax import Certificate, Chain, InputError, Plan, ReplayTable, data
-from gati_jax.planning import oracle_exits
+from gati_jax.planning import count_repeats, oracle_exits
 from gati_jax.runtime import device_name
 
 from . import cli
@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     if any(part.labels is None for part in parts.values()):
         msg = f"data: expected labels, for accuracies are compared, got none in {config.data.name}"
         raise InputError(msg)
+    count_repeats(data.row_digests(parts["certify"].images), drawn=config.plan.repeats)  # refused before hours of work
     heads = [*(head.build() for head in config.fit.heads), *small_networks(config)]
     started = time.perf_counter()
     found = explore(config, chain, heads, parts, arguments.out)
@@ -102,8 +103,8 @@ def compare(
     field = contestants(found.candidates, tables, logits, found.costs, ours=plan.sites, epsilon=epsilon)
     loose = contestants(found.candidates, tables, logits, found.costs, ours=far.sites, epsilon=FARTHEST)
     certified, accurate = [_ours(plan, tables), *field], [_ours(far, tables), *loose]
-    saw = base_saw_certify(config)
-    certificates = {c.name: certified_step(c, epsilon, delta, looks=looks, base_saw_data=saw) for c in certified}
+    options = {"looks": looks, "base_saw_data": base_saw_certify(config), "repeats": True}  # what main let pass
+    certificates = {c.name: certified_step(c, epsilon, delta, **options) for c in certified}
     steps = {
         "certified": [certificates[c.name].step for c in certified],
         "accurate": [step_at_accuracy(c, ACCURACY_SHARE) for c in accurate],
