@@ -80,12 +80,7 @@ def main() -> None:
     """Run the benchmark."""
     arguments = parser().parse_args()
     result = compare(arguments)
-    if arguments.out:
-        cli.write_result(arguments.out, result)
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        show(result)
+    cli.report(result, show, out=arguments.out, as_json=arguments.json)
 
 
 def smaller(text: str) -> tuple[str, str]:

@@ -99,12 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     result = {"load": dataclasses.asdict(load), "url": arguments.url, "parameters": parameters}
     result |= run(against_the_server())
-    if arguments.out:
-        cli.write_result(arguments.out, result)
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        show(result)
+    cli.report(result, show, out=arguments.out, as_json=arguments.json)
 
 
 def parser() -> argparse.ArgumentParser:

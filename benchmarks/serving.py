@@ -81,9 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-    if arguments.out:
-        cli.write_result(arguments.out, result)
-    print(json.dumps(result)) if arguments.json else show(result)
+    cli.report(result, show, out=arguments.out, as_json=arguments.json)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -150,11 +150,8 @@ def read_json(path: Path, kind: type[T]) -> T:
     if not path.is_file():
         msg = f"bundle: {path.name} is missing from {path.parent}"
         raise BundleError(msg)
-    if path.stat().st_size > MAX_JSON_BYTES:
-        msg = f"bundle: {path} is larger than {MAX_JSON_BYTES} bytes"
-        raise BundleError(msg)
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
+        return TypeAdapter(kind).validate_json(_read_bounded(path))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
@@ -168,11 +165,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not file.is_file():
         msg = f"bundle: expected a bundle folder with a manifest.json, got {folder}"
         raise BundleError(msg)
-    if file.stat().st_size > MAX_JSON_BYTES:
-        msg = f"bundle: {file} is larger than {MAX_JSON_BYTES} bytes"
-        raise BundleError(msg)
     try:
-        version = json.loads(file.read_bytes()).get("format_version")
+        version = json.loads(_read_bounded(file)).get("format_version")
     except (ValueError, AttributeError, RecursionError) as error:
         msg = f"bundle: {file} is damaged: {error}"
         raise BundleError(msg) from error
@@ -180,6 +174,13 @@ def read_manifest(folder: Path) -> Manifest:
         msg = f"bundle: {folder} has format version {version}, gati_jax reads up to {FORMAT_VERSION}: upgrade it"
         raise BundleError(msg)
     return read_json(file, Manifest)
+
+
+def _read_bounded(path: Path) -> bytes:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        msg = f"bundle: {path} is larger than {MAX_JSON_BYTES} bytes"
+        raise BundleError(msg)
+    return path.read_bytes()
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401

@@ -11,7 +11,7 @@ import gati_jax
 from . import routes
 from .engine import Engine
 from .lifecycle import Parts
-from .metrics import Metrics
+from .metrics import Gauges, Metrics
 from .protocol.model import Bound, Model
 from .protocol.service import Backend, Service
 from .protocol.statistics import Tally
@@ -40,11 +40,13 @@ def assemble(settings: Settings) -> Parts:
         runner = JaxRunner(sources, capacity=settings.capacity, progress=_tell)
         engine = Engine(runner, max_wait_ms=settings.max_wait_ms, observer=metrics)
         metrics.watch(
-            runner.routes,
-            statistics=engine.statistics,
-            ready=lambda: service.ready,
-            model=model.name,
-            version=model.version,
+            Gauges(
+                routes=runner.routes,
+                statistics=engine.statistics,
+                ready=lambda: service.ready,
+                model=model.name,
+                version=model.version,
+            )
         )
         engine.start()
         return Backend(engine, functools.partial(choose, engine, routes.default(engine.routes)))

@@ -16,6 +16,7 @@
 Observations come from the engine's thread, and gauges are read when Prometheus asks.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -52,22 +53,14 @@ class Metrics:
         for reason in ("overloaded", "stopping", "deadline"):
             self._refused.labels(reason)
 
-    def watch(
-        self,
-        routes: Sequence[Route],
-        *,
-        statistics: Callable[[], Statistics],
-        ready: Callable[[], bool],
-        model: str,
-        version: str,
-    ) -> None:
+    def watch(self, gauges: "Gauges") -> None:
         """Report an engine with these routes, before it starts."""
-        self._routes = tuple(routes)
+        self._routes = tuple(gauges.routes)
         for route in self._routes:  # series that are there before anything happens, so that rates have a start
             for stage, exit_ in enumerate(route.exits):
                 self._of_exit(route.name, exit_)
                 self._failed.labels(route.name, stage)
-        self.registry.register(_Now(self._routes, statistics, ready, model, version))
+        self.registry.register(gauges)
 
     def request(self, protocol: str, method: str, code: int) -> None:
         """Count a request."""
@@ -111,25 +104,21 @@ class Metrics:
         return self._latency.labels(plan, exit_), self._left.labels(plan, exit_)
 
 
-class _Now(Collector):
-    """Gauges of the moment."""
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Gauges(Collector):
+    """What is asked of an engine when Prometheus asks."""
 
-    def __init__(
-        self,
-        routes: Sequence[Route],
-        statistics: Callable[[], Statistics],
-        ready: Callable[[], bool],
-        model: str,
-        version: str,
-    ) -> None:
-        self._routes, self._statistics, self._ready = routes, statistics, ready
-        self._bundle = {"model": model, "version": version}
+    routes: Sequence[Route]
+    statistics: Callable[[], Statistics]
+    ready: Callable[[], bool]
+    model: str
+    version: str
 
     def collect(self) -> Iterator[GaugeMetricFamily | InfoMetricFamily]:
         """Read them."""
-        now = self._statistics()
+        now = self.statistics()
         depth = GaugeMetricFamily("gati_queue_depth", "Images that wait", labels=("plan", "stage"))
-        for number, route in enumerate(self._routes):
+        for number, route in enumerate(self.routes):
             for stage in range(len(route.exits)):
                 depth.add_metric((route.name, str(stage)), now.waiting.get((number, stage), 0))
         slots = GaugeMetricFamily("gati_slots", "Places for images", labels=("state",))
@@ -138,5 +127,7 @@ class _Now(Collector):
         yield depth
         yield slots
         yield GaugeMetricFamily("gati_backlog_seconds", "Work that waits", value=now.backlog_ms / 1e3)
-        yield GaugeMetricFamily("gati_ready", "1 while requests should come here", value=float(self._ready()))
-        yield InfoMetricFamily("gati_bundle", "The bundle that is served", value=self._bundle)
+        yield GaugeMetricFamily("gati_ready", "1 while requests should come here", value=float(self.ready()))
+        yield InfoMetricFamily(
+            "gati_bundle", "The bundle that is served", value={"model": self.model, "version": self.version}
+        )

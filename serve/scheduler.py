@@ -107,9 +107,12 @@ class Scheduler:
         """Take out, and return, who waits in vain: past the deadline, or abandoned."""
         dropped: list[Job] = []
         for key, queue in list(self._queues.items()):
-            vain = [waiting for waiting in queue if _in_vain(waiting.job, now)]
+            parts: tuple[list[_Waiting], list[_Waiting]] = [], []  # a client may leave at any moment: it is asked once
+            for waiting in queue:
+                parts[_in_vain(waiting.job, now)].append(waiting)
+            rest, vain = parts
             if vain:
-                self._keep(key, [waiting for waiting in queue if waiting not in vain])
+                self._keep(key, rest)
                 dropped += [waiting.job for waiting in vain]
         self._release(dropped)
         return dropped

@@ -139,6 +139,16 @@ def write_result(path: Path, result: Result) -> None:
     Path(file.name).replace(path)
 
 
+def report(result: Result, show: Callable[[Result], None], *, out: Path | None, as_json: bool) -> None:
+    """Write a result where it was asked for; print it as JSON, or as tables."""
+    if out is not None:
+        write_result(out, result)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show(result)
+
+
 def track(items: Sequence[T], description: str) -> Iterator[T]:
     """Yield ``items`` behind a progress bar, if standard error is a terminal."""
     console = Console(stderr=True)

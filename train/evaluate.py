@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         "network": config.base.network,
         **quality(bundle, prediction, table),
         "cost": speeds.cost(bundle, exits, speed, fast),
-        "memory": {"base_bytes": size(bundle.chain), "cache_bytes": size(bundle.cascade.caches)},
+        "memory": {"base_bytes": bundle.chain.bytes, "cache_bytes": sum(c.bytes for c in bundle.cascade.caches)},
         "versions": cli.versions(),
         "seed": config.seed,
         "date": datetime.now(UTC).date().isoformat(),
@@ -176,11 +176,6 @@ def loss(gap: dict[str, Any] | None) -> str:
 def accuracy(classes: ArrayLike, labels: np.ndarray | None) -> float | None:
     """Return the share of right classes, where labels are known."""
     return None if labels is None else float(np.mean(np.asarray(classes) == labels))
-
-
-def size(tree: Any) -> int:  # noqa: ANN401 (any pytree)
-    """Return the bytes of all arrays."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def show(result: dict[str, Any]) -> None:

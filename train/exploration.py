@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 import gati_jax
@@ -62,8 +61,10 @@ class Explored:
         for column in columns:
             digest.update(np.ascontiguousarray(column).tobytes())
         path, identity = self.folder / f"composition-{epsilon:g}.json", digest.hexdigest()
-        plan, composition = compose_plan(table, self.costs, **budget, composed=kept_composition(path, identity))
-        keep_composition(path, identity, composition)
+        kept = kept_composition(path, identity)
+        plan, composition = compose_plan(table, self.costs, **budget, composed=kept)
+        if kept is None:
+            keep_composition(path, identity, composition)
         return plan, composition
 
     def ranking(self, epsilon: float) -> list[dict[str, Any]]:
@@ -109,8 +110,7 @@ def explore(
     Raises:
         InputError: No candidate can pay.
     """
-    base_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(chain))
-    memory = None if config.plan.memory_share is None else int(config.plan.memory_share * base_bytes)
+    memory = None if config.plan.memory_share is None else int(config.plan.memory_share * chain.bytes)
     sizes = head_sizes(chain, heads)
     small = within(chain, heads, {name for name, size in sizes.items() if memory is None or size <= memory})
     if memory is not None and not small:

@@ -133,7 +133,7 @@ def freeze_protocol(
         _log.info("%s: replayed %d requests", name, len(tables[name]))
     return {
         **said_of_caches(candidates, tables, freeze.kinds, blocks=len(chain)),
-        "base": {"accuracy": _accuracy(tables["serve"].answers, tables["serve"].labels), "bytes": _bytes(base)},
+        "base": {"accuracy": _accuracy(tables["serve"].answers, tables["serve"].labels), "bytes": base.bytes},
         "predictors": {} if learned is None else agreement_of(base, learned, parts["serve"].images),
         "epochs": candidates.epochs,
         "fit_seconds": fit_seconds,
@@ -255,10 +255,6 @@ def oracle(requests: ReplayTable, blocks: int) -> dict[str, float]:
 
 def _accuracy(classes: np.ndarray, labels: np.ndarray | None) -> float | None:
     return None if labels is None else float((classes == labels).mean())
-
-
-def _bytes(chain: Chain) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(chain))
 
 
 def show(result: dict[str, Any]) -> None:

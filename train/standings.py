@@ -4,7 +4,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -143,6 +142,6 @@ def measure(chain: Chain, found: Explored, on: Open, images: np.ndarray) -> dict
         "spread": speed.spread,
         "requests": len(speed.exits),
         "cache_bytes": sum(c.bytes for c in caches),
-        "base_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(chain)),
+        "base_bytes": chain.bytes,
         "sites": [c.site for c in caches],
     }

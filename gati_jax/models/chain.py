@@ -145,6 +145,11 @@ class Chain:
         sites, _ = jax.eval_shape(Chain.activations, self, batch)
         return tuple(jax.ShapeDtypeStruct(site.shape[1:], site.dtype) for site in sites)
 
+    @property
+    def bytes(self) -> int:
+        """The memory that the parameters take."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params))
+
     @functools.cached_property
     def classes(self) -> int:
         """The number of classes."""

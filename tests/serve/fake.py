@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import uvicorn
 
-from serve.metrics import Metrics
+from serve.metrics import Gauges, Metrics
 from serve.protocol.http import create_app
 from serve.protocol.model import Bound, Model
 from serve.protocol.rpc import create_server
@@ -122,8 +122,9 @@ class Front:
         self.metrics = Metrics(tally)
         self.engine.observer = self.metrics
         self.service = Service(MODEL, tally=tally, timeout=timeout)
+        ready_now = lambda: self.service.ready  # noqa: E731
         self.metrics.watch(
-            ROUTES, statistics=self.engine.statistics, ready=lambda: self.service.ready, model="gati", version="v7"
+            Gauges(routes=ROUTES, statistics=self.engine.statistics, ready=ready_now, model="gati", version="v7")
         )
         self.token = token
         self.app = create_app(self.service, self.metrics, limit=LIMIT, token=token)
