@@ -17,6 +17,8 @@ The life of a request, with the threads it is in:
  5. The engine's thread waits for one small array: hits, scores, logits. Meanwhile arrivals gather in the first queue.
  6. ``Scheduler.finish`` (under the lock) frees the slots of those who leave; the others wait for the next stage, with
     everyone who has come as far. Futures are completed outside the lock.
+    With ``overlap``, and where nobody else waits, step 4 has by then been repeated for the next stage, with all rows:
+    the device need not wait for the host, and what it computed for who left is dropped.
  7. Steps 3 to 6 repeat, until a hit or the last stage, where everyone leaves.
 
 What may fail, and who notices:
@@ -32,5 +34,5 @@ What may fail, and who notices:
 
 Two kinds of threads, then: any number that submit, and one that owns the device. They share the scheduler and some
 counters, behind one lock that is held for microseconds. Importing ``serve.records``, ``serve.policy``,
-``serve.scheduler`` and ``serve.engine`` needs no JAX.
+``serve.scheduler`` and ``serve.engine`` (with ``serve.loop``, its thread) needs no JAX.
 """

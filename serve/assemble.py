@@ -38,7 +38,7 @@ def assemble(settings: Settings) -> Parts:
 
     def start() -> Backend:
         runner = JaxRunner(sources, capacity=settings.capacity, progress=_tell)
-        engine = Engine(runner, max_wait_ms=settings.max_wait_ms, observer=metrics)
+        engine = Engine(runner, max_wait_ms=settings.max_wait_ms, observer=metrics, overlap=settings.overlap)
         metrics.watch(
             Gauges(
                 routes=runner.routes,

@@ -72,6 +72,8 @@ class Step(NamedTuple):
     stage: int
     bucket: int
     jobs: tuple[Job, ...]
+    follows: "Step | None" = None
+    """The step whose result it does not wait for, see ``Scheduler.overlap``."""
 
 
 class StageResult(NamedTuple):
@@ -81,6 +83,10 @@ class StageResult(NamedTuple):
     class_index: Int[np.ndarray, " jobs"]
     score: Float[np.ndarray, " jobs"]
     logits: Float[np.ndarray, "jobs classes"]
+
+    def take(self, rows: Sequence[int]) -> "StageResult":
+        """Return these rows of it."""
+        return StageResult(*(column[list(rows)] for column in self))
 
 
 class Running(Protocol):

@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 from . import policy
 from .records import Job, OverloadedError, Route, Step
+from .shares import Shares
 
 PATIENCE = 1.0  # seconds: who has no deadline is served, within its queue, as if it had this one
-WINDOW = 500  # rows: the memory of the shares that leave
-MOVED = 0.05
 
 _Key = tuple[int, int]  # route and stage
 
@@ -52,9 +51,7 @@ class Scheduler:
         self._queues: dict[_Key, list[_Waiting]] = {}
         self._running: list[Step] = []
         self._numbers = itertools.count()
-        self._seen = [list(route.leave) for route in self.routes]  # what leaves where
-        self._used = [list(route.leave) for route in self.routes]  # the same, as choices were made by
-        self._choices: dict[tuple[int, int, int], policy.Choice] = {}
+        self._shares = Shares(self.routes)
 
     # What it says
 
@@ -71,16 +68,17 @@ class Scheduler:
     @property
     def leave(self) -> tuple[tuple[float, ...], ...]:
         """The share that leaves, by route and stage, as lately seen."""
-        return tuple(tuple(shares) for shares in self._seen)
+        return self._shares.leave
 
     @property
     def backlog_ms(self) -> float:
         """Milliseconds that the device is expected to need for all on their way; running steps count whole."""
-        rest = [(*policy.remaining_ms(r.stage_ms, seen), 0.0) for r, seen in zip(self.routes, self._seen, strict=True)]
+        rest = [(*policy.remaining_ms(r.stage_ms, seen), 0.0) for r, seen in zip(self.routes, self.leave, strict=True)]
         total = sum(len(queue) * rest[route][stage] for (route, stage), queue in self._queues.items())
-        for route, stage, bucket, jobs in self._running:
-            survivors = len(jobs) * (1 - self._seen[route][stage])
-            total += self._step_ms((route, stage), bucket) + survivors * rest[route][stage + 1]
+        for step in self._running:
+            route, stage = step.route, step.stage
+            survivors = 0 if self._runs_on(step) else len(step.jobs) * (1 - self.leave[route][stage])
+            total += self._step_ms((route, stage), step.bucket) + survivors * rest[route][stage + 1]
         return total
 
     # What changes it
@@ -126,7 +124,7 @@ class Scheduler:
         """
         if not self._queues:
             return None
-        choices = {key: self._choose(*key, len(queue)) for key, queue in self._queues.items()}
+        choices = {key: self._shares.choose(*key, len(queue)) for key, queue in self._queues.items()}
         urgent = self._urgent(choices, now)
         key = urgent or max(choices, key=lambda key: (self._score(key, choices[key], now), key[1]))  # deeper on ties
         queue, bucket = self._queues[key], choices[key].bucket
@@ -146,15 +144,47 @@ class Scheduler:
             Those who did not leave but were abandoned: they are not queued.
         """
         self._running.remove(step)
+        runs_on = self._runs_on(step)
         self._release(job for job, is_out in zip(step.jobs, left, strict=True) if is_out)
         others = [job for job, is_out in zip(step.jobs, left, strict=True) if not is_out]
         given_up = [job for job in others if job.abandoned]
         self._release(given_up)
         for job in others:
-            if job.slot >= 0:  # not given up: a client may leave at any moment, so this is not asked twice
+            if job.slot < 0:  # given up: a client may leave at any moment, so this is not asked twice
+                continue
+            if runs_on:
+                job.stage = step.stage + 1
+            else:
                 self._queue(job, step.stage + 1)
-        self._learn(step, sum(left))
+        self._shares.learn(step, sum(left))
         return given_up
+
+    def overlap(self, step: Step, turnaround_ms: float) -> Step | None:
+        """Return the stage behind that of a running step, for all its jobs: to dispatch before it is known who leaves.
+
+        The paper's overlapped lookups. Who goes on need not wait for the host; what leaves has been computed in vain.
+        None where anyone else waits, or where the latter is expected to outweigh the former.
+
+        Args:
+            step: Running, and chosen by ``next_step`` (or narrowed): nothing runs on from what may not be.
+            turnaround_ms: What the device idles, as measured, between a result and the step after it.
+        """
+        route, stage = self.routes[step.route], step.stage + 1
+        if self._queues or not step.jobs or step.follows is not None or stage > len(route.sites):
+            return None
+        leave = self._shares.leave[step.route][step.stage]
+        if (1 - leave) * turnaround_ms <= leave * route.stage_ms[step.bucket][stage]:
+            return None
+        further = step._replace(stage=stage, follows=step)
+        self._running.append(further)
+        return further
+
+    def narrow(self, step: Step) -> Step:
+        """Return a step that ran on, with those of its jobs that are still on their way; what it followed is over."""
+        self._running.remove(step)
+        narrowed = step._replace(jobs=tuple(job for job in step.jobs if job.slot >= 0), follows=None)
+        self._running.append(narrowed)
+        return narrowed
 
     def fail(self, step: Step) -> None:
         """Free the slots of all."""
@@ -167,6 +197,9 @@ class Scheduler:
         self._queues.clear()
         self._release(jobs)
         return jobs
+
+    def _runs_on(self, step: Step) -> bool:
+        return any(other.follows is step for other in self._running)
 
     def _queue(self, job: Job, stage: int) -> None:
         job.stage = stage
@@ -186,13 +219,6 @@ class Scheduler:
             job.slot = -1
 
     # How it chooses
-
-    def _choose(self, route: int, stage: int, waiting: int) -> policy.Choice:
-        stage_ms = self.routes[route].stage_ms
-        key = route, stage, min(waiting, max(stage_ms))
-        if key not in self._choices:
-            self._choices[key] = policy.choose(stage_ms, self._used[route], stage, key[2])
-        return self._choices[key]
 
     def _score(self, key: _Key, choice: policy.Choice, now: float) -> float:
         oldest = min(waiting.arrived for waiting in self._queues[key][: choice.bucket])
@@ -218,14 +244,6 @@ class Scheduler:
         """Return what a job takes that is served at once, in this bucket, then alone, and leaves at the very end."""
         stage_ms = self.routes[key[0]].stage_ms
         return self._step_ms(key, bucket) + sum(stage_ms[min(stage_ms)][key[1] + 1 :])
-
-    def _learn(self, step: Step, hits: int) -> None:
-        """Follow the traffic: a running mean; choices are made anew once it has moved by a twentieth."""
-        seen, used, rows = self._seen[step.route], self._used[step.route], len(step.jobs)
-        seen[step.stage] += (hits - rows * seen[step.stage]) / (rows + WINDOW)
-        if abs(seen[step.stage] - used[step.stage]) > MOVED:
-            self._used[step.route] = list(seen)
-            self._choices = {key: choice for key, choice in self._choices.items() if key[0] != step.route}
 
 
 def _in_vain(job: Job, now: float) -> bool:

@@ -49,6 +49,8 @@ class Settings:
     tls_key: Path | None = None
     token: str | None = None
     log_level: str = "info"
+    overlap: bool = False
+    """Whether to overlap lookups with the next span where that is expected to pay."""
     reference: bool = False
     """Whether to run the arithmetic that was certified even where the bundle has been tuned for this device."""
     json: bool = False
@@ -172,6 +174,9 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settings:
         default = _DEFAULTS[name]
         told = text if default is None else f"{text} (default: {default})"
         p.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, default=default, help=told)
+    p.add_argument(
+        "--overlap", action="store_true", help="run on before it is known who leaves, where that is expected to pay"
+    )
     p.add_argument("--reference", action="store_true", help="the certified arithmetic, even where the bundle is tuned")
     p.add_argument("--json", action="store_true", help="print the addresses as JSON on standard output")
     arguments = p.parse_args(argv)

@@ -70,16 +70,19 @@ class FakeRunning:
     runner: FakeRunner
     step: Step
 
+    def __post_init__(self) -> None:
+        self.slots = [job.slot for job in self.step.jobs]  # a job may have left when its result comes
+
     def result(self) -> StageResult:
-        runner, (route_, stage, bucket, jobs) = self.runner, self.step
+        runner, (route_, stage, bucket, jobs, _) = self.runner, self.step
         runner.steps.append(self.step)
         runner.before(self.step)
         assert 0 < len(jobs) <= bucket
-        assert len({job.slot for job in jobs}) == len(jobs)
-        for job in jobs:
-            assert 0 <= job.slot < runner.capacity
-            assert stage == 0 or runner.reached[job.slot] == stage - 1
-            runner.reached[job.slot] = stage
+        assert len(set(self.slots)) == len(jobs)
+        for slot in self.slots:
+            assert 0 <= slot < runner.capacity
+            assert stage == 0 or runner.reached[slot] == stage - 1
+            runner.reached[slot] = stage
         runner.clock.now += runner.routes[route_].stage_ms[bucket][stage] / 1e3
         rows = np.stack([job.image for job in jobs])
         classes = rows[:, 1].astype(int)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from serve.engine import Engine
 from serve.records import DeadlineError, OverloadedError, StageResult, StepError, StoppingError
-from tests.serve.fake_runner import CLASSES, FakeRunner, FakeRunning, image, route
+from tests.serve.fake_runner import CLASSES, FakeClock, FakeRunner, FakeRunning, image, route
 
 PATIENCE = 30  # seconds until a test that hangs fails
 
@@ -40,6 +40,18 @@ class Gate:
     def __call__(self, _):
         self.entered.set()
         assert self.opened.wait(PATIENCE)
+
+
+class TickingClock(FakeClock):
+    """Time that also passes whenever it is read: a turnaround that can be counted."""
+
+    def __init__(self, tick):
+        super().__init__()
+        self.tick = tick
+
+    def __call__(self):
+        self.now += self.tick
+        return self.now
 
 
 @pytest.fixture
@@ -78,6 +90,23 @@ def test_answers_and_times_by_hand(make):
     statistics = engine.statistics()
     assert (statistics.answered, statistics.steps, statistics.slots_in_use) == (2, 2, 0)
     assert (statistics.waiting, statistics.backlog_ms, statistics.running) == ({}, 0.0, False)
+
+
+def test_the_next_stage_runs_on_before_it_is_known_who_leaves(make):
+    """Two come alone: stages follow one another unasked, and what is computed for who has left goes nowhere."""
+    watcher = Watcher()
+    runner = FakeRunner([route(1.0, 1.0, 1.0, leave=(0.0, 0.0, 1.0))], clock=TickingClock(0.25))
+    engine = make(runner, observer=watcher, overlap=True)
+    for _ in range(2):  # the first shows what a turnaround is
+        results(engine.submit(images((2, 1)), route=0))
+    runner.steps.clear()
+    first, second = results(engine.submit(images((0, 7), (2, 3)), route=0))
+    assert (first.class_index, first.exit, second.class_index, second.exit) == (7, 1, 3, 3)
+    assert engine.stop(PATIENCE)
+    dispatched = [(step.stage, len(step.jobs), step.follows is not None) for step in runner.steps]
+    assert dispatched == [(0, 2, False), (1, 2, True), (2, 1, True)]
+    assert [(stage, rows) for stage, rows, *_ in watcher.steps[-3:]] == [(0, 2), (1, 1), (2, 1)]
+    assert engine.statistics().slots_in_use == 0
 
 
 def test_arrivals_meet_while_a_step_runs(make):
@@ -235,7 +264,7 @@ def test_a_bug_leaves_nobody_waiting(make, monkeypatch, caplog):
     engine = make(FakeRunner([route(1.0, buckets=(1,))], before=gate))
     futures = engine.submit(images((0, 1), (0, 2)), route=0)
     assert gate.entered.wait(PATIENCE)
-    monkeypatch.setattr(engine._scheduler, "finish", lambda *_: 1 / 0)
+    monkeypatch.setattr(engine._shared.scheduler, "finish", lambda *_: 1 / 0)
     gate.opened.set()
     for future in futures:
         with pytest.raises(StepError, match="the engine had to stop"):
@@ -249,13 +278,14 @@ def test_a_bug_leaves_nobody_waiting(make, monkeypatch, caplog):
 @given(
     requests=st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), min_size=1, max_size=3), max_size=12),
     ahead=st.integers(1, 2),
+    overlap=st.booleans(),
     fail=st.integers(2, 5),
 )
-def test_every_thread_gets_its_own_answers(requests, ahead, fail):
+def test_every_thread_gets_its_own_answers(requests, ahead, overlap, fail):
     """Many clients at once, some steps fail: each future ends once, with its own image's answer or a failure."""
-    runner = FakeRunner([route(1.0, 1.0, 1.0)], capacity=64)
+    runner = FakeRunner([route(1.0, 1.0, 1.0, leave=(0.01, 0.01, 1.0))], capacity=64, clock=TickingClock(1e-3))
     runner.before = lambda _: 1 / (len(runner.steps) % fail)  # every so many steps
-    engine = Engine(runner, clock=runner.clock, ahead=ahead)
+    engine = Engine(runner, clock=runner.clock, ahead=ahead, overlap=overlap)
     engine.start()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         futures = list(pool.map(lambda request: engine.submit(images(*request), route=0), requests))
