@@ -59,3 +59,8 @@ def choose(stage_ms: StageMs, leave: Sequence[float], stage: int, waiting: int) 
         Choice(gain(stage_ms, leave, stage, min(waiting, bucket), bucket), bucket) for bucket in sorted(stage_ms)
     ]
     return max(options, key=lambda option: option.gain)  # of equals, the smallest
+
+
+def overlap_pays(leave: float, next_ms: float, turnaround_ms: float) -> bool:
+    """Return whether running on before it is known who leaves saves those who stay more than the others waste."""
+    return (1 - leave) * turnaround_ms > leave * next_ms

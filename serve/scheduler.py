@@ -172,8 +172,8 @@ class Scheduler:
         route, stage = self.routes[step.route], step.stage + 1
         if self._queues or not step.jobs or step.follows is not None or stage > len(route.sites):
             return None
-        leave = self._shares.leave[step.route][step.stage]
-        if (1 - leave) * turnaround_ms <= leave * route.stage_ms[step.bucket][stage]:
+        leave, next_ms = self.leave[step.route][step.stage], route.stage_ms[step.bucket][stage]
+        if not policy.overlap_pays(leave, next_ms, turnaround_ms):
             return None
         further = step._replace(stage=stage, follows=step)
         self._running.append(further)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import gati_jax
 from gati_jax import InputError
 from gati_jax.runtime import Cascade, Tile, Tuning, device_name, predict_batch
-from serve import routes
+from serve import policy, routes
 from serve.engine import Engine
 from serve.records import Job, Step
 from serve.runner import JaxRunner
@@ -100,6 +100,20 @@ def test_served_digits_are_answered_as_by_the_library(dense, splits):
     expected = gati_jax.infer_batch(dense, images, numerics="reference")
     assert set(np.asarray(expected.exit).tolist()) == {1, 2, 3, 4, 5}
     check(through_engine(runner, images), expected)
+
+
+def test_every_stage_may_run_on(dense, splits, monkeypatch):
+    """One by one nobody else waits, so each next stage is dispatched unasked, and every hit's is dropped."""
+    monkeypatch.setattr(policy, "overlap_pays", lambda *_: True)
+    runner, images = JaxRunner(routes.load(dense), capacity=3, buckets=(1,)), splits["test"][:100]
+    stages, dispatch = [], runner.dispatch
+    monkeypatch.setattr(runner, "dispatch", lambda step: (stages.append(step.follows is not None), dispatch(step))[1])
+    engine = Engine(runner, overlap=True)
+    engine.start()
+    answers = [engine.submit(image[None], route=0)[0].result(60) for image in images]
+    assert engine.stop(60)
+    check(answers, gati_jax.infer_batch(dense, images, numerics="reference"))
+    assert sum(stages) >= len(images)
 
 
 @pytest.mark.parametrize("thresholds", [(-INF, -INF), (INF, INF), (INF, -INF)], ids=["all hit", "all miss", "second"])
