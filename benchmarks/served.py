@@ -16,6 +16,7 @@ import gati_jax
 from gati_jax import data
 from serve import routes
 from serve.engine import Engine
+from serve.programs import settle
 from serve.records import Runner
 from serve.runner import JaxRunner
 from train.config import build_config
@@ -49,6 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         runner, route = runner_of(name, Path(bundle), images, Path(folder))
         engine = Engine(runner)
+        settle()
         engine.start()
         ask = targets.engine(engine, images, route=route, clock=time.monotonic)
         print(json.dumps("ready"), file=answers)

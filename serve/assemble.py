@@ -12,6 +12,7 @@ from . import routes
 from .engine import Engine
 from .lifecycle import Parts
 from .metrics import Gauges, Metrics
+from .programs import settle
 from .protocol.model import Bound, Model
 from .protocol.service import Backend, Service
 from .protocol.statistics import Tally
@@ -48,6 +49,7 @@ def assemble(settings: Settings) -> Parts:
                 version=model.version,
             )
         )
+        settle()
         engine.start()
         return Backend(engine, functools.partial(choose, engine, routes.default(engine.routes)))
 

@@ -1,6 +1,7 @@
 """The runner against ``infer_batch``: whatever the buckets, slots and merges, every answer is the bundle's."""
 
 import dataclasses
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from gati_jax import InputError
 from gati_jax.runtime import Cascade, Tile, Tuning, device_name, predict_batch
 from serve import policy, routes
 from serve.engine import Engine
+from serve.programs import settle
 from serve.records import Job, Step
 from serve.runner import JaxRunner
 from tests.serve.fake_runner import pixels
@@ -124,6 +126,16 @@ def test_extremes(residual, thresholds):
     expected = predict_batch(sources[0].cascade, images)
     check(through_engine(runner, images), expected)
     assert len(set(np.asarray(expected.exit).tolist())) == 1
+
+
+def test_collections_do_not_walk_through_what_is_compiled(runner):
+    assert runner.routes
+    try:
+        settle()
+        frozen, walked = gc.get_freeze_count(), len(gc.get_objects())
+    finally:
+        gc.unfreeze()
+    assert walked < frozen / 10
 
 
 def test_programs_take_new_parameters_without_compiling(residual):
