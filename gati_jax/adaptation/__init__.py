@@ -1,6 +1,13 @@
 """Adaptation: what keeps a served bundle true to its traffic."""
 
+from .monitor import Alarm as Alarm
+from .monitor import Monitor as Monitor
+from .monitor import MonitorConfig as MonitorConfig
+from .monitor import Watched as Watched
+from .observed import REPEATED as REPEATED
+from .observed import Observed as Observed
 from .pace import Pace as Pace
+from .sequential import SequentialCertifier as SequentialCertifier
 from .trial import Trial as Trial
 from .trial import TrialConfig as TrialConfig
 from .trial import Verdict as Verdict

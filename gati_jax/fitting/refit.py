@@ -100,8 +100,7 @@ def _train(
     kept = _keep(chain, images, sorted({part.site for part in heads.values()}), config, rest)
     first_rows = {site: jnp.asarray(rows[:_STATISTICS_ROWS]) for site, rows in kept.activations.items()}
     unfolded = {
-        name: unfold_standardize(part.predictor, part.variables, first_rows[part.site])
-        for name, part in heads.items()
+        name: unfold_standardize(part.predictor, part.variables, first_rows[part.site]) for name, part in heads.items()
     }
     rest()
     learning = Static(tuple((name, Part(p.site, unfolded[name][0], p.selector)) for name, p in heads.items()))

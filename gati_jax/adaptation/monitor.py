@@ -1,0 +1,228 @@
+"""The monitor: watches served requests and says when their disagreement is no longer at most epsilon.
+
+What it guarantees: while, given the past, the mean disagreement of the next served request is at most epsilon, version
+j of the cascade raises an alarm with probability at most delta_j = 6 delta / (pi^2 j^2), however long it is served
+(`wealth.py`); all versions together with at most delta, for the delta_j add up to it. Served requests are all: misses
+count 0.
+
+What that asks of who serves:
+
+- Whether a hit is looked at is decided by a coin of its own, with the probability ``q`` as it stood when the request
+  came. The score, the class or the client may not sway it.
+- Requests are watched in an order that does not depend on what was seen of them: that of their answers, say. A
+  shadowed hit whose base answer is still being computed holds back those behind it. ``in_flight`` requests may be
+  answered under an older q than the monitor's; until they are through, it bets as in quiet.
+
+Attention: in quiet a share ``quiet_q`` of the hits is looked at. Once one of them is seen to disagree, or the traffic
+stirs, every hit is, until ``attention`` requests in a row showed nothing. That decides how soon an alarm comes, not
+how often a false one does: q may depend on all that is past.
+
+An alarm names the sites to close: all that cannot be cleared. Its wealth is spent: go on with ``next_version``, with
+what remains open. Bursts of disagreement, on video say, are violations: the mean given the past is what is bounded.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import NamedTuple
+
+from scipy.stats import beta
+
+from gati_jax._errors import InputError
+
+from .estimate import Count, mean_disagreement, upper_bound
+from .observed import REPEATED, Observed
+from .stir import Stir
+from .wealth import Wealth
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """What is promised, and what may be spent on watching it."""
+
+    epsilon: float = 0.01
+    """The mean disagreement, given the past, that served requests may have."""
+    delta: float = 0.05
+    """The risk of ever raising a false alarm, all versions together."""
+    quiet_q: float = 0.02
+    """The share of hits that are looked at in quiet."""
+    attention: int | None = None
+    """Requests without anything seen after which it is quiet again; None: 1 / epsilon, in which a tolerable cascade
+    disagrees about once, and one that disagrees five times as often goes unseen in 7 of 1,000 cases."""
+    in_flight: int = 0
+    """The most requests that are served at a time: as many may still carry an older q."""
+    stir: bool = True
+    """Whether changes of scores and exits raise q; needs river."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            InputError: Names the field.
+        """
+        for name, largest in (("epsilon", 0.5), ("delta", 1.0), ("quiet_q", 1.0)):
+            value = getattr(self, name)
+            if not 0 < value <= largest:
+                raise InputError(f"{name}: expected a number in (0, {largest:g}], got {value}")
+        if not 0 < self.hold < 2**31 or not 0 <= self.in_flight < 2**31:
+            got = f"{self.attention} and {self.in_flight}"
+            raise InputError(f"attention, in_flight: expected 1 or more requests and 0 or more, got {got}")
+
+    @property
+    def hold(self) -> int:
+        """Requests for which q stays up after something was seen."""
+        return math.ceil(1 / self.epsilon) if self.attention is None else self.attention
+
+    def level(self, version: int) -> float:
+        """Return delta_j, version j's part of delta; versions count from 1."""
+        return 6 * self.delta / (math.pi * version) ** 2
+
+
+class Alarm(NamedTuple):
+    """The cascade disagrees more often than it may."""
+
+    guilty: tuple[int, ...]
+    """Sites to close, in order: those that cannot be cleared."""
+    wealth: float
+    when: int
+    """Requests watched in all, the one that gave the alarm included."""
+    version: int
+
+
+class Watched(NamedTuple):
+    """What a version has shown so far; for metrics."""
+
+    version: int
+    requests: int
+    hits: int
+    shadows: dict[int, int]
+    """Hits that were looked at, by exit; the rest of the base behind that site is what each has cost."""
+    disagreements: int
+    """Those seen."""
+    estimate: float
+    """Of the share of requests that disagree."""
+    upper: float
+    """At any time, with confidence 1 - delta: of the running mean of conditional risks, see `estimate.py`."""
+    wealth: float
+    q: float
+    stirs: int
+    alarmed: bool
+
+
+class Monitor:
+    """Watches one served bundle, version after version."""
+
+    def __init__(self, config: MonitorConfig, depth: int, stir: Stir | None = None) -> None:
+        """Watch version 1 from its first request on.
+
+        Args:
+            config: What to promise.
+            depth: Of the base: the exit of requests that missed everywhere.
+            stir: In place of ADWIN on scores and exits.
+
+        Raises:
+            InputError: A depth below 1; river is needed and not installed.
+        """
+        if depth < 1:
+            raise InputError(f"depth: expected 1 or more, got {depth}")
+        self.config, self.depth = config, depth
+        self.watched, self.version = 0, 0
+        self.q = config.quiet_q
+        """The probability with which the next hit is to be looked at."""
+        self._stir = stir or (Stir(depth) if config.stir else None)
+        self._attentive = 0  # requests for which q stays up
+        self._raised = 0  # requests watched since it went up
+        self.next_version()
+
+    def next_version(self) -> None:
+        """Start anew for another cascade: fresh wealth, at a smaller delta."""
+        self.version += 1
+        self._needed = 1 / self.config.level(self.version)
+        self._wealth, self._alarmed = Wealth(self.config.epsilon), False
+        self._counts: dict[float, list[int]] = {}  # requests and disagreements seen, by the q that was bet on
+        self._hits = [0] * (self.depth + 1)  # by exit; the base's place, and -1, is that of REPEATED
+        self._shadows = [0] * (self.depth + 1)
+        self._bounded = True
+        self._begin_episode()
+
+    def watch(self, observed: Observed) -> Alarm | None:
+        """Take one served request.
+
+        Returns:
+            An alarm, at most one for each version.
+        """
+        site, _, class_index, q, base_class = observed
+        self.watched += 1
+        hit, seen = site != self.depth, False
+        if hit:
+            self._hits[site] += 1
+            if base_class is not None:
+                self._shadows[site] += 1
+                seen = base_class != class_index
+        roused = seen
+        if self._stir is not None and self._stir.stirred(observed):
+            roused = True
+        probability = self.q if self._raised >= self.config.in_flight else self.config.quiet_q
+        count = self._counts.get(probability) or self._counts.setdefault(probability, [0, 0])
+        count[0] += 1
+        if roused or self._attentive:
+            self._attend(roused=roused)
+            self._episode += 1
+            if seen or (base_class is None and 0 <= site < self.depth):  # repeats are the base's answers
+                self._doubtful[site] += 1
+        if seen:
+            count[1] += 1
+            self._bounded = self._bounded and q >= probability
+        if self._alarmed:
+            return None
+        wealth = self._wealth.bet(1 / q if seen else 0.0, probability)
+        if wealth < self._needed:
+            return None
+        self._alarmed = True
+        return Alarm(self._guilty(), wealth, self.watched, self.version)
+
+    @property
+    def report(self) -> Watched:
+        """What the version has shown so far."""
+        counts = {q: Count(*count) for q, count in self._counts.items()}
+        sites = [*range(self.depth), REPEATED]
+        return Watched(
+            version=self.version,
+            requests=sum(c.requests for c in counts.values()),
+            hits=sum(self._hits),
+            shadows={site: self._shadows[site] for site in sites if self._shadows[site]},
+            disagreements=sum(c.seen for c in counts.values()),
+            estimate=mean_disagreement(counts),
+            upper=upper_bound(counts, self.config.delta) if self._bounded else 1.0,
+            wealth=self._wealth.total,
+            q=self.q,
+            stirs=self._stir.count if self._stir else 0,
+            alarmed=self._alarmed,
+        )
+
+    def _attend(self, *, roused: bool) -> None:
+        """Set q for requests to come."""
+        if not self._attentive:
+            self._begin_episode()
+            self._raised = -1  # this one came before
+        self._raised += 1
+        self._attentive = self.config.hold if roused else self._attentive - 1
+        self.q = 1.0 if self._attentive else self.config.quiet_q
+
+    def _begin_episode(self) -> None:
+        self._episode = 0  # requests since q went up
+        self._doubtful = [0] * (self.depth + 1)  # of those, by exit: who disagreed, or was not looked at
+
+    def _guilty(self) -> tuple[int, ...]:
+        """Return the sites that cannot be cleared: those cleared may together, at their worst, disagree by epsilon.
+
+        A site's worst is the upper confidence bound on the share of requests that leave there and disagree, from the
+        requests since q went up. Few requests clear nothing. This says whom to blame; the guarantee does not rest on
+        it, for what stays open is watched on.
+        """
+        n, risk = self._episode, self.config.delta / self.depth
+        doubtful = self._doubtful[: self.depth]
+        worst = [float(beta.ppf(1 - risk, k + 1, n - k)) if k < n else 1.0 for k in doubtful]
+        order = sorted(range(self.depth), key=worst.__getitem__)
+        cleared = sum(total <= self.config.epsilon for total in itertools.accumulate(worst[site] for site in order))
+        return (*([REPEATED] if self._doubtful[REPEATED] else []), *sorted(order[cleared:]))
