@@ -164,6 +164,13 @@ def batches(n: int, size: int, *, seed: tuple[int, ...]) -> Iterator[Int[np.ndar
         yield order[start : start + size]
 
 
+def full_batches(n: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:
+    """Yield all rows in order; the last batch is filled up by its first row: one shape, one program."""
+    for start in range(0, n, size):
+        rows = np.arange(start, start + size)
+        yield np.where(rows < n, rows, start)
+
+
 def row_digests(images: Shaped[np.ndarray, "n ..."]) -> UInt64[np.ndarray, " n"]:
     """Return a 64-bit digest of every row's bytes: the identity by which splits are told apart."""
     rows = np.ascontiguousarray(images)

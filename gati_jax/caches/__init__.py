@@ -1,5 +1,6 @@
 """What may answer early: predictors and selectors, joined into candidates."""
 
+from .candidate import Activations as Activations
 from .candidate import Candidate as Candidate
 from .candidate import choose as choose
 from .candidate import lookup as lookup
@@ -9,6 +10,7 @@ from .cascaded import Cascaded as Cascaded
 from .cascaded import on_its_own as on_its_own
 from .convolutional import Convolutional as Convolutional
 from .folding import fold_standardize as fold_standardize
+from .folding import unfold_standardize as unfold_standardize
 from .kinds import CentresSpec as CentresSpec
 from .kinds import ConfidenceSpec as ConfidenceSpec
 from .kinds import GridSpec as GridSpec

@@ -70,6 +70,10 @@ def lookup(
     return logits, jnp.minimum(score, jnp.finfo(jnp.float32).max)
 
 
+Activations = Sequence[Float[Array, "batch ..."]] | Mapping[int, Float[Array, "batch ..."]]
+"""By site."""
+
+
 @runtime_checkable
 class AtSite(Protocol):
     """What a candidate is before and after it has learned."""
@@ -91,14 +95,14 @@ class AtSite(Protocol):
 
 
 def predict_all(
-    parts: Mapping[str, AtSite], variables: Mapping[str, PyTree], sites: Sequence[Float[Array, "batch ..."]]
+    parts: Mapping[str, AtSite], variables: Mapping[str, PyTree], sites: Activations
 ) -> dict[str, Float[Array, "batch classes"]]:
     """Return the logits of all predictors by name; no gradient flows from one into another.
 
     Args:
         parts: By name.
         variables: Of the predictors.
-        sites: The activations at sites 0 .. N - 1.
+        sites: The activations at sites 0 .. N - 1, or at least at those of the parts.
     """
     logits: dict[str, Float[Array, "batch classes"]] = {}
     for name in sorted(parts, key=lambda name: parts[name].site):  # whoever is previous comes first
@@ -107,7 +111,7 @@ def predict_all(
 
 
 def predictor_inputs(
-    part: AtSite, sites: Sequence[Float[Array, "batch ..."]], logits: Mapping[str, Float[Array, "batch classes"]]
+    part: AtSite, sites: Activations, logits: Mapping[str, Float[Array, "batch classes"]]
 ) -> tuple[Array, ...]:
     """Return what a predictor takes: its site's activation, and the previous candidate's logits if it wants them."""
     activation = sites[part.site]

@@ -1,13 +1,17 @@
-"""A trained predictor without its standardisation."""
+"""A trained predictor without its standardisation, and with it again, to be trained on."""
 
 from typing import Any
 
 import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
 
 from .cascaded import Cascaded
 from .convolutional import Convolutional
 from .predictors import FullyConnected, GlobalAverage, Grid, Pool
-from .standardize import fold_into
+from .standardize import fold_into, unfold_from
+
+_KINDS = FullyConnected | Pool | GlobalAverage | Grid | Convolutional
 
 
 def fold_standardize(predictor: nn.Module, variables: Any) -> tuple[nn.Module, Any]:  # noqa: ANN401 (pytrees)
@@ -28,9 +32,34 @@ def fold_standardize(predictor: nn.Module, variables: Any) -> tuple[nn.Module, A
     return predictor.clone(standardize=False), {"params": {**params, behind: layer}}
 
 
+def unfold_standardize(
+    predictor: nn.Module,
+    variables: Any,  # noqa: ANN401 (a pytree)
+    activation: Float[Array, "batch *site"],
+) -> tuple[nn.Module, Any]:
+    """Give a folded predictor standardised features again: the same function, of which a fit may go on.
+
+    Args:
+        predictor: As ``fold_standardize`` returns it.
+        variables: Its own.
+        activation: What the means and scales are read off.
+
+    Returns:
+        The predictor and its variables; both as they are where it never had standardised features.
+    """
+    if not isinstance(predictor, _KINDS) or predictor.standardize:
+        return predictor, variables
+    standardized = predictor.clone(standardize=True)
+    statistics = dict(standardized.init(jax.random.key(0), activation)["statistics"])
+    behind, params = _first_layer(standardized), variables["params"]
+    layer = unfold_from(params[behind], statistics["standardize"])
+    return standardized, {"params": {**params, behind: layer}, "statistics": statistics}
+
+
 def _layer_behind(predictor: nn.Module) -> str | None:
     """Return the name of the layer behind ``Standardize``, if there is one."""
-    kinds = FullyConnected | Pool | GlobalAverage | Grid | Convolutional
-    if not isinstance(predictor, kinds) or not predictor.standardize:
-        return None
+    return _first_layer(predictor) if isinstance(predictor, _KINDS) and predictor.standardize else None
+
+
+def _first_layer(predictor: nn.Module) -> str:
     return "conv_0" if isinstance(predictor, Convolutional) else "hidden"

@@ -49,3 +49,11 @@ def fold_into(layer: dict[str, Any], statistics: dict[str, Any]) -> dict[str, An
         "bias": bias - ((mean / std) @ kernel).reshape(-1, len(bias)).sum(0),  # an unpadded kernel sees every mean
     }
     return {name: jnp.asarray(value, layer["kernel"].dtype) for name, value in folded.items()}
+
+
+def unfold_from(layer: dict[str, Any], statistics: dict[str, Any]) -> dict[str, Any]:
+    """Return the layer that ``fold_into`` with these statistics would turn into ``layer``."""
+    mean, std = (np.asarray(statistics[name], np.float64) for name in ("mean", "std"))
+    kernel, bias = (np.asarray(layer[name], np.float64) for name in ("kernel", "bias"))
+    unfolded = {"kernel": kernel * std[:, None], "bias": bias + (mean @ kernel).reshape(-1, len(bias)).sum(0)}
+    return {name: jnp.asarray(value, layer["kernel"].dtype) for name, value in unfolded.items()}

@@ -16,6 +16,8 @@ from .loop import run_loop as run_loop
 from .optimize import apply_gradients as apply_gradients
 from .points import choose_points as choose_points
 from .predictors import FitConfig as FitConfig
+from .refit import REFIT_CONFIG as REFIT_CONFIG
+from .refit import refit as refit
 from .selection import fit_selector as fit_selector
 from .untrained import head_sizes as head_sizes
 from .untrained import untrained as untrained

@@ -1,7 +1,8 @@
 """Fit the candidates of one base: predictors, then the selectors that say when to believe them."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +13,9 @@ from jaxtyping import Array, Int, PyTree, Shaped, UInt64
 
 from gati_jax._digest import tree_digest
 from gati_jax._errors import InputError
+from gati_jax._static import Static
 from gati_jax.caches import Candidate, choose, predict_all
-from gati_jax.data import check_distinct_rows, fingerprint, row_digests
+from gati_jax.data import check_distinct_rows, fingerprint, full_batches, row_digests
 from gati_jax.models import Chain, check_images
 
 from .heads import DEFAULT_HEADS, Head, Part, more_selectors, parts_of
@@ -86,10 +88,7 @@ def fit(
     """
     images, select, fit_rows, select_rows = check_splits(chain, images, select)
     parts = parts_of(chain, heads)
-    unique, copy_of = np.unique(select_rows, return_inverse=True)  # equal rows share a fold
-    if len(unique) < config.folds:
-        msg = f"select: expected at least one distinct row for each of {config.folds} folds, got {len(unique)}"
-        raise InputError(msg)
+    fold = deal(select_rows, config)
     to_train = {name: part for name, part in parts.items() if part.variables is None}
     epochs = None
     if to_train:
@@ -100,8 +99,7 @@ def fit(
         )
         parts |= trained
     parts = more_selectors(parts, heads)
-    fold = deal_folds(len(unique), config.folds, config.seed)[copy_of]
-    fold_selectors = _fit_selectors(chain, parts, select, fold, config)
+    fold_selectors = fit_selectors(chain, parts, select, fold, config)
     items = tuple(
         Candidate(
             name,
@@ -122,6 +120,19 @@ def fit(
         dtype=str(images.dtype),
         epochs=epochs,
     )
+
+
+def deal(select_rows: UInt64[np.ndarray, " n"], config: FitConfig) -> Int[np.ndarray, " n"]:
+    """Deal the select rows into folds; equal rows share one.
+
+    Raises:
+        InputError: There are fewer distinct ones than folds.
+    """
+    unique, copy_of = np.unique(select_rows, return_inverse=True)
+    if len(unique) < config.folds:
+        msg = f"select: expected at least one distinct row for each of {config.folds} folds, got {len(unique)}"
+        raise InputError(msg)
+    return deal_folds(len(unique), config.folds, config.seed)[copy_of]
 
 
 class CheckedSplits(NamedTuple):
@@ -148,29 +159,41 @@ def check_splits(chain: Chain, images: np.ndarray, select: np.ndarray) -> Checke
     return checked
 
 
-def _fit_selectors(
+def fit_selectors(
     chain: Chain,
-    parts: dict[str, Part],
+    parts: Mapping[str, Part],
     select: np.ndarray,
     fold: Int[np.ndarray, " n"],
     config: FitConfig,
+    pause: Callable[[], None] | None = None,
 ) -> tuple[PyTree, ...]:
-    @jax.jit
-    def predict(chain: Chain, variables: PyTree, images: Array) -> tuple[Array, dict[str, Array]]:
-        sites, base_logits = chain.activations(chain.prepare(images))
-        return base_logits, predict_all(parts, variables, sites)
-
+    """Return, for each part, the variables of its selectors of all folds; ``pause`` is called after every step."""
     trained = {name: part.variables for name, part in parts.items()}
-    batches = [predict(chain, trained, select[i : i + config.batch]) for i in range(0, len(select), config.batch)]
-    base_logits, logits = jax.tree.map(lambda *rows: jnp.concatenate(rows), *batches)
+    batches, found = [], []
+    for rows in full_batches(len(select), config.batch):
+        said = _predict(chain, trained, select[rows], parts=Static(tuple(parts.items())))
+        batches.append(jax.block_until_ready(said))
+        _rest(pause)
+    base_logits, logits = jax.tree.map(lambda *rows: jnp.concatenate(rows)[: len(select)], *batches)
     answers = jnp.argmax(base_logits, -1)
     key = jax.random.key(config.seed + 2)
-    return tuple(
-        fit_selector_folds(
-            part.selector, logits[name], jnp.argmax(logits[name], -1) == answers, fold, config.folds, key
-        )
-        for name, part in parts.items()
-    )
+    for name, part in parts.items():
+        agrees = jnp.argmax(logits[name], -1) == answers
+        fitted = fit_selector_folds(part.selector, logits[name], agrees, fold, config.folds, key)
+        found.append(jax.block_until_ready(fitted))
+        _rest(pause)
+    return tuple(found)
+
+
+def _rest(pause: Callable[[], None] | None) -> None:
+    if pause is not None:
+        pause()
+
+
+@functools.partial(jax.jit, static_argnames="parts")
+def _predict(chain: Chain, variables: PyTree, images: Array, *, parts: Static) -> tuple[Array, dict[str, Array]]:
+    sites, base_logits = chain.activations(chain.prepare(images))
+    return base_logits, predict_all(dict(parts.values), variables, sites)
 
 
 def chain_code(chain: Chain) -> str:

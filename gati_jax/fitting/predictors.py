@@ -7,7 +7,7 @@ The base's parameters are an argument of that step that nothing updates.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from gati_jax._errors import InputError
-from gati_jax.caches import fold_standardize, predict_all, predictor_inputs
+from gati_jax.caches import Activations, fold_standardize, predict_all, predictor_inputs
 from gati_jax.models import Chain, fast_forward
 
 from .augment import Augment
@@ -96,7 +96,7 @@ class Trained(NamedTuple):
     """Passes that they had: fewer than configured where the time was spent."""
 
 
-def _optimizer(config: FitConfig, steps: Int[Array, ""]) -> optax.GradientTransformation:
+def optimizer_of(config: FitConfig, steps: Int[Array, ""]) -> optax.GradientTransformation:
     """Return the optimizer for a fit of so many steps, whose number is data: another one compiles nothing."""
     warm = steps // 10
 
@@ -156,7 +156,7 @@ def train_predictors(
     params, constants = _init(chain, parts, images[drawn], config)
     per_epoch = len(images) // config.batch
     planned = per_epoch * config.epochs
-    first = LoopState(jnp.zeros((), jnp.int32), params, _optimizer(config, jnp.asarray(planned)).init(params))
+    first = LoopState(jnp.zeros((), jnp.int32), params, optimizer_of(config, jnp.asarray(planned)).init(params))
     loop = LoopConfig(epochs=config.epochs, batch=config.batch, seed=config.seed, clock=clock)
 
     def step_of(steps: int) -> Step:
@@ -178,8 +178,8 @@ def train_predictors(
     )
     if config.minutes is not None:
         report_budget(int(state.step), loop, per_epoch, config.minutes, record)
-    _check_finite(state.params)
-    variables = _merge(state.params, constants)
+    check_finite(state.params)
+    variables = merge(state.params, constants)
     trained = {}
     for name, part in parts.items():
         predictor, folded = fold_standardize(part.predictor, variables[name])
@@ -187,7 +187,8 @@ def train_predictors(
     return Trained(trained, int(state.step) / per_epoch)
 
 
-def _merge(params: dict[str, PyTree], constants: dict[str, PyTree]) -> dict[str, PyTree]:
+def merge(params: dict[str, PyTree], constants: dict[str, PyTree]) -> dict[str, PyTree]:
+    """Return whole variables: what is learned, and what was read off the first activations."""
     return {name: {"params": params[name], **constants[name]} for name in params}
 
 
@@ -201,24 +202,46 @@ def _step(
     state: LoopState,
     images: Array,
 ) -> tuple[LoopState, Float[Array, ""]]:
-    """Advance all predictors by one batch; the sum of losses keeps their gradients independent of one another."""
+    """Advance all predictors by one batch of images."""
     key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
     sites, base_logits = chain.activations(chain.prepare(config.augment(key, images)))
+    return advance(parts, config, constants, steps, state=state, sites=sites, base_logits=base_logits)
+
+
+def advance(
+    parts: Mapping[str, Part],
+    config: FitConfig,
+    constants: dict[str, PyTree],
+    steps: Int[Array, ""],
+    *,
+    state: LoopState,
+    sites: Activations,
+    base_logits: Float[Array, "batch classes"],
+) -> tuple[LoopState, Float[Array, ""]]:
+    """Advance all predictors by one batch of activations, in a fit of so many steps.
+
+    The sum of losses keeps their gradients independent of one another.
+    """
 
     def loss(params: PyTree) -> Float[Array, ""]:
         losses = [
             distillation_loss(logits, base_logits, alpha=config.alpha, temperature=config.temperature)
-            for logits in predict_all(parts, _merge(params, constants), sites).values()
+            for logits in predict_all(parts, merge(params, constants), sites).values()
         ]
         return jnp.sum(jnp.stack(losses))
 
     value, gradients = jax.value_and_grad(loss)(state.params)
-    optimizer = _optimizer(config, steps)
+    optimizer = optimizer_of(config, steps)
     params, opt_state = apply_gradients(optimizer, gradients, state.opt_state, state.params)
     return LoopState(state.step + 1, params, opt_state), value / len(parts)
 
 
-def _check_finite(params: dict[str, PyTree]) -> None:
+def check_finite(params: dict[str, PyTree]) -> None:
+    """Check that no predictor diverged.
+
+    Raises:
+        InputError: Names those that did.
+    """
     leaves = {name: jax.tree.leaves(tree) for name, tree in params.items()}
     if bad := [name for name, arrays in leaves.items() if not all(np.isfinite(a).all() for a in arrays)]:
         msg = f"fit: {', '.join(bad)} diverged: expected finite parameters; is the learning rate too high?"

@@ -6,9 +6,11 @@ from .binomial import largest_passing as largest_passing
 from .binomial import p_value as p_value
 from .binomial import samples_needed as samples_needed
 from .certificate import CONDITIONAL as CONDITIONAL
+from .certificate import SEQUENTIAL as SEQUENTIAL
 from .certificate import Certificate as Certificate
 from .certificate import ExitRate as ExitRate
 from .certificate import tightest as tightest
+from .certificate import trial_level as trial_level
 from .compose import Budget as Budget
 from .compose import Composition as Composition
 from .compose import compose as compose

@@ -15,6 +15,8 @@ from .host import compile_stages as compile_stages
 from .host import predict_on_host as predict_on_host
 from .measure import device_name as device_name
 from .measure import measure_costs as measure_costs
+from .replay import Said as Said
+from .replay import hear as hear
 from .replay import origin as origin
 from .replay import replay as replay
 from .replay import replay_logits as replay_logits

@@ -1,7 +1,8 @@
 """Replay: what the base and all candidates say to every request, in the float32 reference arithmetic."""
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from gati_jax._digest import tree_digest
 from gati_jax._errors import InputError
 from gati_jax._linen import call
 from gati_jax.caches import Candidate, predict_all
-from gati_jax.data import check_distinct_rows, row_digests
+from gati_jax.data import check_distinct_rows, full_batches, row_digests
 from gati_jax.fitting import Candidates
 from gati_jax.models import Chain, check_images
 from gati_jax.planning import Origin, ReplayTable
@@ -27,6 +28,7 @@ def replay(
     *,
     labels: Int[np.ndarray, " n"] | None = None,
     batch: int = 128,
+    pause: Callable[[], None] | None = None,
 ) -> ReplayTable:
     """Run the base and every candidate over ``images``.
 
@@ -39,6 +41,7 @@ def replay(
         images: uint8 or prepared inputs.
         labels: Ground truth, if there is any.
         batch: Images in a step.
+        pause: Called after every step: whoever replays in the background rests there.
 
     Raises:
         InputError: Images that the chain does not take, or that the predictors were fitted on.
@@ -59,12 +62,7 @@ def replay(
     else:
         selectors = tuple(jax.tree.map(lambda v: v[None], item.params["selector"]) for item in items)
         fold = np.zeros(len(rows), np.int32)
-    parts = []
-    for rows_here in _batches(len(images), batch):
-        part = _replay_batch(chain, items, selectors, images[rows_here], fold[rows_here])
-        parts.append([np.asarray(column) for column in part])
-    n = len(images)
-    answers, classes, scores = (np.concatenate(columns, axis=-1)[..., :n] for columns in zip(*parts, strict=True))
+    answers, classes, scores = _said(chain, items, selectors, images, fold, batch=batch, pause=pause)
     return ReplayTable(
         names=tuple(c.name for c in items),
         sites=tuple(c.site for c in items),
@@ -76,6 +74,60 @@ def replay(
         labels=None if labels is None else np.asarray(labels),
         origin=origin(chain, items, str(images.dtype)),
     )
+
+
+class Said(NamedTuple):
+    """What the base and some candidates say to requests."""
+
+    answers: Int[np.ndarray, " n"]
+    classes: Int[np.ndarray, "candidates n"]
+    scores: Float[np.ndarray, "candidates n"]  # never out of fold
+
+
+def hear(
+    chain: Chain,
+    candidates: Iterable[Candidate],
+    images: Shaped[np.ndarray, "n ..."],
+    *,
+    batch: int = 128,
+    pause: Callable[[], None] | None = None,
+) -> Said:
+    """Return the columns of a replay alone: for requests that come in small parts, one after another.
+
+    Args:
+        chain: The base.
+        candidates: Whose final selectors score.
+        images: uint8 or prepared inputs, at least one.
+        batch: Images in a step.
+        pause: As for ``replay``.
+
+    Raises:
+        InputError: As ``replay``.
+    """
+    images, items = check_images(chain, images), tuple(candidates)
+    _check_batch(batch)
+    selectors = tuple(jax.tree.map(lambda v: v[None], item.params["selector"]) for item in items)
+    return _said(chain, items, selectors, images, np.zeros(len(images), np.int32), batch=batch, pause=pause)
+
+
+def _said(
+    chain: Chain,
+    items: tuple[Candidate, ...],
+    selectors: tuple[PyTree, ...],
+    images: np.ndarray,
+    fold: Int[np.ndarray, " n"],
+    *,
+    batch: int,
+    pause: Callable[[], None] | None,
+) -> Said:
+    parts = []
+    for rows in full_batches(len(images), batch):
+        part = _replay_batch(chain, items, selectors, images[rows], fold[rows])
+        parts.append([np.asarray(column) for column in part])
+        if pause is not None:
+            pause()
+    n = len(images)
+    return Said(*(np.concatenate(columns, axis=-1)[..., :n] for columns in zip(*parts, strict=True)))
 
 
 def origin(chain: Chain, candidates: Iterable[Candidate], dtype: str) -> Origin:
@@ -113,7 +165,7 @@ def replay_logits(
     if not (items and len(images)):
         msg = f"candidates, images: expected at least one of each, got {len(items)} and {len(images)}"
         raise InputError(msg)
-    parts = [np.asarray(_logits_batch(chain, items, images[rows])) for rows in _batches(len(images), batch)]
+    parts = [np.asarray(_logits_batch(chain, items, images[rows])) for rows in full_batches(len(images), batch)]
     return np.concatenate(parts, axis=1)[:, : len(images)]
 
 
@@ -121,13 +173,6 @@ def _check_batch(batch: int) -> None:
     if batch < 1:
         msg = f"batch: expected 1 or more, got {batch}"
         raise InputError(msg)
-
-
-def _batches(n: int, batch: int) -> Iterator[Int[np.ndarray, " batch"]]:
-    """Yield the rows of every batch; the last one is filled up by its first row: one shape, one program."""
-    for start in range(0, n, batch):
-        rows = np.arange(start, start + batch)
-        yield np.where(rows < n, rows, start)
 
 
 @jax.jit
