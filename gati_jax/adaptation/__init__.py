@@ -4,6 +4,7 @@ from .points import Found as Found
 from .points import Points as Points
 from .points import PointsConfig as PointsConfig
 from .points import threshold_for as threshold_for
+from .repeats import Asked as Asked
 from .repeats import Repeats as Repeats
 from .repeats import RepeatsConfig as RepeatsConfig
 from .trace import Trace as Trace

@@ -2,7 +2,8 @@
 
 It stands in front of the network and knows inputs by a hash of dtype, shape and bytes. The hash is keyed by a secret of
 the process, so nobody can prepare two inputs that it takes for one. Only answers of the base are stored, never those of
-a cache, and only of the base that is served: its answers to a repeat cannot disagree.
+a cache, and only of the base that is served: its answers to a repeat cannot disagree. What caches answer is therefore
+never stored; so that popular inputs do not go through them for ever, the base is asked once an input comes often.
 
 One thread uses it.
 """
@@ -29,6 +30,8 @@ class RepeatsConfig:
     """Inputs; of more, those that nobody has asked for longest are forgotten. About 200 bytes each."""
     seconds: float = 3600.0
     """An answer is forgotten so long after the base gave it, however often it was asked for."""
+    often: int = 2
+    """Let the base, not a cache, answer what has been asked for so many times, this one included."""
 
     def __post_init__(self) -> None:
         """Check it.
@@ -36,19 +39,31 @@ class RepeatsConfig:
         Raises:
             InputError: A number is out of its bounds.
         """
-        if self.capacity < 1:
-            raise InputError(f"capacity: expected 1 or more, got {self.capacity}")
+        if self.capacity < 1 or self.often < 1:
+            found = f"{self.capacity} and {self.often}"
+            raise InputError(f"capacity, often: expected 1 or more of each, got {found}")
         if not self.seconds > 0:
             raise InputError(f"seconds: expected more than 0, got {self.seconds}")
 
 
-class _Stored(NamedTuple):
-    class_index: int
-    until: float
+class Asked(NamedTuple):
+    """What is known of a request."""
+
+    class_index: int | None
+    """The base's answer; None where it is not known, or no longer."""
+    often: bool
+    """The answer is not known, and would be worth it: let the base answer this request, not a cache."""
+
+
+@dataclasses.dataclass
+class _Input:
+    asked: int = 0
+    class_index: int | None = None
+    until: float = 0.0
 
 
 class Repeats:
-    """The base's answers by the hash of their inputs, least recently asked for first."""
+    """Inputs by their hashes, least recently asked for first."""
 
     def __init__(self, base: str, config: RepeatsConfig | None = None) -> None:
         """Remember nothing yet.
@@ -61,11 +76,11 @@ class Repeats:
         self.base = base
         self.hits = self.asked = 0
         self._secret = secrets.token_bytes(_DIGEST_BYTES)
-        self._stored: collections.OrderedDict[bytes, _Stored] = collections.OrderedDict()
+        self._inputs: collections.OrderedDict[bytes, _Input] = collections.OrderedDict()
 
     def __len__(self) -> int:
-        """Return how many inputs are remembered, expired ones included."""
-        return len(self._stored)
+        """Return how many inputs are remembered, answered or not."""
+        return len(self._inputs)
 
     def key(self, image: Shaped[np.ndarray, "..."]) -> bytes:
         """Return what an input is known by."""
@@ -74,23 +89,21 @@ class Repeats:
         digest.update(np.ascontiguousarray(image).data)
         return digest.digest()
 
-    def ask(self, key: bytes, now: float) -> int | None:
-        """Return the base's answer, or None if it is not known, or no longer.
+    def ask(self, key: bytes, now: float) -> Asked:
+        """Return what is known of an input, and remember that it was asked for.
 
         Args:
             key: See ``key``.
             now: Seconds of a clock that never falls.
         """
+        known = self._latest(key)
+        known.asked += 1
         self.asked += 1
-        stored = self._stored.get(key)
-        if stored is None:
-            return None
-        if now >= stored.until:
-            del self._stored[key]
-            return None
-        self._stored.move_to_end(key)
-        self.hits += 1
-        return stored.class_index
+        if known.class_index is not None and now < known.until:
+            self.hits += 1
+            return Asked(known.class_index, often=False)
+        known.class_index = None
+        return Asked(None, often=known.asked >= self.config.often)
 
     def store(self, key: bytes, class_index: int, now: float, *, base: str) -> None:
         """Remember an answer; that of another base than the served one came too late, and is dropped.
@@ -101,15 +114,20 @@ class Repeats:
             now: Seconds of the same clock.
             base: Which base answered.
         """
-        if base != self.base:
-            return
-        self._stored[key] = _Stored(class_index, now + self.config.seconds)
-        self._stored.move_to_end(key)
-        if len(self._stored) > self.config.capacity:
-            self._stored.popitem(last=False)
+        if base == self.base:
+            known = self._latest(key)
+            known.class_index, known.until = class_index, now + self.config.seconds
+
+    def _latest(self, key: bytes) -> _Input:
+        """Return an input, new or old, as the most recent; the least recent one of too many is forgotten."""
+        known = self._inputs.setdefault(key, _Input())
+        self._inputs.move_to_end(key)
+        if len(self._inputs) > self.config.capacity:
+            self._inputs.popitem(last=False)
+        return known
 
     def serve(self, base: str) -> None:
         """Forget all answers, if from now on another base is served; other caches on the same base change nothing."""
         if base != self.base:
             self.base = base
-            self._stored.clear()
+            self._inputs.clear()

@@ -12,7 +12,7 @@ SHAPE = (4, 4, 1)
 
 
 def points_of(images, logits, **config):
-    points = Points(SHAPE, "b", PointsConfig(**({"cells": 4} | config)))
+    points = Points(SHAPE, "b", PointsConfig(**({"cells": 4, "radius": 1000.0} | config)))
     for key, row in zip(points.keys(images), logits, strict=True):
         points.add(key, row, base="b")
     return points
@@ -51,6 +51,15 @@ def test_a_score_falls_with_the_distance_and_rises_with_the_margin():
     found = points.ask(points.keys(flat([0, 10, 20, 90])))
     assert found.class_index.tolist() == [1, 1, 1, 2]
     np.testing.assert_allclose(np.exp(found.score), [4 / 0.01, 4 / 10.01, 4 / 20.01, 1 / 10.01], rtol=1e-4)
+
+
+def test_beyond_the_radius_nothing_is_said():
+    points = points_of(flat([100]), logits_of([1], [1e9]), radius=20.0)
+    assert np.isfinite(points.ask(points.keys(flat([79, 80, 100, 120, 121]))).score).tolist() == [
+        False,
+        *[True] * 3,
+        False,
+    ]
 
 
 def test_no_point_answers_before_there_is_one():
@@ -102,9 +111,9 @@ def test_a_tie_of_the_base_is_hardly_a_point():
     assert points.ask(points.keys(flat([7]))).score[0] < np.log(1e-3)
 
 
-@pytest.mark.parametrize("wrong", [{"capacity": 0}, {"cells": 0}, {"cells": 3}])
+@pytest.mark.parametrize("wrong", [{"capacity": 0}, {"cells": 0}, {"cells": 3}, {"radius": 0.0}])
 def test_settings_out_of_bounds_are_named(wrong):
-    with pytest.raises(InputError, match="cells: expected"):
+    with pytest.raises(InputError, match=f"{next(iter(wrong))}.*: expected"):
         Points(SHAPE, "b", PointsConfig(**wrong))
 
 

@@ -13,23 +13,24 @@ ACTIONS = st.lists(
 )
 
 
-@given(actions=ACTIONS, capacity=st.integers(1, 4))
-def test_it_knows_what_the_latest_few_were_answered(actions, capacity):
-    """The model keeps a list, least recently asked for first: (input, class, when it was stored)."""
-    layer, base, model, now = Repeats("base 0", RepeatsConfig(capacity=capacity, seconds=10.0)), 0, [], 0.0
+@given(actions=ACTIONS, capacity=st.integers(1, 4), often=st.integers(1, 3))
+def test_it_knows_what_the_latest_few_were_answered(actions, capacity, often):
+    """The model is a list, least recent first: [input, class or None, when that was stored, how often it was asked]."""
+    layer = Repeats("base 0", RepeatsConfig(capacity=capacity, seconds=10.0, often=often))
+    base, model, now = 0, [], 0.0
     for action, number, passed in actions:
         now += passed
         key = layer.key(np.array([number], np.uint8))
-        known = [stored for stored in model if stored[0] == number]
+        if action in {"ask", "store"}:
+            mine = next((row for row in model if row[0] == number), [number, None, 0.0, 0])
+            model = ([row for row in model if row is not mine] + [mine])[-capacity:]
         if action == "ask":
-            fresh = [stored for stored in known if now < stored[2] + 10]
-            assert layer.ask(key, now) == (fresh[0][1] if fresh else None)
-            model = [stored for stored in model if stored[0] != number] + fresh
+            mine[3] += 1
+            known = mine[1] if mine[1] is not None and now < mine[2] + 10 else None
+            assert layer.ask(key, now) == (known, known is None and mine[3] >= often)
         elif action == "store":
+            mine[1:3] = number + 100 * base, now
             layer.store(key, number + 100 * base, now, base=f"base {base}")
-            model = ([stored for stored in model if stored[0] != number] + [(number, number + 100 * base, now)])[
-                -capacity:
-            ]
         elif action == "late":
             layer.store(key, -7, now, base=f"base {base - 1}")  # by the base that was served before
         else:
@@ -53,11 +54,11 @@ def test_the_same_base_under_other_caches_stays_known():
     layer = Repeats("b")
     layer.store(layer.key(np.zeros(1)), 3, 0.0, base="b")
     layer.serve("b")
-    assert layer.ask(layer.key(np.zeros(1)), 1.0) == 3
+    assert layer.ask(layer.key(np.zeros(1)), 1.0) == (3, False)
     assert (layer.hits, layer.asked) == (1, 1)
 
 
-@pytest.mark.parametrize("wrong", [{"capacity": 0}, {"seconds": 0.0}, {"seconds": float("nan")}])
+@pytest.mark.parametrize("wrong", [{"capacity": 0}, {"often": 0}, {"seconds": 0.0}, {"seconds": float("nan")}])
 def test_settings_out_of_bounds_are_named(wrong):
-    with pytest.raises(InputError, match=f"^{next(iter(wrong))}: expected"):
+    with pytest.raises(InputError, match=f"{next(iter(wrong))}.*: expected"):
         RepeatsConfig(**wrong)
