@@ -34,8 +34,8 @@ class PointsConfig:
     cells: int = 16
     """Keys average pixels over cells x cells fields; fewer are looked up faster, and tell less apart."""
     radius: float = 12.0
-    """Grey levels, in root mean square over a key: beyond it no point says anything, whatever its margin. The nearest of
-    2,000 unrelated photographs (CIFAR-10) is hardly ever nearer than 20."""
+    """Grey levels, in root mean square over a key: beyond it no point says anything, whatever its margin. Of 2,000
+    unrelated photographs (CIFAR-10) the nearest is hardly ever nearer than 20."""
 
     def __post_init__(self) -> None:
         """Check it.
@@ -56,7 +56,7 @@ class Found(NamedTuple):
     class_index: Int32[np.ndarray, " n"]
     """Of the nearest point; -1 where there is none at all."""
     score: Float32[np.ndarray, " n"]
-    """log(margin / distance), the distance in root mean square grey levels; -inf where no point is within the radius."""
+    """log(margin / distance), the distance in root mean square grey levels; -inf with no point within the radius."""
     point: Int64[np.ndarray, " n"]
     """Its row, for ``used``."""
 
@@ -99,7 +99,7 @@ class Points:
         """
         n, (height, width, channels), cells = len(images), self._shape, self.config.cells
         fields = images.reshape(n, cells, height // cells, cells, width // cells, channels)
-        means = fields.mean((2, 4), dtype=np.float32).reshape(n, -1)
+        means = fields.mean((2, 4), dtype=np.float32).reshape(n, cells * cells * channels)
         return means * np.float32(1 / np.sqrt(means.shape[1]))  # so a distance is a root mean square
 
     def ask(self, keys: Float32[np.ndarray, "n features"]) -> Found:

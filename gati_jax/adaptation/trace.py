@@ -15,6 +15,8 @@ read, bounded and compared with its size before a byte of it is unpacked.
 
 import dataclasses
 import json
+import math
+import re
 import tempfile
 import zipfile
 import zlib
@@ -34,7 +36,11 @@ LONGEST_SECONDS = 366 * 24 * 3600.0
 MOST_BYTES = 4 * 2**30  # of images
 _MOST_HEADER_BYTES = 2**20
 _CHUNK = 2**20  # bytes read at once
-_DAMAGED = (ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile)
+_MAGIC = b"\x93NUMPY\x01\x00"
+_ARRAY_HEADER = re.compile(
+    rb"\{'descr': '([!-&(-~]{1,20})', 'fortran_order': False, 'shape': \((\d{1,18}, ?(?:\d{1,18}(?:, )?)*|)\), \} *\n"
+)
+_DAMAGED = (ValueError, EOFError, zlib.error, zipfile.BadZipFile)
 _UNREADABLE = (OSError, RuntimeError)  # offsets nowhere; an encrypted member, or one packed in an unknown way
 _FORMS = {"header": ("|u1", 1), "item": ("<i4", 1), "seconds": ("<f8", 1), "phase": ("<i2", 1), "source": ("<i2", 1)}
 _FORMS["images"] = ("|u1", 4)
@@ -181,11 +187,11 @@ def _member(archive: zipfile.ZipFile, name: str, most_bytes: int) -> Shaped[np.n
     dtype, ndim = _FORMS[name]
     info = archive.getinfo(f"{name}.npy")
     with archive.open(info) as file:
-        shape, found = _array_header(file)
+        found, shape = _array_header(file)
+        if found != dtype or len(shape) != ndim:
+            raise ValueError(f"{name} is {found}{list(shape)}, not {dtype} of {ndim} dimensions")
         expected = np.dtype(dtype)
-        if found != expected or len(shape) != ndim or min(shape, default=0) < 0:
-            raise ValueError(f"{name} is {found}{list(shape)}, not {expected} of {ndim} dimensions")
-        size = int(np.prod([int(length) for length in shape], dtype=object)) * expected.itemsize
+        size = math.prod(shape) * expected.itemsize
         most = {"images": most_bytes, "header": _MOST_HEADER_BYTES}.get(name, MOST_REQUESTS * expected.itemsize)
         if size > most:
             raise ValueError(f"{name} has {size} bytes, over {most}")
@@ -199,11 +205,12 @@ def _member(archive: zipfile.ZipFile, name: str, most_bytes: int) -> Shaped[np.n
     return values
 
 
-def _array_header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    if version != (1, 0):
-        raise ValueError(f"an array of format {version}, not (1, 0)")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    if fortran:
-        raise ValueError("columns before rows, not rows before columns")
-    return shape, dtype
+def _array_header(file: zipfile.ZipExtFile) -> tuple[str, tuple[int, ...]]:
+    """Return type and shape; NumPy's own reader would evaluate the text."""
+    if file.read(len(_MAGIC)) != _MAGIC:
+        raise ValueError("a member is no array of NumPy's format 1.0")
+    length = int.from_bytes(file.read(2), "little")
+    match = _ARRAY_HEADER.fullmatch(file.read(length))
+    if match is None:
+        raise ValueError("an array's header is not as NumPy writes it, rows before columns")
+    return match[1].decode("ascii"), tuple(int(one) for one in match[2].split(b",") if one.strip())

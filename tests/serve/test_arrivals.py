@@ -11,7 +11,7 @@ from gati_jax.adaptation import Trace, save_trace
 
 @pytest.mark.parametrize("make", [arrivals.poisson, arrivals.bursty, arrivals.diurnal])
 def test_a_seed_gives_one_trace(make):
-    one, same, other = (arrivals.of_rows(make(50, 10, seed=seed), images=20, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (arrivals.of_rows(make(500, 10, seed=seed), images=20, seed=seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one.seconds, same.seconds)
     np.testing.assert_array_equal(one.item, same.item)
     assert len(one) != len(other) or (one.seconds != other.seconds).any()
