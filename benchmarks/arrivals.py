@@ -1,94 +1,62 @@
-"""When requests come, and which image each asks for: made from a seed, or recorded.
+"""When requests come: laws of arrival, made from a seed.
 
-A trace is a file that anyone can write. As JSON:
-
-    {"format_version": 1, "times": [0.0, 0.013, ...], "rows": [17, 4, ...]}
-
-``times``: seconds from the start, never falling. ``rows``: for each request, the row of a dataset's split. As NPZ:
-arrays of the same names, ``times`` float64[n] and ``rows`` int64[n].
+Each returns times in seconds from the start, never falling. Without ``count`` their number is as random as the law has
+it; with it, times are the law's given that so many come.
 """
 
-import dataclasses
-import json
-import zipfile
-from pathlib import Path
-from typing import Any
-
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float64, Int, Int32
 
 from gati_jax import InputError
+from gati_jax.adaptation import Trace
+from gati_jax.adaptation.trace import MOST_REQUESTS
 
-FORMAT_VERSION = 1
-MOST_REQUESTS = 10_000_000
-LONGEST_SECONDS = 7 * 24 * 3600.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Trace:
-    """Requests in the order in which they come."""
-
-    times: Float[np.ndarray, " n"]
-    """Seconds from the start, never falling."""
-    rows: Int[np.ndarray, " n"]
-    """The image of each."""
-
-    def __post_init__(self) -> None:
-        """Check it.
-
-        Raises:
-            InputError: Lengths that differ, or times or rows out of bounds.
-        """
-        if self.times.ndim != 1 or self.times.shape != self.rows.shape:
-            shapes = f"{list(self.times.shape)} and {list(self.rows.shape)}"
-            raise InputError(f"trace: expected times[n] and rows[n], got {shapes}")
-        if not 0 < len(self.times) <= MOST_REQUESTS:
-            raise InputError(f"trace: expected 1 .. {MOST_REQUESTS} requests, got {len(self.times)}")
-        bounded = (self.times >= 0) & (self.times <= LONGEST_SECONDS)  # false for NaN
-        if not bounded.all():
-            i = int(np.flatnonzero(~bounded)[0])
-            raise InputError(f"trace: expected times in 0 .. {LONGEST_SECONDS:g} s, got times[{i}] = {self.times[i]}")
-        if (np.diff(self.times) < 0).any():
-            i = int(np.flatnonzero(np.diff(self.times) < 0)[0])
-            pair = f"times[{i}] = {self.times[i]} before times[{i + 1}] = {self.times[i + 1]}"
-            raise InputError(f"trace: expected times that never fall, got {pair}")
-        if (self.rows < 0).any():
-            raise InputError(f"trace: expected rows of 0 or more, got {self.rows.min()}")
-
-    def __len__(self) -> int:
-        """Return n."""
-        return len(self.times)
+Times = Float64[np.ndarray, " n"]
+_DAY_STEPS = 1440  # of the piecewise linear law of a day
 
 
-def poisson(rate: float, seconds: float, *, images: int, seed: int) -> Trace:
+def steady(rate: float, seconds: float, *, count: int | None = None) -> Times:
+    """Return one request after another at even distances, from a camera or a batch job.
+
+    Args:
+        rate: Requests a second.
+        seconds: How long they come.
+        count: So many, at that rate.
+    """
+    _check(rate, seconds)
+    return np.arange(max(1, round(rate * seconds)) if count is None else count) / rate
+
+
+def poisson(rate: float, seconds: float, *, seed: int, count: int | None = None) -> Times:
     """Return arrivals that know nothing of one another.
 
     Args:
         rate: Requests a second.
         seconds: How long they come.
-        images: Rows to draw from, each as likely as any other.
-        seed: The same seed gives the same trace.
+        seed: The same seed gives the same times.
+        count: So many.
     """
-    return bursty(rate, seconds, images=images, seed=seed, ratio=1.0)
+    _check(rate, seconds)
+    return _seen_through(np.random.default_rng(seed), np.array([0, seconds]), np.array([0, rate * seconds]), count)
 
 
 def bursty(
     rate: float,
     seconds: float,
     *,
-    images: int,
     seed: int,
+    count: int | None = None,
     ratio: float = 5.0,
     share: float = 0.2,
     burst_seconds: float = 0.5,
-) -> Trace:
+) -> Times:
     """Return arrivals of a Markov-modulated Poisson process: bursts and calms of exponential length follow one another.
 
     Args:
         rate: Requests a second, bursts and calms together.
         seconds: How long they come.
-        images: Rows to draw from, each as likely as any other.
-        seed: The same seed gives the same trace.
+        seed: The same seed gives the same times.
+        count: So many.
         ratio: The rate within bursts over the rate between them.
         share: Of the time, how much is bursts.
         burst_seconds: A burst's mean length.
@@ -96,79 +64,78 @@ def bursty(
     Raises:
         InputError: An argument is out of its bounds.
     """
-    _check_positive(rate=rate, seconds=seconds, images=images, ratio=ratio, burst_seconds=burst_seconds)
+    _check(rate, seconds)
+    _check_positive(ratio=ratio, burst_seconds=burst_seconds)
     if not 0 < share < 1:
         raise InputError(f"share: expected a share of the time in (0, 1), got {share}")
-    if rate * seconds > MOST_REQUESTS:
-        raise InputError(f"rate: expected at most {MOST_REQUESTS} requests, got {rate:g} a second for {seconds:g} s")
     random = np.random.default_rng(seed)
     calm = rate / (1 + share * (ratio - 1))
     rates, lengths = (calm, ratio * calm), (burst_seconds * (1 - share) / share, burst_seconds)
-    # Requests expected up to every change, piecewise linear: the arrivals are a unit Poisson process seen through it.
     state, changes, expected = int(random.random() < share), [0.0], [0.0]
     while changes[-1] < seconds:
         length = min(random.exponential(lengths[state]), seconds - changes[-1])
-        length = seconds - changes[-1] if ratio == 1 else length
         changes.append(changes[-1] + length)
         expected.append(expected[-1] + length * rates[state])
         state = 1 - state
-    count = max(1, int(random.poisson(expected[-1])))
-    times = np.interp(np.sort(random.uniform(0, expected[-1], count)), expected, changes)
-    return Trace(times, random.integers(0, images, count))
+    return _seen_through(random, np.array(changes), np.array(expected), count)
+
+
+def diurnal(
+    rate: float,
+    seconds: float,
+    *,
+    seed: int,
+    count: int | None = None,
+    swing: float = 0.8,
+    day_seconds: float = 86_400.0,
+) -> Times:
+    """Return Poisson arrivals whose rate rises and falls with the time of day, beginning at its lowest.
+
+    Args:
+        rate: Requests a second, over whole days.
+        seconds: How long they come.
+        seed: The same seed gives the same times.
+        count: So many.
+        swing: How far the rate goes up and down, as a share of its mean.
+        day_seconds: How long a day is.
+
+    Raises:
+        InputError: An argument is out of its bounds.
+    """
+    _check(rate, seconds)
+    _check_positive(day_seconds=day_seconds)
+    if not 0 <= swing <= 1:
+        raise InputError(f"swing: expected a share of the rate in [0, 1], got {swing}")
+    steps = min(10**6, _DAY_STEPS * max(1, round(seconds / day_seconds)))
+    at = np.linspace(0, seconds, steps + 1)
+    turn = 2 * np.pi / day_seconds
+    # The integral of rate (1 - swing cos(turn t)).
+    return _seen_through(np.random.default_rng(seed), at, rate * (at - swing * np.sin(turn * at) / turn), count)
 
 
 def draw_rows(count: int, *, images: int, seed: int) -> Int[np.ndarray, " count"]:
-    """Return what clients of a closed loop ask for, one after another."""
+    """Return what clients ask for, one request after another, each image as likely as any other."""
     _check_positive(count=count, images=images)
-    return np.random.default_rng(seed).integers(0, images, count)
+    return np.random.default_rng([seed, images]).integers(0, images, count)
 
 
-def save(path: Path, trace: Trace) -> None:
-    """Write a trace as .json or .npz.
-
-    Raises:
-        InputError: Another suffix.
-    """
-    if path.suffix == ".npz":
-        np.savez_compressed(path, times=trace.times, rows=trace.rows)
-    elif path.suffix == ".json":
-        content = {"format_version": FORMAT_VERSION, "times": trace.times.tolist(), "rows": trace.rows.tolist()}
-        path.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    else:
-        raise InputError(f"trace: expected a file named *.json or *.npz, got {path}")
+def of_rows(seconds: Times, *, images: int, seed: int) -> Trace:
+    """Return requests at these times, for images drawn as in ``draw_rows``."""
+    rows: Int32[np.ndarray, " n"] = draw_rows(len(seconds), images=images, seed=seed).astype(np.int32)
+    return Trace(item=rows, seconds=seconds)
 
 
-def load(path: Path, *, images: int) -> Trace:
-    """Read a trace.
-
-    Args:
-        path: A .json or .npz file.
-        images: How many rows there are to ask for.
-
-    Raises:
-        InputError: It is no trace, or asks for a row that does not exist.
-    """
-    try:
-        content = _read(path)
-        times, rows = np.asarray(content["times"], np.float64), np.asarray(content["rows"])
-        rows = rows.astype(np.int64, casting="safe")
-    except (ValueError, KeyError, TypeError, OverflowError, EOFError, zipfile.BadZipFile) as error:
-        msg = f"trace: expected times and rows, see benchmarks/arrivals.py, got {path}: {error!r}"
-        raise InputError(msg) from error
-    trace = Trace(times, rows)
-    if trace.rows.max() >= images:
-        raise InputError(f"trace: expected rows below {images}, the number of images, got {trace.rows.max()} in {path}")
-    return trace
+def _seen_through(random: np.random.Generator, at: Times, expected: Times, count: int | None) -> Times:
+    """Return a unit Poisson process seen through the requests ``expected`` up to each time, piecewise linear."""
+    if count is None:
+        count = max(1, int(random.poisson(expected[-1])))
+    return np.interp(np.sort(random.uniform(0, expected[-1], count)), expected, at)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if path.suffix == ".npz":
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in ("times", "rows")}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format_version {content['format_version']}, not {FORMAT_VERSION}")
-    return content
+def _check(rate: float, seconds: float) -> None:
+    _check_positive(rate=rate, seconds=seconds)
+    if rate * seconds > MOST_REQUESTS:
+        raise InputError(f"rate: expected at most {MOST_REQUESTS} requests, got {rate:g} a second for {seconds:g} s")
 
 
 def _check_positive(**values: float) -> None:

@@ -14,9 +14,8 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from gati_jax.adaptation import Trace
 from serve.records import DeadlineError, OverloadedError, StoppingError
-
-from .arrivals import Trace
 
 T = TypeVar("T")
 LEAST_PAUSE = 0.001
@@ -110,12 +109,12 @@ async def open_loop(
 
     Args:
         ask: The server.
-        trace: Times and rows.
+        trace: When to send which item.
         patience: Seconds to wait for answers after the last request was sent.
         cpu: Seconds of processor time so far.
     """
     busy, log, tasks = cpu(), _Log(ask), []
-    for at, row in zip(trace.times.tolist(), trace.rows.tolist(), strict=True):
+    for at, row in zip(trace.seconds.tolist(), trace.item.tolist(), strict=True):
         await asyncio.sleep(max(0.0, at - log.now()))  # at least a turn of the loop, so that others get on
         tasks.append(asyncio.create_task(log.one(row, at)))
     await log.finish(tasks, patience)

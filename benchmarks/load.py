@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 
 from gati_jax import InputError, data
+from gati_jax.adaptation import Trace, load_trace, save_trace
 from train import cli
 
 from . import arrivals, targets
@@ -44,13 +45,22 @@ class Load:
     slo_ms: float | None = None
 
 
-def make_trace(load: Load, images: int) -> arrivals.Trace:
-    """Return what an open loop sends."""
+def make_trace(load: Load, images: int) -> Trace:
+    """Return what an open loop sends.
+
+    Raises:
+        InputError: A recorded trace asks for an image that does not exist.
+    """
     if load.kind == "trace":
-        return arrivals.load(Path(load.trace), images=images)
+        trace = load_trace(load.trace)
+        if trace.item.max() >= images:
+            raise InputError(f"trace: expected items below {images}, the number of images, got {trace.item.max()}")
+        return trace
     if load.kind == "bursty":
-        return arrivals.bursty(load.rate, load.seconds, images=images, seed=load.seed, ratio=load.burst)
-    return arrivals.poisson(load.rate, load.seconds, images=images, seed=load.seed)
+        seconds = arrivals.bursty(load.rate, load.seconds, seed=load.seed, ratio=load.burst)
+    else:
+        seconds = arrivals.poisson(load.rate, load.seconds, seed=load.seed)
+    return arrivals.of_rows(seconds, images=images, seed=load.seed)
 
 
 async def measure(
@@ -85,10 +95,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the load."""
     arguments = parser().parse_args(argv)
     load = load_of(arguments)
-    images = data.load(arguments.data, arguments.split, arguments.data_dir).images
+    images = images_of(arguments)
     expected = expected_classes(arguments.expected, len(images)) if arguments.expected else None
     if arguments.save_trace:
-        arrivals.save(arguments.save_trace, make_trace(load, len(images)))
+        save_trace(arguments.save_trace, make_trace(load, len(images)))
     parameters = dict(arguments.parameter)
 
     async def against_the_server() -> dict[str, Any]:
@@ -107,14 +117,14 @@ def parser() -> argparse.ArgumentParser:
     p = cli.parser(str(__doc__), EXAMPLE, out=False)
     p.add_argument("--url", required=True, metavar="URL", help="http://HOST:PORT or grpc://HOST:PORT")
     p.add_argument("--model", default="gati", metavar="NAME", help="the model's name there (default: gati)")
-    p.add_argument("--data", required=True, metavar="NAME", help="data set, as in configs")
+    p.add_argument("--data", metavar="NAME", help="data set, as in configs; not for a trace that has its own images")
     p.add_argument("--split", default="test", metavar="ROWS", help="its part that requests draw from (default: test)")
     p.add_argument("--data-dir", type=Path, metavar="DIR")
     p.add_argument("--expected", type=Path, metavar="FILE", help=".npy of the classes expected, int[rows]")
     p.add_argument("--parameter", type=parameter, action="append", default=[], metavar="NAME=VALUE", help="of requests")
     how = p.add_mutually_exclusive_group(required=True)
     how.add_argument("--rate", type=above_0, metavar="R", help="requests a second in open loop")
-    how.add_argument("--trace", metavar="FILE", help="recorded arrivals, see benchmarks/arrivals.py")
+    how.add_argument("--trace", metavar="FILE", help="a recorded workload, see benchmarks/traces.py")
     how.add_argument("--clients", type=cli.positive, metavar="N", help="in closed loop")
     how.add_argument("--search", type=above_0, metavar="R", help="the highest rate that holds, beginning with R")
     p.add_argument("--burst", type=above_0, metavar="X", help="come in bursts of X times the rate between them")
@@ -123,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--slo-ms", type=above_0, metavar="MS", help="what counts as good")
     p.add_argument("--share", type=float, default=0.99, help="of requests within the SLO, for --search (default: 0.99)")
-    p.add_argument("--save-trace", type=Path, metavar="FILE", help="keep the arrivals as .json or .npz")
+    p.add_argument("--save-trace", type=Path, metavar="FILE", help="keep what is sent, as .npz")
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
     return p
 
@@ -161,6 +171,19 @@ def load_of(arguments: argparse.Namespace) -> Load:
     names = ("seconds", "seed", "warm_up", "slo_ms", "clients", "trace", "burst")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     return Load(kind=kind, rate=arguments.rate or arguments.search or 0.0, **given)
+
+
+def images_of(arguments: argparse.Namespace) -> Shaped[np.ndarray, "images ..."]:
+    """Read what is asked for: the trace's own images, or those of a data set.
+
+    Raises:
+        InputError: There are none, or two sets of them.
+    """
+    own = load_trace(arguments.trace).images if arguments.trace else None
+    if (own is None) == (arguments.data is None):
+        found = "neither" if own is None else "both"
+        raise InputError(f"--data: expected a data set, or a trace with images of its own, got {found}")
+    return data.load(arguments.data, arguments.split, arguments.data_dir).images if own is None else own
 
 
 def expected_classes(path: Path, images: int) -> Int[np.ndarray, " images"]:

@@ -7,7 +7,17 @@ from .monitor import Watched as Watched
 from .observed import REPEATED as REPEATED
 from .observed import Observed as Observed
 from .pace import Pace as Pace
+from .points import Found as Found
+from .points import Points as Points
+from .points import PointsConfig as PointsConfig
+from .points import threshold_for as threshold_for
+from .repeats import Asked as Asked
+from .repeats import Repeats as Repeats
+from .repeats import RepeatsConfig as RepeatsConfig
 from .sequential import SequentialCertifier as SequentialCertifier
+from .trace import Trace as Trace
+from .trace import load_trace as load_trace
+from .trace import save_trace as save_trace
 from .trial import Trial as Trial
 from .trial import TrialConfig as TrialConfig
 from .trial import Verdict as Verdict
@@ -20,3 +30,7 @@ from .updater import standing_cascade as standing_cascade
 from .updater import updated as updated
 from .versions import Loaded as Loaded
 from .versions import Versions as Versions
+from .window import UNKNOWN as UNKNOWN
+from .window import Block as Block
+from .window import Window as Window
+from .window import WindowConfig as WindowConfig

@@ -1,29 +1,26 @@
-"""Arrival times: their laws, their files, and what is refused."""
-
-import json
+"""Arrival times: their laws, and what is refused."""
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from benchmarks import arrivals
-from benchmarks.arrivals import Trace
+from benchmarks.load import Load, images_of, make_trace, parser
 from gati_jax import InputError
+from gati_jax.adaptation import Trace, save_trace
 
 
-@pytest.mark.parametrize("make", [arrivals.poisson, arrivals.bursty])
+@pytest.mark.parametrize("make", [arrivals.poisson, arrivals.bursty, arrivals.diurnal])
 def test_a_seed_gives_one_trace(make):
-    one, same, other = (make(50, 10, images=20, seed=seed) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(one.times, same.times)
-    np.testing.assert_array_equal(one.rows, same.rows)
-    assert len(one) != len(other) or (one.times != other.times).any()
-    assert set(one.rows) == set(range(20))
-    assert 0 <= one.times[0] <= one.times[-1] <= 10
+    one, same, other = (arrivals.of_rows(make(500, 10, seed=seed), images=20, seed=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one.seconds, same.seconds)
+    np.testing.assert_array_equal(one.item, same.item)
+    assert len(one) != len(other) or (one.seconds != other.seconds).any()
+    assert set(one.item) == set(range(20))
+    assert 0 <= one.seconds[0] <= one.seconds[-1] <= 10
 
 
 def test_poisson_gaps_are_exponential():
-    gaps = np.diff(arrivals.poisson(200, 500, images=1, seed=0).times)
+    gaps = np.diff(arrivals.poisson(200, 500, seed=0))
     n = len(gaps)
     assert abs(n - 100_000) < 5 * np.sqrt(100_000)
     # Kolmogorov-Smirnov against 1 - exp(-200 t); 1.95 / sqrt(n) is exceeded once in a thousand.
@@ -33,7 +30,7 @@ def test_poisson_gaps_are_exponential():
 
 def test_bursts_have_the_stated_mean_rate_and_dispersion():
     rate, ratio, share, burst, window = 100.0, 5.0, 0.2, 0.5, 20.0
-    times = arrivals.bursty(rate, 20_000, images=1, seed=3, ratio=ratio, share=share, burst_seconds=burst).times
+    times = arrivals.bursty(rate, 20_000, seed=3, ratio=ratio, share=share, burst_seconds=burst)
     counts = np.histogram(times, np.arange(0, 20_001, window))[0]
     # Calm 100 / 1.8, bursts 5 times that. The rate's autocovariance is share (1 - share) (h - c)^2 exp(-s / tau) with
     # 1 / tau = 1 / 0.5 + 1 / 2; integrated twice over a window it adds to the Poisson variance.
@@ -45,58 +42,29 @@ def test_bursts_have_the_stated_mean_rate_and_dispersion():
     assert variance > 10 * rate * window  # a Poisson process would fail this
 
 
-@given(
-    times=st.lists(st.floats(0, 1e5), min_size=1, max_size=30).map(sorted),
-    suffix=st.sampled_from([".json", ".npz"]),
-    data=st.data(),
-)
-def test_traces_survive_a_file(tmp_path_factory, times, suffix, data):
-    rows = data.draw(st.lists(st.integers(0, 9), min_size=len(times), max_size=len(times)))
-    path = tmp_path_factory.mktemp("trace") / f"trace{suffix}"
-    arrivals.save(path, Trace(np.array(times), np.array(rows)))
-    loaded = arrivals.load(path, images=10)
-    np.testing.assert_array_equal(loaded.times, times)
-    np.testing.assert_array_equal(loaded.rows, rows)
+def test_a_trace_may_not_ask_for_what_is_not_there(tmp_path):
+    save_trace(tmp_path / "t.npz", Trace(item=np.array([3], np.int32), seconds=np.zeros(1)))
+    load = Load(kind="trace", trace=str(tmp_path / "t.npz"))
+    assert make_trace(load, 4).item.tolist() == [3]
+    with pytest.raises(InputError, match="expected items below 3, the number of images, got 3"):
+        make_trace(load, 3)
 
 
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        ({"times": [0.0], "rows": [0]}, "expected times and rows.*format_version"),
-        ({"format_version": 2, "times": [0.0], "rows": [0]}, "format_version 2, not 1"),
-        ({"format_version": 1, "times": [0.0]}, "expected times and rows.*'rows'"),
-        ([1, 2], "expected times and rows"),
-        ({"format_version": 1, "times": [0.0, 1.0], "rows": [0]}, r"expected times\[n\] and rows\[n\], got \[2\] and"),
-        ({"format_version": 1, "times": [0.0], "rows": [0.5]}, "Cannot cast"),
-        ({"format_version": 1, "times": ["soon"], "rows": [0]}, "expected times and rows"),
-        ({"format_version": 1, "times": [1.0, 0.5], "rows": [0, 0]}, r"never fall, got times\[0\] = 1.0 before"),
-        ({"format_version": 1, "times": [0.0, -1.0], "rows": [0, 0]}, r"got times\[1\] = -1.0"),
-        ({"format_version": 1, "times": [float("nan")], "rows": [0]}, r"got times\[0\] = nan"),
-        ({"format_version": 1, "times": [1e9], "rows": [0]}, r"expected times in 0 .. 604800 s"),
-        ({"format_version": 1, "times": [0.0], "rows": [-1]}, "expected rows of 0 or more, got -1"),
-        ({"format_version": 1, "times": [0.0], "rows": [10]}, "expected rows below 10, the number of images, got 10"),
-        ({"format_version": 1, "times": [0.0], "rows": [10**30]}, "expected times and rows"),
-    ],
-)
-def test_a_bad_trace_is_refused(tmp_path, content, complaint):
-    (tmp_path / "t.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=complaint):
-        arrivals.load(tmp_path / "t.json", images=10)
+def test_images_come_from_the_trace_or_from_a_data_set(tmp_path):
+    images = np.zeros((1, 2, 2, 3), np.uint8)
+    for name, own in (("with", images), ("without", None)):
+        save_trace(tmp_path / f"{name}.npz", Trace(item=np.zeros(1, np.int32), seconds=np.zeros(1), images=own))
+    command = ["--url", "u", "--trace"]
+    with_images = parser().parse_args([*command, str(tmp_path / "with.npz")])
+    np.testing.assert_array_equal(images_of(with_images), images)
+    digits = parser().parse_args([*command, str(tmp_path / "without.npz"), "--data", "digits", "--split", "all[:5]"])
+    assert images_of(digits).shape == (5, 8, 8, 1)
+    for given, found in ((["without.npz"], "neither"), (["with.npz", "--data", "digits"], "both")):
+        with pytest.raises(InputError, match=f"--data: expected .* got {found}"):
+            images_of(parser().parse_args([*command, str(tmp_path / given[0]), *given[1:]]))
 
 
-def test_a_damaged_or_empty_file_is_refused(tmp_path):
-    for name, content in (("t.npz", b"PK\3\4nothing"), ("t.json", b"{"), ("u.npz", b""), ("v.json", b"\xff")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match="expected times and rows"):
-            arrivals.load(tmp_path / name, images=10)
-    np.savez(tmp_path / "objects.npz", times=np.array([{}]), rows=np.array([0]))
-    with pytest.raises(InputError, match="expected times and rows"):  # never unpickled
-        arrivals.load(tmp_path / "objects.npz", images=10)
-    with pytest.raises(InputError, match=r"\*.json or \*.npz"):
-        arrivals.save(tmp_path / "t.csv", Trace(np.zeros(1), np.zeros(1, int)))
-
-
-@pytest.mark.parametrize("wrong", [{"rate": 0}, {"seconds": -1}, {"images": 0}, {"share": 1.0}, {"rate": 1e9}])
+@pytest.mark.parametrize("wrong", [{"rate": 0}, {"seconds": -1}, {"burst_seconds": 0}, {"share": 1.0}, {"rate": 1e9}])
 def test_arguments_out_of_bounds_are_named(wrong):
     with pytest.raises(InputError, match=f"^{next(iter(wrong))}: expected"):
-        arrivals.bursty(**({"rate": 10.0, "seconds": 10.0, "images": 5, "seed": 0} | wrong))
+        arrivals.bursty(**({"rate": 10.0, "seconds": 10.0, "seed": 0} | wrong))

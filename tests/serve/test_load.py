@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import targets
-from benchmarks.arrivals import Trace
 from benchmarks.driving import Outcome, Record, Reply, Run, closed_loop, open_loop
 from benchmarks.summary import highest, latencies, summarize
+from gati_jax.adaptation import Trace
 from serve.records import Answer, OverloadedError
 
 
@@ -61,7 +61,7 @@ class Server:
 
 def evenly(rate, seconds, images=100):
     count = round(rate * seconds)
-    return Trace(np.arange(count) / rate, np.arange(count) % images)
+    return Trace(seconds=np.arange(count) / rate, item=np.arange(count, dtype=np.int32) % np.int32(images))
 
 
 def no_time():
