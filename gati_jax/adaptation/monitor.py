@@ -31,7 +31,7 @@ from scipy.stats import beta
 from gati_jax._errors import InputError
 
 from .estimate import Count, mean_disagreement, upper_bound
-from .observed import REPEATED, Observed
+from .observed import POINTS, REPEATED, Observed
 from .stir import Stir
 from .wealth import Wealth
 
@@ -132,6 +132,7 @@ class Monitor:
         self._stir = stir or (Stir(depth) if config.stir else None)
         self._attentive = 0  # requests for which q stays up
         self._raised = 0  # requests watched since it went up
+        self._closely = False
         self.next_version()
 
     def next_version(self) -> None:
@@ -140,8 +141,8 @@ class Monitor:
         self._needed = 1 / self.config.level(self.version)
         self._wealth, self._alarmed = Wealth(self.config.epsilon), False
         self._counts: dict[float, list[int]] = {}  # requests and disagreements seen, by the q that was bet on
-        self._hits = [0] * (self.depth + 1)  # by exit; the base's place, and -1, is that of REPEATED
-        self._shadows = [0] * (self.depth + 1)
+        self._hits = [0] * (self.depth + 2)  # by exit; the last two places are those of POINTS and REPEATED
+        self._shadows = [0] * (self.depth + 2)
         self._bounded = True
         self._begin_episode()
 
@@ -165,10 +166,10 @@ class Monitor:
         probability = self.q if self._raised >= self.config.in_flight else self.config.quiet_q
         count = self._counts.get(probability) or self._counts.setdefault(probability, [0, 0])
         count[0] += 1
-        if roused or self._attentive:
+        if roused or self.q > self.config.quiet_q:
             self._attend(roused=roused)
             self._episode += 1
-            if seen or (base_class is None and 0 <= site < self.depth):  # repeats are the base's answers
+            if seen or (hit and base_class is None):
                 self._doubtful[site] += 1
         if seen:
             count[1] += 1
@@ -185,7 +186,7 @@ class Monitor:
     def report(self) -> Watched:
         """What the version has shown so far."""
         counts = {q: Count(*count) for q, count in self._counts.items()}
-        sites = [*range(self.depth), REPEATED]
+        sites = [*range(self.depth), POINTS, REPEATED]
         return Watched(
             version=self.version,
             requests=sum(c.requests for c in counts.values()),
@@ -202,16 +203,24 @@ class Monitor:
 
     def _attend(self, *, roused: bool) -> None:
         """Set q for requests to come."""
-        if not self._attentive:
+        if self.q == self.config.quiet_q:
             self._begin_episode()
             self._raised = -1  # this one came before
         self._raised += 1
-        self._attentive = self.config.hold if roused else self._attentive - 1
-        self.q = 1.0 if self._attentive else self.config.quiet_q
+        self._attentive = self.config.hold if roused else max(0, self._attentive - 1)
+        self.q = 1.0 if self._attentive or self._closely else self.config.quiet_q
+
+    def look_closely(self, *, at_all: bool) -> None:
+        """Look at every hit from the next request on, as a trial asks; or no longer."""
+        if at_all and self.q < 1:
+            self._begin_episode()
+            self._raised = 0
+        self._closely = at_all
+        self.q = 1.0 if self._attentive or at_all else self.config.quiet_q
 
     def _begin_episode(self) -> None:
         self._episode = 0  # requests since q went up
-        self._doubtful = [0] * (self.depth + 1)  # of those, by exit: who disagreed, or was not looked at
+        self._doubtful = [0] * (self.depth + 2)  # of those, by exit: who disagreed, or was not looked at
 
     def _guilty(self) -> tuple[int, ...]:
         """Return the sites that cannot be cleared: those cleared may together, at their worst, disagree by epsilon.
@@ -220,9 +229,10 @@ class Monitor:
         requests since q went up. Few requests clear nothing. This says whom to blame; the guarantee does not rest on
         it, for what stays open is watched on.
         """
-        n, risk = self._episode, self.config.delta / self.depth
-        doubtful = self._doubtful[: self.depth]
-        worst = [float(beta.ppf(1 - risk, k + 1, n - k)) if k < n else 1.0 for k in doubtful]
-        order = sorted(range(self.depth), key=worst.__getitem__)
+        places = [POINTS, *range(self.depth)]
+        n, risk = self._episode, self.config.delta / len(places)
+        doubtful = {site: self._doubtful[site] for site in places}
+        worst = {site: float(beta.ppf(1 - risk, k + 1, n - k)) if k < n else 1.0 for site, k in doubtful.items()}
+        order = sorted(places, key=lambda site: (worst[site], site))
         cleared = sum(total <= self.config.epsilon for total in itertools.accumulate(worst[site] for site in order))
-        return (*([REPEATED] if self._doubtful[REPEATED] else []), *sorted(order[cleared:]))
+        return tuple(sorted([*([REPEATED] if self._doubtful[REPEATED] else []), *order[cleared:]]))

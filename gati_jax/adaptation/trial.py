@@ -10,6 +10,7 @@ any time: it may stop as soon as enough is certified, or go on, and needs no num
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ from gati_jax.runtime import Said
 
 from .sequential import SequentialCertifier
 
+_HOPELESS = 0.01  # of the capital that a trial begins with
 Verdict = Literal["open", "certified", "empirical"]
 """Still under way; some step is certified; the requests are used up and none is, which opens no cache."""
 
@@ -105,17 +107,24 @@ class Trial:
     @property
     def verdict(self) -> Verdict:
         """How it stands."""
-        if self.step < self._enough and self.n < self.config.most:
+        if self.step < self._enough and self.n < self.config.most and not self._hopeless:
             return "open"
         return "certified" if self.step else "empirical"
 
-    def add(self, orders: Int[np.ndarray, " n"], rows: UInt64[np.ndarray, " n"], said: Said) -> Verdict:
+    def add(
+        self,
+        orders: Int[np.ndarray, " n"],
+        rows: UInt64[np.ndarray, " n"],
+        said: Said,
+        front: Int[np.ndarray, " n"] | None = None,
+    ) -> Verdict:
         """Take requests, until it is decided; those that came before the gap's end are left out.
 
         Args:
             orders: Order numbers, rising from call to call.
             rows: Digests of the images.
             said: What the base and the caches, in the plan's order, say.
+            front: What was answered in front of the network, whatever the caches say; negative where nothing was.
 
         Raises:
             InputError: Orders that do not rise.
@@ -124,10 +133,17 @@ class Trial:
             msg = f"orders: expected rising numbers behind {self._last}, got {orders[0]} to {orders[-1]}"
             raise InputError(msg)
         disagrees = self._disagrees(rows, said)
+        if front is not None:
+            disagrees = np.where(front[:, None] >= 0, (front != said.answers)[:, None], disagrees)
         for order, row, losses in zip(orders.tolist(), rows.tolist(), disagrees, strict=True):
             if order > self._last and self.verdict == "open":
                 self._take(order, row, losses)
         return self.verdict
+
+    @property
+    def _hopeless(self) -> bool:
+        """Whether the strictest step has lost nearly all: a trial may end at any time, and this one had better."""
+        return not self.step and bool(self._certifier.log_capital()[0] < math.log(_HOPELESS))
 
     def certificate(self, name: str = "default") -> Certificate:
         """Return what is known: nothing is certified where no step is, however the requests went."""

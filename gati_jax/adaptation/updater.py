@@ -134,6 +134,7 @@ def examine(
     orders: Int[np.ndarray, " n"],
     images: Images,
     *,
+    front: Int[np.ndarray, " n"] | None = None,
     batch: int = 64,
     pause: Pause | None = None,
 ) -> Verdict:
@@ -144,6 +145,7 @@ def examine(
         trial: Takes them.
         orders: Order numbers, rising.
         images: The requests, in order: all that came, or those that an independent coin picked.
+        front: See ``Trial.add``.
         batch: Images in a step.
         pause: See ``replay``.
 
@@ -155,7 +157,8 @@ def examine(
             break
         part = images[start : start + batch]
         said = hear(bundle.chain, trial.caches, part, batch=batch, pause=pause)
-        trial.add(orders[start : start + batch], row_digests(part), said)
+        ahead = None if front is None else front[start : start + batch]
+        trial.add(orders[start : start + batch], row_digests(part), said, ahead)
     return trial.verdict
 
 

@@ -50,6 +50,8 @@ class Block(NamedTuple):
     images: Shaped[np.ndarray, "n ..."]
     answers: Int32[np.ndarray, " n"]
     """Of the base; ``UNKNOWN`` where nobody has computed it."""
+    front: Int32[np.ndarray, " n"]
+    """What was answered in front of the network; ``UNKNOWN`` where nothing was."""
 
 
 class Window:
@@ -75,6 +77,7 @@ class Window:
         self._images = np.zeros((rows, *shape), dtype)
         self._order = np.full(rows, _NOBODY, np.int64)
         self._answers = np.full(rows, UNKNOWN, np.int32)
+        self._front = np.full(rows, UNKNOWN, np.int32)
         self._row_of_old: dict[int, int] = {}
         self._random = np.random.default_rng(config.seed)
         self._lock = threading.Lock()
@@ -90,18 +93,20 @@ class Window:
         """From this order number on, nothing is missing."""
         return max(0, self._count - self.config.recent)
 
-    def add(self, image: Shaped[np.ndarray, "..."], answer: int = UNKNOWN) -> int:
+    def add(self, image: Shaped[np.ndarray, "..."], answer: int = UNKNOWN, front: int = UNKNOWN) -> int:
         """Keep a request and return its order number.
 
         Args:
             image: What was asked.
             answer: Of the base, if it is known.
+            front: What was answered in front of the network, if anything was.
         """
         with self._lock:
             order, row = self._count, self._count % self.config.recent
             if order >= self.config.recent:
                 self._sample(row)
             self._images[row], self._order[row], self._answers[row] = image, order, answer
+            self._front[row] = front
             self._count += 1
         return order
 
@@ -113,7 +118,8 @@ class Window:
             return
         to = self.config.recent + place
         self._row_of_old.pop(int(self._order[to]), None)
-        self._images[to], self._order[to], self._answers[to] = self._images[row], offered, self._answers[row]
+        for column in (self._images, self._order, self._answers, self._front):
+            column[to] = column[row]
         self._row_of_old[offered] = to
 
     def answer(self, order: Int[np.ndarray, " n"], answers: Int[np.ndarray, " n"]) -> None:
@@ -159,7 +165,7 @@ class Window:
         """Copy rows but for those that have been overwritten meanwhile."""
         with self._lock:
             rows = rows[self._order[rows] == wanted]
-            return Block(self._order[rows], self._images[rows], self._answers[rows])
+            return Block(self._order[rows], self._images[rows], self._answers[rows], self._front[rows])
 
     def parts(self, *, select: int, gap: int) -> tuple[Block, Block]:
         """Return what to fit on, and the later contiguous block to select on.

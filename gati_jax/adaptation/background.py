@@ -1,0 +1,135 @@
+"""What happens beside serving: closed caches are tried again, as they were or refitted, until a trial opens them.
+
+    closed -> trial of the home plan -> certified: swap
+                                     -> empirical -> refit on what has come since -> trial -> certified: swap
+                                                                                           -> empirical -> home ...
+
+The home plan is the bundle's that was given: where a drift goes away, it comes back without any training. Each trial
+spends its part of delta. ``work`` does one bounded piece, and rests in ``pause``; call it from a thread of its own, or
+from a simulation.
+"""
+
+import dataclasses
+import logging
+
+from gati_jax._errors import InputError
+from gati_jax.bundle import Bundle
+
+from .keeper import Keeper, Served, standing
+from .trial import Trial, TrialConfig
+from .updater import DEFAULT_CONFIG, Pause, UpdateConfig, examine, refit_caches, replan, updated
+from .versions import Versions
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackgroundConfig:
+    """How closed caches come back."""
+
+    trial: TrialConfig
+    refit: bool = True
+    """Whether heads are refitted where the home plan fails."""
+    update: UpdateConfig = DEFAULT_CONFIG
+    fit_rows: int = 2000
+    """Requests since the alarm that heads are refitted on."""
+    select_rows: int = 1000
+    """Later ones, behind a gap, on which selectors are fitted and the path is planned."""
+    piece: int = 64
+    """Requests that are examined at once."""
+
+
+class Background:
+    """Brings closed caches back; one thread calls it."""
+
+    def __init__(self, bundle: Bundle, keeper: Keeper, versions: Versions, config: BackgroundConfig) -> None:
+        """Wait for something to be closed.
+
+        Args:
+            bundle: The home plan's.
+            keeper: Whose caches it brings back.
+            versions: Counts trials, and keeps what is swapped in.
+            config: See ``BackgroundConfig``.
+        """
+        self.home = self.bundle = bundle
+        self.keeper, self.versions, self.config = keeper, versions, config
+        self.trial: Trial | None = None
+        self._cursor = 0
+        self._refit_next = False
+
+    def work(self, pause: Pause | None = None) -> bool:
+        """Do one piece, if there is anything to do; say whether there was.
+
+        Args:
+            pause: Called in between, see ``Pace``; what it raises ends the piece.
+        """
+        if self.keeper.closed_at is None:
+            self.trial = None
+            return False
+        if self.trial is None:
+            return self._begin(self.keeper.closed_at, pause)
+        return self._examine(self.trial, pause)
+
+    def _begin(self, closed_at: int, pause: Pause | None) -> bool:
+        if self._refit_next and self.config.refit:
+            config, count = self.config, self.keeper.window.count
+            needed = config.fit_rows + config.trial.gap + config.select_rows
+            if count - max(closed_at, self.keeper.window.oldest_recent) < needed:
+                return False
+            caches, plan = self._refit(count, pause) or (None, None)
+            self._refit_next = False
+            if caches is None or plan is None:
+                return True
+        else:
+            caches, plan, count = standing(self.home).caches, self.home.plan, self.keeper.window.count
+            self._refit_next = True
+        self._start(Trial(caches, plan, version=self.versions.next_trial(), after=count - 1, config=self.config.trial))
+        return True
+
+    def _start(self, trial: Trial) -> None:
+        self.trial, self._cursor = trial, self.keeper.window.count
+        what = "home plan" if trial.plan is self.home.plan else "refitted heads"
+        self.keeper.tell("trial", f"{trial.version}: {what}, {len(trial.plan.path) - 1} steps")
+
+    def _refit(self, count: int, pause: Pause | None):  # noqa: ANN202
+        config, window = self.config, self.keeper.window
+        later = window.recent(count - config.select_rows, count)
+        until = count - config.select_rows - config.trial.gap
+        older = window.recent(until - config.fit_rows, until)
+        try:
+            fitted = refit_caches(self.home, older.images, later.images, config=config.update, pause=pause)
+            plan = replan(
+                self.home, fitted, later.images, epsilon=config.trial.epsilon, delta=config.trial.delta,
+                config=config.update, pause=pause,
+            )  # fmt: skip
+        except InputError as error:  # too few distinct rows, or nothing that pays
+            self.keeper.tell("refit", f"came to nothing: {error}")
+            return None
+        self.keeper.tell("refit", f"{len(older.order)} requests; path of {len(plan.path) - 1} steps")
+        return tuple(fitted), plan
+
+    def _examine(self, trial: Trial, pause: Pause | None) -> bool:
+        window = self.keeper.window
+        self._cursor = max(self._cursor, window.oldest_recent)
+        stop = min(window.count, self._cursor + self.config.piece)
+        if stop - self._cursor < self.config.piece:
+            return False
+        block = window.recent(self._cursor, stop)
+        self._cursor = stop
+        verdict = examine(
+            self.home, trial, block.order, block.images, front=block.front, batch=self.config.piece, pause=pause
+        )
+        if verdict == "certified":
+            self._swap(trial)
+        elif verdict == "empirical":
+            self.keeper.tell("empirical", f"trial {trial.version}: nothing certified after {trial.n} requests")
+            self.trial = None
+        return True
+
+    def _swap(self, trial: Trial) -> None:
+        """Save first, serve then: a kill in between leaves a version that is as good."""
+        bundle = updated(self.home, trial)
+        number = self.versions.save(bundle)
+        self.bundle, self.trial, self._refit_next = bundle, None, False
+        text = f"version {number}: step {trial.step} of {len(trial.plan.path) - 1} after {trial.n} requests"
+        self.keeper.adopt(Served(trial.caches, standing(bundle).thresholds), text)

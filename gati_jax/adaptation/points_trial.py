@@ -1,0 +1,148 @@
+"""From which score on may stored points answer? Read off past traffic, then certified on later traffic.
+
+1. Watch. Of every request it is known what the points would have said; where the base's answer is known, too, whether
+   that was right. From the latest of these, conformal risk control proposes thresholds for a few risks below epsilon.
+   Where points would answer hardly anyone, nothing is tried: a trial costs the base's answer to every request.
+2. Trial. Thresholds are fixed now, from strict to loose. On all requests that come later, ``SequentialCertifier`` tests
+   each: the loss is that of the *whole* service, had points answered from that score on: theirs where they had, what
+   the cascade did elsewhere. So the promise of epsilon is not shared out.
+3. Open from the loosest certified threshold on; the monitor watches the whole from then on, and may close them.
+"""
+
+import collections
+import dataclasses
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from .points import threshold_for
+from .sequential import SequentialCertifier
+
+State = Literal["watching", "trial", "open", "empirical"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PointsTrialConfig:
+    """How points are opened."""
+
+    known: int = 300
+    """Requests with a known base answer from which thresholds are read."""
+    every: int = 100
+    """Requests between two looks at whether a trial would be worth it."""
+    share: float = 0.05
+    """Of the requests, that points must be expected to answer for a trial to begin."""
+    risks: tuple[float, ...] = (0.1, 0.25, 0.5)
+    """Over epsilon, for which thresholds are read; the trial walks them in this order."""
+    most: int = 4000
+    """Requests of a trial."""
+    enough: int = 1000
+    """Requests after which a trial ends with what it has certified."""
+    gap: int = 10
+    """Requests left out before it."""
+
+
+class Seen(NamedTuple):
+    """A served request, as points see it."""
+
+    score: float
+    """Of the nearest point; -inf where there was none."""
+    point_wrong: bool
+    """Whether the point disagrees with the base; only where that is known."""
+    served_wrong: bool
+    """Whether what was served does, as far as is known."""
+    q: float
+    """The probability with which the base's answer was to be known."""
+    known: bool
+
+
+class PointsTrial:
+    """Decides when points are open; state only, no points."""
+
+    def __init__(self, epsilon: float, config: PointsTrialConfig | None = None) -> None:
+        """Watch."""
+        self.config, self.epsilon = config or PointsTrialConfig(), epsilon
+        self.state: State = "watching"
+        self.threshold = np.inf
+        """From which on points may answer; infinite but when open."""
+        self.n = 0
+        """Requests of the present trial."""
+        self._begin_watch()
+
+    def _begin_watch(self) -> None:
+        self._past: collections.deque[Seen] = collections.deque(maxlen=self.config.known)
+        self._since = self._unanswered = 0
+        self._would: collections.deque[float] = collections.deque(maxlen=self.config.known)
+
+    @property
+    def wants_trial(self) -> bool:
+        """Whether one would be worth it, as things are; ask after every request, and ``begin`` it."""
+        if self.state != "watching" or len(self._past) < self.config.known or self._since < self.config.every:
+            return False
+        self._since = 0
+        self._proposed = self._propose()
+        return bool(len(self._proposed)) and self._share(self._proposed[-1]) >= self.config.share
+
+    def _propose(self) -> np.ndarray:
+        past = self._past
+        scores, wrong = np.array([s.score for s in past]), np.array([s.point_wrong for s in past])
+        weights = np.array([1 / s.q for s in past])
+        found = [threshold_for(scores, wrong, weights, risk=r * self.epsilon) for r in self.config.risks]
+        finite = [t for t in found if np.isfinite(t)]
+        if not finite:  # fewer rows than a risk so small can be read from: the best of what was seen
+            right = scores[~wrong & np.isfinite(scores)]
+            worst = scores[wrong].max(initial=-np.inf)
+            above = right[right > worst]
+            return np.array([np.median(above), above.min()]) if len(above) else np.zeros(0)
+        return np.array(sorted(set(finite), reverse=True))
+
+    def _share(self, threshold: float) -> float:
+        return float(np.mean(np.array(self._would) >= threshold))
+
+    def begin(self, delta: float, now: int) -> None:
+        """Begin the trial that was wanted.
+
+        Args:
+            delta: Its part of the risk.
+            now: Number of the newest request that has come: only later ones count.
+        """
+        self.state, self.n = "trial", 0
+        self._after = now + self.config.gap
+        self._certifier = SequentialCertifier(len(self._proposed), self.epsilon, delta, maximum=self.config.most)
+
+    def close(self) -> None:
+        """Stop answering, as an alarm asks, and watch again."""
+        self.state, self.threshold = "watching", np.inf
+        self._begin_watch()
+
+    def add(self, number: int, seen: Seen) -> State:
+        """Take a served request, in order; says how things stand.
+
+        Args:
+            number: In the order in which requests came.
+            seen: What is known of it.
+        """
+        self._would.append(seen.score)
+        self._since += 1
+        if self.state == "watching" and seen.known:
+            self._past.append(seen)
+        elif self.state == "trial" and number > self._after:
+            self.n += 1
+            hits = seen.score >= self._proposed
+            losses = np.where(hits, seen.point_wrong, seen.served_wrong) & seen.known
+            self._certifier.add(losses, seen.q)
+            self._decide()
+        return self.state
+
+    def _decide(self) -> None:
+        certifier = self._certifier
+        hopeless = certifier.certified < 0 and certifier.log_capital()[0] < np.log(0.01)
+        if not (certifier.decided or hopeless or (self.n >= self.config.enough and certifier.certified >= 0)):
+            return
+        if certifier.certified < 0:
+            self.state = "empirical"
+            return
+        self.state, self.threshold = "open", float(self._proposed[certifier.certified])
+
+    def watch_again(self) -> None:
+        """After an empirical end: begin anew."""
+        self.close()
