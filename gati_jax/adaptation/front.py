@@ -27,6 +27,8 @@ class Ticket:
     """The probability with which the base's answer is to be computed if it hits; fixed before it came."""
     look: bool
     """What the coin said, whoever answers."""
+    version: int
+    """The monitor's, as it came: what an older cascade has answered says nothing of the present one."""
     key: bytes = b""
     features: Float32[np.ndarray, " features"] | None = None
     point_class: int = -1

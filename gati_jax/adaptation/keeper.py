@@ -133,7 +133,7 @@ class Keeper:
             now: Seconds of a clock that never falls.
         """
         q = self.monitor.q
-        ticket = Ticket(self._numbers, image, q, look=bool(q >= 1 or self._random.random() < q))
+        ticket = Ticket(self._numbers, image, q, look=bool(q >= 1 or self._random.random() < q), version=self.monitor.version)
         self._numbers += 1
         self._pending[ticket.number] = None
         self.front.ask(ticket, now)
@@ -218,9 +218,10 @@ class Keeper:
             p.class_index if p.exit < 0 else UNKNOWN,
         )
         q = 1.0 if p.exit in (self.depth, REPEATED) else ticket.q
-        alarm = self.monitor.watch(Observed(p.exit, p.score, p.class_index, q, p.base_class))
-        if alarm is not None:
-            self._alarm(alarm)
+        if ticket.version == self.monitor.version:
+            alarm = self.monitor.watch(Observed(p.exit, p.score, p.class_index, q, p.base_class))
+            if alarm is not None:
+                self._alarm(alarm)
         if self.front.points is not None and p.exit != REPEATED:
             wrong = known and p.base_class != p.class_index
             seen = Seen(ticket.point_score, known and p.base_class != ticket.point_class, wrong, q, known)

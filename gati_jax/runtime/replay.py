@@ -62,7 +62,7 @@ def replay(
     else:
         selectors = tuple(jax.tree.map(lambda v: v[None], item.params["selector"]) for item in items)
         fold = np.zeros(len(rows), np.int32)
-    answers, classes, scores = _said(chain, items, selectors, images, fold, batch=batch, pause=pause)
+    answers, classes, scores, _ = _said(chain, items, selectors, images, fold, batch=batch, pause=pause)
     return ReplayTable(
         names=tuple(c.name for c in items),
         sites=tuple(c.site for c in items),
@@ -82,6 +82,7 @@ class Said(NamedTuple):
     answers: Int[np.ndarray, " n"]
     classes: Int[np.ndarray, "candidates n"]
     scores: Float[np.ndarray, "candidates n"]  # never out of fold
+    logits: Float[np.ndarray, "classes n"]  # of the base
 
 
 def hear(
@@ -190,7 +191,9 @@ def _logits_batch(
 @reference
 def _replay_batch(
     chain: Chain, items: tuple[Candidate, ...], selectors: tuple[PyTree, ...], images: Array, fold: Int[Array, " batch"]
-) -> tuple[Int[Array, " batch"], Int[Array, "candidates batch"], Float[Array, "candidates batch"]]:
+) -> tuple[
+    Int[Array, " batch"], Int[Array, "candidates batch"], Float[Array, "candidates batch"], Float[Array, "classes batch"]
+]:
     sites, logits = chain.activations(chain.prepare(images))
     classes, scores = [], []
     by_name = {item.name: item for item in items}
@@ -208,4 +211,5 @@ def _replay_batch(
         jnp.argmax(logits, -1),
         jnp.stack(classes) if items else none.astype(jnp.int32),
         jnp.stack(scores) if items else none,
+        logits.T,
     )

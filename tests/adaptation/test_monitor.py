@@ -114,8 +114,8 @@ def test_one_alarm_a_version_and_the_next_needs_more():
 
 
 def test_all_versions_share_delta():
-    levels = [QUIET.level(j) for j in range(1, 200_000)]
-    assert 0.9999 * QUIET.delta < sum(levels) < QUIET.delta
+    levels = [QUIET.level(j) for j in range(1, 20_000)]
+    assert 0.999 * QUIET.delta < sum(levels) < QUIET.delta
 
 
 def test_whoever_cannot_be_cleared_is_guilty():
@@ -131,8 +131,18 @@ def test_whoever_cannot_be_cleared_is_guilty():
             break
     assert alarm is not None
     worst = beta.ppf(1 - 0.05 / DEPTH, 1, monitor.report.requests)
-    assert 3 * worst < 0.1
+    assert 3 * worst < 0.1  # the other three, at their worst
     assert alarm.guilty == (2,)
+
+
+def test_whoever_was_seen_to_disagree_is_guilty_however_long_it_was_good():
+    monitor, alarm = Monitor(MonitorConfig(stir=False, epsilon=0.1, attention=10**6), DEPTH), None
+    monitor.watch(hit(0.02, site=0, looked=True, agrees=False))
+    for i in range(3000):
+        monitor.watch(hit(1.0, site=i % 4, looked=True))
+    while not alarm:
+        alarm = monitor.watch(hit(1.0, site=3, looked=True, agrees=False))
+    assert alarm.guilty == (0, 3)
 
 
 def test_few_requests_clear_nobody_but_the_base_s_own_answers():
