@@ -1,9 +1,18 @@
 """Adaptation: what keeps a served bundle true to its traffic."""
 
+from .background import Background as Background
+from .background import BackgroundConfig as BackgroundConfig
+from .front import Front as Front
+from .front import Ticket as Ticket
+from .keeper import Event as Event
+from .keeper import Keeper as Keeper
+from .keeper import KeeperConfig as KeeperConfig
+from .keeper import Served as Served
 from .monitor import Alarm as Alarm
 from .monitor import Monitor as Monitor
 from .monitor import MonitorConfig as MonitorConfig
 from .monitor import Watched as Watched
+from .observed import POINTS as POINTS
 from .observed import REPEATED as REPEATED
 from .observed import Observed as Observed
 from .pace import Pace as Pace
@@ -11,10 +20,14 @@ from .points import Found as Found
 from .points import Points as Points
 from .points import PointsConfig as PointsConfig
 from .points import threshold_for as threshold_for
+from .points_trial import PointsTrialConfig as PointsTrialConfig
 from .repeats import Asked as Asked
 from .repeats import Repeats as Repeats
 from .repeats import RepeatsConfig as RepeatsConfig
 from .sequential import SequentialCertifier as SequentialCertifier
+from .simulate import Mechanisms as Mechanisms
+from .simulate import Replayed as Replayed
+from .simulate import simulate as simulate
 from .trace import Trace as Trace
 from .trace import load_trace as load_trace
 from .trace import save_trace as save_trace

@@ -40,10 +40,10 @@ class KeeperConfig:
     """What is promised and kept; None switches a layer off."""
 
     monitor: MonitorConfig
-    window: WindowConfig = WindowConfig()
-    repeats: RepeatsConfig | None = RepeatsConfig()
-    points: PointsConfig | None = PointsConfig()
-    points_trial: PointsTrialConfig = PointsTrialConfig()
+    window: WindowConfig = dataclasses.field(default_factory=WindowConfig)
+    repeats: RepeatsConfig | None = dataclasses.field(default_factory=RepeatsConfig)
+    points: PointsConfig | None = dataclasses.field(default_factory=PointsConfig)
+    points_trial: PointsTrialConfig = dataclasses.field(default_factory=PointsTrialConfig)
     seed: int = 0
 
 
@@ -133,7 +133,9 @@ class Keeper:
             now: Seconds of a clock that never falls.
         """
         q = self.monitor.q
-        ticket = Ticket(self._numbers, image, q, look=bool(q >= 1 or self._random.random() < q), version=self.monitor.version)
+        ticket = Ticket(
+            self._numbers, image, q, look=bool(q >= 1 or self._random.random() < q), version=self.monitor.version
+        )
         self._numbers += 1
         self._pending[ticket.number] = None
         self.front.ask(ticket, now)
@@ -181,8 +183,7 @@ class Keeper:
         self._advance()
 
     def lost(self, ticket: Ticket) -> None:
-        """A request was never answered, or its base answer never came: the former counts nothing, the latter as if
-        nobody had looked."""
+        """Give up on a request that was never answered, or on its base answer, as if nobody had looked."""
         pending = self._pending[ticket.number]
         if pending is None:
             del self._pending[ticket.number]
@@ -249,7 +250,10 @@ class Keeper:
             thresholds = np.where(guilty, np.float32(np.inf), self.served.thresholds)
             self.served = Served(self.served.caches, thresholds)
             self.closed_at = self.window.count
-            self._tell("closed", f"{', '.join(c.name for c, off in zip(self.served.caches, closing, strict=True) if off)}: {why}")
+            self._tell(
+                "closed",
+                f"{', '.join(c.name for c, off in zip(self.served.caches, closing, strict=True) if off)}: {why}",
+            )
             self._changed(self.served)
 
     def adopt(self, served: Served, text: str) -> None:
@@ -286,6 +290,6 @@ class Keeper:
 
 
 def standing(bundle: Bundle) -> Served:
-    """Return what a bundle's default plan serves; closed caches are left in, so that its structure is every version's."""
+    """Return what a bundle's default plan serves; closed caches are left in, for versions are to be of one structure."""
     thresholds = np.asarray(bundle.plan.thresholds(bundle.certificate.step), np.float32)
     return Served(choose(bundle.caches, bundle.plan.names), thresholds)

@@ -192,7 +192,10 @@ def _logits_batch(
 def _replay_batch(
     chain: Chain, items: tuple[Candidate, ...], selectors: tuple[PyTree, ...], images: Array, fold: Int[Array, " batch"]
 ) -> tuple[
-    Int[Array, " batch"], Int[Array, "candidates batch"], Float[Array, "candidates batch"], Float[Array, "classes batch"]
+    Int[Array, " batch"],
+    Int[Array, "candidates batch"],
+    Float[Array, "candidates batch"],
+    Float[Array, "classes batch"],
 ]:
     sites, logits = chain.activations(chain.prepare(images))
     classes, scores = [], []
