@@ -12,6 +12,7 @@ What that asks of who serves:
 - Requests are watched in an order that does not depend on what was seen of them: that of their answers, say. A
   shadowed hit whose base answer is still being computed holds back those behind it. ``in_flight`` requests may be
   answered under an older q than the monitor's; until they are through, it bets as in quiet.
+- After ``next_version``, requests that the cascade before still answered are not watched.
 
 Attention: in quiet a share ``quiet_q`` of the hits is looked at. Once one of them is seen to disagree, or the traffic
 stirs, every hit is, until ``attention`` requests in a row showed nothing. That decides how soon an alarm comes, not
@@ -168,10 +169,11 @@ class Monitor:
         if roused or self._attentive:
             self._attend(roused=roused)
             self._episode += 1
-            if seen or (base_class is None and 0 <= site < self.depth):  # repeats are the base's answers
-                self._doubtful[site] += 1
+            if hit and base_class is None:
+                self._unknown[site] += 1
         if seen:
             count[1] += 1
+            self._blamed.add(site)
             self._bounded = self._bounded and q >= probability
         if self._alarmed:
             return None
@@ -211,18 +213,23 @@ class Monitor:
 
     def _begin_episode(self) -> None:
         self._episode = 0  # requests since q went up
-        self._doubtful = [0] * (self.depth + 1)  # of those, by exit: who disagreed, or was not looked at
+        self._unknown = [0] * (self.depth + 1)  # of those, by exit: hits that were not looked at
+        self._blamed: set[int] = set()  # exits that were seen to disagree
 
     def _guilty(self) -> tuple[int, ...]:
-        """Return the sites that cannot be cleared: those cleared may together, at their worst, disagree by epsilon.
+        """Return the sites that cannot be cleared.
 
-        A site's worst is the upper confidence bound on the share of requests that leave there and disagree, from the
-        requests since q went up. Few requests clear nothing. This says whom to blame; the guarantee does not rest on
-        it, for what stays open is watched on.
+        Those that were seen to disagree since q went up cannot: an alarm comes with one of them, so it names one. Of
+        the others, those are cleared that together, at their worst, disagree by epsilon at most. A site's worst is the
+        upper confidence bound on the share of requests that leave there unseen. Few requests clear nothing. This says
+        whom to blame; the guarantee does not rest on it, for what stays open is watched on.
         """
         n, risk = self._episode, self.config.delta / self.depth
-        doubtful = self._doubtful[: self.depth]
-        worst = [float(beta.ppf(1 - risk, k + 1, n - k)) if k < n else 1.0 for k in doubtful]
-        order = sorted(range(self.depth), key=worst.__getitem__)
+        worst = {
+            site: float(beta.ppf(1 - risk, k + 1, n - k)) if k < n else 1.0
+            for site, k in enumerate(self._unknown[: self.depth])
+            if site not in self._blamed
+        }
+        order = sorted(worst, key=worst.__getitem__)
         cleared = sum(total <= self.config.epsilon for total in itertools.accumulate(worst[site] for site in order))
-        return (*([REPEATED] if self._doubtful[REPEATED] else []), *sorted(order[cleared:]))
+        return tuple(sorted(self._blamed.union(order[cleared:])))

@@ -24,7 +24,6 @@ import math
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.special import logsumexp
 
 from gati_jax._errors import InputError
 
@@ -45,7 +44,18 @@ class SequentialCertifier:
         (0, False)
     """
 
-    __slots__ = ("_log_capital", "_shares", "certified", "delta", "epsilon", "losses", "maximum", "n", "steps")
+    __slots__ = (
+        "_log_capital",
+        "_reached",
+        "_shares",
+        "certified",
+        "delta",
+        "epsilon",
+        "losses",
+        "maximum",
+        "n",
+        "steps",
+    )
 
     def __init__(self, steps: int, epsilon: float, delta: float, *, maximum: int = MAXIMUM) -> None:
         """Start without any request.
@@ -69,6 +79,7 @@ class SequentialCertifier:
         """Seen so far, by step."""
         self.certified = -1
         """The farthest certified step; -1 where none is."""
+        self._reached: Bool[np.ndarray, " steps"] = np.zeros(steps, bool)
         self._shares = np.array(SHARES)[:, None]
         self._log_capital: Float[np.ndarray, "bets steps"] = np.full((len(SHARES), steps), -math.log(len(SHARES)))
 
@@ -104,13 +115,9 @@ class SequentialCertifier:
         kept = np.log1p(-q * self._shares * self.epsilon) - math.log1p(-q * self.epsilon)
         with np.errstate(divide="ignore"):  # a bet on no loss at all is lost with the first
             self._log_capital += np.where(losses, np.log(self._shares), kept)
-        if not losses.all():  # else no capital has risen
-            self._walk()
+        self._reached |= self.log_capital() >= -math.log(self.delta)
+        self.certified = self.steps - 1 if self._reached.all() else int(self._reached.argmin()) - 1
 
     def log_capital(self) -> Float[np.ndarray, " steps"]:
         """Return the logarithm of each step's capital; 0 before the first request."""
-        return np.asarray(logsumexp(self._log_capital, axis=0))
-
-    def _walk(self) -> None:
-        reached = self.log_capital()[self.certified + 1 :] >= -math.log(self.delta)
-        self.certified += len(reached) if reached.all() else int(reached.argmin())
+        return np.logaddexp.reduce(self._log_capital, axis=0)

@@ -8,7 +8,7 @@ the disagreement: it only makes the monitor look more closely. Nothing that the 
 import importlib
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from gati_jax._errors import InputError
 
@@ -18,6 +18,7 @@ CONFIDENCE = 0.002  # ADWIN's own default: the chance that it finds a change whe
 SCORE_RANGE = 50.0  # selectors' scores beyond are as sure as can be; one wild score may not fill a window
 
 
+@runtime_checkable
 class ChangeTest(Protocol):
     """What is asked of a test for changes of a mean; river's are such."""
 
