@@ -1,7 +1,6 @@
 """A trial on made-up requests, whose certified step is found again by a plain computation."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +10,10 @@ from gati_jax._plans import check_plans
 from gati_jax.adaptation import SequentialCertifier, Trial, TrialConfig
 from gati_jax.planning import SEQUENTIAL, Certificate, Plan, trial_level
 from gati_jax.runtime import Said
+from tests.bundle.made import cache
 
-CACHES = (SimpleNamespace(name="a", site=1), SimpleNamespace(name="b", site=2))
+RNG = np.random.default_rng(0)
+CACHES = (cache(RNG, "a", 1), cache(RNG, "b", 2))
 THRESHOLDS = ([math.inf, math.inf], [math.inf, 3.0], [3.0, 3.0], [1.0, 3.0])
 
 
@@ -53,10 +54,8 @@ def test_it_walks_as_far_as_a_plain_loop_does():
     assert trial.n == 3000, "the loose step disagrees on 15 %: undecided to the end"
     plain = SequentialCertifier(3, 0.02, trial_level(0.1, 2))
     for i in range(3000):
-        a, b = said.scores[:, i]
-        wrong = bool(said.classes[0, i])
+        a, wrong = said.scores[0, i], bool(said.classes[0, i])
         plain.add(np.array([False, wrong and a >= 3, wrong and a >= 1]))
-        del b
     assert trial.step == plain.certified + 1 == 2
     assert trial.verdict == "certified"
 
