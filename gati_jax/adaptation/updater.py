@@ -52,7 +52,7 @@ DEFAULT_CONFIG = UpdateConfig()
 def refit_caches(
     bundle: Bundle,
     images: Images,
-    later: Images,
+    later: Shaped[np.ndarray, "m ..."],
     *,
     config: UpdateConfig = DEFAULT_CONFIG,
     pause: Pause | None = None,

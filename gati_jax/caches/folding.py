@@ -50,9 +50,9 @@ def unfold_standardize(
     if not isinstance(predictor, _KINDS) or predictor.standardize:
         return predictor, variables
     standardized = predictor.clone(standardize=True)
-    statistics = dict(standardized.init(jax.random.key(0), activation)["statistics"])
+    statistics: dict[str, Any] = dict(standardized.init(jax.random.key(0), activation)["statistics"])
     behind, params = _first_layer(standardized), variables["params"]
-    layer = unfold_from(params[behind], statistics["standardize"])
+    layer = unfold_from(params[behind], dict(statistics["standardize"]))
     return standardized, {"params": {**params, behind: layer}, "statistics": statistics}
 
 

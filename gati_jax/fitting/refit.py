@@ -79,7 +79,7 @@ def refit(
         select_fold=fold,
         fit_rows=fit_rows,
         dtype=str(images.dtype),
-        epochs=config.epochs if heads else None,
+        epochs=float(config.epochs) if heads else None,
     )
 
 

@@ -1,0 +1,130 @@
+"""A trial on made-up requests, whose certified step is found again by a plain computation."""
+
+import math
+
+import numpy as np
+import pytest
+
+from gati_jax import InputError
+from gati_jax._plans import check_plans
+from gati_jax.adaptation import SequentialCertifier, Trial, TrialConfig
+from gati_jax.planning import SEQUENTIAL, Certificate, Plan, trial_level
+from gati_jax.runtime import Said
+from tests.bundle.made import cache
+
+RNG = np.random.default_rng(0)
+CACHES = (cache(RNG, "a", 1), cache(RNG, "b", 2))
+THRESHOLDS = ([math.inf, math.inf], [math.inf, 3.0], [3.0, 3.0], [1.0, 3.0])
+
+
+def make_plan(path=THRESHOLDS) -> Plan:
+    steps = len(path)
+    return Plan(
+        names=("a", "b"),
+        sites=(1, 2),
+        depth=3,
+        path=np.array(path, np.float32),
+        disagreement=np.zeros(steps),
+        mean_ms=np.linspace(3, 1, steps),
+        n=2,
+        rows=np.array([7, 8], np.uint64),
+    )
+
+
+def requests(n: int, wrong: float, seed: int = 0) -> Said:
+    """The base says 0. Cache b is right on what it is sure of; cache a is wrong on a share of scores from 1 to 3."""
+    rng = np.random.default_rng(seed)
+    scores = rng.uniform(0, 4, (2, n)).astype(np.float32)
+    bad = (scores[0] >= 1) & (scores[0] < 3) & (rng.random(n) < wrong)
+    return Said(np.zeros(n, np.int32), np.stack([bad, np.zeros(n, bool)]).astype(np.int32), scores)
+
+
+def part(said: Said, rows: slice) -> Said:
+    return Said(said.answers[rows], said.classes[:, rows], said.scores[:, rows])
+
+
+def make_trial(**config) -> Trial:
+    config = {"epsilon": 0.02, "delta": 0.1, "gap": 10, "enough": 1.0, **config}
+    return Trial(CACHES, make_plan(), version=2, after=99, config=TrialConfig(**config))
+
+
+def test_it_walks_as_far_as_a_plain_loop_does():
+    said, trial = requests(3000, wrong=0.3), make_trial(most=3000)
+    trial.add(np.arange(110, 3110), np.arange(3000, dtype=np.uint64), said)
+    assert trial.n == 3000, "the loose step disagrees on 15 %: undecided to the end"
+    plain = SequentialCertifier(3, 0.02, trial_level(0.1, 2))
+    for i in range(3000):
+        a, wrong = said.scores[0, i], bool(said.classes[0, i])
+        plain.add(np.array([False, wrong and a >= 3, wrong and a >= 1]))
+    assert trial.step == plain.certified + 1 == 2
+    assert trial.verdict == "certified"
+
+
+def test_parts_give_what_the_whole_gives():
+    said, rows = requests(900, wrong=0.0), np.arange(900, dtype=np.uint64)
+    whole, parts = make_trial(), make_trial()
+    whole.add(np.arange(900) + 110, rows, said)
+    for start in range(0, 900, 7):
+        here = slice(start, start + 7)
+        parts.add(np.arange(900)[here] + 110, rows[here], part(said, here))
+    assert parts.certificate() == whole.certificate()
+    assert whole.n < 900, "it stops when enough is certified"
+
+
+def test_the_gap_is_left_out():
+    said, trial = requests(50, wrong=1.0), make_trial()
+    trial.add(np.arange(100, 150), np.arange(50, dtype=np.uint64), said)
+    assert trial.n == 40
+    with pytest.raises(InputError, match="rising numbers behind 149"):
+        trial.add(np.arange(149, 150), np.zeros(1, np.uint64), part(said, slice(1)))
+    with pytest.raises(InputError, match="rising"):
+        trial.add(np.array([151, 150]), np.zeros(2, np.uint64), part(said, slice(2)))
+
+
+def test_what_is_not_certified_opens_nothing():
+    trial = make_trial(most=150)
+    assert trial.add(np.arange(200, 400), np.arange(200, dtype=np.uint64), requests(200, wrong=0.0)) == "empirical"
+    certificate = trial.certificate()
+    assert (certificate.step, certificate.certified, certificate.n) == (-1, False, 150)
+
+
+def test_the_certificate_is_one_of_the_plan_and_of_these_rows():
+    said, trial = requests(900, wrong=0.0), make_trial()
+    trial.add(np.arange(900) + 110, np.arange(900, dtype=np.uint64) // 2, said)
+    certificate = trial.certificate("1%")
+    check_plans(((trial.plan, certificate),))
+    assert (certificate.method, certificate.version, certificate.name) == (SEQUENTIAL, 2, "1%")
+    assert certificate.disagreements == 0
+    assert certificate.repeated == certificate.n // 2
+    # log(1 / level) / log(1 / (1 - epsilon)) requests that agree are the least that can do.
+    assert certificate.n >= math.log(certificate.level) / math.log(1 - 0.02)
+
+
+def certificate(**changes) -> Certificate:
+    fields = {"epsilon": 0.02, "delta": 0.1, "step": 1, "n": 1000, "disagreements": 3, "p_value": 0.01}
+    fields |= {"method": SEQUENTIAL, "version": 2, "plan_hash": "x", "data_fingerprint": "y", **changes}
+    return Certificate(**fields)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"version": 0},
+        {"looks": 2},
+        {"plans": 2},
+        {"p_value": 0.02},  # above 6 * 0.1 / (2 pi)^2 = 0.0152
+        {"n": 200, "p_value": 0.01},  # 0.98^197 = 0.0187: no capital grows so far
+        {"method": "fixed-sequence testing, exact binomial"},
+    ],
+)
+def test_a_sequential_certificate_that_cannot_be_is_refused(changes):
+    assert certificate().certified
+    with pytest.raises(InputError):
+        certificate(**changes)
+
+
+def test_a_path_of_the_base_alone_has_no_trial():
+    with pytest.raises(InputError, match="steps"):
+        Trial(CACHES, make_plan(THRESHOLDS[:1]), version=1, after=0, config=TrialConfig(epsilon=0.1))
+    with pytest.raises(InputError, match="caches"):
+        Trial(CACHES[:1], make_plan(), version=1, after=0, config=TrialConfig(epsilon=0.1))
