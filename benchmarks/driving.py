@@ -118,7 +118,7 @@ async def open_loop(
         await asyncio.sleep(max(0.0, at - log.now()))  # at least a turn of the loop, so that others get on
         tasks.append(asyncio.create_task(log.one(row, at)))
     await log.finish(tasks, patience)
-    return Run(log.records, float(trace.times[-1]), cpu() - busy, log.error)
+    return Run(log.records, float(trace.seconds[-1]), cpu() - busy, log.error)
 
 
 async def closed_loop(

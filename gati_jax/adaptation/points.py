@@ -111,7 +111,7 @@ class Points:
         n = len(keys)
         if not self._size:
             return Found(np.full(n, _NOTHING, np.int32), np.full(n, -np.inf, np.float32), np.zeros(n, np.int64))
-        nearest = np.argmin(self._norms[: self._size] - 2 * (keys @ self._keys[: self._size].T), axis=1)
+        nearest = np.argmin(self._norms[: self._size, None] - 2 * (self._keys[: self._size] @ keys.T), axis=0)
         apart = np.sqrt(np.square(keys - self._keys[nearest]).sum(1))
         score = np.log(self._margins[nearest] / (apart + np.float32(_REPEAT)))
         near = apart <= self.config.radius

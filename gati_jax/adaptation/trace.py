@@ -20,7 +20,7 @@ import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,7 +38,7 @@ _MOST_HEADER_BYTES = 2**20
 _CHUNK = 2**20  # bytes read at once
 _MAGIC = b"\x93NUMPY\x01\x00"
 _ARRAY_HEADER = re.compile(
-    rb"\{'descr': '([!-&(-~]{1,20})', 'fortran_order': False, 'shape': \((\d{1,18}, ?(?:\d{1,18}(?:, )?)*|)\), \} *\n"
+    rb"\{'descr': '([!-&(-~]{1,20})', 'fortran_order': False, 'shape': \(([\d, ]{0,100})\), \} {0,100}\n"
 )
 _DAMAGED = (ValueError, EOFError, zlib.error, zipfile.BadZipFile)
 _UNREADABLE = (OSError, RuntimeError)  # offsets nowhere; an encrypted member, or one packed in an unknown way
@@ -187,7 +187,7 @@ def _member(archive: zipfile.ZipFile, name: str, most_bytes: int) -> Shaped[np.n
     dtype, ndim = _FORMS[name]
     info = archive.getinfo(f"{name}.npy")
     with archive.open(info) as file:
-        found, shape = _array_header(file)
+        found, shape = _array_header(file.read)
         if found != dtype or len(shape) != ndim:
             raise ValueError(f"{name} is {found}{list(shape)}, not {dtype} of {ndim} dimensions")
         expected = np.dtype(dtype)
@@ -197,20 +197,20 @@ def _member(archive: zipfile.ZipFile, name: str, most_bytes: int) -> Shaped[np.n
             raise ValueError(f"{name} has {size} bytes, over {most}")
         if info.file_size - file.tell() != size:
             raise ValueError(f"{name} has {info.file_size - file.tell()} bytes, not the {size} of {list(shape)}")
-        values = np.empty(shape, expected)
-        into = memoryview(values.reshape(-1).view(np.uint8))
+        content = bytearray(size)
+        into = memoryview(content)
         for start in range(0, size, _CHUNK):
             into[start : start + _CHUNK] = file.read(min(_CHUNK, size - start))  # refuses to be given less
         file.read()  # to the end, where the checksum is compared
-    return values
+    return np.frombuffer(content, expected).reshape(shape)
 
 
-def _array_header(file: zipfile.ZipExtFile) -> tuple[str, tuple[int, ...]]:
+def _array_header(read: Callable[[int], bytes]) -> tuple[str, tuple[int, ...]]:
     """Return type and shape; NumPy's own reader would evaluate the text."""
-    if file.read(len(_MAGIC)) != _MAGIC:
+    if read(len(_MAGIC)) != _MAGIC:
         raise ValueError("a member is no array of NumPy's format 1.0")
-    length = int.from_bytes(file.read(2), "little")
-    match = _ARRAY_HEADER.fullmatch(file.read(length))
+    length = int.from_bytes(read(2), "little")
+    match = _ARRAY_HEADER.fullmatch(read(length))
     if match is None:
         raise ValueError("an array's header is not as NumPy writes it, rows before columns")
     return match[1].decode("ascii"), tuple(int(one) for one in match[2].split(b",") if one.strip())

@@ -21,8 +21,8 @@ def test_it_knows_what_the_latest_few_were_answered(actions, capacity, often):
     for action, number, passed in actions:
         now += passed
         key = layer.key(np.array([number], np.uint8))
+        mine = next((row for row in model if row[0] == number), [number, None, 0.0, 0])
         if action in {"ask", "store"}:
-            mine = next((row for row in model if row[0] == number), [number, None, 0.0, 0])
             model = ([row for row in model if row is not mine] + [mine])[-capacity:]
         if action == "ask":
             mine[3] += 1
