@@ -47,6 +47,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """Read a share of something, or a probability."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        msg = f"expected a number above 0 and at most 1, got {text}"
+        raise argparse.ArgumentTypeError(msg)
+    return value
+
+
 def folder(text: str) -> Path:
     """Read the name of a folder that may not exist yet."""
     if Path(text).exists() and not Path(text).is_dir():

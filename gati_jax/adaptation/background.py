@@ -14,10 +14,12 @@ import logging
 
 from gati_jax._errors import InputError
 from gati_jax.bundle import Bundle
+from gati_jax.caches import Candidate
+from gati_jax.planning import Plan
 
 from .keeper import Keeper, Served, standing
 from .trial import Trial, TrialConfig
-from .updater import DEFAULT_CONFIG, Pause, UpdateConfig, examine, refit_caches, replan, updated
+from .updater import DEFAULT_CONFIG, Pause, UpdateConfig, examine, home_of, refit_caches, replan, updated
 from .versions import Versions
 
 _log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ class Background:
             versions: Counts trials, and keeps what is swapped in.
             config: See ``BackgroundConfig``.
         """
-        self.home = self.bundle = bundle
+        self.home = self.bundle = home_of(bundle)
         self.keeper, self.versions, self.config = keeper, versions, config
         self.trial: Trial | None = None
         self._cursor = 0
@@ -76,10 +78,10 @@ class Background:
             needed = config.fit_rows + config.trial.gap + config.select_rows
             if count - max(closed_at, self.keeper.window.oldest_recent) < needed:
                 return False
-            caches, plan = self._refit(count, pause) or (None, None)
             self._refit_next = False
-            if caches is None or plan is None:
+            if (found := self._refit(count, pause)) is None:
                 return True
+            caches, plan = found
         else:
             caches, plan, count = standing(self.home).caches, self.home.plan, self.keeper.window.count
             self._refit_next = True
@@ -91,22 +93,22 @@ class Background:
         what = "home plan" if trial.plan is self.home.plan else "refitted heads"
         self.keeper.tell("trial", f"{trial.version}: {what}, {len(trial.plan.path) - 1} steps")
 
-    def _refit(self, count: int, pause: Pause | None):  # noqa: ANN202
+    def _refit(self, count: int, pause: Pause | None) -> tuple[tuple[Candidate, ...], Plan] | None:
+        """Refit on what has come up to ``count``; None where that comes to nothing."""
         config, window = self.config, self.keeper.window
         later = window.recent(count - config.select_rows, count)
         until = count - config.select_rows - config.trial.gap
         older = window.recent(until - config.fit_rows, until)
+        terms = {"epsilon": config.trial.epsilon, "delta": config.trial.delta, "config": config.update, "pause": pause}
         try:
             fitted = refit_caches(self.home, older.images, later.images, config=config.update, pause=pause)
-            plan = replan(
-                self.home, fitted, later.images, epsilon=config.trial.epsilon, delta=config.trial.delta,
-                config=config.update, pause=pause,
-            )  # fmt: skip
-        except InputError as error:  # too few distinct rows, or nothing that pays
+            plan = replan(self.home, fitted, later.images, **terms)
+        except InputError as error:  # too few distinct rows
             self.keeper.tell("refit", f"came to nothing: {error}")
             return None
-        self.keeper.tell("refit", f"{len(older.order)} requests; path of {len(plan.path) - 1} steps")
-        return tuple(fitted), plan
+        steps = len(plan.path) - 1
+        self.keeper.tell("refit", f"on {len(older.order)} requests: {steps} steps" if steps else "nothing pays")
+        return (tuple(fitted), plan) if steps else None
 
     def _examine(self, trial: Trial, pause: Pause | None) -> bool:
         window = self.keeper.window

@@ -32,6 +32,7 @@ from .observed import POINTS, REPEATED, Observed
 from .points import Points, PointsConfig
 from .points_trial import PointsTrial, PointsTrialConfig, Seen
 from .repeats import Repeats, RepeatsConfig
+from .updater import home_of
 from .window import UNKNOWN, Window, WindowConfig
 
 
@@ -117,7 +118,7 @@ class Keeper:
         self._numbers = 0
         self._pending: dict[int, _Pending | None] = {}
         self._next = 0
-        self.served = standing(bundle)
+        self.served = standing(home_of(bundle))
         self.closed_at: int | None = None
         """Requests watched when a cache was last closed; None while all that were certified are open."""
         if not (bundle.certificate.certified and bundle.certificate.epsilon <= config.monitor.epsilon):
@@ -290,6 +291,6 @@ class Keeper:
 
 
 def standing(bundle: Bundle) -> Served:
-    """Return what a bundle's default plan serves; closed caches are left in, for versions are to be of one structure."""
+    """Return what a bundle's default plan serves; closed caches stay in, for all versions are of one structure."""
     thresholds = np.asarray(bundle.plan.thresholds(bundle.certificate.step), np.float32)
     return Served(choose(bundle.caches, bundle.plan.names), thresholds)

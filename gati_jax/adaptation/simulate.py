@@ -21,7 +21,7 @@ from .background import Background, BackgroundConfig
 from .heard import Column, Heard
 from .keeper import Event, Keeper, KeeperConfig, standing
 from .trace import Trace
-from .updater import costs_of
+from .updater import costs_of, home_of
 from .versions import Versions
 
 _CHUNK = 512  # requests heard at once
@@ -143,7 +143,7 @@ class _Run:
             )
             if mechanisms.background is not None:
                 self.background = Background(bundle, self.keeper, versions, mechanisms.background)
-        self.served = self.keeper.served if self.keeper else standing(bundle)
+        self.served = self.keeper.served if self.keeper else standing(home_of(bundle))
         self.background_seconds, self.front_seconds = 0.0, 0.0
         self._free_at = 0.0  # when the background may go on
 
@@ -165,7 +165,7 @@ class _Run:
         if self.keeper is None:
             exit_, class_index, _ = self._cascade(item, column)
             return Done(exit_, class_index != base, shadow=False, ms=self._ms(exit_))
-        began = time.perf_counter()
+        began = time.thread_time()
         ticket = self.keeper.ask(self._images[item], now)
         if ticket.early is not None:
             exit_, class_index, ms = ticket.early.exit, ticket.early.class_index, 0.0
@@ -181,7 +181,7 @@ class _Run:
         if look:
             self.keeper.shadowed(ticket, column.logits[item], now)
             ms = self.full_ms if exit_ < 0 else self._ms(self._depth)
-        self.front_seconds += time.perf_counter() - began
+        self.front_seconds += time.thread_time() - began
         return Done(exit_, class_index != base, look, ms)
 
     def _cascade(self, item: int, column: Column) -> tuple[int, int, float]:

@@ -117,11 +117,16 @@ def replan(
 
 
 def costs_of(bundle: Bundle) -> CostTable:
-    """Return the bundle's costs for single requests on this device, or else any that it holds.
+    """Return the bundle's costs for single requests on this device, as it was tuned; or else any that it holds.
 
     Raises:
         InputError: It holds none.
     """
+    caches = {cache.name for cache in bundle.cascade.caches}
+    single = [tile for tuning in bundle.tunings if tuning.device == device_name() for tile in tuning.tiles[:1]]
+    for tile in single:
+        if tile.costs is not None and caches <= set(tile.costs.lookup_ms):
+            return tile.costs
     if not bundle.costs:
         msg = "costs: expected a bundle with measured costs, got one without"
         raise InputError(msg)
@@ -187,6 +192,26 @@ def updated(bundle: Bundle, trial: Trial, *, created: str = "") -> Bundle:
     return dataclasses.replace(
         bundle, caches=trial.caches, plan=trial.plan, certificate=certificate, also=(), provenance=provenance
     )
+
+
+def home_of(bundle: Bundle) -> Bundle:
+    """Return a bundle of its default plan alone, up to the certified step: what adaptation starts from and returns to.
+
+    Caches that are closed at that step are left out, and so is what the path would open beyond it.
+    """
+    plan_, step = bundle.plan, max(0, bundle.certificate.step)
+    names = [c.name for c in bundle.cascade.caches]
+    columns = [plan_.names.index(name) for name in names]
+    home = dataclasses.replace(
+        plan_,
+        names=tuple(names),
+        sites=tuple(plan_.sites[i] for i in columns),
+        path=plan_.path[: step + 1, columns],
+        disagreement=plan_.disagreement[: step + 1],
+        mean_ms=plan_.mean_ms[: step + 1],
+        origin=plan_.origin.take(names),
+    )
+    return dataclasses.replace(bundle, caches=bundle.cascade.caches, plan=home, also=())
 
 
 def standing_cascade(bundle: Bundle) -> Cascade:

@@ -1,0 +1,260 @@
+"""Replay a trace through a bundle that adapts to it: what it would have saved, and how often it would have been wrong.
+
+Nothing is served and no time is measured but the front's: the cost table says what computation takes. Stages:
+simulate each set of mechanisms -> summarise over windows -> adaptation.json and a figure over time.
+"""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+import gati_jax
+from gati_jax import InputError
+from gati_jax.adaptation import (
+    POINTS,
+    REPEATED,
+    BackgroundConfig,
+    KeeperConfig,
+    Mechanisms,
+    MonitorConfig,
+    PointsConfig,
+    RepeatsConfig,
+    Replayed,
+    Trace,
+    TrialConfig,
+    load_trace,
+    simulate,
+)
+from gati_jax.adaptation.heard import Heard
+
+from . import adaptation_figure, cli
+
+EXAMPLE = "python -m train.adapt --bundle runs/r56/bundle --trace runs/blur.npz --out runs/blur"
+WINDOW = 1000  # requests: what the promise of 2 epsilon is read over
+LAYERS = ("repeats", "points", "refit")
+
+
+class Named(NamedTuple):
+    """A set of mechanisms in the table."""
+
+    name: str
+    site_0: bool
+    mechanisms: Mechanisms
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    arguments = parser().parse_args(argv)
+    bundle = gati_jax.load_bundle(arguments.bundle)
+    trace = load_trace(arguments.trace)
+    if trace.images is None:
+        raise InputError(f"--trace: expected images in {arguments.trace}, got rows of a data set alone")
+    epsilon = arguments.epsilon or bundle.certificate.epsilon
+
+    # --- Simulate ---------------------------------------------------------------------------------------------------
+    heard = Heard(bundle.chain, trace.images)
+    folder = arguments.out / "versions"
+    runs = {}
+    for named in chosen(arguments, epsilon):
+        served = bundle if named.site_0 else without_site_0(bundle)
+        runs[named.name] = replayed(served, trace, named, folder=folder, heard=heard, quiet=arguments.json)
+
+    # --- Result -----------------------------------------------------------------------------------------------------
+    *_, last = runs.values()
+    result = {
+        "trace": {"file": arguments.trace.name, "n": len(trace), "items": len(trace.images), **dict(trace.about)},
+        "epsilon": epsilon,
+        "delta": arguments.delta,
+        "mechanisms": [summary(name, run) for name, run in runs.items()],
+        "windows": windows(trace, last, len(bundle.chain)),
+        "phases": phases(trace, last),
+        "events": [event._asdict() for event in last.events],
+        "versions": cli.versions(),
+        "seed": arguments.seed,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    cli.write_result(arguments.out / "adaptation.json", result)
+    adaptation_figure.draw(result, arguments.out / "adaptation.svg")
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        show(result)
+        print(f"written: {arguments.out / 'adaptation.json'}, {arguments.out / 'adaptation.svg'}")
+
+
+def parser() -> cli.Parser:
+    """Return what the command line may say."""
+    p = cli.parser("Replay a trace through a bundle that adapts to it.", EXAMPLE)
+    p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
+    p.add_argument("--trace", type=Path, required=True, metavar="FILE", help="written by benchmarks.traces")
+    p.add_argument("--epsilon", type=cli.share, metavar="E", help="to promise (default: as certified)")
+    p.add_argument("--delta", type=cli.share, default=0.05, metavar="D", help="risk of it (default: 0.05)")
+    p.add_argument("--without", nargs="+", choices=LAYERS, default=[], metavar="LAYER", help=", ".join(LAYERS))
+    p.add_argument("--share", type=cli.share, default=0.1, metavar="S", help="of the time, for trials and refits")
+    p.add_argument("--one", action="store_true", help="everything at once alone, not mechanism by mechanism")
+    p.add_argument("--seed", type=int, default=0)
+    return p
+
+
+def chosen(arguments: Any, epsilon: float) -> list[Named]:  # noqa: ANN401 (a namespace)
+    """Return the sets of mechanisms, each with one more than the one before."""
+    on = [layer for layer in LAYERS if layer not in arguments.without]
+
+    def keeper(*layers: str) -> KeeperConfig:
+        return KeeperConfig(
+            monitor=MonitorConfig(epsilon=epsilon, delta=arguments.delta),
+            repeats=RepeatsConfig() if "repeats" in layers else None,
+            points=PointsConfig() if "points" in layers else None,
+            seed=arguments.seed,
+        )
+
+    trial = TrialConfig(epsilon=epsilon, delta=arguments.delta)
+    whole = Mechanisms(
+        keeper=keeper(*on), background=BackgroundConfig(trial=trial, refit="refit" in on), share=arguments.share
+    )
+    every = Named("everything", site_0=True, mechanisms=whole)
+    if arguments.one:
+        return [every]
+    home = BackgroundConfig(trial=trial, refit=False)
+    table = [
+        Named("static caches behind the first block", site_0=False, mechanisms=Mechanisms(keeper=None)),
+        Named("+ site 0", site_0=True, mechanisms=Mechanisms(keeper=None)),
+        Named(
+            "+ monitor and trials",
+            site_0=True,
+            mechanisms=Mechanisms(keeper=keeper(), background=home, share=arguments.share),
+        ),
+    ]
+    if "points" in on:
+        points = Mechanisms(keeper=keeper("points"), background=home, share=arguments.share)
+        table.append(Named("+ stored points", site_0=True, mechanisms=points))
+    if "refit" in on:
+        refit = dataclasses.replace(whole, keeper=keeper(*(layer for layer in on if layer != "repeats")))
+        table.append(Named("+ refitted heads", site_0=True, mechanisms=refit))
+    if "repeats" in on:
+        table.append(Named("+ exact repeats", site_0=True, mechanisms=whole))
+    return table
+
+
+def without_site_0(bundle: gati_jax.Bundle) -> gati_jax.Bundle:
+    """Return the bundle with what its default plan has at the input switched off."""
+    path = bundle.plan.path.copy()
+    path[:, [i for i, site in enumerate(bundle.plan.sites) if site == 0]] = np.inf
+    return dataclasses.replace(bundle, plan=dataclasses.replace(bundle.plan, path=path))
+
+
+def replayed(
+    bundle: gati_jax.Bundle, trace: Trace, named: Named, *, folder: Path, heard: Heard, quiet: bool
+) -> Replayed:
+    """Simulate one set of mechanisms; versions of all but the last are thrown away."""
+    console = Console(stderr=True)
+    with (
+        Progress(console=console, disable=quiet or not console.is_terminal, transient=True) as bar,
+        tempfile.TemporaryDirectory(prefix="versions-") as scratch,
+    ):
+        task = bar.add_task(named.name, total=len(trace))
+        where = folder if named.name in ("everything", "+ exact repeats") else Path(scratch)
+        return simulate(
+            bundle,
+            trace,
+            named.mechanisms,
+            folder=where,
+            heard=heard,
+            progress=lambda done: bar.update(task, completed=done),
+        )
+
+
+def summary(name: str, run: Replayed) -> dict[str, Any]:
+    """Return a row of the table."""
+    worst = worst_window(run.wrong)
+    return {
+        "name": name,
+        "computation": run.full_ms / float(run.ms.mean()),
+        "disagreement": float(run.wrong.mean()),
+        "worst_window": worst,
+        "shadow_share": float(run.shadow.mean()),
+        "front_ms": run.front_ms,
+        "full_ms": run.full_ms,
+        "background_seconds": run.background_seconds,
+        "alarms": sum(event.kind == "alarm" for event in run.events),
+        "swaps": sum(event.kind == "swap" for event in run.events),
+    }
+
+
+def worst_window(wrong: np.ndarray) -> float:
+    """Return the largest share of disagreements in any WINDOW requests in a row."""
+    size = min(WINDOW, len(wrong))
+    total = np.concatenate([[0], np.cumsum(wrong)])
+    return float((total[size:] - total[:-size]).max() / size)
+
+
+def windows(trace: Trace, run: Replayed, depth: int) -> list[dict[str, Any]]:
+    """Return what happened in every WINDOW requests."""
+    found = []
+    for start in range(0, len(trace), WINDOW):
+        rows = slice(start, start + WINDOW)
+        exits, counts = np.unique(run.exit[rows], return_counts=True)
+        upper = run.upper[rows]
+        found.append(
+            {
+                "start": start,
+                "phase": trace.phases[trace.phase[start]],
+                "saved_share": 1 - float(run.ms[rows].mean()) / run.full_ms,
+                "disagreement": float(run.wrong[rows].mean()),
+                "bound": float(np.nanmin(upper)) if np.isfinite(upper).any() else None,
+                "shadow_share": float(run.shadow[rows].mean()),
+                "exits": {exit_name(e, depth): int(c) for e, c in zip(exits.tolist(), counts.tolist(), strict=True)},
+            }
+        )
+    return found
+
+
+def exit_name(exit_: int, depth: int) -> str:
+    """Return what an exit is called."""
+    return {POINTS: "points", REPEATED: "repeats", depth: "base"}.get(exit_, f"site {exit_}")
+
+
+def phases(trace: Trace, run: Replayed) -> list[dict[str, Any]]:
+    """Return what happened in every phase of the trace."""
+    found = []
+    for number, name in enumerate(trace.phases):
+        rows = trace.phase == number
+        if rows.any():
+            computation = run.full_ms / float(run.ms[rows].mean())
+            wrong = float(run.wrong[rows].mean())
+            found.append({"phase": name, "n": int(rows.sum()), "computation": computation, "disagreement": wrong})
+    return found
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Print the tables."""
+    keys = ("computation", "disagreement", "worst_window", "shadow_share", "alarms", "swaps")
+    rows: list[Sequence[Any]] = [
+        (
+            row["name"],
+            f"{row['computation']:.2f}x",
+            *(f"{row[key]:.2%}" for key in keys[1:4]),
+            row["alarms"],
+            row["swaps"],
+        )
+        for row in result["mechanisms"]
+    ]
+    title = f"{result['trace']['file']}: computation saved, at a promise of {result['epsilon']:.1%}"
+    cli.show(title, ("mechanisms", *keys), rows)
+    by_phase = [(p["phase"], p["n"], f"{p['computation']:.2f}x", f"{p['disagreement']:.2%}") for p in result["phases"]]
+    cli.show("With everything, phase by phase", ("phase", "requests", "computation", "disagreement"), by_phase)
+    for event in result["events"]:
+        print(f"{event['number']:>8} {event['kind']:<10} {event['text']}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
