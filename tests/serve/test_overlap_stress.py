@@ -1,4 +1,4 @@
-"""Steps that run on, under threads, cancellations, deadlines and failures: nobody is lost, mixed up, or keeps a slot."""
+"""Steps that run on, with threads, cancellations, deadlines, failures: nobody is lost, mixed up, or keeps a slot."""
 
 import queue
 import random
