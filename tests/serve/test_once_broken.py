@@ -1,4 +1,4 @@
-"""What a review found broken; every test here failed when it was written."""
+"""Bodies, endings and logs that once went wrong."""
 
 import http.client
 import json
