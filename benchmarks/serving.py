@@ -206,9 +206,7 @@ def show(result: Mapping[str, Any]) -> None:
     invalid = any(row["invalid_because"] for row in rows)
     for one in result["criteria"]:
         wanted = f"at least {one['least']}" if one["least"] else f"at most {one['most']}"
-        verdict = ("holds" if one["holds"] else "FAILS") + (
-            ", but not valid" if any(r["invalid_because"] for r in rows) else ""
-        )
+        verdict = ("holds" if one["holds"] else "FAILS") + (", but see below" if invalid else "")
         print(f"{verdict}: {one['what']}: {one['measured']:.2f} ({wanted})")
     for row in rows:
         for reason in row["invalid_because"]:
