@@ -203,9 +203,11 @@ def show(result: Mapping[str, Any]) -> None:
         (f"{at[0]['rate']:.0f}", *(f"{x['goodput']:.1f} ({x['goodput_share']:.1%})" for x in at)) for at in by_rate
     ]
     cli.show(f"goodput: answers within {result['slo_ms']:.1f} ms, a second", columns, lines)
+    invalid = any(row["invalid_because"] for row in rows)
     for one in result["criteria"]:
         wanted = f"at least {one['least']}" if one["least"] else f"at most {one['most']}"
-        print(f"{'holds' if one['holds'] else 'FAILS'}: {one['what']}: {one['measured']:.2f} ({wanted})")
+        verdict = ("holds" if one["holds"] else "FAILS") + (", but see below" if invalid else "")
+        print(f"{verdict}: {one['what']}: {one['measured']:.2f} ({wanted})")
     for row in rows:
         for reason in row["invalid_because"]:
             print(f"not valid, {row['contender']}: {reason}")

@@ -14,6 +14,7 @@ from .records import Answer, Job, Observer, OverloadedError, Runner, Statistics,
 from .scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
+_LEAST = 0.1  # seconds: an idle thread needs microseconds to end, and the machine may be busy
 
 
 class Engine:
@@ -115,7 +116,7 @@ class Engine:
             self._shared.stopping = True
             self._shared.wake.notify()
         if self._thread.ident is not None:
-            self._thread.join(timeout)
+            self._thread.join(None if timeout is None else max(timeout, _LEAST))
         return not self._thread.is_alive()
 
     def statistics(self) -> Statistics:

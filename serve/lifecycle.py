@@ -38,6 +38,8 @@ from .protocol.service import Backend, Service
 from .settings import Settings
 
 _log = logging.getLogger("serve")
+_REFUSING = 0.2  # seconds between the last request that is admitted and the sockets' closing
+_ENDING = 1.0  # seconds that a thread with nothing to do is given to end
 T = TypeVar("T")
 
 
@@ -104,14 +106,28 @@ async def _drain(settings: Settings, service: Service, backend: Backend, sockets
     service.drain()
     _log.info("stopping", extra={"grace": settings.grace, "drain": settings.drain})
     await asyncio.sleep(settings.grace)
+    service.close()
+    await asyncio.sleep(_REFUSING)
     until = time.monotonic() + settings.drain
     sockets.http.should_exit = True
+    hanging_up = asyncio.create_task(_hang_up(sockets.http))
     await asyncio.gather(sockets.serving, sockets.rpc.stop(settings.drain))
-    finished = await asyncio.to_thread(backend.engine.stop, max(0.0, until - time.monotonic()))
+    hanging_up.cancel()
+    finished = await asyncio.to_thread(backend.engine.stop, max(_ENDING, until - time.monotonic()))
     if not finished:
         _leave(1, "stopped before all that was admitted was answered")
     _log.info("stopped")
     return 0
+
+
+async def _hang_up(http: _HttpServer) -> None:
+    """Cut connections without a request on them: over TLS, closing them waits for the client's goodbye."""
+    while True:
+        await asyncio.sleep(_REFUSING)
+        for connection in list(http.server_state.connections):
+            cycle = getattr(connection, "cycle", None)
+            if cycle is None or cycle.response_complete:
+                connection.transport.abort()
 
 
 def _on_signals() -> asyncio.Event:

@@ -124,6 +124,7 @@ class Loop:
         with self._shared.wake:
             further = self._scheduler.overlap(running[-1].step, self._turnaround * 1e3)
         if further is not None:
+            self._result_at = None  # the device is busy: nothing to be learned of what it idles
             running.append(self._run(further))
 
     def _postprocess(self, running: collections.deque[_Dispatched]) -> None:
@@ -146,7 +147,7 @@ class Loop:
             leaving = [(job, answer) for job, answer in zip(step.jobs, answers, strict=True) if answer is not None]
             claimed = set(self._shared.claim([job for job, _ in leaving]))
             self._shared.count.update(answered=len(claimed), steps=1)
-            self._narrow(running)
+            self._narrow(running, now)
         if step.jobs:  # else all have left before
             self._tell(lambda observer: observer.step(step, now - since, failed=False))
         for job, answer in leaving:
@@ -154,13 +155,13 @@ class Loop:
                 job.done.set_result(answer)
                 self._tell(lambda observer, job=job, answer=answer: observer.answered(job, answer, now - job.arrived))
 
-    def _narrow(self, running: collections.deque[_Dispatched]) -> None:
-        """Take the oldest step out; a step that ran on from it keeps only the jobs that are still on their way."""
+    def _narrow(self, running: collections.deque[_Dispatched], now: float) -> None:
+        """Take the oldest step out; one that ran on from it keeps who is still on the way, and is timed from now on."""
         done = running.popleft().step
-        for i, (step, device, since, _) in enumerate(running):
+        for i, (step, device, _, _) in enumerate(running):
             if step.follows is done:
                 alive = [row for row, job in enumerate(step.jobs) if job.slot >= 0]
-                running[i] = _Dispatched(self._scheduler.narrow(step), device, since, alive)
+                running[i] = _Dispatched(self._scheduler.narrow(step), device, now, alive)
 
     def _answers(self, step: Step, result: StageResult) -> list[Answer | None]:
         """Return the answer of everyone who leaves, None for who goes on.
@@ -184,9 +185,12 @@ class Loop:
         with self._shared.wake:
             self._scheduler.fail(step)
             claimed = self._shared.claim(step.jobs)
-            self._shared.count.update(failed=len(claimed), steps=1, failed_steps=1)
-            self._narrow(running)
-        now = self._clock()
+            now = self._clock()
+            if step.jobs:  # else its jobs have failed, or left, already
+                self._shared.count.update(failed=len(claimed), steps=1, failed_steps=1)
+            self._narrow(running, now)
+        if not step.jobs:
+            return
         self._tell(lambda observer: observer.step(step, now - since, failed=True))
         exit_ = self._scheduler.routes[step.route].exits[step.stage]
         for job in claimed:

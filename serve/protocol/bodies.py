@@ -1,6 +1,7 @@
 """HTTP bodies: JSON, and behind it tensors as bytes (Triton's binary extension)."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 
 from starlette.types import Receive
@@ -11,7 +12,9 @@ from .requests import Request
 from .tensors import Incoming, Outgoing, to_bytes, to_json
 
 HEADER_LENGTH = "inference-header-content-length"
+MOST_NUMBERS = 2**20
 _SIZE = "binary_data_size"
+_COMMAS = 10_000  # beside those between numbers
 
 
 class GoneError(Exception):
@@ -51,7 +54,9 @@ async def read(receive: Receive, length: str | None, encoding: str | None, limit
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-def decode(body: bytes, header_length: str | None, *, model: str, version: str = "") -> Request:
+def decode(
+    body: bytes, header_length: str | None, *, model: str, version: str = "", most_numbers: int = MOST_NUMBERS
+) -> Request:
     """Take a request out of a body.
 
     Args:
@@ -59,17 +64,21 @@ def decode(body: bytes, header_length: str | None, *, model: str, version: str =
         header_length: The Inference-Header-Content-Length header: the bytes of the JSON, if it is not all.
         model: Who is asked.
         version: In which version; any, if empty.
+        most_numbers: In the JSON, roughly; more are refused before they are read, which would take seconds.
 
     Raises:
         RequestError: It is malformed.
     """
     text, rest = body, memoryview(b"")
     if header_length is not None:
-        if not (header_length.isascii() and header_length.isdecimal()) or int(header_length[:20]) > len(body):
+        if not re.fullmatch(r"[0-9]{1,12}", header_length) or int(header_length) > len(body):
             got = f"{header_length[:20]!r} with a body of {len(body)}"
             msg = f"Inference-Header-Content-Length: expected the bytes of the JSON, got {got}"
             raise RequestError(msg)
         text, rest = body[: int(header_length)], memoryview(body)[int(header_length) :]
+    if text.count(b",") > most_numbers + _COMMAS:
+        msg = f"inputs[0].data: expected at most {most_numbers} numbers, got more; images travel better as bytes"
+        raise RequestError(msg)
     message = parse_request(text)
     inputs = []
     for i, tensor in enumerate(message.inputs):

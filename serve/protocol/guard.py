@@ -24,7 +24,9 @@ def check_token(token: str | None, authorization: str | None) -> None:
     Raises:
         UnauthorizedError: It is not the server's.
     """
-    if token is not None and not hmac.compare_digest((authorization or "").encode(), f"Bearer {token}".encode()):
+    scheme, _, shown = (authorization or "").partition(" ")
+    right = hmac.compare_digest(shown.encode(), (token or "").encode())
+    if token is not None and not (right and scheme.lower() == "bearer"):
         msg = "authorization: expected 'Bearer' and this server's token"
         raise UnauthorizedError(msg)
 

@@ -138,7 +138,8 @@ class _Handlers:
             body = await self._read(receive, headers.get("content-length"), headers.get("content-encoding"))
             model, version = _asked(request)
             self._service.model.check(model, version)
-            asked = bodies.decode(body, headers.get(bodies.HEADER_LENGTH), model=model, version=version)
+            most, header = self._service.model.most_numbers, headers.get(bodies.HEADER_LENGTH)
+            asked = bodies.decode(body, header, model=model, version=version, most_numbers=most)
             async with _WhileConnected(receive):
                 answer = await self._service.infer(asked, request_id=logs.request_id.get())
         except bodies.GoneError:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -38,6 +39,11 @@ class Model:
     """What is certified, by plan; plans without a certificate that holds are left out."""
     max_rows: int
     """Images in a request."""
+
+    @property
+    def most_numbers(self) -> int:
+        """In the images of one request."""
+        return self.max_rows * math.prod(self.input_shape)
 
     @property
     def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -1,6 +1,7 @@
 """The protocol over gRPC."""
 
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from serve.metrics import Metrics
 from serve.records import ServeError
 
 from . import inference_pb2 as pb
+from .bodies import MOST_NUMBERS
 from .errors import NotReadyError, RequestError, refusal
 from .guard import check_token
 from .messages import Live, Parameter, Parameters, Ready
@@ -113,11 +115,16 @@ class _Methods:
         # Where the client leaves, grpc cancels this coroutine, and the service abandons the rows.
         self._service.model.check(request.model_name, request.model_version)
         remaining, request_id = context.time_remaining(), logs.request_id.get()
-        return encode(await self._service.infer(decode(request), remaining=remaining, request_id=request_id))
+        asked = decode(request, self._service.model.most_numbers)
+        return encode(await self._service.infer(asked, remaining=remaining, request_id=request_id))
 
 
-def decode(message: pb.ModelInferRequest) -> Request:
+def decode(message: pb.ModelInferRequest, most_numbers: int = MOST_NUMBERS) -> Request:
     """Take a request out of its message.
+
+    Args:
+        message: What came.
+        most_numbers: In the contents of a tensor.
 
     Raises:
         RequestError: Its parts do not fit together.
@@ -135,7 +142,11 @@ def decode(message: pb.ModelInferRequest) -> Request:
         if tensor.parameters:
             msg = f"{field}.parameters: expected none, got {min(tensor.parameters)[:100]!r}"
             raise RequestError(msg)
-        numbers = None if raw else list(getattr(tensor.contents, _CONTENTS.get(tensor.datatype, "bytes_contents")))
+        contents = () if raw else getattr(tensor.contents, _CONTENTS.get(tensor.datatype, "bytes_contents"))
+        if len(contents) > most_numbers:
+            msg = f"{field}.contents: expected at most {most_numbers} numbers, got {len(contents)}"
+            raise RequestError(msg)
+        numbers = None if raw else list(contents)
         inputs.append(
             Incoming(field, tensor.name, tensor.datatype, shape, raw=raw[i] if raw else None, numbers=numbers)
         )
@@ -193,7 +204,7 @@ def _guard(
         request_id = logs.identify(given.get("x-request-id"))
         logs.request_id.set(request_id)
         told = (("x-request-id", request_id),)
-        status = 499  # unless it gets to its end: the client has left
+        status, started = 499, time.perf_counter()  # unless it gets to its end: the client has left
         try:
             check_token(token, given.get("authorization"))
             reply = await method(_parse(kind, body), context)
@@ -209,6 +220,9 @@ def _guard(
             return reply
         finally:
             metrics.request("grpc", name, status)
+            if _log.isEnabledFor(logging.DEBUG):
+                ms = round((time.perf_counter() - started) * 1e3, 3)
+                _log.debug("request", extra={"path": name, "status": status, "ms": ms})
         await context.abort(_CODES.get(status, grpc.StatusCode.INVALID_ARGUMENT), message, told)
         raise AssertionError  # abort has raised
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gati_jax import __version__
-from serve.records import Answer, DeadlineError, Statistics, StepError
+from serve.records import Answer, DeadlineError, Statistics, StepError, StoppingError
 
 from .errors import NotReadyError, RequestError
 from .messages import ModelReady, ModelStatistics, Parameters, ServerMetadata
@@ -109,12 +109,17 @@ class Service:
         self.timeout = timeout
         self.draining = False
         self._backend: Backend | None = None
+        self._closed = False
         self._tally, self._clock = tally, clock
         self._names = [name.encode() for name in model.class_names] or [str(i).encode() for i in range(model.classes)]
 
     def warmed_up(self, backend: Backend) -> None:
         """Take requests from now on."""
         self._backend = backend
+
+    def close(self) -> None:
+        """Refuse what comes from now on, shortly before the sockets close: who is told so may ask another server."""
+        self._closed = True
 
     def drain(self) -> None:
         """Say that the server is going away; requests that come all the same are answered."""
@@ -186,6 +191,8 @@ class Service:
     ) -> tuple[Response, int, Times]:
         if self._backend is None:
             raise NotReadyError(_WARMING_UP)
+        if self._closed:
+            raise StoppingError("stopping: the server admits nothing more")
         engine, choose = self._backend
         self.model.check(request.model, request.version)
         epsilon, deadline_ms, seconds = wishes_of(request.parameters)
@@ -203,7 +210,7 @@ class Service:
             async with asyncio.timeout(seconds):
                 answers = await gather(futures)
         except TimeoutError:
-            msg = f"the deadline passed: no answer within {seconds * 1000:.0f} ms"
+            msg = f"the deadline passed: no answer within {seconds * 1000:.3g} ms"
             raise DeadlineError(msg) from None
         finally:
             if pending := [future for future in futures if not future.done()]:

@@ -66,6 +66,10 @@ def _from_bytes(tensor: Incoming, raw: bytes | memoryview) -> Shaped[np.ndarray,
 
 def _from_numbers(tensor: Incoming) -> Shaped[np.ndarray, "..."]:
     dtype, field = DTYPES[tensor.datatype], f"{tensor.field}.data"
+    if isinstance(tensor.numbers, list) and not _are_numbers(tensor.numbers, max(1, len(tensor.shape))):
+        what = "numbers" if dtype.kind == "f" else "whole numbers"
+        msg = f"{field}: expected {what} for {tensor.datatype}, flat or nested as the shape {list(tensor.shape)} says"
+        raise RequestError(msg)
     try:
         array = np.asarray(tensor.numbers)
     except (ValueError, TypeError, OverflowError, RecursionError):
@@ -85,6 +89,17 @@ def _from_numbers(tensor: Incoming) -> Shaped[np.ndarray, "..."]:
         raise RequestError(msg)
     with np.errstate(over="ignore"):  # becomes an infinity, which is refused
         return array.astype(dtype)
+
+
+def _are_numbers(values: list[Any], levels: int) -> bool:
+    """Return whether nothing but numbers is in a list of so many levels.
+
+    NumPy would give every element the width of the longest text among them: a body of 4 MB becomes an array of 4 GB.
+    """
+    kinds = set(map(type, values))
+    if kinds <= {int, float}:
+        return True
+    return kinds == {list} and levels > 1 and all(_are_numbers(row, levels - 1) for row in values)
 
 
 def to_bytes(tensor: Outgoing) -> bytes:

@@ -1,0 +1,131 @@
+"""Steps that run on, with threads, cancellations, deadlines, failures: nobody is lost, mixed up, or keeps a slot."""
+
+import queue
+import random
+import threading
+import time
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from serve import policy
+from serve.engine import Engine
+from serve.records import DeadlineError, OverloadedError, StageResult, Step, StepError
+from tests.serve.fake_runner import CLASSES, route
+
+CAPACITY = 12
+
+
+@dataclass
+class Device:
+    """Runs steps in the order of dispatch, in a thread; a slab keeps whose activation stands in a slot."""
+
+    routes: tuple
+    seed: int
+    failing: float
+    capacity: int = CAPACITY
+    jobs: queue.Queue = field(default_factory=queue.Queue)
+    wrong: list = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self.slabs: dict[tuple[int, int], np.ndarray | None] = {}
+        threading.Thread(target=self.work, daemon=True).start()
+
+    def dispatch(self, step: Step) -> "Future[StageResult]":
+        if self.random.random() < self.failing:
+            raise OSError("dispatch")
+        done: Future[StageResult] = Future()
+        images = [job.image for job in step.jobs] if step.stage == 0 else None
+        fails = self.random.random() < self.failing
+        self.jobs.put((done, step.stage, [job.slot for job in step.jobs], images, len(step.jobs), fails))
+        return done
+
+    def work(self) -> None:
+        while True:
+            done, stage, slots, images, count, fails = self.jobs.get()
+            if self.random.random() < 0.3:
+                time.sleep(self.random.random() * 3e-4)
+            if len(set(slots)) != count or min(slots) < 0:
+                self.wrong.append((stage, slots))
+            rows = images if stage == 0 else [self.slabs.get((stage, slot)) for slot in slots]
+            rows = [np.array([0, 0, -1]) if row is None else row for row in rows]
+            hit = np.array([row[0] <= stage for row in rows])
+            for slot, row, is_out in zip(slots, rows, hit, strict=True):
+                if not is_out and not fails:
+                    self.slabs[stage + 1, slot] = row
+                elif fails:
+                    self.slabs[stage + 1, slot] = None
+            if fails:
+                done.set_exception(OSError("result"))
+                continue
+            score = np.array([row[2] for row in rows], np.float64)
+            classes = np.array([int(row[1]) for row in rows])
+            done.set_result(StageResult(hit, classes, score, np.eye(CLASSES)[classes]))
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 3])
+@pytest.mark.parametrize("failing", [0.0, 0.05])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_nobody_is_lost_or_mixed_up(ahead, failing, seed, monkeypatch):  # noqa: C901, PLR0915 (one scenario)
+    monkeypatch.setattr(policy, "overlap_pays", lambda *_: True)
+    routes = (route(1.0, 1.0, 1.0, 1.0), route(1.0, 1.0, name="other"))
+    device = Device(routes, seed, failing)
+    engine = Engine(device, ahead=ahead, overlap=True)
+    engine.start()
+    tally = {"ok": 0, "cancelled": 0, "deadline": 0, "failed": 0, "submitted": 0, "wrong": 0}
+    lock = threading.Lock()
+
+    def client(number: int) -> None:
+        mine = random.Random(seed * 100 + number)
+        for i in range(250):
+            n, which = mine.randint(1, 3), mine.randint(0, 1)
+            ids = [number * 1e6 + i * 10 + k for k in range(n)]
+            images = np.array([[mine.randint(0, 3), int(one) % CLASSES, one] for one in ids])
+            deadline = time.monotonic() + mine.random() * 3e-3 if mine.random() < 0.1 else None
+            try:
+                futures = engine.submit(images, route=which, deadline=deadline)
+            except OverloadedError:
+                time.sleep(1e-4)
+                continue
+            if mine.random() < 0.15:
+                time.sleep(mine.random() * 1e-3)
+                engine.abandon(futures[: mine.randint(1, n)])
+            for image, future in zip(images, futures, strict=True):
+                kind = "ok"
+                try:
+                    answer = future.result(timeout=20)
+                    last = len(routes[which].exits) - 1
+                    expected = (int(image[1]), routes[which].exits[min(int(image[0]), last)], image[2])
+                    if (answer.class_index, answer.exit, answer.score) != expected:
+                        kind = "wrong"
+                except CancelledError:
+                    kind = "cancelled"
+                except DeadlineError:
+                    kind = "deadline"
+                except StepError:
+                    kind = "failed"
+                with lock:
+                    tally[kind] += 1
+                    tally["submitted"] += 1
+            if mine.random() < 0.3:
+                time.sleep(mine.random() * 1e-3)  # so that the queues are empty, and steps run on
+
+    threads = [threading.Thread(target=client, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert engine.stop(timeout=20)
+    now = engine.statistics()
+    assert not device.wrong
+    assert not tally["wrong"]
+    assert tally["failed"] == now.failed
+    assert (tally["ok"], tally["deadline"], tally["cancelled"]) == (now.answered, now.expired, now.abandoned)
+    assert now.slots_in_use == 0
+    assert not now.waiting
+    assert sorted(engine._shared.scheduler._free) == list(range(CAPACITY))
+    assert engine._shared.scheduler._running == []
+    assert bool(tally["failed"]) == bool(failing)
