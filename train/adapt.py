@@ -124,19 +124,18 @@ def chosen(arguments: Any, epsilon: float) -> list[Named]:  # noqa: ANN401 (a na
     every = Named("everything", site_0=True, mechanisms=whole)
     if arguments.one:
         return [every]
-    home = BackgroundConfig(trial=trial, refit=False)
+
+    def watched(*layers: str) -> Mechanisms:
+        home = BackgroundConfig(trial=trial, refit=False)
+        return Mechanisms(keeper=keeper(*layers), background=home, share=arguments.share)
+
     table = [
         Named("static caches behind the first block", site_0=False, mechanisms=Mechanisms(keeper=None)),
         Named("+ site 0", site_0=True, mechanisms=Mechanisms(keeper=None)),
-        Named(
-            "+ monitor and trials",
-            site_0=True,
-            mechanisms=Mechanisms(keeper=keeper(), background=home, share=arguments.share),
-        ),
+        Named("+ monitor and trials", site_0=True, mechanisms=watched()),
     ]
     if "points" in on:
-        points = Mechanisms(keeper=keeper("points"), background=home, share=arguments.share)
-        table.append(Named("+ stored points", site_0=True, mechanisms=points))
+        table.append(Named("+ stored points", site_0=True, mechanisms=watched("points")))
     if "refit" in on:
         refit = dataclasses.replace(whole, keeper=keeper(*(layer for layer in on if layer != "repeats")))
         table.append(Named("+ refitted heads", site_0=True, mechanisms=refit))
