@@ -36,11 +36,12 @@ def requests(n: int, wrong: float, seed: int = 0) -> Said:
     rng = np.random.default_rng(seed)
     scores = rng.uniform(0, 4, (2, n)).astype(np.float32)
     bad = (scores[0] >= 1) & (scores[0] < 3) & (rng.random(n) < wrong)
-    return Said(np.zeros(n, np.int32), np.stack([bad, np.zeros(n, bool)]).astype(np.int32), scores)
+    classes = np.stack([bad, np.zeros(n, bool)]).astype(np.int32)
+    return Said(np.zeros(n, np.int32), classes, scores, np.zeros((2, n), np.float32))
 
 
 def part(said: Said, rows: slice) -> Said:
-    return Said(said.answers[rows], said.classes[:, rows], said.scores[:, rows])
+    return Said(said.answers[rows], said.classes[:, rows], said.scores[:, rows], said.logits[:, rows])
 
 
 def make_trial(**config) -> Trial:
