@@ -23,13 +23,14 @@ class Heard:
             images: Of the trace.
         """
         self._chain, self._images = chain, images
-        self._by_caches: dict[int, Column] = {}
+        self._by_caches: dict[tuple[int, ...], Column] = {}  # by the caches' identities: who serves may regroup them
 
     def of(self, caches: tuple[Candidate, ...], items: Int[np.ndarray, " m"]) -> "Column":
         """Return what is said to these items, and to others that were asked for before."""
-        column = self._by_caches.get(id(caches))
+        key = tuple(id(cache) for cache in caches)
+        column = self._by_caches.get(key)
         if column is None:
-            column = self._by_caches[id(caches)] = Column(caches, len(self._images), self._chain.classes)
+            column = self._by_caches[key] = Column(caches, len(self._images), self._chain.classes)
         missing = np.unique(items[~column.known[items]])
         if len(missing):
             said = hear(self._chain, caches, self._images[missing], batch=BATCH)
@@ -43,7 +44,7 @@ class Column:
     """What one set of caches, and the base, say to items; only those that are known."""
 
     caches: tuple[Candidate, ...]
-    """Kept, so that its identity is nobody else's."""
+    """Kept, so that their identities are nobody else's."""
     items: int
     outputs: int
 
