@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import beta, binom
 
 import gati_jax
-from gati_jax.adaptation import REPEATED, Monitor, MonitorConfig, Observed
+from gati_jax.adaptation import POINTS, REPEATED, Monitor, MonitorConfig, Observed
 from gati_jax.adaptation.stir import Stir
 from gati_jax.adaptation.wealth import Wealth
 
@@ -150,7 +150,7 @@ def test_few_requests_clear_nobody_but_the_base_s_own_answers():
     while not alarm:
         monitor.watch(hit(1.0, site=REPEATED))
         alarm = monitor.watch(hit(1.0, looked=True, agrees=False))
-    assert alarm.guilty == (0, 1, 2, 3)
+    assert alarm.guilty == (POINTS, 0, 1, 2, 3)
 
 
 def test_a_repeat_that_disagrees_is_guilty():
