@@ -28,6 +28,7 @@ from .sequential import SequentialCertifier as SequentialCertifier
 from .simulate import Mechanisms as Mechanisms
 from .simulate import Replayed as Replayed
 from .simulate import simulate as simulate
+from .thrift import ThriftConfig as ThriftConfig
 from .trace import Trace as Trace
 from .trace import load_trace as load_trace
 from .trace import save_trace as save_trace

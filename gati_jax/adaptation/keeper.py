@@ -32,7 +32,8 @@ from .observed import POINTS, REPEATED, Observed
 from .points import Points, PointsConfig
 from .points_trial import PointsTrial, PointsTrialConfig, Seen
 from .repeats import Repeats, RepeatsConfig
-from .updater import home_of
+from .thrift import Thrift, ThriftConfig, exit_ms
+from .updater import costs_of, home_of
 from .window import UNKNOWN, Window, WindowConfig
 
 
@@ -44,6 +45,8 @@ class KeeperConfig:
     window: WindowConfig = dataclasses.field(default_factory=WindowConfig)
     repeats: RepeatsConfig | None = dataclasses.field(default_factory=RepeatsConfig)
     points: PointsConfig | None = dataclasses.field(default_factory=PointsConfig)
+    thrift: ThriftConfig | None = dataclasses.field(default_factory=ThriftConfig)
+    """Needs measured costs; without them caches never rest."""
     points_trial: PointsTrialConfig = dataclasses.field(default_factory=PointsTrialConfig)
     seed: int = 0
 
@@ -62,7 +65,7 @@ class Event(NamedTuple):
     number: int
     """Requests watched before it."""
     kind: str
-    """alarm, closed, opened, trial, empirical, refit, swap."""
+    """alarm, closed, opened, trial, empirical, refit, swap, resting, woken."""
     text: str
 
 
@@ -119,6 +122,11 @@ class Keeper:
         self._pending: dict[int, _Pending | None] = {}
         self._next = 0
         self.served = standing(home_of(bundle))
+        self._resting: tuple[Served, int] | None = None  # what wakes up, and at which request
+        self._thrift = None
+        if config.thrift is not None and bundle.costs:
+            self._costs = costs_of(bundle)
+            self._thrift = Thrift(config.thrift, self._costs.full_ms)
         self.closed_at: int | None = None
         """Requests watched when a cache was last closed; None while all that were certified are open."""
         if not (bundle.certificate.certified and bundle.certificate.epsilon <= config.monitor.epsilon):
@@ -225,6 +233,7 @@ class Keeper:
             alarm = self.monitor.watch(Observed(p.exit, p.score, p.class_index, q, p.base_class))
             if alarm is not None:
                 self._alarm(alarm)
+        self._rest(p)
         if self.front.points is not None and p.exit != REPEATED:
             wrong = known and p.base_class != p.class_index
             seen = Seen(ticket.point_score, known and p.base_class != ticket.point_class, wrong, q, known)
@@ -246,24 +255,45 @@ class Keeper:
         self._tell("closed", "points")
 
     def _close(self, sites: "tuple[int, ...] | range", why: str) -> None:
-        guilty = np.isin([cache.site for cache in self.served.caches], list(sites))
-        closing = guilty & np.isfinite(self.served.thresholds)
-        if closing.any():
-            thresholds = np.where(guilty, np.float32(np.inf), self.served.thresholds)
-            self.served = Served(self.served.caches, thresholds)
-            self.closed_at = self.window.count
-            self._tell(
-                "closed",
-                f"{', '.join(c.name for c, off in zip(self.served.caches, closing, strict=True) if off)}: {why}",
-            )
-            self._changed(self.served)
+        standing_ = self.served if self._resting is None else self._resting[0]  # nothing is to wake up that is guilty
+        guilty = np.isin([cache.site for cache in standing_.caches], list(sites))
+        closing = guilty & np.isfinite(standing_.thresholds)
+        if not closing.any():
+            return
+        self._resting = None
+        self.served = Served(standing_.caches, np.where(guilty, np.float32(np.inf), standing_.thresholds))
+        self.closed_at = self.window.count
+        names = [cache.name for cache, off in zip(standing_.caches, closing, strict=True) if off]
+        self._tell("closed", f"{', '.join(names)}: {why}")
+        self._changed(self.served)
 
     def adopt(self, served: Served, text: str) -> None:
         """Serve other caches or thresholds from the next request on; certified by a trial."""
-        self.served, self.closed_at = served, None
+        self.served, self.closed_at, self._resting = served, None, None
         self.monitor.next_version()
         self._tell("swap", text)
         self._changed(served)
+
+    def _rest(self, p: _Pending) -> None:
+        """Let caches rest that cost more than they save, and wake them again."""
+        if self._thrift is None:
+            return
+        if self._resting is not None:
+            served, until = self._resting
+            # Points that were certified with the base behind them would have to be certified anew with caches there.
+            if self.window.count >= until and self.trial.state == "watching":
+                self._resting, self.served = None, served
+                self._tell("woken", "caches")
+                self._changed(self.served)
+        elif p.exit >= 0 and not p.ticket.often and np.isfinite(self.served.thresholds).any():
+            ms = exit_ms(self.served.caches, self._costs)[p.exit]
+            if self._thrift.add(ms):
+                self._resting = self.served, self.window.count + self._thrift.rest
+                self._tell("resting", f"caches cost more than they save: closed for {self._thrift.rest} requests")
+                self._thrift.rested()
+                off = np.full_like(self.served.thresholds, np.inf)
+                self.served = Served(self.served.caches, off)
+                self._changed(self.served)
 
     def _try_points(self, number: int, seen: Seen) -> None:
         before, state = self.trial.state, self.trial.add(number, seen)

@@ -27,7 +27,7 @@ State = Literal["watching", "trial", "open", "empirical"]
 class PointsTrialConfig:
     """How points are opened."""
 
-    known: int = 300
+    known: int = 200
     """Requests with a known base answer from which thresholds are read."""
     every: int = 100
     """Requests between two looks at whether a trial would be worth it."""

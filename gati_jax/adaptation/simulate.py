@@ -20,6 +20,7 @@ from gati_jax.planning import CostTable, trial_level
 from .background import Background, BackgroundConfig
 from .heard import Column, Heard
 from .keeper import Event, Keeper, KeeperConfig, standing
+from .thrift import exit_ms
 from .trace import Trace
 from .updater import costs_of, home_of
 from .versions import Versions
@@ -197,5 +198,4 @@ class _Run:
         """Return the time up to an exit with all lookups before it; with nothing open, requests go to the base."""
         if not np.isfinite(self.served.thresholds).any():
             return self.full_ms
-        lookups = sum(self._costs.lookup_ms[c.name] for c in self.served.caches if c.site <= exit_)
-        return self._costs.until(exit_) + lookups
+        return exit_ms(self.served.caches, self._costs)[exit_]

@@ -16,6 +16,7 @@ from gati_jax.adaptation import (
     PointsConfig,
     PointsTrialConfig,
     RepeatsConfig,
+    ThriftConfig,
     Trace,
     TrialConfig,
     UpdateConfig,
@@ -137,3 +138,18 @@ def test_a_trace_of_rows_alone_is_refused(tmp_path):
     trace = Trace(item=np.zeros(3, np.int32), seconds=np.zeros(3))
     with pytest.raises(InputError, match="trace: expected one with images"):
         simulate(world.bundle(), trace, Mechanisms(keeper=None), folder=tmp_path)
+
+
+def test_caches_that_do_not_pay_rest_and_wake(tmp_path):
+    """Lookups twice as dear as the whole base: however many hit, requests are better off without."""
+    (costs,) = world.bundle().costs
+    dear = dataclasses.replace(costs, lookup_ms=dict.fromkeys(costs.lookup_ms, 2 * costs.full_ms))
+    bundle = dataclasses.replace(world.bundle(), costs=(dear,))
+    keeper = dataclasses.replace(QUIET, thrift=ThriftConfig(requests=50, rest=400))
+    found = simulate(bundle, world.trace(("dim", 2000)), Mechanisms(keeper=keeper), folder=tmp_path)
+    assert kinds(found) == ["resting", "woken", "resting", "woken", "resting"]
+    begins, ends, again, later, _ = (event.number for event in found.events)
+    assert (ends - begins, later - again) == (400, 800), "each rest in a row is twice as long"
+    assert (found.exit[begins:ends] == 3).all()
+    np.testing.assert_allclose(found.ms[begins:ends], found.full_ms + found.front_ms)
+    assert (found.exit[ends:again] < 3).any()
