@@ -67,7 +67,7 @@ def made_up_costs(measured: CostTable) -> CostTable:
 def small_and_repeatable(network: ResNet = TINY) -> Generator[None]:
     measure = gati_jax.measure_costs
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.config.resnet", lambda *_, **__: network)
+        patch.setattr("train.config.architecture", lambda *_, **__: network)
         patch.setattr(gati_jax, "measure_costs", lambda *a, **k: made_up_costs(measure(*a, **k)))
         yield
 

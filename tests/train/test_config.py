@@ -33,7 +33,7 @@ def file(tmp_path) -> Path:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads_and_builds(config):
     loaded = load_config(config)
-    assert loaded.base.resnet().classes == loaded.base.classes
+    assert loaded.base.architecture().classes == loaded.base.classes
     assert len(loaded.base.normalize().mean) == loaded.base.input_shape[2]
     assert [head.build().name for head in loaded.fit.heads] == [head.name for head in loaded.fit.heads]
     assert loaded.fit.build(3).seed == 3
