@@ -34,6 +34,7 @@ table() { # table CONFIG_NAME WEIGHTS: bundle, tuning, evaluation, contenders
   timed "$name compare" $python -m benchmarks.compare --bundle "$out/caches/bundle" --batches $BATCHES \
     --out "benchmarks/results/$name-gpu.json" \
     --contenders "gati-jax full" "gati-jax cascade" "jax.jit full" "torch eager full" "torch.compile full"
+  $python -m benchmarks.table "benchmarks/results/$name-gpu.json" --reference "torch.compile full" >"$out/table.md"
   $python -m benchmarks.front "benchmarks/results/$name-gpu.json" --out "docs/figures/$name-gpu.svg"
 }
 
