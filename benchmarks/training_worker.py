@@ -94,7 +94,7 @@ def _torch(task: Task, *, channels_last: bool, compiled: bool) -> Callable[[], N
     model: Any = build(architecture(task.network)).train().to(device, memory_format=layout)
     step = torch.compile(model) if compiled else model
     optimizer = torch.optim.SGD(model.parameters(), PEAK, momentum=0.9, nesterov=True, weight_decay=DECAY)
-    x = (task.images.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    x = (task.images.astype(np.float32) / 255 - np.asarray(MEAN, np.float32)) / np.asarray(STD, np.float32)
     images = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).to(device, memory_format=layout)
     labels = torch.from_numpy(task.labels.astype(np.int64)).to(device)
 

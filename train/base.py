@@ -23,7 +23,7 @@ from gati_jax.runtime import device_name
 
 from . import cli
 from .config import Config
-from .recipe import Recipe, begin, steps_per_epoch, train_step
+from .recipe import Recipe, begin, learning_rate, steps_per_epoch, train_step
 from .scalars import Scalars, scalars
 from .zoo import Entry
 
@@ -111,8 +111,9 @@ def report(writer: Scalars, recipe: Recipe, batch: int, seconds: list[float], re
     means = {name: float(np.mean(values)) for name, values in record.said.items()}
     steps = len(record.said["loss"])
     speed = steps * batch / record.seconds
-    _log.info("epoch %d: loss %.4f, accuracy %.4f, %.0f images/s", record.epoch, *means.values(), speed)
-    rate = float(recipe.schedule(record.epoch * steps - 1))
+    said = (means["loss"], means["accuracy"])
+    _log.info("epoch %d: loss %.4f, accuracy on batches %.4f, %.0f images/s", record.epoch, *said, speed)
+    rate = learning_rate(recipe.schedule, record.epoch * steps - 1)
     figures = {f"train/{name}": mean for name, mean in means.items()}
     writer.write(record.epoch, figures | {"train/learning_rate": rate, "train/images_per_second": speed})
 

@@ -80,10 +80,10 @@ class BaseTraining(Section):
 
     epochs: Count = 20
     batch: Count = 128
-    optimizer: Literal["sgd", "muon"] = Field("sgd", description="sgd with Nesterov momentum, or muon")
-    learning_rate: Rate = Field(0.1, description="at the peak of the one cycle")
-    rest_learning_rate: Rate = Field(2e-3, description="with muon: Adam's, for all but convolutions")
-    warm_up: Share = Field(0.2, description="share of the steps up to the peak")
+    optimizer: Literal["sgd", "muon"] = Field(default="sgd", description="sgd with Nesterov momentum, or muon")
+    learning_rate: Rate = Field(default=0.1, description="at the peak of the one cycle")
+    rest_learning_rate: Rate = Field(default=2e-3, description="with muon: Adam's, for all but convolutions")
+    warm_up: Share = Field(default=0.2, description="share of the steps up to the peak")
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -92,7 +92,7 @@ class BaseTraining(Section):
         0, description="side of a square of every image that is blanked"
     )
     average: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="decay of a moving average of the weights, which is what is kept; 0: none"
+        default=0.0, description="decay of a moving average of the weights, which is what is kept; 0: none"
     )
     bfloat16: bool = Field(default=False, description="compute in bfloat16; parameters stay float32")
     flips: bool = Field(default=False, description="say the accuracy on images and their mirror images together, too")
@@ -376,7 +376,7 @@ def describe_keys(model: type[BaseModel], prefix: str = "") -> list[tuple[str, s
         options = [
             a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, Section)
         ]
-        if options and field.annotation is options[0]:
+        if options and field.annotation in (options[0], options[0] | None):
             rows += describe_keys(options[0], f"{prefix}{name}.")
         else:
             default = "required" if field.is_required() else str(field.default)

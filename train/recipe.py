@@ -4,11 +4,13 @@ uint8 rows -> crop, flip -> normalise -> cutout -> network (float32 or bfloat16)
 gradients -> weight decay -> SGD with Nesterov momentum, or Muon -> parameters -> their moving average
 """
 
+import contextlib
 import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
 
@@ -66,6 +68,12 @@ class Recipe:
             bfloat16=training.bfloat16,
             seed=config.seed,
         )
+
+
+def learning_rate(schedule: optax.Schedule, step: int) -> float:
+    """Return the rate of a step, 0 the first, on the host; optax's schedules mix dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        return float(np.asarray(schedule(step)))
 
 
 def steps_per_epoch(training: BaseTraining, n: int) -> int:
@@ -132,7 +140,7 @@ def train_step(
         return optax.losses.softmax_cross_entropy(logits, targets).mean(), (variables, logits)
 
     # In bfloat16, batch norm and the classifier meet float32 parameters: strict promotion would refuse that.
-    with jax.numpy_dtype_promotion("standard" if recipe.bfloat16 else jax.config.jax_numpy_dtype_promotion):
+    with jax.numpy_dtype_promotion("standard") if recipe.bfloat16 else contextlib.nullcontext():
         params = _params(state.params.trained)
         (value, (variables, logits)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
     params, opt_state = apply_gradients(recipe.optimizer, gradients, state.opt_state, params)

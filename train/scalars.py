@@ -18,10 +18,9 @@ class Scalars:
     def write(self, epoch: int, values: Mapping[str, float]) -> None:
         """Write one value for every name."""
         if self._writer is None:
-            self._writer = SummaryWriter(str(self._folder), purge_step=epoch, write_to_disk=True)
+            self._writer = SummaryWriter(str(self._folder), purge_step=epoch, flush_secs=10)
         for name, value in values.items():
             self._writer.add_scalar(name, value, epoch)
-        self._writer.flush()
 
     def close(self) -> None:
         """Write what is left."""

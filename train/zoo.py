@@ -107,18 +107,13 @@ def completed_base(base: Base) -> Base:
     if (entry := _entry_of(base)) is None:
         return base
     known = entry.model_dump(include=set(_BASE_KEYS))
-    if base.normalization is not None and base.normalize() != entry_normalization(entry):
+    if base.normalization is not None and base.normalization != entry.normalization:
         _log.warning("%s was trained with another normalization than the config's", base.weights)
     try:
         return Base.model_validate(known | base.model_dump(exclude_unset=True))
     except ValidationError as error:
         msg = f"weights: the metadata of {base.weights} do not go with the config: {error.errors()[0]['msg']}"
         raise InputError(msg) from error
-
-
-def entry_normalization(entry: Entry) -> Any:  # noqa: ANN401
-    """Return the library's record."""
-    return entry.normalization.build()
 
 
 def _entry_of(base: Base) -> Entry | None:
