@@ -89,7 +89,7 @@ class BaseTraining(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     augment: Augmentation = Augmentation()
     cutout: Annotated[int, Field(ge=0, le=256)] = Field(
-        0, description="side of a square of every image that is blanked"
+        default=0, description="side of a square of every image that is blanked"
     )
     average: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="decay of a moving average of the weights, which is what is kept; 0: none"

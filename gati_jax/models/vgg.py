@@ -78,7 +78,8 @@ class VGG:
             norm: See ``Norm``.
             algorithms: For each block that of its convolution; the compiler's own if empty.
         """
-        chosen: Sequence[tuple[Algorithm, ...]] = algorithms or [("direct",)] * self.depth
+        direct: tuple[Algorithm, ...] = ("direct",)
+        chosen = algorithms or [direct] * self.depth
         blocks = [
             ConvolutionBlock(channels, pool, norm, algorithm)
             for (channels, pool), (algorithm,) in zip(self.shapes, chosen, strict=True)

@@ -1,5 +1,7 @@
 """The convolution that trains on a CPU against the compiler's gradient and PyTorch's."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,7 @@ def test_value_and_both_gradients_are_the_compiler_s(kernel, stride, height, wid
     x = jnp.asarray(rng.normal(size=(2, height, width, inputs)), jnp.float32)
     w = jnp.asarray(rng.normal(size=(kernel, kernel, inputs, outputs)), jnp.float32)
     expected, of_expected = jax.vjp(lambda x, w: convolve(x, w, "direct", kernel, stride), x, w)
+    found: Any
     found, of_found = jax.vjp(lambda x, w: convolve_cpu(x, w, stride), x, w)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     dy = jnp.asarray(rng.normal(size=found.shape), jnp.float32)
@@ -37,16 +40,16 @@ def test_a_network_s_gradient_is_torch_s(bottleneck):
     variables = import_state_dict(network, state_dict(model))
     rng = np.random.default_rng(1)
     images, labels = rng.normal(size=(6, 8, 8, 3)).astype(np.float32), rng.integers(0, 4, 6)
+    x = jnp.asarray(images)
 
     def loss(params):
-        logits, _ = apply_train(
-            network, tuple({**v, "params": p} for v, p in zip(variables, params, strict=True)), images
-        )
+        given = tuple({**v, "params": p} for v, p in zip(variables, params, strict=True))
+        logits, _ = apply_train(network, given, x)
         return -jax.nn.log_softmax(logits)[jnp.arange(6), labels].mean()
 
     found = jax.jit(jax.grad(loss))(tuple(v["params"] for v in variables))
-    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).double()
-    torch.nn.functional.cross_entropy(model(x), torch.from_numpy(labels)).backward()
+    theirs_x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).double()
+    torch.nn.functional.cross_entropy(model(theirs_x), torch.from_numpy(labels)).backward()
     gradients = {name: p.grad.float().numpy() for name, p in model.named_parameters()}
     statistics = {name: v for name, v in state_dict(model).items() if "running" in name}
     expected = import_state_dict(network, gradients | statistics)
