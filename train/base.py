@@ -20,6 +20,7 @@ from gati_jax import InputError, Normalization, data
 from gati_jax.fitting import EpochRecord, run_epochs, scan_epoch
 from gati_jax.models import Architecture, Variables, apply, export_state_dict
 from gati_jax.runtime import device_name
+from gati_jax.runtime.numerics import reference
 
 from . import cli
 from .config import Config
@@ -127,7 +128,7 @@ def evaluate(
     flips: bool = False,
     batch: int = 500,
 ) -> float:
-    """Return the accuracy on a split, by running statistics in float32.
+    """Return the accuracy on a split, by running statistics in true float32.
 
     Args:
         network: Whose.
@@ -139,6 +140,7 @@ def evaluate(
     """
 
     @jax.jit
+    @reference
     def logits(variables: Variables, images: Array) -> Float[Array, "batch classes"]:
         x = normalization(images)
         found = apply(network, variables, x)

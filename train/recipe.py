@@ -124,7 +124,8 @@ def begin(recipe: Recipe, key: PRNGKeyArray) -> LoopState:
     """Return the state before the first step."""
     variables = init(recipe.network, key)
     opt_state = recipe.optimizer.init(_params(variables))
-    weights = Weights(variables, variables if recipe.average else None)
+    # Not the same arrays: a state that is donated may hold each but once.
+    weights = Weights(variables, jax.tree.map(jnp.copy, variables) if recipe.average else None)
     return LoopState(jnp.zeros((), jnp.int32), weights, opt_state)
 
 
