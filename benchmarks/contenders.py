@@ -16,7 +16,7 @@ import numpy as np
 import gati_jax
 from gati_jax import Bundle, Normalization
 from gati_jax.data import Dataset
-from gati_jax.models import ResNet, fold, import_state_dict, read_weights, to_chain
+from gati_jax.models import Architecture, fold, import_state_dict, read_weights, to_chain
 
 Predict = Callable[[np.ndarray], np.ndarray]
 
@@ -25,7 +25,7 @@ class Task(NamedTuple):
     """What all contenders are given."""
 
     bundle: Path
-    network: ResNet
+    network: Architecture
     weights: Path
     normalization: Normalization
     cores: int

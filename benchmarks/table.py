@@ -19,20 +19,22 @@ def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__, epilog=f"example: {EXAMPLE}")
     p.add_argument("result", type=Path, metavar="FILE", help="JSON written by benchmarks.compare")
+    p.add_argument("--reference", default=REFERENCE, metavar="NAME", help=f"ratios are to it (default: {REFERENCE})")
     arguments = p.parse_args(argv)
     try:
         rows = json.loads(arguments.result.read_text(encoding="utf-8"))["rows"]
     except (ValueError, KeyError, TypeError) as error:
         msg = f"result: expected JSON written by benchmarks.compare, got {arguments.result}: {error!r}"
         raise InputError(msg) from error
-    if REFERENCE not in {row["contender"] for row in rows}:
-        msg = f"result: expected {REFERENCE!r} among the contenders, for ratios to it, got {arguments.result} without"
+    if arguments.reference not in {row["contender"] for row in rows}:
+        expected = f"{arguments.reference!r} among the contenders, for ratios to it"
+        msg = f"result: expected {expected}, got {arguments.result} without"
         raise InputError(msg)
-    print("\n".join(table(rows)))
+    print("\n".join(table(rows, arguments.reference)))
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Return its lines: mean milliseconds of a batch, and the ratio to ONNX Runtime's full network."""
+def table(rows: list[dict[str, Any]], reference: str = REFERENCE) -> list[str]:
+    """Return its lines: mean milliseconds of a batch, and the ratio to the reference's."""
     by = {(row["contender"], row["batch"]): row for row in rows}
     batches = sorted({row["batch"] for row in rows})
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
@@ -40,7 +42,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
     for name in contenders:
         mine = [by[name, batch] for batch in batches]
-        times = [f"{row['mean_ms']:.1f} ms ({ratio(row, by[REFERENCE, row['batch']])})" for row in mine]
+        times = [f"{row['mean_ms']:.1f} ms ({ratio(row, by[reference, row['batch']])})" for row in mine]
         shares = [f"{mine[0][key]:.1%}" for key in ("accuracy", "agreement")]
         lines.append(" | ".join((name, *times, *shares, f"{mine[0]['peak_mib'] or 0:.0f}")))
     return [f"| {line} |" for line in lines]

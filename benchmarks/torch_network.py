@@ -1,4 +1,4 @@
-"""Residual networks in plain PyTorch, under torchvision's names: what other runtimes get, and tests compare with."""
+"""Networks in plain PyTorch, under torchvision's names: what other runtimes get, and tests compare with."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gati_jax import WeightsError
-from gati_jax.models import ResNet
+from gati_jax.models import VGG, Architecture, ResNet
 
 
 class PadChannels(nn.Module):
@@ -81,9 +81,31 @@ class Network(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def load(network: ResNet, tensors: Mapping[str, np.ndarray]) -> Network:
+class VGGNetwork(nn.Module):
+    """torchvision's VGG with batch norm, biases and all; then one linear layer."""
+
+    def __init__(self, network: VGG) -> None:
+        super().__init__()
+        inputs, parts = network.input_shape[-1], []
+        for channels, pool in network.shapes:
+            parts += [nn.Conv2d(inputs, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
+            parts += [nn.MaxPool2d(2)] if pool else []
+            inputs = channels
+        self.features = nn.Sequential(*parts)
+        self.classifier = nn.Linear(inputs, network.classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+def build(network: Architecture) -> nn.Module:
+    """Return the network with fresh weights."""
+    return VGGNetwork(network) if isinstance(network, VGG) else Network(network)
+
+
+def load(network: Architecture, tensors: Mapping[str, np.ndarray]) -> nn.Module:
     """Return the network with these weights, in evaluation mode."""
-    model = Network(network)
+    model = build(network)
     renamed = {name.replace("linear.", "fc."): torch.from_numpy(np.array(v)) for name, v in tensors.items()}
     wrong = model.load_state_dict(renamed, strict=False)
     if names := [*wrong.unexpected_keys, *(k for k in wrong.missing_keys if not k.endswith("num_batches_tracked"))]:

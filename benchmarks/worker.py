@@ -17,7 +17,7 @@ import numpy as np
 
 import gati_jax
 from gati_jax import Normalization, data
-from gati_jax.models import resnet
+from gati_jax.models import architecture
 from train.config import Config, build_config
 
 from .contenders import CONTENDERS, Predict, Task
@@ -59,7 +59,7 @@ def task_of(bundle: Path, config: Config, network: str, weights: Path, folder: P
     load = functools.partial(data.load, config.data.name, data_dir=config.data.dir)
     return Task(
         bundle=bundle,
-        network=resnet(network, classes=config.base.classes, input_shape=config.base.input_shape),
+        network=architecture(network, classes=config.base.classes, input_shape=config.base.input_shape),
         weights=weights,
         normalization=normalization_of(network, config),
         cores=len(os.sched_getaffinity(0)),

@@ -8,7 +8,7 @@ from pathlib import Path
 from ._errors import BundleError
 from ._manifest import DeviceFile, read_json
 from .caches import Candidate, Network
-from .models import Chain, ResNet, layers
+from .models import Architecture, Chain, layers
 from .runtime import Tile, Tuning
 from .runtime.tuning import OPTIONS
 
@@ -44,7 +44,7 @@ def unfit(tuning: Tuning, device: str, chain: Chain, caches: Sequence[Candidate]
     known = {
         layer.kind: layer.applicable
         for network in networks
-        if isinstance(network, ResNet)
+        if isinstance(network, Architecture)
         for block in layers(network)
         for layer in block
     }

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from ._errors import BundleError
 from ._plans import MAX_PLANS
 from .caches import PredictorSpec, SelectorSpec
-from .models import Normalization, ResNet
+from .models import Architecture, Normalization
 from .planning import Certificate, CostTable, Origin, Plan
 from .runtime import Tuning
 
@@ -56,7 +56,7 @@ class Manifest(Strict):
     """``manifest.json``."""
 
     format_version: Literal[1]
-    network: ResNet | None
+    network: Architecture | None
     """None for a user's own chain, which the loader must be given."""
     normalization: Normalization | None
     input_shape: Annotated[tuple[Site, ...], Field(max_length=8)]

@@ -36,7 +36,7 @@ from ._manifest import (
 )
 from ._plans import check_plans, sites_of
 from .caches import Candidate, choose, describe_predictor, describe_selector
-from .models import Chain, ResNet
+from .models import Architecture, Chain
 from .planning import Certificate, CostTable, Plan
 from .runtime import Tuning
 
@@ -98,7 +98,7 @@ def save_bundle(
         write_json(folder / "certificates.json", Certificates(certificates=tuple(c for _, c in pairs)))
         manifest = Manifest(
             format_version=FORMAT_VERSION,
-            network=chain.network if isinstance(chain.network, ResNet) else None,
+            network=chain.network if isinstance(chain.network, Architecture) else None,
             normalization=chain.normalization,
             input_shape=chain.input_spec.shape,
             input_dtype=str(chain.input_spec.dtype),

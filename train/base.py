@@ -1,87 +1,86 @@
-"""Train a base network: SGD with Nesterov momentum, one-cycle schedule, crops and flips, resumable.
+"""Train a base network on data that stays on the device, whole epochs at a time, resumable to the bit.
 
-DIR/base.safetensors holds the trained state dict under torchvision's names, DIR/base.json what it reached.
+DIR/base.safetensors holds the trained state dict under torchvision's names with metadata that say what it is,
+DIR/base.json what it reached and how fast, DIR/tensorboard the curves. ``recipe.py`` says what a step does.
 """
 
-import dataclasses
 import functools
 import json
+import logging
 import shutil
-from typing import Any
+import statistics
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from safetensors.numpy import save_file
 
-from gati_jax import Augment, InputError, Normalization, data
-from gati_jax.fitting import LoopConfig, LoopState, apply_gradients, run_loop
-from gati_jax.models import ResNet, apply, apply_train, export_state_dict, init
+from gati_jax import InputError, Normalization, data
+from gati_jax.fitting import EpochRecord, run_epochs, scan_epoch
+from gati_jax.models import Architecture, Variables, apply, export_state_dict
+from gati_jax.runtime import device_name
+from gati_jax.runtime.numerics import reference
 
 from . import cli
-from .config import BaseTraining, Config
+from .config import Config
+from .recipe import Recipe, begin, learning_rate, steps_per_epoch, train_step
+from .scalars import Scalars, scalars
+from .zoo import Entry
 
 EXAMPLE = "python -m train.base --config configs/digits.toml --out runs/digits/base --base.training.epochs 20"
+LEAVES_ALONE = {"weights": True, "training": {"checkpoint_seconds": True, "flips": True}}  # what is trained
+_log = logging.getLogger("train.base")  # not __name__, which is "__main__"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     arguments, config = cli.parse_experiment(argv, "Train a base network.", EXAMPLE)
-    network, recipe = config.base.resnet(), config.base.training
-
+    training = config.base.training
     images, labels, test = load_data(config)
 
     # --- Training ---------------------------------------------------------------------------------------------------
-    training = Training(
-        network=network,
-        normalization=config.base.normalize(),
-        augment=recipe.augment.build(),
-        optimizer=make_optimizer(recipe, len(images)),
-        label_smoothing=recipe.label_smoothing,
-        seed=config.seed,
-    )
-    variables = init(network, jax.random.key(config.seed))
-    state = LoopState(
-        jnp.zeros((), jnp.int32), variables, training.optimizer.init(tuple(v["params"] for v in variables))
-    )
-    step = jax.jit(functools.partial(train_step, training), donate_argnums=0)
+    recipe, steps = Recipe.of(config, len(images)), steps_per_epoch(training, len(images))
+    epoch = scan_epoch(functools.partial(train_step, recipe), n=len(images), batch=training.batch, seed=config.seed)
     checkpoints = arguments.out / "checkpoints"
-    loop = LoopConfig(epochs=recipe.epochs, batch=recipe.batch, seed=config.seed)
-    identity = f"{network} {recipe} {config.data} {config.base.normalization} {config.seed}"
-    state = run_loop(
-        step,
-        state,
-        (images, labels),
-        loop,
-        checkpoint=checkpoints,
-        identity=identity,
-        description=f"training {config.base.network}",
-    )
+    seconds: list[float] = []
+    with scalars(arguments.out / "tensorboard") as writer:
+        state = run_epochs(
+            epoch,
+            begin(recipe, jax.random.key(config.seed)),
+            (images, labels),
+            steps=steps,
+            epochs=training.epochs,
+            report=functools.partial(report, writer, recipe, training.batch, seconds),
+            checkpoint=checkpoints,
+            checkpoint_seconds=training.checkpoint_seconds,
+            identity=config.model_dump_json(include={"base", "data", "seed"}, exclude={"base": LEAVES_ALONE}),
+            description=f"training {config.base.network}",
+        )
+        variables: Variables = state.params.final
+        accuracy = evaluate(recipe.network, recipe.normalization, variables, test)
+        writer.write(training.epochs, {"test/accuracy": accuracy})
 
     # --- Result -----------------------------------------------------------------------------------------------------
-    accuracy = evaluate(network, config.base.normalize(), state.params, test)
-    result = {
-        "network": config.base.network,
-        "dataset": config.data.name,
-        "accuracy": accuracy,
-        "split": config.data.splits.test,
-    }
+    entry = Entry.of(config, accuracy)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    metadata = {k: str(v) for k, v in result.items()} | {"config": config.model_dump_json()}
-    save_file(export_state_dict(network, state.params), arguments.out / "base.safetensors", metadata=metadata)
-    cli.write_result(
-        arguments.out / "base.json", result | {"n": len(test), "versions": cli.versions(), "seed": config.seed}
-    )
+    weights = arguments.out / "base.safetensors"
+    save_file(export_state_dict(recipe.network, variables), weights, metadata=entry.metadata())
+    result = {"network": entry.network, "dataset": entry.dataset, "accuracy": accuracy, "split": entry.split}
+    if training.flips:
+        mirrored = evaluate(recipe.network, recipe.normalization, variables, test, flips=True)
+        result["accuracy_with_flips"] = mirrored
+    result["epochs"] = training.epochs
+    if seconds:  # a run that is only finished has none
+        result["train_seconds"] = sum(seconds)
+        result["images_per_second"] = steps * training.batch / statistics.median(seconds)
+    details = {"n": len(test), "device": device_name(), "versions": cli.versions(), "seed": config.seed}
+    cli.write_result(arguments.out / "base.json", result | details | {"recipe": entry.recipe})
     shutil.rmtree(checkpoints)
     if arguments.json:
         print(json.dumps(result))
     else:
-        print(
-            f"{config.base.network} on {config.data.name} {config.data.splits.test}: accuracy {accuracy:.4f}"
-            f" ({arguments.out / 'base.safetensors'})"
-        )
+        print(f"{entry.network} on {entry.dataset} {entry.split}: accuracy {accuracy:.4f} ({weights})")
 
 
 def load_data(config: Config) -> tuple[np.ndarray, np.ndarray, data.Dataset]:
@@ -98,7 +97,7 @@ def load_data(config: Config) -> tuple[np.ndarray, np.ndarray, data.Dataset]:
     parts = [data.load(config.data.name, part, config.data.dir) for part in trained_on.values()]
     images = np.concatenate([part.images for part in parts])
     labels = np.concatenate([part.labels for part in parts if part.labels is not None])
-    network = config.base.resnet()
+    network = config.base.architecture()
     got, largest = images.shape[1:], int(labels.max())
     if got != network.input_shape or largest >= network.classes:
         expected = f"{network.input_shape} and {network.classes} classes"
@@ -107,58 +106,48 @@ def load_data(config: Config) -> tuple[np.ndarray, np.ndarray, data.Dataset]:
     return images, labels, data.load(config.data.name, config.data.splits.test, config.data.dir)
 
 
-def make_optimizer(recipe: BaseTraining, n: int) -> optax.GradientTransformation:
-    """Return SGD with Nesterov momentum on a one-cycle schedule; only kernels decay."""
-    steps = max(1, recipe.epochs * (n // recipe.batch))
-    schedule = optax.cosine_onecycle_schedule(steps, recipe.learning_rate, pct_start=0.2)
-
-    def kernels(params: object) -> object:
-        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
-
-    return optax.chain(
-        optax.add_decayed_weights(recipe.weight_decay, kernels), optax.sgd(schedule, momentum=0.9, nesterov=True)
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
-    """What stays the same from step to step."""
-
-    network: ResNet
-    normalization: Normalization
-    augment: Augment
-    optimizer: optax.GradientTransformation
-    label_smoothing: float
-    seed: int
-
-
-def train_step(
-    training: Training, state: LoopState, images: Array, labels: Int[Array, " batch"]
-) -> tuple[LoopState, Float[Array, ""]]:
-    """Take one step of gradient descent."""
-    key = jax.random.fold_in(jax.random.key(training.seed + 1), state.step)
-    x = training.normalization(training.augment(key, images))
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, training.network.classes), training.label_smoothing)
-
-    def loss(params: tuple[Any, ...]) -> tuple[Float[Array, ""], tuple[Any, ...]]:
-        variables = tuple({**v, "params": p} for v, p in zip(state.params, params, strict=True))
-        logits, variables = apply_train(training.network, variables, x)
-        return optax.losses.softmax_cross_entropy(logits, targets).mean(), variables
-
-    params = tuple(v["params"] for v in state.params)
-    (value, variables), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-    params, opt_state = apply_gradients(training.optimizer, gradients, state.opt_state, params)
-    return LoopState(
-        state.step + 1, tuple({**v, "params": p} for v, p in zip(variables, params, strict=True)), opt_state
-    ), value
+def report(writer: Scalars, recipe: Recipe, batch: int, seconds: list[float], record: EpochRecord) -> None:
+    """Log an epoch, write its scalars and remember its time."""
+    seconds.append(record.seconds)
+    means = {name: float(np.mean(values)) for name, values in record.said.items()}
+    steps = len(record.said["loss"])
+    speed = steps * batch / record.seconds
+    said = (means["loss"], means["accuracy"])
+    _log.info("epoch %d: loss %.4f, accuracy on batches %.4f, %.0f images/s", record.epoch, *said, speed)
+    rate = learning_rate(recipe.schedule, record.epoch * steps - 1)
+    figures = {f"train/{name}": mean for name, mean in means.items()}
+    writer.write(record.epoch, figures | {"train/learning_rate": rate, "train/images_per_second": speed})
 
 
 def evaluate(
-    network: ResNet, normalization: Normalization, variables: tuple[dict, ...], split: data.Dataset, batch: int = 250
+    network: Architecture,
+    normalization: Normalization,
+    variables: Variables,
+    split: data.Dataset,
+    *,
+    flips: bool = False,
+    batch: int = 500,
 ) -> float:
-    """Return the accuracy on a split, by running statistics."""
-    predict = jax.jit(lambda variables, images: jnp.argmax(apply(network, variables, normalization(images)), -1))
-    classes = [np.asarray(predict(variables, split.images[i : i + batch])) for i in range(0, len(split), batch)]
+    """Return the accuracy on a split, by running statistics in true float32.
+
+    Args:
+        network: Whose.
+        normalization: What it was trained with.
+        variables: Its weights.
+        split: Images with labels.
+        flips: Whether to add up the logits of every image and of its mirror image.
+        batch: Images at once.
+    """
+
+    @jax.jit
+    @reference
+    def logits(variables: Variables, images: Array) -> Float[Array, "batch classes"]:
+        x = normalization(images)
+        found = apply(network, variables, x)
+        return found + apply(network, variables, x[:, :, ::-1]) if flips else found
+
+    parts = [split.images[i : i + batch] for i in range(0, len(split), batch)]
+    classes = [np.asarray(jnp.argmax(logits(variables, part), -1)) for part in parts]
     return float(np.mean(np.concatenate(classes) == split.labels))
 
 

@@ -21,7 +21,7 @@ from gati_jax.fitting import network_head
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
 from gati_jax.planning import Certificate, Composition, CostTable, Plan, cascade_ms, count_repeats, tightest
 
-from . import cli
+from . import cli, zoo
 from .config import Base, Config
 from .exploration import explore
 from .records import count_looks, record_look
@@ -37,6 +37,7 @@ _log = logging.getLogger("train.caches")  # not __name__, which is "__main__"
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     arguments, config = cli.parse_experiment(argv, "Fit, plan and certify caches for a frozen base.", EXAMPLE)
+    config = zoo.completed(config)
     splits = config.data.splits.model_dump()
     data.check_disjoint(splits)
     saw_certify = base_saw_certify(config)
@@ -187,7 +188,7 @@ def small_networks(config: Config) -> list[Head]:
     heads = []
     for small in config.fit.networks:
         check_unseen(small.name, small.trained_on, config)
-        network = small.resnet(config.base)
+        network = small.architecture(config.base)
         variables = import_state_dict(network, read_weights(small.weights))
         trained, base = small.normalize(config.base), config.base.normalize()
         heads.append(network_head(small.name, network, variables, trained=trained, base=base))
@@ -226,7 +227,7 @@ def read_base(base: Base) -> Chain:
     if base.weights is None:
         msg = "base.weights: expected a .safetensors file (train one with python -m train.base), got nothing"
         raise InputError(msg)
-    network = base.resnet()
+    network = base.architecture()
     variables = import_state_dict(network, read_weights(base.weights))
     return to_chain(network, fold(variables), base.normalize())
 

@@ -11,10 +11,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from gati_jax import Augment, FitConfig, Head, InputError, Normalization
 from gati_jax.caches import GridSpec, PredictorSpec, SelectorSpec, SortedSelectorSpec, build_predictor, build_selector
-from gati_jax.models import ResNet, resnet
+from gati_jax.models import Architecture, architecture
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -69,44 +70,75 @@ class NormalizationSection(Section):
     std: tuple[float, ...]
     scale: float = 1 / 255
 
+    def build(self) -> Normalization:
+        """Return the library's record."""
+        return Normalization(**self.model_dump())
+
 
 class BaseTraining(Section):
     """How ``train.base`` trains the base."""
 
     epochs: Count = 20
     batch: Count = 128
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+    optimizer: Literal["sgd", "muon"] = Field(default="sgd", description="sgd with Nesterov momentum, or muon")
+    learning_rate: Rate = Field(default=0.1, description="at the peak of the one cycle")
+    rest_learning_rate: Rate = Field(default=2e-3, description="with muon: Adam's, for all but convolutions")
+    warm_up: Share = Field(default=0.2, description="share of the steps up to the peak")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     augment: Augmentation = Augmentation()
+    cutout: Annotated[int, Field(ge=0, le=256)] = Field(
+        default=0, description="side of a square of every image that is blanked"
+    )
+    average: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="decay of a moving average of the weights, which is what is kept; 0: none"
+    )
+    bfloat16: bool = Field(default=False, description="compute in bfloat16; parameters stay float32")
+    flips: bool = Field(default=False, description="say the accuracy on images and their mirror images together, too")
+    checkpoint_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
 
 
 class Base(Section):
     """The network and its weights."""
 
-    network: str = Field(description="resnet20/32/44/56/110 or resnet18/34/50/101/152")
+    network: str = Field("", description="resnet20/32/44/56/110, resnet18/34/50/101/152 or vgg11/13/16/19")
     weights: Path | None = Field(None, description=".safetensors (or, with torch, .pth) state dict")
     classes: Annotated[int, Field(ge=2)] = 10
     input_shape: tuple[int, int, int] = (32, 32, 3)
     shortcut: Literal["A", "B"] | None = None
-    normalization: NormalizationSection
+    normalization: NormalizationSection | None = Field(None, description="unset: what the weights' metadata say")
     training: BaseTraining = BaseTraining()
 
     @model_validator(mode="after")
     def _channels_agree(self) -> "Base":
-        for name in ("mean", "std"):
+        for name in ("mean", "std") if self.normalization else ():
             if len(getattr(self.normalization, name)) not in {1, self.input_shape[2]}:
                 msg = f"normalization.{name}: expected one number for each of {self.input_shape[2]} channels"
                 raise ValueError(msg)
         return self
 
-    def resnet(self) -> ResNet:
-        """Return the network's configuration."""
-        return resnet(self.network, classes=self.classes, input_shape=self.input_shape, shortcut=self.shortcut)
+    def architecture(self) -> Architecture:
+        """Return the network's configuration.
+
+        Raises:
+            InputError: Neither the config nor the weights' metadata name it, or there is none of that name.
+        """
+        if not self.network:
+            msg = f"base.network: expected a name, or weights whose metadata say it, got neither ({self.weights})"
+            raise InputError(msg)
+        return architecture(self.network, classes=self.classes, input_shape=self.input_shape, shortcut=self.shortcut)
 
     def normalize(self) -> Normalization:
-        """Return the library's record."""
-        return Normalization(**self.normalization.model_dump())
+        """Return the library's record.
+
+        Raises:
+            InputError: Neither the config nor the weights' metadata say it.
+        """
+        if self.normalization is None:
+            msg = "base.normalization: expected mean and std, or weights whose metadata say them, got neither"
+            raise InputError(msg)
+        return self.normalization.build()
 
 
 def _plain(name: str) -> str:
@@ -161,13 +193,13 @@ class NetworkSection(Section):
     shortcut: Literal["A", "B"] | None = None
     normalization: NormalizationSection | None = Field(None, description="that it was trained with; unset: the base's")
 
-    def resnet(self, base: Base) -> ResNet:
+    def architecture(self, base: Base) -> Architecture:
         """Return the network's configuration, for inputs and classes of the base's."""
-        return resnet(self.network, classes=base.classes, input_shape=base.input_shape, shortcut=self.shortcut)
+        return architecture(self.network, classes=base.classes, input_shape=base.input_shape, shortcut=self.shortcut)
 
     def normalize(self, base: Base) -> Normalization:
         """Return how its inputs were normalised when it was trained."""
-        return Normalization(**self.normalization.model_dump()) if self.normalization else base.normalize()
+        return self.normalization.build() if self.normalization else base.normalize()
 
 
 class PredictorTraining(Section):
@@ -344,7 +376,7 @@ def describe_keys(model: type[BaseModel], prefix: str = "") -> list[tuple[str, s
         options = [
             a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, Section)
         ]
-        if options and field.annotation is options[0]:
+        if options and field.annotation in (options[0], options[0] | None):
             rows += describe_keys(options[0], f"{prefix}{name}.")
         else:
             default = "required" if field.is_required() else str(field.default)

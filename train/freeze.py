@@ -25,7 +25,7 @@ from gati_jax.fitting import Candidates
 from gati_jax.planning import replay_plan, zero_error_thresholds
 from gati_jax.runtime import device_name
 
-from . import cli, published
+from . import cli, published, zoo
 from .caches import read_base
 from .freeze_config import FreezeExperiment
 
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     splits = config.data.splits.model_dump()
     data.check_disjoint(splits)
     parts = {name: data.load(config.data.name, rows, config.data.dir) for name, rows in splits.items()}
+    config = config.model_copy(update={"base": zoo.completed_base(config.base)})
     chain = read_base(config.base)
 
     # --- The protocol -----------------------------------------------------------------------------------------------

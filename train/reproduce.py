@@ -21,7 +21,7 @@ from gati_jax import Certificate, Chain, InputError, Plan, ReplayTable, data
 from gati_jax.planning import count_repeats, oracle_exits
 from gati_jax.runtime import device_name
 
-from . import cli
+from . import cli, zoo
 from .caches import base_saw_certify, composition_entry, load_base, small_networks
 from .config import Config
 from .contest import Contestant, accuracy, certified_step, contestants, farthest_on_test, logits_of, step_at_accuracy
@@ -44,6 +44,7 @@ _log = logging.getLogger("train.reproduce")
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     arguments, config = cli.parse_experiment(argv, "Reproduce the papers' experiment.", EXAMPLE)
+    config = zoo.completed(config)
     splits = config.data.splits.model_dump()
     data.check_disjoint(splits)
     chain = load_base(config)

@@ -7,7 +7,7 @@ import flax.linen as nn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gati_jax._errors import InputError
-from gati_jax.models import ResNet
+from gati_jax.models import Architecture
 
 from .convolutional import Convolutional
 from .neighbours import Centres, Confidence, Neighbours
@@ -80,7 +80,7 @@ class NetworkSpec(_Spec):
     """A small network of its own at site 0."""
 
     kind: Literal["network"] = "network"
-    network: ResNet
+    network: Architecture
 
 
 class NeighboursSpec(_Spec):

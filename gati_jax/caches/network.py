@@ -9,18 +9,27 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gati_jax._errors import InputError
-from gati_jax.models import Algorithm, Normalization, ResNet, Variables, choose_algorithms, fold, init, store_params
+from gati_jax.models import (
+    Algorithm,
+    Architecture,
+    Normalization,
+    Variables,
+    choose_algorithms,
+    fold,
+    init,
+    store_params,
+)
 from gati_jax.models import to_chain as network_chain
 
 
 class Network(nn.Module):
-    """A residual network of its own, trained by whoever trained it; see ``import_network`` for its variables.
+    """A network of its own, trained by whoever trained it; see ``import_network`` for its variables.
 
     What arrives was normalised for the base; ``scale`` and ``shift`` make of it what the network was trained on.
     """
 
     classes: int
-    network: ResNet
+    network: Architecture
     algorithms: tuple[tuple[Algorithm, ...], ...] = ()
     """Those that its kernels are stored for, see ``with_algorithms``."""
 
@@ -42,7 +51,7 @@ class Network(nn.Module):
 
 
 def import_network(
-    network: ResNet, variables: Variables, *, trained: Normalization, base: Normalization
+    network: Architecture, variables: Variables, *, trained: Normalization, base: Normalization
 ) -> tuple[Network, dict[str, Any]]:
     """Return a trained network as a predictor at site 0, and its variables.
 

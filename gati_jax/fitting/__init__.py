@@ -1,10 +1,15 @@
 """Frozen activations to trained candidates."""
 
 from .augment import Augment as Augment
+from .augment import cutout as cutout
 from .candidates import Candidates as Candidates
 from .candidates import fit as fit
 from .centres import k_means as k_means
 from .distill import distillation_loss as distillation_loss
+from .epochs import EpochRecord as EpochRecord
+from .epochs import epoch_order as epoch_order
+from .epochs import run_epochs as run_epochs
+from .epochs import scan_epoch as scan_epoch
 from .freeze import FreezeConfig as FreezeConfig
 from .freeze import fit_freeze as fit_freeze
 from .heads import DEFAULT_HEADS as DEFAULT_HEADS

@@ -1,4 +1,4 @@
-"""Random crops and flips on the device."""
+"""Random crops, flips and cutouts on the device."""
 
 import dataclasses
 
@@ -44,3 +44,26 @@ class Augment:
             flipped = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
             images = jnp.where(flipped, images[:, :, ::-1], images)
         return images
+
+
+def cutout(key: PRNGKeyArray, images: Images, size: int) -> Images:
+    """Set a square to zero in every image (DeVries and Taylor, arXiv:1708.04552); zero is the mean once normalised.
+
+    Args:
+        key: Draws the squares' centres, anywhere in the picture: part of a square may lie outside.
+        images: [batch, height, width, channels].
+        size: Side of the square in pixels; 0 leaves the images as they are.
+    """
+    if not size:
+        return images
+    batch, height, width, _ = images.shape
+    rows, columns = (
+        jax.random.randint(k, (batch, 1), 0, n) for k, n in zip(jax.random.split(key), (height, width), strict=True)
+    )
+
+    def inside(centre: Array, n: int) -> Array:
+        at = jnp.arange(n).reshape(1, n) - centre + size // 2
+        return (at >= 0) & (at < size)  # bool[batch, n]
+
+    square = inside(rows, height)[:, :, None, None] & inside(columns, width)[:, None, :, None]
+    return jnp.where(square, jnp.zeros((), images.dtype), images)

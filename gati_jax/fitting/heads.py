@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 from gati_jax._errors import InputError
 from gati_jax.caches import Cascaded, Centres, Grid, Neighbours, SortedSelector, import_network
-from gati_jax.models import Chain, Normalization, ResNet, Variables
+from gati_jax.models import Architecture, Chain, Normalization, Variables
 
 DEFAULT_SELECTOR = SortedSelector()
 _SEPARATORS = frozenset("@+")  # of a head, its further selector and the site: "grid+linear@9"
@@ -55,7 +55,7 @@ class Head:
 
 def network_head(
     name: str,
-    network: ResNet,
+    network: Architecture,
     variables: Variables,
     *,
     trained: Normalization,

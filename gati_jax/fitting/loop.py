@@ -1,25 +1,22 @@
 """The one training loop: epochs of shuffled batches, a progress bar, checkpoints, exact resumption."""
 
 import dataclasses
-import hashlib
 import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
-from orbax.checkpoint import v1 as ocp
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
-from gati_jax._checkpoint import restore_spec
+from gati_jax._checkpoint import open_checkpoints, restore_spec
 from gati_jax._errors import InputError
 from gati_jax.data import batches
+
+from ._progress import progress_bar
 
 _log = logging.getLogger(__name__)
 
@@ -59,13 +56,6 @@ class LoopConfig:
     clock: Callable[[], float] = time.monotonic
 
 
-class _Rate(ProgressColumn):
-    """Steps in a second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:.1f} steps/s")
-
-
 def run_loop(
     step: Step,
     state: LoopState,
@@ -98,7 +88,7 @@ def run_loop(
         msg = f"images: expected at least one batch of {config.batch} rows, got {n}"
         raise InputError(msg)
     total = min(per_epoch * config.epochs, per_epoch * config.epochs if config.steps is None else config.steps)
-    checkpointer = _checkpointer(checkpoint, identity)
+    checkpointer = open_checkpoints(checkpoint, identity)
     if checkpointer and checkpointer.latest:
         state = checkpointer.load(abstract_state=restore_spec(state))
         _log.info("%s: resumed at step %d of %d", description, int(state.step), total)
@@ -106,7 +96,7 @@ def run_loop(
     began = saved = config.clock()
     took = 0.0
     losses: list[Array] = []
-    with _bar(progress) as bar:
+    with progress_bar(progress) as bar:
         task = bar.add_task(description, total=total, completed=done)
         for rows in itertools.islice(_steps(n, config, done), max(0, total - done)):
             if _time_is_spent(config, began, losses):
@@ -146,23 +136,3 @@ def _steps(n: int, config: LoopConfig, done: int) -> Iterator[Int[np.ndarray, " 
     for epoch in range(done // per_epoch, config.epochs):
         rows = list(batches(n, config.batch, seed=(config.seed, epoch)))
         yield from rows[done % per_epoch if epoch == done // per_epoch else 0 :]
-
-
-def _bar(progress: bool) -> Progress:  # noqa: FBT001
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not (progress and console.is_terminal))
-
-
-def checkpoint_folder(folder: Path, identity: str) -> Path:
-    """Return where the checkpoints of one identity lie."""
-    return folder / hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
-
-
-def _checkpointer(folder: Path | None, identity: str) -> Any | None:  # noqa: ANN401
-    if folder is None:
-        return None
-    keep_newest: Any = ocp.training.preservation_policies.LatestN(1)
-    path = checkpoint_folder(folder, identity).absolute()
-    path.mkdir(parents=True, exist_ok=True)
-    return ocp.training.Checkpointer(str(path), preservation_policy=keep_newest, cleanup_tmp_directories=True)

@@ -18,6 +18,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
+from gati_jax._checkpoint import checkpoint_folder
 from gati_jax._errors import InputError
 from gati_jax.caches import Activations, fold_standardize, predict_all, predictor_inputs
 from gati_jax.models import Chain, fast_forward
@@ -26,7 +27,7 @@ from .augment import Augment
 from .budget import report_budget, within_minutes
 from .distill import distillation_loss
 from .heads import Part
-from .loop import LoopConfig, LoopState, Step, checkpoint_folder, run_loop
+from .loop import LoopConfig, LoopState, Step, run_loop
 from .optimize import apply_gradients
 
 _INIT_ROWS = 512  # enough to tell the features' means and scales

@@ -1,4 +1,4 @@
-"""The base: chains of blocks, residual networks as chains, their weights."""
+"""The base: chains of blocks, residual networks and VGGs as chains, their weights."""
 
 from .chain import Block as Block
 from .chain import Chain as Chain
@@ -13,15 +13,20 @@ from .layers import layers as layers
 from .layers import store_params as store_params
 from .layers import winograd_where_wide as winograd_where_wide
 from .layers import with_algorithms as with_algorithms
-from .resnet import NAMES as NAMES
+from .networks import NAMES as NAMES
+from .networks import Architecture as Architecture
+from .networks import Variables as Variables
+from .networks import apply as apply
+from .networks import apply_train as apply_train
+from .networks import architecture as architecture
+from .networks import fold as fold
+from .networks import init as init
+from .networks import to_chain as to_chain
+from .resnet import RESNETS as RESNETS
 from .resnet import ResNet as ResNet
-from .resnet import Variables as Variables
-from .resnet import apply as apply
-from .resnet import apply_train as apply_train
-from .resnet import fold as fold
-from .resnet import init as init
 from .resnet import resnet as resnet
-from .resnet import to_chain as to_chain
+from .vgg import VGG as VGG
+from .vgg import vgg as vgg
 from .weights import export_state_dict as export_state_dict
 from .weights import import_state_dict as import_state_dict
 from .weights import read_metadata as read_metadata

@@ -1,18 +1,25 @@
-"""The pieces of residual networks as Flax Linen modules, whose ``init`` and ``apply`` are pure functions.
+"""The pieces of convolutional networks as Flax Linen modules, whose ``init`` and ``apply`` are pure functions.
 
 Every convolution pads explicitly, kernel // 2 on each side as PyTorch does: at stride 2 JAX's "SAME" pads differently.
+A convolution and its batch norm compute in the dtype of what comes in (but statistics in float32), the classifier in
+float32: parameters may stay float32 while the rest is bfloat16.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from pydantic import Field
 
+from ._gradient import convolution_of
 from .convolution import Algorithm, convolve, stored_shape
 
 Norm = Literal["batch", "running", "folded"]
 """Batch norm by the batch's statistics (training), by running ones, or folded into the convolution (inference)."""
+
+Size = Annotated[int, Field(ge=1, le=4096)]
+EPSILON = 1e-5  # batch norm's, in PyTorch and here
 
 _POOL_PADDING: Any = ((1, 1), (1, 1))  # Linen takes it, its annotation does not
 _HE = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
@@ -52,9 +59,12 @@ class ConvNorm(nn.Module):
             return Convolution(self.features, self.kernel, self.stride, self.algorithm, name="conv")(x)
         pad = (self.kernel // 2, self.kernel // 2)
         size, strides = (self.kernel, self.kernel), (self.stride, self.stride)
-        conv = nn.Conv(self.features, size, strides, padding=(pad, pad), use_bias=False, kernel_init=_HE, name="conv")
-        x = conv(x)
-        return nn.BatchNorm(use_running_average=self.norm == "running", momentum=0.9, epsilon=1e-5, name="norm")(x)
+        options: dict[str, Any] = {"padding": (pad, pad), "use_bias": False, "kernel_init": _HE, "dtype": x.dtype}
+        if self.norm == "batch":
+            options["conv_general_dilated"] = convolution_of(self.stride)
+        x = nn.Conv(self.features, size, strides, **options, name="conv")(x)
+        running = self.norm == "running"
+        return nn.BatchNorm(running, momentum=0.9, epsilon=EPSILON, dtype=x.dtype, name="norm")(x)
 
 
 class Shortcut(nn.Module):
@@ -146,4 +156,4 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
         """Return logits."""
-        return nn.Dense(self.classes, name="fc")(x.mean((1, 2)))
+        return nn.Dense(self.classes, name="fc")(x.mean((1, 2), jnp.float32))

@@ -1,4 +1,4 @@
-"""The convolutions of a residual network, and the same network by other algorithms."""
+"""The convolutions of a network, and the same network by other algorithms."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,9 @@ from gati_jax._errors import InputError
 
 from .chain import Chain
 from .convolution import Algorithm, applicable, store
-from .resnet import ResNet, to_chain
+from .networks import Architecture, to_chain
+from .resnet import ResNet
+from .vgg import VGG
 
 ENOUGH = 32  # channels, for Winograd's transforms to pay
 
@@ -39,8 +41,22 @@ class Layer(NamedTuple):
 
 
 @functools.cache
-def layers(network: ResNet) -> tuple[tuple[Layer, ...], ...]:
-    """Return for every block its convolutions in the order of ``ResNet.modules``: stem, 1, 2, (3), projection."""
+def layers(network: Architecture) -> tuple[tuple[Layer, ...], ...]:
+    """Return for every block its convolutions, in the order in which ``network.modules`` takes their algorithms."""
+    return _vgg(network) if isinstance(network, VGG) else _resnet(network)
+
+
+def _vgg(network: VGG) -> tuple[tuple[Layer, ...], ...]:
+    height, width, inputs = network.input_shape
+    blocks = []
+    for outputs, pool in network.shapes:
+        blocks.append((Layer(3, 1, inputs, outputs, height, width, ("conv",)),))
+        inputs, height, width = outputs, height // (1 + pool), width // (1 + pool)
+    return tuple(blocks)
+
+
+def _resnet(network: ResNet) -> tuple[tuple[Layer, ...], ...]:
+    """Stem, 1, 2, (3), projection."""
     height, width, channels = network.input_shape
     small = network.stem == 3  # noqa: PLR2004
     stem = Layer(network.stem, 1 if small else 2, channels, network.widths[0], height, width, ("stem", "conv"))
@@ -74,7 +90,7 @@ def _halved(size: int) -> int:
     return (size + 1) // 2
 
 
-def choose_algorithms(network: ResNet, choice: Mapping[str, Algorithm]) -> tuple[tuple[Algorithm, ...], ...]:
+def choose_algorithms(network: Architecture, choice: Mapping[str, Algorithm]) -> tuple[tuple[Algorithm, ...], ...]:
     """Return for every block the algorithms of its convolutions, as ``to_chain`` takes them.
 
     Args:
@@ -96,7 +112,7 @@ def choose_algorithms(network: ResNet, choice: Mapping[str, Algorithm]) -> tuple
 
 
 def store_params(
-    network: ResNet, params: Sequence[Any], algorithms: Sequence[tuple[Algorithm, ...]]
+    network: Architecture, params: Sequence[Any], algorithms: Sequence[tuple[Algorithm, ...]]
 ) -> tuple[Any, ...]:
     """Return folded parameters with every kernel as its algorithm takes it."""
     blocks = [
@@ -110,22 +126,22 @@ def with_algorithms(chain: Chain, choice: Mapping[str, Algorithm]) -> Chain:
     """Return the same network with its convolutions done by other algorithms, their kernels stored accordingly.
 
     Args:
-        chain: A residual network's, as ``to_chain`` makes it, without algorithms.
+        chain: A network's of this library, as ``to_chain`` makes it, without algorithms.
         choice: See ``choose_algorithms``.
 
     Raises:
-        InputError: The chain is no residual network of this library's, or an algorithm cannot do its layer.
+        InputError: The chain is no network of this library's, or an algorithm cannot do its layer.
     """
     network = chain.network
-    if not isinstance(network, ResNet):
-        msg = "chain: expected a residual network of this library, got a chain of other functions"
+    if not isinstance(network, Architecture):
+        msg = "chain: expected a network of this library, got a chain of other functions"
         raise InputError(msg)
     algorithms = choose_algorithms(network, choice)
     params = store_params(network, chain.params, algorithms)
     return to_chain(network, params, chain.normalization, algorithms=algorithms)
 
 
-def winograd_where_wide(network: ResNet) -> dict[str, Algorithm]:
+def winograd_where_wide(network: Architecture) -> dict[str, Algorithm]:
     """Return the choice of Winograd's F(2x2) wherever there are channels enough for its transforms to pay."""
     found = [layer for block in layers(network) for layer in block]
     wide = [layer for layer in found if "winograd2" in layer.applicable and min(layer.inputs, layer.outputs) >= ENOUGH]
@@ -137,7 +153,7 @@ def fast_forward(chain: Chain) -> Chain:
 
     A quarter to a half faster than the compiler's own; logits differ in their last bits.
     """
-    if jax.default_backend() != "cpu" or not isinstance(chain.network, ResNet):
+    if jax.default_backend() != "cpu" or not isinstance(chain.network, Architecture):
         return chain
     return with_algorithms(chain, winograd_where_wide(chain.network))
 

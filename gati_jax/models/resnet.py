@@ -1,29 +1,16 @@
-"""Residual networks as chains: CIFAR ResNet-20 .. 110 and ResNet-18 .. 152 with the 32x32 or the 224x224 stem.
-
-A network is a configuration; its variables are a tuple with one ``{"params", "batch_stats"}`` dictionary for each block
-and one for the classifier. Training and inference run the same modules: see ``Norm`` in ``_modules``.
-"""
+"""Residual networks: CIFAR ResNet-20 .. 110 and ResNet-18 .. 152 with the 32x32 or the 224x224 stem."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, PRNGKeyArray
 from pydantic import Field
 
 from gati_jax._errors import InputError
-from gati_jax._linen import call
 
-from ._modules import Classifier, FirstBlock, Norm, ResidualBlock, Stem
-from .chain import Chain, Normalization
+from ._modules import Classifier, FirstBlock, Norm, ResidualBlock, Size, Stem
 from .convolution import Algorithm
-
-Variables = tuple[dict[str, Any], ...]
-Size = Annotated[int, Field(ge=1, le=4096)]
-EPSILON = 1e-5  # batch norm's, in PyTorch and here
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +47,7 @@ class ResNet:
             norm: See ``Norm``.
             algorithms: For each block those of its convolutions, see ``layers``; the compiler's own if empty.
         """
-        chosen = list(algorithms) or [()] * sum(self.stages)
+        chosen = list(algorithms) or [()] * self.depth
         stem_algorithm = chosen[0][0] if chosen[0] else "direct"
         chosen[0] = chosen[0][1:]
         blocks = [
@@ -69,6 +56,11 @@ class ResNet:
         ]
         stem = Stem(self.widths[0], self.stem, norm, stem_algorithm)
         return (FirstBlock(stem, blocks[0]), *blocks[1:], Classifier(self.classes))
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return sum(self.stages)
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -88,7 +80,7 @@ _IMAGENET = {
     "resnet101": (3, 4, 23, 3),
     "resnet152": (3, 8, 36, 3),
 }
-NAMES = (*_CIFAR, *_IMAGENET)
+RESNETS = (*_CIFAR, *_IMAGENET)
 
 
 def resnet(
@@ -128,80 +120,5 @@ def resnet(
             classes=classes,
             input_shape=input_shape,
         )
-    msg = f"name: expected one of {', '.join(NAMES)}, got {name!r}"
+    msg = f"name: expected one of {', '.join(RESNETS)}, got {name!r}"
     raise InputError(msg)
-
-
-def init(network: ResNet, key: PRNGKeyArray) -> Variables:
-    """Draw fresh variables."""
-    x = jax.ShapeDtypeStruct((1, *network.input_shape), jnp.float32)
-    variables = []
-    for module, block_key in zip(network.modules("batch"), jax.random.split(key, sum(network.stages) + 1), strict=True):
-        variables.append(module.init(block_key, jnp.zeros(x.shape, x.dtype)))
-        x, _ = jax.eval_shape(lambda v, a, m=module: m.apply(v, a, mutable=["batch_stats"]), variables[-1], x)
-    return tuple(variables)
-
-
-def apply(
-    network: ResNet, variables: Variables, x: Float[Array, "batch height width channels"]
-) -> Float[Array, "batch classes"]:
-    """Return logits, normalising by running statistics."""
-    for module, v in zip(network.modules("running"), variables, strict=True):
-        x = call(module, v, x)
-    return x
-
-
-def apply_train(
-    network: ResNet, variables: Variables, x: Float[Array, "batch height width channels"]
-) -> tuple[Float[Array, "batch classes"], Variables]:
-    """Return logits, normalised by the batch's statistics, and variables with their running statistics advanced."""
-    advanced = []
-    for module, v in zip(network.modules("batch"), variables, strict=True):
-        x, statistics = module.apply(v, x, mutable=["batch_stats"])
-        advanced.append({**v, **statistics})
-    return x, tuple(advanced)
-
-
-def fold(variables: Variables) -> tuple[dict[str, Any], ...]:
-    """Fold every batch norm into its convolution: the parameters of the "folded" modules.
-
-    ``norm(conv(x, w)) = conv(x, w * s) + (bias - mean * s)`` with ``s = scale / sqrt(var + epsilon)``.
-    """
-    return tuple(_fold(v["params"], v.get("batch_stats", {})) for v in variables)
-
-
-def _fold(params: dict[str, Any], statistics: dict[str, Any]) -> dict[str, Any]:
-    if "norm" in params:
-        norm, running = params["norm"], statistics["norm"]
-        scale = norm["scale"] / jnp.sqrt(running["var"] + EPSILON)
-        kernel = params["conv"]["kernel"]
-        return {"conv": {"kernel": kernel * scale.reshape(1, 1, 1, -1), "bias": norm["bias"] - running["mean"] * scale}}
-    children = {name: _fold(v, statistics.get(name, {})) if isinstance(v, dict) else v for name, v in params.items()}
-    return {name: child for name, child in children.items() if not isinstance(child, dict) or child}
-
-
-@dataclasses.dataclass(frozen=True)
-class LinenBlock:
-    """A Linen module as a block of a chain; equal modules make equal blocks."""
-
-    module: nn.Module
-
-    def __call__(self, params: dict[str, Any], x: Array) -> Array:
-        """Apply the module."""
-        return call(self.module, {"params": params}, x)
-
-
-def to_chain(
-    network: ResNet,
-    params: tuple[Any, ...],
-    normalization: Normalization | None = None,
-    *,
-    algorithms: Sequence[tuple[Algorithm, ...]] = (),
-) -> Chain:
-    """Return the inference chain of ``network`` with folded parameters (see ``fold``).
-
-    ``algorithms`` are those that the kernels in ``params`` are stored for: see ``with_algorithms``.
-    """
-    *blocks, classifier = (LinenBlock(module) for module in network.modules("folded", algorithms))
-    spec = jax.ShapeDtypeStruct(network.input_shape, jnp.float32)
-    return Chain(tuple(blocks), classifier, params, spec, normalization, network)

@@ -1,7 +1,8 @@
-"""State dicts of PyTorch residual networks to and from variables.
+"""State dicts of PyTorch networks to and from variables.
 
-Names are torchvision's (``layer1.0.conv1.weight``, ``downsample.0``, ``fc``); the CIFAR sources' spellings (``linear``,
-``shortcut.0``, a leading ``module.``) are read too. Layouts change from PyTorch's [out, in, h, w] to [h, w, in, out].
+Names are torchvision's (``layer1.0.conv1.weight``, ``downsample.0``, ``fc``; ``features.0.weight``); the CIFAR sources'
+spellings (``linear``, ``shortcut.0``, a VGG's one ``classifier``, a leading ``module.``) are read too. Layouts change
+from PyTorch's [out, in, h, w] to [h, w, in, out].
 """
 
 import contextlib
@@ -15,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from gati_jax._errors import WeightsError, describe_mismatch
 
-from .resnet import ResNet, Variables, init
+from .networks import Architecture, Variables, init
+from .resnet import ResNet
+from .vgg import VGG
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -43,8 +46,36 @@ def _conv_norm(conv: str, norm: str, block: int, path: tuple[str, ...]) -> Itera
         yield f"{norm}.{name}", _Entry(block, (collection, *path, "norm", leaf), _VECTOR)
 
 
-def _entries(network: ResNet) -> dict[str, _Entry]:
+def _entries(network: Architecture) -> dict[str, _Entry]:
     """Name every tensor of the network's state dict."""
+    entries, head = (_vgg(network), "classifier") if isinstance(network, VGG) else (_resnet(network), "fc")
+    entries[f"{head}.weight"] = _Entry(network.depth, ("params", "fc", "kernel"), _MATRIX)
+    entries[f"{head}.bias"] = _Entry(network.depth, ("params", "fc", "bias"), _VECTOR)
+    return entries
+
+
+def _vgg(network: VGG) -> dict[str, _Entry]:
+    entries: dict[str, _Entry] = {}
+    at = 0  # in torchvision's sequence of convolution, norm, ReLU and max-pool
+    for block, (_, pool) in enumerate(network.shapes):
+        entries |= _conv_norm(f"features.{at}", f"features.{at + 1}", block, ("conv",))
+        at += 4 if pool else 3
+    return entries
+
+
+def _absorbed(network: Architecture) -> dict[str, str]:
+    """Return the running mean by the name of the bias that it takes up.
+
+    torchvision's VGGs have biases before their batch norms, where they do nothing but move the mean.
+    """
+    if not isinstance(network, VGG):
+        return {}
+    kernels = [name for name, entry in _vgg(network).items() if entry.axes == _KERNEL]
+    means = [name for name, entry in _vgg(network).items() if entry.path[-1] == "mean"]
+    return {kernel.replace(".weight", ".bias"): mean for kernel, mean in zip(kernels, means, strict=True)}
+
+
+def _resnet(network: ResNet) -> dict[str, _Entry]:
     entries = dict(_conv_norm("conv1", "bn1", 0, ("stem", "conv")))
     block = 0
     out = network.widths[0]
@@ -59,8 +90,6 @@ def _entries(network: ResNet) -> dict[str, _Entry]:
                     f"{prefix}downsample.0", f"{prefix}downsample.1", block, (*path, "shortcut", "projection")
                 )
             block += 1
-    entries["fc.weight"] = _Entry(block, ("params", "fc", "kernel"), _MATRIX)
-    entries["fc.bias"] = _Entry(block, ("params", "fc", "bias"), _VECTOR)
     return entries
 
 
@@ -69,7 +98,7 @@ def _standard_name(name: str) -> str:
     return f"fc.{name.removeprefix('linear.')}" if name.startswith("linear.") else name
 
 
-def import_state_dict(network: ResNet, tensors: Tensors) -> Variables:
+def import_state_dict(network: Architecture, tensors: Tensors) -> Variables:
     """Return the variables of ``network`` from a state dict, in float32.
 
     Args:
@@ -89,17 +118,21 @@ def import_state_dict(network: ResNet, tensors: Tensors) -> Variables:
         raise WeightsError(msg)
     abstract = jax.eval_shape(lambda: init(network, jax.random.key(0)))
     expected = {name: _torch_shape(_leaf(abstract[e.block], e.path).shape, e.axes) for name, e in entries.items()}
+    biases = {bias: mean for bias, mean in _absorbed(network).items() if bias in found}
+    expected |= {bias: expected[mean] for bias, mean in biases.items()}
     if problems := describe_mismatch(expected, {name: str(list(v.shape)) for name, v in found.items()}):
         msg = f"weights: these are not the network's tensors. {problems}"
         raise WeightsError(msg)
     if bad := sorted(name for name, v in found.items() if not np.isfinite(np.asarray(v, np.float32)).all()):
         msg = f"weights: expected finite values, got NaN or infinity in {', '.join(bad)}"
         raise WeightsError(msg)
+    for bias, mean in biases.items():
+        found[mean] = np.asarray(found[mean], np.float32) - np.asarray(found[bias], np.float32)
     return _build(network, {name: found[name] for name in entries}, entries)
 
 
-def _build(network: ResNet, tensors: Tensors, entries: dict[str, _Entry]) -> Variables:
-    variables: list[dict[str, Any]] = [{} for _ in range(sum(network.stages) + 1)]
+def _build(network: Architecture, tensors: Tensors, entries: dict[str, _Entry]) -> Variables:
+    variables: list[dict[str, Any]] = [{} for _ in range(network.depth + 1)]
     for name, entry in entries.items():
         node = variables[entry.block]
         for part in entry.path[:-1]:
@@ -118,12 +151,13 @@ def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:  # noqa: ANN40
     return tree
 
 
-def export_state_dict(network: ResNet, variables: Variables) -> dict[str, np.ndarray]:
+def export_state_dict(network: Architecture, variables: Variables) -> dict[str, np.ndarray]:
     """Return the state dict of ``variables`` under torchvision's names: the inverse of ``import_state_dict``."""
-    return {
+    tensors = {
         name: np.ascontiguousarray(np.asarray(_leaf(variables[e.block], e.path)).transpose(np.argsort(e.axes)))
         for name, e in _entries(network).items()
     }
+    return tensors | {bias: np.zeros_like(tensors[mean]) for bias, mean in _absorbed(network).items()}
 
 
 def read_weights(path: Path | str) -> dict[str, np.ndarray]:

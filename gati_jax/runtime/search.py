@@ -20,7 +20,16 @@ from jaxtyping import Array, Float, Shaped
 
 from gati_jax._errors import InputError
 from gati_jax.caches import Candidate, Network
-from gati_jax.models import Algorithm, Chain, Layer, ResNet, layers, to_chain, winograd_where_wide, with_algorithms
+from gati_jax.models import (
+    Algorithm,
+    Architecture,
+    Chain,
+    Layer,
+    layers,
+    to_chain,
+    winograd_where_wide,
+    with_algorithms,
+)
 
 from .measure import device_name
 from .numerics import reference
@@ -40,7 +49,7 @@ def tune(
     """Find what is fastest on the default device; takes a minute or two.
 
     Args:
-        chain: A residual network's, see ``to_chain``; of a user's own functions only tiles and options are tuned.
+        chain: A network of this library's, see ``to_chain``; of a user's own only tiles and options are tuned.
         caches: Small networks among them are tuned along with it.
         sizes: Tile sizes to try; 1 is always among them.
         rounds: Interleaved repeats of every timing, of which the medians count.
@@ -111,7 +120,7 @@ def _uniform(networks: Sequence[Chain]) -> list[dict[str, Algorithm]]:
         return [{}]  # there the compiler's library chooses
     wide: dict[str, Algorithm] = {}
     for chain in networks:
-        wide |= winograd_where_wide(chain.network) if isinstance(chain.network, ResNet) else {}
+        wide |= winograd_where_wide(chain.network) if isinstance(chain.network, Architecture) else {}
     return [{}, wide] if wide else [{}]
 
 
@@ -150,7 +159,7 @@ def _refine(networks: Sequence[Chain], start: Tile, rounds: int) -> dict[str, Al
     choice = dict(start.algorithms)
     known: set[str] = set()
     for chain in networks:
-        if not isinstance(chain.network, ResNet):
+        if not isinstance(chain.network, Architecture):
             continue
         inputs = _activations(chain, start.size)
         for layer, block in _kinds(chain.network).items():
@@ -178,7 +187,7 @@ def _fastest(
     return best if ms[best] < (1 - MARGIN) * ms[now] else now
 
 
-def _kinds(network: ResNet) -> dict[Layer, int]:
+def _kinds(network: Architecture) -> dict[Layer, int]:
     """Return one layer of every kind, with the index of a block that has it."""
     first: dict[str, tuple[Layer, int]] = {}
     for index, block in enumerate(layers(network)):

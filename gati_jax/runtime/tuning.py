@@ -7,7 +7,7 @@ import numpy as np
 
 from gati_jax._errors import InputError
 from gati_jax.caches import Candidate, Network, network_with_algorithms
-from gati_jax.models import Algorithm, Chain, ResNet, with_algorithms
+from gati_jax.models import Algorithm, Architecture, Chain, with_algorithms
 from gati_jax.planning import CostTable
 
 from .cascade import Cascade
@@ -81,7 +81,7 @@ class Tuning:
 
 def tuned_chain(chain: Chain, tile: Tile) -> Chain:
     """Return the chain by a tile's algorithms."""
-    return with_algorithms(chain, tile.algorithms) if isinstance(chain.network, ResNet) else chain
+    return with_algorithms(chain, tile.algorithms) if isinstance(chain.network, Architecture) else chain
 
 
 def tuned_cascade(cascade: Cascade, tile: Tile) -> Cascade:

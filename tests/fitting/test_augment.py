@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import gati_jax
 from gati_jax import Augment
+from gati_jax.fitting import cutout
 
 
 def variants(image, pad, flip):
@@ -65,3 +66,26 @@ def test_without_options_any_input_passes_unchanged():
 def test_options_need_images(options):
     with pytest.raises(gati_jax.InputError, match=r"augment: expected images\[.*\] to shift or flip, got \[2, 3\]"):
         Augment(**options)(jax.random.key(0), jnp.zeros((2, 3)))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**31), st.integers(1, 6), st.sampled_from([(5, 7, 1), (4, 4, 3)]))
+def test_a_cutout_is_one_square_that_may_hang_over_the_edge(seed, size, shape):
+    images = jnp.ones((8, *shape))
+    for image in np.asarray(cutout(jax.random.key(seed), images, size)):
+        hole = image == 0
+        assert (hole == hole[:, :, :1]).all()  # the same in every channel
+        rows, columns = (np.flatnonzero(hole[:, :, 0].any(axis)) for axis in (1, 0))
+        assert hole[:, :, 0].sum() == len(rows) * len(columns) > 0
+        for at, n in ((rows, shape[0]), (columns, shape[1])):
+            assert (np.diff(at) == 1).all()
+            assert len(at) <= size
+            assert len(at) == size or at[0] == 0 or at[-1] == n - 1
+
+
+def test_cutouts_are_everywhere_and_none_is_asked_for_with_zero():
+    images = jnp.ones((4000, 6, 6, 1))
+    np.testing.assert_array_equal(cutout(jax.random.key(0), images, 0), images)
+    covered = np.asarray(cutout(jax.random.key(0), images, 1) == 0).mean(0)[:, :, 0]
+    # One pixel of 36: 0.0278, with a standard deviation of 0.0026.
+    assert 0.017 < covered.min() < covered.max() < 0.039

@@ -153,7 +153,7 @@ def test_init_draws_kernels_with_the_variance_of_he():
     np.testing.assert_allclose(np.std(kernel), np.sqrt(2 / (3 * 3 * 64)), rtol=0.03)
 
 
-@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize("name", models.RESNETS)
 def test_number_of_blocks_follows_from_the_name(name):
     # The name counts the stem, the linear layer and each block's convolutions.
     layers = int(name.removeprefix("resnet"))

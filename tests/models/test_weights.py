@@ -263,7 +263,7 @@ def test_trained_resnet20_gives_the_logits_of_torch(shared):
 
     network = resnet("resnet20")
     path = shared / "weights" / "resnet20-cifar10.safetensors"
-    reference = torch_reference.Network(network).eval()
+    reference = torch_reference.build(network).eval()
     tensors = {k: torch_reference.torch.from_numpy(v) for k, v in rename(load_file(path), "linear.", "fc.").items()}
     problems = reference.load_state_dict(tensors, strict=False)
     assert all(name.endswith("num_batches_tracked") for name in problems.missing_keys)

@@ -1,4 +1,4 @@
-"""Residual networks in plain PyTorch under torchvision's names: what imported networks are compared with."""
+"""Networks in plain PyTorch under torchvision's names: what imported networks are compared with."""
 
 from typing import Any
 
@@ -10,20 +10,22 @@ nn = torch.nn
 torch.set_num_threads(1)  # these networks are tiny: threads would only wait for each other
 
 
-from benchmarks.torch_network import Network  # noqa: E402 (behind importorskip)
+from benchmarks.torch_network import build  # noqa: E402 (behind importorskip)
 
 
 def random_network(network, seed=0):
     """Return a network in evaluation mode whose every tensor is random, the running statistics too."""
     generator = torch.Generator().manual_seed(seed)
     uniform = lambda tensor, low, high: tensor.uniform_(low, high, generator=generator)  # noqa: E731
-    model: Any = Network(network).eval()
+    model: Any = build(network).eval()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 # Variances near 1e-3, where batch norm's epsilon of 1e-5 shows.
                 fan_in = module.weight[0].numel()
                 module.weight.normal_(0, 0.04 / fan_in**0.5, generator=generator)
+                if module.bias is not None:
+                    uniform(module.bias, -0.02, 0.02)
             elif isinstance(module, nn.BatchNorm2d):
                 uniform(module.weight, 0.3, 1.0)
                 uniform(module.bias, -0.3, 0.3)

@@ -17,7 +17,7 @@ import pytest
 
 import gati_jax
 from gati_jax import CostTable
-from gati_jax.models import ResNet
+from gati_jax.models import Architecture, ResNet
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ["--config", str(ROOT / "configs" / "digits.toml")]
@@ -64,10 +64,10 @@ def made_up_costs(measured: CostTable) -> CostTable:
 
 
 @contextlib.contextmanager
-def small_and_repeatable(network: ResNet = TINY) -> Generator[None]:
+def small_and_repeatable(network: Architecture = TINY) -> Generator[None]:
     measure = gati_jax.measure_costs
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.config.resnet", lambda *_, **__: network)
+        patch.setattr("train.config.architecture", lambda *_, **__: network)
         patch.setattr(gati_jax, "measure_costs", lambda *a, **k: made_up_costs(measure(*a, **k)))
         yield
 

@@ -21,7 +21,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "repro_freeze_resnet18.toml"
 def test_the_published_experiment_loads():
     config = load(FreezeExperiment, CONFIG)
     assert config.freeze.build() == gati_jax.FreezeConfig(k=50, key_units=1024, centres=100)
-    assert config.base.resnet().classes == 10
+    assert config.base.architecture().classes == 10
     with pytest.raises(InputError, match=r"unknown key freeze\.neighbours"):
         load(FreezeExperiment, CONFIG, ["--freeze.neighbours", "3"])
     for kinds in ("[]", '["knn", "knn"]'):

@@ -5,14 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from gati_jax.fitting import loop
 from tests.train.one_pass import DIGITS, ROOT, SMALLEST, small_and_repeatable
 from train import base
 
@@ -37,25 +34,24 @@ def test_bad_input_ends_a_process_with_code_2_and_one_line(tmp_path):
 
 
 RESUMED = [
-    *DIGITS, "--base.training.epochs", "2", "--data.base_trained_on", '["all[:192]"]', "--data.splits.test",
-    "all[1497:1527]",
+    *DIGITS, "--data.base_trained_on", '["all[:192]"]', "--data.splits.test", "all[1497:1527]",
+    "--base.training.epochs", "3", "--base.training.checkpoint_seconds", "0", "--base.training.average", "0.9",
+    "--base.training.cutout", "2",
 ]  # fmt: skip
 
 
 def victim(arguments: list[str]) -> None:
-    """Train a base with a checkpoint behind every step, and die in the middle of the fifth of six."""
-    steps = loop._steps
+    """Train a base with a checkpoint behind every epoch, and die behind the second of three, which is not saved."""
+    report = base.report
 
-    def mortal(*given: Any) -> Iterator[np.ndarray]:
-        for i, rows in enumerate(steps(*given)):
-            if i == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield rows
+    def mortal(*given: Any) -> None:
+        report(*given)
+        if given[-1].epoch == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.config.resnet", lambda *_, **__: SMALLEST)
-        patch.setattr(loop, "_steps", mortal)
-        patch.setattr(base, "LoopConfig", lambda **options: loop.LoopConfig(**options, checkpoint_seconds=0.0))
+        patch.setattr("train.config.architecture", lambda *_, **__: SMALLEST)
+        patch.setattr(base, "report", mortal)
         base.main(arguments)
 
 
@@ -67,7 +63,7 @@ def test_a_killed_base_resumes_to_the_same_bits(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="gati_jax"), small_and_repeatable(SMALLEST):
         base.main([*RESUMED, "--out", str(killed)])
         base.main([*RESUMED, "--out", str(whole)])
-    assert "resumed at step 4 of 6" in caplog.text
+    assert "resumed at step 3 of 9" in caplog.text
     one, other = (load_file(folder / "base.safetensors") for folder in (killed, whole))
     assert one.keys() == other.keys()
     assert [name for name in one if one[name].tobytes() != other[name].tobytes()] == []

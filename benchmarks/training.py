@@ -1,0 +1,118 @@
+"""Images a second while training: this project's epochs beside plain PyTorch, on the same network in one run.
+
+Each has a process of its own; they take turns in random order, a number of steps each, with a pause and an uncounted
+turn before. Ours are the very program of ``train.base``, with crops, flips, cutout and a moving average; PyTorch gets
+normalised batches that lie in memory, and none of that: forward, backward, step. Ratios are ours over theirs, round by
+round; their spread is the interquartile range over the median.
+"""
+
+import argparse
+import json
+import time
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gati_jax.models import NAMES
+from gati_jax.runtime import device_name
+from gati_jax.runtime.timing import spread
+from train import cli
+
+from .compare import PAUSE_SECONDS, Worker, commit, version_of, worker
+from .training_worker import CONTENDERS, OURS
+
+EXAMPLE = "python -m benchmarks.training --network resnet20 --batch 128 --steps 4 --rounds 7"
+
+
+def main() -> None:
+    """Run the benchmark."""
+    arguments = parser().parse_args()
+    result = compare(arguments)
+    if arguments.out:
+        cli.write_result(arguments.out, result)
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        show(result)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    p = cli.parser(str(__doc__), EXAMPLE, out=False)
+    others = [name for name in CONTENDERS if name != OURS]
+    p.add_argument("--network", choices=NAMES, default="resnet20", help="for 32x32 images (default: resnet20)")
+    p.add_argument("--batch", type=cli.positive, default=128, metavar="N", help="(default: 128)")
+    p.add_argument("--steps", type=cli.positive, default=4, metavar="N", help="in a turn (default: 4)")
+    p.add_argument("--rounds", type=cli.positive, default=7, metavar="N", help="(default: 7)")
+    p.add_argument("--bfloat16", action="store_true", help="compute in bfloat16, all of them")
+    p.add_argument(
+        "--beside", nargs="+", choices=others, default=["torch eager"], metavar="NAME", help=", ".join(others)
+    )
+    p.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
+    return p
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Start the contenders and let them take turns."""
+    task = [arguments.network, str(arguments.batch), str(arguments.steps), str(int(arguments.bfloat16))]
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for name in (OURS, *arguments.beside):
+            workers[name] = stack.enter_context(worker(name, *task, module="benchmarks.training_worker"))
+            if workers[name].ask() != "ready":
+                raise SystemExit(f"error: {name} did not start: {workers[name].last_words()}")
+        seconds = take_turns(workers, arguments.rounds)
+    images = arguments.batch * arguments.steps
+    rows = []
+    for name, times in seconds.items():
+        row = {"contender": name, "images_per_second": images / float(np.median(times)), "round_seconds": times}
+        if name != OURS:
+            ratio = np.array(times) / np.array(seconds[OURS])
+            row |= {"ratio": float(np.median(ratio)), "spread": spread(ratio)}
+        rows.append(row)
+    return {
+        "network": arguments.network,
+        "batch": arguments.batch,
+        "steps": arguments.steps,
+        "bfloat16": arguments.bfloat16,
+        "rows": rows,
+        "machine": device_name(),
+        "versions": cli.versions() | {"torch": version_of("torch")},
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def take_turns(workers: dict[str, Worker], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of every turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    order, random = list(workers), np.random.default_rng(0)
+    for i in range(-1, rounds):
+        random.shuffle(order)
+        for name in order:
+            time.sleep(PAUSE_SECONDS)
+            took = workers[name].ask("turn")
+            if i >= 0:
+                seconds[name].append(took)
+    return seconds
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the table."""
+    rows = [
+        (
+            row["contender"],
+            f"{row['images_per_second']:.0f}",
+            *((f"{row['ratio']:.2f}", f"{row['spread']:.0%}") if "ratio" in row else ("", "")),
+        )
+        for row in result["rows"]
+    ]
+    title = f"training {result['network']}, batch {result['batch']}, {result['machine']}"
+    cli.show(title, ("contender", "images/s", f"{OURS} over it", "spread"), rows)
+
+
+if __name__ == "__main__":
+    cli.run(main)

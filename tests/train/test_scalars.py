@@ -1,0 +1,50 @@
+"""What TensorBoard would read: the records of an event file, taken apart by their format."""
+
+import importlib
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train.scalars import scalars
+
+Event: Any = importlib.import_module("tensorboardX.proto.event_pb2").Event
+
+
+def events(folder: Path) -> list[Any]:
+    """Read TFRecords: length, checksum of it, data, checksum of them."""
+    found = []
+    for file in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        content = file.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            found.append(Event.FromString(content[12 : 12 + length]))
+            content = content[16 + length :]
+    return found
+
+
+def values(folder: Path) -> list[tuple[int, str, float]]:
+    return [(e.step, v.tag, v.simple_value) for e in events(folder) for v in e.summary.value]
+
+
+def test_every_scalar_is_written_with_its_epoch(tmp_path):
+    with scalars(tmp_path / "tb") as writer:
+        writer.write(1, {"train/loss": 2.5, "train/accuracy": 0.25})
+        writer.write(2, {"train/loss": 1.5})
+    assert values(tmp_path / "tb") == [(1, "train/loss", 2.5), (1, "train/accuracy", 0.25), (2, "train/loss", 1.5)]
+
+
+def test_a_resumed_run_hides_what_lies_behind_its_checkpoint(tmp_path):
+    for first in (1, 2):
+        with scalars(tmp_path) as writer:
+            for epoch in range(first, 4):
+                writer.write(epoch, {"train/loss": float(epoch)})
+    starts = [e.step for e in events(tmp_path) if e.HasField("session_log")]
+    assert starts[-1] == 2  # TensorBoard drops earlier files' values from this step on
+
+
+def test_nothing_is_written_where_there_is_nothing_to_say(tmp_path):
+    with pytest.raises(ZeroDivisionError), scalars(tmp_path / "tb"):
+        raise ZeroDivisionError
+    assert not (tmp_path / "tb").exists()

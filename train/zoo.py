@@ -1,0 +1,158 @@
+"""Trained bases as safetensors files that say what they are: network, data, normalisation, accuracy, recipe.
+
+``python -m train.base`` writes them; ``train.caches`` and the other scripts take from them what a config leaves open.
+Run as a script, this keeps one in a zoo: kernels in float16, as long as the whole folder stays small.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from safetensors.numpy import save_file
+
+from gati_jax import InputError, WeightsError
+from gati_jax.models import read_metadata, read_weights
+
+from . import cli
+from .config import Base, Config, NormalizationSection
+
+EXAMPLE = "python -m train.zoo --weights runs/gpu/cifar10_resnet18/base/base.safetensors --out models-zoo"
+MOST_BYTES = 60 * 2**20
+_log = logging.getLogger("train.zoo")
+_BASE_KEYS = ("network", "classes", "input_shape", "shortcut", "normalization")
+
+
+class Entry(BaseModel):
+    """The metadata of a base's weights; other keys beside them are nobody's business."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    gati_jax: Literal[1] = 1
+    """Version of this record."""
+    network: str
+    classes: int
+    input_shape: tuple[int, int, int]
+    shortcut: Literal["A", "B"] | None = None
+    normalization: NormalizationSection
+    dataset: str
+    trained_on: tuple[str, ...]
+    split: str
+    """On which the accuracy was measured."""
+    accuracy: float
+    recipe: dict[str, Any]
+    seed: int
+
+    @classmethod
+    def of(cls, config: Config, accuracy: float) -> "Entry":
+        """Describe what was trained by a config."""
+        base = config.base.model_dump(include=set(_BASE_KEYS))
+        return cls(
+            **base,
+            dataset=config.data.name,
+            trained_on=config.data.base_trained_on,
+            split=config.data.splits.test,
+            accuracy=accuracy,
+            recipe=config.base.training.model_dump(mode="json"),
+            seed=config.seed,
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return it as safetensors keeps it: strings; those that were none are JSON."""
+        fields = self.model_dump(mode="json")
+        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()}
+
+
+def read_entry(path: Path) -> Entry | None:
+    """Return what a file says of itself; None for files of others.
+
+    Raises:
+        WeightsError: The file is missing or damaged, or its metadata are.
+    """
+    metadata = read_metadata(path)
+    if "gati_jax" not in metadata:
+        return None
+    try:
+        return TypeAdapter(Entry).validate_python({key: _value(text) for key, text in metadata.items()})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        msg = f"weights: the metadata of {path} are damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise WeightsError(msg) from error
+
+
+def _value(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def completed(config: Config) -> Config:
+    """Return the config with what it leaves open filled in from the metadata of the base's weights.
+
+    What these say to have been trained on counts as seen by the base, whatever the config says.
+    """
+    if (entry := _entry_of(config.base)) is None:
+        return config
+    seen = entry.trained_on if entry.dataset == config.data.name else ()
+    trained_on = tuple(dict.fromkeys((*config.data.base_trained_on, *seen)))
+    source = config.data.model_copy(update={"base_trained_on": trained_on})
+    return config.model_copy(update={"base": completed_base(config.base), "data": source})
+
+
+def completed_base(base: Base) -> Base:
+    """Return the base's section with what it leaves open filled in from the metadata of its weights."""
+    if (entry := _entry_of(base)) is None:
+        return base
+    known = entry.model_dump(include=set(_BASE_KEYS))
+    if base.normalization is not None and base.normalization != entry.normalization:
+        _log.warning("%s was trained with another normalization than the config's", base.weights)
+    try:
+        return Base.model_validate(known | base.model_dump(exclude_unset=True))
+    except ValidationError as error:
+        msg = f"weights: the metadata of {base.weights} do not go with the config: {error.errors()[0]['msg']}"
+        raise InputError(msg) from error
+
+
+def _entry_of(base: Base) -> Entry | None:
+    # Whoever needs a file that is not there says so himself.
+    return read_entry(base.weights) if base.weights is not None and base.weights.is_file() else None
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    p = cli.parser("Keep a trained base in a zoo, its kernels in float16.", EXAMPLE, as_json=False)
+    p.add_argument("--weights", type=Path, required=True, metavar="FILE", help="of python -m train.base")
+    arguments = p.parse_args(argv)
+    print(keep(arguments.weights, arguments.out))
+
+
+def keep(weights: Path, folder: Path) -> Path:
+    """Copy a base's weights into ``folder``, every tensor of more than one dimension in float16.
+
+    Raises:
+        InputError: The file says nothing of itself, or the folder would become too large; nothing is written then.
+    """
+    entry = read_entry(weights)
+    if entry is None:
+        msg = f"weights: expected a file of python -m train.base, got {weights} without its metadata"
+        raise InputError(msg)
+    tensors = {k: v.astype(np.float16) if v.ndim > 1 else v for k, v in read_weights(weights).items()}
+    if wide := sorted(name for name, v in tensors.items() if not np.isfinite(v).all()):
+        msg = f"weights: expected kernels within float16's range, got larger ones in {', '.join(wide)}"
+        raise InputError(msg)
+    path = folder / f"{entry.dataset}-{entry.network}.safetensors"
+    others = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file != path)
+    size = others + sum(v.nbytes for v in tensors.values())
+    if size > MOST_BYTES:
+        msg = f"out: expected at most {MOST_BYTES >> 20} MiB in {folder}, got {size / 2**20:.1f} with {path.name}"
+        raise InputError(msg)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata=entry.metadata() | {"kernels": "float16; the accuracy is that of float32"})
+    return path
+
+
+if __name__ == "__main__":
+    cli.run(main)
