@@ -157,7 +157,8 @@ def _run(
 ) -> tuple[Float[Array, "bucket columns"], Shaped[Array, "capacity *site"] | None]:
     """Run a stage on the rows of these slots.
 
-    Slots out of bounds are padding: whatever is read for them, nothing is written. Neither is a hit's activation.
+    Slots out of bounds are padding: whatever is read for them, nothing is written. A hit's activation is written, too:
+    it may go on all the same, as a ghost.
     """
     cascade: Cascade = unpack(jax.tree.unflatten(structure, leaves))
     x = _prepare(cascade.chain, source) if stage == 0 else source.at[slots].get(mode="clip")
@@ -166,6 +167,6 @@ def _run(
         hit = jnp.ones(len(x), bool)
     else:
         hit = behind.score >= cascade.thresholds[stage]
-        after = after.at[jnp.where(hit, len(after), slots)].set(behind.activation, mode="drop")
+        after = after.at[slots].set(behind.activation, mode="drop")
     said = [hit.astype(jnp.float32)[:, None], behind.score[:, None], behind.logits]
     return jnp.concatenate(said, axis=1), after
