@@ -38,7 +38,7 @@ from gati_jax.adaptation.heard import Heard
 from . import adaptation_figure, cli
 
 EXAMPLE = "python -m train.adapt --bundle runs/r56/bundle --trace runs/blur.npz --out runs/blur"
-WINDOW = 1000  # requests: what the promise of 2 epsilon is read over
+WINDOW = 1000  # requests in which disagreement is counted
 LAYERS = ("repeats", "points", "refit")
 
 
@@ -124,19 +124,18 @@ def chosen(arguments: Any, epsilon: float) -> list[Named]:  # noqa: ANN401 (a na
     every = Named("everything", site_0=True, mechanisms=whole)
     if arguments.one:
         return [every]
-    home = BackgroundConfig(trial=trial, refit=False)
+
+    def watched(*layers: str) -> Mechanisms:
+        home = BackgroundConfig(trial=trial, refit=False)
+        return Mechanisms(keeper=keeper(*layers), background=home, share=arguments.share)
+
     table = [
         Named("static caches behind the first block", site_0=False, mechanisms=Mechanisms(keeper=None)),
         Named("+ site 0", site_0=True, mechanisms=Mechanisms(keeper=None)),
-        Named(
-            "+ monitor and trials",
-            site_0=True,
-            mechanisms=Mechanisms(keeper=keeper(), background=home, share=arguments.share),
-        ),
+        Named("+ monitor and trials", site_0=True, mechanisms=watched()),
     ]
     if "points" in on:
-        points = Mechanisms(keeper=keeper("points"), background=home, share=arguments.share)
-        table.append(Named("+ stored points", site_0=True, mechanisms=points))
+        table.append(Named("+ stored points", site_0=True, mechanisms=watched("points")))
     if "refit" in on:
         refit = dataclasses.replace(whole, keeper=keeper(*(layer for layer in on if layer != "repeats")))
         table.append(Named("+ refitted heads", site_0=True, mechanisms=refit))
@@ -198,19 +197,19 @@ def worst_window(wrong: np.ndarray) -> float:
 
 
 def windows(trace: Trace, run: Replayed, depth: int) -> list[dict[str, Any]]:
-    """Return what happened in every WINDOW requests."""
-    found = []
-    for start in range(0, len(trace), WINDOW):
-        rows = slice(start, start + WINDOW)
+    """Return what happened in every WINDOW requests; in fewer, where there are not many windows."""
+    found, size = [], min(WINDOW, max(50, len(trace) // 30))
+    for start in range(0, len(trace), size):
+        rows = slice(start, start + size)
         exits, counts = np.unique(run.exit[rows], return_counts=True)
-        upper = run.upper[rows]
+        upper = run.upper[rows][np.isfinite(run.upper[rows])]
         found.append(
             {
                 "start": start,
                 "phase": trace.phases[trace.phase[start]],
                 "saved_share": 1 - float(run.ms[rows].mean()) / run.full_ms,
                 "disagreement": float(run.wrong[rows].mean()),
-                "bound": float(np.nanmin(upper)) if np.isfinite(upper).any() else None,
+                "bound": float(upper[-1]) if len(upper) else None,
                 "shadow_share": float(run.shadow[rows].mean()),
                 "exits": {exit_name(e, depth): int(c) for e, c in zip(exits.tolist(), counts.tolist(), strict=True)},
             }

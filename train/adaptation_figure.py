@@ -17,17 +17,19 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9, 7), layout="constrained")
     left, saved, wrong = figure.subplots(3, 1, sharex=True)
     rows = result["windows"]
-    starts = np.array([row["start"] for row in rows])
+    edges = np.array([*(row["start"] for row in rows), result["trace"]["n"]])
     names = sorted({name for row in rows for name in row["exits"]}, key=_order)
     shares = np.array([[row["exits"].get(name, 0) for row in rows] for name in names], float)
-    left.stackplot(starts, shares / shares.sum(0), labels=names, step="post")
+    left.stackplot(edges, _held(shares / shares.sum(0)), labels=names, step="post")
     left.set_ylabel("share that leaves")
     left.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    saved.step(starts, [100 * row["saved_share"] for row in rows], where="post", color="#c2410c")
+    saved.step(edges, _held([100 * row["saved_share"] for row in rows]), where="post", color="#c2410c")
+    saved.axhline(0, color="#9ca3af", linewidth=0.8)
     saved.set_ylabel("computation saved, %")
-    wrong.step(starts, [100 * row["disagreement"] for row in rows], where="post", color="#1f2937", label="disagreement")
+    disagrees = _held([100 * row["disagreement"] for row in rows])
+    wrong.step(edges, disagrees, where="post", color="#1f2937", label="disagreement")
     bounds = [np.nan if row["bound"] is None else 100 * row["bound"] for row in rows]
-    wrong.step(starts, bounds, where="post", color="#9ca3af", label="bound, any time")
+    wrong.step(edges, _held(bounds), where="post", color="#9ca3af", label="bound, any time")
     wrong.axhline(100 * result["epsilon"], color="#b91c1c", linestyle=":", label="promised")
     wrong.set(ylabel="of requests, %", xlabel="requests", ylim=(0, 500 * result["epsilon"]))
     wrong.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -37,6 +39,12 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
                 axes.axvline(event["number"], color=MARKS[event["kind"]], linewidth=0.8, alpha=0.7)
     _name_phases(left, rows)
     figure.savefig(path, metadata={"Date": None})
+
+
+def _held(values: Any) -> np.ndarray:  # noqa: ANN401 (a list, or rows of them)
+    """Return values, the last one once more: each holds up to the next edge."""
+    array = np.asarray(values, float)
+    return np.concatenate([array, array[..., -1:]], axis=-1)
 
 
 def _order(name: str) -> tuple[int, int]:

@@ -32,7 +32,8 @@ class Ticket:
     key: bytes = b""
     features: Float32[np.ndarray, " features"] | None = None
     point_class: int = -1
-    point_score: float = -math.inf
+    point_score: float = math.nan
+    """NaN where the points were not asked."""
     early: "Early | None" = None
     """The answer, if the front has one."""
     often: bool = False
@@ -57,12 +58,13 @@ class Front:
         self.threshold = math.inf
         """Score from which on points answer."""
 
-    def ask(self, ticket: Ticket, now: float) -> None:
+    def ask(self, ticket: Ticket, now: float, *, points: bool = True) -> None:
         """Look a request up; ``ticket.early`` is the answer, if there is one.
 
         Args:
             ticket: Filled in.
             now: Seconds.
+            points: Whether points are asked; what the base answers is stored all the same.
         """
         if self.repeats is not None:
             ticket.key = self.repeats.key(ticket.image)
@@ -73,8 +75,10 @@ class Front:
             ticket.often = known.often
         if self.points is not None:
             keys = self.points.keys(ticket.image[None])
-            found = self.points.ask(keys)
             ticket.features = keys[0]
+            if not points:
+                return
+            found = self.points.ask(keys)
             ticket.point_class, ticket.point_score = int(found.class_index[0]), float(found.score[0])
             if ticket.point_score >= self.threshold and not ticket.often:
                 ticket.early = Early(POINTS, ticket.point_class, ticket.point_score)

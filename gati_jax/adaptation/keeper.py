@@ -139,7 +139,8 @@ class Keeper:
         )
         self._numbers += 1
         self._pending[ticket.number] = None
-        self.front.ask(ticket, now)
+        lookups = self.trial.lookups
+        self.front.ask(ticket, now, points=lookups >= 1 or self._random.random() < lookups)
         return ticket
 
     def early(self, ticket: Ticket) -> bool:

@@ -22,6 +22,7 @@ SITE = 0
 _NOTHING = -1  # the class of an empty row
 _MOST_CHANCES = 3  # rounds of the hand that a point outlives unasked
 _REPEAT = 0.01  # grey levels: a repeat is as far as this, so that no score is infinite
+_MOST_CELLS = 16
 _SMALLEST_MARGIN = 1e-6  # logits: a tie
 
 
@@ -31,8 +32,9 @@ class PointsConfig:
 
     capacity: int = 2000
     """Points."""
-    cells: int = 16
-    """Keys average pixels over cells x cells fields; fewer are looked up faster, and tell less apart."""
+    cells: int | None = None
+    """Keys average pixels over cells x cells fields; fewer are looked up faster, and tell less apart. None: as many as
+    divide height and width, up to 16."""
     radius: float = 12.0
     """Grey levels, in root mean square over a key: beyond it no point says anything, whatever its margin. Of 2,000
     unrelated photographs (CIFAR-10) the nearest is hardly ever nearer than 20."""
@@ -43,7 +45,7 @@ class PointsConfig:
         Raises:
             InputError: A number is out of its bounds.
         """
-        if self.capacity < 1 or self.cells < 1:
+        if self.capacity < 1 or (self.cells is not None and self.cells < 1):
             found = f"{self.capacity} and {self.cells}"
             raise InputError(f"capacity, cells: expected 1 or more of each, got {found}")
         if not self.radius > 0:
@@ -77,10 +79,12 @@ class Points:
         """
         self.config = config = config or PointsConfig()
         height, width, channels = shape
-        if height % config.cells or width % config.cells:
-            raise InputError(f"cells: expected a divisor of {height} and {width}, got {config.cells}")
+        divisors = [d for d in range(1, _MOST_CELLS + 1) if not (height % d or width % d)]
+        self._cells = cells = config.cells or divisors[-1]
+        if height % cells or width % cells:
+            raise InputError(f"cells: expected a divisor of {height} and {width}, got {cells}")
         self.base, self._shape = base, shape
-        self._keys = np.zeros((config.capacity, config.cells**2 * channels), np.float32)
+        self._keys = np.zeros((config.capacity, cells**2 * channels), np.float32)
         self._norms = np.zeros(config.capacity, np.float32)
         self._classes = np.full(config.capacity, _NOTHING, np.int32)
         self._margins = np.zeros(config.capacity, np.float32)
@@ -97,7 +101,7 @@ class Points:
         Args:
             images: uint8, or of any other dtype in grey levels.
         """
-        n, (height, width, channels), cells = len(images), self._shape, self.config.cells
+        n, (height, width, channels), cells = len(images), self._shape, self._cells
         fields = images.reshape(n, cells, height // cells, cells, width // cells, channels)
         means = fields.mean((2, 4), dtype=np.float32).reshape(n, cells * cells * channels)
         return means * np.float32(1 / np.sqrt(means.shape[1]))  # so a distance is a root mean square

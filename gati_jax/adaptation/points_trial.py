@@ -11,6 +11,7 @@
 
 import collections
 import dataclasses
+import math
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from .points import threshold_for
 from .sequential import SequentialCertifier
 
+_RECENT = 50  # lookups by which it is judged whether points are near
 State = Literal["watching", "trial", "open", "empirical"]
 
 
@@ -39,13 +41,16 @@ class PointsTrialConfig:
     """Requests after which a trial ends with what it has certified."""
     gap: int = 10
     """Requests left out before it."""
+    lookups: float = 0.1
+    """Share of requests for which points are asked while hardly any has a point near it: a look at 2,000 points takes
+    0.15 ms, for nothing where requests do not repeat."""
 
 
 class Seen(NamedTuple):
     """A served request, as points see it."""
 
     score: float
-    """Of the nearest point; -inf where there was none."""
+    """Of the nearest point; -inf where there was none, NaN where points were not asked."""
     point_wrong: bool
     """Whether the point disagrees with the base; only where that is known."""
     served_wrong: bool
@@ -70,8 +75,15 @@ class PointsTrial:
 
     def _begin_watch(self) -> None:
         self._past: collections.deque[Seen] = collections.deque(maxlen=self.config.known)
-        self._since = self._unanswered = 0
+        self._since = 0
         self._would: collections.deque[float] = collections.deque(maxlen=self.config.known)
+        self._near: collections.deque[bool] = collections.deque(maxlen=_RECENT)
+
+    @property
+    def lookups(self) -> float:
+        """Share of requests for which points are to be asked."""
+        some_near = len(self._near) < _RECENT or sum(self._near) >= self.config.share * _RECENT
+        return 1.0 if some_near or self.state != "watching" else self.config.lookups
 
     @property
     def wants_trial(self) -> bool:
@@ -121,8 +133,11 @@ class PointsTrial:
             number: In the order in which requests came.
             seen: What is known of it.
         """
-        self._would.append(seen.score)
         self._since += 1
+        if math.isnan(seen.score):
+            return self.state
+        self._would.append(seen.score)
+        self._near.append(seen.score > -math.inf)
         if self.state == "watching" and seen.known:
             self._past.append(seen)
         elif self.state == "trial" and number > self._after:

@@ -1,0 +1,139 @@
+"""The whole of adaptation on traces whose truth is known: closing, coming back, refitting, repeats."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from gati_jax import FitConfig, InputError
+from gati_jax.adaptation import (
+    POINTS,
+    REPEATED,
+    BackgroundConfig,
+    KeeperConfig,
+    Mechanisms,
+    MonitorConfig,
+    PointsConfig,
+    PointsTrialConfig,
+    RepeatsConfig,
+    Trace,
+    TrialConfig,
+    UpdateConfig,
+    Versions,
+    simulate,
+)
+from gati_jax.planning import SEQUENTIAL
+from tests.adaptation import world
+
+QUIET = KeeperConfig(monitor=MonitorConfig(epsilon=world.EPSILON, stir=False), repeats=None, points=None)
+BACKGROUND = BackgroundConfig(
+    trial=TrialConfig(epsilon=world.EPSILON, most=3000, gap=10),
+    update=UpdateConfig(fit=FitConfig(epochs=60, batch=64, learning_rate=0.01), least=128, seconds=1.0),
+    fit_rows=1024,
+    select_rows=512,
+)
+
+
+def kinds(replayed):
+    return [event.kind for event in replayed.events]
+
+
+def test_without_a_keeper_the_caches_answer_as_they_are(tmp_path):
+    trace = world.trace(("dim", 2000), ("bright", 500))
+    found = simulate(world.bundle(), trace, Mechanisms(keeper=None), folder=tmp_path)
+    assert not found.events
+    assert not found.shadow.any()
+    assert found.wrong[:2000].mean() < world.EPSILON < found.wrong[2000:].mean()
+    assert found.ms[:2000].mean() < found.full_ms / 1.5
+
+
+def test_a_drift_closes_the_caches_and_its_end_opens_them_again(tmp_path):
+    trace = world.trace(("dim", 3000), ("bright", 1500), ("dim again", 6000))
+    mechanisms = Mechanisms(keeper=QUIET, background=dataclasses.replace(BACKGROUND, refit=False), share=1.0)
+    found = simulate(world.bundle(), trace, mechanisms, folder=tmp_path)
+    alarm = next(event.number for event in found.events if event.kind == "alarm")
+    swap = next(event.number for event in found.events if event.kind == "swap")
+    assert 3000 < alarm < 3500
+    assert swap > 4500, "nothing is certified in bright light"
+    assert not found.wrong[alarm:swap].any(), "safe mode is the base"
+    assert (found.exit[alarm:swap] == 3).all()
+    saved = 1 - found.ms / found.full_ms
+    assert saved[swap + 1000 :].mean() > 0.7 * saved[:3000].mean()
+    after = np.convolve(found.wrong[alarm:], np.ones(1000), "valid")
+    assert after.max() < 2 * world.EPSILON * 1000
+    loaded = Versions(tmp_path, chain=world.bundle().chain).load_current().bundle
+    assert loaded.certificate.certified
+    assert loaded.certificate.method == SEQUENTIAL
+
+
+def test_where_the_drift_stays_refitted_heads_take_over(tmp_path):
+    trace = world.trace(("dim", 1000), ("bright", 12_000))
+    found = simulate(world.bundle(), trace, Mechanisms(keeper=QUIET, background=BACKGROUND, share=1.0), folder=tmp_path)
+    behind = kinds(found)[kinds(found).index("refit") :]
+    assert behind[:3] == ["refit", "trial", "swap"]
+    swap = next(event.number for event in found.events if event.kind == "swap")
+    assert found.wrong[swap:].mean() < world.EPSILON
+    assert found.ms[swap:].mean() < found.full_ms / 1.3
+
+
+def test_a_background_without_a_share_of_the_time_is_slow(tmp_path):
+    trace = world.trace(("dim", 1000), ("bright", 1000), ("dim again", 1500), rate=10_000.0)
+    mechanisms = Mechanisms(keeper=QUIET, background=BACKGROUND, share=1e-6)
+    assert "swap" not in kinds(simulate(world.bundle(), trace, mechanisms, folder=tmp_path))
+
+
+def popular(n: int, items: int = 50) -> Trace:
+    random = np.random.default_rng(0)
+    return Trace(
+        item=random.integers(0, items, n).astype(np.int32), seconds=np.arange(n) / 100.0, images=world.images(items, 7)
+    )
+
+
+def test_repeats_are_the_bases_own_answers(tmp_path):
+    keeper = dataclasses.replace(QUIET, repeats=RepeatsConfig(often=2))
+    found = simulate(world.bundle(), popular(2000), Mechanisms(keeper=keeper), folder=tmp_path)
+    repeated = found.exit == REPEATED
+    assert repeated.sum() > 2000 - 3 * 50
+    assert not found.wrong[repeated].any()
+    # In hindsight: the base answers each item once, at its second asking or, after a miss, at its first.
+    assert (found.exit == 3).sum() <= 50
+
+
+def near_repeats(n: int) -> Trace:
+    """Ten scenes of clear contrast, each a little different every time: no exact repeats."""
+    random = np.random.default_rng(1)
+    scenes = world.images(10, 8).astype(int) // 3
+    scenes[:5, :, :2] += 80
+    scenes[5:, :, 2:] += 80
+    item = np.arange(n, dtype=np.int32)
+    flicker = random.integers(-1, 2, (n, *world.SHAPE))
+    images = np.clip(scenes[item % 10] + flicker, 0, 255).astype(np.uint8)
+    return Trace(item=item, seconds=item / 100.0, images=images)
+
+
+def test_points_open_after_a_trial_and_answer_near_repeats(tmp_path):
+    trial = PointsTrialConfig(known=60, every=20, most=1500, enough=300)
+    keeper = dataclasses.replace(QUIET, points=PointsConfig(cells=4, capacity=50), points_trial=trial)
+    found = simulate(world.bundle(), near_repeats(4000), Mechanisms(keeper=keeper), folder=tmp_path)
+    assert kinds(found)[:2] == ["trial", "opened"]
+    opened = next(event.number for event in found.events if event.kind == "opened")
+    assert not (found.exit[:opened] == POINTS).any()
+    assert (found.exit[opened:] == POINTS).mean() > 0.5
+    assert found.wrong[opened:].mean() < world.EPSILON
+
+
+def test_the_same_trace_and_seed_give_the_same(tmp_path):
+    trace = world.trace(("dim", 600), ("bright", 300))
+    keeper = dataclasses.replace(QUIET, monitor=MonitorConfig(epsilon=world.EPSILON, quiet_q=0.3, stir=False), seed=3)
+    first, second = (
+        simulate(world.bundle(), trace, Mechanisms(keeper=keeper), folder=tmp_path / name) for name in "ab"
+    )
+    for column in ("exit", "wrong", "shadow"):
+        np.testing.assert_array_equal(getattr(first, column), getattr(second, column))
+    assert first.shadow.any()
+
+
+def test_a_trace_of_rows_alone_is_refused(tmp_path):
+    trace = Trace(item=np.zeros(3, np.int32), seconds=np.zeros(3))
+    with pytest.raises(InputError, match="trace: expected one with images"):
+        simulate(world.bundle(), trace, Mechanisms(keeper=None), folder=tmp_path)

@@ -1,0 +1,89 @@
+"""train.adapt from the command line, on the digits."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gati_jax import InputError, data
+from gati_jax.adaptation import Trace, Versions, save_trace
+from tests.train.one_pass import json_of
+from train import adapt
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    """Digits that the bundle has not seen, each asked for several times; then inverted ones."""
+    images = data.load("digits", "all[1497:1577]").images
+    n = len(images)
+    item = np.concatenate([np.tile(np.arange(n), 5), np.arange(n, 2 * n)])
+    path = tmp_path_factory.mktemp("trace") / "digits.npz"
+    inverted = (16 - images).astype(np.uint8)
+    phase = np.repeat([0, 1], [5 * n, n]).astype(np.int16)
+    made = Trace(
+        item=item.astype(np.int32),
+        seconds=np.arange(len(item)) / 10.0,
+        images=np.concatenate([images, inverted]),
+        phase=phase,
+        phases=("quiet", "inverted"),
+    )
+    save_trace(path, made)
+    return path
+
+
+def test_every_mechanism_is_a_row_and_the_windows_add_up(run, trace, tmp_path, capsys):
+    result = json_of(
+        adapt.main, "--bundle", str(run.folder / "caches" / "bundle"), "--trace", str(trace), "--out", str(tmp_path)
+    )
+    assert result == json.loads((tmp_path / "adaptation.json").read_text())
+    assert [row["name"] for row in result["mechanisms"]] == [
+        "static caches behind the first block",
+        "+ site 0",
+        "+ monitor and trials",
+        "+ stored points",
+        "+ refitted heads",
+        "+ exact repeats",
+    ]
+    n = result["trace"]["n"]
+    assert sum(count for window in result["windows"] for count in window["exits"].values()) == n == 480
+    assert sum(phase["n"] for phase in result["phases"]) == n
+    last = result["mechanisms"][-1]
+    assert last["computation"] > result["mechanisms"][0]["computation"], "most requests are repeats"
+    overall = sum(p["n"] * p["disagreement"] for p in result["phases"]) / n
+    assert last["disagreement"] == pytest.approx(overall)
+    svg = (tmp_path / "adaptation.svg").read_text()
+    assert "promised" in svg
+    assert "repeats" in svg
+    assert Versions(tmp_path / "versions").history == () or last["swaps"]
+    adapt.main(
+        [
+            "--bundle",
+            str(run.folder / "caches" / "bundle"),
+            "--trace",
+            str(trace),
+            "--out",
+            str(tmp_path),
+            "--one",
+            "--without",
+            "repeats",
+        ]
+    )
+    said = capsys.readouterr().out
+    assert "everything" in said
+    assert "inverted" in said
+
+
+def test_a_trace_that_names_rows_alone_is_refused(run, tmp_path):
+    path = tmp_path / "rows.npz"
+    save_trace(path, Trace(item=np.zeros(3, np.int32), seconds=np.zeros(3)))
+    with pytest.raises(InputError, match="--trace: expected images"):
+        adapt.main(["--bundle", str(run.folder / "caches" / "bundle"), "--trace", str(path), "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [(["--share", "0"], "argument --share: expected a number above 0"), (["--epsilon", "x"], "argument --epsilon")],
+)
+def test_bad_words_are_refused(bad, message):
+    with pytest.raises(InputError, match=message):
+        adapt.main(["--bundle", "b", "--trace", "t", "--out", "o", *bad])
