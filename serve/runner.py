@@ -76,11 +76,9 @@ class JaxRunner:
         self._thresholds = {number: _thresholds(source.cascade.thresholds) for number, source in enumerate(sources)}
         """By route and stage: the score from which on a row leaves there."""
         self._chain = sources[0].cascade.chain
+        every = dict(enumerate(sources))
         self._programs = programs.build(
-            {
-                key: (cascade, self._options(key[2]))
-                for key, cascade in self._cascades(dict(enumerate(sources))).items()
-            },
+            {key: (cascade, self._options(key[2])) for key, cascade in self._cascades(every).items()},
             capacity=capacity,
             progress=progress,
         )
