@@ -11,7 +11,7 @@ from a simulation.
 
 import dataclasses
 import logging
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from gati_jax._errors import InputError
 from gati_jax.bundle import Bundle
@@ -43,6 +43,7 @@ class BackgroundConfig:
     """Requests that are examined at once."""
 
 
+@runtime_checkable
 class Kept(Protocol):
     """What the background needs of a ``Keeper``: itself, or what holds a lock before it."""
 

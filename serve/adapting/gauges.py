@@ -1,17 +1,19 @@
 """What Prometheus reads of adaptation at /metrics.
 
-gati_adaptation_state{state}                  1 for the present one: open, part, safe, failed
-gati_adaptation_version                       of what is served, from 1 on: every opening and closing makes a new one
-gati_adaptation_q                             the share of hits that the base is asked about, too
-gati_adaptation_disagreement{bound}           of the present version: the estimate, and the upper bound
-gati_adaptation_watched_total                 requests that the monitor has seen
-gati_adaptation_shadows{exit}                 hits of the present version that were looked at
-gati_adaptation_seen                          of these, those that disagreed
-gati_adaptation_front_total{layer}            requests that points or repeats have answered
-gati_adaptation_points                        points that are stored
-gati_adaptation_events_total{kind}            alarm, closed, opened, trial, empirical, refit, swap
-gati_adaptation_background_seconds_total      that trials and refits have taken
-gati_adaptation_background_failures_total     pieces of them that failed
+    gati_adaptation_state{state}                  1 for the present one: open, part, safe, failed
+    gati_adaptation_version                       of what is served, from 1 on: every opening and closing makes a new one
+    gati_adaptation_q                             the share of hits that the base is asked about, too
+    gati_adaptation_disagreement{bound}           of the present version: the estimate, and the upper bound
+    gati_adaptation_watched_total                 requests that the monitor has seen
+    gati_adaptation_shadows{exit}                 hits of the present version that were looked at
+    gati_adaptation_seen                          of these, those that disagreed
+    gati_adaptation_front_total{layer}            requests that points or repeats have answered
+    gati_adaptation_points                        points that are stored
+    gati_adaptation_events_total{kind}            alarm, closed, opened, trial, empirical, refit, swap
+    gati_adaptation_background_seconds_total      that trials and refits have taken
+    gati_adaptation_background_failures_total     pieces of them that failed
+
+All of it is read when Prometheus asks.
 """
 
 import dataclasses

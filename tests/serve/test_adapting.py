@@ -1,10 +1,14 @@
 """Adaptation before a real engine: a drift and back over HTTP, swaps under load, and what is lost on the way."""
 
+import collections
 import dataclasses
+import math
 import re
 import threading
+import time
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tritonclient.http as triton
@@ -12,7 +16,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import gati_jax
 import serve.adapting.gauges
-from gati_jax.adaptation import REPEATED, KeeperConfig, MonitorConfig, RepeatsConfig, Served, Versions
+from gati_jax.adaptation import (
+    POINTS,
+    REPEATED,
+    KeeperConfig,
+    MonitorConfig,
+    PointsConfig,
+    RepeatsConfig,
+    Served,
+    Versions,
+)
 from gati_jax.adaptation.keeper import standing
 from gati_jax.adaptation.updater import home_of
 from serve import adapting, assemble, routes
@@ -33,9 +46,11 @@ QUIET = KeeperConfig(
 )
 
 
-def truth(images):
+def right(images, classes):
+    """Whether these are the base's answers; at a tie, either is."""
     chain = world.bundle().chain
-    return np.asarray(chain(chain.prepare(images))).argmax(-1)
+    logits = np.asarray(chain(chain.prepare(images)))
+    return (logits.argmax(-1) == classes) | (np.abs(logits[:, 0] - logits[:, 1]) < 1e-4)
 
 
 @pytest.fixture
@@ -62,6 +77,13 @@ def begun(tmp_path):
 
 def results(futures):
     return [future.result(PATIENCE) for future in futures]
+
+
+def settled(one):
+    """Wait until nobody is on the way, nor is anybody told."""
+    while one.statistics().slots_in_use:
+        time.sleep(0.001)
+    one.engine.between_steps(lambda: None).result(PATIENCE)
 
 
 # The whole
@@ -93,15 +115,15 @@ class Client:
         given = triton.InferInput("images", list(images.shape), "UINT8").set_data_from_numpy(images)
         result: Any = self.connection.infer("gati", [given])
         said = result.get_response()["parameters"]["adaptation"]
-        return said, result.as_numpy("exit"), result.as_numpy("class_index") == truth(images)
+        return said, result.as_numpy("exit"), right(images, result.as_numpy("class_index"))
 
     def until(self, *, bright: bool, most: int, safe: bool) -> int:
         """Ask until all is closed, or no longer; return how many requests that took."""
         for i in range(most // 32):
-            said, exits, right = self.ask(bright=bright)
+            said, exits, agrees = self.ask(bright=bright)
             if said == "safe":
                 assert (exits == DEPTH).all()
-                assert right.all()
+                assert agrees.all()
             if (said == "safe") == safe:
                 return i * 32
         pytest.fail(f"nothing changed within {most} requests")
@@ -116,14 +138,14 @@ def test_through_a_drift_and_back(server):
     assert saved > 0.5
     client.until(bright=True, most=2000, safe=True)
     for _ in range(40):
-        said, exits, right = client.ask(bright=True)
+        said, exits, agrees = client.ask(bright=True)
         assert said == "safe"
         assert (exits == DEPTH).all()
-        assert right.all()
+        assert agrees.all()
     client.until(bright=False, most=30_000, safe=False)
     back = [client.ask(bright=False) for _ in range(40)]
     assert np.mean([exits < DEPTH for _, exits, _ in back]) > 0.7 * saved
-    assert np.mean([right for _, _, right in back]) > 1 - 2 * world.EPSILON
+    assert np.mean([agrees for _, _, agrees in back]) > 1 - 2 * world.EPSILON
     assert Versions(folder, chain=world.bundle().chain).load_current().bundle.certificate.certified
     page = parts.metrics.page().decode()
     for line in (
@@ -146,78 +168,75 @@ def test_the_documentation_names_every_metric_and_no_other(server):
 # Swaps
 
 
-def test_a_swap_under_load_loses_no_request_and_each_is_answered_by_what_was_served(residual):
-    """Every step notes the version that it is dispatched under; what it says must be that version's."""
-    home = home_of(residual)
-    other = tuple(
-        dataclasses.replace(c, params={**c.params, "selector": _scaled(c.params["selector"], -1.0)})
-        for c in home.caches
-    )
-    first = standing(home)
-    versions = [first, Served(other, -first.thresholds), Served(first.caches, np.full(2, np.inf, np.float32))]
-    sources = routes.load(home)
-    runner = JaxRunner(sources, capacity=32, buckets=(1, 4))
-    images = pixels(60, 9)
-    heard = [gati_jax.replay(home.chain, v.caches, images) for v in versions]
-    under, dispatch = dict[int, list[int]](), runner.dispatch
-    serving = 0
+class Swapping:
+    """A server of three versions, which notes by whom every step of a request is dispatched."""
 
-    def noting(step):
+    def __init__(self, bundle):
+        self.home = home_of(bundle)
+        first, selectors = standing(self.home), [c.params["selector"] for c in self.home.caches]
+        turned = [jax.tree.map(lambda leaf: -leaf, selector) for selector in selectors]
+        other = tuple(
+            dataclasses.replace(c, params={**c.params, "selector": selector})
+            for c, selector in zip(self.home.caches, turned, strict=True)
+        )
+        closed = np.full(len(other), np.inf, np.float32)
+        self.versions = [first, Served(other, -first.thresholds), Served(first.caches, closed)]
+        sources = routes.load(self.home)
+        runner = JaxRunner(sources, capacity=32, buckets=(1, 4))
+        self.under, self._dispatch = collections.defaultdict[object, list[int]](list), runner.dispatch
+        runner.dispatch = self._noting
+        self.engine, self._prepare = Engine(runner), _preparing(runner, sources[0])
+        self.serving = self.swaps = 0
+
+    def _noting(self, step):
         for job in step.jobs:
-            under.setdefault(job.mark, []).append(serving)  # pyright: ignore[reportArgumentType] (numbers)
-        return dispatch(step)
+            self.under[job.mark].append(self.serving)
+        return self._dispatch(step)
 
-    runner.dispatch = noting
-    engine = Engine(runner)
-    engine.start()
-    prepare, futures, swaps = _preparing(runner, sources[0]), [], 0
+    def swap(self):
+        number = (self.swaps + 1) % len(self.versions)
+        swap = self._prepare(self.versions[number])
+
+        def work():
+            swap()
+            self.serving = number
+
+        self.engine.between_steps(work).result(PATIENCE)
+        self.swaps += 1
+
+
+def test_a_swap_under_load_loses_no_request_and_each_is_answered_by_what_was_served(residual):
+    server, images = Swapping(residual), pixels(60, 9)
+    heard = [gati_jax.replay(server.home.chain, version.caches, images) for version in server.versions]
     stop = threading.Event()
 
     def swapping():
-        nonlocal swaps
         while not stop.is_set():
-            number = (swaps + 1) % 3
-            swap = prepare(versions[number])
+            server.swap()
 
-            def work(swap=swap, number=number):
-                nonlocal serving
-                swap()
-                serving = number
-
-            engine.between_steps(work).result(PATIENCE)
-            swaps += 1
-
+    server.engine.start()
     thread = threading.Thread(target=swapping)
     thread.start()
-    sent = 0
-    while swaps < 30 or sent < 1500:
+    futures = []
+    while server.swaps < 30 or len(futures) < 1500:
+        i = len(futures)
         try:
-            new = engine.submit(images[[sent % 60, (sent + 1) % 60]], route=0, marks=[sent, sent + 1])
+            futures += server.engine.submit(images[[i % 60, (i + 1) % 60]], route=0, marks=[i, i + 1])
         except OverloadedError:
             results(futures[-8:])
-            continue
-        futures += new
-        sent += 2
     answers = results(futures)
     stop.set()
     thread.join(PATIENCE)
-    assert engine.stop(PATIENCE)
-    assert len(answers) == sent
-    assert len({tuple(path) for path in under.values()}) > 3, "versions have changed on the way of some"
+    assert server.engine.stop(PATIENCE)
+    assert any(len(set(path)) > 1 for path in server.under.values()), "some were on their way"
     for mark, answer in enumerate(answers):
-        path, row = under[mark], mark % 60
-        expected = (2, int(heard[0].answers[row]))
-        for stage, version in enumerate(path[:2]):
-            if heard[version].scores[stage, row] >= versions[version].thresholds[stage]:
-                expected = (home.plan.sites[stage], int(heard[version].classes[stage, row]))
-                break
-        assert (answer.exit, answer.class_index) == expected
-
-
-def _scaled(tree, factor):
-    import jax  # noqa: PLC0415 (nothing else here needs it)
-
-    return jax.tree.map(lambda leaf: factor * leaf, tree)
+        path, row = server.under[mark], mark % 60
+        hits = [
+            (server.home.plan.sites[stage], int(heard[version].classes[stage, row]))
+            for stage, version in enumerate(path[:2])
+            if heard[version].scores[stage, row] >= server.versions[version].thresholds[stage]
+        ]
+        assert (answer.exit, answer.class_index) == (hits[0] if hits else (2, int(heard[0].answers[row])))
 
 
 # Requests
@@ -231,8 +250,8 @@ def test_repeats_are_answered_in_front_with_what_the_base_said(begun):
     third = results(one.submit(images, route=0))
     assert {answer.exit for answer in second} <= {DEPTH, REPEATED}
     assert [answer.exit for answer in third] == [REPEATED] * 20
-    assert [answer.class_index for answer in third] == truth(images).tolist()
-    assert [int(answer.logits.argmax()) for answer in third] == truth(images).tolist()
+    assert right(images, [answer.class_index for answer in third]).all()
+    assert right(images, [int(answer.logits.argmax()) for answer in third]).all()
     assert one.answered_in_front["repeats"] >= 20
     mixed = np.concatenate([images[:3], world.images(3, 6), images[3:5]])
     exits = [answer.exit for answer in results(one.submit(mixed, route=0))]
@@ -262,27 +281,23 @@ def test_what_is_not_certified_for_the_promise_begins_closed(begun):
 
 def test_who_is_never_answered_holds_nobody_back(begun):
     one = begun(capacity=16)
+    gate = threading.Event()
+    one.engine.between_steps(lambda: gate.wait(PATIENCE) and None)
+    first = one.submit(world.images(9, 5), route=0)
     with pytest.raises(OverloadedError):
-        while True:
-            one.submit(world.images(8, 5), route=0)
+        one.submit(world.images(8, 5), route=0)
     with pytest.raises(ValueError, match="at most 16"):
         one.submit(world.images(17, 5), route=0)
-    (late,) = one.submit(world.images(1, 6), route=0, deadline=0.0) if _room(one) else [None]
-    if late is not None:
-        with pytest.raises(DeadlineError):
-            late.result(PATIENCE)
-    while one.statistics().slots_in_use:
-        pass
+    (late,) = one.submit(world.images(1, 6), route=0, deadline=0.0)
+    gate.set()
+    with pytest.raises(DeadlineError):
+        late.result(PATIENCE)
+    assert len(results(first)) == 9
+    settled(one)
     one.abandon(one.submit(world.images(8, 7), route=0))
     results(one.submit(world.images(4, 8), route=0))
     assert one.engine.stop(PATIENCE)
     assert one.look(lambda keeper: keeper._pending) == {}
-
-
-def _room(one):
-    while one.statistics().slots_in_use:
-        pass
-    return True
 
 
 def test_where_adaptation_fails_the_base_answers(begun, caplog):
@@ -302,11 +317,27 @@ def test_every_hit_is_compared_with_the_base_where_the_monitor_looks_closely(beg
     images = world.images(64, 5)
     answers = results(one.submit(images[:32], route=0)) + results(one.submit(images[32:], route=0))
     hits = [answer for answer in answers if answer.exit < DEPTH]
-    while one.statistics().slots_in_use:
-        pass
-    wrong = sum(answer.class_index != true for answer, true in zip(answers, truth(images), strict=True))
+    settled(one)
+    wrong = (~right(images, [answer.class_index for answer in answers])).sum()
     report = one.look(lambda keeper: keeper.monitor.report)
     assert report.requests == 64
     assert sum(report.shadows.values()) == len(hits) > 10
     assert report.disagreements == wrong
     assert one.statistics().shadowed == len(hits)
+
+
+def test_points_are_shadowed_by_ghosts_from_the_start(begun):
+    """Points that answer everything: each answer is compared with the base's, whose ghosts no client waits for."""
+    one = begun(dataclasses.replace(QUIET, repeats=None, points=PointsConfig(cells=4, capacity=50)))
+    images = world.images(8, 5)
+    one.look(lambda keeper: keeper.monitor.look_closely(at_all=True))
+    results(one.submit(images, route=0))
+    settled(one)
+    one.keeper.front.threshold = -math.inf
+    answers = results(one.submit(images, route=0))
+    settled(one)
+    assert {answer.exit for answer in answers} == {POINTS}
+    report = one.look(lambda keeper: keeper.monitor.report)
+    assert report.shadows[POINTS] == 8
+    assert report.requests == 16
+    assert one.answered_in_front["points"] == 8
