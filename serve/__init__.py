@@ -20,6 +20,11 @@ The life of a request, with the threads it is in:
     With ``overlap``, and where nobody else waits, step 4 has by then been repeated for the next stage, with all rows:
     the device need not wait for the host, and what it computed for who left is dropped.
  7. Steps 3 to 6 repeat, until a hit or the last stage, where everyone leaves.
+ 8. A job that has hit may go on as a ghost, if ``shadow`` wants to know what the base says: its client has the answer,
+    its slot stays taken, and the last stage alone answers it. Clients go first, see ``waiting``.
+
+What is served may change: ``Engine.between_steps`` has parameters swapped in the engine's thread. Requests on their way
+keep what stands in the slabs, for the base never changes; the steps behind a swap look up by the new caches.
 
 What may fail, and who notices:
 
@@ -30,7 +35,8 @@ What may fail, and who notices:
     go after it. Until then the slot counts, because its row may still be written.
  - The engine itself (a bug): the thread says so in the log, fails everyone on their way, admits nothing more, and
     ``Statistics.running`` turns false, by which readiness turns false.
- - Stopping: nothing more is admitted (``StoppingError``); what was admitted is finished; then the thread ends.
+ - Stopping: nothing more is admitted (``StoppingError``); what was admitted is finished, but for ghosts, of which the
+   observer hears that they are lost; then the thread ends.
 
 Two kinds of threads, then: any number that submit, and one that owns the device. They share the scheduler and some
 counters, behind one lock that is held for microseconds. Importing ``serve.records``, ``serve.policy``,

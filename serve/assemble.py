@@ -8,7 +8,8 @@ from pathlib import Path
 
 import gati_jax
 
-from . import routes
+from . import adapting, routes
+from .adapting.gauges import Gauges as AdaptationGauges
 from .engine import Engine
 from .lifecycle import Parts
 from .metrics import Gauges, Metrics
@@ -32,14 +33,22 @@ def assemble(settings: Settings) -> Parts:
     """
     bundle = gati_jax.load_bundle(settings.bundle)
     version = version_of(settings.bundle)
-    sources = routes.load(bundle, reference=settings.reference)
-    model = describe(bundle, sources, name=settings.name, version=version, max_rows=settings.capacity)
     tally = Tally()
-    metrics, service = Metrics(tally), Service(model, tally=tally, timeout=settings.timeout)
+    metrics = Metrics(tally)
+    begun = _begin(bundle, settings, metrics) if settings.adapt else None
+    sources = begun.sources if begun else routes.load(bundle, reference=settings.reference)
+    model = describe(bundle, sources, name=settings.name, version=version, max_rows=settings.capacity)
+    service = Service(model, tally=tally, timeout=settings.timeout)
 
     def start() -> Backend:
         runner = JaxRunner(sources, capacity=settings.capacity, progress=_tell)
-        engine = Engine(runner, max_wait_ms=settings.max_wait_ms, observer=metrics, overlap=settings.overlap)
+        engine = Engine(
+            runner,
+            max_wait_ms=settings.max_wait_ms,
+            observer=begun.adapting if begun else metrics,
+            shadow=begun.adapting.shadow if begun else None,
+            overlap=settings.overlap,
+        )
         metrics.watch(
             Gauges(
                 routes=runner.routes,
@@ -50,10 +59,24 @@ def assemble(settings: Settings) -> Parts:
             )
         )
         settle()
-        engine.start()
-        return Backend(engine, functools.partial(choose, engine, routes.default(engine.routes)))
+        if begun is None:
+            engine.start()
+            return Backend(engine, functools.partial(choose, engine, routes.default(engine.routes)))
+        metrics.registry.register(AdaptationGauges(begun.adapting, begun.worker))
+        begun.serve(engine, runner)
+        return Backend(begun.adapting, functools.partial(choose, engine, 0), begun.adapting.notes)
 
     return Parts(service=service, metrics=metrics, start=start)
+
+
+def _begin(bundle: gati_jax.Bundle, settings: Settings, metrics: Metrics) -> adapting.Begun:
+    options = adapting.Options(
+        folder=settings.versions,
+        epsilon=settings.adapt_epsilon,
+        share=settings.adapt_share,
+        without=settings.adapt_without,
+    )
+    return adapting.begin(bundle, options, capacity=settings.capacity, observer=metrics, reference=settings.reference)
 
 
 def describe(

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import numpy as np
 from jaxtyping import Shaped
 
-from .loop import Loop, Shared
+from .loop import Between, Loop, Shadow, Shared
 from .records import Answer, Job, Observer, OverloadedError, Runner, Statistics, StoppingError
 from .scheduler import Scheduler
 
@@ -29,6 +29,9 @@ class Engine:
         admitted: The most images on their way at once; unless told, the runner's capacity.
         clock: Seconds.
         observer: Is told what happens.
+        shadow: Is asked of every answer of a cache whether the base's is wanted, too. If so the client is answered at
+            once, and the job goes on as a ghost: it keeps its slot, only the last stage answers it, and the observer is
+            told (``shadowed``). Clients go before ghosts, see ``waiting``.
         ahead: Steps on the device at once. With 2, one is prepared while another runs, which keeps a device busy that
             the host is slow to feed; but it chooses among fewer rows, for those of the running step are not there.
         overlap: Whether the next stage may be dispatched before it is known who leaves, see ``Scheduler.overlap``.
@@ -42,6 +45,7 @@ class Engine:
         admitted: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         observer: Observer | None = None,
+        shadow: Shadow | None = None,
         ahead: int = 1,
         overlap: bool = False,
     ) -> None:
@@ -51,7 +55,7 @@ class Engine:
         self._shared = Shared(scheduler=scheduler)
         self._clock = clock
         self._observer = observer
-        loop = Loop(runner, self._shared, clock=clock, tell=self._tell, ahead=ahead, overlap=overlap)
+        loop = Loop(runner, self._shared, clock=clock, tell=self._tell, shadow=shadow, ahead=ahead, overlap=overlap)
         self._thread = threading.Thread(target=loop, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -62,17 +66,19 @@ class Engine:
         self,
         images: Shaped[np.ndarray, "images *input"],
         *,
-        route: int,
+        route: int | Sequence[int],
         deadline: float | None = None,
         request_id: str = "",
+        marks: Sequence[object] | None = None,
     ) -> list[Future[Answer]]:
         """Put images on their way, all or none.
 
         Args:
             images: Checked already (``gati_jax.models.check_images``); not to be changed before they are answered.
-            route: Number of one of the runner's routes.
+            route: Number of one of the runner's routes, for all or for each.
             deadline: When answers come too late, by the engine's clock.
             request_id: For logs and metrics.
+            marks: What the observer is to know each by.
 
         Returns:
             An answer for each; fails with DeadlineError or StepError. To cancel one abandons its image.
@@ -82,11 +88,14 @@ class Engine:
             StoppingError: The engine stops, or its thread has ended.
             ValueError: There is no such route, or never room for so many.
         """
-        if not 0 <= route < len(self.routes):
+        now, numbers = self._clock(), [route] * len(images) if isinstance(route, int) else route
+        if not all(0 <= number < len(self.routes) for number in numbers):
             msg = f"route: expected 0 to {len(self.routes) - 1}, got {route}"
             raise ValueError(msg)
-        now = self._clock()
-        jobs = [Job(image=x, route=route, arrived=now, deadline=deadline, request_id=request_id) for x in images]
+        jobs = [
+            Job(image=image, route=number, arrived=now, deadline=deadline, request_id=request_id, mark=mark)
+            for image, number, mark in zip(images, numbers, marks or [None] * len(images), strict=True)
+        ]
         try:
             self._admit(jobs)
         except (OverloadedError, StoppingError) as error:
@@ -94,6 +103,32 @@ class Engine:
             self._tell(lambda observer: observer.refused(reason))
             raise
         return [job.done for job in jobs]
+
+    def haunt(self, image: Shaped[np.ndarray, "*input"], *, route: int, mark: object = None) -> None:
+        """Put the ghost of an image on its way that has been answered elsewhere; the observer is told what comes of it.
+
+        Raises:
+            OverloadedError: Too many are on their way.
+            StoppingError: The engine stops, or its thread has ended.
+        """
+        self._admit([Job(image=image, route=route, arrived=self._clock(), mark=mark, ghost=True)])
+
+    def between_steps(self, work: Callable[[], None]) -> Future[None]:
+        """Have something done in the engine's thread between two steps, as when parameters are swapped.
+
+        Steps that are on the device, see ``ahead``, belong to what was before.
+
+        Returns:
+            Done when that is; fails as ``work`` does, or with StoppingError where there are no more steps.
+        """
+        between = Between(work, Future())
+        with self._shared.wake:
+            if self._shared.stopping:
+                between.done.set_exception(StoppingError("stopping: nothing is changed any more"))
+            else:
+                self._shared.between.append(between)
+                self._shared.wake.notify()
+        return between.done
 
     def _admit(self, jobs: Sequence[Job]) -> None:
         with self._shared.wake:

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import NamedTuple
 
 from .records import Answer, DeadlineError, Job, Observer, Runner, Running, StageResult, Step, StepError
@@ -12,6 +13,25 @@ from .scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 _MEMORY = 0.05  # weight of the newest turnaround in its running mean
+Shadow = Callable[[Job, Answer], bool]
+"""Whether a job that a cache has answered is to go on for the base's answer. From the engine's thread."""
+
+
+class Between(NamedTuple):
+    """Something to be done between two steps."""
+
+    work: Callable[[], None]
+    done: "Future[None]"
+
+    def run(self) -> None:
+        """Do it; what it raises is for who waits."""
+        if self.done.set_running_or_notify_cancel():
+            try:
+                self.work()
+            except Exception as error:  # noqa: BLE001 (raised where it is awaited)
+                self.done.set_exception(error)
+            else:
+                self.done.set_result(None)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -22,11 +42,16 @@ class Shared:
     wake: threading.Condition = dataclasses.field(default_factory=threading.Condition)
     stopping: bool = False
     count: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    between: collections.deque[Between] = dataclasses.field(default_factory=collections.deque)
 
     def claim(self, jobs: Sequence[Job]) -> list[Job]:
-        """Return the jobs whose clients still wait, who can no longer cancel from now on; count the others."""
-        claimed = [job for job in jobs if job.done.set_running_or_notify_cancel()]
-        self.count["abandoned"] += len(jobs) - len(claimed)
+        """Return the jobs whose clients still wait, who can no longer cancel from now on; count those who do not.
+
+        For ghosts, nobody waits.
+        """
+        clients = [job for job in jobs if not job.ghost]
+        claimed = [job for job in clients if job.done.set_running_or_notify_cancel()]
+        self.count["abandoned"] += len(clients) - len(claimed)
         return claimed
 
 
@@ -48,6 +73,7 @@ class Loop:
         *,
         clock: Callable[[], float],
         tell: Callable[[Callable[[Observer], None]], None],
+        shadow: Shadow | None,
         ahead: int,
         overlap: bool,
     ) -> None:
@@ -57,6 +83,7 @@ class Loop:
         self._scheduler = shared.scheduler
         self._clock = clock
         self._tell = tell
+        self._shadow = shadow
         self._ahead = ahead
         self._overlap = overlap
         self._turnaround = 0.0  # seconds from a result to the next dispatch: what the device idles in between
@@ -81,7 +108,11 @@ class Loop:
             with self._shared.wake:
                 self._shared.stopping = True
                 lost = self._scheduler.clear()
+                between = list(self._shared.between)
             lost += [job for dispatched in running for job in dispatched.step.jobs]
+            self._lose(lost)
+            for one in between:
+                one.done.cancel()
             for job in lost:
                 if job.done.running() or (not job.done.done() and job.done.set_running_or_notify_cancel()):
                     job.done.set_exception(StepError("failed: the engine had to stop"))
@@ -92,21 +123,28 @@ class Loop:
         No timeout: the scheduler holds nobody back for company, so where anyone waits there is a step.
         """
         while True:
+            self._do_between()
             with self._shared.wake:
-                now = self._clock()
-                dropped, step = self._scheduler.drop(now), self._scheduler.next_step(now)
-                if not (dropped or step or busy or self._shared.stopping):
+                now, stopping = self._clock(), self._shared.stopping
+                dropped = self._scheduler.drop(now)
+                given_up = self._scheduler.drop_ghosts() if stopping else []
+                step = self._scheduler.next_step(now)
+                if not (dropped or given_up or step or busy or stopping or self._shared.between):
                     self._result_at = None  # the device is idle because nobody came, not because of us
                     self._shared.wake.wait()
                     continue
                 expired = self._shared.claim(dropped)
                 self._shared.count["expired"] += len(expired)
-                ending = self._shared.stopping
+            self._lose(given_up)
             for job in expired:
                 job.done.set_exception(DeadlineError(f"deadline: it passed after {now - job.arrived:.3f} s"))
                 self._tell(lambda observer: observer.refused("deadline"))
-            if step or busy or ending:
+            if step or busy or (stopping and not self._shared.between):
                 return step
+
+    def _do_between(self) -> None:
+        while self._shared.between:  # only this thread takes out
+            self._shared.between.popleft().run()
 
     def _run(self, step: Step) -> _Dispatched:
         since = self._clock()
@@ -141,12 +179,15 @@ class Loop:
                 _log.exception("step failed: route %d, stage %d, %d images", step.route, step.stage, len(step.jobs))
             self._fail(running, error)
             return
+        leaving = [(job, answer) for job, answer in zip(step.jobs, answers, strict=True) if answer is not None]
+        ended = [(job, answer) for job, answer in leaving if job.ghost]
         with self._shared.wake:
-            given_up = self._scheduler.finish(step, [answer is not None for answer in answers])
-            self._shared.claim(given_up)
-            leaving = [(job, answer) for job, answer in zip(step.jobs, answers, strict=True) if answer is not None]
             claimed = set(self._shared.claim([job for job, _ in leaving]))
-            self._shared.count.update(answered=len(claimed), steps=1)
+        ghosts = self._ghosts_of(step, [(job, answer) for job, answer in leaving if job in claimed])
+        with self._shared.wake:
+            given_up = self._scheduler.finish(step, [answer is not None for answer in answers], ghosts)
+            self._shared.claim(given_up)
+            self._shared.count.update(answered=len(claimed), shadowed=len(ended), steps=1)
             self._narrow(running, now)
         if step.jobs:  # else all have left before
             self._tell(lambda observer: observer.step(step, now - since, failed=False))
@@ -154,6 +195,24 @@ class Loop:
             if job in claimed:
                 job.done.set_result(answer)
                 self._tell(lambda observer, job=job, answer=answer: observer.answered(job, answer, now - job.arrived))
+        for job, answer in ended:
+            self._tell(lambda observer, job=job, answer=answer: observer.shadowed(job, answer))
+
+    def _ghosts_of(self, step: Step, answered: Sequence[tuple[Job, Answer]]) -> set[Job]:
+        """Return whose answer, by a cache, is to be compared with the base's."""
+        if self._shadow is None or step.stage == len(self._scheduler.routes[step.route].sites):
+            return set()
+        try:
+            return {job for job, answer in answered if self._shadow(job, answer)}
+        except Exception:  # noqa: BLE001 (clients get their answers all the same)
+            _log.exception("nobody could say what to shadow")
+            return set()
+
+    def _lose(self, jobs: Sequence[Job]) -> None:
+        """Say of ghosts that they are lost."""
+        for job in jobs:
+            if job.ghost:
+                self._tell(lambda observer, job=job: observer.shadowed(job, None))
 
     def _narrow(self, running: collections.deque[_Dispatched], now: float) -> None:
         """Take the oldest step out; one that ran on from it keeps who is still on the way, and is timed from now on."""
@@ -164,7 +223,7 @@ class Loop:
                 running[i] = _Dispatched(self._scheduler.narrow(step), device, now, alive)
 
     def _answers(self, step: Step, result: StageResult) -> list[Answer | None]:
-        """Return the answer of everyone who leaves, None for who goes on.
+        """Return the answer of everyone who leaves, None for who goes on: a ghost does until the last stage.
 
         Raises:
             ValueError: The runner speaks of another number of jobs.
@@ -176,7 +235,7 @@ class Loop:
             msg = f"runner: expected {len(step.jobs)} rows, got {len(result.hit)}"
             raise ValueError(msg)
         return [
-            Answer(index, exit_, score, logits, job.computed) if last or hit else None
+            Answer(index, exit_, score, logits, job.computed) if last or (hit and not job.ghost) else None
             for job, (hit, index, score, logits) in zip(step.jobs, rows, strict=True)
         ]
 
@@ -192,6 +251,7 @@ class Loop:
         if not step.jobs:
             return
         self._tell(lambda observer: observer.step(step, now - since, failed=True))
+        self._lose(step.jobs)
         exit_ = self._scheduler.routes[step.route].exits[step.stage]
         for job in claimed:
             failure = StepError(f"failed: {type(error).__name__} on the way to exit {exit_}")

@@ -81,6 +81,9 @@ class Metrics:
         latency.observe(seconds)
         left.inc()
 
+    def shadowed(self, job: Job, answer: Answer | None) -> None:
+        """Hear of a ghost: no client has waited for it, so nothing is counted."""
+
     def refused(self, reason: str) -> None:
         """Hear of a refusal."""
         self._refused.labels(reason).inc()

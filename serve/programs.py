@@ -20,7 +20,7 @@ from gati_jax.runtime.numerics import reference
 from gati_jax.runtime.options import Options, compiled
 from gati_jax.runtime.packing import pack, unpack
 
-HIT, SCORE, LOGITS = 0, 1, 2  # columns of what a program says
+SCORE, LOGITS = 0, 1  # columns of what a program says
 THREADS = min(4, os.cpu_count() or 1)  # a compiler takes some hundred MB
 
 Key = tuple[int, int, int]  # route, stage, bucket
@@ -155,17 +155,14 @@ def _run(
     structure: Any,  # noqa: ANN401 (a PyTreeDef)
     stage: int,
 ) -> tuple[Float[Array, "bucket columns"], Shaped[Array, "capacity *site"] | None]:
-    """Run a stage on the rows of these slots.
+    """Run a stage on the rows of these slots; whether a score is a hit is the host's to say.
 
-    Slots out of bounds are padding: whatever is read for them, nothing is written. Neither is a hit's activation.
+    Slots out of bounds are padding: whatever is read for them, nothing is written. A hit's activation is written, too:
+    it may go on all the same, as a ghost.
     """
     cascade: Cascade = unpack(jax.tree.unflatten(structure, leaves))
     x = _prepare(cascade.chain, source) if stage == 0 else source.at[slots].get(mode="clip")
     behind = run_stage(cascade, stage, x)
-    if after is None:
-        hit = jnp.ones(len(x), bool)
-    else:
-        hit = behind.score >= cascade.thresholds[stage]
-        after = after.at[jnp.where(hit, len(after), slots)].set(behind.activation, mode="drop")
-    said = [hit.astype(jnp.float32)[:, None], behind.score[:, None], behind.logits]
-    return jnp.concatenate(said, axis=1), after
+    if after is not None:
+        after = after.at[slots].set(behind.activation, mode="drop")
+    return jnp.concatenate([behind.score[:, None], behind.logits], axis=1), after

@@ -54,6 +54,10 @@ class Job:
     """When the answer comes too late."""
     done: "Future[Answer]" = dataclasses.field(default_factory=Future)
     request_id: str = ""
+    mark: object = None
+    """What who submitted it knows it by."""
+    ghost: bool = False
+    """Whether nobody waits for it but the observer: a cache has answered it, and it goes on for the base's answer."""
     stage: int = 0
     slot: int = -1
     computed: float = 0.0
@@ -130,6 +134,10 @@ class Observer(Protocol):
         """Hear of an answer: how long since the job arrived. From the engine's thread."""
         ...
 
+    def shadowed(self, job: Job, answer: Answer | None) -> None:
+        """Hear the base's answer to a ghost; None if it was lost. From the engine's thread."""
+        ...
+
     def refused(self, reason: str) -> None:
         """Hear of a request "overloaded" or "stopping" (from whoever submitted it), or of a job past its "deadline"."""
         ...
@@ -153,6 +161,8 @@ class Statistics:
     abandoned: int = 0
     failed: int = 0
     """Lost in a step that failed."""
+    shadowed: int = 0
+    """Ghosts that the base has answered."""
     steps: int = 0
     failed_steps: int = 0
     leave: tuple[tuple[float, ...], ...] = ()

@@ -3,19 +3,20 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from gati_jax import InputError
 from gati_jax.runtime import Cascade, Tile, stages_ms, tuned_cache, tuned_chain
 from gati_jax.runtime.options import Options
 
 from . import programs
-from .programs import HIT, LOGITS, SCORE, Key, Progress
+from .programs import LOGITS, SCORE, Key, Program, Progress
 from .records import Route, StageResult, Step
 from .routes import CascadeRoute
 
@@ -26,6 +27,13 @@ ROUNDS = 5
 LEAST_MS = 0.01  # nothing is free, whatever differences of measured times say
 
 _log = logging.getLogger(__name__)
+
+
+class Prepared(NamedTuple):
+    """New parameters of some routes, on the device."""
+
+    programs: Mapping[Key, Program]
+    thresholds: Mapping[int, Shaped[np.ndarray, " stages"]]
 
 
 class JaxRunner:
@@ -65,9 +73,12 @@ class JaxRunner:
         self._lost: dict[int, set[int]] = {site: set() for site in self._slabs}
         """By site: slots whose rows went down with the slab that a failed step had been given."""
         self._sites = [source.cascade.sites for source in sources]
+        self._thresholds = {number: _thresholds(source.cascade.thresholds) for number, source in enumerate(sources)}
+        """By route and stage: the score from which on a row leaves there."""
         self._chain = sources[0].cascade.chain
+        every = dict(enumerate(sources))
         self._programs = programs.build(
-            {key: (cascade, self._options(key[2])) for key, cascade in self._cascades(sources).items()},
+            {key: (cascade, self._options(key[2])) for key, cascade in self._cascades(every).items()},
             capacity=capacity,
             progress=progress,
         )
@@ -90,15 +101,25 @@ class JaxRunner:
             msg = f"runner: what stood at site {sites[step.stage - 1]} was lost in a step that failed"
             raise RuntimeError(msg)
         said = self._execute((step.route, step.stage, step.bucket), images, slots)
-        return _Running(self, said, len(step.jobs), sites[step.stage] if step.stage < len(sites) else None)
+        writes = sites[step.stage] if step.stage < len(sites) else None
+        return _Running(self, said, len(step.jobs), self._thresholds[step.route][step.stage], writes)
 
     def reload(self, sources: Sequence[CascadeRoute]) -> None:
         """Take new parameters and thresholds for the next steps; nothing is compiled. From the engine's thread, too.
 
-        Jobs on their way go on with what stands in the slabs: let none be on its way where the base changes.
-
         Raises:
             InputError: They are not of the same structure and shapes.
+        """
+        if len(sources) != len(self._sites):
+            msg = f"sources: expected the same routes as before, {len(self._sites)}, got {len(sources)}"
+            raise InputError(msg)
+        self.take(self.prepare(dict(enumerate(sources))))
+
+    def prepare(self, sources: Mapping[int, CascadeRoute]) -> Prepared:
+        """Bring new parameters of some routes to the device, to be taken later; nothing is compiled. From any thread.
+
+        Raises:
+            InputError: They are not of the same structure and shapes as those that they are to replace.
         """
         cascades, changed = self._cascades(sources), {}
         for key, cascade in cascades.items():
@@ -107,10 +128,24 @@ class JaxRunner:
             shapes = [(leaf.shape, leaf.dtype) for leaf in leaves]
             if old and old.structure == structure and [(leaf.shape, leaf.dtype) for leaf in old.leaves] == shapes:
                 changed[key] = dataclasses.replace(old, leaves=leaves)
-        if set(changed) != set(cascades) or set(changed) != set(self._programs):
+        if set(changed) != {key for key in self._programs if key[0] in sources}:
             msg = "sources: expected the same routes, networks, caches and shapes as before, got others"
             raise InputError(msg)
-        self._programs = changed
+        jax.block_until_ready([program.leaves for program in changed.values()])
+        thresholds = {number: _thresholds(source.cascade.thresholds) for number, source in sources.items()}
+        return Prepared(changed, thresholds)
+
+    def take(self, prepared: Prepared) -> None:
+        """Run the next steps with what has been prepared. From the engine's thread.
+
+        Jobs on their way go on with what stands in the slabs: let none be on its way where the base changes.
+        """
+        self._programs = {**self._programs, **prepared.programs}
+        self._thresholds = {**self._thresholds, **prepared.thresholds}
+
+    def close(self, route: int, thresholds: Float[np.ndarray, " caches"]) -> None:
+        """Take other thresholds for the next steps, at once. From the engine's thread."""
+        self._thresholds = {**self._thresholds, route: _thresholds(thresholds)}
 
     def lose(self, site: int) -> None:
         """Replace a slab that a failed step has taken along; rows in it are lost to their jobs."""
@@ -142,12 +177,13 @@ class JaxRunner:
         tile = self._tiles[bucket]
         return tile.options if tile else ()
 
-    def _cascades(self, sources: Sequence[CascadeRoute]) -> dict[Key, Cascade]:
+    def _cascades(self, sources: Mapping[int, CascadeRoute]) -> dict[Key, Cascade]:
         """Return, for every program, the cascade by its bucket's algorithms; routes share what is the same."""
         found: dict[Key, Cascade] = {}
         for bucket, tile in self._tiles.items():
-            chain = tuned_chain(sources[0].cascade.chain, tile) if tile else sources[0].cascade.chain
-            for number, source in enumerate(sources):
+            chain = next(iter(sources.values())).cascade.chain  # they share a base
+            chain = tuned_chain(chain, tile) if tile else chain
+            for number, source in sources.items():
                 caches = tuple(tuned_cache(cache, tile) if tile else cache for cache in source.cascade.caches)
                 cascade = Cascade(chain, caches, source.cascade.thresholds)
                 found |= {(number, stage, bucket): cascade for stage in range(len(caches) + 1)}
@@ -189,6 +225,8 @@ class _Running:
     runner: JaxRunner
     said: Float[Array, "bucket columns"]
     count: int
+    threshold: Shaped[np.ndarray, ""]
+    """As it was when the step was dispatched."""
     writes: int | None
     """The site of the slab that it writes."""
 
@@ -199,8 +237,13 @@ class _Running:
             if self.writes is not None:
                 self.runner.lose(self.writes)
             raise
-        logits = said[:, LOGITS:]
-        return StageResult(said[:, HIT] > 0, logits.argmax(-1), said[:, SCORE], logits)
+        logits, score = said[:, LOGITS:], said[:, SCORE]
+        return StageResult(score >= self.threshold, logits.argmax(-1), score, logits)
+
+
+def _thresholds(caches: Shaped[np.ndarray | Array, " caches"]) -> Shaped[np.ndarray, " stages"]:
+    """Return those of all stages; everyone leaves the last one, with an infinite score."""
+    return np.append(np.asarray(caches, np.float32), np.float32(-np.inf))
 
 
 def _zeros(spec: jax.ShapeDtypeStruct) -> Array:

@@ -8,25 +8,14 @@ anything waits, so a lone request is never held back for company; company gather
 
 import bisect
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Sequence
 
 from . import policy
 from .records import Job, OverloadedError, Route, Step
 from .shares import Shares
-
-PATIENCE = 1.0  # seconds: who has no deadline is served, within its queue, as if it had this one
+from .waiting import Waiting, deadline_of, in_vain, oldest
 
 _Key = tuple[int, int]  # route and stage
-
-
-class _Waiting(NamedTuple):
-    """A job in its queue; sorts by what is due first, then by arrival."""
-
-    due: float
-    arrived: float
-    number: int  # unique, so that jobs are never compared
-    job: Job
 
 
 class Scheduler:
@@ -48,7 +37,8 @@ class Scheduler:
         self._max_wait = max(max_wait, 1e-6)  # as good as first come, first served
         self._free = list(range(capacity))[::-1]  # the lowest is taken first, so that slabs stay warm
         self._capacity = capacity
-        self._queues: dict[_Key, list[_Waiting]] = {}
+        self._queues: dict[_Key, list[Waiting]] = {}
+        self._ghosts = 0  # on their way
         self._running: list[Step] = []
         self._numbers = itertools.count()
         self._shares = Shares(self.routes)
@@ -99,20 +89,30 @@ class Scheduler:
             raise OverloadedError(msg, retry)
         for job in jobs:
             job.slot = self._free.pop()
+            self._ghosts += job.ghost
             self._queue(job, 0)
 
     def drop(self, now: float) -> list[Job]:
         """Take out, and return, who waits in vain: past the deadline, or abandoned."""
         dropped: list[Job] = []
         for key, queue in list(self._queues.items()):
-            parts: tuple[list[_Waiting], list[_Waiting]] = [], []  # a client may leave at any moment: it is asked once
+            parts: tuple[list[Waiting], list[Waiting]] = [], []  # a client may leave at any moment: it is asked once
             for waiting in queue:
-                parts[_in_vain(waiting.job, now)].append(waiting)
+                parts[in_vain(waiting.job, now)].append(waiting)
             rest, vain = parts
             if vain:
                 self._keep(key, rest)
                 dropped += [waiting.job for waiting in vain]
         self._release(dropped)
+        return dropped
+
+    def drop_ghosts(self) -> list[Job]:
+        """Take out, and return, all ghosts who wait, as when the server stops."""
+        dropped = [waiting.job for queue in self._queues.values() for waiting in queue if waiting.job.ghost]
+        if dropped:
+            for key, queue in list(self._queues.items()):
+                self._keep(key, [waiting for waiting in queue if not waiting.job.ghost])
+            self._release(dropped)
         return dropped
 
     def next_step(self, now: float) -> Step | None:
@@ -124,7 +124,7 @@ class Scheduler:
         """
         if not self._queues:
             return None
-        choices = {key: self._shares.choose(*key, len(queue)) for key, queue in self._queues.items()}
+        choices = {key: self._shares.choose(*key, rows) for key, rows in self._counted(now).items()}
         urgent = self._urgent(choices, now)
         key = urgent or max(choices, key=lambda key: (self._score(key, choices[key], now), key[1]))  # deeper on ties
         queue, bucket = self._queues[key], choices[key].bucket
@@ -133,20 +133,26 @@ class Scheduler:
         self._running.append(step)
         return step
 
-    def finish(self, step: Step, left: Sequence[bool]) -> list[Job]:
+    def finish(self, step: Step, left: Sequence[bool], ghosts: Collection[Job] = ()) -> list[Job]:
         """Free the slots of those who left; the others queue for the next stage.
 
         Args:
             step: What ran.
             left: Of its jobs; of the last stage, all.
+            ghosts: Of those who left, who goes on all the same, as ghosts.
 
         Returns:
             Those who did not leave but were abandoned: they are not queued.
         """
         self._running.remove(step)
         runs_on = self._runs_on(step)
-        self._release(job for job, is_out in zip(step.jobs, left, strict=True) if is_out)
-        others = [job for job, is_out in zip(step.jobs, left, strict=True) if not is_out]
+        clients = [is_out for job, is_out in zip(step.jobs, left, strict=True) if not job.ghost]
+        self._shares.learn(step, len(clients), sum(clients))
+        for job in ghosts:
+            job.ghost, job.deadline = True, None
+        self._ghosts += len(ghosts)
+        self._release(job for job, is_out in zip(step.jobs, left, strict=True) if is_out and job not in ghosts)
+        others = [job for job in step.jobs if job.slot >= 0]
         given_up = [job for job in others if job.abandoned]
         self._release(given_up)
         for job in others:
@@ -156,7 +162,6 @@ class Scheduler:
                 job.stage = step.stage + 1
             else:
                 self._queue(job, step.stage + 1)
-        self._shares.learn(step, sum(left))
         return given_up
 
     def overlap(self, step: Step, turnaround_ms: float) -> Step | None:
@@ -203,11 +208,9 @@ class Scheduler:
 
     def _queue(self, job: Job, stage: int) -> None:
         job.stage = stage
-        due = job.arrived + PATIENCE if job.deadline is None else min(job.deadline, job.arrived + PATIENCE)
-        queue = self._queues.setdefault((job.route, stage), [])
-        bisect.insort(queue, _Waiting(due, job.arrived, next(self._numbers), job))
+        bisect.insort(self._queues.setdefault((job.route, stage), []), Waiting.of(job, next(self._numbers)))
 
-    def _keep(self, key: _Key, rest: list[_Waiting]) -> None:
+    def _keep(self, key: _Key, rest: list[Waiting]) -> None:
         if rest:
             self._queues[key] = rest
         else:
@@ -216,20 +219,29 @@ class Scheduler:
     def _release(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
             self._free.append(job.slot)
+            self._ghosts -= job.ghost
             job.slot = -1
 
     # How it chooses
 
+    def _counted(self, now: float) -> dict[_Key, int]:
+        """Return, by queue, how many a step would be run for; ghosts only if nobody else waits."""
+        everyone = {key: len(queue) for key, queue in self._queues.items()}
+        if not self._ghosts:
+            return everyone
+        counted = {key: sum(waiting.counts(now) for waiting in queue) for key, queue in self._queues.items()}
+        return {key: rows for key, rows in counted.items() if rows} or everyone
+
     def _score(self, key: _Key, choice: policy.Choice, now: float) -> float:
-        oldest = min(waiting.arrived for waiting in self._queues[key][: choice.bucket])
-        return choice.gain * (1 + (now - oldest) / self._max_wait)
+        since = oldest(self._queues[key][: choice.bucket], now)
+        return choice.gain * (1 + (now - since) / self._max_wait)
 
     def _urgent(self, choices: dict[_Key, policy.Choice], now: float) -> _Key | None:
         """Return the queue whose first job would miss its deadline if another step came first, and else would not."""
         step_ms = {key: self._step_ms(key, choice.bucket) for key, choice in choices.items()}
         urgent: list[tuple[float, _Key]] = []
         for key, choice in choices.items():
-            deadline = self._queues[key][0].job.deadline
+            deadline = deadline_of(self._queues[key])
             if deadline is None:
                 continue
             slack_ms = (deadline - now) * 1e3 - self._alone_ms(key, choice.bucket)
@@ -244,7 +256,3 @@ class Scheduler:
         """Return what a job takes that is served at once, in this bucket, then alone, and leaves at the very end."""
         stage_ms = self.routes[key[0]].stage_ms
         return self._step_ms(key, bucket) + sum(stage_ms[min(stage_ms)][key[1] + 1 :])
-
-
-def _in_vain(job: Job, now: float) -> bool:
-    return job.abandoned or (job.deadline is not None and job.deadline <= now)

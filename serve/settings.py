@@ -23,6 +23,7 @@ examples:
 _LEVELS = ("debug", "info", "warning", "error")
 _DIGITS = 12
 _DAY = 86400
+_LAYERS = ("points", "repeats", "refit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,16 @@ class Settings:
     reference: bool = False
     """Whether to run the arithmetic that was certified even where the bundle has been tuned for this device."""
     json: bool = False
+    adapt: bool = False
+    """Whether to follow the traffic, see ``serve.adapting``."""
+    adapt_dir: Path | None = None
+    """Of versions; None: beside the bundle."""
+    adapt_share: float = 0.1
+    """Of the time, for trials and refits."""
+    adapt_epsilon: float | None = None
+    """What to promise; None: as certified."""
+    adapt_without: tuple[str, ...] = ()
+    """Layers to leave out."""
 
     def __post_init__(self) -> None:
         """Check what belongs together.
@@ -73,10 +84,20 @@ class Settings:
             except (OSError, ssl.SSLError) as error:
                 msg = f"--tls-cert: expected a certificate and its key in PEM files, got {error}"
                 raise InputError(msg) from None
+        for name in ("adapt_dir", "adapt_share", "adapt_epsilon", "adapt_without"):
+            if not self.adapt and getattr(self, name) != _DEFAULTS[name]:
+                msg = f"--{name.replace('_', '-')}: expected together with --adapt, got it alone"
+                raise InputError(msg)
         token = self.token
         if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
             msg = f"{TOKEN}: expected printable ASCII characters without spaces, got something else"
             raise InputError(msg)
+
+    @property
+    def versions(self) -> Path:
+        """Where adaptation keeps what it serves."""
+        bundle = self.bundle.absolute()
+        return self.adapt_dir or bundle.with_name(f"{bundle.name}-adapt")
 
     @property
     def loopback(self) -> bool:
@@ -104,6 +125,17 @@ def _seconds(text: str) -> float:
         value = math.nan
     if not 0 <= value <= _DAY:
         msg = f"expected a number from 0 to {_DAY}, got {text}"
+        raise argparse.ArgumentTypeError(msg)
+    return value
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        msg = f"expected a number between 0 and 1, got {text}"
         raise argparse.ArgumentTypeError(msg)
     return value
 
@@ -139,6 +171,9 @@ _OPTIONS: tuple[tuple[str, str, Callable[[str], object], str], ...] = (
     ("drain", "S", _seconds, "to finish what was admitted, after that"),
     ("tls_cert", "FILE", Path, "certificate chain"),
     ("tls_key", "FILE", Path, "its private key"),
+    ("adapt_dir", "DIR", Path, "of adaptation's versions (default: BUNDLE-adapt, beside the bundle)"),
+    ("adapt_share", "S", _share, "of the time, for trials and refits"),
+    ("adapt_epsilon", "E", _share, "the disagreement to promise (default: as certified)"),
     ("log_level", "LEVEL", _level, f"{', '.join(_LEVELS)}; debug tells of every request"),
 )
 
@@ -178,6 +213,11 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settings:
         "--overlap", action="store_true", help="run on before it is known who leaves, where that is expected to pay"
     )
     p.add_argument("--reference", action="store_true", help="the certified arithmetic, even where the bundle is tuned")
+    p.add_argument("--adapt", action="store_true", help="follow the traffic: watch, close, try again, refit")
+    p.add_argument(
+        "--adapt-without", nargs="+", choices=_LAYERS, default=(), metavar="LAYER", help=f"some of {', '.join(_LAYERS)}"
+    )
     p.add_argument("--json", action="store_true", help="print the addresses as JSON on standard output")
     arguments = p.parse_args(argv)
+    arguments.adapt_without = tuple(arguments.adapt_without)
     return Settings(**vars(arguments), token=environ.get(TOKEN))

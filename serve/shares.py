@@ -32,9 +32,15 @@ class Shares:
             self._choices[key] = policy.choose(stage_ms, self._used[route], stage, key[2])
         return self._choices[key]
 
-    def learn(self, step: Step, left: int) -> None:
-        """Follow the traffic: a running mean; choices are made anew once it has moved by a twentieth."""
-        seen, used, rows = self._seen[step.route], self._used[step.route], len(step.jobs)
+    def learn(self, step: Step, rows: int, left: int) -> None:
+        """Follow the traffic: a running mean; choices are made anew once it has moved by a twentieth.
+
+        Args:
+            step: What has run.
+            rows: Of it, those that clients wait for: ghosts leave nowhere but at the end, whatever the traffic is.
+            left: Of these, who left.
+        """
+        seen, used = self._seen[step.route], self._used[step.route]
         seen[step.stage] += (left - rows * seen[step.stage]) / (rows + WINDOW)
         if abs(seen[step.stage] - used[step.stage]) > MOVED:
             self._used[step.route] = list(seen)

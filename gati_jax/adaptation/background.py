@@ -11,16 +11,18 @@ from a simulation.
 
 import dataclasses
 import logging
+from typing import Protocol, runtime_checkable
 
 from gati_jax._errors import InputError
 from gati_jax.bundle import Bundle
 from gati_jax.caches import Candidate
 from gati_jax.planning import Plan
 
-from .keeper import Keeper, Served, standing
+from .keeper import Served, standing
 from .trial import Trial, TrialConfig
 from .updater import DEFAULT_CONFIG, Pause, UpdateConfig, examine, home_of, refit_caches, replan, updated
 from .versions import Versions
+from .window import Window
 
 _log = logging.getLogger(__name__)
 
@@ -41,10 +43,33 @@ class BackgroundConfig:
     """Requests that are examined at once."""
 
 
+@runtime_checkable
+class Kept(Protocol):
+    """What the background needs of a ``Keeper``: itself, or what holds a lock before it."""
+
+    @property
+    def closed_at(self) -> int | None:
+        """See ``Keeper``."""
+        ...
+
+    @property
+    def window(self) -> Window:
+        """See ``Keeper``."""
+        ...
+
+    def adopt(self, served: Served, text: str) -> None:
+        """Serve what a trial has certified."""
+        ...
+
+    def tell(self, kind: str, text: str) -> None:
+        """Hear what the background does."""
+        ...
+
+
 class Background:
     """Brings closed caches back; one thread calls it."""
 
-    def __init__(self, bundle: Bundle, keeper: Keeper, versions: Versions, config: BackgroundConfig) -> None:
+    def __init__(self, bundle: Bundle, keeper: Kept, versions: Versions, config: BackgroundConfig) -> None:
         """Wait for something to be closed.
 
         Args:

@@ -73,6 +73,8 @@ class Backend(NamedTuple):
 
     engine: Engine
     choose: Choose
+    notes: Callable[[int], Mapping[str, str]] = lambda _: {}
+    """What a response is to say, beside its plan, of a request that is submitted now on this route."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,7 +195,7 @@ class Service:
             raise NotReadyError(_WARMING_UP)
         if self._closed:
             raise StoppingError("stopping: the server admits nothing more")
-        engine, choose = self._backend
+        engine, choose, notes = self._backend
         self.model.check(request.model, request.version)
         epsilon, deadline_ms, seconds = wishes_of(request.parameters)
         wanted = wanted_of(request, self.model)
@@ -202,6 +204,7 @@ class Service:
         decoded = self._clock()
         try:
             route = choose(epsilon=epsilon, deadline_ms=deadline_ms)
+            noted = notes(route)
             futures = engine.submit(images, route=route, deadline=started + seconds, request_id=request_id)
         except ValueError as error:
             raise RequestError(str(error)) from None
@@ -216,19 +219,26 @@ class Service:
             if pending := [future for future in futures if not future.done()]:
                 engine.abandon(pending)
         answered = self._clock()
-        response = self._respond(request, route, answers, wanted)
+        response = self._respond(request, route, answers, wanted, noted)
         now = self._clock()
         computing = min(max(answer.computed for answer in answers), answered - decoded)
         return response, len(images), Times(now - started, decoded - started, computing, now - answered)
 
-    def _respond(self, request: Request, route: int, answers: Sequence[Answer], wanted: Mapping[str, bool]) -> Response:
+    def _respond(
+        self,
+        request: Request,
+        route: int,
+        answers: Sequence[Answer],
+        wanted: Mapping[str, bool],
+        noted: Mapping[str, str],
+    ) -> Response:
         plan = self.model.plans[route]
         bound = self.model.bounds.get(plan)
         return Response(
             model=self.model.name,
             version=self.model.version,
             id=request.id,
-            parameters={"plan": plan} | ({} if bound is None else bound._asdict()),
+            parameters={"plan": plan, **({} if bound is None else bound._asdict()), **noted},
             outputs=[self._output(name, answers, binary=binary) for name, binary in wanted.items()],
         )
 

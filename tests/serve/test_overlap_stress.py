@@ -1,4 +1,4 @@
-"""Steps that run on, with threads, cancellations, deadlines, failures: nobody is lost, mixed up, or keeps a slot."""
+"""Steps that run on, with threads, cancellations, deadlines, failures, ghosts: none lost, mixed up or left over."""
 
 import queue
 import random
@@ -53,11 +53,8 @@ class Device:
             rows = images if stage == 0 else [self.slabs.get((stage, slot)) for slot in slots]
             rows = [np.array([0, 0, -1]) if row is None else row for row in rows]
             hit = np.array([row[0] <= stage for row in rows])
-            for slot, row, is_out in zip(slots, rows, hit, strict=True):
-                if not is_out and not fails:
-                    self.slabs[stage + 1, slot] = row
-                elif fails:
-                    self.slabs[stage + 1, slot] = None
+            for slot, row in zip(slots, rows, strict=True):
+                self.slabs[stage + 1, slot] = None if fails else row
             if fails:
                 done.set_exception(OSError("result"))
                 continue
@@ -66,14 +63,39 @@ class Device:
             done.set_result(StageResult(hit, classes, score, np.eye(CLASSES)[classes]))
 
 
+class Watcher:
+    """Shadows every third request, and keeps what it hears of them."""
+
+    def __init__(self, routes: tuple) -> None:
+        self.asked, self.told, self.routes = [], [], routes
+
+    def shadow(self, job, answer):
+        del answer
+        if job.image[2] % 3:
+            return False
+        self.asked.append(job.image[2])
+        return True
+
+    def shadowed(self, job, answer):
+        self.told.append(job.image[2])
+        if answer is not None:
+            expected = (self.routes[job.route].depth, job.image[1], job.image[2])
+            assert (answer.exit, answer.class_index, answer.score) == expected
+
+    def answered(self, job, answer, seconds): ...
+    def step(self, step, seconds, *, failed): ...
+    def refused(self, reason): ...
+
+
 @pytest.mark.parametrize("ahead", [1, 2, 3])
 @pytest.mark.parametrize("failing", [0.0, 0.05])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_nobody_is_lost_or_mixed_up(ahead, failing, seed, monkeypatch):  # noqa: C901, PLR0915 (one scenario)
+def test_nobody_is_lost_or_mixed_up(ahead, failing, seed, monkeypatch, caplog):  # noqa: C901, PLR0915 (one scenario)
     monkeypatch.setattr(policy, "overlap_pays", lambda *_: True)
     routes = (route(1.0, 1.0, 1.0, 1.0), route(1.0, 1.0, name="other"))
     device = Device(routes, seed, failing)
-    engine = Engine(device, ahead=ahead, overlap=True)
+    watcher = Watcher(routes)
+    engine = Engine(device, ahead=ahead, overlap=True, observer=watcher, shadow=watcher.shadow)
     engine.start()
     tally = {"ok": 0, "cancelled": 0, "deadline": 0, "failed": 0, "submitted": 0, "wrong": 0}
     lock = threading.Lock()
@@ -122,6 +144,10 @@ def test_nobody_is_lost_or_mixed_up(ahead, failing, seed, monkeypatch):  # noqa:
     now = engine.statistics()
     assert not device.wrong
     assert not tally["wrong"]
+    assert "the observer failed" not in caplog.text
+    assert sorted(watcher.told) == sorted(watcher.asked)
+    assert len(watcher.asked) > 50
+    assert failing or now.shadowed >= len(watcher.asked) - CAPACITY  # others are dropped as it stops
     assert tally["failed"] == now.failed
     assert (tally["ok"], tally["deadline"], tally["cancelled"]) == (now.answered, now.expired, now.abandoned)
     assert now.slots_in_use == 0

@@ -1,0 +1,81 @@
+"""What Prometheus reads of adaptation at /metrics.
+
+    gati_adaptation_state{state}                  1 for the present one: open, part, safe, failed
+    gati_adaptation_version                       of what is served, from 1 on: every opening and closing makes a new one
+    gati_adaptation_q                             the share of hits that the base is asked about, too
+    gati_adaptation_disagreement{bound}           of the present version: the estimate, and the upper bound
+    gati_adaptation_watched_total                 requests that the monitor has seen
+    gati_adaptation_shadows{exit}                 hits of the present version that were looked at
+    gati_adaptation_seen                          of these, those that disagreed
+    gati_adaptation_front_total{layer}            requests that points or repeats have answered
+    gati_adaptation_points                        points that are stored
+    gati_adaptation_events_total{kind}            alarm, closed, opened, trial, empirical, refit, swap
+    gati_adaptation_background_seconds_total      that trials and refits have taken
+    gati_adaptation_background_failures_total     pieces of them that failed
+
+All of it is read when Prometheus asks.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from .adapting import STATES, Adapting
+from .worker import Worker
+
+KINDS = ("alarm", "closed", "opened", "trial", "empirical", "refit", "swap")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gauges(Collector):
+    """What is asked of adaptation when Prometheus asks."""
+
+    adapting: Adapting
+    worker: Worker
+
+    def collect(self) -> Iterator[Metric]:
+        """Read it."""
+        adapting, front = self.adapting, self.adapting.keeper.front
+        now, watched = adapting.look(lambda keeper: (keeper.monitor.report, keeper.monitor.watched))
+        state = adapting.state
+        yield _gauge("state", "1 for the present state", "state", {one: float(one == state) for one in STATES})
+        yield _gauge("version", "Of what is served", value=now.version)
+        yield _gauge("q", "Share of hits that the base is asked about", value=now.q)
+        bounds = {"estimate": now.estimate, "upper": now.upper}
+        yield _gauge("disagreement", "Of the present version", "bound", bounds)
+        yield _counter("watched", "Requests that the monitor has seen", value=watched)
+        shadows = {str(exit_): float(count) for exit_, count in now.shadows.items()}
+        yield _gauge("shadows", "Hits that were looked at", "exit", shadows)
+        yield _gauge("seen", "Those that disagreed", value=now.disagreements)
+        layers = {layer: float(adapting.answered_in_front[layer]) for layer in ("points", "repeats")}
+        yield _counter("front", "Answered in front of the network", "layer", layers)
+        yield _gauge("points", "Points that are stored", value=0 if front.points is None else len(front.points))
+        events = {kind: float(adapting.events[kind]) for kind in KINDS}
+        yield _counter("events", "What has happened", "kind", events)
+        yield _counter("background_seconds", "That trials and refits have taken", value=self.worker.seconds)
+        yield _counter("background_failures", "Pieces that failed", value=self.worker.failures)
+
+
+def _gauge(
+    name: str, text: str, label: str = "", values: dict[str, float] | None = None, *, value: float | None = None
+) -> Metric:
+    return _filled(GaugeMetricFamily(f"gati_adaptation_{name}", text, labels=[label] if label else []), values, value)
+
+
+def _counter(
+    name: str, text: str, label: str = "", values: dict[str, float] | None = None, *, value: float | None = None
+) -> Metric:
+    return _filled(CounterMetricFamily(f"gati_adaptation_{name}", text, labels=[label] if label else []), values, value)
+
+
+def _filled(
+    family: GaugeMetricFamily | CounterMetricFamily, values: dict[str, float] | None, value: float | None
+) -> Metric:
+    if value is not None:
+        family.add_metric([], value)
+    for label, number in (values or {}).items():
+        family.add_metric([label], number)
+    return family

@@ -1,0 +1,343 @@
+"""Adaptation before a real engine: a drift and back over HTTP, swaps under load, and what is lost on the way."""
+
+import collections
+import dataclasses
+import math
+import re
+import threading
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tritonclient.http as triton
+from prometheus_client.parser import text_string_to_metric_families
+
+import gati_jax
+import serve.adapting.gauges
+from gati_jax.adaptation import (
+    POINTS,
+    REPEATED,
+    KeeperConfig,
+    MonitorConfig,
+    PointsConfig,
+    RepeatsConfig,
+    Served,
+    Versions,
+)
+from gati_jax.adaptation.keeper import standing
+from gati_jax.adaptation.updater import home_of
+from serve import adapting, assemble, routes
+from serve.adapting.begin import _preparing
+from serve.engine import Engine
+from serve.metrics import Metrics
+from serve.protocol.statistics import Tally
+from serve.records import DeadlineError, OverloadedError
+from serve.runner import JaxRunner
+from serve.settings import Settings
+from tests.adaptation import world
+from tests.serve.fake_runner import pixels
+
+DEPTH = 3
+PATIENCE = 60
+QUIET = KeeperConfig(
+    monitor=MonitorConfig(epsilon=world.EPSILON, stir=False), repeats=RepeatsConfig(often=2), points=None
+)
+
+
+def right(images, classes):
+    """Whether these are the base's answers; at a tie, either is."""
+    chain = world.bundle().chain
+    logits = np.asarray(chain(chain.prepare(images)))
+    return (logits.argmax(-1) == classes) | (np.abs(logits[:, 0] - logits[:, 1]) < 1e-4)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """Start what adapts, without its background; returns it with its metrics."""
+    engines = []
+
+    def start(keeper=QUIET, *, bundle=None, capacity=64, folder=tmp_path):
+        metrics = Metrics(Tally())
+        options = adapting.Options(folder=folder, keeper=keeper)
+        one = adapting.begin(bundle or world.bundle(), options, capacity=capacity, observer=metrics)
+        runner = JaxRunner(one.sources, capacity=capacity, buckets=(1, 4))
+        engine = Engine(runner, observer=one.adapting, shadow=one.adapting.shadow)
+        metrics._routes = engine.routes
+        one.adapting.serve(engine, _preparing(runner, one.sources[0]))
+        engine.start()
+        engines.append(engine)
+        return one.adapting
+
+    yield start
+    for engine in engines:
+        assert engine.stop(PATIENCE)
+
+
+def results(futures):
+    return [future.result(PATIENCE) for future in futures]
+
+
+def settled(one):
+    """Wait until nobody is on the way, nor is anybody told."""
+    while one.statistics().slots_in_use:
+        time.sleep(0.001)
+    one.engine.between_steps(lambda: None).result(PATIENCE)
+
+
+# The whole
+
+
+@pytest.fixture
+def server(tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(assemble.gati_jax, "load_bundle", lambda _: world.bundle())
+    monkeypatch.setattr(assemble, "version_of", lambda _: "v")
+    settings = Settings(bundle=tmp_path / "bundle", capacity=64, adapt=True, adapt_share=0.9, adapt_without=("refit",))
+    parts = assemble.assemble(settings)
+    backend = parts.start()
+    parts.service.warmed_up(backend)
+    with fake.sockets(parts.service, parts.metrics, limit=2**20) as ports:
+        yield parts, ports[0], settings.versions
+    assert backend.engine.stop(PATIENCE)
+
+
+class Client:
+    """Asks 32 images at a time, and keeps what it was told."""
+
+    def __init__(self, port: int) -> None:
+        self.connection, self.seed = triton.InferenceServerClient(f"127.0.0.1:{port}"), 1000
+
+    def ask(self, *, bright: bool) -> tuple[str, np.ndarray, np.ndarray]:
+        """Return what was said of adaptation, exits, and whether answers were right."""
+        self.seed += 1
+        images = world.images(32, self.seed, bright=bright)
+        given = triton.InferInput("images", list(images.shape), "UINT8").set_data_from_numpy(images)
+        result: Any = self.connection.infer("gati", [given])
+        said = result.get_response()["parameters"]["adaptation"]
+        return said, result.as_numpy("exit"), right(images, result.as_numpy("class_index"))
+
+    def until(self, *, bright: bool, most: int, safe: bool) -> int:
+        """Ask until all is closed, or no longer; return how many requests that took."""
+        for i in range(most // 32):
+            said, exits, agrees = self.ask(bright=bright)
+            if said == "safe":
+                assert (exits == DEPTH).all()
+                assert agrees.all()
+            if (said == "safe") == safe:
+                return i * 32
+        pytest.fail(f"nothing changed within {most} requests")
+
+
+def test_through_a_drift_and_back(server):
+    parts, port, folder = server
+    client = Client(port)
+    quiet = [client.ask(bright=False) for _ in range(40)]
+    assert {said for said, _, _ in quiet} == {"1"}
+    saved = np.mean([exits < DEPTH for _, exits, _ in quiet])
+    assert saved > 0.5
+    client.until(bright=True, most=2000, safe=True)
+    for _ in range(40):
+        said, exits, agrees = client.ask(bright=True)
+        assert said == "safe"
+        assert (exits == DEPTH).all()
+        assert agrees.all()
+    client.until(bright=False, most=30_000, safe=False)
+    back = [client.ask(bright=False) for _ in range(40)]
+    assert np.mean([exits < DEPTH for _, exits, _ in back]) > 0.7 * saved
+    assert np.mean([agrees for _, _, agrees in back]) > 1 - 2 * world.EPSILON
+    assert Versions(folder, chain=world.bundle().chain).load_current().bundle.certificate.certified
+    page = parts.metrics.page().decode()
+    for line in (
+        'gati_adaptation_events_total{kind="alarm"} 1.0',
+        'gati_adaptation_events_total{kind="swap"} 1.0',
+        'gati_adaptation_state{state="open"} 1.0',
+        "gati_adaptation_background_failures_total 0.0",
+    ):
+        assert line in page, page
+
+
+def test_the_documentation_names_every_metric_and_no_other(server):
+    parts, port, _ = server
+    Client(port).ask(bright=False)
+    families = {family.name for family in text_string_to_metric_families(parts.metrics.page().decode())}
+    documented = set(re.findall(r"^    (gati_\w+)", serve.adapting.gauges.__doc__ or "", re.MULTILINE))
+    assert {name.removesuffix("_total") for name in documented} == {n for n in families if "adaptation" in n}
+
+
+# Swaps
+
+
+class Swapping:
+    """A server of three versions, which notes by whom every step of a request is dispatched."""
+
+    def __init__(self, bundle):
+        self.home = home_of(bundle)
+        first, selectors = standing(self.home), [c.params["selector"] for c in self.home.caches]
+        turned = [jax.tree.map(lambda leaf: -leaf, selector) for selector in selectors]
+        other = tuple(
+            dataclasses.replace(c, params={**c.params, "selector": selector})
+            for c, selector in zip(self.home.caches, turned, strict=True)
+        )
+        closed = np.full(len(other), np.inf, np.float32)
+        self.versions = [first, Served(other, -first.thresholds), Served(first.caches, closed)]
+        sources = routes.load(self.home)
+        runner = JaxRunner(sources, capacity=32, buckets=(1, 4))
+        self.under, self._dispatch = collections.defaultdict[object, list[int]](list), runner.dispatch
+        runner.dispatch = self._noting
+        self.engine, self._prepare = Engine(runner), _preparing(runner, sources[0])
+        self.serving = self.swaps = 0
+
+    def _noting(self, step):
+        for job in step.jobs:
+            self.under[job.mark].append(self.serving)
+        return self._dispatch(step)
+
+    def swap(self):
+        number = (self.swaps + 1) % len(self.versions)
+        swap = self._prepare(self.versions[number])
+
+        def work():
+            swap()
+            self.serving = number
+
+        self.engine.between_steps(work).result(PATIENCE)
+        self.swaps += 1
+
+
+def test_a_swap_under_load_loses_no_request_and_each_is_answered_by_what_was_served(residual):
+    server, images = Swapping(residual), pixels(60, 9)
+    heard = [gati_jax.replay(server.home.chain, version.caches, images) for version in server.versions]
+    stop = threading.Event()
+
+    def swapping():
+        while not stop.is_set():
+            server.swap()
+
+    server.engine.start()
+    thread = threading.Thread(target=swapping)
+    thread.start()
+    futures = []
+    while server.swaps < 30 or len(futures) < 1500:
+        i = len(futures)
+        try:
+            futures += server.engine.submit(images[[i % 60, (i + 1) % 60]], route=0, marks=[i, i + 1])
+        except OverloadedError:
+            results(futures[-8:])
+    answers = results(futures)
+    stop.set()
+    thread.join(PATIENCE)
+    assert server.engine.stop(PATIENCE)
+    assert any(len(set(path)) > 1 for path in server.under.values()), "some were on their way"
+    for mark, answer in enumerate(answers):
+        path, row = server.under[mark], mark % 60
+        hits = [
+            (server.home.plan.sites[stage], int(heard[version].classes[stage, row]))
+            for stage, version in enumerate(path[:2])
+            if heard[version].scores[stage, row] >= server.versions[version].thresholds[stage]
+        ]
+        assert (answer.exit, answer.class_index) == (hits[0] if hits else (2, int(heard[0].answers[row])))
+
+
+# Requests
+
+
+def test_repeats_are_answered_in_front_with_what_the_base_said(begun):
+    one = begun()
+    images = world.images(20, 5)
+    results(one.submit(images, route=0))
+    second = results(one.submit(images, route=0))  # their second coming: the base is asked
+    third = results(one.submit(images, route=0))
+    assert {answer.exit for answer in second} <= {DEPTH, REPEATED}
+    assert [answer.exit for answer in third] == [REPEATED] * 20
+    assert right(images, [answer.class_index for answer in third]).all()
+    assert right(images, [int(answer.logits.argmax()) for answer in third]).all()
+    assert one.answered_in_front["repeats"] >= 20
+    mixed = np.concatenate([images[:3], world.images(3, 6), images[3:5]])
+    exits = [answer.exit for answer in results(one.submit(mixed, route=0))]
+    assert [exit_ == REPEATED for exit_ in exits] == [True] * 3 + [False] * 3 + [True] * 2
+    assert one.look(lambda keeper: keeper.window.count) == 68
+
+
+def test_other_routes_and_prepared_inputs_pass_it_by(begun):
+    one = begun()
+    images = world.images(8, 5)
+    assert {answer.exit for answer in results(one.submit(images, route=1))} == {DEPTH}
+    prepared = np.asarray(world.bundle().chain.prepare(images))
+    assert len(results(one.submit(prepared, route=0))) == 8
+    assert one.look(lambda keeper: keeper.window.count) == 0
+    assert (one.notes(1), one.notes(0)) == ({}, {"adaptation": "1"})
+
+
+def test_what_is_not_certified_for_the_promise_begins_closed(begun):
+    tight = dataclasses.replace(QUIET, monitor=MonitorConfig(epsilon=world.EPSILON / 10, stir=False))
+    one = begun(tight)
+    assert (one.state, one.notes(0)) == ("safe", {"adaptation": "safe"})
+    images = world.images(16, 5)
+    answers = results(one.submit(images, route=0))
+    assert {answer.exit for answer in answers} == {DEPTH}
+    assert {a.exit for a in results(one.submit(np.asarray(world.bundle().chain.prepare(images)), route=0))} == {DEPTH}
+
+
+def test_who_is_never_answered_holds_nobody_back(begun):
+    one = begun(capacity=16)
+    gate = threading.Event()
+    one.engine.between_steps(lambda: gate.wait(PATIENCE) and None)
+    first = one.submit(world.images(9, 5), route=0)
+    with pytest.raises(OverloadedError):
+        one.submit(world.images(8, 5), route=0)
+    with pytest.raises(ValueError, match="at most 16"):
+        one.submit(world.images(17, 5), route=0)
+    (late,) = one.submit(world.images(1, 6), route=0, deadline=0.0)
+    gate.set()
+    with pytest.raises(DeadlineError):
+        late.result(PATIENCE)
+    assert len(results(first)) == 9
+    settled(one)
+    one.abandon(one.submit(world.images(8, 7), route=0))
+    results(one.submit(world.images(4, 8), route=0))
+    assert one.engine.stop(PATIENCE)
+    assert one.look(lambda keeper: keeper._pending) == {}
+
+
+def test_where_adaptation_fails_the_base_answers(begun, caplog):
+    one = begun()
+    images = world.images(8, 5)
+    results(one.submit(images, route=0))
+    one.keeper.monitor = None  # pyright: ignore[reportAttributeAccessIssue] (a bug)
+    answers = results(one.submit(images + 1, route=0))
+    assert (one.failed, one.state) == (True, "failed")
+    assert {answer.exit for answer in answers} == {DEPTH}
+    assert "adaptation has failed" in caplog.text
+
+
+def test_every_hit_is_compared_with_the_base_where_the_monitor_looks_closely(begun):
+    one = begun()
+    one.look(lambda keeper: keeper.monitor.look_closely(at_all=True))
+    images = world.images(64, 5)
+    answers = results(one.submit(images[:32], route=0)) + results(one.submit(images[32:], route=0))
+    hits = [answer for answer in answers if answer.exit < DEPTH]
+    settled(one)
+    wrong = (~right(images, [answer.class_index for answer in answers])).sum()
+    report = one.look(lambda keeper: keeper.monitor.report)
+    assert report.requests == 64
+    assert sum(report.shadows.values()) == len(hits) > 10
+    assert report.disagreements == wrong
+    assert one.statistics().shadowed == len(hits)
+
+
+def test_points_are_shadowed_by_ghosts_from_the_start(begun):
+    """Points that answer everything: each answer is compared with the base's, whose ghosts no client waits for."""
+    one = begun(dataclasses.replace(QUIET, repeats=None, points=PointsConfig(cells=4, capacity=50)))
+    images = world.images(8, 5)
+    one.look(lambda keeper: keeper.monitor.look_closely(at_all=True))
+    results(one.submit(images, route=0))
+    settled(one)
+    one.keeper.front.threshold = -math.inf
+    answers = results(one.submit(images, route=0))
+    settled(one)
+    assert {answer.exit for answer in answers} == {POINTS}
+    report = one.look(lambda keeper: keeper.monitor.report)
+    assert report.shadows[POINTS] == 8
+    assert report.requests == 16
+    assert one.answered_in_front["points"] == 8
