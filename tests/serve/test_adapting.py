@@ -304,7 +304,7 @@ def test_where_adaptation_fails_the_base_answers(begun, caplog):
     one = begun()
     images = world.images(8, 5)
     results(one.submit(images, route=0))
-    one.keeper.monitor = None  # pyright: ignore[reportAttributeAccessIssue] (a bug)
+    one.keeper.monitor = None  # a bug
     answers = results(one.submit(images + 1, route=0))
     assert (one.failed, one.state) == (True, "failed")
     assert {answer.exit for answer in answers} == {DEPTH}
