@@ -57,7 +57,12 @@ class Kept(Protocol):
         """See ``Keeper``."""
         ...
 
-    def adopt(self, served: Served, text: str) -> None:
+    @property
+    def epoch(self) -> int:
+        """See ``Keeper``."""
+        ...
+
+    def adopt(self, served: Served, text: str, epoch: int | None = None) -> None:
         """Serve what a trial has certified."""
         ...
 
@@ -77,11 +82,21 @@ class Background:
             keeper: Whose caches it brings back.
             versions: Counts trials, and keeps what is swapped in.
             config: See ``BackgroundConfig``.
+
+        Raises:
+            InputError: The window keeps fewer requests than a refit asks for.
         """
+        needed = config.fit_rows + config.trial.gap + config.select_rows
+        if config.refit and keeper.window.config.recent < needed:
+            got = keeper.window.config.recent
+            msg = f"window.recent: expected at least the {needed} requests of a refit, got {got}"
+            raise InputError(msg)
         self.home = self.bundle = home_of(bundle)
         self.keeper, self.versions, self.config = keeper, versions, config
         self.trial: Trial | None = None
-        self._cursor = 0
+        self._cursor: int | None = None
+        self._epoch = keeper.epoch
+        self._number: int | None = None  # of the version that was swapped in last
         self._refit_next = False
 
     def work(self, pause: Pause | None = None) -> bool:
@@ -90,9 +105,17 @@ class Background:
         Args:
             pause: Called in between, see ``Pace``; what it raises ends the piece.
         """
+        if self.keeper.epoch != self._epoch:  # what is served has changed: evidence from before says nothing of it
+            self._epoch, self.trial = self.keeper.epoch, None
         if self.keeper.closed_at is None:
             self.trial = None
             return False
+        if self._number is not None:  # an alarm has closed it: nobody is to load it any more
+            self.versions.withdraw(self._number)
+            self._number = None
+        if self.trial is not None and self.trial.verdict == "certified":
+            self._swap(self.trial)
+            return True
         if self.trial is None:
             return self._begin(self.keeper.closed_at, pause)
         return self._examine(self.trial, pause)
@@ -114,7 +137,7 @@ class Background:
         return True
 
     def _start(self, trial: Trial) -> None:
-        self.trial, self._cursor = trial, self.keeper.window.count
+        self.trial, self._cursor = trial, None
         what = "home plan" if trial.plan is self.home.plan else "refitted heads"
         self.keeper.tell("trial", f"{trial.version}: {what}, {len(trial.plan.path) - 1} steps")
 
@@ -137,18 +160,18 @@ class Background:
 
     def _examine(self, trial: Trial, pause: Pause | None) -> bool:
         window = self.keeper.window
-        self._cursor = max(self._cursor, window.oldest_recent)
-        stop = min(window.count, self._cursor + self.config.piece)
-        if stop - self._cursor < self.config.piece:
+        if self._cursor is None:
+            self._cursor = window.count
+        cursor = max(self._cursor, window.oldest_recent)
+        stop = min(window.count, cursor + self.config.piece)
+        if stop - cursor < self.config.piece:
             return False
-        block = window.recent(self._cursor, stop)
+        block = window.kept(cursor, stop)  # some may have been overwritten meanwhile, whatever they were
         self._cursor = stop
         verdict = examine(
             self.home, trial, block.order, block.images, front=block.front, batch=self.config.piece, pause=pause
         )
-        if verdict == "certified":
-            self._swap(trial)
-        elif verdict == "empirical":
+        if verdict == "empirical":
             self.keeper.tell("empirical", f"trial {trial.version}: nothing certified after {trial.n} requests")
             self.trial = None
         return True
@@ -156,7 +179,7 @@ class Background:
     def _swap(self, trial: Trial) -> None:
         """Save first, serve then: a kill in between leaves a version that is as good."""
         bundle = updated(self.home, trial)
-        number = self.versions.save(bundle)
-        self.bundle, self.trial, self._refit_next = bundle, None, False
+        epoch, number = self._epoch, self.versions.save(bundle)
+        self.bundle, self.trial, self._refit_next, self._number = bundle, None, False, number
         text = f"version {number}: step {trial.step} of {len(trial.plan.path) - 1} after {trial.n} requests"
-        self.keeper.adopt(Served(trial.caches, standing(bundle).thresholds), text)
+        self.keeper.adopt(Served(trial.caches, standing(bundle).thresholds), text, epoch)

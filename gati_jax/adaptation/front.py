@@ -84,7 +84,9 @@ class Front:
                 ticket.early = Early(POINTS, ticket.point_class, ticket.point_score)
                 self.points.used(int(found.point[0]))
 
-    def learn(self, ticket: Ticket, logits: Float[np.ndarray, " classes"], now: float, *, base: str) -> None:
+    def learn(
+        self, ticket: Ticket, logits: Float[np.ndarray, " classes"], now: float, *, base: str, store: bool = True
+    ) -> None:
         """Take what the base has answered.
 
         Args:
@@ -92,8 +94,9 @@ class Front:
             logits: Of the base.
             now: Seconds.
             base: Which base, see ``Points``.
+            store: Whether it becomes a point.
         """
         if self.repeats is not None and ticket.key:
             self.repeats.store(ticket.key, int(np.argmax(logits)), now, base=base)
-        if self.points is not None and ticket.features is not None:
+        if self.points is not None and ticket.features is not None and store:
             self.points.add(ticket.features, logits, base=base)

@@ -127,6 +127,8 @@ class Keeper:
         if config.thrift is not None and bundle.costs:
             self._costs = costs_of(bundle)
             self._thrift = Thrift(config.thrift, self._costs.full_ms)
+        self.epoch = 0
+        """Counts changes of what is served, points included."""
         self.closed_at: int | None = None
         """Requests watched when a cache was last closed; None while all that were certified are open."""
         if not (bundle.certificate.certified and bundle.certificate.epsilon <= config.monitor.epsilon):
@@ -179,14 +181,15 @@ class Keeper:
         """
         class_index = int(np.argmax(logits))
         if exit_ == self.depth:
-            self.front.learn(ticket, logits, now, base=self.base)
+            store = self.trial.would_miss(ticket.point_score)  # on trial points are to be as far away as in service
+            self.front.learn(ticket, logits, now, base=self.base, store=store)
             self._settle(ticket, exit_, class_index, math.inf, class_index)
             return False
         return self._hit(ticket, exit_, class_index, score)
 
     def shadowed(self, ticket: Ticket, logits: Float[np.ndarray, " classes"], now: float) -> None:
         """Take the base's answer to a request that a cache has answered already."""
-        self.front.learn(ticket, logits, now, base=self.base)
+        self.front.learn(ticket, logits, now, base=self.base, store=self.trial.would_miss(ticket.point_score))
         pending = self._pending[ticket.number]
         assert pending is not None  # noqa: S101 (narrows the type)
         pending.base_class, pending.complete = int(np.argmax(logits)), True
@@ -242,8 +245,7 @@ class Keeper:
     # Changes
 
     def _alarm(self, alarm: Alarm) -> None:
-        names = ", ".join({POINTS: "points", REPEATED: "repeats"}.get(site, f"site {site}") for site in alarm.guilty)
-        self._tell("alarm", f"disagreement above {self.config.monitor.epsilon:.2%}: closing {names}")
+        self._tell("alarm", f"disagreement above {self.config.monitor.epsilon:.2%}")
         if POINTS in alarm.guilty and self.trial.state == "open":
             self._close_points()
         self._close(alarm.guilty, "alarm")
@@ -252,27 +254,51 @@ class Keeper:
     def _close_points(self) -> None:
         self.trial.close()
         self.front.threshold = math.inf
+        self.epoch += 1
         self._tell("closed", "points")
 
     def _close(self, sites: "tuple[int, ...] | range", why: str) -> None:
-        standing_ = self.served if self._resting is None else self._resting[0]  # nothing is to wake up that is guilty
+        resting = self._resting
+        standing_ = self.served if resting is None else resting[0]  # what is open, or will be when it wakes
         guilty = np.isin([cache.site for cache in standing_.caches], list(sites))
         closing = guilty & np.isfinite(standing_.thresholds)
         if not closing.any():
             return
-        self._resting = None
-        self.served = Served(standing_.caches, np.where(guilty, np.float32(np.inf), standing_.thresholds))
-        self.closed_at = self.window.count
+        left = Served(standing_.caches, np.where(guilty, np.float32(np.inf), standing_.thresholds))
         names = [cache.name for cache, off in zip(standing_.caches, closing, strict=True) if off]
+        self.closed_at = self.window.count
         self._tell("closed", f"{', '.join(names)}: {why}")
-        self._changed(self.served)
+        if resting is None:
+            self._serve(left)
+        else:
+            self._resting = left, resting[1]
+            self.epoch += 1
 
-    def adopt(self, served: Served, text: str) -> None:
-        """Serve other caches or thresholds from the next request on; certified by a trial."""
-        self.served, self.closed_at, self._resting = served, None, None
+    def _serve(self, served: Served) -> None:
+        """Change what is served: whoever is trying something tries it beside what is served no longer."""
+        self.served = served
+        self.epoch += 1
+        if self.trial.state == "trial":
+            self.monitor.look_closely(at_all=False)
+            self.trial.close()
+            self._tell("empirical", "points: other caches are served from now on, the trial is over")
+        self._changed(served)
+
+    def adopt(self, served: Served, text: str, epoch: int | None = None) -> None:
+        """Serve other caches or thresholds from the next request on; certified by a trial.
+
+        Args:
+            served: These.
+            text: For the operator.
+            epoch: The keeper's, as the trial began: what it has certified beside something else opens nothing.
+        """
+        if epoch is not None and epoch != self.epoch:
+            self._tell("empirical", f"{text}: something else is served meanwhile")
+            return
+        self.closed_at, self._resting = None, None
         self.monitor.next_version()
         self._tell("swap", text)
-        self._changed(served)
+        self._serve(served)
 
     def _rest(self, p: _Pending) -> None:
         """Let caches rest that cost more than they save, and wake them again."""
@@ -280,25 +306,27 @@ class Keeper:
             return
         if self._resting is not None:
             served, until = self._resting
-            # Points that were certified with the base behind them would have to be certified anew with caches there.
-            if self.window.count >= until and self.trial.state == "watching":
-                self._resting, self.served = None, served
-                self._tell("woken", "caches")
-                self._changed(self.served)
+            if self.window.count >= until and self.trial.state != "trial":
+                self._resting = None
+                if self.trial.state == "open":  # certified with the base behind them: both together need a trial
+                    self.closed_at = self.window.count
+                    self._tell("closed", "caches that rested, until a trial beside the points")
+                else:
+                    self._tell("woken", "caches")
+                    self._serve(served)
         elif p.exit >= 0 and not p.ticket.often and np.isfinite(self.served.thresholds).any():
             ms = exit_ms(self.served.caches, self._costs)[p.exit]
             if self._thrift.add(ms):
                 self._resting = self.served, self.window.count + self._thrift.rest
                 self._tell("resting", f"caches cost more than they save: closed for {self._thrift.rest} requests")
                 self._thrift.rested()
-                off = np.full_like(self.served.thresholds, np.inf)
-                self.served = Served(self.served.caches, off)
-                self._changed(self.served)
+                self._serve(Served(self.served.caches, np.full_like(self.served.thresholds, np.inf)))
 
     def _try_points(self, number: int, seen: Seen) -> None:
         before, state = self.trial.state, self.trial.add(number, seen)
         if state == "open" and before == "trial":
             self.front.threshold = self.trial.threshold
+            self.epoch += 1
             self.monitor.look_closely(at_all=False)
             self.monitor.next_version()
             self._tell("opened", f"points, from a score of {self.trial.threshold:.2f}, after {self.trial.n} requests")

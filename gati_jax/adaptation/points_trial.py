@@ -1,12 +1,14 @@
 """From which score on may stored points answer? Read off past traffic, then certified on later traffic.
 
 1. Watch. Of every request it is known what the points would have said; where the base's answer is known, too, whether
-   that was right. From the latest of these, conformal risk control proposes thresholds for a few risks below epsilon.
+   that was right. From the latest of these, conformal risk control proposes a threshold for a risk below epsilon.
    Where points would answer hardly anyone, nothing is tried: a trial costs the base's answer to every request.
-2. Trial. Thresholds are fixed now, from strict to loose. On all requests that come later, ``SequentialCertifier`` tests
-   each: the loss is that of the *whole* service, had points answered from that score on: theirs where they had, what
-   the cascade did elsewhere. So the promise of epsilon is not shared out.
-3. Open from the loosest certified threshold on; the monitor watches the whole from then on, and may close them.
+2. Trial. The threshold is fixed now. On all requests that come later, ``SequentialCertifier`` tests it: the loss is
+   that of the *whole* service, had points answered from that score on: theirs where they had, what the cascade did
+   elsewhere. So the promise of epsilon is not shared out. What points would answer becomes no point, on trial as in
+   service: else the trial would know every frame before the one that is asked for, and the service would not.
+3. Open; the monitor watches the whole from then on, and may close them. Each trial in a row that comes to nothing waits
+   twice as long for the next.
 """
 
 import collections
@@ -19,6 +21,7 @@ import numpy as np
 from .points import threshold_for
 from .sequential import SequentialCertifier
 
+_HOPELESS = 0.01  # of the capital that a trial begins with
 _RECENT = 50  # lookups by which it is judged whether points are near
 State = Literal["watching", "trial", "open", "empirical"]
 
@@ -33,12 +36,10 @@ class PointsTrialConfig:
     """Requests between two looks at whether a trial would be worth it."""
     share: float = 0.05
     """Of the requests, that points must be expected to answer for a trial to begin."""
-    risks: tuple[float, ...] = (0.1, 0.25, 0.5)
-    """Over epsilon, for which thresholds are read; the trial walks them in this order."""
+    risk: float = 0.25
+    """Over epsilon, for which the threshold is read."""
     most: int = 4000
-    """Requests of a trial."""
-    enough: int = 1000
-    """Requests after which a trial ends with what it has certified."""
+    """Requests of a trial, and to wait for the next after the first that came to nothing."""
     gap: int = 10
     """Requests left out before it."""
     lookups: float = 0.1
@@ -71,6 +72,7 @@ class PointsTrial:
         """From which on points may answer; infinite but when open."""
         self.n = 0
         """Requests of the present trial."""
+        self._proposed, self._wait = np.inf, self.config.every
         self._begin_watch()
 
     def _begin_watch(self) -> None:
@@ -88,24 +90,27 @@ class PointsTrial:
     @property
     def wants_trial(self) -> bool:
         """Whether one would be worth it, as things are; ask after every request, and ``begin`` it."""
-        if self.state != "watching" or len(self._past) < self.config.known or self._since < self.config.every:
+        if self.state != "watching" or len(self._past) < self.config.known or self._since < self._wait:
             return False
         self._since = 0
         self._proposed = self._propose()
-        return bool(len(self._proposed)) and self._share(self._proposed[-1]) >= self.config.share
+        return self._share(self._proposed) >= self.config.share
 
-    def _propose(self) -> np.ndarray:
+    def would_miss(self, score: float) -> bool:
+        """Whether points would not have answered a request, now or by the threshold on trial; NaN: were not asked."""
+        return not score >= {"trial": self._proposed, "open": self.threshold}.get(self.state, np.inf)
+
+    def _propose(self) -> float:
         past = self._past
         scores, wrong = np.array([s.score for s in past]), np.array([s.point_wrong for s in past])
         weights = np.array([1 / s.q for s in past])
-        found = [threshold_for(scores, wrong, weights, risk=r * self.epsilon) for r in self.config.risks]
-        finite = [t for t in found if np.isfinite(t)]
-        if not finite:  # fewer rows than a risk so small can be read from: the best of what was seen
-            right = scores[~wrong & np.isfinite(scores)]
-            worst = scores[wrong].max(initial=-np.inf)
-            above = right[right > worst]
-            return np.array([np.median(above), above.min()]) if len(above) else np.zeros(0)
-        return np.array(sorted(set(finite), reverse=True))
+        found = threshold_for(scores, wrong, weights, risk=self.config.risk * self.epsilon)
+        if np.isfinite(found):
+            return found
+        # Fewer rows than a risk so small can be read from: the best of what was seen.
+        right = scores[~wrong & np.isfinite(scores)]
+        above = right[right > scores[wrong].max(initial=-np.inf)]
+        return float(np.median(above)) if len(above) else np.inf
 
     def _share(self, threshold: float) -> float:
         return float(np.mean(np.array(self._would) >= threshold))
@@ -119,7 +124,7 @@ class PointsTrial:
         """
         self.state, self.n = "trial", 0
         self._after = now + self.config.gap
-        self._certifier = SequentialCertifier(len(self._proposed), self.epsilon, delta, maximum=self.config.most)
+        self._certifier = SequentialCertifier(1, self.epsilon, delta, maximum=self.config.most)
 
     def close(self) -> None:
         """Stop answering, as an alarm asks, and watch again."""
@@ -142,22 +147,19 @@ class PointsTrial:
             self._past.append(seen)
         elif self.state == "trial" and number > self._after:
             self.n += 1
-            hits = seen.score >= self._proposed
-            losses = np.where(hits, seen.point_wrong, seen.served_wrong) & seen.known
-            self._certifier.add(losses, seen.q)
+            wrong = seen.point_wrong if seen.score >= self._proposed else seen.served_wrong
+            self._certifier.add(np.array([wrong or not seen.known]), seen.q)  # a base answer that was lost: the worst
             self._decide()
         return self.state
 
     def _decide(self) -> None:
         certifier = self._certifier
-        hopeless = certifier.certified < 0 and certifier.log_capital()[0] < np.log(0.01)
-        if not (certifier.decided or hopeless or (self.n >= self.config.enough and certifier.certified >= 0)):
-            return
-        if certifier.certified < 0:
+        if certifier.certified >= 0:
+            self.state, self.threshold, self._wait = "open", self._proposed, self.config.every
+        elif certifier.decided or certifier.log_capital()[0] < np.log(_HOPELESS):
             self.state = "empirical"
-            return
-        self.state, self.threshold = "open", float(self._proposed[certifier.certified])
 
     def watch_again(self) -> None:
-        """After an empirical end: begin anew."""
+        """After an empirical end: begin anew, and wait twice as long as the last time."""
+        self._wait = max(self.config.most, 2 * self._wait)
         self.close()

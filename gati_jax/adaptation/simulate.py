@@ -5,6 +5,7 @@ background may work while its share of that time allows, by the seconds that its
 """
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +78,7 @@ def simulate(
         bundle: With measured costs; its default plan is served.
         trace: With images.
         mechanisms: What is on.
-        folder: Where versions are kept.
+        folder: Where versions are kept; what a simulation before has left there is deleted.
         heard: What the same base says to the same images, to be shared between simulations.
         progress: Is told how many requests have been replayed.
 
@@ -87,6 +88,7 @@ def simulate(
     if trace.images is None:
         raise InputError("trace: expected one with images, got rows of a data set alone")
     heard = heard or Heard(bundle.chain, trace.images)
+    shutil.rmtree(folder, ignore_errors=True)  # of another simulation
     run = _Run(bundle, trace.images, mechanisms, Versions(folder), costs_of(bundle))
     n = len(trace)
     exits, wrong, shadow = np.zeros(n, np.int32), np.zeros(n, bool), np.zeros(n, bool)

@@ -186,6 +186,8 @@ def _member(archive: zipfile.ZipFile, name: str, most_bytes: int) -> Shaped[np.n
     """Unpack one member, once its declared shape has been found to be its size, and within bounds."""
     dtype, ndim = _FORMS[name]
     info = archive.getinfo(f"{name}.npy")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is packed in another way than NumPy packs")
     with archive.open(info) as file:
         found, shape = _array_header(file.read)
         if found != dtype or len(shape) != ndim:

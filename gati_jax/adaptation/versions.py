@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -73,6 +74,7 @@ class Versions:
             msg = f"keep: expected 1 or more, got {keep}"
             raise InputError(msg)
         self.folder, self.keep, self._chain = Path(folder), keep, chain
+        self._lock = threading.Lock()
 
     @property
     def history(self) -> tuple[int, ...]:
@@ -91,8 +93,7 @@ class Versions:
         Raises:
             InputError: As ``save_bundle``.
         """
-        record = self._read()
-        number = record.newest + 1
+        number = self._read().newest + 1
         path = self.path(number)
         shutil.rmtree(path, ignore_errors=True)  # of a save that was killed
         save_bundle(
@@ -108,8 +109,10 @@ class Versions:
         )
         for tuning in bundle.tunings:  # heads of the same shapes run as the old ones do
             save_tuning(path, tuning)
-        history = (*record.history, number)[-self.keep :]
-        self._write(record.model_copy(update={"history": history, "newest": number}))
+        with self._lock:  # trials may have begun meanwhile
+            record = self._read()
+            history = (*record.history, number)[-self.keep :]
+            self._write(record.model_copy(update={"history": history, "newest": number}))
         self._prune(history)
         return number
 
@@ -145,9 +148,16 @@ class Versions:
 
         It is written down first: a trial that is killed has been one, and its part of delta is spent.
         """
-        record = self._read()
-        self._write(record.model_copy(update={"trials": record.trials + 1}))
+        with self._lock:
+            record = self._read()
+            self._write(record.model_copy(update={"trials": record.trials + 1}))
         return record.trials + 1
+
+    def withdraw(self, number: int) -> None:
+        """Take a version out of the history, as an alarm asks: it is not loaded any more; what was before it is."""
+        with self._lock:
+            record = self._read()
+            self._write(record.model_copy(update={"history": tuple(n for n in record.history if n != number)}))
 
     def _read(self) -> _Record:
         file = self.folder / "versions.json"

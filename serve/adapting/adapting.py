@@ -200,11 +200,16 @@ class Adapting:
         """See ``Keeper``; it has a lock of its own."""
         return self.keeper.window
 
-    def adopt(self, served: Served, text: str) -> None:
+    @property
+    def epoch(self) -> int:
+        """See ``Keeper``."""
+        return self.keeper.epoch
+
+    def adopt(self, served: Served, text: str, epoch: int | None = None) -> None:
         """Serve what a trial has certified, from the next request on."""
         if self._prepare is not None:
             self._prepared = served, self._prepare(served)
-        self._keep(lambda: self.keeper.adopt(served, text), None)
+        self._keep(lambda: self.keeper.adopt(served, text, epoch), None)
 
     def tell(self, kind: str, text: str) -> None:
         """Let the background say what it does."""
