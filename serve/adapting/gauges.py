@@ -1,7 +1,7 @@
 """What Prometheus reads of adaptation at /metrics.
 
     gati_adaptation_state{state}                  1 for the present one: open, part, safe, failed
-    gati_adaptation_version                       of what is served, from 1 on: every opening and closing makes a new one
+    gati_adaptation_version                       of what is served, from 1 on: opening and closing make new ones
     gati_adaptation_q                             the share of hits that the base is asked about, too
     gati_adaptation_disagreement{bound}           of the present version: the estimate, and the upper bound
     gati_adaptation_watched_total                 requests that the monitor has seen

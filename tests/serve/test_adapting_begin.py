@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from gati_jax import InputError
+from gati_jax._digest import tree_digest
 from gati_jax.adaptation import KeeperConfig, MonitorConfig, Versions
 from gati_jax.adaptation.keeper import standing
 from gati_jax.adaptation.updater import home_of
@@ -61,13 +62,17 @@ def test_the_current_version_is_served(tmp_path):
     begun = begin(tmp_path)
     assert thresholds(begun) == standing(saved).thresholds.tolist() != given()
     np.testing.assert_array_equal(begun.sources[0].cascade.thresholds, standing(saved).thresholds)
-    assert begun.adapting.notes(0) == {"adaptation": "2"}
+    assert begun.adapting.keeper.monitor.version == 2
 
 
 def test_a_version_that_does_not_fit_is_left_alone(tmp_path, caplog):
     other = certified()
-    chain = dataclasses.replace(other.chain, params=[np.float32(1.0), *other.chain.params[1:]])
-    Versions(tmp_path / "base", chain=chain).save(dataclasses.replace(other, chain=chain))
+    chain = dataclasses.replace(other.chain, params=[np.ones((), np.float32), *other.chain.params[1:]])
+    moved = dataclasses.replace(other, chain=chain)
+    origin = dataclasses.replace(moved.plan.origin, base=str(tree_digest(chain.params)))
+    plan = dataclasses.replace(moved.plan, origin=origin)
+    certificate = dataclasses.replace(moved.certificate, plan_hash=plan.hash)
+    Versions(tmp_path / "base", chain=chain).save(dataclasses.replace(moved, plan=plan, certificate=certificate))
     assert thresholds(begin(tmp_path / "base")) == given()
     assert "a version is left alone" in caplog.text
     (tmp_path / "damaged").mkdir()
