@@ -26,6 +26,8 @@ The life of a request, with the threads it is in:
 What is served may change: ``Engine.between_steps`` has parameters swapped in the engine's thread. Requests on their way
 keep what stands in the slabs, for the base never changes; the steps behind a swap look up by the new caches.
 
+Under ``--adapt``, ``serve.adapting`` stands between the front and the engine, and has a thread of its own.
+
 What may fail, and who notices:
 
  - A step (out of memory, a broken device): its own jobs fail (``StepError``), and it is counted. Slabs are donated to

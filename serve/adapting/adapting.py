@@ -56,6 +56,7 @@ class Adapting:
         self._engine: Engine | None = None
         self._prepare: Callable[[Served], Swap] | None = None
         self._prepared: tuple[Served, Swap] | None = None
+        self._noted: dict[str, str] = {}
         self._swapping = 0  # changes that the engine has still to make
         self._observer, self._clock = observer, clock
         self._adapted, self._base = adapted, base
@@ -93,10 +94,11 @@ class Adapting:
         if route == self._adapted and images.dtype == np.uint8:
             now = self._clock()
             tickets = self._keep(lambda: [self.keeper.ask(image, now) for image in images], [])
+        closed, points = self._closed, any(ticket.early and ticket.early.exit == POINTS for ticket in tickets)
+        self._noted = {"adaptation": SAFE if closed and not points else str(self.keeper.monitor.version)}
         if not tickets:
-            route = self._base if route == self._adapted and self._closed else route
+            route = self._base if route == self._adapted and closed else route
             return self.engine.submit(images, route=route, deadline=deadline, request_id=request_id)
-        closed = self._closed
         asked = [ticket for ticket in tickets if ticket.early is None]
         try:
             answers = self.engine.submit(
@@ -132,11 +134,8 @@ class Adapting:
         return finished
 
     def notes(self, route: int) -> dict[str, str]:
-        """Return what a response says of a request that is submitted now: which version answers, or "safe"."""
-        if route != self._adapted:
-            return {}
-        safe = self._closed and not np.isfinite(self.keeper.front.threshold)
-        return {"adaptation": SAFE if safe else str(self.keeper.monitor.version)}
+        """Return what a response is to say of the request that was submitted last: the version, or "safe"."""
+        return self._noted if route == self._adapted else {}
 
     @property
     def engine(self) -> Engine:

@@ -74,7 +74,7 @@ class Backend(NamedTuple):
     engine: Engine
     choose: Choose
     notes: Callable[[int], Mapping[str, str]] = lambda _: {}
-    """What a response is to say, beside its plan, of a request that is submitted now on this route."""
+    """What a response is to say, beside its plan, of the request that was submitted last, on this route."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,8 +204,8 @@ class Service:
         decoded = self._clock()
         try:
             route = choose(epsilon=epsilon, deadline_ms=deadline_ms)
-            noted = notes(route)
             futures = engine.submit(images, route=route, deadline=started + seconds, request_id=request_id)
+            noted = notes(route)
         except ValueError as error:
             raise RequestError(str(error)) from None
         try:

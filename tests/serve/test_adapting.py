@@ -272,9 +272,9 @@ def test_other_routes_and_prepared_inputs_pass_it_by(begun):
 def test_what_is_not_certified_for_the_promise_begins_closed(begun):
     tight = dataclasses.replace(QUIET, monitor=MonitorConfig(epsilon=world.EPSILON / 10, stir=False))
     one = begun(tight)
-    assert (one.state, one.notes(0)) == ("safe", {"adaptation": "safe"})
     images = world.images(16, 5)
     answers = results(one.submit(images, route=0))
+    assert (one.state, one.notes(0)) == ("safe", {"adaptation": "safe"})
     assert {answer.exit for answer in answers} == {DEPTH}
     assert {a.exit for a in results(one.submit(np.asarray(world.bundle().chain.prepare(images)), route=0))} == {DEPTH}
 

@@ -62,7 +62,7 @@ def test_the_current_version_is_served(tmp_path):
     begun = begin(tmp_path)
     assert thresholds(begun) == standing(saved).thresholds.tolist() != given()
     np.testing.assert_array_equal(begun.sources[0].cascade.thresholds, standing(saved).thresholds)
-    assert begun.adapting.notes(0) == {"adaptation": "2"}
+    assert begun.adapting.keeper.monitor.version == 2
 
 
 def test_a_version_that_does_not_fit_is_left_alone(tmp_path, caplog):
