@@ -159,7 +159,7 @@ class Monitor:
         if hit:
             self._hits[site] += 1
             if base_class is not None:
-                self._shadows[site] += 1
+                self._shadows[site] += site != REPEATED  # whose answer is the base's, at no cost
                 seen = base_class != class_index
         roused = seen
         if self._stir is not None and self._stir.stirred(observed):

@@ -113,7 +113,7 @@ def near_repeats(n: int) -> Trace:
 
 
 def test_points_open_after_a_trial_and_answer_near_repeats(tmp_path):
-    trial = PointsTrialConfig(known=60, every=20, most=1500, enough=300)
+    trial = PointsTrialConfig(known=60, every=20, most=1500)
     keeper = dataclasses.replace(QUIET, points=PointsConfig(cells=4, capacity=50), points_trial=trial)
     found = simulate(world.bundle(), near_repeats(4000), Mechanisms(keeper=keeper), folder=tmp_path)
     assert kinds(found)[:2] == ["trial", "opened"]
