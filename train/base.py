@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def identity(config: Config, images: np.ndarray, labels: np.ndarray) -> str:
-    """Return what makes two runs the same: the config, and the very data; another download may differ by the same name."""
+    """Return what makes two runs the same: the config, and the very data, which may differ by the same name."""
     digest = hashlib.blake2b(digest_size=16)
     for array in (images, labels):
         digest.update(f"{array.dtype} {array.shape} ".encode())

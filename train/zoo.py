@@ -123,7 +123,7 @@ def completed(config: Config) -> Config:
 
 
 def seen(entry: Entry | None, said: tuple[str, ...], dataset: str) -> tuple[str, ...]:
-    """Return the parts of a data set that a network has seen: those that a config says, and those that its file says."""
+    """Return the parts of a data set that a network has seen: what a config says, and what its file says."""
     more = entry.trained_on if entry is not None and entry.dataset == dataset else ()
     return tuple(dict.fromkeys((*said, *more)))
 

@@ -1,14 +1,14 @@
-"""Training bases where something is wrong: metadata from elsewhere, runs cut off, damaged checkpoints, weights that are no numbers."""
+"""Training bases where something is wrong: metadata from elsewhere, runs cut off, damaged checkpoints, no numbers."""
 
 import functools
 import json
 import subprocess
 from pathlib import Path
 
-import jax
 import pytest
 from safetensors.numpy import save_file
 
+from benchmarks import table, training
 from gati_jax import InputError, WeightsError
 from tests.train.one_pass import DIGITS, ROOT, SMALLEST, small_and_repeatable
 from tests.train.test_scalars import events
@@ -122,7 +122,7 @@ def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, monkeypatch):
     files = [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file() and path.stat().st_size > 50]
     for path in files:
         path.write_bytes(b"\0" * path.stat().st_size)
-    with pytest.raises(InputError, match="remove .*checkpoints"):
+    with pytest.raises(InputError, match=r"remove .*checkpoints"):
         train(tmp_path)
 
 
@@ -157,7 +157,7 @@ def test_weights_that_are_no_numbers_are_not_kept(tmp_path):
     [
         ["--base.training.epochs", "1", "--base.training.batch", "191"],
         ["--base.training.label_smoothing", "0.999"],
-        ["--base.training.optimizer", "muon", "--base.training.learning_rate", "0.02", "--base.training.bfloat16", "true"],
+        ["--base.training.optimizer", "muon", "--base.training.bfloat16", "true"],
         ["--base.training.average", "0.9999", "--base.training.cutout", "256", "--base.training.batch", "7"],
     ],
 )  # fmt: skip
@@ -178,7 +178,7 @@ def dry(script: str, folder: Path, failing: str = "") -> list[str]:
     python = folder / ".venv" / "python3" / "bin" / "python"
     python.parent.mkdir(parents=True, exist_ok=True)
     python.write_text(
-        '#!/bin/bash\necho "$*" >>calls\n'
+        '#!/bin/bash\necho "$JAX_DEFAULT_MATMUL_PRECISION $*" >>calls\n'
         f'[[ -n "{failing}" && "$*" == *"{failing}"* ]] && exit 1\n'
         'out=; for a in "$@"; do [ "$last" = --out ] && out=$a; last=$a; done\n'
         'case "$*" in *train.base*) mkdir -p "$out"; touch "$out/base.json" "$out/base.safetensors";; '
@@ -199,11 +199,12 @@ def dry(script: str, folder: Path, failing: str = "") -> list[str]:
 SCRIPT = functools.partial((ROOT / "benchmarks" / "gpu.sh").read_text, encoding="utf-8")
 
 
-def test_what_is_there_already_is_not_made_again(tmp_path):
+def test_bases_bundles_and_reproductions_are_not_made_again(tmp_path):
     """So says the head of gpu.sh."""
-    dry(SCRIPT(), tmp_path)
-    again = dry(SCRIPT(), tmp_path)
-    assert [call for call in again if "benchmarks.trained" not in call] == []
+    made = ("train.base", "train.caches", "train.reproduce")
+    first, again = (dry(SCRIPT(), tmp_path) for _ in range(2))
+    assert all(any(name in call for call in first) for name in made)
+    assert [call for call in again if any(name in call for name in made)] == []
 
 
 @pytest.mark.parametrize("failing", ["-m pytest", "benchmarks.training"])
@@ -211,24 +212,34 @@ def test_bases_are_trained_even_where_a_test_fails_or_pytorch_does_not_compile(t
     assert any("train.base" in call for call in dry(SCRIPT(), tmp_path, failing))
 
 
-def test_logits_are_torch_s_on_a_gpu_too(monkeypatch):
-    """There, float32 convolutions keep ten bits of what they multiply (TF32) unless told otherwise; gpu.sh runs this test first."""
-    from tests.models import test_vgg  # noqa: PLC0415
+def test_only_the_tests_of_gpu_sh_compute_in_true_float32(tmp_path):
+    """On a GPU, float32 convolutions keep ten bits of what they multiply (TF32) unless told otherwise."""
+    precise = [call for call in dry(SCRIPT(), tmp_path) if call.startswith("highest ")]
+    assert len(precise) == 1
+    assert "-m pytest" in precise[0]
 
-    convolve, default = jax.lax.conv_general_dilated, jax.config.jax_default_matmul_precision
-    assert default is None  # nor does gpu.sh set JAX_DEFAULT_MATMUL_PRECISION
-    assert "PRECISION" not in SCRIPT()
 
-    def tf32(x, kernel, *given, **options):
-        x, kernel = (jax.lax.reduce_precision(v, 8, 10) for v in (x, kernel))
-        return convolve(x, kernel, *given, **options)
+@pytest.mark.parametrize(("load", "spread", "count"), [(0.1, 0.1, 0), (0.9, 0.1, 1), (0.1, 0.5, 1), (0.9, 0.5, 2)])
+def test_figures_of_a_loaded_machine_or_with_a_large_spread_are_not_valid(load, spread, count):
+    assert len(training.doubts(load, {"torch eager": spread})) == count
 
-    monkeypatch.setattr(jax.lax, "conv_general_dilated", tf32)
-    monkeypatch.setattr("flax.linen.linear.lax.conv_general_dilated", tf32)
-    monkeypatch.setattr(
-        test_vgg, "apply", lambda network, v, x: test_vgg.models.apply(network, v, jax.numpy.asarray(x))
-    )
-    test_vgg.test_imported_network_gives_the_logits_of_torch(test_vgg.TINY)
+
+def test_ratios_are_to_another_reference_where_the_first_is_missing(tmp_path, capsys):
+    row = {
+        "contender": "torch eager full",
+        "batch": 1,
+        "mean_ms": 2.0,
+        "accuracy": 1.0,
+        "agreement": 1.0,
+        "peak_mib": 1,
+    }
+    (tmp_path / "r.json").write_text(json.dumps({"rows": [row, row | {"contender": "gati-jax full", "mean_ms": 1.0}]}))
+    table.main([str(tmp_path / "r.json"), "--reference", "torch.compile full", "torch eager full"])
+    said = capsys.readouterr().out
+    assert "Ratios are to torch eager full" in said
+    assert "1.0 ms (0.50)" in said
+    with pytest.raises(InputError, match=r"'torch\.compile full'"):
+        table.main([str(tmp_path / "r.json"), "--reference", "torch.compile full"])
 
 
 def test_without_labels_there_is_nothing_to_train_on(tmp_path, monkeypatch):
