@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # All that wants an NVIDIA GPU, one after another: tests, bases, bundles, the table for batches of 1 to 1024, the papers' gains.
-# Not run yet: there was no GPU. What is there already is not made again, so a run that was cut off goes on.
+# Not run yet: there was no GPU. Bases, bundles and reproductions that are there already are not made again, and a base whose
+# training was cut off goes on from its checkpoint; tests, tuning, evaluation and every comparison run again.
+# Where tests or the comparison with PyTorch's training fail, the rest goes on: runs/gpu/*.log say what was wrong.
 #
 #   DATA=../shared/data benchmarks/gpu.sh                                      hours
 #   DATA=../shared/data BASES="cifar10_resnet18" benchmarks/gpu.sh             one network, minutes
@@ -25,6 +27,12 @@ timed() { # timed NAME COMMAND...: run it, and write its wall time down
   printf '%s\t%d\n' "$name" $((SECONDS - began)) >>runs/gpu/seconds.tsv
 }
 
+logged() { # logged NAME COMMAND...: run it with its output in runs/gpu/NAME.log too; its failure stops nothing
+  local log=runs/gpu/$1.log
+  shift
+  "$@" 2>&1 | tee "$log" || echo "failed, see $log: $*" >&2
+}
+
 table() { # table CONFIG_NAME WEIGHTS: bundle, tuning, evaluation, contenders
   local name=$1 weights=$2 out=runs/gpu/$1
   [ -e "$out/caches/bundle" ] || timed "$name caches" $python -m train.caches --config "configs/$name.toml" \
@@ -34,16 +42,18 @@ table() { # table CONFIG_NAME WEIGHTS: bundle, tuning, evaluation, contenders
   timed "$name compare" $python -m benchmarks.compare --bundle "$out/caches/bundle" --batches $BATCHES \
     --out "benchmarks/results/$name-gpu.json" \
     --contenders "gati-jax full" "gati-jax cascade" "jax.jit full" "torch eager full" "torch.compile full"
-  $python -m benchmarks.table "benchmarks/results/$name-gpu.json" --reference "torch.compile full" >"$out/table.md"
+  $python -m benchmarks.table "benchmarks/results/$name-gpu.json" \
+    --reference "torch.compile full" "torch eager full" "jax.jit full" >"$out/table.md"
   $python -m benchmarks.front "benchmarks/results/$name-gpu.json" --out "docs/figures/$name-gpu.svg"
 }
 
 # --- Tests ------------------------------------------------------------------------------------------------------------
-$python -m pytest -q -m "not slow" tests/runtime tests/caches tests/models tests/fitting tests/train/test_recipe.py
+# They compare with float32; a GPU's convolutions would keep ten bits of what they multiply (TF32).
+JAX_DEFAULT_MATMUL_PRECISION=highest logged tests $python -m pytest -q -m "not slow" tests/runtime tests/caches tests/models tests/fitting tests/train/test_recipe.py
 
 # --- Training beside PyTorch ------------------------------------------------------------------------------------------
 for network in resnet18 resnet50; do
-  $python -m benchmarks.training --network $network --batch 256 --steps 50 --bfloat16 \
+  logged "training-$network" $python -m benchmarks.training --network $network --batch 256 --steps 50 --bfloat16 \
     --beside "torch eager, channels last" "torch.compile" --out "benchmarks/results/training-$network-gpu.json"
 done
 

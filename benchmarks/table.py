@@ -19,18 +19,28 @@ def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__, epilog=f"example: {EXAMPLE}")
     p.add_argument("result", type=Path, metavar="FILE", help="JSON written by benchmarks.compare")
-    p.add_argument("--reference", default=REFERENCE, metavar="NAME", help=f"ratios are to it (default: {REFERENCE})")
+    p.add_argument(
+        "--reference",
+        nargs="+",
+        default=[REFERENCE],
+        metavar="NAME",
+        help=f"ratios are to the first of these that the result has (default: {REFERENCE})",
+    )
     arguments = p.parse_args(argv)
     try:
         rows = json.loads(arguments.result.read_text(encoding="utf-8"))["rows"]
     except (ValueError, KeyError, TypeError) as error:
         msg = f"result: expected JSON written by benchmarks.compare, got {arguments.result}: {error!r}"
         raise InputError(msg) from error
-    if arguments.reference not in {row["contender"] for row in rows}:
-        expected = f"{arguments.reference!r} among the contenders, for ratios to it"
+    found = {row["contender"] for row in rows}
+    reference = next((name for name in arguments.reference if name in found), None)
+    if reference is None:
+        expected = f"{' or '.join(map(repr, arguments.reference))} among the contenders, for ratios to it"
         msg = f"result: expected {expected}, got {arguments.result} without"
         raise InputError(msg)
-    print("\n".join(table(rows, arguments.reference)))
+    if reference != arguments.reference[0]:
+        print(f"Ratios are to {reference}: {arguments.reference[0]} is missing.\n")
+    print("\n".join(table(rows, reference)))
 
 
 def table(rows: list[dict[str, Any]], reference: str = REFERENCE) -> list[str]:

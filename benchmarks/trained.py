@@ -36,7 +36,7 @@ def base_row(folder: Path) -> tuple[str, ...]:
     base = _read(folder / "base" / "base.json")
     evaluation = _read(folder / "eval" / "evaluation.json")
     certificate = evaluation.get("certificate", {})
-    # A run that was only finished has no times: its training was an earlier run's.
+    # A resumed run has no training time, and one that was only finished no images/s: those were an earlier run's.
     numbers = [base.get(key) for key in ("images_per_second", "train_seconds")]
     return (
         folder.name,

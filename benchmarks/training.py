@@ -3,11 +3,13 @@
 Each has a process of its own; they take turns in random order, a number of steps each, with a pause and an uncounted
 turn before. Ours are the very program of ``train.base``, with crops, flips, cutout and a moving average; PyTorch gets
 normalised batches that lie in memory, and none of that: forward, backward, step. Ratios are ours over theirs, round by
-round; their spread is the interquartile range over the median.
+round; their spread is the interquartile range over the median. Where a spread is large, or the machine had other work
+at the start, the result says that its figures are not valid.
 """
 
 import argparse
 import json
+import os
 import time
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -25,6 +27,8 @@ from .compare import PAUSE_SECONDS, Worker, commit, version_of, worker
 from .training_worker import CONTENDERS, OURS
 
 EXAMPLE = "python -m benchmarks.training --network resnet20 --batch 128 --steps 4 --rounds 7"
+MOST_SPREAD = 0.2
+MOST_LOAD = 0.25  # a core's, over the minute before
 
 
 def main() -> None:
@@ -57,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Start the contenders and let them take turns."""
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
     task = [arguments.network, str(arguments.batch), str(arguments.steps), str(int(arguments.bfloat16))]
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
@@ -79,11 +84,20 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "steps": arguments.steps,
         "bfloat16": arguments.bfloat16,
         "rows": rows,
+        "load": load,
+        "not_valid": doubts(load, {row["contender"]: row["spread"] for row in rows if "spread" in row}),
         "machine": device_name(),
         "versions": cli.versions() | {"torch": version_of("torch")},
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def doubts(load: float, spreads: dict[str, float]) -> list[str]:
+    """Return why the figures are not valid; empty where they are."""
+    found = [f"the machine had other work: a load of {load:.2f} a core"] if load > MOST_LOAD else []
+    wide = [f"the ratio to {name} spreads by {value:.0%}" for name, value in spreads.items() if value > MOST_SPREAD]
+    return found + wide
 
 
 def take_turns(workers: dict[str, Worker], rounds: int) -> dict[str, list[float]]:
@@ -112,6 +126,8 @@ def show(result: dict[str, Any]) -> None:
     ]
     title = f"training {result['network']}, batch {result['batch']}, {result['machine']}"
     cli.show(title, ("contender", "images/s", f"{OURS} over it", "spread"), rows)
+    for doubt in result["not_valid"]:
+        print(f"NOT valid: {doubt}")
 
 
 if __name__ == "__main__":

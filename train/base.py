@@ -5,6 +5,7 @@ DIR/base.json what it reached and how fast, DIR/tensorboard the curves. ``recipe
 """
 
 import functools
+import hashlib
 import json
 import logging
 import shutil
@@ -54,25 +55,27 @@ def main(argv: list[str] | None = None) -> None:
             report=functools.partial(report, writer, recipe, training.batch, seconds),
             checkpoint=checkpoints,
             checkpoint_seconds=training.checkpoint_seconds,
-            identity=config.model_dump_json(include={"base", "data", "seed"}, exclude={"base": LEAVES_ALONE}),
+            identity=identity(config, images, labels),
             description=f"training {config.base.network}",
         )
         variables: Variables = state.params.final
+        weights = finite(export_state_dict(recipe.network, variables))
         accuracy = evaluate(recipe.network, recipe.normalization, variables, test)
-        writer.write(training.epochs, {"test/accuracy": accuracy})
+        writer.write(training.epochs, {"test/accuracy": accuracy}, hides=False)
 
     # --- Result -----------------------------------------------------------------------------------------------------
     entry = Entry.of(config, accuracy)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    weights = arguments.out / "base.safetensors"
-    save_file(export_state_dict(recipe.network, variables), weights, metadata=entry.metadata())
+    path = arguments.out / "base.safetensors"
+    save_file(weights, path, metadata=entry.metadata())
     result = {"network": entry.network, "dataset": entry.dataset, "accuracy": accuracy, "split": entry.split}
     if training.flips:
         mirrored = evaluate(recipe.network, recipe.normalization, variables, test, flips=True)
         result["accuracy_with_flips"] = mirrored
     result["epochs"] = training.epochs
-    if seconds:  # a run that is only finished has none
+    if len(seconds) == training.epochs:  # a resumed run knows the time of its last part alone
         result["train_seconds"] = sum(seconds)
+    if seconds:
         result["images_per_second"] = steps * training.batch / statistics.median(seconds)
     details = {"n": len(test), "device": device_name(), "versions": cli.versions(), "seed": config.seed}
     cli.write_result(arguments.out / "base.json", result | details | {"recipe": entry.recipe})
@@ -80,14 +83,37 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.json:
         print(json.dumps(result))
     else:
-        print(f"{entry.network} on {entry.dataset} {entry.split}: accuracy {accuracy:.4f} ({weights})")
+        print(f"{entry.network} on {entry.dataset} {entry.split}: accuracy {accuracy:.4f} ({path})")
+
+
+def identity(config: Config, images: np.ndarray, labels: np.ndarray) -> str:
+    """Return what makes two runs the same: the config, and the very data, which may differ by the same name."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in (images, labels):
+        digest.update(f"{array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    said = config.model_dump_json(include={"base", "data", "seed"}, exclude={"base": LEAVES_ALONE})
+    return f"{said} {digest.hexdigest()}"
+
+
+def finite(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return weights that are numbers.
+
+    Raises:
+        InputError: Some are not.
+    """
+    if broken := [name for name, array in weights.items() if not np.isfinite(array).all()]:
+        msg = f"base.training: expected finite weights, got others in {broken[0]}; try a smaller learning_rate"
+        raise InputError(msg)
+    return weights
 
 
 def load_data(config: Config) -> tuple[np.ndarray, np.ndarray, data.Dataset]:
     """Return the images and labels to train on, and the test split.
 
     Raises:
-        InputError: Nothing to train on, test rows among it, or images and labels that the network does not take.
+        InputError: Nothing to train on, test rows among it, no labels, or images and labels that the network does not
+            take.
     """
     if not config.data.base_trained_on:
         msg = "data.base_trained_on: expected at least one part of the data to train on, got none"
@@ -95,6 +121,10 @@ def load_data(config: Config) -> tuple[np.ndarray, np.ndarray, data.Dataset]:
     trained_on = {f"base_trained_on {i}": part for i, part in enumerate(config.data.base_trained_on)}
     data.check_disjoint({"test": config.data.splits.test, **trained_on})
     parts = [data.load(config.data.name, part, config.data.dir) for part in trained_on.values()]
+    test = data.load(config.data.name, config.data.splits.test, config.data.dir)
+    if any(part.labels is None for part in (*parts, test)):
+        msg = f"data.name: expected images with labels, to train and to test on, got {config.data.name} without labels"
+        raise InputError(msg)
     images = np.concatenate([part.images for part in parts])
     labels = np.concatenate([part.labels for part in parts if part.labels is not None])
     network = config.base.architecture()
@@ -103,13 +133,20 @@ def load_data(config: Config) -> tuple[np.ndarray, np.ndarray, data.Dataset]:
         expected = f"{network.input_shape} and {network.classes} classes"
         msg = f"base: the network takes {expected}, {config.data.name} has {got} and {largest + 1}"
         raise InputError(msg)
-    return images, labels, data.load(config.data.name, config.data.splits.test, config.data.dir)
+    return images, labels, test
 
 
 def report(writer: Scalars, recipe: Recipe, batch: int, seconds: list[float], record: EpochRecord) -> None:
-    """Log an epoch, write its scalars and remember its time."""
+    """Log an epoch, write its scalars and remember its time.
+
+    Raises:
+        InputError: Its loss is no number: training has diverged, and nothing of it is to be saved.
+    """
     seconds.append(record.seconds)
     means = {name: float(np.mean(values)) for name, values in record.said.items()}
+    if not np.isfinite(means["loss"]):
+        msg = f"base.training: expected a finite loss, got {means['loss']} in epoch {record.epoch}"
+        raise InputError(f"{msg}; try a smaller learning_rate")
     steps = len(record.said["loss"])
     speed = steps * batch / record.seconds
     said = (means["loss"], means["accuracy"])

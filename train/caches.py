@@ -187,7 +187,8 @@ def small_networks(config: Config) -> list[Head]:
     """Read the networks that come before the base, as heads at site 0."""
     heads = []
     for small in config.fit.networks:
-        check_unseen(small.name, small.trained_on, config)
+        trained_on = zoo.seen(zoo.read_entry(small.weights), small.trained_on, config.data.name)
+        check_unseen(small.name, trained_on, config)
         network = small.architecture(config.base)
         variables = import_state_dict(network, read_weights(small.weights))
         trained, base = small.normalize(config.base), config.base.normalize()

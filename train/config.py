@@ -16,6 +16,11 @@ from gati_jax.models import Architecture, architecture
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_PART = r"[A-Za-z0-9][A-Za-z0-9_.*-]*"
+DatasetName = Annotated[str, Field(max_length=200, pattern=f"^{_PART}([:/]{_PART})*$")]
+"""As in TFDS: ``cifar10``, ``mnist_corrupted/identity:1.0.0``; no path leads out of a folder by it."""
+Classes = Annotated[int, Field(ge=2, le=100_000)]
+Side = Annotated[int, Field(ge=1, le=4096)]
 
 
 class Section(BaseModel):
@@ -39,7 +44,7 @@ class Splits(Section):
 class Source(Section):
     """Where images come from."""
 
-    name: str = Field(description="digits, or a TensorFlow Datasets name such as cifar10")
+    name: DatasetName = Field(description="digits, or a TensorFlow Datasets name such as cifar10")
     dir: Path | None = Field(
         None, description="TensorFlow Datasets folder; unset: TFDS's default, downloading what is missing"
     )
@@ -104,8 +109,8 @@ class Base(Section):
 
     network: str = Field("", description="resnet20/32/44/56/110, resnet18/34/50/101/152 or vgg11/13/16/19")
     weights: Path | None = Field(None, description=".safetensors (or, with torch, .pth) state dict")
-    classes: Annotated[int, Field(ge=2)] = 10
-    input_shape: tuple[int, int, int] = (32, 32, 3)
+    classes: Classes = 10
+    input_shape: tuple[Side, Side, Side] = (32, 32, 3)
     shortcut: Literal["A", "B"] | None = None
     normalization: NormalizationSection | None = Field(None, description="unset: what the weights' metadata say")
     training: BaseTraining = BaseTraining()

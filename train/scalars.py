@@ -15,10 +15,17 @@ class Scalars:
         self._folder = folder
         self._writer: SummaryWriter | None = None
 
-    def write(self, epoch: int, values: Mapping[str, float]) -> None:
-        """Write one value for every name."""
+    def write(self, epoch: int, values: Mapping[str, float], *, hides: bool = True) -> None:
+        """Write one value for every name; the first also hides what earlier runs wrote of later epochs.
+
+        Args:
+            epoch: 1 is the first.
+            values: By name.
+            hides: Whether it hides what they wrote of this epoch, too.
+        """
         if self._writer is None:
-            self._writer = SummaryWriter(str(self._folder), purge_step=epoch, flush_secs=10)
+            purge = epoch if hides else epoch + 1
+            self._writer = SummaryWriter(str(self._folder), purge_step=purge, flush_secs=10)
         for name, value in values.items():
             self._writer.add_scalar(name, value, epoch)
 

@@ -6,43 +6,59 @@ Run as a script, this keeps one in a zoo: kernels in float16, as long as the who
 
 import json
 import logging
+import re
+import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from safetensors.numpy import save_file
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors.numpy import save
 
 from gati_jax import InputError, WeightsError
-from gati_jax.models import read_metadata, read_weights
+from gati_jax.models import NAMES, read_metadata, read_weights
 
 from . import cli
-from .config import Base, Config, NormalizationSection
+from .config import Base, Classes, Config, DatasetName, NormalizationSection, Side
 
 EXAMPLE = "python -m train.zoo --weights runs/gpu/cifar10_resnet18/base/base.safetensors --out models-zoo"
 MOST_BYTES = 60 * 2**20
 _log = logging.getLogger("train.zoo")
 _BASE_KEYS = ("network", "classes", "input_shape", "shortcut", "normalization")
+_TEXTS = ("network", "dataset", "split")  # never JSON, even if they read so
+
+
+def _known(name: str) -> str:
+    if name not in NAMES:
+        msg = f"expected one of {', '.join(NAMES)}"
+        raise ValueError(msg)
+    return name
+
+
+Scalar = bool | int | float | str | None
 
 
 class Entry(BaseModel):
-    """The metadata of a base's weights; other keys beside them are nobody's business."""
+    """The metadata of a base's weights; other keys beside them are nobody's business.
+
+    Whoever made the file wrote them: names become parts of paths and shapes become arrays, so all have bounds.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     gati_jax: Literal[1] = 1
     """Version of this record."""
-    network: str
-    classes: int
-    input_shape: tuple[int, int, int]
+    network: Annotated[str, AfterValidator(_known)]
+    classes: Classes
+    input_shape: tuple[Side, Side, Side]
     shortcut: Literal["A", "B"] | None = None
     normalization: NormalizationSection
-    dataset: str
+    dataset: DatasetName
     trained_on: tuple[str, ...]
     split: str
     """On which the accuracy was measured."""
-    accuracy: float
-    recipe: dict[str, Any]
+    accuracy: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    recipe: dict[str, Scalar | dict[str, Scalar]]
     seed: int
 
     @classmethod
@@ -75,14 +91,19 @@ def read_entry(path: Path) -> Entry | None:
     if "gati_jax" not in metadata:
         return None
     try:
-        return TypeAdapter(Entry).validate_python({key: _value(text) for key, text in metadata.items()})
+        return TypeAdapter(Entry).validate_python({key: _value(key, text) for key, text in metadata.items()})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         msg = f"weights: the metadata of {path} are damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise WeightsError(msg) from error
+    except RecursionError as error:
+        msg = f"weights: the metadata of {path} are damaged: nested too deep"
+        raise WeightsError(msg) from error
 
 
-def _value(text: str) -> object:
+def _value(key: str, text: str) -> object:
+    if key in _TEXTS or key not in Entry.model_fields:
+        return text
     try:
         return json.loads(text)
     except ValueError:
@@ -96,10 +117,15 @@ def completed(config: Config) -> Config:
     """
     if (entry := _entry_of(config.base)) is None:
         return config
-    seen = entry.trained_on if entry.dataset == config.data.name else ()
-    trained_on = tuple(dict.fromkeys((*config.data.base_trained_on, *seen)))
+    trained_on = seen(entry, config.data.base_trained_on, config.data.name)
     source = config.data.model_copy(update={"base_trained_on": trained_on})
     return config.model_copy(update={"base": completed_base(config.base), "data": source})
+
+
+def seen(entry: Entry | None, said: tuple[str, ...], dataset: str) -> tuple[str, ...]:
+    """Return the parts of a data set that a network has seen: what a config says, and what its file says."""
+    more = entry.trained_on if entry is not None and entry.dataset == dataset else ()
+    return tuple(dict.fromkeys((*said, *more)))
 
 
 def completed_base(base: Base) -> Base:
@@ -143,15 +169,29 @@ def keep(weights: Path, folder: Path) -> Path:
     if wide := sorted(name for name, v in tensors.items() if not np.isfinite(v).all()):
         msg = f"weights: expected kernels within float16's range, got larger ones in {', '.join(wide)}"
         raise InputError(msg)
-    path = folder / f"{entry.dataset}-{entry.network}.safetensors"
+    path = folder / f"{re.sub('[^A-Za-z0-9_.-]', '-', entry.dataset)}-{entry.network}.safetensors"
+    content = save(tensors, metadata=entry.metadata() | {"kernels": "float16; the accuracy is that of float32"})
     others = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file != path)
-    size = others + sum(v.nbytes for v in tensors.values())
+    size = others + len(content)
     if size > MOST_BYTES:
         msg = f"out: expected at most {MOST_BYTES >> 20} MiB in {folder}, got {size / 2**20:.1f} with {path.name}"
         raise InputError(msg)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata=entry.metadata() | {"kernels": "float16; the accuracy is that of float32"})
+    _replace(path, content)
     return path
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        written = Path(file.name)
+        try:
+            file.write(content)
+            file.close()
+            written.chmod(0o644)
+            written.replace(path)
+        finally:
+            written.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

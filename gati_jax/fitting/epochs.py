@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from gati_jax._checkpoint import open_checkpoints, restore_spec
+from gati_jax._checkpoint import checkpoint_folder, open_checkpoints, restore_spec
 from gati_jax._errors import InputError
 
 from ._progress import progress_bar
@@ -90,10 +90,20 @@ def run_epochs(
         description: Label of the progress bar.
         progress: Whether to draw one, if standard error is a terminal.
         options: The compiler's.
+
+    Raises:
+        InputError: The last checkpoint is damaged.
     """
     checkpointer = open_checkpoints(checkpoint, identity)
-    if checkpointer and checkpointer.latest:
-        state = checkpointer.load(abstract_state=restore_spec(state))
+    if checkpoint and checkpointer and checkpointer.latest:
+        try:
+            state = checkpointer.load(abstract_state=restore_spec(state))
+        except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
+            folder = checkpoint_folder(checkpoint, identity)
+            msg = (
+                f"checkpoint: expected one that can be read, got {type(error).__name__}; remove {folder} to begin anew"
+            )
+            raise InputError(msg) from error
         _log.info("%s: resumed at step %d of %d", description, int(state.step), steps * epochs)
     first = int(state.step) // steps
     resident = tuple(jax.device_put(array) for array in arrays)

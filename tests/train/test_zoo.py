@@ -47,12 +47,17 @@ def bare(tmp_path, weights, more=""):
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.text(min_size=1), st.floats(0, 1), st.lists(st.text(min_size=1)), st.sampled_from(["A", "B", None]))
+@given(
+    st.from_regex(r"[A-Za-z0-9_.]+([:/][A-Za-z0-9]+)?", fullmatch=True),
+    st.floats(0, 1),
+    st.lists(st.text(min_size=1)),
+    st.sampled_from(["A", "B", None]),
+)
 def test_an_entry_comes_back_from_its_strings(name, accuracy, parts, shortcut):
-    one = entry(dataset=f"x{name}", accuracy=accuracy, trained_on=tuple(parts), shortcut=shortcut)
+    one = entry(dataset=f"0{name}", split=name, accuracy=accuracy, trained_on=tuple(parts), shortcut=shortcut)
     strings = one.metadata()
     assert all(isinstance(value, str) for value in strings.values())
-    assert Entry.model_validate({key: zoo._value(text) for key, text in strings.items()}) == one
+    assert Entry.model_validate({key: zoo._value(key, text) for key, text in strings.items()}) == one
 
 
 def test_a_trained_base_says_what_it_is(run):
