@@ -150,7 +150,8 @@ def served_by_points(seed, n=15_000):
             wrong.append(hit and said != base)
             if hit:
                 continue
-        values, classes = np.append(values, value)[-2000:], np.append(classes, base)[-2000:]
+        if trial.would_miss(score):  # as ``Keeper`` stores them
+            values, classes = np.append(values, value)[-2000:], np.append(classes, base)[-2000:]
         if trial.state == "open":
             continue
         trial.add(number, Seen(score, said != base, False, 1.0, True))
@@ -165,7 +166,7 @@ def served_by_points(seed, n=15_000):
 
 
 def test_points_that_open_serve_as_they_did_on_trial():
-    """On trial the base answers everything, so that the nearest point is the frame before.
+    """On trial the base answers everything; were it all stored, the nearest point would be the frame before.
 
     Once points answer, nothing new is stored until they miss: they answer from farther and farther away.
     """
