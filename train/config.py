@@ -16,7 +16,7 @@ from gati_jax.models import Architecture, architecture
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_PART = r"[A-Za-z0-9][A-Za-z0-9_.*-]*"
+_PART = r"[A-Za-z0-9][A-Za-z0-9_.*=+-]*"
 DatasetName = Annotated[str, Field(max_length=200, pattern=f"^{_PART}([:/]{_PART})*$")]
 """As in TFDS: ``cifar10``, ``mnist_corrupted/identity:1.0.0``; no path leads out of a folder by it."""
 Classes = Annotated[int, Field(ge=2, le=100_000)]

@@ -94,9 +94,9 @@ def test_a_resumed_run_does_not_pass_its_last_part_for_the_whole_time(tmp_path, 
     """Every epoch takes 10 s by the clock of ``report``; two are done before the kill."""
     report = base.report
 
-    def slow(*given):
-        report(*given[:-1], given[-1]._replace(seconds=10.0))
-        if die and given[-1].epoch == 3:
+    def slow(writer, recipe, batch, seconds, record):
+        report(writer, recipe, batch, seconds, record._replace(seconds=10.0))
+        if die and record.epoch == 3:
             raise KilledError
 
     monkeypatch.setattr(base, "report", slow)
