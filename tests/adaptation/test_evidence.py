@@ -125,6 +125,15 @@ def test_lost_shadows_are_no_agreement():
     assert state(one) != "open", "not one answer of the base was heard during the trial"
 
 
+def nearest_to(value, values, classes):
+    """Return the score and the class of the nearest point."""
+    if not len(values):
+        return -math.inf, -1
+    nearest = int(np.argmin(np.abs(values - value)))
+    apart = abs(values[nearest] - value)
+    return (math.log(10 / (apart + 0.01)) if apart <= 12 else -math.inf), int(classes[nearest])
+
+
 def served_by_points(seed, n=15_000):
     """A scene that drifts, with a jolt now and then, under a base whose answer turns every 40 grey levels.
 
@@ -139,12 +148,8 @@ def served_by_points(seed, n=15_000):
         value += way * (4.0 if random.random() < 0.02 else 0.05)
         if not 0 < value < 230:
             way, value = -way, min(max(value, 0.0), 230.0)
-        base, score, said = int(value // 40) % 2, -math.inf, -1
-        if len(values):
-            nearest = int(np.argmin(np.abs(values - value)))
-            apart = abs(values[nearest] - value)
-            score = math.log(10 / (apart + 0.01)) if apart <= 12 else -math.inf
-            said = int(classes[nearest])
+        base = int(value // 40) % 2
+        score, said = nearest_to(value, values, classes)
         if trial.state == "open":
             hit = score >= trial.threshold
             wrong.append(hit and said != base)
