@@ -17,8 +17,6 @@ from jaxtyping import Bool, Float, Float32, Int32, Int64, Shaped
 
 from gati_jax._errors import InputError
 
-SITE = 0
-"""Where its hits are counted: at the input."""
 _NOTHING = -1  # the class of an empty row
 _MOST_CHANCES = 3  # rounds of the hand that a point outlives unasked
 _REPEAT = 0.01  # grey levels: a repeat is as far as this, so that no score is infinite
