@@ -15,9 +15,17 @@ import numpy as np
 
 import gati_jax
 from gati_jax import InputError
-from gati_jax.adaptation import Keeper, KeeperConfig, MonitorConfig, PointsConfig, RepeatsConfig, Trace, load_trace
-from gati_jax.runtime import device_name
-from gati_jax.runtime.timing import spread
+from gati_jax.adaptation import (
+    AdaptationController,
+    ControllerConfig,
+    ExactCacheConfig,
+    MonitorConfig,
+    NearestCacheConfig,
+    Trace,
+    load_trace,
+)
+from gati_jax.profiling import device_name
+from gati_jax.profiling.costs import spread
 from train import cli
 
 from .contenders import without_caches
@@ -40,10 +48,10 @@ def main(argv: list[str] | None = None) -> None:
     bundle, trace = gati_jax.load_bundle(arguments.bundle), load_trace(arguments.trace)
     if trace.images is None:
         raise InputError(f"--trace: expected images in {arguments.trace}, got rows of a data set alone")
-    config = KeeperConfig(
+    config = ControllerConfig(
         monitor=MonitorConfig(epsilon=bundle.certificate.epsilon),
-        repeats=None if "repeats" in arguments.without else RepeatsConfig(),
-        points=None if "points" in arguments.without else PointsConfig(),
+        repeats=None if "repeats" in arguments.without else ExactCacheConfig(),
+        points=None if "points" in arguments.without else NearestCacheConfig(),
     )
     result = measure(bundle, trace, config, requests=arguments.requests or len(trace), every=arguments.every)
     result |= {"trace": arguments.trace.name, "machine": device_name(), "versions": cli.versions()}
@@ -60,12 +68,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(
-    bundle: gati_jax.Bundle, trace: Trace, config: KeeperConfig, *, requests: int, every: int
+    bundle: gati_jax.Bundle, trace: Trace, config: ControllerConfig, *, requests: int, every: int
 ) -> dict[str, Any]:
     """Return mean milliseconds of a request, adapted, by the cascade alone, and by the full network."""
     assert trace.images is not None  # noqa: S101 (narrows the type)
     base = without_caches(bundle)
-    keeper = Keeper(bundle, config, level=lambda: config.monitor.level(1))
+    keeper = AdaptationController(bundle, config, level=lambda: config.monitor.level(1))
     for image in trace.images[:WARM]:
         for one in (bundle, base):
             np.asarray(gati_jax.infer(one, image).logits)
@@ -102,7 +110,9 @@ def measure(
     }
 
 
-def serve(keeper: Keeper, bundle: gati_jax.Bundle, base: gati_jax.Bundle, image: np.ndarray, now: float) -> int:
+def serve(
+    keeper: AdaptationController, bundle: gati_jax.Bundle, base: gati_jax.Bundle, image: np.ndarray, now: float
+) -> int:
     """Answer one request, and compute its shadow where it has one; return the class."""
     ticket = keeper.ask(image, now)
     if ticket.early is not None:

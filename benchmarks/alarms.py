@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import beta
 
-from gati_jax.adaptation import Monitor, MonitorConfig, Observed
+from gati_jax.adaptation import Monitor, MonitorConfig, Observation
 
 DEPTH, SITES, HIT_SHARE = 8, 3, 0.7
 SHIFT = 0.5  # standard deviations of the scores
@@ -79,9 +79,9 @@ def simulate(seed: int, *, config: MonitorConfig, phases: tuple[Phase, ...]) -> 
     for hits, site, score, wrong, coin in requests(phases, np.random.default_rng(seed)):
         if hits:
             q = monitor.q
-            alarm = monitor.watch(Observed(site, score, int(wrong), q, 0 if coin < q else None))
+            alarm = monitor.watch(Observation(site, score, int(wrong), q, 0 if coin < q else None))
         else:
-            alarm = monitor.watch(Observed(DEPTH, float("inf"), 0, 1.0, 0))
+            alarm = monitor.watch(Observation(DEPTH, float("inf"), 0, 1.0, 0))
         if alarm:
             break
     report = monitor.report
@@ -113,9 +113,9 @@ def microseconds(config: MonitorConfig, count: int = 200_000) -> float:
     """Time `watch` in quiet: the mean, in the best of five parts."""
     phases = (Phase(count, 0.0),)
     served = [
-        Observed(site, score, 0, config.quiet_q, 0 if coin < config.quiet_q else None)
+        Observation(site, score, 0, config.quiet_q, 0 if coin < config.quiet_q else None)
         if hits
-        else Observed(DEPTH, float("inf"), 0, 1.0, 0)
+        else Observation(DEPTH, float("inf"), 0, 1.0, 0)
         for hits, site, score, _, coin in requests(phases, np.random.default_rng(0))
     ]
     monitor, best = Monitor(config, DEPTH), float("inf")

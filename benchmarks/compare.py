@@ -23,9 +23,9 @@ import numpy as np
 
 import gati_jax
 from gati_jax import Bundle, data
-from gati_jax.runtime import device_name
-from gati_jax.runtime.speed import path_ms
-from gati_jax.runtime.timing import spread
+from gati_jax.profiling import device_name
+from gati_jax.profiling.costs import spread
+from gati_jax.profiling.speed import path_ms
 from train import cli
 from train.config import build_config
 
@@ -91,8 +91,9 @@ def smaller(text: str) -> tuple[str, str]:
     """
     network, _, weights = text.partition("=")
     if not (network and weights):
-        msg = f"expected NETWORK=WEIGHTS, such as resnet20=resnet20.safetensors, got {text!r}"
-        raise argparse.ArgumentTypeError(msg)
+        raise argparse.ArgumentTypeError(
+            f"expected NETWORK=WEIGHTS, such as resnet20=resnet20.safetensors, got {text!r}"
+        )
     return network, weights
 
 

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from gati_jax.adaptation import Trace
-from serve.records import DeadlineError, OverloadedError, StoppingError
+from serve.engine.records import DeadlineError, OverloadedError, StoppingError
 
 T = TypeVar("T")
 LEAST_PAUSE = 0.001
@@ -29,7 +29,7 @@ class Reply(NamedTuple):
 
 
 Ask = Callable[[int], Awaitable[Reply]]
-"""Ask for the answer to a row; raises what ``serve.records`` has for refusals, anything else for failures."""
+"""Ask for the answer to a row; raises what ``serve.engine.records`` has for refusals, anything else for failures."""
 
 
 class Outcome(enum.IntEnum):

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from benchmarks import arrivals, targets
 from gati_jax import InputError, data
 from gati_jax.adaptation import Trace, load_trace, save_trace
 from train import cli
 
-from . import arrivals, targets
 from .driving import Ask, closed_loop, open_loop, run
 from .summary import highest, summarize
 

@@ -10,7 +10,7 @@ import numpy as np
 
 import gati_jax
 from gati_jax import InputError
-from serve.records import Route, Running, StageResult, Step
+from serve.engine.records import Route, Running, StageResult, Step
 from train.config import build_config
 
 from .contenders import CONTENDERS, Predict

@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 
 import gati_jax
+from benchmarks import targets
 from gati_jax import data
-from serve import routes
-from serve.engine import Engine
-from serve.programs import settle
-from serve.records import Runner
-from serve.runner import JaxRunner
+from serve.engine import routes
+from serve.engine.engine import Engine
+from serve.engine.programs import settle
+from serve.engine.records import Runner
+from serve.engine.runner import JaxRunner
 from train.config import build_config
 
-from . import targets
 from .driving import run
 from .load import Load, measure
 from .onnx_runner import CAPACITY, onnx_runner

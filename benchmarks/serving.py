@@ -21,8 +21,8 @@ import numpy as np
 
 import gati_jax
 from gati_jax import InputError, data
-from gati_jax.runtime import device_name
-from gati_jax.runtime.timing import spread
+from gati_jax.profiling import device_name
+from gati_jax.profiling.costs import spread
 from train import cli
 from train.config import build_config
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gati_jax import InputError
-from gati_jax.runtime.timing import spread
+from gati_jax.profiling.costs import spread
 from train import cli
 
 EXAMPLE = "python -m benchmarks.table benchmarks/results/resnet18-cpu.json"
@@ -30,14 +30,14 @@ def main(argv: list[str] | None = None) -> None:
     try:
         rows = json.loads(arguments.result.read_text(encoding="utf-8"))["rows"]
     except (ValueError, KeyError, TypeError) as error:
-        msg = f"result: expected JSON written by benchmarks.compare, got {arguments.result}: {error!r}"
-        raise InputError(msg) from error
+        raise InputError(
+            f"result: expected JSON written by benchmarks.compare, got {arguments.result}: {error!r}"
+        ) from error
     found = {row["contender"] for row in rows}
     reference = next((name for name in arguments.reference if name in found), None)
     if reference is None:
         expected = f"{' or '.join(map(repr, arguments.reference))} among the contenders, for ratios to it"
-        msg = f"result: expected {expected}, got {arguments.result} without"
-        raise InputError(msg)
+        raise InputError(f"result: expected {expected}, got {arguments.result} without")
     if reference != arguments.reference[0]:
         print(f"Ratios are to {reference}: {arguments.reference[0]} is missing.\n")
     print("\n".join(table(rows, reference)))

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from gati_jax import InputError
-from serve.records import Answer, OverloadedError
+from serve.engine.records import Answer, OverloadedError
 
 from .driving import Ask, Reply
 

@@ -109,6 +109,5 @@ def load(network: Architecture, tensors: Mapping[str, np.ndarray]) -> nn.Module:
     renamed = {name.replace("linear.", "fc."): torch.from_numpy(np.array(v)) for name, v in tensors.items()}
     wrong = model.load_state_dict(renamed, strict=False)
     if names := [*wrong.unexpected_keys, *(k for k in wrong.missing_keys if not k.endswith("num_batches_tracked"))]:
-        msg = f"weights: missing or unexpected: {', '.join(names)}"
-        raise WeightsError(msg)
+        raise WeightsError(f"weights: missing or unexpected: {', '.join(names)}")
     return model.eval()

@@ -22,11 +22,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int, Int16, Int32, UInt8
 
+from benchmarks import arrivals
 from gati_jax import InputError, data
 from gati_jax.adaptation import Trace, save_trace
 from train import cli
 
-from . import arrivals
 from .corruptions import CORRUPTIONS, MOST_SEVERE
 
 EXAMPLE = "python -m benchmarks.traces --kind blur --requests 60000 --data ../shared/data --out runs/blur.npz"

@@ -26,8 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = p.parse_args(argv).folder
     bases = sorted(path.parent.parent for path in folder.glob("*/base/base.json"))
     if not bases:
-        msg = f"folder: expected trained bases such as {folder}/cifar10_resnet18/base/base.json, got none"
-        raise InputError(msg)
+        raise InputError(f"folder: expected trained bases such as {folder}/cifar10_resnet18/base/base.json, got none")
     print("\n".join([*_lines(HEADS, map(base_row, bases)), "", *_lines(GAIN_HEADS, gain_rows(bases))]))
 
 

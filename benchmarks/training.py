@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from gati_jax.models import NAMES
-from gati_jax.runtime import device_name
-from gati_jax.runtime.timing import spread
+from gati_jax.profiling import device_name
+from gati_jax.profiling.costs import spread
 from train import cli
 
 from .compare import PAUSE_SECONDS, Worker, commit, version_of, worker

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gati_jax.fitting import scan_epoch
 from gati_jax.models import architecture
+from train import scan_epoch
 from train.config import build_config
 from train.recipe import Recipe, begin, train_step
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Shaped, UInt64
 
-from ._errors import InputError
+from .errors import InputError
 
 _SPLIT = re.compile(r"(?P<name>\w+)(\[(?P<start>\d*):(?P<stop>\d*)\])?")
 _DATASET = re.compile(r"[a-z0-9_]{1,100}(/[\w-]{1,100})?")
@@ -52,12 +52,10 @@ class Rows:
         """
         match = _SPLIT.fullmatch(text)
         if match is None:
-            msg = f"split: expected a form like train, test[:2500] or test[2500:5000], got {text!r}"
-            raise InputError(msg)
+            raise InputError(f"split: expected a form like train, test[:2500] or test[2500:5000], got {text!r}")
         rows = cls(match["name"], int(match["start"] or 0), int(match["stop"]) if match["stop"] else None)
         if rows.stop is not None and rows.stop <= rows.start:
-            msg = f"split: expected at least one row, got {text!r}"
-            raise InputError(msg)
+            raise InputError(f"split: expected at least one row, got {text!r}")
         return rows
 
     def overlaps(self, other: "Rows") -> bool:
@@ -80,8 +78,9 @@ def check_disjoint(splits: Mapping[str, str]) -> None:
     for i, (name, part) in enumerate(rows):
         for other, other_part in rows[i + 1 :]:
             if part.overlaps(other_part):
-                msg = f"splits: expected disjoint splits, got {name}={splits[name]} overlapping {other}={splits[other]}"
-                raise InputError(msg)
+                raise InputError(
+                    f"splits: expected disjoint splits, got {name}={splits[name]} overlapping {other}={splits[other]}"
+                )
 
 
 def load(name: str, split: str, data_dir: Path | str | None = None) -> Dataset:
@@ -105,8 +104,7 @@ def _digits(rows: Rows) -> Dataset:
     from sklearn.datasets import load_digits  # noqa: PLC0415 (optional)
 
     if rows.split != "all":
-        msg = f"split: the digits have the one split 'all', got {rows.split!r}"
-        raise InputError(msg)
+        raise InputError(f"split: the digits have the one split 'all', got {rows.split!r}")
     source: Any = load_digits()
     part = slice(rows.start, _stop(rows, len(source.images)))
     # The pixels are whole numbers 0 .. 16. scikit-learn sorts the digits by writer, so neighbouring parts differ in
@@ -122,22 +120,18 @@ def _tfds(name: str, rows: Rows, data_dir: Path | str | None) -> Dataset:
         import tensorflow_datasets as tfds  # noqa: PLC0415 (optional)
 
     if not _DATASET.fullmatch(name):  # "namespace:name" would make TFDS import code, and bundles name data sets
-        msg = f"data.name: expected digits or a TensorFlow Datasets name such as cifar10, got {name!r}"
-        raise InputError(msg)
+        raise InputError(f"data.name: expected digits or a TensorFlow Datasets name such as cifar10, got {name!r}")
     if data_dir is not None and not (Path(data_dir) / name).is_dir():
-        msg = f"data.dir: expected a TensorFlow Datasets folder with {name}/ in it, got {data_dir}"
-        raise InputError(msg)
+        raise InputError(f"data.dir: expected a TensorFlow Datasets folder with {name}/ in it, got {data_dir}")
     try:
         options: Any = {} if data_dir else {"file_format": "array_record"}
         builder: Any = tfds.builder(name, data_dir=data_dir, **options)
     except tfds.core.DatasetNotFoundError as error:
-        msg = f"data.name: expected digits or a TensorFlow Datasets name, got {name!r}"
-        raise InputError(msg) from error
+        raise InputError(f"data.name: expected digits or a TensorFlow Datasets name, got {name!r}") from error
     if data_dir is None:
         builder.download_and_prepare()
     if rows.split not in builder.info.splits:
-        msg = f"split: {name} has {', '.join(sorted(builder.info.splits))}, got {rows.split!r}"
-        raise InputError(msg)
+        raise InputError(f"split: {name} has {', '.join(sorted(builder.info.splits))}, got {rows.split!r}")
     stop = _stop(rows, builder.info.splits[rows.split].num_examples)
     source: Any = builder.as_data_source(split=f"{rows.split}[{rows.start}:{stop}]")
     examples = [(example["image"], example["label"]) for example in source]
@@ -152,8 +146,7 @@ def _tfds(name: str, rows: Rows, data_dir: Path | str | None) -> Dataset:
 def _stop(rows: Rows, available: int) -> int:
     stop = available if rows.stop is None else rows.stop
     if stop > available or rows.start >= available:
-        msg = f"split: {rows.split} has {available} rows, got [{rows.start}:{rows.stop or ''}]"
-        raise InputError(msg)
+        raise InputError(f"split: {rows.split} has {available} rows, got [{rows.start}:{rows.stop or ''}]")
     return stop
 
 
@@ -195,6 +188,7 @@ def check_distinct_rows(
         return check_distinct_rows(other, one, names=(names[1], names[0]))
     shared = int(np.isin(one, other).sum())
     if shared > _SHARED_ROWS * len(one):
-        msg = f"splits: expected {names[0]} and {names[1]} disjoint, got {shared} rows of {names[0]} in {names[1]}"
-        raise InputError(msg)
+        raise InputError(
+            f"splits: expected {names[0]} and {names[1]} disjoint, got {shared} rows of {names[0]} in {names[1]}"
+        )
     return None

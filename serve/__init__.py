@@ -26,7 +26,7 @@ The life of a request, with the threads it is in:
 What is served may change: ``Engine.between_steps`` has parameters swapped in the engine's thread. Requests on their way
 keep what stands in the slabs, for the base never changes; the steps behind a swap look up by the new caches.
 
-Under ``--adapt``, ``serve.adapting`` stands between the front and the engine, and has a thread of its own.
+Under ``--adapt``, ``serve.adaptive`` stands between the front and the engine, and has a thread of its own.
 
 What may fail, and who notices:
 
@@ -41,6 +41,6 @@ What may fail, and who notices:
    observer hears that they are lost; then the thread ends.
 
 Two kinds of threads, then: any number that submit, and one that owns the device. They share the scheduler and some
-counters, behind one lock that is held for microseconds. Importing ``serve.records``, ``serve.policy``,
-``serve.scheduler`` and ``serve.engine`` (with ``serve.loop``, its thread) needs no JAX.
+counters, behind one lock that is held for microseconds. Importing ``serve.engine.records``, ``serve.engine.policy``,
+``serve.engine.scheduler`` and ``serve.engine`` (with ``serve.engine.loop``, its thread) needs no JAX.
 """

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gati_jax
+from serve import adaptive
+from serve.engine.engine import Engine
+from serve.engine.programs import settle
+from serve.engine.records import Route
+from serve.engine.runner import JaxRunner
+from serve.protocol.model import Bound, Model, Tally
+from serve.protocol.service import Backend, Service
 
-from . import adapting, routes
-from .adapting.gauges import Gauges as AdaptationGauges
-from .engine import Engine
+from .engine import routes
 from .lifecycle import Parts
+from .metrics import AdaptiveGauges as AdaptationGauges
 from .metrics import Gauges, Metrics
-from .programs import settle
-from .protocol.model import Bound, Model
-from .protocol.service import Backend, Service
-from .protocol.statistics import Tally
-from .records import Route
-from .runner import JaxRunner
 from .settings import Settings
 
 _DIGITS = 12
@@ -69,14 +69,14 @@ def assemble(settings: Settings) -> Parts:
     return Parts(service=service, metrics=metrics, start=start)
 
 
-def _begin(bundle: gati_jax.Bundle, settings: Settings, metrics: Metrics) -> adapting.Begun:
-    options = adapting.Options(
+def _begin(bundle: gati_jax.Bundle, settings: Settings, metrics: Metrics) -> adaptive.AdaptiveParts:
+    options = adaptive.AdaptiveOptions(
         folder=settings.versions,
         epsilon=settings.adapt_epsilon,
         share=settings.adapt_share,
         without=settings.adapt_without,
     )
-    return adapting.begin(bundle, options, capacity=settings.capacity, observer=metrics, reference=settings.reference)
+    return adaptive.build(bundle, options, capacity=settings.capacity, observer=metrics, reference=settings.reference)
 
 
 def describe(

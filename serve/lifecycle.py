@@ -30,11 +30,11 @@ import uvloop
 from starlette.types import ASGIApp
 
 from gati_jax import InputError
+from serve.protocol.grpc import create_server
+from serve.protocol.http import create_app
+from serve.protocol.service import Backend, Service
 
 from .metrics import Metrics
-from .protocol.http import create_app
-from .protocol.rpc import create_server
-from .protocol.service import Backend, Service
 from .settings import Settings
 
 _log = logging.getLogger("serve")
@@ -176,8 +176,7 @@ def _listen(settings: Settings, port: int, option: str) -> socket.socket:
     try:
         return socket.create_server((settings.host, port), family=family, backlog=2048)
     except (OSError, UnicodeError) as error:
-        msg = f"{option}: cannot listen at {settings.host} port {port}: {error}"
-        raise InputError(msg) from None
+        raise InputError(f"{option}: cannot listen at {settings.host} port {port}: {error}") from None
 
 
 def _bind(server: grpc.aio.Server, settings: Settings) -> int:
@@ -191,8 +190,7 @@ def _bind(server: grpc.aio.Server, settings: Settings) -> int:
         pair = (settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())
         return server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
     except RuntimeError:
-        msg = f"--grpc-port: cannot listen at {address}"
-        raise InputError(msg) from None
+        raise InputError(f"--grpc-port: cannot listen at {address}") from None
 
 
 def _http_config(settings: Settings, app: ASGIApp) -> uvicorn.Config:

@@ -20,12 +20,14 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 
-from .protocol.statistics import Tally
-from .records import Answer, Job, Route, Statistics, Step
+from serve.adaptive.engine import STATES, AdaptiveEngine
+from serve.adaptive.worker import Worker
+from serve.engine.records import Answer, Job, Route, Statistics, Step
+from serve.protocol.model import Tally
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -134,3 +136,58 @@ class Gauges(Collector):
         yield InfoMetricFamily(
             "gati_bundle", "The bundle that is served", value={"model": self.model, "version": self.version}
         )
+
+
+KINDS = ("alarm", "closed", "opened", "trial", "empirical", "refit", "swap")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdaptiveGauges(Collector):
+    """What is asked of adaptation when Prometheus asks."""
+
+    adapting: AdaptiveEngine
+    worker: Worker
+
+    def collect(self) -> Iterator[Metric]:
+        """Read it."""
+        adapting, front = self.adapting, self.adapting.keeper.front
+        now, watched = adapting.look(lambda keeper: (keeper.monitor.report, keeper.monitor.watched))
+        state = adapting.state
+        yield _gauge("state", "1 for the present state", "state", {one: float(one == state) for one in STATES})
+        yield _gauge("version", "Of what is served", value=now.version)
+        yield _gauge("q", "Share of hits that the base is asked about", value=now.q)
+        bounds = {"estimate": now.estimate, "upper": now.upper}
+        yield _gauge("disagreement", "Of the present version", "bound", bounds)
+        yield _counter("watched", "Requests that the monitor has seen", value=watched)
+        shadows = {str(exit_): float(count) for exit_, count in now.shadows.items()}
+        yield _gauge("shadows", "Hits that were looked at", "exit", shadows)
+        yield _gauge("seen", "Those that disagreed", value=now.disagreements)
+        layers = {layer: float(adapting.answered_in_front[layer]) for layer in ("points", "repeats")}
+        yield _counter("front", "Answered in front of the network", "layer", layers)
+        yield _gauge("points", "Points that are stored", value=0 if front.points is None else len(front.points))
+        events = {kind: float(adapting.events[kind]) for kind in KINDS}
+        yield _counter("events", "What has happened", "kind", events)
+        yield _counter("background_seconds", "That trials and refits have taken", value=self.worker.seconds)
+        yield _counter("background_failures", "Pieces that failed", value=self.worker.failures)
+
+
+def _gauge(
+    name: str, text: str, label: str = "", values: dict[str, float] | None = None, *, value: float | None = None
+) -> Metric:
+    return _filled(GaugeMetricFamily(f"gati_adaptation_{name}", text, labels=[label] if label else []), values, value)
+
+
+def _counter(
+    name: str, text: str, label: str = "", values: dict[str, float] | None = None, *, value: float | None = None
+) -> Metric:
+    return _filled(CounterMetricFamily(f"gati_adaptation_{name}", text, labels=[label] if label else []), values, value)
+
+
+def _filled(
+    family: GaugeMetricFamily | CounterMetricFamily, values: dict[str, float] | None, value: float | None
+) -> Metric:
+    if value is not None:
+        family.add_metric([], value)
+    for label, number in (values or {}).items():
+        family.add_metric([label], number)
+    return family

@@ -56,7 +56,7 @@ class Settings:
     """Whether to run the arithmetic that was certified even where the bundle has been tuned for this device."""
     json: bool = False
     adapt: bool = False
-    """Whether to follow the traffic, see ``serve.adapting``."""
+    """Whether to follow the traffic, see ``serve.adaptive``."""
     adapt_dir: Path | None = None
     """Of versions; None: beside the bundle."""
     adapt_share: float = 0.1
@@ -73,25 +73,20 @@ class Settings:
             InputError: It does not.
         """
         if self.http_port == self.grpc_port != 0:
-            msg = f"--grpc-port: expected another port than --http-port's, got {self.grpc_port} for both"
-            raise InputError(msg)
+            raise InputError(f"--grpc-port: expected another port than --http-port's, got {self.grpc_port} for both")
         if (self.tls_cert is None) != (self.tls_key is None):
-            msg = "--tls-cert: expected together with --tls-key, got one of them"
-            raise InputError(msg)
+            raise InputError("--tls-cert: expected together with --tls-key, got one of them")
         if self.tls_cert is not None and self.tls_key is not None:
             try:
                 ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(self.tls_cert, self.tls_key)
             except (OSError, ssl.SSLError) as error:
-                msg = f"--tls-cert: expected a certificate and its key in PEM files, got {error}"
-                raise InputError(msg) from None
+                raise InputError(f"--tls-cert: expected a certificate and its key in PEM files, got {error}") from None
         for name in ("adapt_dir", "adapt_share", "adapt_epsilon", "adapt_without"):
             if not self.adapt and getattr(self, name) != _DEFAULTS[name]:
-                msg = f"--{name.replace('_', '-')}: expected together with --adapt, got it alone"
-                raise InputError(msg)
+                raise InputError(f"--{name.replace('_', '-')}: expected together with --adapt, got it alone")
         token = self.token
         if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
-            msg = f"{TOKEN}: expected printable ASCII characters without spaces, got something else"
-            raise InputError(msg)
+            raise InputError(f"{TOKEN}: expected printable ASCII characters without spaces, got something else")
 
     @property
     def versions(self) -> Path:
@@ -111,8 +106,7 @@ class Settings:
 def _whole(low: int, high: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         if not (text.isascii() and text.isdecimal() and len(text) < _DIGITS and low <= int(text) <= high):
-            msg = f"expected a whole number from {low} to {high}, got {text}"
-            raise argparse.ArgumentTypeError(msg)
+            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {text}")
         return int(text)
 
     return read
@@ -124,8 +118,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value <= _DAY:
-        msg = f"expected a number from 0 to {_DAY}, got {text}"
-        raise argparse.ArgumentTypeError(msg)
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to {_DAY}, got {text}")
     return value
 
 
@@ -135,8 +128,7 @@ def _share(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < 1:
-        msg = f"expected a number between 0 and 1, got {text}"
-        raise argparse.ArgumentTypeError(msg)
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text}")
     return value
 
 
@@ -144,15 +136,15 @@ def _name(text: str) -> str:
     if (
         not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", text) or text == "stats"
     ):  # /v2/models/stats is all models' statistics
-        msg = f"expected letters, digits, dots, dashes and underscores, and not 'stats', got {text}"
-        raise argparse.ArgumentTypeError(msg)
+        raise argparse.ArgumentTypeError(
+            f"expected letters, digits, dots, dashes and underscores, and not 'stats', got {text}"
+        )
     return text
 
 
 def _level(text: str) -> str:
     if text not in _LEVELS:
-        msg = f"expected one of {', '.join(_LEVELS)}, got {text}"
-        raise argparse.ArgumentTypeError(msg)
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(_LEVELS)}, got {text}")
     return text
 
 
@@ -182,8 +174,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line."""
 
     def error(self, message: str) -> NoReturn:
-        msg = f"arguments: {message} (see --help)"
-        raise InputError(msg)
+        raise InputError(f"arguments: {message} (see --help)")
 
 
 def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settings:

@@ -9,8 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gati_jax import data
-from gati_jax._errors import InputError
 from gati_jax.data import Rows
+from gati_jax.errors import InputError
 
 N = 12  # rows of the source that sets enumerate; None stands for its end
 bound = st.none() | st.integers(0, N)

@@ -20,21 +20,20 @@ from gati_jax import InputError
 from gati_jax.adaptation import (
     POINTS,
     REPEATED,
-    BackgroundConfig,
-    KeeperConfig,
+    ControllerConfig,
+    ExactCacheConfig,
     Mechanisms,
     MonitorConfig,
-    PointsConfig,
-    RepeatsConfig,
+    NearestCacheConfig,
+    RecoveryConfig,
     Replayed,
     Trace,
     TrialConfig,
     load_trace,
     simulate,
 )
-from gati_jax.adaptation.heard import Heard
-
-from . import adaptation_figure, cli
+from gati_jax.adaptation.simulate import ReplayCache
+from train import adaptation_figure, cli
 
 EXAMPLE = "python -m train.adapt --bundle runs/r56/bundle --trace runs/blur.npz --out runs/blur"
 WINDOW = 1000  # requests in which disagreement is counted
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     epsilon = arguments.epsilon or bundle.certificate.epsilon
 
     # --- Simulate ---------------------------------------------------------------------------------------------------
-    heard = Heard(bundle.chain, trace.images)
+    heard = ReplayCache(bundle.chain, trace.images)
     folder = arguments.out / "versions"
     runs = {}
     for named in chosen(arguments, epsilon):
@@ -113,24 +112,24 @@ def chosen(arguments: Any, epsilon: float) -> list[Named]:  # noqa: ANN401 (a na
     """Return the sets of mechanisms, each with one more than the one before."""
     on = [layer for layer in LAYERS if layer not in arguments.without]
 
-    def keeper(*layers: str) -> KeeperConfig:
-        return KeeperConfig(
+    def keeper(*layers: str) -> ControllerConfig:
+        return ControllerConfig(
             monitor=MonitorConfig(epsilon=epsilon, delta=arguments.delta),
-            repeats=RepeatsConfig() if "repeats" in layers else None,
-            points=PointsConfig() if "points" in layers else None,
+            repeats=ExactCacheConfig() if "repeats" in layers else None,
+            points=NearestCacheConfig() if "points" in layers else None,
             seed=arguments.seed,
         )
 
     trial = TrialConfig(epsilon=epsilon, delta=arguments.delta)
     whole = Mechanisms(
-        keeper=keeper(*on), background=BackgroundConfig(trial=trial, refit="refit" in on), share=arguments.share
+        keeper=keeper(*on), background=RecoveryConfig(trial=trial, refit="refit" in on), share=arguments.share
     )
     every = Named("everything", site_0=True, mechanisms=whole)
     if arguments.one:
         return [every]
 
     def watched(*layers: str) -> Mechanisms:
-        home = BackgroundConfig(trial=trial, refit=False)
+        home = RecoveryConfig(trial=trial, refit=False)
         return Mechanisms(keeper=keeper(*layers), background=home, share=arguments.share)
 
     table = [
@@ -156,7 +155,7 @@ def without_site_0(bundle: gati_jax.Bundle) -> gati_jax.Bundle:
 
 
 def replayed(
-    bundle: gati_jax.Bundle, trace: Trace, named: Named, *, folder: Path, heard: Heard, quiet: bool
+    bundle: gati_jax.Bundle, trace: Trace, named: Named, *, folder: Path, heard: ReplayCache, quiet: bool
 ) -> Replayed:
     """Simulate one set of mechanisms; versions of the last one are what stays in the folder."""
     console = Console(stderr=True)

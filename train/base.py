@@ -18,13 +18,13 @@ from jaxtyping import Array, Float
 from safetensors.numpy import save_file
 
 from gati_jax import InputError, Normalization, data
-from gati_jax.fitting import EpochRecord, run_epochs, scan_epoch
 from gati_jax.models import Architecture, Variables, apply, export_state_dict
-from gati_jax.runtime import device_name
-from gati_jax.runtime.numerics import reference
+from gati_jax.models.chain import reference
+from gati_jax.profiling import device_name
+from train import cli
 
-from . import cli
 from .config import Config
+from .epochs import EpochRecord, run_epochs, scan_epoch
 from .recipe import Recipe, begin, learning_rate, steps_per_epoch, train_step
 from .scalars import Scalars, scalars
 from .zoo import Entry
@@ -103,8 +103,9 @@ def finite(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         InputError: Some are not.
     """
     if broken := [name for name, array in weights.items() if not np.isfinite(array).all()]:
-        msg = f"base.training: expected finite weights, got others in {broken[0]}; try a smaller learning_rate"
-        raise InputError(msg)
+        raise InputError(
+            f"base.training: expected finite weights, got others in {broken[0]}; try a smaller learning_rate"
+        )
     return weights
 
 
@@ -116,23 +117,22 @@ def load_data(config: Config) -> tuple[np.ndarray, np.ndarray, data.Dataset]:
             take.
     """
     if not config.data.base_trained_on:
-        msg = "data.base_trained_on: expected at least one part of the data to train on, got none"
-        raise InputError(msg)
+        raise InputError("data.base_trained_on: expected at least one part of the data to train on, got none")
     trained_on = {f"base_trained_on {i}": part for i, part in enumerate(config.data.base_trained_on)}
     data.check_disjoint({"test": config.data.splits.test, **trained_on})
     parts = [data.load(config.data.name, part, config.data.dir) for part in trained_on.values()]
     test = data.load(config.data.name, config.data.splits.test, config.data.dir)
     if any(part.labels is None for part in (*parts, test)):
-        msg = f"data.name: expected images with labels, to train and to test on, got {config.data.name} without labels"
-        raise InputError(msg)
+        raise InputError(
+            f"data.name: expected images with labels, to train and to test on, got {config.data.name} without labels"
+        )
     images = np.concatenate([part.images for part in parts])
     labels = np.concatenate([part.labels for part in parts if part.labels is not None])
     network = config.base.architecture()
     got, largest = images.shape[1:], int(labels.max())
     if got != network.input_shape or largest >= network.classes:
         expected = f"{network.input_shape} and {network.classes} classes"
-        msg = f"base: the network takes {expected}, {config.data.name} has {got} and {largest + 1}"
-        raise InputError(msg)
+        raise InputError(f"base: the network takes {expected}, {config.data.name} has {got} and {largest + 1}")
     return images, labels, test
 
 

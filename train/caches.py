@@ -16,12 +16,13 @@ import numpy as np
 
 import gati_jax
 from gati_jax import Chain, Head, InputError, ReplayTable, data
-from gati_jax.bundle import Provenance
+from gati_jax.bundle.manifest import Provenance
+from gati_jax.certification import Certificate, count_duplicates, tightest
 from gati_jax.fitting import network_head
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
-from gati_jax.planning import Certificate, Composition, CostTable, Plan, cascade_ms, count_repeats, tightest
+from gati_jax.planning import Composition, CostTable, Plan, cascade_ms
+from train import cli, zoo
 
-from . import cli, zoo
 from .config import Base, Config
 from .exploration import explore
 from .records import count_looks, record_look
@@ -43,7 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     saw_certify = base_saw_certify(config)
     chain = load_base(config)
     parts = {name: data.load(config.data.name, splits[name], config.data.dir) for name in ("fit", "select", "certify")}
-    count_repeats(data.row_digests(parts["certify"].images), drawn=config.plan.repeats)  # refused before hours of work
+    count_duplicates(
+        data.row_digests(parts["certify"].images), drawn=config.plan.repeats
+    )  # refused before hours of work
 
     heads = [*(head.build() for head in config.fit.heads), *small_networks(config)]
     found = explore(config, chain, heads, parts, arguments.out)
@@ -59,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     certify = gati_jax.replay(chain, chosen, parts["certify"].images, labels=parts["certify"].labels)
     certificates = gati_jax.certify_together(
         plans, certify, config.plan.delta, looks=count_looks(looks), base_saw_data=saw_certify,
-        repeats=True,  # what `count_repeats` let pass above
+        repeats=True,  # what `count_duplicates` let pass above
     )  # fmt: skip
     default = tightest(certificates)
     plan, certificate = plans[default][0], certificates[default]
@@ -206,8 +209,9 @@ def check_unseen(name: str, trained_on: Sequence[str], config: Config) -> None:
         rows = data.Rows.parse(getattr(config.data.splits, split))
         if seen := [part for part in trained_on if rows.overlaps(data.Rows.parse(part))]:
             where = getattr(config.data.splits, split)
-            msg = f"fit.networks: expected {name} to be trained on other rows than {split} ({where}), got {seen}"
-            raise InputError(msg)
+            raise InputError(
+                f"fit.networks: expected {name} to be trained on other rows than {split} ({where}), got {seen}"
+            )
 
 
 def load_base(config: Config) -> Chain:
@@ -226,8 +230,9 @@ def read_base(base: Base) -> Chain:
         InputError: See ``load_base``.
     """
     if base.weights is None:
-        msg = "base.weights: expected a .safetensors file (train one with python -m train.base), got nothing"
-        raise InputError(msg)
+        raise InputError(
+            "base.weights: expected a .safetensors file (train one with python -m train.base), got nothing"
+        )
     network = base.architecture()
     variables = import_state_dict(network, read_weights(base.weights))
     return to_chain(network, fold(variables), base.normalize())

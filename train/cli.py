@@ -35,15 +35,13 @@ class Parser(argparse.ArgumentParser):
         Raises:
             InputError: Always.
         """
-        msg = f"arguments: {message} (see --help)"
-        raise InputError(msg)
+        raise InputError(f"arguments: {message} (see --help)")
 
 
 def positive(text: str) -> int:
     """Read a count."""
     if not text.isdecimal() or int(text) < 1:
-        msg = f"expected 1 or more, got {text}"
-        raise argparse.ArgumentTypeError(msg)
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
     return int(text)
 
 
@@ -54,24 +52,21 @@ def share(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value <= 1:
-        msg = f"expected a number above 0 and at most 1, got {text}"
-        raise argparse.ArgumentTypeError(msg)
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, got {text}")
     return value
 
 
 def folder(text: str) -> Path:
     """Read the name of a folder that may not exist yet."""
     if Path(text).exists() and not Path(text).is_dir():
-        msg = f"expected a folder, got the file {text}"
-        raise argparse.ArgumentTypeError(msg)
+        raise argparse.ArgumentTypeError(f"expected a folder, got the file {text}")
     return Path(text)
 
 
 def file(text: str) -> Path:
     """Read the name of a file that may not exist yet."""
     if Path(text).is_dir():
-        msg = f"expected a file, got the folder {text}"
-        raise argparse.ArgumentTypeError(msg)
+        raise argparse.ArgumentTypeError(f"expected a file, got the folder {text}")
     return Path(text)
 
 

@@ -119,8 +119,9 @@ class Base(Section):
     def _channels_agree(self) -> "Base":
         for name in ("mean", "std") if self.normalization else ():
             if len(getattr(self.normalization, name)) not in {1, self.input_shape[2]}:
-                msg = f"normalization.{name}: expected one number for each of {self.input_shape[2]} channels"
-                raise ValueError(msg)
+                raise ValueError(
+                    f"normalization.{name}: expected one number for each of {self.input_shape[2]} channels"
+                )
         return self
 
     def architecture(self) -> Architecture:
@@ -130,8 +131,9 @@ class Base(Section):
             InputError: Neither the config nor the weights' metadata name it, or there is none of that name.
         """
         if not self.network:
-            msg = f"base.network: expected a name, or weights whose metadata say it, got neither ({self.weights})"
-            raise InputError(msg)
+            raise InputError(
+                f"base.network: expected a name, or weights whose metadata say it, got neither ({self.weights})"
+            )
         return architecture(self.network, classes=self.classes, input_shape=self.input_shape, shortcut=self.shortcut)
 
     def normalize(self) -> Normalization:
@@ -141,16 +143,16 @@ class Base(Section):
             InputError: Neither the config nor the weights' metadata say it.
         """
         if self.normalization is None:
-            msg = "base.normalization: expected mean and std, or weights whose metadata say them, got neither"
-            raise InputError(msg)
+            raise InputError(
+                "base.normalization: expected mean and std, or weights whose metadata say them, got neither"
+            )
         return self.normalization.build()
 
 
 def _plain(name: str) -> str:
     """Check a name that candidates' names are made with: grid@4, grid+linear@4."""
     if not name or set(name) & {"@", "+"}:
-        msg = "expected a name without @ and +, which separate it from site and selector"
-        raise ValueError(msg)
+        raise ValueError("expected a name without @ and +, which separate it from site and selector")
     return name
 
 
@@ -171,8 +173,9 @@ class HeadSection(Section):
     def _selectors_differ(self) -> "HeadSection":
         kinds = [spec.kind for spec in self.selectors]
         if len(set(kinds)) < len(kinds):
-            msg = f"selectors: expected at most one of a kind, by which candidates are named, got {', '.join(kinds)}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"selectors: expected at most one of a kind, by which candidates are named, got {', '.join(kinds)}"
+            )
         return self
 
     def build(self) -> Head:
@@ -296,8 +299,7 @@ def load(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        msg = f"config: cannot read {path}: {error}"
-        raise InputError(msg) from error
+        raise InputError(f"config: cannot read {path}: {error}") from error
     for key, text in _pairs(overrides):
         _assign(values, key.split("."), _value(text))
     return _build(model, values)
@@ -317,8 +319,9 @@ def _build(model: type[M], values: Mapping[str, Any]) -> M:
         return model.model_validate(values)
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        msg = "; ".join(_explain(model, e["loc"], e["type"], e["msg"], e["input"]) for e in errors)
-        raise InputError(msg) from error
+        raise InputError(
+            "; ".join(_explain(model, e["loc"], e["type"], e["msg"], e["input"]) for e in errors)
+        ) from error
 
 
 def _pairs(tokens: Sequence[str]) -> list[tuple[str, str]]:
@@ -326,12 +329,10 @@ def _pairs(tokens: Sequence[str]) -> list[tuple[str, str]]:
     while rest:
         token = rest.pop(0)
         if not token.startswith("--"):
-            msg = f"arguments: expected --section.key value, got {token!r}"
-            raise InputError(msg)
+            raise InputError(f"arguments: expected --section.key value, got {token!r}")
         key, equals, text = token[2:].partition("=")
         if not equals and not rest:
-            msg = f"arguments: expected a value behind {token}"
-            raise InputError(msg)
+            raise InputError(f"arguments: expected a value behind {token}")
         pairs.append((key.replace("-", "_"), text if equals else rest.pop(0)))
     return pairs
 
@@ -352,8 +353,9 @@ def _assign(values: dict[str, Any], keys: list[str], value: object) -> None:
         if isinstance(below, list) and key.isdecimal() and int(key) < len(below):
             at = int(key)
         elif not isinstance(below, dict):
-            msg = f"config: expected a section, got the value {below!r}, at {keys[i - 1]} of {'.'.join(keys)}"
-            raise InputError(msg)
+            raise InputError(
+                f"config: expected a section, got the value {below!r}, at {keys[i - 1]} of {'.'.join(keys)}"
+            )
         if i == len(keys) - 1:
             below[at] = value
         else:

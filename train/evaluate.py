@@ -16,10 +16,10 @@ from numpy.typing import ArrayLike
 import gati_jax
 from gati_jax import Bundle, InputError, Prediction, data
 from gati_jax.planning import ReplayTable
+from gati_jax.profiling import measure_speed
 from gati_jax.report import render
-from gati_jax.runtime import measure_speed
+from train import cli, latency
 
-from . import cli, speeds
 from .caches import gap_entry
 from .config import Config, build_config
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     timed = split.images[: arguments.timed]
     _log.info("timing %d requests, one at a time", len(timed))
     speed = measure_speed(bundle.cascade, timed, tuned=bundle.tuned)
-    fast = speeds.fast(bundle, split.images, exits, arguments.batches, arguments.timed)
+    fast = latency.fast(bundle, split.images, exits, arguments.batches, arguments.timed)
 
     # --- Result -----------------------------------------------------------------------------------------------------
     result = {
@@ -57,13 +57,13 @@ def main(argv: list[str] | None = None) -> None:
         "split": rows,
         "network": config.base.network,
         **quality(bundle, prediction, table),
-        "cost": speeds.cost(bundle, exits, speed, fast),
+        "cost": latency.cost(bundle, exits, speed, fast),
         "memory": {"base_bytes": bundle.chain.bytes, "cache_bytes": sum(c.bytes for c in bundle.cascade.caches)},
         "versions": cli.versions(),
         "seed": config.seed,
         "date": datetime.now(UTC).date().isoformat(),
     }
-    result["oracle"] = {"saved_share": speeds.oracle_saved_share(table, speed)}
+    result["oracle"] = {"saved_share": latency.oracle_saved_share(table, speed)}
     cli.write_result(arguments.out / "evaluation.json", result)
     (arguments.out / "report.html").write_text(render(result), encoding="utf-8")
     if arguments.json:
@@ -114,8 +114,7 @@ def fitted_on(bundle: Bundle, path: Path) -> Config:
         InputError: It does not say.
     """
     if not bundle.provenance.config:
-        msg = f"bundle: {path} does not say what it was fitted on; expected one written by train.caches"
-        raise InputError(msg)
+        raise InputError(f"bundle: {path} does not say what it was fitted on; expected one written by train.caches")
     return build_config(bundle.provenance.config)
 
 
@@ -135,8 +134,9 @@ def check_fingerprint(bundle: Bundle, name: str, split: data.Dataset) -> None:
     then = bundle.provenance.data_fingerprints.get(name)
     now = data.fingerprint(data.row_digests(split.images))
     if then not in {None, now}:
-        msg = f"data: expected the rows of {name} that the bundle was made with ({then}), got others ({now})"
-        raise InputError(msg)
+        raise InputError(
+            f"data: expected the rows of {name} that the bundle was made with ({then}), got others ({now})"
+        )
 
 
 def quality(bundle: Bundle, prediction: Prediction, table: ReplayTable) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from gati_jax import Chain, CostTable, Head, InputError, Plan, ReplayTable, data
 from gati_jax.caches import on_its_own
 from gati_jax.fitting import Candidates, head_sizes, untrained
 from gati_jax.planning import Composition, compose_plan, rank, unpayable
-from gati_jax.runtime import Tile
+from gati_jax.profiling import Tile
+from train import cli
 
-from . import cli
 from .config import Config
 from .records import keep_composition, kept_composition, measured_tile
 
@@ -115,8 +115,7 @@ def explore(
     small = within(chain, heads, {name for name, size in sizes.items() if memory is None or size <= memory})
     if memory is not None and not small:
         least = f"{min(sizes.values()) / 1e6:.2f} MB, the smallest of fit.heads"
-        msg = f"plan.memory_share: expected room for {least}, got {memory / 1e6:.2f} MB"
-        raise InputError(msg)
+        raise InputError(f"plan.memory_share: expected room for {least}, got {memory / 1e6:.2f} MB")
     trial = untrained(chain, small)
     # What an ensemble with the cache before adds, a product of classes x classes, is too little to be measured.
     tile, costs = measured_tile(out / "costs.json", chain, [on_its_own(c) for c in trial], config)
@@ -128,8 +127,7 @@ def explore(
     for name, reason in dropped.items():
         _log.info("%s is not fitted: %s", name, reason)
     if not kept:
-        msg = "fit.heads: expected at least one that can pay, got none; see the reasons above"
-        raise InputError(msg)
+        raise InputError("fit.heads: expected at least one that can pay, got none; see the reasons above")
     started = time.perf_counter()
     candidates = gati_jax.fit(
         chain,

@@ -83,8 +83,7 @@ def steps_per_epoch(training: BaseTraining, n: int) -> int:
         InputError: There is none.
     """
     if n < training.batch:
-        msg = f"images: expected at least one batch of {training.batch} rows, got {n}"
-        raise InputError(msg)
+        raise InputError(f"images: expected at least one batch of {training.batch} rows, got {n}")
     return n // training.batch
 
 

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 import gati_jax
 from gati_jax import Candidate, Chain, CostTable, InputError, Plan, data
 from gati_jax.planning import Composition
-from gati_jax.runtime import Tile, device_name, tune_tile, tuned_cache, tuned_chain
+from gati_jax.profiling import Tile, device_name, tune_tile, tuned_cache, tuned_chain
+from train import cli
 
-from . import cli
 from .config import Config
 
 _log = logging.getLogger("train.records")
@@ -65,8 +65,7 @@ class _Looks(_Record):
     @model_validator(mode="after")
     def _rows_are_known(self) -> "_Looks":
         if missing := {look.data_fingerprint for look in self.looks} - self.rows.keys():
-            msg = f"rows: {', '.join(missing)} is missing"
-            raise ValueError(msg)
+            raise ValueError(f"rows: {', '.join(missing)} is missing")
         return self
 
 
@@ -156,8 +155,9 @@ def record_look(
     except FileNotFoundError:
         book = _Looks(looks=(), rows={})
     except ValidationError as error:
-        msg = f"looks: {path} is damaged, and without it nobody knows how often the certify data has been opened"
-        raise InputError(msg) from error
+        raise InputError(
+            f"looks: {path} is damaged, and without it nobody knows how often the certify data has been opened"
+        ) from error
     fingerprint = data.fingerprint(rows)
     tested = sorted((plan.hash, epsilon) for plan, epsilon in plans.values())
     together = hashlib.sha256(repr((tested, delta)).encode()).hexdigest()[:32] if len(tested) > 1 else ""

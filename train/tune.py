@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import gati_jax
-from gati_jax.runtime import TunedCascade, Tuning
-
-from . import cli
+from gati_jax.profiling import TunedCascade, Tuning
+from train import cli
 
 EXAMPLE = "python -m train.tune --bundle runs/r56/bundle"
 

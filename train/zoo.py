@@ -17,8 +17,8 @@ from safetensors.numpy import save
 
 from gati_jax import InputError, WeightsError
 from gati_jax.models import NAMES, read_metadata, read_weights
+from train import cli
 
-from . import cli
 from .config import Base, Classes, Config, DatasetName, NormalizationSection, Side
 
 EXAMPLE = "python -m train.zoo --weights runs/gpu/cifar10_resnet18/base/base.safetensors --out models-zoo"
@@ -30,8 +30,7 @@ _TEXTS = ("network", "dataset", "split")  # never JSON, even if they read so
 
 def _known(name: str) -> str:
     if name not in NAMES:
-        msg = f"expected one of {', '.join(NAMES)}"
-        raise ValueError(msg)
+        raise ValueError(f"expected one of {', '.join(NAMES)}")
     return name
 
 
@@ -94,11 +93,11 @@ def read_entry(path: Path) -> Entry | None:
         return TypeAdapter(Entry).validate_python({key: _value(key, text) for key, text in metadata.items()})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        msg = f"weights: the metadata of {path} are damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise WeightsError(msg) from error
+        raise WeightsError(
+            f"weights: the metadata of {path} are damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from error
     except RecursionError as error:
-        msg = f"weights: the metadata of {path} are damaged: nested too deep"
-        raise WeightsError(msg) from error
+        raise WeightsError(f"weights: the metadata of {path} are damaged: nested too deep") from error
 
 
 def _value(key: str, text: str) -> object:
@@ -138,8 +137,9 @@ def completed_base(base: Base) -> Base:
     try:
         return Base.model_validate(known | base.model_dump(exclude_unset=True))
     except ValidationError as error:
-        msg = f"weights: the metadata of {base.weights} do not go with the config: {error.errors()[0]['msg']}"
-        raise InputError(msg) from error
+        raise InputError(
+            f"weights: the metadata of {base.weights} do not go with the config: {error.errors()[0]['msg']}"
+        ) from error
 
 
 def _entry_of(base: Base) -> Entry | None:
@@ -163,19 +163,18 @@ def keep(weights: Path, folder: Path) -> Path:
     """
     entry = read_entry(weights)
     if entry is None:
-        msg = f"weights: expected a file of python -m train.base, got {weights} without its metadata"
-        raise InputError(msg)
+        raise InputError(f"weights: expected a file of python -m train.base, got {weights} without its metadata")
     tensors = {k: v.astype(np.float16) if v.ndim > 1 else v for k, v in read_weights(weights).items()}
     if wide := sorted(name for name, v in tensors.items() if not np.isfinite(v).all()):
-        msg = f"weights: expected kernels within float16's range, got larger ones in {', '.join(wide)}"
-        raise InputError(msg)
+        raise InputError(f"weights: expected kernels within float16's range, got larger ones in {', '.join(wide)}")
     path = folder / f"{re.sub('[^A-Za-z0-9_.-]', '-', entry.dataset)}-{entry.network}.safetensors"
     content = save(tensors, metadata=entry.metadata() | {"kernels": "float16; the accuracy is that of float32"})
     others = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file != path)
     size = others + len(content)
     if size > MOST_BYTES:
-        msg = f"out: expected at most {MOST_BYTES >> 20} MiB in {folder}, got {size / 2**20:.1f} with {path.name}"
-        raise InputError(msg)
+        raise InputError(
+            f"out: expected at most {MOST_BYTES >> 20} MiB in {folder}, got {size / 2**20:.1f} with {path.name}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     _replace(path, content)
     return path

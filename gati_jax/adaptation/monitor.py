@@ -29,12 +29,11 @@ from typing import NamedTuple
 
 from scipy.stats import beta
 
-from gati_jax._errors import InputError
+from gati_jax.certification.betting import Count, EProcess, mean_disagreement, upper_bound
+from gati_jax.errors import InputError
 
-from .estimate import Count, mean_disagreement, upper_bound
-from .observed import POINTS, REPEATED, Observed
-from .stir import Stir
-from .wealth import Wealth
+from .drift import DriftDetector
+from .request_log import POINTS, REPEATED, Observation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +112,7 @@ class Watched(NamedTuple):
 class Monitor:
     """Watches one served bundle, version after version."""
 
-    def __init__(self, config: MonitorConfig, depth: int, stir: Stir | None = None) -> None:
+    def __init__(self, config: MonitorConfig, depth: int, stir: DriftDetector | None = None) -> None:
         """Watch version 1 from its first request on.
 
         Args:
@@ -130,7 +129,7 @@ class Monitor:
         self.watched, self.version = 0, 0
         self.q = config.quiet_q
         """The probability with which the next hit is to be looked at."""
-        self._stir = stir or (Stir(depth) if config.stir else None)
+        self._stir = stir or (DriftDetector(depth) if config.stir else None)
         self._attentive = 0  # requests for which q stays up
         self._raised = 0  # requests watched since it went up
         self._closely = False
@@ -140,14 +139,14 @@ class Monitor:
         """Start anew for another cascade: fresh wealth, at a smaller delta."""
         self.version += 1
         self._needed = 1 / self.config.level(self.version)
-        self._wealth, self._alarmed = Wealth(self.config.epsilon), False
+        self._wealth, self._alarmed = EProcess(self.config.epsilon), False
         self._counts: dict[float, list[int]] = {}  # requests and disagreements seen, by the q that was bet on
         self._hits = [0] * (self.depth + 2)  # by exit; the last two places are those of POINTS and REPEATED
         self._shadows = [0] * (self.depth + 2)
         self._bounded = True
         self._begin_episode()
 
-    def watch(self, observed: Observed) -> Alarm | None:
+    def watch(self, observed: Observation) -> Alarm | None:
         """Take one served request.
 
         Returns:

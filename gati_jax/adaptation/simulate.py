@@ -12,19 +12,66 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
-from gati_jax._errors import InputError
-from gati_jax.bundle import Bundle
-from gati_jax.planning import CostTable, trial_level
+from gati_jax.bundle.record import Bundle, certified_only, costs_of
+from gati_jax.bundle.versions import Versions
+from gati_jax.caches import Candidate
+from gati_jax.certification import trial_level
+from gati_jax.errors import InputError
+from gati_jax.fitting import evaluate
+from gati_jax.models import Chain
+from gati_jax.planning import CostTable
 
-from .background import Background, BackgroundConfig
-from .heard import Column, Heard
-from .keeper import Event, Keeper, KeeperConfig, standing
-from .thrift import exit_ms
+from .controller import AdaptationController, ControllerConfig, Event, standing
+from .cost_guard import exit_ms
+from .recovery import Recovery, RecoveryConfig
 from .trace import Trace
-from .updater import costs_of, home_of
-from .versions import Versions
+
+
+class ReplayCache:
+    """By set of caches; the reference arithmetic."""
+
+    def __init__(self, chain: Chain, images: Shaped[np.ndarray, "items ..."]) -> None:
+        """Know nothing yet.
+
+        Args:
+            chain: The base.
+            images: Of the trace.
+        """
+        self._chain, self._images = chain, images
+        self._by_caches: dict[tuple[int, ...], Column] = {}  # by the caches' identities: who serves may regroup them
+
+    def of(self, caches: tuple[Candidate, ...], items: Int[np.ndarray, " m"]) -> "Column":
+        """Return what is said to these items, and to others that were asked for before."""
+        key = tuple(id(cache) for cache in caches)
+        column = self._by_caches.get(key)
+        if column is None:
+            column = self._by_caches[key] = Column(caches, len(self._images), self._chain.classes)
+        missing = np.unique(items[~column.known[items]])
+        if len(missing):
+            said = evaluate(self._chain, caches, self._images[missing], batch=BATCH)
+            column.logits[missing], column.known[missing] = said.logits.T, True
+            column.classes[:, missing], column.scores[:, missing] = said.classes, said.scores
+        return column
+
+
+@dataclasses.dataclass(eq=False)
+class Column:
+    """What one set of caches, and the base, say to items; only those that are known."""
+
+    caches: tuple[Candidate, ...]
+    """Kept, so that their identities are nobody else's."""
+    items: int
+    outputs: int
+
+    def __post_init__(self) -> None:
+        """Make room."""
+        self.known = np.zeros(self.items, bool)
+        self.logits: Float[np.ndarray, "items classes"] = np.zeros((self.items, self.outputs), np.float32)
+        self.classes: Int[np.ndarray, "caches items"] = np.zeros((len(self.caches), self.items), np.int32)
+        self.scores: Float[np.ndarray, "caches items"] = np.zeros((len(self.caches), self.items), np.float32)
+
 
 _CHUNK = 512  # requests heard at once
 _EVERY = 100  # requests between two readings of the monitor's bound
@@ -34,9 +81,9 @@ _EVERY = 100  # requests between two readings of the monitor's bound
 class Mechanisms:
     """What is switched on."""
 
-    keeper: KeeperConfig | None
+    keeper: ControllerConfig | None
     """None: caches as they are, and nobody looks."""
-    background: BackgroundConfig | None = None
+    background: RecoveryConfig | None = None
     """None: what is closed stays closed."""
     share: float = 0.1
     """Of the time, for the background."""
@@ -46,7 +93,7 @@ class Replayed(NamedTuple):
     """What became of every request, in order."""
 
     exit: Int[np.ndarray, " n"]
-    """See ``Observed``."""
+    """See ``Observation``."""
     wrong: Bool[np.ndarray, " n"]
     """Whether the answer differs from the base's."""
     shadow: Bool[np.ndarray, " n"]
@@ -57,7 +104,7 @@ class Replayed(NamedTuple):
     """Of computation, by the cost table, and of the front: spans, lookups, shadows."""
     full_ms: float
     front_ms: float
-    """Mean, measured: what ``Keeper`` takes for a request."""
+    """Mean, measured: what ``AdaptationController`` takes for a request."""
     events: tuple[Event, ...]
     background_seconds: float
     """That trials and refits took here."""
@@ -69,7 +116,7 @@ def simulate(
     mechanisms: Mechanisms,
     *,
     folder: Path | str,
-    heard: Heard | None = None,
+    heard: ReplayCache | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Replayed:
     """Replay a trace.
@@ -87,7 +134,7 @@ def simulate(
     """
     if trace.images is None:
         raise InputError("trace: expected one with images, got rows of a data set alone")
-    heard = heard or Heard(bundle.chain, trace.images)
+    heard = heard or ReplayCache(bundle.chain, trace.images)
     shutil.rmtree(folder, ignore_errors=True)  # of another simulation
     run = _Run(bundle, trace.images, mechanisms, Versions(folder), costs_of(bundle))
     n = len(trace)
@@ -138,15 +185,15 @@ class _Run:
         self.keeper, self.background = None, None
         if mechanisms.keeper is not None:
             delta = mechanisms.keeper.monitor.delta
-            self.keeper = Keeper(
+            self.keeper = AdaptationController(
                 bundle,
                 mechanisms.keeper,
                 level=lambda: trial_level(delta, versions.next_trial()),
                 changed=lambda served: setattr(self, "served", served),
             )
             if mechanisms.background is not None:
-                self.background = Background(bundle, self.keeper, versions, mechanisms.background)
-        self.served = self.keeper.served if self.keeper else standing(home_of(bundle))
+                self.background = Recovery(bundle, self.keeper, versions, mechanisms.background)
+        self.served = self.keeper.served if self.keeper else standing(certified_only(bundle))
         self.background_seconds, self.front_seconds = 0.0, 0.0
         self._free_at = 0.0  # when the background may go on
 
@@ -201,3 +248,6 @@ class _Run:
         if not np.isfinite(self.served.thresholds).any():
             return self.full_ms
         return exit_ms(self.served.caches, self._costs)[exit_]
+
+
+BATCH = 64

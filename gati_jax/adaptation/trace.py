@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Float64, Int16, Int32, Shaped, UInt8
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from gati_jax._errors import InputError
+from gati_jax.errors import InputError
 
 FORMAT_VERSION = 1
 MOST_REQUESTS = 10_000_000

@@ -9,7 +9,9 @@ never recompile a program. A row that holds none has label -1 and an infinite no
 """
 
 import dataclasses
-from typing import Any
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gati_jax._errors import InputError
+from gati_jax.errors import InputError
 
 from .candidate import Candidate
 from .predictors import adaptive_average, flatten_channels_first
@@ -123,8 +125,7 @@ class Neighbours(_Keyed):
     def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
         """Return log-scores."""
         if self.k > self.points:
-            msg = f"k: expected at most the {self.points} points, got {self.k}"
-            raise InputError(msg)
+            raise InputError(f"k: expected at most the {self.points} points, got {self.k}")
         key = self._key(activation, self.units, self.cells)
         keys, labels, norms = self._points(self.points, self.units)
         self.variable("points", "count", lambda: jnp.zeros((), jnp.int32))
@@ -188,8 +189,7 @@ def keys_of(candidate: Candidate, activation: Float[Array, "batch *site"]) -> Fl
     """
     predictor = candidate.predictor
     if not isinstance(predictor, Neighbours | Centres):
-        msg = f"candidate: expected a neighbour cache, got {candidate.name}, a {type(predictor).__name__}"
-        raise InputError(msg)
+        raise InputError(f"candidate: expected a neighbour cache, got {candidate.name}, a {type(predictor).__name__}")
     hidden = candidate.params["predictor"]["params"]["hidden"]
     return nn.relu(key_features(activation, predictor.cells) @ hidden["kernel"] + hidden["bias"][None])
 
@@ -212,20 +212,16 @@ def extend(
     """
     predictor = candidate.predictor
     if not isinstance(predictor, Neighbours):
-        msg = f"candidate: expected a k-NN cache, got {candidate.name}, a {type(predictor).__name__}"
-        raise InputError(msg)
+        raise InputError(f"candidate: expected a k-NN cache, got {candidate.name}, a {type(predictor).__name__}")
     if keys.shape[1:] != (predictor.units,) or labels.shape != keys.shape[:1]:
         expected = f"[n, {predictor.units}] and n labels"
-        msg = f"keys: expected {expected}, got {list(keys.shape)} and labels of shape {list(labels.shape)}"
-        raise InputError(msg)
+        raise InputError(f"keys: expected {expected}, got {list(keys.shape)} and labels of shape {list(labels.shape)}")
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.sum(np.square(np.asarray(keys, np.float32)), -1)
     if not np.isfinite(norms).all():  # an infinite norm says that a row holds no point
-        msg = "keys: expected values with a finite sum of squares, got NaN, infinity or too large ones"
-        raise InputError(msg)
+        raise InputError("keys: expected values with a finite sum of squares, got NaN, infinity or too large ones")
     if bad := sorted(set(np.asarray(labels).tolist()) - set(range(predictor.classes))):
-        msg = f"labels: expected classes 0 to {predictor.classes - 1}, got {bad}"
-        raise InputError(msg)
+        raise InputError(f"labels: expected classes 0 to {predictor.classes - 1}, got {bad}")
     variables: dict[str, Any] = candidate.params["predictor"]
     grown = {**variables, "points": _added(variables["points"], keys, labels)}
     return dataclasses.replace(candidate, params={**candidate.params, "predictor": grown})
@@ -250,3 +246,112 @@ def _added(
         "norms": points["norms"].at[at].set(jnp.sum(new**2, -1)),
         "count": jnp.int32(_counted(count + len(keys), capacity)),
     }
+
+
+MIB = 2**20  # the paper's MB
+
+
+COUNT_BYTES = 4  # a k-NN cache's own number of points
+
+
+def point_bytes(units: int) -> int:
+    """Return the bytes of one stored point: its key, its label and its norm."""
+    return 4 * units + 4 + 4
+
+
+def points_within(budget: int, units: int) -> int:
+    """Return for how many points a k-NN cache has room in ``budget`` bytes, its count of them included."""
+    return max(0, budget - COUNT_BYTES) // point_bytes(units)
+
+
+class CacheMemory(NamedTuple):
+    """The bytes of one neighbour cache."""
+
+    name: str
+    site: int
+    key_network: int
+    points: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.key_network + self.points
+
+
+def memory_report(candidates: Iterable[Candidate]) -> tuple[CacheMemory, ...]:
+    """Count the bytes of neighbour caches, key networks included.
+
+    Two caches at one site may share a key network; each is charged with it, as if it stood alone.
+
+    Raises:
+        InputError: A candidate is no neighbour cache.
+    """
+    rows = []
+    for c in candidates:
+        if not isinstance(c.predictor, Neighbours | Centres):
+            raise InputError(f"candidates: expected neighbour caches, got {c.name}, a {type(c.predictor).__name__}")
+        hidden = c.params["predictor"]["params"]["hidden"]
+        key_network = sum(leaf.size * leaf.dtype.itemsize for leaf in hidden.values())
+        rows.append(CacheMemory(c.name, c.site, key_network, c.bytes - key_network))
+    return tuple(rows)
+
+
+class PublishedMemory(NamedTuple):
+    """One figure of the paper, and what arithmetic gives."""
+
+    what: str
+    published_mb: float | None
+    """None where the paper leaves it out."""
+    arithmetic: str
+    bytes: int
+
+    @property
+    def mb(self) -> float:
+        """Of 2^20 bytes: only then do the published figures come out."""
+        return self.bytes / MIB
+
+
+def published_memory(
+    shapes: Sequence[Sequence[int]], *, points: int = 40_000, units: int = 1024, centres: int = 100
+) -> tuple[PublishedMemory, ...]:
+    """Return the paper's memory table beside the arithmetic.
+
+    Args:
+        shapes: Of the activation behind every block of the paper's ResNet-18, 32x32x64 to 4x4x512.
+        points: Stored; the published figures come out for the 35,000 and the 5,000 images together.
+        units: Of a key.
+        centres: Of a k-means cache.
+    """
+    blocks, numbers = len(shapes), sum(math.prod(shape) for shape in shapes)
+    return (
+        PublishedMemory(
+            "raw k-NN",
+            37_500.0,
+            f"{points:,} points x {numbers:,} numbers in all blocks x 4 bytes",
+            points * numbers * 4,
+        ),
+        PublishedMemory(
+            "reduced k-NN",
+            2_500.0,
+            f"{points:,} points x {units:,} numbers x {blocks} blocks x 8 bytes",
+            points * units * blocks * 8,
+        ),
+        PublishedMemory(
+            "k-means",
+            12.5,
+            f"{centres:,} centres x {units:,} numbers x {blocks} blocks x 8 bytes",
+            centres * units * blocks * 8,
+        ),
+        PublishedMemory(
+            "k-means, ResNet-50",
+            25.0,
+            f"{centres:,} centres x {units:,} numbers x {2 * blocks} blocks x 8 bytes",
+            centres * units * 2 * blocks * 8,
+        ),
+        PublishedMemory(
+            "key networks",
+            None,
+            f"{numbers:,} numbers in all blocks x {units:,} units x 4 bytes",
+            numbers * units * 4,
+        ),
+    )

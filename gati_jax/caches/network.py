@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gati_jax._errors import InputError
+from gati_jax.errors import InputError
 from gati_jax.models import (
     Algorithm,
     Architecture,
@@ -38,8 +38,7 @@ class Network(nn.Module):
         """Return class logits."""
         if activation.shape[1:] != self.network.input_shape:
             expected, got = list(self.network.input_shape), list(activation.shape[1:])
-            msg = f"network: expected a site with activations of shape {expected}, got {got}"
-            raise InputError(msg)
+            raise InputError(f"network: expected a site with activations of shape {expected}, got {got}")
         scale, shift = (
             self.param(name, constant, self.network.input_shape[-1:], jnp.float32)
             for name, constant in (("scale", nn.initializers.ones), ("shift", nn.initializers.zeros))

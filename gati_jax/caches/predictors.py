@@ -6,16 +6,18 @@ The paper's three look at the *flattened* activation; the two pooling heads look
 three to four orders of magnitude fewer parameters.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gati_jax._errors import InputError
+from gati_jax.errors import InputError
 
-from .standardize import Standardize
+from .candidate import Cascaded
+from .standardize import Standardize, fold_into, unfold_from
 
 
 @runtime_checkable
@@ -118,8 +120,7 @@ class Conv(nn.Module):
         """Return class logits."""
         x = flatten_channels_first(activation)[..., None]
         if x.shape[1] < self.kernel:
-            msg = f"kernel: expected at most the {x.shape[1]} values of the activation, got {self.kernel}"
-            raise InputError(msg)
+            raise InputError(f"kernel: expected at most the {x.shape[1]} values of the activation, got {self.kernel}")
         x = nn.Conv(1, (self.kernel,), (self.stride,), padding="VALID", name="conv")(x)
         return nn.Dense(self.classes, name="out")(nn.relu(x[..., 0]))
 
@@ -155,3 +156,110 @@ class Grid(nn.Module):
         """Return class logits."""
         x = grid_average(activation, self.cells)
         return _mlp(x, self.hidden, self.classes, standardize=self.standardize)
+
+
+class _Convolution(nn.Module):
+    """An unpadded convolution as one matrix product over patches: XLA's CPU compiler is slow at kernels' gradients.
+
+    Unpadded, so that standardisation can be folded into it.
+    """
+
+    features: int
+    kernel: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width inputs"]) -> Float[Array, "batch rows columns features"]:
+        size = [min(self.kernel, n) for n in x.shape[1:3]]
+        rows, columns = (range(0, n - k + 1, self.stride) for n, k in zip(x.shape[1:3], size, strict=True))
+        kernel = self.param("kernel", nn.initializers.he_normal(), (*size, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        patches = [
+            x[:, i : i + rows[-1] + 1 : self.stride, j : j + columns[-1] + 1 : self.stride]
+            for i in range(size[0])
+            for j in range(size[1])
+        ]
+        return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, self.features) + bias.reshape(1, 1, 1, -1)
+
+
+class Convolutional(nn.Module):
+    """Convolutions with ReLUs, means over a grid of ``cells`` x ``cells`` fields, then an MLP.
+
+    With ``kernel=1, stride=1`` it is a bottleneck: channels are mixed and rectified at every position before the mean
+    is taken over positions, which a pooling head cannot do. With ``kernel=3, stride=2`` it sees shapes as well, at a
+    tenth of a residual block's multiplications. Where a picture is smaller than the kernel, the kernel shrinks to it.
+    """
+
+    classes: int
+    channels: tuple[int, ...] = (32,)
+    kernel: int = 3
+    stride: int = 2
+    cells: int = 2
+    hidden: int = 128
+    standardize: bool = True
+
+    @nn.compact
+    def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
+        """Return class logits."""
+        if activation.ndim != 4:  # noqa: PLR2004
+            raise InputError(f"conv2d: expected a site of [height, width, channels], got {list(activation.shape[1:])}")
+        x = Standardize(name="standardize")(activation) if self.standardize else activation
+        for i, features in enumerate(self.channels):
+            x = nn.relu(_Convolution(features, self.kernel, self.stride, name=f"conv_{i}")(x))
+        x = grid_average(x, self.cells)
+        x = nn.relu(nn.Dense(self.hidden, name="hidden")(x))
+        return nn.Dense(self.classes, name="out")(x)
+
+
+_KINDS = FullyConnected | Pool | GlobalAverage | Grid | Convolutional
+
+
+def fold_standardize(predictor: nn.Module, variables: Any) -> tuple[nn.Module, Any]:  # noqa: ANN401 (pytrees)
+    """Fold ``Standardize`` into the layer behind it.
+
+    Returns:
+        The predictor without it and its variables; both as they are where there is nothing to fold.
+    """
+    if isinstance(predictor, Cascaded):
+        inside = {name: tree["inner"] for name, tree in variables.items() if "inner" in tree}
+        inner, folded = fold_standardize(predictor.inner, inside)
+        return predictor.clone(inner=inner), {"params": {**variables["params"], "inner": folded["params"]}}
+    behind = _layer_behind(predictor)
+    if behind is None:
+        return predictor, variables
+    params = variables["params"]
+    layer = fold_into(params[behind], variables["statistics"]["standardize"])
+    return predictor.clone(standardize=False), {"params": {**params, behind: layer}}
+
+
+def unfold_standardize(
+    predictor: nn.Module,
+    variables: Any,  # noqa: ANN401 (a pytree)
+    activation: Float[Array, "batch *site"],
+) -> tuple[nn.Module, Any]:
+    """Give a folded predictor standardised features again: the same function, of which a fit may go on.
+
+    Args:
+        predictor: As ``fold_standardize`` returns it.
+        variables: Its own.
+        activation: What the means and scales are read off.
+
+    Returns:
+        The predictor and its variables; both as they are where it never had standardised features.
+    """
+    if not isinstance(predictor, _KINDS) or predictor.standardize:
+        return predictor, variables
+    standardized = predictor.clone(standardize=True)
+    statistics: dict[str, Any] = dict(standardized.init(jax.random.key(0), activation)["statistics"])
+    behind, params = _first_layer(standardized), variables["params"]
+    layer = unfold_from(params[behind], dict(statistics["standardize"]))
+    return standardized, {"params": {**params, behind: layer}, "statistics": statistics}
+
+
+def _layer_behind(predictor: nn.Module) -> str | None:
+    """Return the name of the layer behind ``Standardize``, if there is one."""
+    return _first_layer(predictor) if isinstance(predictor, _KINDS) and predictor.standardize else None
+
+
+def _first_layer(predictor: nn.Module) -> str:
+    return "conv_0" if isinstance(predictor, Convolutional) else "hidden"

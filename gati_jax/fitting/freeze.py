@@ -6,6 +6,7 @@ held is n x units floats a site, never n activations.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from gati_jax._digest import tree_digest
-from gati_jax._errors import InputError
 from gati_jax.caches import (
     Candidate,
     Centres,
@@ -26,17 +25,19 @@ from gati_jax.caches import (
     Neighbours,
     key_features,
     points_within,
+    squared_distances,
     stored_centres,
     stored_points,
 )
 from gati_jax.data import fingerprint
+from gati_jax.errors import InputError
 from gati_jax.models import Chain
+from gati_jax.pytrees import tree_digest
 
-from .candidates import Candidates, chain_code, check_splits
-from .centres import describe_centres, k_means
+from .fit import Candidates, chain_code, check_splits
 from .heads import Head, Part, parts_of
-from .points import Choice, choose_points
 from .predictors import DEFAULT_CONFIG, FitConfig, train_predictors
+from .stored_points import Choice, choose_points
 
 Kind = Literal["knn", "kmeans"]
 
@@ -74,13 +75,11 @@ class FreezeConfig:
             InputError: Names the field.
         """
         if not self.kinds or not set(self.kinds) <= {"knn", "kmeans"} or len(set(self.kinds)) < len(self.kinds):
-            msg = f"kinds: expected knn, kmeans or both, got {self.kinds}"
-            raise InputError(msg)
+            raise InputError(f"kinds: expected knn, kmeans or both, got {self.kinds}")
         least = {"key_units": 1, "cells": 1, "k": 1, "budget": 1, "spare": 0, "centres": 1}
         for name, bound in least.items():
             if (got := getattr(self, name)) is not None and got < bound:
-                msg = f"{name}: expected {bound} or more, got {got}"
-                raise InputError(msg)
+                raise InputError(f"{name}: expected {bound} or more, got {got}")
 
     def points(self, n: int, sites: int) -> int:
         """Return how many of n points a k-NN cache keeps at each of ``sites`` sites.
@@ -91,8 +90,9 @@ class FreezeConfig:
         rows = n + self.spare if self.budget is None else points_within(self.budget // sites, self.key_units)
         kept = min(n, rows - self.spare)
         if kept < self.k:
-            msg = f"k: expected at most the points of a cache, got {self.k}, and room for {max(0, kept)} points"
-            raise InputError(msg)
+            raise InputError(
+                f"k: expected at most the points of a cache, got {self.k}, and room for {max(0, kept)} points"
+            )
         return kept
 
 
@@ -136,8 +136,7 @@ def fit_freeze(
     parts = parts_of(chain, [_key_head(freeze, sites)])
     kept = freeze.points(len(images), len(parts)) if "knn" in freeze.kinds else 0
     if "kmeans" in freeze.kinds and freeze.centres > len(images):
-        msg = f"centres: expected at most the {len(images)} images, got {freeze.centres}"
-        raise InputError(msg)
+        raise InputError(f"centres: expected at most the {len(images)} images, got {freeze.centres}")
     epochs = None if heads is None else heads.epochs
     if heads is not None:
         parts = _as_trained(parts, heads)
@@ -186,8 +185,9 @@ def _as_trained(parts: dict[str, Part], heads: Candidates) -> dict[str, Part]:
     trained = {head.site: head for head in heads}
     wanted = {part.site: part.predictor.clone(standardize=False) for part in parts.values()}
     if {site: head.predictor for site, head in trained.items()} != wanted or len(heads) != len(wanted):
-        msg = f"heads: expected {next(iter(wanted.values()))} at sites {list(wanted)}, got {[h.name for h in heads]}"
-        raise InputError(msg)
+        raise InputError(
+            f"heads: expected {next(iter(wanted.values()))} at sites {list(wanted)}, got {[h.name for h in heads]}"
+        )
     variables = {site: head.params["predictor"] for site, head in trained.items()}
     return {name: dataclasses.replace(part, variables=variables[part.site]) for name, part in parts.items()}
 
@@ -251,3 +251,87 @@ def _candidate(
         points = stored_centres(at, labels, share)
     variables = {"predictor": {"params": params, "points": points}, "selector": {}}
     return Candidate(f"{kind}@{site}", site, predictor, Confidence(), variables)
+
+
+def k_means(
+    points: Float[Array | np.ndarray, "n units"], centres: int, *, seed: int, rounds: int = 50
+) -> tuple[Float[Array, "centres units"], Int[Array, " n"]]:
+    """Return centres and, for each point, the nearest of them.
+
+    It stops when no point changes its centre. A centre that has lost all its points moves to the point that is farthest
+    from its own, so no centre is left without points as long as there are enough distinct ones.
+
+    Args:
+        points: To be represented.
+        centres: How many.
+        seed: Draws the first ones.
+        rounds: At most so many.
+
+    Raises:
+        InputError: Fewer points than centres.
+    """
+    if not 1 <= centres <= len(points):
+        raise InputError(f"centres: expected 1 to the {len(points)} points, got {centres}")
+    points = jnp.asarray(points, jnp.float32)
+    norms = jnp.sum(points**2, -1)
+    at = _plus_plus(points, norms, centres, jax.random.key(seed))
+    nearest, _ = _assign(points, at)
+    for _ in range(rounds):
+        at, now = _round(points, at, nearest)
+        if bool(jnp.array_equal(now, nearest)):
+            break
+        nearest = now
+    return at, nearest
+
+
+def describe_centres(
+    nearest: Int[Array | np.ndarray, " n"], labels: Int[Array | np.ndarray, " n"], centres: int, classes: int
+) -> tuple[Int[np.ndarray, " centres"], Float[np.ndarray, " centres"]]:
+    """Return each centre's majority label, and the share of its points that have it; -1 and 0 without points."""
+    counts = np.zeros((centres, classes), int)
+    np.add.at(counts, (np.asarray(nearest), np.asarray(labels)), 1)
+    total = counts.sum(1)
+    share = counts.max(1) / np.maximum(total, 1)
+    return np.where(total > 0, counts.argmax(1), -1).astype(np.int32), share.astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames="centres")
+def _plus_plus(
+    points: Float[Array, "n units"], norms: Float[Array, " n"], centres: int, key: PRNGKeyArray
+) -> Float[Array, "centres units"]:
+    """Draw each next centre with a chance that grows with the squared distance to the nearest one so far."""
+    keys = jax.random.split(key, centres)
+    first = jax.random.randint(keys[0], (), 0, len(points))
+    at = jnp.zeros((centres, points.shape[1]), jnp.float32).at[0].set(points[first])
+
+    def draw(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        at, distance = carry
+        distance = jnp.minimum(distance, squared_distances(at[i - 1][None], points, norms)[0])
+        chosen = jax.random.categorical(keys[i], jnp.log(distance + 1e-12))  # all 0 where all points are centres
+        return at.at[i].set(points[chosen]), distance
+
+    at, _ = jax.lax.fori_loop(1, centres, draw, (at, jnp.full(len(points), jnp.inf)))
+    return at
+
+
+def _assign(
+    points: Float[Array, "n units"], at: Float[Array, "centres units"]
+) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
+    distances = squared_distances(points, at, jnp.sum(at**2, -1))
+    return jnp.argmin(distances, 1).astype(jnp.int32), distances.min(1)
+
+
+@jax.jit
+def _round(
+    points: Float[Array, "n units"], at: Float[Array, "centres units"], nearest: Int[Array, " n"]
+) -> tuple[Float[Array, "centres units"], Int[Array, " n"]]:
+    """Move every centre to the mean of its points, an empty one to the farthest point; assign the points anew."""
+    count = jnp.zeros(len(at)).at[nearest].add(1.0)
+    total = jnp.zeros_like(at).at[nearest].add(points)
+    mean = total / jnp.maximum(count, 1)[:, None]
+    own = jnp.sum((points - at[nearest]) ** 2, -1)
+    _, farthest = jax.lax.top_k(own, len(at))  # the i-th empty centre takes the i-th farthest point
+    empty = count == 0
+    rank = jnp.cumsum(empty) - 1
+    moved = jnp.where(empty[:, None], points[farthest[jnp.maximum(rank, 0)]], mean)
+    return moved, _assign(points, moved)[0]

@@ -1,13 +1,26 @@
 """Heads: what kinds of caches to make, and at which sites."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from gati_jax._errors import InputError
-from gati_jax.caches import Cascaded, Centres, Grid, Neighbours, SortedSelector, import_network
+from gati_jax.caches import (
+    Candidate,
+    Cascaded,
+    Centres,
+    Grid,
+    Neighbours,
+    SortedSelector,
+    fold_standardize,
+    import_network,
+    predictor_inputs,
+)
+from gati_jax.errors import InputError
 from gati_jax.models import Architecture, Chain, Normalization, Variables
 
 DEFAULT_SELECTOR = SortedSelector()
@@ -46,11 +59,11 @@ class Head:
         others = [name for name, _ in self.selectors]
         for field, name in (("name", self.name), *(("selectors", other) for other in others)):
             if not name or set(name) & _SEPARATORS:
-                msg = f"{field}: expected a name without @ and +, which candidates' names are made with, got {name!r}"
-                raise InputError(msg)
+                raise InputError(
+                    f"{field}: expected a name without @ and +, which candidates' names are made with, got {name!r}"
+                )
         if len(set(others)) < len(others):
-            msg = f"selectors: expected distinct names, got {', '.join(others)}: one would replace another"
-            raise InputError(msg)
+            raise InputError(f"selectors: expected distinct names, got {', '.join(others)}: one would replace another")
 
 
 def network_head(
@@ -102,23 +115,21 @@ def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
     for head in heads:
         sites = range(1, len(chain)) if head.sites is None else head.sites
         if bad := [site for site in sites if not 0 <= site < len(chain)]:
-            msg = f"heads: expected sites 0 to {len(chain) - 1} for {head.name}, got {bad}"
-            raise InputError(msg)
+            raise InputError(f"heads: expected sites 0 to {len(chain) - 1} for {head.name}, got {bad}")
         predictor = head.predictor(chain.classes)
         if (got := getattr(predictor, "classes", chain.classes)) != chain.classes:
-            msg = f"heads: expected {head.name} to have the base's {chain.classes} classes, got {got}"
-            raise InputError(msg)
+            raise InputError(f"heads: expected {head.name} to have the base's {chain.classes} classes, got {got}")
         if isinstance(predictor, Neighbours | Centres) and head.variables is None:
-            msg = f"heads: expected {head.name} to be trained by gradients, got a neighbour cache: see fit_freeze"
-            raise InputError(msg)
+            raise InputError(
+                f"heads: expected {head.name} to be trained by gradients, got a neighbour cache: see fit_freeze"
+            )
         parts |= _parts_of_head(head, predictor, sorted(sites), chain.classes)
     if not parts:
         msg = f"heads: expected at least one at some site, got none; a chain of {len(chain)} blocks has by default"
         msg += " sites 1 to N - 1, and site 0 where sites=(0,) says so"
         raise InputError(msg)
     if len(parts) != sum(len(chain) - 1 if h.sites is None else len(h.sites) for h in heads):
-        msg = f"heads: expected distinct names, got {[head.name for head in heads]}"
-        raise InputError(msg)
+        raise InputError(f"heads: expected distinct names, got {[head.name for head in heads]}")
     return parts
 
 
@@ -141,3 +152,59 @@ def _parts_of_head(head: Head, predictor: nn.Module, sites: Sequence[int], class
         own = Cascaded(classes, predictor) if previous else predictor
         parts[f"{head.name}@{site}"] = Part(site, own, head.selector, head.variables, previous)
     return parts
+
+
+def head_sizes(chain: Chain, heads: Sequence[Head]) -> dict[str, int]:
+    """Return the bytes that every candidate of a fit would take, by name; no array is made."""
+    shapes = {name: _shapes(chain, part) for name, part in _all_parts(chain, heads).items()}
+    return {
+        name: sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        for name, tree in shapes.items()
+    }
+
+
+def untrained(chain: Chain, heads: Sequence[Head]) -> tuple[Candidate, ...]:
+    """Return the candidates that ``fit`` would make, with small random numbers for what it would learn.
+
+    Args:
+        chain: The base.
+        heads: As for ``fit``.
+    """
+    candidates, drawn = [], {}
+    for i, (name, part) in enumerate(_all_parts(chain, heads).items()):
+        random = _random(_shapes(chain, part), jax.random.key(i))
+        predictor, variables = part.predictor, part.variables
+        if variables is None:
+            # Under several selectors, one predictor: as after a fit, so that its lookup is timed once.
+            key = part.site, part.predictor, part.previous
+            if key not in drawn:
+                drawn[key] = fold_standardize(part.predictor, random["predictor"])
+            predictor, variables = drawn[key]
+        params = {"predictor": variables, "selector": random["selector"]}
+        candidates.append(Candidate(name, part.site, predictor, part.selector, params, part.previous))
+    return tuple(candidates)
+
+
+def _all_parts(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
+    return more_selectors(parts_of(chain, heads), heads)
+
+
+def _shapes(chain: Chain, part: Part) -> PyTree:
+    batch = [jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype) for spec in chain.site_specs]
+    logits = jax.ShapeDtypeStruct((1, chain.classes), jnp.float32)
+
+    def init(sites: list[jax.Array], logits: jax.Array) -> PyTree:
+        key = jax.random.key(0)
+        said = {} if part.previous is None else {part.previous: logits}
+        own = (
+            part.variables
+            if part.variables is not None
+            else part.predictor.init(key, *predictor_inputs(part, sites, said))
+        )
+        return {"predictor": own, "selector": part.selector.init(key, logits)}
+
+    return jax.eval_shape(init, batch, logits)
+
+
+def _random(shapes: PyTree, key: jax.Array) -> PyTree:
+    return jax.tree.map(lambda leaf: 0.01 * jax.random.normal(key, leaf.shape, leaf.dtype) + 0.01, shapes)

@@ -1,22 +1,26 @@
 """The one training loop: epochs of shuffled batches, a progress bar, checkpoints, exact resumption."""
 
 import dataclasses
+import hashlib
 import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
+from orbax.checkpoint import v1 as ocp
+from pydantic import BaseModel, Field, ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from gati_jax._checkpoint import open_checkpoints, restore_spec
-from gati_jax._errors import InputError
 from gati_jax.data import batches
-
-from ._progress import progress_bar
+from gati_jax.errors import InputError
 
 _log = logging.getLogger(__name__)
 
@@ -85,8 +89,7 @@ def run_loop(
     n = len(arrays[0])
     per_epoch = n // config.batch
     if per_epoch == 0:
-        msg = f"images: expected at least one batch of {config.batch} rows, got {n}"
-        raise InputError(msg)
+        raise InputError(f"images: expected at least one batch of {config.batch} rows, got {n}")
     total = min(per_epoch * config.epochs, per_epoch * config.epochs if config.steps is None else config.steps)
     checkpointer = open_checkpoints(checkpoint, identity)
     if checkpointer and checkpointer.latest:
@@ -136,3 +139,116 @@ def _steps(n: int, config: LoopConfig, done: int) -> Iterator[Int[np.ndarray, " 
     for epoch in range(done // per_epoch, config.epochs):
         rows = list(batches(n, config.batch, seed=(config.seed, epoch)))
         yield from rows[done % per_epoch if epoch == done // per_epoch else 0 :]
+
+
+def restore_spec(tree: PyTree[Any]) -> PyTree[jax.ShapeDtypeStruct]:
+    """Return the shapes of ``tree``, to be restored onto the default device, whichever it was saved from."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def checkpoint_folder(folder: Path, identity: str) -> Path:
+    """Return where the checkpoints of one identity lie."""
+    return folder / hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+
+
+def open_checkpoints(folder: Path | None, identity: str) -> Any | None:  # noqa: ANN401 (orbax is untyped)
+    """Return a checkpointer of one identity, which keeps the newest; None without a folder."""
+    if folder is None:
+        return None
+    keep_newest: Any = ocp.training.preservation_policies.LatestN(1)
+    path = checkpoint_folder(folder, identity).absolute()
+    path.mkdir(parents=True, exist_ok=True)
+    return ocp.training.Checkpointer(str(path), preservation_policy=keep_newest, cleanup_tmp_directories=True)
+
+
+_log = logging.getLogger(__name__)
+_PROBES = 5
+_MARGIN = 0.95  # the rest is for checkpoints, and for a machine that gets slower
+
+
+class _Laid(BaseModel):
+    """What a budget was found to pay for."""
+
+    minutes: float
+    steps: int = Field(ge=1)
+
+
+def within_minutes(
+    step: Step, state: LoopState, arrays: tuple[np.ndarray, ...], loop: LoopConfig, minutes: float, record: Path | None
+) -> LoopConfig:
+    """Return the loop with as many of its steps as fit into the time.
+
+    Args:
+        step: As for ``run_loop``; a few are taken, compilation aside, with a copy of the state.
+        state: Where the loop would begin.
+        arrays: Its rows.
+        loop: The loop without a budget; its clock measures.
+        minutes: For compilation, these steps and the loop.
+        record: A file: the same budget is not measured twice, so that a run that is resumed ends where it would have.
+    """
+    began = loop.clock()
+    known = _read(record)
+    if known and known.minutes == minutes:
+        return dataclasses.replace(loop, steps=known.steps, seconds=60 * minutes)
+    n = len(arrays[0])
+    per_epoch = n // loop.batch
+    each = _seconds_a_step(step, state, arrays, loop)
+    left = 60 * minutes - (loop.clock() - began)
+    fit = max(1, int(_MARGIN * left / each)) if each > 0 else per_epoch * loop.epochs
+    steps = min(per_epoch * loop.epochs, fit - fit % per_epoch or fit)
+    _log.info("%.3g s a step: %d of %d steps fit into %g minutes", each, steps, per_epoch * loop.epochs, minutes)
+    _write(record, minutes, steps)
+    return dataclasses.replace(loop, steps=steps, seconds=max(0.0, left))
+
+
+def report_budget(done: int, loop: LoopConfig, per_epoch: int, minutes: float, record: Path | None) -> None:
+    """Say how much of a fit its time has paid for, and write down where it ended: there it ends if it is run again."""
+    if loop.steps is not None and done < loop.steps:
+        _log.warning(
+            "the time was spent before the schedule's end: the machine has become slower since the first steps"
+        )
+        _write(record, minutes, done)
+    if done < per_epoch * loop.epochs:
+        _log.warning("%.3g of %d epochs were done in %g minutes", done / per_epoch, loop.epochs, minutes)
+
+
+def _write(record: Path | None, minutes: float, steps: int) -> None:
+    if record is not None:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(_Laid(minutes=minutes, steps=steps).model_dump_json() + "\n", encoding="utf-8")
+
+
+def _read(record: Path | None) -> _Laid | None:
+    if record is None or not record.is_file():
+        return None
+    try:
+        return _Laid.model_validate_json(record.read_bytes())
+    except ValidationError:
+        _log.warning("%s is damaged: it is measured anew how many steps fit into the time", record)
+        return None
+
+
+def _seconds_a_step(step: Step, state: LoopState, arrays: tuple[np.ndarray, ...], loop: LoopConfig) -> float:
+    rows = [array[: loop.batch] for array in arrays]
+    state = jax.tree.map(jnp.copy, state)  # for the step may donate it
+    state, loss = jax.block_until_ready(step(state, *rows))  # compiles
+    began = loop.clock()
+    for _ in range(_PROBES):
+        state, loss = step(state, *rows)
+    jax.block_until_ready((state, loss))
+    return (loop.clock() - began) / _PROBES
+
+
+class _Rate(ProgressColumn):
+    """Steps in a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:.1f} steps/s")
+
+
+def progress_bar(wanted: bool) -> Progress:  # noqa: FBT001
+    """Return a bar that is drawn if it is wanted and standard error is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not (wanted and console.is_terminal))

@@ -9,26 +9,60 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from gati_jax._checkpoint import checkpoint_folder
-from gati_jax._errors import InputError
 from gati_jax.caches import Activations, fold_standardize, predict_all, predictor_inputs
+from gati_jax.errors import InputError
 from gati_jax.models import Chain, fast_forward
 
-from .augment import Augment
-from .budget import report_budget, within_minutes
-from .distill import distillation_loss
 from .heads import Part
-from .loop import LoopConfig, LoopState, Step, run_loop
-from .optimize import apply_gradients
+from .loop import LoopConfig, LoopState, Step, checkpoint_folder, report_budget, run_loop, within_minutes
+
+Images = Shaped[Array, "batch *input"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augment:
+    """What may be done to a training image.
+
+    Args:
+        pad: Pixels by which the picture may shift in each direction; what moves in is zero.
+        flip: Whether half of the pictures are mirrored left to right.
+    """
+
+    pad: int = 0
+    flip: bool = False
+
+    def __call__(self, key: PRNGKeyArray, images: Images) -> Images:
+        """Augment every image[height, width, channels] on its own; without options, take any input.
+
+        Raises:
+            InputError: There are options, but the inputs are not images.
+        """
+        if not (self.pad or self.flip):
+            return images
+        if images.ndim != 4:  # noqa: PLR2004
+            raise InputError(
+                f"augment: expected images[batch, height, width, channels] to shift or flip, got {list(images.shape)}"
+            )
+        crop_key, flip_key = jax.random.split(key)
+        batch, *shape = images.shape
+        if self.pad:
+            padded = jnp.pad(images, ((0, 0), (self.pad, self.pad), (self.pad, self.pad), (0, 0)))
+            corners = jax.random.randint(crop_key, (batch, 2), 0, 2 * self.pad + 1)
+            images = jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), shape))(padded, corners)
+        if self.flip:
+            flipped = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
+            images = jnp.where(flipped, images[:, :, ::-1], images)
+        return images
+
 
 _INIT_ROWS = 512  # enough to tell the features' means and scales
 
@@ -59,7 +93,7 @@ class FitConfig:
     weight_decay: float = 1e-3
     alpha: float = 0.5
     temperature: float = 6.0
-    augment: Augment = Augment()  # noqa: RUF009 (frozen)
+    augment: Augment = Augment()
     folds: int = 5
     seed: int = 0
     minutes: float | None = dataclasses.field(default=None, repr=False)
@@ -72,18 +106,14 @@ class FitConfig:
             InputError: Names the field.
         """
         if self.optimizer not in {"adamw", "sgd"}:
-            msg = f"optimizer: expected adamw or sgd, got {self.optimizer!r}"
-            raise InputError(msg)
+            raise InputError(f"optimizer: expected adamw or sgd, got {self.optimizer!r}")
         if not 0 < self.learning_rate < np.inf:
-            msg = f"learning_rate: expected a positive number, got {self.learning_rate}"
-            raise InputError(msg)
+            raise InputError(f"learning_rate: expected a positive number, got {self.learning_rate}")
         if self.minutes is not None and not 0 < self.minutes < np.inf:
-            msg = f"minutes: expected a positive number, or None, got {self.minutes}"
-            raise InputError(msg)
+            raise InputError(f"minutes: expected a positive number, or None, got {self.minutes}")
         for name, least in (("epochs", 1), ("batch", 1), ("folds", 2)):
             if (got := getattr(self, name)) < least:
-                msg = f"{name}: expected {least} or more, got {got}"
-                raise InputError(msg)
+                raise InputError(f"{name}: expected {least} or more, got {got}")
 
 
 DEFAULT_CONFIG = FitConfig()
@@ -149,8 +179,7 @@ def train_predictors(
         InputError: Fewer images than one batch, or a predictor diverged.
     """
     if len(images) < config.batch:
-        msg = f"images: expected at least one batch of {config.batch} rows, got {len(images)}"
-        raise InputError(msg)
+        raise InputError(f"images: expected at least one batch of {config.batch} rows, got {len(images)}")
     chain = fast_forward(chain)
     jitted = jax.jit(functools.partial(_step, dict(parts), config), donate_argnames="state")
     drawn = np.random.default_rng(config.seed).permutation(len(images))[:_INIT_ROWS]
@@ -245,5 +274,65 @@ def check_finite(params: dict[str, PyTree]) -> None:
     """
     leaves = {name: jax.tree.leaves(tree) for name, tree in params.items()}
     if bad := [name for name, arrays in leaves.items() if not all(np.isfinite(a).all() for a in arrays)]:
-        msg = f"fit: {', '.join(bad)} diverged: expected finite parameters; is the learning rate too high?"
-        raise InputError(msg)
+        raise InputError(f"fit: {', '.join(bad)} diverged: expected finite parameters; is the learning rate too high?")
+
+
+def distillation_loss(
+    logits: Float[Array, "batch classes"],
+    base_logits: Float[Array, "batch classes"],
+    *,
+    alpha: float = 0.5,
+    temperature: float = 6.0,
+) -> Float[Array, ""]:
+    """Return the batch's mean of ``alpha T^2 KL(base_T || predictor_T) + (1 - alpha) CE(predictor, base's answer)``.
+
+    Args:
+        logits: The predictor's.
+        base_logits: The base's, for the same augmented images.
+        alpha: Weight of the soft term.
+        temperature: T, by which both logits are divided in the soft term (GATI's released code: alpha 0.5, T 6).
+    """
+    soft = optax.losses.kl_divergence_with_log_targets(
+        jax.nn.log_softmax(logits / temperature), jax.nn.log_softmax(base_logits / temperature)
+    )
+    hard = optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.argmax(base_logits, -1))
+    return jnp.mean(alpha * temperature**2 * soft + (1 - alpha) * hard)
+
+
+P = TypeVar("P")
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, gradients: P, opt_state: optax.OptState, params: P
+) -> tuple[P, Any]:
+    """Return updated parameters and optimiser state.
+
+    optax counts steps in int32 and raises floats to that power, which strict dtype promotion refuses: it is relaxed
+    here, and only here.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(gradients, opt_state, params)  # pyright: ignore[reportArgumentType] (pytrees)
+        return optax.apply_updates(params, updates), opt_state  # pyright: ignore[reportReturnType, reportArgumentType]
+
+
+def cutout(key: PRNGKeyArray, images: Images, size: int) -> Images:
+    """Set a square to zero in every image (DeVries and Taylor, arXiv:1708.04552); zero is the mean once normalised.
+
+    Args:
+        key: Draws the squares' centres, anywhere in the picture: part of a square may lie outside.
+        images: [batch, height, width, channels].
+        size: Side of the square in pixels; 0 leaves the images as they are.
+    """
+    if not size:
+        return images
+    batch, height, width, _ = images.shape
+    rows, columns = (
+        jax.random.randint(k, (batch, 1), 0, n) for k, n in zip(jax.random.split(key), (height, width), strict=True)
+    )
+
+    def inside(centre: Array, n: int) -> Array:
+        at = jnp.arange(n).reshape(1, n) - centre + size // 2
+        return (at >= 0) & (at < size)  # bool[batch, n]
+
+    square = inside(rows, height)[:, :, None, None] & inside(columns, width)[:, None, :, None]
+    return jnp.where(square, jnp.zeros((), images.dtype), images)

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
-from gati_jax._errors import InputError
-from gati_jax._static import Static
 from gati_jax.caches import Candidate, Centres, Neighbours, Network, fold_standardize, unfold_standardize
 from gati_jax.data import full_batches
+from gati_jax.errors import InputError
 from gati_jax.models import Chain, fast_forward
+from gati_jax.pytrees import Static
 
-from .candidates import Candidates, check_splits, deal, fit_selectors
+from .fit import Candidates, check_splits, deal, fit_selectors
 from .heads import Part
 from .loop import LoopConfig, LoopState, run_loop
 from .predictors import FitConfig, advance, check_finite, merge, optimizer_of
@@ -58,8 +58,7 @@ def refit(
     """
     items = tuple(candidates)
     if cascaded := [item.name for item in items if item.previous is not None]:
-        msg = f"candidates: expected none that takes what another says, got {', '.join(cascaded)}"
-        raise InputError(msg)
+        raise InputError(f"candidates: expected none that takes what another says, got {', '.join(cascaded)}")
     images, select, fit_rows, select_rows = check_splits(chain, images, select)
     parts = {c.name: Part(c.site, c.predictor, c.selector, c.params["predictor"]) for c in items}
     fold = deal(select_rows, config)
@@ -95,8 +94,7 @@ def _train(
 ) -> dict[str, Part]:
     """Return the heads with what they have learned, folded as they were."""
     if len(images) < config.batch:
-        msg = f"images: expected at least one batch of {config.batch} rows, got {len(images)}"
-        raise InputError(msg)
+        raise InputError(f"images: expected at least one batch of {config.batch} rows, got {len(images)}")
     kept = _keep(chain, images, sorted({part.site for part in heads.values()}), config, rest)
     first_rows = {site: jnp.asarray(rows[:_STATISTICS_ROWS]) for site, rows in kept.activations.items()}
     unfolded = {

@@ -4,15 +4,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Num, PyTree, Shaped
 
-from gati_jax._errors import InputError
-from gati_jax._static import Static
+from gati_jax.errors import InputError
+from gati_jax.pytrees import Static
 
 Block = Callable[[Any, Array], Array]
 """``block(params, x[batch, ...]) -> y[batch, ...]``, pure; equal blocks share compiled programs."""
@@ -30,10 +30,9 @@ class Normalization:
         """Refuse what would divide by zero or not broadcast."""
         finite = all(math.isfinite(v) for v in (*self.mean, *self.std, self.scale))
         if not finite or len(self.mean) != len(self.std) or not self.std or min(self.std) <= 0:
-            msg = (
+            raise InputError(
                 f"normalization: expected as many means as positive standard deviations, got {self.mean} and {self.std}"
             )
-            raise InputError(msg)
 
     def __call__(self, pixels: Shaped[Array | np.ndarray, "*batch height width channels"]) -> Array:
         """Normalise ``pixels``, uint8[..., height, width, channels], to float32."""
@@ -82,11 +81,11 @@ class Chain:
         object.__setattr__(self, "params", tuple(self.params))
         if not self.blocks or len(self.params) != len(self.blocks) + 1:
             expected = f"one entry for each of {len(self.blocks)} blocks and one for the classifier"
-            msg = f"params: expected {expected}, got {len(self.params)}"
-            raise InputError(msg)
+            raise InputError(f"params: expected {expected}, got {len(self.params)}")
         if self.normalization and len(self.normalization.mean) not in {1, self.input_spec.shape[-1]}:
-            msg = f"normalization: expected {self.input_spec.shape[-1]} channels, got {len(self.normalization.mean)}"
-            raise InputError(msg)
+            raise InputError(
+                f"normalization: expected {self.input_spec.shape[-1]} channels, got {len(self.normalization.mean)}"
+            )
 
     def tree_flatten(self) -> tuple[tuple[Sequence[PyTree]], Static]:
         """Split into parameters and static structure."""
@@ -172,21 +171,25 @@ def check_images(chain: Chain, images: Any, *, batched: bool = True, argument: s
     try:
         array = np.asarray(images)
     except ValueError as error:
-        msg = f"{argument}: expected an array, got rows of different lengths"
-        raise InputError(msg) from error
+        raise InputError(f"{argument}: expected an array, got rows of different lengths") from error
     spec = chain.input_spec
     if array.shape[1 if batched else 0 :] != spec.shape or (batched and array.ndim == len(spec.shape)):
         batch = "batch, " if batched else ""
         expected = f"[{batch}{', '.join(map(str, spec.shape))}]"
-        msg = f"{argument}: expected shape {expected}, got {list(array.shape)}"
-        raise InputError(msg)
+        raise InputError(f"{argument}: expected shape {expected}, got {list(array.shape)}")
     if chain.normalization is not None and array.dtype == np.uint8:
         return array
     if array.dtype != spec.dtype:
         pixels = "uint8 pixels or " if chain.normalization is not None else ""
-        msg = f"{argument}: expected {pixels}{spec.dtype}, got {array.dtype}"
-        raise InputError(msg)
+        raise InputError(f"{argument}: expected {pixels}{spec.dtype}, got {array.dtype}")
     if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(array).all():
-        msg = f"{argument}: expected finite values, got NaN or infinity"
-        raise InputError(msg)
+        raise InputError(f"{argument}: expected finite values, got NaN or infinity")
     return array
+
+
+F = TypeVar("F", bound=Callable)
+
+
+def reference(function: F) -> F:
+    """Return ``function`` with true float32 products; left alone, GPUs and TPUs round what goes into them."""
+    return jax.default_matmul_precision("highest")(function)

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 from flax import linen as nn
 from pydantic import Field
 
-from gati_jax._errors import InputError
+from gati_jax.errors import InputError
 
-from ._modules import Classifier, FirstBlock, Norm, ResidualBlock, Size, Stem
 from .convolution import Algorithm
+from .modules import Classifier, FirstBlock, Norm, ResidualBlock, Size, Stem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,11 +34,9 @@ class ResNet:
     def __post_init__(self) -> None:
         """Refuse stages without widths, and a shortcut that cannot reach the bottleneck's width."""
         if len(self.stages) != len(self.widths):
-            msg = f"widths: expected one for each of {len(self.stages)} stages, got {len(self.widths)}"
-            raise InputError(msg)
+            raise InputError(f"widths: expected one for each of {len(self.stages)} stages, got {len(self.widths)}")
         if self.shortcut == "A" and sorted(self.widths) != list(self.widths):
-            msg = f"widths: expected rising ones, for shortcut A can only add channels, got {self.widths}"
-            raise InputError(msg)
+            raise InputError(f"widths: expected rising ones, for shortcut A can only add channels, got {self.widths}")
 
     def modules(self, norm: Norm, algorithms: Sequence[tuple[Algorithm, ...]] = ()) -> tuple[nn.Module, ...]:
         """Return the modules of blocks 1 .. N and the classifier.
@@ -120,5 +118,4 @@ def resnet(
             classes=classes,
             input_shape=input_shape,
         )
-    msg = f"name: expected one of {', '.join(RESNETS)}, got {name!r}"
-    raise InputError(msg)
+    raise InputError(f"name: expected one of {', '.join(RESNETS)}, got {name!r}")

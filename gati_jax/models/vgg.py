@@ -11,10 +11,10 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 from pydantic import Field
 
-from gati_jax._errors import InputError
+from gati_jax.errors import InputError
 
-from ._modules import Classifier, ConvNorm, Norm, Size
 from .convolution import Algorithm
+from .modules import Classifier, ConvNorm, Norm, Size
 
 
 class ConvolutionBlock(nn.Module):
@@ -50,12 +50,14 @@ class VGG:
     def __post_init__(self) -> None:
         """Refuse stages without channels, and images that would be pooled to nothing."""
         if len(self.convolutions) != len(self.channels):
-            msg = f"channels: expected one for each of {len(self.convolutions)} stages, got {len(self.channels)}"
-            raise InputError(msg)
+            raise InputError(
+                f"channels: expected one for each of {len(self.convolutions)} stages, got {len(self.channels)}"
+            )
         least = 2 ** len(self.convolutions)
         if min(self.input_shape[:2]) < least:
-            msg = f"input_shape: expected at least {least} rows and columns to halve, got {self.input_shape}"
-            raise InputError(msg)
+            raise InputError(
+                f"input_shape: expected at least {least} rows and columns to halve, got {self.input_shape}"
+            )
 
     @property
     def depth(self) -> int:
@@ -112,8 +114,7 @@ def vgg(name: str, *, classes: int = 10, input_shape: tuple[int, int, int] = (32
         (64, True)
     """
     if name not in _CONVOLUTIONS:
-        msg = f"name: expected one of {', '.join(VGGS)}, got {name!r}"
-        raise InputError(msg)
+        raise InputError(f"name: expected one of {', '.join(VGGS)}, got {name!r}")
     return VGG(
         convolutions=_CONVOLUTIONS[name],
         channels=(64, 128, 256, 512, 512),

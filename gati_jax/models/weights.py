@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gati_jax._errors import WeightsError, describe_mismatch
+from gati_jax.errors import WeightsError, describe_mismatch
 
 from .networks import Architecture, Variables, init
 from .resnet import ResNet
@@ -114,18 +114,15 @@ def import_state_dict(network: Architecture, tensors: Tensors) -> Variables:
     if len(found) < len(given):
         standard = [_standard_name(name) for name in given]
         twice = sorted(name for name in given if standard.count(_standard_name(name)) > 1)
-        msg = f"weights: expected every tensor once, got {', '.join(twice)}"
-        raise WeightsError(msg)
+        raise WeightsError(f"weights: expected every tensor once, got {', '.join(twice)}")
     abstract = jax.eval_shape(lambda: init(network, jax.random.key(0)))
     expected = {name: _torch_shape(_leaf(abstract[e.block], e.path).shape, e.axes) for name, e in entries.items()}
     biases = {bias: mean for bias, mean in _absorbed(network).items() if bias in found}
     expected |= {bias: expected[mean] for bias, mean in biases.items()}
     if problems := describe_mismatch(expected, {name: str(list(v.shape)) for name, v in found.items()}):
-        msg = f"weights: these are not the network's tensors. {problems}"
-        raise WeightsError(msg)
+        raise WeightsError(f"weights: these are not the network's tensors. {problems}")
     if bad := sorted(name for name, v in found.items() if not np.isfinite(np.asarray(v, np.float32)).all()):
-        msg = f"weights: expected finite values, got NaN or infinity in {', '.join(bad)}"
-        raise WeightsError(msg)
+        raise WeightsError(f"weights: expected finite values, got NaN or infinity in {', '.join(bad)}")
     for bias, mean in biases.items():
         found[mean] = np.asarray(found[mean], np.float32) - np.asarray(found[bias], np.float32)
     return _build(network, {name: found[name] for name in entries}, entries)
@@ -171,14 +168,12 @@ def read_weights(path: Path | str) -> dict[str, np.ndarray]:
         return _read_safetensors(path)
     if path.suffix in {".pth", ".pt"}:
         return _read_torch(path)
-    msg = f"weights: expected a .safetensors or .pth file, got {path.name}"
-    raise WeightsError(msg)
+    raise WeightsError(f"weights: expected a .safetensors or .pth file, got {path.name}")
 
 
 def _existing(path: Path | str) -> Path:
     if not Path(path).is_file():
-        msg = f"weights: no such file: {path}"
-        raise WeightsError(msg)
+        raise WeightsError(f"weights: no such file: {path}")
     return Path(path)
 
 
@@ -188,8 +183,7 @@ def _safetensors(path: Path) -> Generator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except SafetensorError as error:
-        msg = f"weights: {path} is not a readable safetensors file ({error})"
-        raise WeightsError(msg) from error
+        raise WeightsError(f"weights: {path} is not a readable safetensors file ({error})") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -214,15 +208,14 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     try:
         import torch  # noqa: PLC0415 (optional)
     except ImportError as error:
-        msg = f"weights: reading {path.name} needs torch (pip install 'gati-jax[torch]'), or convert it to safetensors"
-        raise WeightsError(msg) from error
+        raise WeightsError(
+            f"weights: reading {path.name} needs torch (pip install 'gati-jax[torch]'), or convert it to safetensors"
+        ) from error
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        msg = f"weights: {path} could not be read as weights only ({error})"
-        raise WeightsError(msg) from error
+        raise WeightsError(f"weights: {path} could not be read as weights only ({error})") from error
     tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(tensors, dict) or not all(isinstance(v, torch.Tensor) for v in tensors.values()):
-        msg = f"weights: {path} does not hold a state dict of tensors"
-        raise WeightsError(msg)
+        raise WeightsError(f"weights: {path} does not hold a state dict of tensors")
     return {str(name): tensor.detach().float().numpy() for name, tensor in tensors.items()}

@@ -10,16 +10,17 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
-from gati_jax._errors import InputError
+from gati_jax.errors import InputError
 
-from .exact import first_prices, solve
+from .binomial import largest_passing
+from .branch_and_bound import first_prices, solve
 from .greedy import MAX_THRESHOLDS, greedy
-from .local import Found, polish, search
-from .options import Choice, Options, evaluate, fits, read_options
-from .refused import reasons
+from .local_search import Found, alternatives, polish, search
+from .problem import RESOURCES, Choice, Problem, evaluate, fits, read_problem, used
 from .tables import CostTable, ReplayTable, cascade_ms, replay_plan
 
 GRID = 16  # thresholds a candidate in the exact search; the local one sees MAX_THRESHOLDS
@@ -49,8 +50,7 @@ class Budget:
         for name in ("disagreements", "memory_bytes", "worst_ms", "sites"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
-                msg = f"{name}: expected 0 or more, got {value}"
-                raise InputError(msg)
+                raise InputError(f"{name}: expected 0 or more, got {value}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,18 +105,15 @@ def compose(
     began = clock()
     check_tables(table, costs)
     if not 1 <= thresholds <= MAX_THRESHOLDS:
-        msg = f"thresholds: expected 1 to {MAX_THRESHOLDS}, got {thresholds}"
-        raise InputError(msg)
+        raise InputError(f"thresholds: expected 1 to {MAX_THRESHOLDS}, got {thresholds}")
     memory = {name: float(size) for name, size in (bytes or {}).items()}
     if budget.memory_bytes is not None and (missing := sorted(set(table.names) - set(memory))):
-        msg = f"bytes: expected those of every candidate, got none of {', '.join(missing)}"
-        raise InputError(msg)
+        raise InputError(f"bytes: expected those of every candidate, got none of {', '.join(missing)}")
     if budget.worst_ms is not None and budget.worst_ms < costs.full_ms * (1 - 1e-12):
-        msg = f"worst_ms: expected at least the base's own {costs.full_ms} ms, got {budget.worst_ms}"
-        raise InputError(msg)
+        raise InputError(f"worst_ms: expected at least the base's own {costs.full_ms} ms, got {budget.worst_ms}")
     table = in_order(table)
     worst = None if budget.worst_ms is None else max(0.0, budget.worst_ms - costs.full_ms)
-    options = read_options(
+    options = read_problem(
         table, costs, disagreements=budget.disagreements, limits=(budget.memory_bytes, worst, budget.sites),
         memory=memory,
     )  # fmt: skip
@@ -153,11 +150,9 @@ def check_tables(table: ReplayTable, costs: CostTable) -> None:
     """
     if table.depth != len(costs.blocks_ms) or not set(table.names) <= set(costs.lookup_ms):
         got = f"{len(costs.blocks_ms)} and {tuple(costs.lookup_ms)}"
-        msg = f"costs: expected times of {table.depth} blocks and of {table.names}, got {got}"
-        raise InputError(msg)
+        raise InputError(f"costs: expected times of {table.depth} blocks and of {table.names}, got {got}")
     if len(table) == 0:
-        msg = "table: expected at least one request, got none"
-        raise InputError(msg)
+        raise InputError("table: expected at least one request, got none")
 
 
 def in_order(table: ReplayTable) -> ReplayTable:
@@ -167,8 +162,8 @@ def in_order(table: ReplayTable) -> ReplayTable:
 
 
 def _good_choice(
-    table: ReplayTable, costs: CostTable, options: Options, out_of_time: Callable[[], bool]
-) -> tuple[Found, Options, float]:
+    table: ReplayTable, costs: CostTable, options: Problem, out_of_time: Callable[[], bool]
+) -> tuple[Found, Problem, float]:
     """Search from the greedy walk's end; return the options with few enough thresholds, its own among them."""
     index = {name: c for c, name in enumerate(table.names)}
 
@@ -186,20 +181,20 @@ def _good_choice(
     return found, fine, price
 
 
-def _translate(coarse: Options, fine: Options, choice: Choice) -> Choice:
+def _translate(coarse: Problem, fine: Problem, choice: Choice) -> Choice:
     """Return the same choice in the indices of other options."""
     return tuple(
         o and (o[0], int(np.searchsorted(-fine.thresholds[o[0]], -coarse.thresholds[o[0]][o[1]]))) for o in choice
     )
 
 
-def _has(coarse: Options, fine: Options, choice: Choice) -> bool:
+def _has(coarse: Problem, fine: Problem, choice: Choice) -> bool:
     """Say whether all thresholds of a choice among the fine options are coarse ones, too."""
     return all(fine.thresholds[o[0]][o[1]] in coarse.thresholds[o[0]] for o in choice if o is not None)
 
 
 def _told(  # noqa: PLR0917
-    table: ReplayTable, costs: CostTable, options: Options, choice: Choice, bound_ms: float, grid: int, nodes: int,
+    table: ReplayTable, costs: CostTable, options: Problem, choice: Choice, bound_ms: float, grid: int, nodes: int,
     seconds: float,
 ) -> Composition:  # fmt: skip
     chosen = [option for option in choice if option is not None]
@@ -226,3 +221,111 @@ def _told(  # noqa: PLR0917
         seconds=seconds,
         refused=MappingProxyType(reasons(table, costs, options, choice)),
     )
+
+
+def unpayable(
+    costs: CostTable, sites: Mapping[str, int], sizes: Mapping[str, int], *, memory_bytes: int | None = None
+) -> dict[str, str]:
+    """Say which candidates cannot pay, whatever they will learn, and why.
+
+    Args:
+        costs: Measured times; a lookup takes as long before a fit as after it. Of candidates over the memory budget
+            none are needed.
+        sites: Of every candidate by name.
+        sizes: Bytes of every candidate by name.
+        memory_bytes: What all caches of a plan may take together.
+
+    Returns:
+        Reasons by name.
+    """
+    reasons = {}
+    for name, site in sites.items():
+        if memory_bytes is not None and sizes[name] > memory_bytes:
+            reasons[name] = (
+                f"its {sizes[name] / 1e6:.2f} MB are more than the {memory_bytes / 1e6:.2f} MB for all caches"
+            )
+            continue
+        saves = costs.full_ms - costs.until(site)
+        if costs.lookup_ms[name] >= saves:
+            lookup = costs.lookup_ms[name]
+            reasons[name] = f"its lookup takes {lookup:.3f} ms, and if every request left it would save {saves:.3f} ms"
+    return reasons
+
+
+class Rank(NamedTuple):
+    """What a candidate is worth if it is the only cache."""
+
+    name: str
+    site: int
+    agreement: float
+    hits: float
+    """Share of requests that leave, at as many disagreements as could be certified."""
+    saved: float
+    """Share of the base's time that this saves; below 0 where the lookup costs more than it brings."""
+
+
+def rank(table: ReplayTable, costs: CostTable, *, epsilon: float, delta: float = 0.05) -> tuple[Rank, ...]:
+    """Rank candidates by what each saves alone, the best first.
+
+    Args:
+        table: Replay of the select split.
+        costs: Measured times.
+        epsilon: The disagreement to be certified.
+        delta: The certificate's.
+    """
+    target = max(0, largest_passing(len(table), epsilon, delta))
+    found = []
+    for i, (name, site) in enumerate(zip(table.names, table.sites, strict=True)):
+        order = np.argsort(-table.scores[i], kind="stable")
+        scores, wrong = table.scores[i][order], np.cumsum(~table.agrees[i][order])
+        ends = np.append(scores[1:] < scores[:-1], True)
+        fine = np.flatnonzero(ends & (wrong <= target) & (scores > -np.inf))  # -infinity never hits
+        hits = (int(fine[-1]) + 1) / len(table) if len(fine) else 0.0
+        saved = (hits * (costs.full_ms - costs.until(site)) - costs.lookup_ms[name]) / costs.full_ms
+        found.append(Rank(name, site, float(table.agrees[i].mean()), hits, saved))
+    return tuple(sorted(found, key=lambda r: -r.saved))
+
+
+def reasons(table: ReplayTable, costs: CostTable, options: Problem, choice: Choice) -> dict[str, str]:
+    """Return a sentence for every candidate that ``choice`` leaves out."""
+    chosen = {option[0] for option in choice if option is not None}
+    now_ms = evaluate(options, choice)[0]
+    told: dict[str, str] = {}
+    for site, option in enumerate(choice):
+        found = alternatives(options, choice, site)
+        within = found.allowed & (found.wrong <= options.disagreements)
+        best = np.where(within, found.ms, np.inf).min(1, initial=np.inf)
+        for c, ms in zip(found.candidates, best, strict=True):
+            if c not in chosen:
+                rival = None if option is None else table.names[option[0]]
+                lost = (float(ms) - now_ms) / options.n
+                told[table.names[c]] = _alone(table, costs, options, int(c)) or _beside(
+                    options, choice, site, int(c), rival, lost
+                )
+    return told
+
+
+def _alone(table: ReplayTable, costs: CostTable, options: Problem, c: int) -> str | None:
+    """Say what keeps a candidate out whatever else is chosen."""
+    behind = costs.full_ms - costs.until(table.sites[c])
+    if options.lookup_ms[c] >= behind:
+        return f"its lookup takes {options.lookup_ms[c]:.3f} ms, all blocks behind it {behind:.3f} ms"
+    for need, limit, what in zip(options.uses[c], options.limits, RESOURCES, strict=True):
+        if need > limit * (1 + 1e-12):
+            return f"over the budget by itself: {need:g} {what}, {max(0.0, limit):g} allowed"
+    if not len(options.thresholds[c]):
+        return "it answers nothing"
+    return None
+
+
+def _beside(options: Problem, choice: Choice, site: int, c: int, rival: str | None, lost: float) -> str:
+    """Compare with the choice, the other sites staying as they are."""
+    others = used(options, (*choice[:site], None, *choice[site + 1 :]))
+    for need, limit, what in zip(others + options.uses[c], options.limits, RESOURCES, strict=True):
+        if need > limit * (1 + 1e-12):
+            return f"no room beside the others: {need:g} {what}, {limit:g} allowed"
+    if np.isinf(lost):
+        return "at every threshold too many requests would disagree"
+    if rival is not None:
+        return f"{rival} at the same site saves {max(0.0, lost):.3f} ms more"
+    return f"would cost {max(0.0, lost):.3f} ms more than it saves beside the others"

@@ -7,9 +7,45 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
 
-from gati_jax._errors import InputError
+from gati_jax.errors import InputError
 
-from .origin import Origin
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a replay was computed from; empty where nobody said, as in tables made by hand.
+
+    Args:
+        base: Digest of the base's parameters.
+        candidates: Name and digest of every candidate's.
+        dtype: Of the images: rows are told apart by their bytes, so uint8 pixels and prepared inputs do not mix.
+    """
+
+    base: str = ""
+    candidates: tuple[tuple[str, str], ...] = ()
+    dtype: str = ""
+
+    def take(self, names: Sequence[str]) -> "Origin":
+        """Return the origin of these candidates only, in this order."""
+        digests = dict(self.candidates)
+        return dataclasses.replace(self, candidates=tuple((name, digests[name]) for name in names if name in digests))
+
+    def check(self, other: "Origin", argument: str) -> None:
+        """Compare with what else claims to be of this origin.
+
+        Raises:
+            InputError: Names what differs.
+        """
+        differ = [
+            what
+            for what, one, two in (("the base", self.base, other.base), ("the images' dtype", self.dtype, other.dtype))
+            if one != two
+        ]
+        mine, others = dict(self.candidates), dict(other.candidates)
+        differ += sorted(name for name in mine.keys() | others.keys() if mine.get(name) != others.get(name))
+        if differ:
+            raise InputError(
+                f"{argument}: expected the parameters and images of the plan, got other ones: {', '.join(differ)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,24 +64,21 @@ class ReplayTable:
     rows: UInt64[np.ndarray, " n"]
     """Digests, by which splits are told apart."""
     labels: Int[np.ndarray, " n"] | None = None
-    origin: Origin = Origin()  # noqa: RUF009 (frozen)
+    origin: Origin = Origin()
 
     def __post_init__(self) -> None:
         """Check that the columns belong together."""
         expected = (len(self.names), len(self.answers))
         for field in ("classes", "scores"):
             if (got := getattr(self, field).shape) != expected:
-                msg = f"{field}: expected shape [candidates, n] = {list(expected)}, got {list(got)}"
-                raise InputError(msg)
+                raise InputError(f"{field}: expected shape [candidates, n] = {list(expected)}, got {list(got)}")
         for field in ("rows", "labels"):
             column = getattr(self, field)
             if column is not None and column.shape != self.answers.shape:
-                msg = f"{field}: expected shape {list(self.answers.shape)}, got {list(column.shape)}"
-                raise InputError(msg)
+                raise InputError(f"{field}: expected shape {list(self.answers.shape)}, got {list(column.shape)}")
         object.__setattr__(self, "scores", _comparable(self.scores))
         if len(self.sites) != len(self.names) or len(set(self.names)) != len(self.names):
-            msg = f"names: expected a site for each, and no name twice, got {self.names} at {self.sites}"
-            raise InputError(msg)
+            raise InputError(f"names: expected a site for each, and no name twice, got {self.names} at {self.sites}")
 
     def __len__(self) -> int:
         """Return n."""
@@ -63,8 +96,7 @@ class ReplayTable:
             InputError: A name is not in the table.
         """
         if missing := [name for name in names if name not in self.names]:
-            msg = f"table: expected the candidates {', '.join(missing)}, got {', '.join(self.names)}"
-            raise InputError(msg)
+            raise InputError(f"table: expected the candidates {', '.join(missing)}, got {', '.join(self.names)}")
         index = [self.names.index(name) for name in names]
         sites = tuple(self.sites[i] for i in index)
         return dataclasses.replace(
@@ -100,11 +132,13 @@ class CostTable:
     def __post_init__(self) -> None:
         """Refuse negative times, and a device that is no file name."""
         if not re.fullmatch(r"\w[\w.+-]{0,99}", self.device) or self.batch < 1:
-            msg = f"device, batch: expected a plain name and 1 or more, got {self.device!r} and {self.batch}"
-            raise InputError(msg)
+            raise InputError(
+                f"device, batch: expected a plain name and 1 or more, got {self.device!r} and {self.batch}"
+            )
         if not self.blocks_ms or not all(0 <= ms < np.inf for ms in (*self.blocks_ms, *self.lookup_ms.values())):
-            msg = f"costs: expected non-negative milliseconds, got {self.blocks_ms} and {dict(self.lookup_ms)}"
-            raise InputError(msg)
+            raise InputError(
+                f"costs: expected non-negative milliseconds, got {self.blocks_ms} and {dict(self.lookup_ms)}"
+            )
 
     @property
     def full_ms(self) -> float:

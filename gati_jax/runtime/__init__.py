@@ -1,4 +1,4 @@
-"""Cascades made runnable: replay, one pure step, its drivers, measured costs."""
+"""Cascades made runnable: one pure step, and the drivers that repeat it."""
 
 from .cascade import Cascade as Cascade
 from .cascade import CascadeState as CascadeState
@@ -7,31 +7,9 @@ from .cascade import begin as begin
 from .cascade import check_cascade as check_cascade
 from .cascade import finish as finish
 from .cascade import step as step
-from .drivers import predict_batch as predict_batch
-from .drivers import predict_one as predict_one
-from .drivers import predict_stepwise as predict_stepwise
 from .host import HostCascade as HostCascade
 from .host import compile_stages as compile_stages
 from .host import predict_on_host as predict_on_host
-from .measure import device_name as device_name
-from .measure import measure_costs as measure_costs
-from .replay import Said as Said
-from .replay import hear as hear
-from .replay import origin as origin
-from .replay import replay as replay
-from .replay import replay_logits as replay_logits
-from .search import tune as tune
-from .search import tune_tile as tune_tile
-from .speed import Speed as Speed
-from .speed import expected_ms as expected_ms
-from .speed import measure_batches as measure_batches
-from .speed import measure_speed as measure_speed
-from .speed import stages_ms as stages_ms
-from .timing import time_interleaved as time_interleaved
-from .timing import time_turns as time_turns
-from .tuned import TunedCascade as TunedCascade
-from .tuning import Tile as Tile
-from .tuning import Tuning as Tuning
-from .tuning import tuned_cache as tuned_cache
-from .tuning import tuned_cascade as tuned_cascade
-from .tuning import tuned_chain as tuned_chain
+from .per_sample import predict_batch as predict_batch
+from .per_sample import predict_one as predict_one
+from .per_sample import predict_stepwise as predict_stepwise

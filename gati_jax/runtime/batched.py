@@ -7,6 +7,7 @@ per-sample loop would run everything for every row; this runs what is left, roun
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -14,13 +15,81 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
-from gati_jax._errors import InputError
+from gati_jax.errors import InputError
+from gati_jax.models.chain import reference
 
 from .cascade import Cascade, Prediction, run_stage
-from .numerics import reference
-from .options import Options, compiled
-from .packing import Packed, pack, unpack
-from .schedule import Schedule
+from .compilation import CompilerOptions, Packed, compiled, pack, unpack
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Full tiles first, then what is cheapest for the rest: one more full tile, partly empty, or smaller ones.
+
+    Args:
+        sizes: Rows in a tile, falling.
+        rest: For r = 0 .. sizes[0] - 1 remaining rows, how many tiles of each size.
+    """
+
+    sizes: tuple[int, ...]
+    rest: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        """Check that every rest is covered.
+
+        Raises:
+            InputError: Sizes that do not fall, or a rest that is not covered.
+        """
+        if not self.sizes or min(self.sizes) < 1 or list(self.sizes) != sorted(set(self.sizes), reverse=True):
+            raise InputError(f"sizes: expected falling tile sizes, got {self.sizes}")
+        if len(self.rest) != self.sizes[0] or any(self._rows(counts) < r for r, counts in enumerate(self.rest)):
+            raise InputError(f"rest: expected tiles that cover 0 .. {self.sizes[0] - 1} rows, got {self.rest}")
+
+    @classmethod
+    def of(cls, milliseconds: Mapping[int, float], *, batch: int | None = None) -> "Schedule":
+        """Choose tiles by their measured times.
+
+        Args:
+            milliseconds: What a tile of each size takes.
+            batch: The most rows that there will be; larger tiles than that are not considered.
+
+        Raises:
+            InputError: No tile size is at most ``batch``.
+        """
+        sizes = sorted(size for size in milliseconds if batch is None or size <= batch)
+        if not sizes:
+            raise InputError(f"milliseconds: expected a tile of at most {batch} rows, got {sorted(milliseconds)}")
+        full = min(reversed(sizes), key=lambda size: milliseconds[size] / size)
+        sizes = [size for size in reversed(sizes) if size <= full]
+        cheapest: list[tuple[float, tuple[int, ...]]] = [(0.0, (0,) * len(sizes))]
+        for rows in range(1, full):
+            options = []
+            for i, size in enumerate(sizes):
+                ms, counts = cheapest[max(0, rows - size)]
+                options.append((ms + milliseconds[size], (*counts[:i], counts[i] + 1, *counts[i + 1 :])))
+            cheapest.append(min(options))
+        return cls(sizes=tuple(sizes), rest=tuple(counts for _, counts in cheapest))
+
+    def _rows(self, counts: tuple[int, ...]) -> int:
+        return sum(size * count for size, count in zip(self.sizes, counts, strict=True))
+
+    @functools.cached_property
+    def table(self) -> Int[np.ndarray, "rest sizes"]:
+        """``rest`` as an array."""
+        return np.array(self.rest, np.int32)
+
+    def tiles(self, rows: int) -> tuple[int, ...]:
+        """Return how many tiles of each size ``rows`` rows take."""
+        full, rest = divmod(rows, self.sizes[0])
+        return (self.rest[rest][0] + full, *self.rest[rest][1:])
+
+    def covered(self, rows: int) -> int:
+        """Return the most rows that the tiles for at most ``rows`` rows take up."""
+        return max(self._rows(self.tiles(n)) for n in range(rows + 1))
+
+    def milliseconds(self, rows: int, tile_ms: Mapping[int, float]) -> float:
+        """Return what ``rows`` rows take."""
+        return sum(tile_ms[size] * count for size, count in zip(self.sizes, self.tiles(rows), strict=True))
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +129,7 @@ def predict_tiled(
     cascade: BatchedCascade,
     images: Shaped[Array | np.ndarray, "batch *input"],
     count: int | None = None,
-    options: Options = (),
+    options: CompilerOptions = (),
 ) -> Prediction:
     """Answer a batch in one program.
 
@@ -75,8 +144,7 @@ def predict_tiled(
     """
     count = len(images) if count is None else count
     if not 1 <= count <= len(images):
-        msg = f"count: expected 1 to {len(images)}, the length of images, got {count}"
-        raise InputError(msg)
+        raise InputError(f"count: expected 1 to {len(images)}, the length of images, got {count}")
     return compiled(_predict_tiled, options)(cascade.packed, images, np.int32(count))
 
 

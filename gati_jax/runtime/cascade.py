@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from gati_jax._errors import InputError
 from gati_jax.caches import Candidate, lookup
+from gati_jax.errors import InputError
 from gati_jax.models import Chain
 
-from .packing import Packed, pack, unpack
+from .compilation import Packed, pack, unpack
 
 
 @jax.tree_util.register_dataclass
@@ -87,19 +87,19 @@ def check_cascade(cascade: Cascade) -> None:
     """
     sites, specs = cascade.sites, cascade.chain.site_specs
     if sorted(set(sites)) != list(sites) or any(not 0 <= site < len(cascade.chain) for site in sites):
-        msg = f"caches: expected rising sites in 0 .. {len(cascade.chain) - 1}, got {sites}"
-        raise InputError(msg)
+        raise InputError(f"caches: expected rising sites in 0 .. {len(cascade.chain) - 1}, got {sites}")
     if cascaded := [cache.name for cache in cascade.caches if cache.previous is not None]:
-        msg = f"caches: expected none that sees what another says (no driver passes that on), got {', '.join(cascaded)}"
-        raise InputError(msg)
+        raise InputError(
+            f"caches: expected none that sees what another says (no driver passes that on), got {', '.join(cascaded)}"
+        )
     floats = {jnp.dtype(name) for name in ("float32", "float16", "bfloat16")}
     if bad := [site for site in sites if specs[site].dtype not in floats]:
         got = ", ".join(f"{specs[site].dtype} at {site}" for site in bad)
-        msg = f"caches: expected float32, float16 or bfloat16 activations, got {got}"
-        raise InputError(msg)
+        raise InputError(f"caches: expected float32, float16 or bfloat16 activations, got {got}")
     if cascade.thresholds.shape != (len(sites),):
-        msg = f"thresholds: expected one for each of {len(sites)} caches, got shape {list(cascade.thresholds.shape)}"
-        raise InputError(msg)
+        raise InputError(
+            f"thresholds: expected one for each of {len(sites)} caches, got shape {list(cascade.thresholds.shape)}"
+        )
 
 
 def begin(cascade: Cascade, image: Shaped[Array, "*input"]) -> CascadeState:

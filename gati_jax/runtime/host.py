@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, Shaped
 
-from gati_jax._errors import InputError
+from gati_jax.errors import InputError
+from gati_jax.models.chain import reference
 
+from .batched import Schedule
 from .cascade import Behind, Cascade, Prediction, run_stage
-from .numerics import reference
-from .options import Options, compiled
-from .packing import pack, unpack
-from .schedule import Schedule
+from .compilation import CompilerOptions, compiled, pack, unpack
 
 MOST_PROGRAMS = 42
 
@@ -43,7 +42,7 @@ class HostCascade:
 
 
 def compile_stages(
-    cascades: Mapping[int, Cascade], schedule: Schedule, options: Mapping[int, Options] | None = None
+    cascades: Mapping[int, Cascade], schedule: Schedule, options: Mapping[int, CompilerOptions] | None = None
 ) -> HostCascade:
     """Compile every stage for every tile size of the schedule.
 
@@ -59,8 +58,9 @@ def compile_stages(
     some = cascades[schedule.sizes[0]]
     stages = len(some.caches) + 1
     if (number := stages * len(schedule.sizes)) > MOST_PROGRAMS:
-        msg = f"schedule: expected at most {MOST_PROGRAMS} programs, got {stages} stages of {schedule.sizes}: {number}"
-        raise InputError(msg)
+        raise InputError(
+            f"schedule: expected at most {MOST_PROGRAMS} programs, got {stages} stages of {schedule.sizes}: {number}"
+        )
     programs, leaves = {}, {}
     for size in schedule.sizes:
         # Leaves, not Packed: lowering describes arguments by a tree of what are no arrays.
@@ -99,8 +99,7 @@ def predict_on_host(host: HostCascade, images: Shaped[np.ndarray, "batch *input"
     """
     cascade, batch = host.cascade, len(images)
     if batch == 0:
-        msg = "images: expected at least one, got none"
-        raise InputError(msg)
+        raise InputError("images: expected at least one, got none")
     thresholds = np.append(np.asarray(cascade.thresholds), np.float32(-np.inf))
     exits, scores = np.empty(batch, np.int32), np.empty(batch, np.float32)
     logits = np.empty((batch, cascade.chain.classes), np.float32)

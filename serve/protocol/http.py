@@ -1,6 +1,11 @@
 """The protocol over HTTP: routes, their OpenAPI description, and what happens when a client leaves."""
 
 import asyncio
+import hmac
+import logging
+import math
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,16 +15,15 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gati_jax import __version__
 from serve import logs
+from serve.engine.records import ServeError
 from serve.metrics import CONTENT_TYPE, Metrics
-from serve.records import ServeError
+from serve.protocol import codec, messages
 
-from . import bodies, messages
-from .errors import SlowBodyError
-from .guard import HEALTH, Guard, explain
+from .messages import SlowBodyError, UnauthorizedError, refusal
 from .service import Service
 
 _REFS = "#/components/schemas/{model}"
@@ -138,28 +142,27 @@ class _Handlers:
             body = await self._read(receive, headers.get("content-length"), headers.get("content-encoding"))
             model, version = _asked(request)
             self._service.model.check(model, version)
-            most, header = self._service.model.most_numbers, headers.get(bodies.HEADER_LENGTH)
-            asked = bodies.decode(body, header, model=model, version=version, most_numbers=most)
+            most, header = self._service.model.most_numbers, headers.get(codec.HEADER_LENGTH)
+            asked = codec.decode(body, header, model=model, version=version, most_numbers=most)
             async with _WhileConnected(receive):
                 answer = await self._service.infer(asked, request_id=logs.request_id.get())
-        except bodies.GoneError:
+        except codec.GoneError:
             return Response(status_code=_GONE)
         head = {"model_name": answer.model, "model_version": answer.version, "parameters": answer.parameters}
         if answer.id:
             head["id"] = answer.id
-        body, json_bytes = bodies.encode(head, answer.outputs)
+        body, json_bytes = codec.encode(head, answer.outputs)
         if json_bytes is None:
             return Response(body, media_type="application/json")
-        return Response(body, media_type="application/octet-stream", headers={bodies.HEADER_LENGTH: str(json_bytes)})
+        return Response(body, media_type="application/octet-stream", headers={codec.HEADER_LENGTH: str(json_bytes)})
 
     async def _read(self, receive: Receive, length: str | None, encoding: str | None) -> bytes:
         seconds = self._service.timeout
         try:
             async with asyncio.timeout(seconds):
-                return await bodies.read(receive, length, encoding, self._limit)
+                return await codec.read(receive, length, encoding, self._limit)
         except TimeoutError:
-            msg = f"body: expected all of it within {seconds:g} s"
-            raise SlowBodyError(msg) from None
+            raise SlowBodyError(f"body: expected all of it within {seconds:g} s") from None
 
 
 class _WhileConnected:
@@ -186,7 +189,7 @@ class _WhileConnected:
         self._watch.remove_done_callback(self._leave)
         self._watch.cancel()
         if self._gone and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
-            raise bodies.GoneError from error
+            raise codec.GoneError from error
 
 
 def _asked(request: Request) -> tuple[str, str]:
@@ -216,3 +219,72 @@ def _describe(app: FastAPI) -> dict[str, Any]:
         schema["components"]["schemas"].update(request["$defs"])
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+HEALTH = ("/v2/health/live", "/v2/health/ready")
+_log = logging.getLogger("serve.http")
+
+
+def check_token(token: str | None, authorization: str | None) -> None:
+    """Check a client's token, in a time that does not depend on how much of it is right.
+
+    Raises:
+        UnauthorizedError: It is not the server's.
+    """
+    scheme, _, shown = (authorization or "").partition(" ")
+    right = hmac.compare_digest(shown.encode(), (token or "").encode())
+    if token is not None and not (right and scheme.lower() == "bearer"):
+        raise UnauthorizedError("authorization: expected 'Bearer' and this server's token")
+
+
+class Guard:
+    """An ASGI application around another one."""
+
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, *, token: str | None = None, draining: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Ask for ``token`` on everything but health, if there is one.
+
+        While ``draining``, connections are not kept: a client that sends on one as it is closed would get no answer.
+        """
+        self._app, self._metrics, self._token, self._draining = app, metrics, token, draining
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        request_id = logs.identify(headers.get(b"x-request-id", b"").decode("latin-1"))
+        logs.request_id.set(request_id)
+        status, started = 500, time.perf_counter()
+
+        async def respond(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                last = ((b"connection", b"close"),) if self._draining() else ()
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), *last]
+            await send(message)
+
+        try:
+            if scope["path"] not in HEALTH:
+                check_token(self._token, headers.get(b"authorization", b"").decode("latin-1"))
+            await self._app(scope, receive, respond)
+        except UnauthorizedError as error:
+            await explain(error, {"www-authenticate": "Bearer"})(scope, receive, respond)
+        except Exception:  # noqa: BLE001 (logged; the application has sent a 500 before it raised)
+            _log.exception("a request failed", extra={"path": scope["path"]})
+        finally:
+            endpoint = getattr(scope.get("endpoint"), "__name__", "none")
+            self._metrics.request("http", endpoint, status)
+            if _log.isEnabledFor(logging.DEBUG):
+                ms = round((time.perf_counter() - started) * 1e3, 3)
+                _log.debug("request", extra={"path": scope["path"], "status": status, "ms": ms})
+
+
+def explain(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
+    """Return the response to an error."""
+    status, message, retry_after = refusal(error)
+    retry = {} if retry_after is None else {"retry-after": str(max(1, math.ceil(retry_after)))}  # whole seconds
+    return JSONResponse({"error": message}, status, headers=retry | (headers or {}))

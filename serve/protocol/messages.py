@@ -4,11 +4,11 @@ https://github.com/kserve/open-inference-protocol, with Triton's extensions for 
 statistics.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import RequestError
+from serve.engine.records import DeadlineError, OverloadedError, ServeError, StepError, StoppingError
 
 Parameter = bool | int | float | str
 Parameters = dict[str, Parameter]
@@ -198,10 +198,74 @@ def parse_request(text: bytes) -> InferenceRequest:
         return InferenceRequest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        msg = f"{_path(first['loc']) or 'body'}: {first['msg']}"
-        raise RequestError(msg) from None
+        raise RequestError(f"{_path(first['loc']) or 'body'}: {first['msg']}") from None
 
 
 def _path(location: tuple[int | str, ...]) -> str:
     """Write ("inputs", 0, "shape") as ``inputs[0].shape``."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in location).removeprefix(".")
+
+
+class RequestError(ServeError):
+    """The request is not what this server takes; the message names the field."""
+
+
+class UnauthorizedError(ServeError):
+    """The request does not carry the server's token."""
+
+
+class UnknownModelError(ServeError):
+    """There is no such model, or not in this version."""
+
+
+class TooLargeError(ServeError):
+    """The body is larger than this server takes."""
+
+
+class SlowBodyError(ServeError):
+    """The body took longer to come than a request may."""
+
+
+class EncodingError(ServeError):
+    """The body is compressed."""
+
+
+class NotReadyError(ServeError):
+    """The server is still warming up, or it is stopping."""
+
+
+class Refusal(NamedTuple):
+    """An error as a client sees it."""
+
+    status: int  # HTTP's; `rpc` translates it
+    message: str
+    retry_after: float | None = None  # seconds
+
+
+_STATUS: dict[type[ServeError], int] = {
+    RequestError: 400,
+    UnauthorizedError: 401,
+    UnknownModelError: 404,
+    SlowBodyError: 408,
+    TooLargeError: 413,
+    EncodingError: 415,
+    OverloadedError: 429,
+    NotReadyError: 503,
+    StoppingError: 503,
+    DeadlineError: 504,
+}
+_RETRY_AFTER = 1.0  # a server that warms up or is replaced
+
+
+def refusal(error: Exception) -> Refusal:
+    """Describe an error to the client.
+
+    Of a failure inside the server it learns nothing: what went wrong may name files or data of others, and is logged.
+    """
+    status = _STATUS.get(type(error)) if isinstance(error, ServeError) else None
+    if status is None:
+        what = "the computation of this request failed" if isinstance(error, StepError) else "the server failed"
+        return Refusal(500, f"{what}; its log says why, under this x-request-id")
+    if isinstance(error, OverloadedError):
+        return Refusal(status, str(error), error.retry_after)
+    return Refusal(status, str(error), _RETRY_AFTER if status == 503 else None)  # noqa: PLR2004 (HTTP)

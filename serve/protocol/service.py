@@ -6,27 +6,26 @@ abandons the rows.
 """
 
 import asyncio
+import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float
 
 from gati_jax import __version__
-from serve.records import Answer, DeadlineError, Statistics, StepError, StoppingError
+from serve.engine.records import Answer, DeadlineError, Statistics, StepError, StoppingError
 
-from .errors import NotReadyError, RequestError
-from .messages import ModelReady, ModelStatistics, Parameters, ServerMetadata
-from .model import Model
-from .requests import Request, images_of, wanted_of, wishes_of
-from .statistics import Tally, Times
+from .codec import Request, images_of, wanted_of, wishes_of
+from .messages import ModelReady, ModelStatistics, NotReadyError, Parameters, RequestError, ServerMetadata
+from .model import Model, Tally, Times
 from .tensors import DTYPES, Outgoing
-from .waiting import gather
 
 NAME = "gati-jax"
 _log = logging.getLogger("serve")
@@ -213,8 +212,7 @@ class Service:
             async with asyncio.timeout(seconds):
                 answers = await gather(futures)
         except TimeoutError:
-            msg = f"the deadline passed: no answer within {seconds * 1000:.3g} ms"
-            raise DeadlineError(msg) from None
+            raise DeadlineError(f"the deadline passed: no answer within {seconds * 1000:.3g} ms") from None
         finally:
             if pending := [future for future in futures if not future.done()]:
                 engine.abandon(pending)
@@ -257,3 +255,37 @@ class Service:
 def _softmax(logits: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n classes"]:
     e = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
+
+
+async def gather(futures: Sequence["Future[Answer]"]) -> list[Answer]:
+    """Wait for the answers of one request.
+
+    The engine's thread wakes the loop once: when all are there, or when the first has failed. This takes a tenth of
+    what ``asyncio.wrap_future`` takes for 32 rows.
+
+    Raises:
+        ServeError: Why one of them failed; others may still be on their way.
+    """
+    loop = asyncio.get_running_loop()
+    woken = loop.create_future()
+    missing = itertools.count(len(futures) - 1, -1)
+
+    def wake() -> None:
+        if not woken.done():
+            woken.set_result(None)
+
+    def one(future: "Future[Answer]") -> None:
+        if next(missing) == 0 or future.cancelled() or future.exception() is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(wake)
+
+    for future in futures:
+        future.add_done_callback(one)
+    await woken
+    try:
+        for future in futures:
+            if future.done():  # where one has failed, others may not be, and would block
+                future.result()
+        return [future.result() for future in futures]
+    except CancelledError:
+        raise StoppingError("the server stopped before the answer was there") from None

@@ -7,10 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Shaped
 
-from .errors import RequestError
+from serve.protocol.messages import RequestError
 
 DTYPES = {"UINT8": np.dtype("u1"), "INT32": np.dtype("<i4"), "FP32": np.dtype("<f4")}
+
+
 BYTES = "BYTES"
+
+
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -42,15 +46,12 @@ def to_array(tensor: Incoming) -> Shaped[np.ndarray, "..."]:
         RequestError: The datatype is none of ``DTYPES``, or the data is not of this shape or type, or not finite.
     """
     if tensor.datatype not in DTYPES:
-        msg = f"{tensor.field}.datatype: expected one of {', '.join(DTYPES)}, got {tensor.datatype!r}"
-        raise RequestError(msg)
+        raise RequestError(f"{tensor.field}.datatype: expected one of {', '.join(DTYPES)}, got {tensor.datatype!r}")
     if any(size < 0 for size in tensor.shape):
-        msg = f"{tensor.field}.shape: expected no negative sizes, got {list(tensor.shape)}"
-        raise RequestError(msg)
+        raise RequestError(f"{tensor.field}.shape: expected no negative sizes, got {list(tensor.shape)}")
     array = _from_numbers(tensor) if tensor.raw is None else _from_bytes(tensor, tensor.raw)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        msg = f"{tensor.field}.data: expected finite numbers, got NaN or infinity"
-        raise RequestError(msg)
+        raise RequestError(f"{tensor.field}.data: expected finite numbers, got NaN or infinity")
     return array.reshape(tensor.shape)
 
 
@@ -59,8 +60,7 @@ def _from_bytes(tensor: Incoming, raw: bytes | memoryview) -> Shaped[np.ndarray,
     expected = math.prod(tensor.shape) * dtype.itemsize
     if len(raw) != expected:
         of = f"{tensor.datatype}{list(tensor.shape)}"
-        msg = f"{tensor.field}.data: expected {expected} bytes for {of}, got {len(raw)}"
-        raise RequestError(msg)
+        raise RequestError(f"{tensor.field}.data: expected {expected} bytes for {of}, got {len(raw)}")
     return np.frombuffer(raw, dtype)
 
 
@@ -68,25 +68,30 @@ def _from_numbers(tensor: Incoming) -> Shaped[np.ndarray, "..."]:
     dtype, field = DTYPES[tensor.datatype], f"{tensor.field}.data"
     if isinstance(tensor.numbers, list) and not _are_numbers(tensor.numbers, max(1, len(tensor.shape))):
         what = "numbers" if dtype.kind == "f" else "whole numbers"
-        msg = f"{field}: expected {what} for {tensor.datatype}, flat or nested as the shape {list(tensor.shape)} says"
-        raise RequestError(msg)
+        raise RequestError(
+            f"{field}: expected {what} for {tensor.datatype}, flat or nested as the shape {list(tensor.shape)} says"
+        )
     try:
         array = np.asarray(tensor.numbers)
     except (ValueError, TypeError, OverflowError, RecursionError):
-        msg = f"{field}: expected numbers, flat or nested as the shape {list(tensor.shape)} says, got a ragged list"
-        raise RequestError(msg) from None
+        raise RequestError(
+            f"{field}: expected numbers, flat or nested as the shape {list(tensor.shape)} says, got a ragged list"
+        ) from None
     if array.shape not in {tensor.shape, (math.prod(tensor.shape),)}:
         got = "nothing" if tensor.numbers is None else f"shape {list(array.shape)}"
-        msg = f"{field}: expected {math.prod(tensor.shape)} numbers of shape {list(tensor.shape)}, got {got}"
-        raise RequestError(msg)
+        raise RequestError(
+            f"{field}: expected {math.prod(tensor.shape)} numbers of shape {list(tensor.shape)}, got {got}"
+        )
     if not array.size:
         return array.astype(dtype)
     if array.dtype.kind not in ("iuf" if dtype.kind == "f" else "iu"):
-        msg = f"{field}: expected {'numbers' if dtype.kind == 'f' else 'whole numbers'} for {tensor.datatype}"
-        raise RequestError(msg)
+        raise RequestError(
+            f"{field}: expected {'numbers' if dtype.kind == 'f' else 'whole numbers'} for {tensor.datatype}"
+        )
     if dtype.kind != "f" and not np.iinfo(dtype).min <= array.min() <= array.max() <= np.iinfo(dtype).max:
-        msg = f"{field}: expected {np.iinfo(dtype).min} to {np.iinfo(dtype).max} for {tensor.datatype}, got others"
-        raise RequestError(msg)
+        raise RequestError(
+            f"{field}: expected {np.iinfo(dtype).min} to {np.iinfo(dtype).max} for {tensor.datatype}, got others"
+        )
     with np.errstate(over="ignore"):  # becomes an infinity, which is refused
         return array.astype(dtype)
 

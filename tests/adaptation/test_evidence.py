@@ -15,35 +15,37 @@ from gati_jax import FitConfig, InputError
 from gati_jax.adaptation import (
     POINTS,
     REPEATED,
+    AdaptationController,
     Alarm,
-    Background,
-    BackgroundConfig,
-    Keeper,
-    KeeperConfig,
+    ControllerConfig,
+    CostGuardConfig,
+    ExactCacheConfig,
     Mechanisms,
     MonitorConfig,
-    PointsConfig,
-    PointsTrialConfig,
-    RepeatsConfig,
+    NearestCacheConfig,
+    NearestTrialConfig,
+    Recovery,
+    RecoveryConfig,
+    RequestLogConfig,
     Served,
-    ThriftConfig,
     TrialConfig,
     UpdateConfig,
-    Versions,
-    WindowConfig,
     load_trace,
     save_trace,
     simulate,
 )
-from gati_jax.adaptation import background as background_module
-from gati_jax.adaptation import versions as versions_module
-from gati_jax.adaptation.points_trial import PointsTrial, Seen
+from gati_jax.adaptation import recovery as background_module
+from gati_jax.adaptation.trials import NearestTrial, Seen
+from gati_jax.bundle import Versions
+from gati_jax.bundle import versions as versions_module
 from gati_jax.planning import Plan
 from tests.adaptation import world
 from train import adapt
 
 DEPTH = 3
-QUIET = KeeperConfig(monitor=MonitorConfig(epsilon=world.EPSILON, stir=False), repeats=None, points=None, thrift=None)
+QUIET = ControllerConfig(
+    monitor=MonitorConfig(epsilon=world.EPSILON, stir=False), repeats=None, points=None, thrift=None
+)
 IMAGE = np.zeros(world.SHAPE, np.uint8)
 
 
@@ -73,7 +75,7 @@ def two_caches():
     return dataclasses.replace(bundle, caches=(first, second), plan=plan, certificate=certificate, costs=(costs,))
 
 
-# --- Background and keeper ------------------------------------------------------------------------------------------
+# --- Recovery and keeper ------------------------------------------------------------------------------------------
 
 
 def test_an_alarm_ends_the_trial_that_is_under_way(tmp_path):
@@ -82,9 +84,9 @@ def test_an_alarm_ends_the_trial_that_is_under_way(tmp_path):
     What opens caches again must have come after the last alarm.
     """
     bundle = two_caches()
-    keeper = Keeper(bundle, QUIET, level=lambda: 0.01)
-    config = BackgroundConfig(trial=TrialConfig(epsilon=world.EPSILON, gap=10), refit=False)
-    beside = Background(bundle, keeper, Versions(tmp_path), config)
+    keeper = AdaptationController(bundle, QUIET, level=lambda: 0.01)
+    config = RecoveryConfig(trial=TrialConfig(epsilon=world.EPSILON, gap=10), refit=False)
+    beside = Recovery(bundle, keeper, Versions(tmp_path), config)
     keeper._alarm(Alarm((1,), 100.0, 0, 1))
     assert beside.work()
     for image in world.images(1000, 50):
@@ -98,7 +100,7 @@ def test_an_alarm_ends_the_trial_that_is_under_way(tmp_path):
 
 
 def test_an_alarm_while_caches_rest_opens_none():
-    keeper = Keeper(two_caches(), QUIET, level=lambda: 0.01)
+    keeper = AdaptationController(two_caches(), QUIET, level=lambda: 0.01)
     awake = keeper.served
     keeper._resting = awake, 10_000
     keeper.served = Served(awake.caches, np.full_like(awake.thresholds, np.inf))
@@ -108,9 +110,9 @@ def test_an_alarm_while_caches_rest_opens_none():
 
 def test_lost_shadows_are_no_agreement():
     """Points that are always wrong; the base's answer behind every hit is lost: nothing may be certified by that."""
-    trial = PointsTrialConfig(known=60, every=20, most=1500)
-    config = dataclasses.replace(QUIET, points=PointsConfig(cells=4), points_trial=trial)
-    one = Keeper(world.bundle(), config, level=lambda: 0.05)
+    trial = NearestTrialConfig(known=60, every=20, most=1500)
+    config = dataclasses.replace(QUIET, points=NearestCacheConfig(cells=4), points_trial=trial)
+    one = AdaptationController(world.bundle(), config, level=lambda: 0.05)
     for number in range(3000):
         ticket = one.ask(IMAGE, float(number))
         trying = state(one) != "watching"
@@ -140,7 +142,7 @@ def served_by_points(seed, n=15_000):
     The very same traffic throughout. The base answers whatever points do not; what it answers becomes a point. Returns
     the share that the trial saw disagree, and what the service then does.
     """
-    random, trial, j = np.random.default_rng(seed), PointsTrial(0.01), 0
+    random, trial, j = np.random.default_rng(seed), NearestTrial(0.01), 0
     values, classes = np.zeros(0), np.zeros(0, int)
     value, way, wrong = 0.0, 1, []
     on_trial = 0.0
@@ -155,7 +157,7 @@ def served_by_points(seed, n=15_000):
             wrong.append(hit and said != base)
             if hit:
                 continue
-        if trial.would_miss(score):  # as ``Keeper`` stores them
+        if trial.would_miss(score):  # as ``AdaptationController`` stores them
             values, classes = np.append(values, value)[-2000:], np.append(classes, base)[-2000:]
         if trial.state == "open":
             continue
@@ -181,9 +183,9 @@ def test_points_that_open_serve_as_they_did_on_trial():
 
 def test_two_trials_at_once_do_not_add_up_their_risks():
     """What each trial certifies, it certifies with the other closed; two risks of 0.8 epsilon would make 1.6."""
-    trial = PointsTrialConfig(known=60, every=20, most=4000)
-    config = dataclasses.replace(QUIET, points=PointsConfig(cells=4), points_trial=trial)
-    one = Keeper(world.bundle(), config, level=lambda: 0.05)
+    trial = NearestTrialConfig(known=60, every=20, most=4000)
+    config = dataclasses.replace(QUIET, points=NearestCacheConfig(cells=4), points_trial=trial)
+    one = AdaptationController(world.bundle(), config, level=lambda: 0.05)
     home = one.served
     one._alarm(Alarm((1,), 100.0, 0, 1))
     one.trial.state, one.trial._proposed = "watching", 0.0
@@ -203,7 +205,9 @@ def test_two_trials_at_once_do_not_add_up_their_risks():
 
 
 def test_metrics_count_no_repeat_as_looked_at():
-    one = Keeper(world.bundle(), dataclasses.replace(QUIET, repeats=RepeatsConfig()), level=lambda: 0.01)
+    one = AdaptationController(
+        world.bundle(), dataclasses.replace(QUIET, repeats=ExactCacheConfig()), level=lambda: 0.01
+    )
     ticket = one.ask(IMAGE, 0.0)
     one.answered(ticket, DEPTH, math.inf, logits(0), 0.0)
     for _ in range(10):
@@ -229,10 +233,10 @@ def test_a_trial_number_is_given_once_whatever_is_saved_meanwhile(tmp_path, monk
 
 def test_a_background_that_lags_outlives_traffic_that_goes_on(tmp_path, monkeypatch):
     """The window is full and the cursor at its end; a request comes between two of the background's looks."""
-    config = dataclasses.replace(QUIET, window=WindowConfig(recent=256, old=0))
-    keeper = Keeper(world.bundle(), config, level=lambda: 0.01)
+    config = dataclasses.replace(QUIET, window=RequestLogConfig(recent=256, old=0))
+    keeper = AdaptationController(world.bundle(), config, level=lambda: 0.01)
     trial = TrialConfig(epsilon=world.EPSILON, gap=10)
-    beside = Background(world.bundle(), keeper, Versions(tmp_path), BackgroundConfig(trial=trial, refit=False))
+    beside = Recovery(world.bundle(), keeper, Versions(tmp_path), RecoveryConfig(trial=trial, refit=False))
     keeper._alarm(Alarm((1,), 100.0, 0, 1))
     assert beside.work()
     images = world.images(1000, 51)
@@ -250,14 +254,14 @@ def test_a_background_that_lags_outlives_traffic_that_goes_on(tmp_path, monkeypa
 
 def test_a_window_too_small_to_refit_from_is_refused(tmp_path):
     """Else, after the first empirical trial, nothing is ever tried again."""
-    config = dataclasses.replace(QUIET, window=WindowConfig(recent=1000))
-    keeper = Keeper(world.bundle(), config, level=lambda: 0.01)
+    config = dataclasses.replace(QUIET, window=RequestLogConfig(recent=1000))
+    keeper = AdaptationController(world.bundle(), config, level=lambda: 0.01)
     with pytest.raises(InputError):
-        Background(
+        Recovery(
             world.bundle(),
             keeper,
             Versions(tmp_path),
-            BackgroundConfig(trial=TrialConfig(epsilon=world.EPSILON), fit_rows=2000, select_rows=1000),
+            RecoveryConfig(trial=TrialConfig(epsilon=world.EPSILON), fit_rows=2000, select_rows=1000),
         )
 
 
@@ -266,7 +270,7 @@ def test_a_window_too_small_to_refit_from_is_refused(tmp_path):
 
 def test_points_that_just_fail_leave_most_of_the_traffic_in_peace():
     """Near repeats that disagree at 1.2 epsilon: trials ask the base about everything, so they must get rarer."""
-    random, trial, on_trial, n, j = np.random.default_rng(0), PointsTrial(0.01), 0, 25_000, 0
+    random, trial, on_trial, n, j = np.random.default_rng(0), NearestTrial(0.01), 0, 25_000, 0
     for number in range(n):
         on_trial += trial.state == "trial"
         wrong = bool(random.random() < 0.012)
@@ -297,7 +301,7 @@ def test_what_comes_while_heads_are_refitted_is_not_heard_by_their_trial(tmp_pat
         return refit(*args, **kwargs)
 
     monkeypatch.setattr(background_module, "refit_caches", slow)
-    config = BackgroundConfig(
+    config = RecoveryConfig(
         trial=TrialConfig(epsilon=world.EPSILON, most=3000, gap=10),
         update=UpdateConfig(fit=FitConfig(epochs=60, batch=64, learning_rate=0.01), least=128, seconds=1.0),
         fit_rows=1024,
@@ -313,7 +317,7 @@ def test_what_comes_while_heads_are_refitted_is_not_heard_by_their_trial(tmp_pat
 
 def test_the_same_again_in_the_same_folder_gives_the_same(tmp_path):
     trace = world.trace(("dim", 1000), ("bright", 1000), ("dim again", 2500))
-    config = BackgroundConfig(trial=TrialConfig(epsilon=world.EPSILON, most=3000, gap=10), refit=False)
+    config = RecoveryConfig(trial=TrialConfig(epsilon=world.EPSILON, most=3000, gap=10), refit=False)
     runs = [
         simulate(world.bundle(), trace, Mechanisms(keeper=QUIET, background=config, share=1.0), folder=tmp_path)
         for _ in range(2)
@@ -325,9 +329,9 @@ def test_the_same_again_in_the_same_folder_gives_the_same(tmp_path):
 def test_who_rests_is_woken_though_points_have_opened():
     """Caches rest, points open meanwhile: somebody has to try the caches again."""
     config = dataclasses.replace(
-        QUIET, points=PointsConfig(cells=4), thrift=ThriftConfig(requests=50, rest=100, longest=100)
+        QUIET, points=NearestCacheConfig(cells=4), thrift=CostGuardConfig(requests=50, rest=100, longest=100)
     )
-    one = Keeper(world.bundle(), config, level=lambda: 0.05)
+    one = AdaptationController(world.bundle(), config, level=lambda: 0.05)
     one._resting = one.served, 100
     one.served = Served(one.served.caches, np.full_like(one.served.thresholds, np.inf))
     one.trial.state, one.trial.threshold, one.front.threshold = "open", 50.0, 50.0
@@ -351,7 +355,7 @@ def test_versions_of_the_last_row_are_kept_whatever_is_left_out(tmp_path, monkey
 
 def test_measured_time_is_that_of_what_is_served(monkeypatch):
     """While caches rest, the base answers; the benchmark must not go on with the cascade."""
-    keeper, asked = Keeper(world.bundle(), QUIET, level=lambda: 0.01), []
+    keeper, asked = AdaptationController(world.bundle(), QUIET, level=lambda: 0.01), []
     off = Served(keeper.served.caches, np.full_like(keeper.served.thresholds, np.inf))
     keeper._resting, keeper.served = (keeper.served, 10_000), off
 
@@ -396,7 +400,7 @@ def test_a_damaged_member_is_refused_however_it_is_packed(tmp_path, method):
 def test_the_points_exit_is_what_the_text_of_an_alarm_names():
     """An alarm says that it closes what was open, and names nothing that is not there."""
     told = []
-    one = Keeper(world.bundle(), QUIET, level=lambda: 0.01, told=told.append)
+    one = AdaptationController(world.bundle(), QUIET, level=lambda: 0.01, told=told.append)
     one._alarm(Alarm((POINTS, 0, 1, 2), 100.0, 0, 1))
     text = next(event.text for event in told if event.kind == "alarm")
     assert "points" not in text, "there are none"

@@ -9,18 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gati_jax import InputError
-from gati_jax.adaptation import Keeper, KeeperConfig, MonitorConfig, RepeatsConfig
+from gati_jax.adaptation import AdaptationController, ControllerConfig, ExactCacheConfig, MonitorConfig
 from tests.adaptation import world
 
 DEPTH = 3
-CONFIG = KeeperConfig(
+CONFIG = ControllerConfig(
     monitor=MonitorConfig(epsilon=world.EPSILON, quiet_q=0.5, stir=False), repeats=None, points=None, seed=5
 )
 IMAGE = np.zeros(world.SHAPE, np.uint8)
 
 
 def keeper(config=CONFIG, **callbacks):
-    return Keeper(world.bundle(), config, level=lambda: 0.01, **callbacks)
+    return AdaptationController(world.bundle(), config, level=lambda: 0.01, **callbacks)
 
 
 def logits(class_index):
@@ -110,7 +110,7 @@ def test_a_bundle_that_promises_less_begins_closed():
 
 
 def test_popular_inputs_go_to_the_base_once_and_are_known_then():
-    one = keeper(dataclasses.replace(CONFIG, repeats=RepeatsConfig(often=2)))
+    one = keeper(dataclasses.replace(CONFIG, repeats=ExactCacheConfig(often=2)))
     first = one.ask(IMAGE, 0.0)
     assert (first.early, first.often) == (None, False)
     answer(one, first)
@@ -125,7 +125,7 @@ def test_popular_inputs_go_to_the_base_once_and_are_known_then():
 
 def test_inputs_that_are_not_pixels_are_refused(served_dense):
     with pytest.raises(InputError, match="bundle: expected a base of uint8 images"):
-        Keeper(served_dense, CONFIG, level=lambda: 0.01)
+        AdaptationController(served_dense, CONFIG, level=lambda: 0.01)
 
 
 @pytest.fixture

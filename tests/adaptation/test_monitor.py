@@ -7,17 +7,17 @@ import pytest
 from scipy.stats import beta, binom
 
 import gati_jax
-from gati_jax.adaptation import POINTS, REPEATED, Monitor, MonitorConfig, Observed
-from gati_jax.adaptation.stir import Stir
-from gati_jax.adaptation.wealth import Wealth
+from gati_jax.adaptation import POINTS, REPEATED, Monitor, MonitorConfig, Observation
+from gati_jax.adaptation.drift import DriftDetector
+from gati_jax.certification.betting import EProcess
 
 DEPTH = 4
-MISS = Observed(DEPTH, math.inf, 3, 1.0, 3)
+MISS = Observation(DEPTH, math.inf, 3, 1.0, 3)
 QUIET = MonitorConfig(stir=False)
 
 
 def hit(q, *, site=1, looked=False, agrees=True, score=0.5):
-    return Observed(site, score, 7, q, (7 if agrees else 2) if looked else None)
+    return Observation(site, score, 7, q, (7 if agrees else 2) if looked else None)
 
 
 class Scripted:
@@ -37,7 +37,7 @@ class Scripted:
 def scripted(scores=(), exits=()):
     made = [Scripted(*scores), Scripted(*exits)]
     left = iter(made)
-    return Stir(DEPTH, lambda: next(left)), made
+    return DriftDetector(DEPTH, lambda: next(left)), made
 
 
 def test_quiet_until_a_shadow_disagrees_and_quiet_again_after():
@@ -83,7 +83,7 @@ def test_traffic_that_stirs_raises_q(where):
 def test_wealth_is_that_of_the_bets():
     """Under its own q, and as in quiet while requests with an older q may be about."""
     config = MonitorConfig(stir=False, in_flight=3, attention=10, delta=1e-6)
-    monitor, wealth = Monitor(config, DEPTH), Wealth(0.01)
+    monitor, wealth = Monitor(config, DEPTH), EProcess(0.01)
     served = [hit(0.02, looked=True, agrees=False), hit(0.02), MISS, hit(0.02, looked=True, agrees=False)]
     served.append(hit(1.0, looked=True))
     for observed, probability in zip(served, [0.02, 0.02, 0.02, 0.02, 1.0], strict=True):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gati_jax import InputError
-from gati_jax.adaptation import Pace
+from serve.adaptive.worker import Throttle
 
 
 @given(st.floats(0.01, 1), st.lists(st.floats(0, 10), min_size=1, max_size=20))
@@ -16,7 +16,7 @@ def test_work_takes_its_share_of_the_time(share, pieces):
         nonlocal now
         now += seconds
 
-    pace = Pace(share, clock=lambda: now, sleep=sleep).start()
+    pace = Throttle(share, clock=lambda: now, sleep=sleep).start()
     for piece in pieces:
         now += piece
         pace()
@@ -28,4 +28,4 @@ def test_work_takes_its_share_of_the_time(share, pieces):
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.1, float("nan")])
 def test_no_such_share(share):
     with pytest.raises(InputError, match="share"):
-        Pace(share)
+        Throttle(share)

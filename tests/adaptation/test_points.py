@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gati_jax import InputError
-from gati_jax.adaptation import Points, PointsConfig, threshold_for
+from gati_jax.adaptation import NearestCache, NearestCacheConfig, threshold_for
 
 SHAPE = (4, 4, 1)
 
 
 def points_of(images, logits, **config):
-    points = Points(SHAPE, "b", PointsConfig(**({"cells": 4, "radius": 1000.0} | config)))
+    points = NearestCache(SHAPE, "b", NearestCacheConfig(**({"cells": 4, "radius": 1000.0} | config)))
     for key, row in zip(points.keys(images), logits, strict=True):
         points.add(key, row, base="b")
     return points
@@ -63,7 +63,7 @@ def test_beyond_the_radius_nothing_is_said():
 
 
 def test_no_point_answers_before_there_is_one():
-    found = Points(SHAPE, "b", PointsConfig(cells=4)).ask(np.zeros((3, 16), np.float32))
+    found = NearestCache(SHAPE, "b", NearestCacheConfig(cells=4)).ask(np.zeros((3, 16), np.float32))
     assert found.class_index.tolist() == [-1] * 3
     assert (found.score == -np.inf).all()
 
@@ -114,7 +114,7 @@ def test_a_tie_of_the_base_is_hardly_a_point():
 @pytest.mark.parametrize("wrong", [{"capacity": 0}, {"cells": 0}, {"cells": 3}, {"radius": 0.0}])
 def test_settings_out_of_bounds_are_named(wrong):
     with pytest.raises(InputError, match=f"{next(iter(wrong))}.*: expected"):
-        Points(SHAPE, "b", PointsConfig(**wrong))
+        NearestCache(SHAPE, "b", NearestCacheConfig(**wrong))
 
 
 @given(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gati_jax import InputError
-from gati_jax.adaptation import Repeats, RepeatsConfig
+from gati_jax.adaptation import ExactCache, ExactCacheConfig
 
 ACTIONS = st.lists(
     st.tuples(st.sampled_from(["ask", "store", "late", "swap"]), st.integers(0, 5), st.integers(0, 4)), max_size=80
@@ -16,7 +16,7 @@ ACTIONS = st.lists(
 @given(actions=ACTIONS, capacity=st.integers(1, 4), often=st.integers(1, 3))
 def test_it_knows_what_the_latest_few_were_answered(actions, capacity, often):
     """The model is a list, least recent first: [input, class or None, when that was stored, how often it was asked]."""
-    layer = Repeats("base 0", RepeatsConfig(capacity=capacity, seconds=10.0, often=often))
+    layer = ExactCache("base 0", ExactCacheConfig(capacity=capacity, seconds=10.0, often=often))
     base, model, now = 0, [], 0.0
     for action, number, passed in actions:
         now += passed
@@ -40,18 +40,18 @@ def test_it_knows_what_the_latest_few_were_answered(actions, capacity, often):
 
 
 def test_inputs_are_told_apart_by_bytes_shape_and_dtype():
-    layer = Repeats("b")
+    layer = ExactCache("b")
     flat = np.arange(12, dtype=np.uint8)
     like = [flat, flat.reshape(3, 4), flat.reshape(4, 3), flat.view(np.int8), flat.view(np.uint16), flat[::-1]]
     assert len({layer.key(image) for image in like}) == len(like)
     assert layer.key(flat.reshape(3, 4).T) == layer.key(
         np.ascontiguousarray(flat.reshape(3, 4).T)
     )  # values, not strides
-    assert layer.key(flat) != Repeats("b").key(flat)  # nobody outside can prepare a collision
+    assert layer.key(flat) != ExactCache("b").key(flat)  # nobody outside can prepare a collision
 
 
 def test_the_same_base_under_other_caches_stays_known():
-    layer = Repeats("b")
+    layer = ExactCache("b")
     layer.store(layer.key(np.zeros(1)), 3, 0.0, base="b")
     layer.serve("b")
     assert layer.ask(layer.key(np.zeros(1)), 1.0) == (3, False)
@@ -61,4 +61,4 @@ def test_the_same_base_under_other_caches_stays_known():
 @pytest.mark.parametrize("wrong", [{"capacity": 0}, {"often": 0}, {"seconds": 0.0}, {"seconds": float("nan")}])
 def test_settings_out_of_bounds_are_named(wrong):
     with pytest.raises(InputError, match=f"{next(iter(wrong))}.*: expected"):
-        RepeatsConfig(**wrong)
+        ExactCacheConfig(**wrong)

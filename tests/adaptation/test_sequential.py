@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 import gati_jax
-from gati_jax.adaptation import SequentialCertifier
-from gati_jax.adaptation.estimate import SHARES
-from gati_jax.planning import p_value
+from gati_jax.certification import SequentialCertifier, p_value
+from gati_jax.certification.betting import SHARES
 
 
 def feed(certifier, losses, q=1.0):

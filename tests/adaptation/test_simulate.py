@@ -9,25 +9,25 @@ from gati_jax import FitConfig, InputError
 from gati_jax.adaptation import (
     POINTS,
     REPEATED,
-    BackgroundConfig,
-    KeeperConfig,
+    ControllerConfig,
+    CostGuardConfig,
+    ExactCacheConfig,
     Mechanisms,
     MonitorConfig,
-    PointsConfig,
-    PointsTrialConfig,
-    RepeatsConfig,
-    ThriftConfig,
+    NearestCacheConfig,
+    NearestTrialConfig,
+    RecoveryConfig,
     Trace,
     TrialConfig,
     UpdateConfig,
-    Versions,
     simulate,
 )
-from gati_jax.planning import SEQUENTIAL
+from gati_jax.bundle import Versions
+from gati_jax.certification import SEQUENTIAL
 from tests.adaptation import world
 
-QUIET = KeeperConfig(monitor=MonitorConfig(epsilon=world.EPSILON, stir=False), repeats=None, points=None)
-BACKGROUND = BackgroundConfig(
+QUIET = ControllerConfig(monitor=MonitorConfig(epsilon=world.EPSILON, stir=False), repeats=None, points=None)
+BACKGROUND = RecoveryConfig(
     trial=TrialConfig(epsilon=world.EPSILON, most=3000, gap=10),
     update=UpdateConfig(fit=FitConfig(epochs=60, batch=64, learning_rate=0.01), least=128, seconds=1.0),
     fit_rows=1024,
@@ -91,7 +91,7 @@ def popular(n: int, items: int = 50) -> Trace:
 
 
 def test_repeats_are_the_bases_own_answers(tmp_path):
-    keeper = dataclasses.replace(QUIET, repeats=RepeatsConfig(often=2))
+    keeper = dataclasses.replace(QUIET, repeats=ExactCacheConfig(often=2))
     found = simulate(world.bundle(), popular(2000), Mechanisms(keeper=keeper), folder=tmp_path)
     repeated = found.exit == REPEATED
     assert repeated.sum() > 2000 - 3 * 50
@@ -113,8 +113,8 @@ def near_repeats(n: int) -> Trace:
 
 
 def test_points_open_after_a_trial_and_answer_near_repeats(tmp_path):
-    trial = PointsTrialConfig(known=60, every=20, most=1500)
-    keeper = dataclasses.replace(QUIET, points=PointsConfig(cells=4, capacity=50), points_trial=trial)
+    trial = NearestTrialConfig(known=60, every=20, most=1500)
+    keeper = dataclasses.replace(QUIET, points=NearestCacheConfig(cells=4, capacity=50), points_trial=trial)
     found = simulate(world.bundle(), near_repeats(4000), Mechanisms(keeper=keeper), folder=tmp_path)
     assert kinds(found)[:2] == ["trial", "opened"]
     opened = next(event.number for event in found.events if event.kind == "opened")
@@ -145,7 +145,7 @@ def test_caches_that_do_not_pay_rest_and_wake(tmp_path):
     (costs,) = world.bundle().costs
     dear = dataclasses.replace(costs, lookup_ms=dict.fromkeys(costs.lookup_ms, 2 * costs.full_ms))
     bundle = dataclasses.replace(world.bundle(), costs=(dear,))
-    keeper = dataclasses.replace(QUIET, thrift=ThriftConfig(requests=50, rest=400))
+    keeper = dataclasses.replace(QUIET, thrift=CostGuardConfig(requests=50, rest=400))
     found = simulate(bundle, world.trace(("dim", 2000)), Mechanisms(keeper=keeper), folder=tmp_path)
     assert kinds(found) == ["resting", "woken", "resting", "woken", "resting"]
     begins, ends, again, later, _ = (event.number for event in found.events)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from gati_jax import InputError
-from gati_jax._plans import check_plans
-from gati_jax.adaptation import SequentialCertifier, Trial, TrialConfig
-from gati_jax.planning import SEQUENTIAL, Certificate, Plan, trial_level
-from gati_jax.runtime import Said
+from gati_jax.adaptation import Trial, TrialConfig
+from gati_jax.bundle.record import check_plans
+from gati_jax.certification import SEQUENTIAL, Certificate, SequentialCertifier, trial_level
+from gati_jax.fitting import Outputs
+from gati_jax.planning import Plan
 from tests.bundle.made import cache
 
 RNG = np.random.default_rng(0)
@@ -31,17 +32,17 @@ def make_plan(path=THRESHOLDS) -> Plan:
     )
 
 
-def requests(n: int, wrong: float, seed: int = 0) -> Said:
+def requests(n: int, wrong: float, seed: int = 0) -> Outputs:
     """The base says 0. Cache b is right on what it is sure of; cache a is wrong on a share of scores from 1 to 3."""
     rng = np.random.default_rng(seed)
     scores = rng.uniform(0, 4, (2, n)).astype(np.float32)
     bad = (scores[0] >= 1) & (scores[0] < 3) & (rng.random(n) < wrong)
     classes = np.stack([bad, np.zeros(n, bool)]).astype(np.int32)
-    return Said(np.zeros(n, np.int32), classes, scores, np.zeros((2, n), np.float32))
+    return Outputs(np.zeros(n, np.int32), classes, scores, np.zeros((2, n), np.float32))
 
 
-def part(said: Said, rows: slice) -> Said:
-    return Said(said.answers[rows], said.classes[:, rows], said.scores[:, rows], said.logits[:, rows])
+def part(said: Outputs, rows: slice) -> Outputs:
+    return Outputs(said.answers[rows], said.classes[:, rows], said.scores[:, rows], said.logits[:, rows])
 
 
 def make_trial(**config) -> Trial:

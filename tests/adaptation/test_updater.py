@@ -9,20 +9,21 @@ import pytest
 
 import gati_jax
 from gati_jax import Bundle, CostTable, FitConfig, InputError, planning
-from gati_jax._linen import call
 from gati_jax.adaptation import (
     Trial,
     TrialConfig,
     UpdateConfig,
-    Versions,
     examine,
     refit_caches,
     replan,
     standing_cascade,
     updated,
 )
+from gati_jax.bundle import Versions
 from gati_jax.caches import FullyConnected, unfold_standardize
-from gati_jax.runtime import drivers, hear, predict_batch
+from gati_jax.fitting import evaluate
+from gati_jax.pytrees import call
+from gati_jax.runtime import per_sample, predict_batch
 from tests.fitting import tiny
 
 CONFIG = UpdateConfig(fit=FitConfig(epochs=8, batch=32, learning_rate=0.01), least=64)
@@ -53,7 +54,7 @@ def refitted(served):
 
 
 def agreement(bundle: Bundle, caches: Any, images: np.ndarray) -> np.ndarray:
-    said = hear(bundle.chain, caches, images)
+    said = evaluate(bundle.chain, caches, images)
     return (said.classes == said.answers).mean(axis=1)
 
 
@@ -75,7 +76,7 @@ def test_a_refit_goes_on_from_where_the_heads_are(served):
     found = refit_caches(served, traffic(256, 1), traffic(128, 2), config=still)
     images = traffic(64, 4)
     for old, new in zip(served.caches, found, strict=True):
-        said = [gati_jax.runtime.replay_logits(served.chain, [cache], images) for cache in (old, new)]
+        said = [gati_jax.fitting.replay_logits(served.chain, [cache], images) for cache in (old, new)]
         np.testing.assert_allclose(*said, rtol=1e-3, atol=1e-3)
 
 
@@ -144,6 +145,6 @@ def test_new_versions_run_by_the_old_programs(served, refitted):
     standing = standing_cascade(served)
     predict_batch(standing, images)
     new = dataclasses.replace(standing, caches=refitted.items, thresholds=standing.thresholds - 1)
-    programs = vars(drivers)["_predict_batch"]._cache_size()
+    programs = vars(per_sample)["_predict_batch"]._cache_size()
     jax.block_until_ready(predict_batch(new, images))
-    assert vars(drivers)["_predict_batch"]._cache_size() == programs
+    assert vars(per_sample)["_predict_batch"]._cache_size() == programs

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from gati_jax import BundleError, InputError, bundle
-from gati_jax.adaptation import Versions, versions
+from gati_jax import BundleError, InputError
+from gati_jax.bundle import Versions, save, versions
 from tests.bundle.made import answers, edit, in_memory, make
 
 ROOT = Path(__file__).parents[2]
@@ -112,8 +112,8 @@ def make_mortal(strike: Callable[[], None], patch: Callable[[object, str, object
 
         return call
 
-    patch(bundle.ocp, "save", around(bundle.ocp.save))
-    patch(bundle, "write_json", around(bundle.write_json))
+    patch(save.ocp, "save", around(save.ocp.save))
+    patch(save, "write_json", around(save.write_json))
     patch(Path, "rename", around(Path.rename))
     patch(Path, "replace", around(Path.replace))
     patch(shutil, "rmtree", around(shutil.rmtree))

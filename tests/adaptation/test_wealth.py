@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 import gati_jax
-from gati_jax.adaptation.wealth import COLLAPSED, RATIOS, Wealth, stakes
+from gati_jax.certification.betting import COLLAPSED, RATIOS, EProcess, stakes
 
 EPSILONS = st.sampled_from([0.002, 0.01, 0.1, 0.4])
 PROBABILITIES = st.sampled_from([0.02, 0.3, 1.0])
@@ -34,7 +34,7 @@ def by_hand(epsilon, requests):
 @settings(max_examples=50)
 @given(EPSILONS, st.lists(st.tuples(st.booleans(), PROBABILITIES), max_size=25))
 def test_wealth_is_what_reserve_and_play_come_to(epsilon, requests):
-    wealth = Wealth(epsilon)
+    wealth = EProcess(epsilon)
     requests = [(seen / probability, probability) for seen, probability in requests]
     for loss, probability in requests:
         wealth.bet(loss, probability)
@@ -46,7 +46,7 @@ def test_a_tolerable_cascade_is_a_fair_game_under_any_attention(epsilon):
     """The mean over every course of events is 1, though q depends on what was seen and restarts happen."""
     total, restarted = 0.0, 0
     for course in itertools.product([False, True], repeat=9):
-        wealth, chance, q = Wealth(epsilon), 1.0, 0.8
+        wealth, chance, q = EProcess(epsilon), 1.0, 0.8
         for seen in course:
             chance *= q * epsilon if seen else 1 - q * epsilon
             wealth.bet(seen / q, q)
@@ -61,7 +61,7 @@ def test_a_better_cascade_loses():
     epsilon, q, low = 0.2, 0.5, 0.1
     total = 0.0
     for course in itertools.product([False, True], repeat=8):
-        wealth, seen = Wealth(epsilon), sum(course)
+        wealth, seen = EProcess(epsilon), sum(course)
         for loss in course:
             wealth.bet(loss / q, q)
         total += (q * low) ** seen * (1 - q * low) ** (8 - seen) * wealth.total
@@ -88,7 +88,7 @@ def test_stakes_make_likelihood_ratios(epsilon, q):
 
 
 def test_restarts_are_paid_out_of_one_reserve():
-    wealth = Wealth(0.01)
+    wealth = EProcess(0.01)
     for _ in range(20_000):
         wealth.bet(0.0, 0.5)
     assert min(wealth.restarts) > 5
@@ -103,7 +103,7 @@ def test_false_alarms_at_exactly_epsilon_under_attention():
     delta, alarms = 0.1, 0
     for seed in range(200):
         rng = np.random.default_rng(seed)
-        wealth, attention = Wealth(0.05), 0
+        wealth, attention = EProcess(0.05), 0
         wrong, coins = rng.random(800) < 0.05, rng.random(800)
         for disagrees, coin in zip(wrong.tolist(), coins.tolist(), strict=True):
             q = 1.0 if attention else 0.05
@@ -118,10 +118,10 @@ def test_false_alarms_at_exactly_epsilon_under_attention():
 @pytest.mark.parametrize("arguments", [(0.0,), (1.0,), (float("nan"),), (0.1, ()), (0.1, (2.0, 1.0))])
 def test_bad_arguments(arguments):
     with pytest.raises(gati_jax.InputError, match="expected"):
-        Wealth(*arguments)
+        EProcess(*arguments)
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.1, float("nan")])
 def test_bad_probability(probability):
     with pytest.raises(gati_jax.InputError, match="probability: expected"):
-        Wealth(0.1).bet(0.0, probability)
+        EProcess(0.1).bet(0.0, probability)

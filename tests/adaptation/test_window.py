@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from gati_jax import InputError
-from gati_jax.adaptation import Window, WindowConfig
+from gati_jax.adaptation import RequestLog, RequestLogConfig
 
 
 def image(number):
@@ -18,7 +18,7 @@ def image(number):
 
 
 def filled(count, *, recent=20, old=10, seed=0):
-    window = Window((2,), WindowConfig(recent=recent, old=old, seed=seed))
+    window = RequestLog((2,), RequestLogConfig(recent=recent, old=old, seed=seed))
     for number in range(count):
         assert window.add(image(number), number % 7 if number % 3 == 0 else -1) == number
     return window
@@ -94,13 +94,13 @@ def test_blocks_are_whole_or_refused():
 
 def test_memory_is_bounded_from_the_start():
     with pytest.raises(InputError, match=r"most_bytes: expected room .* got 100 for 30 images"):
-        Window((2, 2), WindowConfig(recent=20, old=10, most_bytes=100))
+        RequestLog((2, 2), RequestLogConfig(recent=20, old=10, most_bytes=100))
     with pytest.raises(InputError, match="recent, old"):
-        WindowConfig(recent=0)
+        RequestLogConfig(recent=0)
 
 
 def test_a_reader_beside_the_writer_sees_whole_rows():
-    window = Window((2,), WindowConfig(recent=700, old=300))
+    window = RequestLog((2,), RequestLogConfig(recent=700, old=300))
     done = threading.Event()
 
     def write():

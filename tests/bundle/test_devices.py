@@ -13,8 +13,8 @@ import pytest
 import gati_jax
 from gati_jax import CostTable
 from gati_jax.models import Algorithm, layers
-from gati_jax.runtime import Tile, Tuning, device_name
-from gati_jax.runtime.tuning import OPTIONS
+from gati_jax.profiling import Tile, Tuning, device_name
+from gati_jax.profiling.tuned_cascade import OPTIONS
 from tests.bundle.made import edit
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)

@@ -14,8 +14,7 @@ import pytest
 
 import gati_jax
 from gati_jax import BundleError, Chain
-from gati_jax._folder import digests
-from gati_jax._manifest import Plans, read_json
+from gati_jax.bundle.manifest import Plans, digests, read_json
 from tests.bundle.made import (
     answers,
     block,

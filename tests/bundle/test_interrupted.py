@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import gati_jax
-from gati_jax import bundle
-from gati_jax._folder import previous
+from gati_jax.bundle import save
+from gati_jax.bundle.manifest import previous
 from tests.bundle.made import COSTS, answers, in_memory, load, make
 
 ROOT = Path(__file__).parents[2]
@@ -31,9 +31,9 @@ def make_mortal(strike: Callable[[], None], patch: Callable[[object, str, object
 
         return call
 
-    patch(bundle.ocp, "save", around(bundle.ocp.save))
-    patch(bundle, "write_json", around(bundle.write_json))
-    patch(bundle, "digests", around(bundle.digests))
+    patch(save.ocp, "save", around(save.ocp.save))
+    patch(save, "write_json", around(save.write_json))
+    patch(save, "digests", around(save.digests))
     patch(Path, "rename", around(Path.rename))
     patch(Path, "chmod", around(Path.chmod))
     patch(shutil, "rmtree", around(shutil.rmtree))
@@ -93,7 +93,7 @@ def test_a_first_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError("full")
 
-    monkeypatch.setattr(bundle, "digests", fail)
+    monkeypatch.setattr(save, "digests", fail)
     with pytest.raises(OSError, match="full"):
         gati_jax.save_bundle(tmp_path / "b", *make(1))
     assert not list(tmp_path.iterdir())

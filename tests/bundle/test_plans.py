@@ -10,8 +10,8 @@ import pytest
 
 import gati_jax
 from gati_jax import BundleError, InputError
+from gati_jax.certification import CONDITIONAL, ExitRate, accuracy_gap_bound
 from gati_jax.data import fingerprint
-from gati_jax.planning import CONDITIONAL, ExitRate, accuracy_gap_bound
 from tests.bundle.made import (
     REQUESTS,
     answers,

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 import gati_jax
 from gati_jax import BundleError, Chain, CostTable, InputError, Plan
-from gati_jax._manifest import PlanEntry, Plans, Provenance, read_json, write_json
+from gati_jax.bundle.manifest import PlanEntry, Plans, Provenance, read_json, write_json
 from tests.bundle.made import (
     COSTS,
     REQUESTS,

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gati_jax._errors import InputError
 from gati_jax.caches import Candidate, FullyConnected, LinearSelector, SortedSelector, choose, lookup
+from gati_jax.errors import InputError
 
 ACTIVATION = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gati_jax import InputError
-from gati_jax._linen import call
 from gati_jax.caches import Cascaded, Convolutional, Grid, fold_standardize
+from gati_jax.pytrees import call
 
 PICTURE = jnp.asarray(np.random.default_rng(0).standard_normal((3, 9, 7, 4)) * 3 + 1, jnp.float32)
 

@@ -7,7 +7,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from gati_jax import caches
-from gati_jax._errors import InputError
+from gati_jax.errors import InputError
 
 PREDICTOR: TypeAdapter[Any] = TypeAdapter(caches.PredictorSpec)
 SELECTOR: TypeAdapter[Any] = TypeAdapter(caches.SelectorSpec)

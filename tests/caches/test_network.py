@@ -13,7 +13,6 @@ import pytest
 
 import gati_jax
 from gati_jax import Normalization
-from gati_jax._linen import call
 from gati_jax.caches import (
     Grid,
     Network,
@@ -25,6 +24,7 @@ from gati_jax.caches import (
     network_with_algorithms,
 )
 from gati_jax.models import ResNet, fold, init, layers, to_chain
+from gati_jax.pytrees import call
 from gati_jax.runtime import Cascade, predict_one
 
 BASE = ResNet(stages=(2, 1), widths=(4, 8), shortcut="B", classes=5, input_shape=(8, 8, 3))

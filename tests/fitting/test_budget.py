@@ -12,8 +12,8 @@ import pytest
 
 import gati_jax
 from gati_jax import InputError
-from gati_jax._linen import call
 from gati_jax.fitting.heads import parts_of
+from gati_jax.pytrees import call
 
 PER_EPOCH = 8  # 256 rows, 32 a step
 EPOCHS = 6

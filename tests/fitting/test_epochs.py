@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gati_jax.fitting import LoopState, epoch_order, run_epochs, scan_epoch
+from gati_jax.fitting import LoopState
+from train import epoch_order, run_epochs, scan_epoch
 
 N, BATCH, STEPS = 11, 3, 3
 

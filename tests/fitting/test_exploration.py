@@ -9,13 +9,13 @@ import pytest
 
 import gati_jax
 from gati_jax import InputError
-from gati_jax._linen import call
 from gati_jax.caches import LinearSelector, ProbabilitySelector, SortedSelector, lookup, on_its_own
-from gati_jax.fitting import head_sizes, untrained
+from gati_jax.fitting import head_sizes, replay_logits, untrained
 from gati_jax.fitting.heads import Part, more_selectors
-from gati_jax.planning import max_probability
-from gati_jax.runtime import Cascade, check_cascade, replay_logits
+from gati_jax.pytrees import call
+from gati_jax.runtime import Cascade, check_cascade
 from tests.fitting import tiny
+from train.reproduce import max_probability
 
 SHORT = dataclasses.replace(tiny.CONFIG, epochs=2)
 

@@ -10,10 +10,10 @@ import pytest
 import gati_jax
 from gati_jax import CostTable, FreezeConfig, Head, InputError
 from gati_jax.caches import Neighbours, extend, keys_of, point_bytes
-from gati_jax.planning import freeze_plan, replay_plan, zero_error_thresholds
+from gati_jax.planning import replay_plan
 from gati_jax.runtime import Cascade, predict_batch
-from gati_jax.runtime.batched import BatchedCascade, predict_tiled
-from gati_jax.runtime.schedule import Schedule
+from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
+from train.reproduce import freeze_plan, zero_error_thresholds
 
 UNITS, K, CENTRES = 16, 5, 12
 FREEZE = FreezeConfig(key_units=UNITS, k=K, centres=CENTRES)

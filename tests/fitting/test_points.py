@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gati_jax import InputError
 from gati_jax.fitting import choose_points, k_means
-from gati_jax.fitting.centres import describe_centres
+from gati_jax.fitting.freeze import describe_centres
 
 CLASSES = 3
 
@@ -115,7 +115,7 @@ def test_repeated_points_leave_centres_without_any_which_nobody_is_near_to():
 
 
 def test_an_empty_centre_moves_to_the_farthest_point():
-    from gati_jax.fitting.centres import _round  # noqa: PLC0415
+    from gati_jax.fitting.freeze import _round  # noqa: PLC0415
 
     points = jnp.asarray([[0.0], [1.0], [8.0]])
     moved, nearest = _round(points, jnp.asarray([[0.0], [50.0]]), jnp.zeros(3, jnp.int32))

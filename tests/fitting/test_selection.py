@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import gati_jax
 from gati_jax.caches import LinearSelector, SortedSelector
 from gati_jax.fitting import fit_selector
-from gati_jax.fitting.selection import deal_folds
+from gati_jax.fitting.fit import deal_folds
 
 SELECTORS = [LinearSelector(), SortedSelector()]
 

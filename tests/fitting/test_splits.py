@@ -9,7 +9,7 @@ import pytest
 
 import gati_jax
 from gati_jax import InputError, data
-from gati_jax.fitting.candidates import check_splits
+from gati_jax.fitting.fit import check_splits
 
 FITS = ["fit", "fit_freeze"]
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gati_jax import models
-from gati_jax._errors import InputError
+from gati_jax.errors import InputError
 from gati_jax.models import Chain, Normalization, ResNet, check_images
 
 SIZES = (5, 7, 3, 6, 4, 8)  # what enters each of five blocks, and what leaves the last

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gati_jax.models import ResNet, apply_train, import_state_dict
-from gati_jax.models._gradient import convolve_cpu
-from gati_jax.models.convolution import convolve
+from gati_jax.models.convolution import convolve, convolve_cpu
 from tests.models.torch_reference import random_network, state_dict, torch
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gati_jax import models
-from gati_jax._errors import InputError
+from gati_jax.errors import InputError
 from gati_jax.models import ResNet, resnet
 from tests.models.torch_reference import logits as torch_logits
 from tests.models.torch_reference import nn, random_network, state_dict, torch

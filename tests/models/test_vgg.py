@@ -7,7 +7,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from gati_jax import InputError, models
-from gati_jax._errors import WeightsError
+from gati_jax.errors import WeightsError
 from gati_jax.models import VGG, Architecture, ResNet, architecture, layers, vgg, with_algorithms
 from tests.models.torch_reference import logits as torch_logits
 from tests.models.torch_reference import random_network, state_dict

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from gati_jax import data, models
-from gati_jax._errors import WeightsError
+from gati_jax.errors import WeightsError
 from gati_jax.models import Normalization, ResNet, resnet
 
 BASIC = ResNet(stages=(1, 1), widths=(2, 4), classes=3, input_shape=(8, 8, 3))

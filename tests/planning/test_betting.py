@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.stats import multinomial
 
 import gati_jax
-from gati_jax.planning import AccuracyGap, accuracy_gap_bound
-from gati_jax.planning.betting import _bets, upper_bound
+from gati_jax.certification import AccuracyGap, accuracy_gap_bound
+from gati_jax.certification.accuracy_gap import _bets, upper_bound
 
 DELTAS = st.sampled_from([0.01, 0.05, 0.3])
 

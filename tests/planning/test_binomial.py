@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gati_jax.planning import largest_passing, p_value, samples_needed
+from gati_jax.certification import largest_passing, p_value, samples_needed
 
 # Dyadic numbers are exact in binary, so that "at most delta" has one answer.
 EPSILONS = st.integers(1, 60).map(lambda k: k / 64)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gati_jax
-from gati_jax.planning import ReplayTable, greedy, largest_passing
+from gati_jax.certification import largest_passing
+from gati_jax.planning import ReplayTable, greedy
 
 SEEDS = st.integers(0, 2**31)
 SMALL = settings(deadline=None, max_examples=40)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gati_jax
-from gati_jax.planning import Budget, ReplayTable, cascade_ms, compose, compose_plan, front, replay_plan
-from gati_jax.planning.exact import solve
+from gati_jax.planning import Budget, ReplayTable, cascade_ms, compose, compose_plan, replay_plan
+from gati_jax.planning.branch_and_bound import solve
 from gati_jax.planning.greedy import greedy
 
 SEEDS = st.integers(0, 2**31)
@@ -144,28 +144,12 @@ def test_it_is_never_slower_than_greedy(draw_problem, seed, candidates, n, disag
 def test_a_plan_leads_through_the_composition(draw_problem, walk, seed, candidates, n, epsilon):
     table, costs, _ = draw_problem(seed, candidates, n, levels=20)
     plan, composition = compose_plan(table, costs, epsilon=epsilon, delta=0.5)
-    target = max(0, gati_jax.planning.largest_passing(n, epsilon, 0.5))
+    target = max(0, gati_jax.certification.largest_passing(n, epsilon, 0.5))
     upto = [i for i, share in enumerate(plan.disagreement) if share <= (target + 0.5) / n]
     assert plan.mean_ms[upto].min() <= composition.mean_ms + 1e-9
     assert set(plan.names) <= set(composition.names)
     for thresholds, ms in zip(plan.path, plan.mean_ms, strict=True):
         assert walk(table.take(plan.names), thresholds, costs).mean_ms == pytest.approx(ms)
-
-
-@SMALL
-@given(SEEDS, st.integers(1, 4), st.integers(4, 12))
-def test_the_front_is_what_brute_force_leaves(draw_problem, walk, seed, candidates, n):
-    table, costs, memory = draw_problem(seed, candidates, n)
-    counts, sizes = [0, 1, 3], [20, 40, None]
-    found = front(table, costs, counts, sizes, bytes=memory)
-    merits = [(c.mean_ms, c.disagreements, c.memory_bytes) for c in found]
-    assert merits == sorted(merits)
-    for one, other in itertools.permutations(merits, 2):
-        assert not all(a <= b for a, b in zip(one, other, strict=True))
-    for count, size in itertools.product(counts, sizes):
-        best = best_by_brute_force(walk, table, costs, memory, Budget(disagreements=count, memory_bytes=size))
-        within = [ms for ms, wrong, b in merits if wrong <= count and (size is None or b <= size)]
-        assert min(within) == pytest.approx(best)
 
 
 def impatient(asked):

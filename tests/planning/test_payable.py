@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gati_jax.planning import largest_passing, rank, replay_plan, unpayable
+from gati_jax.certification import largest_passing
+from gati_jax.planning import rank, replay_plan, unpayable
 
 
 def test_too_dear_and_too_large_are_named_with_their_reason(make_costs):

@@ -8,7 +8,8 @@ from hypothesis.extra import numpy as hnp
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from gati_jax.planning import POLICIES, oracle_exits, policy_table, replay_plan, shared_threshold_plan
+from gati_jax.planning import replay_plan
+from train.reproduce import POLICIES, oracle_exits, policy_table, shared_threshold_plan
 
 LOGITS = hnp.arrays(
     np.float32, st.tuples(st.integers(1, 4), st.integers(1, 6), st.just(3)), elements=st.integers(-4, 4)

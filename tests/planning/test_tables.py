@@ -124,7 +124,7 @@ def test_replay_table_refuses_columns_of_another_length(field):
     script = f"""
         import numpy as np
         from gati_jax.planning import ReplayTable
-        from gati_jax._errors import InputError
+        from gati_jax.errors import InputError
         table = dict(names=("c",), sites=(1,), depth=2, answers=np.zeros(3, int), classes=np.zeros((1, 3), int),
                      scores=np.zeros((1, 3), np.float32), rows=np.arange(3, dtype=np.uint64), labels=np.zeros(3, int))
         ReplayTable(**table)

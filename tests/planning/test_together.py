@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import gati_jax
 from gati_jax import certify_together
-from gati_jax.planning import tightest
+from gati_jax.certification import tightest
 
 OFF = np.inf
 

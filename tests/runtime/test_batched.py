@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 import gati_jax
 from gati_jax.runtime import Cascade, predict_one
-from gati_jax.runtime.batched import BatchedCascade, _predict_tiled, predict_tiled
-from gati_jax.runtime.schedule import Schedule
+from gati_jax.runtime.batched import BatchedCascade, Schedule, _predict_tiled, predict_tiled
 
 INF = float("inf")
 EIGHT_TWO = Schedule.of({8: 4.0, 2: 1.5})

@@ -6,9 +6,8 @@ import pytest
 
 import gati_jax
 from gati_jax.runtime import Cascade, compile_stages, predict_on_host, predict_one
-from gati_jax.runtime.batched import BatchedCascade, predict_tiled
+from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
 from gati_jax.runtime.host import HostCascade
-from gati_jax.runtime.schedule import Schedule
 
 SCHEDULE = Schedule.of({4: 1.0, 1: 0.4})
 INF = np.inf

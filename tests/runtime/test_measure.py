@@ -11,22 +11,20 @@ import pytest
 import gati_jax
 from gati_jax.caches import Network
 from gati_jax.models import ResNet
-from gati_jax.runtime import (
-    Cascade,
+from gati_jax.profiling import (
     Speed,
     Tile,
     TunedCascade,
     Tuning,
+    costs,
     device_name,
-    lookups,
-    measure,
     measure_costs,
     measure_speed,
-    predict_one,
     speed,
     time_interleaved,
 )
-from gati_jax.runtime.timing import spread
+from gati_jax.profiling.costs import spread
+from gati_jax.runtime import Cascade, predict_one
 
 
 def test_programs_take_turns():
@@ -69,9 +67,9 @@ def made_up(monkeypatch):
         calls = {name: [1000.0, *[known.get(name, 1.0)] * (len(calls) - 1)] for name, calls in programs.items()}
         return {name: np.tile(ms, (rounds, 1)) for name, ms in calls.items()}
 
-    for room in (measure, lookups):
+    for room in (costs, costs):
         monkeypatch.setattr(room, "time_interleaved", interleaved)
-    monkeypatch.setattr(lookups, "time_turns", turns)
+    monkeypatch.setattr(costs, "time_turns", turns)
     return known
 
 

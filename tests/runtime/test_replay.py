@@ -8,8 +8,7 @@ import pytest
 
 import gati_jax
 from gati_jax import InputError
-from gati_jax.fitting import untrained
-from gati_jax.runtime import replay_logits
+from gati_jax.fitting import replay_logits, untrained
 from tests.fitting import tiny
 
 RNG = np.random.default_rng(0)

@@ -12,10 +12,11 @@ import gati_jax
 from gati_jax import CostTable
 from gati_jax.caches import Network
 from gati_jax.models import ResNet
-from gati_jax.runtime import Cascade, Tile, TunedCascade, Tuning, device_name, expected_ms, measure_batches
-from gati_jax.runtime import speed as speeds
-from gati_jax.runtime.schedule import Schedule
-from gati_jax.runtime.speed import path_ms
+from gati_jax.profiling import Tile, TunedCascade, Tuning, device_name, expected_ms, measure_batches
+from gati_jax.profiling import speed as speeds
+from gati_jax.profiling.speed import path_ms
+from gati_jax.runtime import Cascade
+from gati_jax.runtime.batched import Schedule
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 import gati_jax
 from gati_jax.caches import GlobalAverage, SortedSelector
 from gati_jax.models import Chain, ResNet, fold, init, layers, to_chain
-from gati_jax.runtime import Cascade, Tile, TunedCascade, Tuning, batched, predict_one, search
-from gati_jax.runtime.options import Options, compiled
-from gati_jax.runtime.tuning import OPTIONS
+from gati_jax.profiling import Tile, TunedCascade, Tuning, autotune
+from gati_jax.profiling.tuned_cascade import OPTIONS
+from gati_jax.runtime import Cascade, batched, predict_one
+from gati_jax.runtime.compilation import CompilerOptions, compiled
 from train import tune as script
 
 NETWORK = ResNet(stages=(2, 1), widths=(4, 8), shortcut="B", input_shape=(8, 8, 3))
@@ -53,7 +54,7 @@ def cascade(base, images) -> Cascade:
 
 def made_up(*sizes: int, algorithms=WINOGRAD) -> Tuning:
     tiles = tuple(Tile(size=s, milliseconds=1 + s / 4, options=(), algorithms=algorithms) for s in sizes)
-    return Tuning(device=gati_jax.runtime.device_name(), tiles=tiles)
+    return Tuning(device=gati_jax.profiling.device_name(), tiles=tiles)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 11])
@@ -96,7 +97,7 @@ def compilations() -> Iterator[list[str]]:
 
 def test_a_warm_bucket_compiles_nothing_more_for_any_batch_size(cascade, images, monkeypatch, compilations):
     """Not even what cuts the padding off, or puts parts together."""
-    monkeypatch.setattr("gati_jax.runtime.tuned.LARGEST_BUCKET", 8)
+    monkeypatch.setattr("gati_jax.profiling.tuned_cascade.LARGEST_BUCKET", 8)
     jax.clear_caches()  # another test may have compiled the same
     tuned = TunedCascade(cascade, made_up(1, 2))
     for count in (1, 8):
@@ -117,7 +118,7 @@ def test_no_images_are_refused(cascade, images):
 
 
 def test_more_rows_than_the_largest_bucket_are_answered_in_parts(cascade, images, monkeypatch):
-    monkeypatch.setattr("gati_jax.runtime.tuned.LARGEST_BUCKET", 4)
+    monkeypatch.setattr("gati_jax.profiling.tuned_cascade.LARGEST_BUCKET", 4)
     tuned = TunedCascade(cascade, made_up(1, 2))
     whole = tuned.predict(images)
     np.testing.assert_array_equal(whole.exit, [int(predict_one(cascade, image).exit) for image in images])
@@ -126,7 +127,7 @@ def test_more_rows_than_the_largest_bucket_are_answered_in_parts(cascade, images
 def test_tune_finds_something_for_every_size(base):
     found = gati_jax.tune(base, sizes=(2,), rounds=1)
     assert [tile.size for tile in found.tiles] == [1, 2]
-    assert found.device == gati_jax.runtime.device_name()
+    assert found.device == gati_jax.profiling.device_name()
     for tile in found.tiles:
         assert tile.milliseconds > 0
         assert all(algorithm in KINDS[kind].applicable for kind, algorithm in tile.algorithms.items())
@@ -138,11 +139,11 @@ def test_algorithms_that_lose_too_many_digits_are_not_taken(base, monkeypatch):
     def made_up_times(programs, *, rounds):
         return {name: np.full(rounds, times.get(name, float(len(name)))) for name in programs}
 
-    monkeypatch.setattr(search, "time_interleaved", made_up_times)
-    monkeypatch.setattr(search, "_supported", lambda: [()])
+    monkeypatch.setattr(autotune, "time_interleaved", made_up_times)
+    monkeypatch.setattr(autotune, "_supported", lambda: [()])
     (tile,) = gati_jax.tune(base, sizes=(1,), rounds=1).tiles
     assert set(tile.algorithms.values()) == {"winograd4", "im2col"}
-    monkeypatch.setattr(search, "TOLERANCE", 0.0)
+    monkeypatch.setattr(autotune, "TOLERANCE", 0.0)
     (tile,) = gati_jax.tune(base, sizes=(1,), rounds=1).tiles
     assert tile.algorithms == {}
 
@@ -154,16 +155,18 @@ A, B = OPTIONS["cpu"][:2]
 @given(ms=st.lists(st.floats(0.1, 10), min_size=6, max_size=6, unique=True))
 def test_tiles_that_share_a_program_share_its_options(base, ms):
     """By made-up times for one, two and eight rows under two sets of options."""
-    made_up_ms: dict[tuple[int, Options], float] = dict(zip(itertools.product((1, 2, 8), (A, B)), ms, strict=True))
+    made_up_ms: dict[tuple[int, CompilerOptions], float] = dict(
+        zip(itertools.product((1, 2, 8), (A, B)), ms, strict=True)
+    )
 
     def times(networks, tiles, _rounds):
         return np.array([[made_up_ms[tile.size, tile.options]] * len(networks) for tile in tiles])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_time_networks", times)
-        patch.setattr(search, "_supported", lambda: [A, B])
-        patch.setattr(search, "_refine", lambda *_: {})
-        patch.setattr(search, "_error", lambda *_: 0.0)
+        patch.setattr(autotune, "_time_networks", times)
+        patch.setattr(autotune, "_supported", lambda: [A, B])
+        patch.setattr(autotune, "_refine", lambda *_: {})
+        patch.setattr(autotune, "_error", lambda *_: 0.0)
         one, two, eight = gati_jax.tune(base, sizes=(8, 2), rounds=1).tiles
     assert one.options == min((A, B), key=lambda o: made_up_ms[1, o])
     assert two.options == eight.options
@@ -176,7 +179,7 @@ def test_tiles_that_share_a_program_share_its_options(base, ms):
 
 @pytest.mark.parametrize("sizes", [(8, 5000), (0,), (-3, 1), tuple(range(2, 18))], ids=str)
 def test_sizes_that_cannot_be_are_refused_before_anything_is_timed(base, monkeypatch, sizes):
-    monkeypatch.setattr(search, "_time_networks", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(autotune, "_time_networks", lambda *_: pytest.fail("timed"))
     with pytest.raises(gati_jax.InputError, match="sizes: expected up to 16 of 1 to 4096 rows, 1 among them, got"):
         gati_jax.tune(base, sizes=sizes)
 

@@ -14,13 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import uvicorn
 
+from serve.engine.records import Answer, Job, Route, Statistics, Step
 from serve.metrics import Gauges, Metrics
+from serve.protocol.grpc import create_server
 from serve.protocol.http import create_app
-from serve.protocol.model import Bound, Model
-from serve.protocol.rpc import create_server
+from serve.protocol.model import Bound, Model, Tally
 from serve.protocol.service import Backend, Service
-from serve.protocol.statistics import Tally
-from serve.records import Answer, Job, Route, Statistics, Step
 
 SHAPE = (2, 3, 1)
 EXITS = (0, 2, 4)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from serve.records import Route, StageResult, Step
+from serve.engine.records import Route, StageResult, Step
 
 CLASSES = 10
 

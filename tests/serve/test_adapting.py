@@ -15,34 +15,35 @@ import tritonclient.http as triton
 from prometheus_client.parser import text_string_to_metric_families
 
 import gati_jax
-import serve.adapting.gauges
+import serve.metrics
 from gati_jax.adaptation import (
     POINTS,
     REPEATED,
-    KeeperConfig,
+    ControllerConfig,
+    ExactCacheConfig,
     MonitorConfig,
-    PointsConfig,
-    RepeatsConfig,
+    NearestCacheConfig,
     Served,
-    Versions,
 )
-from gati_jax.adaptation.keeper import standing
-from gati_jax.adaptation.updater import home_of
-from serve import adapting, assemble, routes
-from serve.adapting.begin import _preparing
-from serve.engine import Engine
+from gati_jax.adaptation.controller import standing
+from gati_jax.bundle import Versions
+from gati_jax.bundle.record import certified_only
+from serve import adaptive, assemble
+from serve.adaptive.build import _preparing
+from serve.engine import routes
+from serve.engine.engine import Engine
+from serve.engine.records import DeadlineError, OverloadedError
+from serve.engine.runner import JaxRunner
 from serve.metrics import Metrics
-from serve.protocol.statistics import Tally
-from serve.records import DeadlineError, OverloadedError
-from serve.runner import JaxRunner
+from serve.protocol.model import Tally
 from serve.settings import Settings
 from tests.adaptation import world
 from tests.serve.fake_runner import pixels
 
 DEPTH = 3
 PATIENCE = 60
-QUIET = KeeperConfig(
-    monitor=MonitorConfig(epsilon=world.EPSILON, stir=False), repeats=RepeatsConfig(often=2), points=None
+QUIET = ControllerConfig(
+    monitor=MonitorConfig(epsilon=world.EPSILON, stir=False), repeats=ExactCacheConfig(often=2), points=None
 )
 
 
@@ -60,8 +61,8 @@ def begun(tmp_path):
 
     def start(keeper=QUIET, *, bundle=None, capacity=64, folder=tmp_path):
         metrics = Metrics(Tally())
-        options = adapting.Options(folder=folder, keeper=keeper)
-        one = adapting.begin(bundle or world.bundle(), options, capacity=capacity, observer=metrics)
+        options = adaptive.AdaptiveOptions(folder=folder, keeper=keeper)
+        one = adaptive.build(bundle or world.bundle(), options, capacity=capacity, observer=metrics)
         runner = JaxRunner(one.sources, capacity=capacity, buckets=(1, 4))
         engine = Engine(runner, observer=one.adapting, shadow=one.adapting.shadow)
         metrics._routes = engine.routes
@@ -161,7 +162,7 @@ def test_the_documentation_names_every_metric_and_no_other(server):
     parts, port, _ = server
     Client(port).ask(bright=False)
     families = {family.name for family in text_string_to_metric_families(parts.metrics.page().decode())}
-    documented = set(re.findall(r"^    (gati_\w+)", serve.adapting.gauges.__doc__ or "", re.MULTILINE))
+    documented = set(re.findall(r"^    (gati_\w+)", serve.metrics.__doc__ or "", re.MULTILINE))
     assert {name.removesuffix("_total") for name in documented} == {n for n in families if "adaptation" in n}
 
 
@@ -172,7 +173,7 @@ class Swapping:
     """A server of three versions, which notes by whom every step of a request is dispatched."""
 
     def __init__(self, bundle):
-        self.home = home_of(bundle)
+        self.home = certified_only(bundle)
         first, selectors = standing(self.home), [c.params["selector"] for c in self.home.caches]
         turned = [jax.tree.map(lambda leaf: -leaf, selector) for selector in selectors]
         other = tuple(
@@ -328,7 +329,7 @@ def test_every_hit_is_compared_with_the_base_where_the_monitor_looks_closely(beg
 
 def test_points_are_shadowed_by_ghosts_from_the_start(begun):
     """Points that answer everything: each answer is compared with the base's, whose ghosts no client waits for."""
-    one = begun(dataclasses.replace(QUIET, repeats=None, points=PointsConfig(cells=4, capacity=50)))
+    one = begun(dataclasses.replace(QUIET, repeats=None, points=NearestCacheConfig(cells=4, capacity=50)))
     images = world.images(8, 5)
     one.look(lambda keeper: keeper.monitor.look_closely(at_all=True))
     results(one.submit(images, route=0))

@@ -13,28 +13,29 @@ import numpy as np
 import pytest
 
 from gati_jax import InputError
-from gati_jax._digest import tree_digest
-from gati_jax.adaptation import KeeperConfig, MonitorConfig, Versions
-from gati_jax.adaptation.keeper import standing
-from gati_jax.adaptation.updater import home_of
-from serve import adapting
-from serve.adapting.worker import Worker
+from gati_jax.adaptation import ControllerConfig, MonitorConfig
+from gati_jax.adaptation.controller import standing
+from gati_jax.bundle import Versions
+from gati_jax.bundle.record import certified_only
+from gati_jax.pytrees import tree_digest
+from serve import adaptive
+from serve.adaptive.worker import Worker
 from serve.metrics import Metrics
-from serve.protocol.statistics import Tally
+from serve.protocol.model import Tally
 from tests.adaptation import world
 
 PATIENCE = 60
-KEEPER = KeeperConfig(monitor=MonitorConfig(epsilon=world.EPSILON, stir=False), repeats=None, points=None)
+KEEPER = ControllerConfig(monitor=MonitorConfig(epsilon=world.EPSILON, stir=False), repeats=None, points=None)
 
 
 def begin(folder, bundle=None, **options):
-    told = adapting.Options(folder=folder, **{"keeper": KEEPER, **options})
-    return adapting.begin(bundle or world.bundle(), told, capacity=8, observer=Metrics(Tally()))
+    told = adaptive.AdaptiveOptions(folder=folder, **{"keeper": KEEPER, **options})
+    return adaptive.build(bundle or world.bundle(), told, capacity=8, observer=Metrics(Tally()))
 
 
 def certified(*, step=None, epsilon=world.EPSILON):
     """The home plan, certified at an earlier step: other thresholds than those that the bundle came with."""
-    home = home_of(world.bundle())
+    home = certified_only(world.bundle())
     step = len(home.plan.path) - 2 if step is None else step
     certificate = dataclasses.replace(home.certificate, step=step, plan_hash=home.plan.hash, epsilon=epsilon)
     return dataclasses.replace(home, certificate=certificate)
@@ -45,7 +46,7 @@ def thresholds(begun):
 
 
 def given():
-    return standing(home_of(world.bundle())).thresholds.tolist()
+    return standing(certified_only(world.bundle())).thresholds.tolist()
 
 
 def test_without_versions_the_bundle_is_served_as_it_was_given(tmp_path):
@@ -173,7 +174,7 @@ def test_a_piece_that_rests_long_is_ended_when_the_server_stops():
 
 
 def test_what_fails_is_counted_and_tried_again(monkeypatch, caplog):
-    monkeypatch.setattr("serve.adapting.worker._AGAIN", (0.001, 0.002))
+    monkeypatch.setattr("serve.adaptive.worker._AGAIN", (0.001, 0.002))
     worker = Worker(job := Job(failing=3), 0.9)
     worker.start()
     assert job.paused.wait(PATIENCE)

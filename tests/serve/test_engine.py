@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.engine import Engine
-from serve.records import DeadlineError, OverloadedError, StageResult, StepError, StoppingError
+from serve.engine.engine import Engine
+from serve.engine.records import DeadlineError, OverloadedError, StageResult, StepError, StoppingError
 from tests.serve.fake_runner import CLASSES, FakeClock, FakeRunner, FakeRunning, image, route
 
 PATIENCE = 30  # seconds until a test that hangs fails

@@ -13,9 +13,8 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve.protocol import rpc
-from serve.protocol.errors import RequestError, UnknownModelError
-from serve.protocol.messages import parse_request
+from serve.protocol import grpc
+from serve.protocol.messages import RequestError, UnknownModelError, parse_request
 
 _spec = importlib.util.spec_from_file_location("fake", Path(__file__).with_name("fake.py"))
 assert _spec is not None
@@ -97,7 +96,7 @@ def test_json_is_read_or_refused(text):
 @given(st.binary(max_size=60), st.integers(0, 200))
 @settings(max_examples=200, deadline=None)
 def test_messages_are_read_or_refused(extra, at):
-    message = rpc.pb.ModelInferRequest(
+    message = grpc.pb.ModelInferRequest(
         model_name="gati",
         inputs=[{"name": "images", "datatype": "FP32", "shape": [1, 2, 3, 1]}],
         raw_input_contents=[np.zeros(6, np.float32).tobytes()],
@@ -105,5 +104,5 @@ def test_messages_are_read_or_refused(extra, at):
     message.parameters["epsilon"].double_param = 0.1
     good = message.SerializeToString()
     with contextlib.suppress(RequestError, UnknownModelError):
-        decoded = rpc.decode(rpc._parse(rpc.pb.ModelInferRequest, good[:at] + extra + good[at:]))
+        decoded = grpc.decode(grpc._parse(grpc.pb.ModelInferRequest, good[:at] + extra + good[at:]))
         asyncio.run(FRONT.service.infer(decoded))

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.engine import Engine
-from serve.records import Job, StepError, StoppingError
-from serve.scheduler import Scheduler
+from serve.engine.engine import Engine
+from serve.engine.records import Job, StepError, StoppingError
+from serve.engine.scheduler import Scheduler
 from tests.serve.fake_runner import FakeRunner, image, route
 
 PATIENCE = 30  # seconds until a test that hangs fails
@@ -172,12 +172,12 @@ def test_ghosts_that_wait_are_dropped_when_the_server_stops(make):
 def test_a_ghost_from_the_start_is_answered_by_the_last_stage_only(make):
     watcher = Watcher()
     engine = make(FakeRunner([route(1.0, 1.0)]), watcher)
-    engine.haunt(image(0, 5), route=0, mark="g")
+    engine.submit_shadow(image(0, 5), route=0, mark="g")
     until(watcher, 1)
     assert (watcher.ghosts, watcher.answers, watcher.asked) == ([("g", (2, 5))], [], [])
     assert engine.stop(PATIENCE)
     with pytest.raises(StoppingError):
-        engine.haunt(image(0, 5), route=0)
+        engine.submit_shadow(image(0, 5), route=0)
     assert (engine.statistics().answered, engine.statistics().shadowed) == (0, 1)
 
 

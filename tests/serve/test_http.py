@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 
-from serve.records import DeadlineError, OverloadedError, StepError, StoppingError
+from serve.engine.records import DeadlineError, OverloadedError, StepError, StoppingError
 
 INFER = "/v2/models/gati/infer"
 P, Q = np.exp(2) / (np.exp(2) + 2), 1 / (np.exp(2) + 2)

@@ -13,7 +13,7 @@ from benchmarks import targets
 from benchmarks.driving import Outcome, Record, Reply, Run, closed_loop, open_loop
 from benchmarks.summary import highest, latencies, summarize
 from gati_jax.adaptation import Trace
-from serve.records import Answer, OverloadedError
+from serve.engine.records import Answer, OverloadedError
 
 
 class Instantly(selectors.SelectSelector):

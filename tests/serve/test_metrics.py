@@ -7,8 +7,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import serve.metrics
-from serve.protocol.statistics import Tally, Times
-from serve.records import Job, Step
+from serve.engine.records import Job, Step
+from serve.protocol.model import Tally, Times
 
 
 def jobs(count, route=0):

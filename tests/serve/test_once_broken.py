@@ -11,8 +11,8 @@ import tracemalloc
 import grpc
 import pytest
 
-from serve.engine import Engine
-from serve.protocol.errors import RequestError
+from serve.engine.engine import Engine
+from serve.protocol.messages import RequestError
 from serve.protocol.tensors import Incoming, to_array
 from tests.serve.fake_runner import FakeRunner, route
 from tests.serve.test_http import ask, tensor

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from serve import policy
-from serve.engine import Engine
-from serve.records import DeadlineError, OverloadedError, StageResult, Step, StepError
+from serve.engine import policy
+from serve.engine.engine import Engine
+from serve.engine.records import DeadlineError, OverloadedError, StageResult, Step, StepError
 from tests.serve.fake_runner import CLASSES, route
 
 CAPACITY = 12

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gati_jax.planning import CONDITIONAL, ExitRate
-from serve import routes
-from serve.records import Route
+from gati_jax.certification import CONDITIONAL, ExitRate
+from serve.engine import routes
+from serve.engine.records import Route
 
 MS = 1.0
 

@@ -12,9 +12,9 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2
 
+from serve.engine.records import DeadlineError, OverloadedError, StepError, StoppingError
+from serve.protocol import grpc as rpc
 from serve.protocol import inference_pb2 as pb
-from serve.protocol import rpc
-from serve.records import DeadlineError, OverloadedError, StepError, StoppingError
 
 FOLDER = Path(rpc.__file__).parent
 

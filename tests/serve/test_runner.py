@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 import gati_jax
 from gati_jax import InputError
-from gati_jax.runtime import Cascade, Tile, Tuning, device_name, predict_batch
-from serve import policy, routes
-from serve.engine import Engine
-from serve.programs import settle
-from serve.records import Job, Step
-from serve.runner import JaxRunner
+from gati_jax.profiling import Tile, Tuning, device_name
+from gati_jax.runtime import Cascade, predict_batch
+from serve.engine import policy, routes
+from serve.engine.engine import Engine
+from serve.engine.programs import settle
+from serve.engine.records import Job, Step
+from serve.engine.runner import JaxRunner
 from tests.serve.fake_runner import pixels
 
 CAPACITY = 8

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from serve import policy
-from serve.records import Job, OverloadedError, Step
-from serve.scheduler import Scheduler
+from serve.engine import policy
+from serve.engine.records import Job, OverloadedError, Step
+from serve.engine.scheduler import Scheduler
 from tests.serve.fake_runner import image, route
 
 

@@ -13,8 +13,8 @@ from benchmarks.load import Load, load_of, measure, parser
 from benchmarks.onnx_runner import BUCKETS, FullRunner
 from benchmarks.onnx_runner import measure as measure_buckets
 from gati_jax import InputError
-from serve.engine import Engine
-from serve.records import Job, Step
+from serve.engine.engine import Engine
+from serve.engine.records import Job, Step
 
 
 def first_value(images):

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import targets
 from benchmarks.driving import Reply, run
 from gati_jax import InputError
-from serve.records import OverloadedError
+from serve.engine.records import OverloadedError
 
 IMAGES = np.arange(5 * 12, dtype=np.uint8).reshape(5, 2, 2, 3)
 

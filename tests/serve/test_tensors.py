@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from serve.protocol.bodies import decode, encode
-from serve.protocol.errors import RequestError
+from serve.protocol.codec import decode, encode
+from serve.protocol.messages import RequestError
 from serve.protocol.tensors import DTYPES, Incoming, Outgoing, to_array, to_bytes, to_json
 
 

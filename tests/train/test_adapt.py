@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from gati_jax import InputError, data
-from gati_jax.adaptation import Trace, Versions, save_trace
+from gati_jax.adaptation import Trace, save_trace
+from gati_jax.bundle import Versions
 from tests.train.one_pass import json_of
 from train import adapt
 

@@ -17,7 +17,8 @@ from gati_jax.models import export_state_dict, init, resnet
 from tests.train.one_pass import DIGITS, FREEZE, ROOT, SPLITS, evaluate_arguments
 from tests.train.written_results import freeze as freeze_result
 from tests.train.written_results import reproduction as reproduction_result
-from train import base, caches, cli, evaluate, freeze, page, reproduce
+from train import base, caches, cli, evaluate
+from train.reproduce import freeze, page, run
 
 
 def refuse(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], None], *arguments: str) -> str:
@@ -49,7 +50,7 @@ CONFIG_ERRORS = {
 }
 
 
-@pytest.mark.parametrize("main", [base.main, caches.main, reproduce.main], ids=["base", "caches", "reproduce"])
+@pytest.mark.parametrize("main", [base.main, caches.main, run.main], ids=["base", "caches", "reproduce"])
 @pytest.mark.parametrize("case", CONFIG_ERRORS)
 @pytest.mark.usefixtures("quiet_logging")
 def test_bad_config_is_one_line(capsys, monkeypatch, tmp_path, main, case):
@@ -76,7 +77,7 @@ def weights_of(folder: Path) -> Path:
         (caches.main, "select", "all[800:1197]", ("fit=", "select=all[800:1197]")),
         (caches.main, "certify", "all[1196:1497]", ("select=", "certify=all[1196:1497]")),
         (caches.main, "test", "all", ("fit=", "test=all")),
-        (reproduce.main, "select", "all[800:1197]", ("fit=", "select=all[800:1197]")),
+        (run.main, "select", "all[800:1197]", ("fit=", "select=all[800:1197]")),
         (base.main, "test", "all[896:]", ("test=all[896:]", "base_trained_on 0=")),
     ],
 )
@@ -186,7 +187,7 @@ def test_policies_are_not_compared_without_labels(capsys, monkeypatch, tmp_path)
     load = data.load
     monkeypatch.setattr(data, "load", lambda *a, **k: dataclasses.replace(load(*a, **k), labels=None))
     arguments = [*DIGITS, "--base.weights", str(weights_of(tmp_path)), "--out", str(tmp_path / "out")]
-    assert "expected labels" in refuse(capsys, reproduce.main, *arguments)
+    assert "expected labels" in refuse(capsys, run.main, *arguments)
     assert not (tmp_path / "out").exists()
 
 

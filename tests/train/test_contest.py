@@ -5,12 +5,11 @@ import pytest
 
 import gati_jax
 from gati_jax import CostTable, Plan
-from gati_jax.planning import shared_threshold_plan
-from gati_jax.runtime import Tile
+from gati_jax.profiling import Tile
 from tests.fitting import tiny
-from train import standings
-from train.contest import Contestant, contestants, farthest_on_test, logits_of, step_at_accuracy
-from train.standings import Open, exit_times, paired
+from train.reproduce import evaluation, shared_threshold_plan
+from train.reproduce.evaluation import Open, exit_times, paired
+from train.reproduce.policies import Contestant, contestants, farthest_on_test, logits_of, step_at_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def test_only_caches_that_are_on_are_timed(explored, monkeypatch):
             for name, site in sites.items()
         }
 
-    monkeypatch.setattr(standings, "time_turns", turns)
+    monkeypatch.setattr(evaluation, "time_turns", turns)
     tile = Tile(size=1, milliseconds=1.0, options=(), algorithms={})
     ways = {"base": (), "ours": on.names}
     ms = exit_times(chain, candidates, ways, tile, images["test"][0], 3)

@@ -14,7 +14,7 @@ import gati_jax
 from gati_jax import Chain, CostTable, Head, InputError, data
 from gati_jax.caches import FullyConnected, LinearSelector
 from gati_jax.fitting import untrained
-from gati_jax.planning import Composition, compose, path
+from gati_jax.planning import Composition, compose, threshold_path
 from tests.fitting import tiny
 from tests.train.one_pass import DIGITS
 from train.config import Config, load_config
@@ -132,7 +132,7 @@ def test_what_was_composed_once_is_composed_again_though_the_clock_says_otherwis
         calls.append(seconds)
         return compose(*args, seconds=0.0, **options)
 
-    monkeypatch.setattr(path, "compose", out_of_time)
+    monkeypatch.setattr(threshold_path, "compose", out_of_time)
     again, kept = found.plan(config(), 0.5)
     assert (again.hash, kept, calls) == (plan.hash, composition, [])
     found.plan(config(), 0.4)

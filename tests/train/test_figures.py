@@ -7,7 +7,7 @@ import pytest
 from matplotlib.patches import Rectangle
 
 from tests.train.written_results import POLICIES, reproduction, texts
-from train import figures
+from train.reproduce import figures
 
 
 @pytest.fixture

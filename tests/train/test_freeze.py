@@ -9,11 +9,11 @@ import pytest
 
 import gati_jax
 from gati_jax import InputError, ReplayTable
-from gati_jax.runtime import device_name
+from gati_jax.profiling import device_name
 from tests.train.one_pass import FREEZE, SMALLEST, json_of, small_and_repeatable
-from train import freeze, page
 from train.config import load
-from train.freeze_config import FreezeExperiment
+from train.reproduce import freeze, page
+from train.reproduce.freeze_config import FreezeExperiment
 
 CONFIG = Path(__file__).parents[2] / "configs" / "repro_freeze_resnet18.toml"
 

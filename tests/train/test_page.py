@@ -9,7 +9,7 @@ import pytest
 
 from tests.train.one_pass import ROOT
 from tests.train.written_results import POLICIES, freeze, reproduction
-from train import figures, page
+from train.reproduce import figures, page
 
 LINKS = {"reproduce": "[reproduce](#reproduce)", "freeze": "[freeze](#freeze)"}
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from gati_jax import InputError
-from gati_jax.fitting import epoch_order, run_epochs, scan_epoch
 from gati_jax.models import apply_train
 from tests.train.one_pass import TINY
-from train import recipe
+from train import epoch_order, recipe, run_epochs, scan_epoch
 from train.config import BaseTraining, build_config
 from train.recipe import Recipe, augmented, begin, make_optimizer, make_schedule, train_step
 

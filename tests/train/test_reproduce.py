@@ -11,7 +11,8 @@ from scipy.stats import binom
 
 from tests.train.one_pass import Run, caches_arguments, json_of, small_and_repeatable, strict
 from tests.train.written_results import texts
-from train import page, reproduce, standings
+from train.reproduce import evaluation, page
+from train.reproduce import run as script
 
 HEADS = (
     '[{name = "grid", predictor = {kind = "grid", cells = 2, hidden = 8}, selectors = [{kind = "linear"}]},'
@@ -24,9 +25,9 @@ def reproduce_in(folder: Path, run: Run, *more: str) -> Any:
     options = ["--fit.heads", HEADS, "--fit.epochs", "2", "--plan.epsilon", "0.2", "--plan.memory_share", "4"]
     arguments = [*caches_arguments(run.folder), *options, "--measure_rounds", "3", "--out", str(folder), *more]
     with small_and_repeatable(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reproduce, "ROUNDS", 2)
-        patch.setattr(standings, "TIMED", 4)
-        return json_of(reproduce.main, *arguments)
+        patch.setattr(script, "ROUNDS", 2)
+        patch.setattr(evaluation, "TIMED", 4)
+        return json_of(script.main, *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import gati_jax
 from gati_jax import data
 from gati_jax.models import layers
-from gati_jax.runtime import Tile, Tuning, device_name
+from gati_jax.profiling import Tile, Tuning, device_name
 from tests.train.one_pass import ROOT, json_of
 from train import caches, evaluate
 

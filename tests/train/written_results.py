@@ -1,4 +1,4 @@
-"""Results as ``train.reproduce`` and ``train.freeze`` write them, with figures that are told apart."""
+"""Results as ``train.reproduce`` and ``train.reproduce.freeze`` write them, with figures that are told apart."""
 
 from pathlib import Path
 from typing import Any

@@ -1,0 +1,191 @@
+"""A bundle in memory: what was saved, and the cascades that it stands for."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from gati_jax.caches import Candidate, choose
+from gati_jax.certification import CONDITIONAL, Certificate
+from gati_jax.data import fingerprint
+from gati_jax.errors import InputError
+from gati_jax.fitting import origin
+from gati_jax.models import Chain
+from gati_jax.planning import CostTable, Origin, Plan
+from gati_jax.profiling import TunedCascade, Tuning, device_name
+from gati_jax.runtime import Cascade, check_cascade
+
+from .manifest import MAX_PLANS, Provenance
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A base with its caches, a plan for them, and a certificate of the plan; or up to four of both."""
+
+    chain: Chain
+    caches: tuple[Candidate, ...]
+    """The plan's, in its order; then those that only the other plans have."""
+    plan: Plan
+    """The one that is used unless another is named."""
+    certificate: Certificate
+    also: tuple[tuple[Plan, Certificate], ...] = ()
+    """Other plans, each with its certificate."""
+    class_names: tuple[str, ...] = ()
+    provenance: Provenance = Provenance()  # noqa: RUF009 (frozen)
+    costs: tuple[CostTable, ...] = ()
+    """By device."""
+    tunings: tuple[Tuning, ...] = ()
+    """By device."""
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """All plans by name, the default one first."""
+        return {certificate.name: plan for plan, certificate in ((self.plan, self.certificate), *self.also)}
+
+    @property
+    def certificates(self) -> dict[str, Certificate]:
+        """Their certificates."""
+        return {certificate.name: certificate for certificate in (self.certificate, *(c for _, c in self.also))}
+
+    @property
+    def cascade(self) -> Cascade:
+        """The certified step of the plan, ready to run: caches that stay off are left out."""
+        return self.cascades[self.certificate.name]
+
+    @property
+    def tuned(self) -> TunedCascade | None:
+        """The cascade as this device runs it fastest; None where nobody has tuned it for this device."""
+        return self.tuned_of(None)
+
+    @functools.cached_property
+    def cascades(self) -> dict[str, Cascade]:
+        """The cascade of every plan by name."""
+        return {name: self._cascade(plan, self.certificates[name].step) for name, plan in self.plans.items()}
+
+    def cascade_of(self, name: str | None) -> Cascade:
+        """Return the cascade of a plan; None names the default one.
+
+        Raises:
+            InputError: There is no such plan.
+        """
+        return self.cascades[self._known(name)]
+
+    def tuned_of(self, name: str | None) -> TunedCascade | None:
+        """Return ``cascade_of(name)`` as this device runs it fastest, if the bundle has been tuned for it.
+
+        Raises:
+            InputError: There is no such plan.
+        """
+        return self._tuned.get(self._known(name))
+
+    @functools.cached_property
+    def _tuned(self) -> dict[str, TunedCascade]:
+        tuning = next((tuning for tuning in self.tunings if tuning.device == device_name()), None)
+        return {} if tuning is None else {name: TunedCascade(c, tuning) for name, c in self.cascades.items()}
+
+    def _known(self, name: str | None) -> str:
+        name = self.certificate.name if name is None else name
+        if name not in self.plans:
+            raise InputError(f"plan: expected one of {', '.join(self.plans)}, got {name!r}")
+        return name
+
+    def _cascade(self, plan: Plan, step: int) -> Cascade:
+        thresholds = plan.thresholds(step)
+        on = np.isfinite(thresholds)
+        caches = choose(self.caches, [name for name, is_on in zip(plan.names, on, strict=True) if is_on])
+        cascade = Cascade(self.chain, caches, jnp.asarray(thresholds[on], jnp.float32))
+        check_cascade(cascade)
+        return cascade
+
+
+def check_origin(plan: Plan, chain: Chain, caches: tuple[Candidate, ...]) -> None:
+    """Check that plan and certificate were made from these very parameters; a plan made by hand does not say."""
+    if plan.origin != Origin():
+        plan.origin.check(origin(chain, choose(caches, plan.names), plan.origin.dtype), "candidates")
+
+
+CertifiedPlans = tuple[tuple[Plan, Certificate], ...]
+
+
+def check_plans(pairs: CertifiedPlans) -> None:
+    """Check that certificates are of these plans, and that the plans paid for one another.
+
+    Raises:
+        InputError: Says what was expected.
+    """
+    names = [certificate.name for _, certificate in pairs]
+    if len(pairs) > MAX_PLANS or len(set(names)) < len(names):
+        raise InputError(f"plans: expected at most {MAX_PLANS}, of different names, got {', '.join(names)}")
+    for plan, certificate in pairs:
+        if certificate.plan_hash != plan.hash:
+            raise InputError("certificate: expected that of this plan, got another plan's")
+        if certificate.select_fingerprint not in {"", fingerprint(plan.rows)}:
+            raise InputError("certificate: expected that of a plan composed on these rows, got one composed on others")
+        if certificate.step >= len(plan.path) or (certificate.step > 0 and not _same_exits(plan, certificate)):
+            raise InputError(
+                f"certificate: expected a step of the plan's path and its exits, got step {certificate.step}"
+            )
+        if certificate.plans < len(pairs):
+            got = f"{certificate.name} certified as one of {certificate.plans}"
+            raise InputError(f"certificate: expected {len(pairs)} plans to be certified together, got {got}")
+    sites_of(pairs)
+
+
+def sites_of(pairs: CertifiedPlans) -> dict[str, int]:
+    """Return the caches of all plans with their sites, in the order in which they first come.
+
+    Raises:
+        InputError: A plan has a cache twice, or two plans have it at different sites.
+    """
+    sites: dict[str, int] = {}
+    for plan, _ in pairs:
+        if len(set(plan.names)) < len(plan.names):
+            raise InputError(f"plan: expected every cache once, got {', '.join(plan.names)}")
+        for name, site in zip(plan.names, plan.sites, strict=True):
+            if sites.setdefault(name, site) != site:
+                raise InputError(f"plans: expected {name} at one site, got {sites[name]} and {site}")
+    return sites
+
+
+def _same_exits(plan: Plan, certificate: Certificate) -> bool:
+    """Say whether a conditional certificate speaks of every site with a cache that is on."""
+    on = np.isfinite(plan.thresholds(certificate.step))
+    sites = sorted({site for site, is_on in zip(plan.sites, on, strict=True) if is_on})
+    return certificate.method != CONDITIONAL or [e.site for e in certificate.exits] == sites
+
+
+def costs_of(bundle: Bundle) -> CostTable:
+    """Return the bundle's costs for single requests on this device, as it was tuned; or else any that it holds.
+
+    Raises:
+        InputError: It holds none.
+    """
+    caches = {cache.name for cache in bundle.cascade.caches}
+    single = [tile for tuning in bundle.tunings if tuning.device == device_name() for tile in tuning.tiles[:1]]
+    for tile in single:
+        if tile.costs is not None and caches <= set(tile.costs.lookup_ms):
+            return tile.costs
+    if not bundle.costs:
+        raise InputError("costs: expected a bundle with measured costs, got one without")
+    return min(bundle.costs, key=lambda table: (table.device != device_name(), table.batch))
+
+
+def certified_only(bundle: Bundle) -> Bundle:
+    """Return a bundle of its default plan alone, up to the certified step: what adaptation starts from and returns to.
+
+    Caches that are closed at that step are left out, and so is what the path would open beyond it.
+    """
+    plan_, step = bundle.plan, max(0, bundle.certificate.step)
+    names = [c.name for c in bundle.cascade.caches]
+    columns = [plan_.names.index(name) for name in names]
+    home = dataclasses.replace(
+        plan_,
+        names=tuple(names),
+        sites=tuple(plan_.sites[i] for i in columns),
+        path=plan_.path[: step + 1, columns],
+        disagreement=plan_.disagreement[: step + 1],
+        mean_ms=plan_.mean_ms[: step + 1],
+        origin=plan_.origin.take(names),
+    )
+    return dataclasses.replace(bundle, caches=bundle.cascade.caches, plan=home, also=())

@@ -1,0 +1,19 @@
+"""Certificates: how often a plan's answers may differ from the base's, with confidence 1 - delta."""
+
+from gati_jax.planning.binomial import largest_passing as largest_passing
+from gati_jax.planning.binomial import p_value as p_value
+from gati_jax.planning.binomial import samples_needed as samples_needed
+
+from .accuracy_gap import AccuracyGap as AccuracyGap
+from .accuracy_gap import accuracy_gap_bound as accuracy_gap_bound
+from .certificate import CONDITIONAL as CONDITIONAL
+from .certificate import SEQUENTIAL as SEQUENTIAL
+from .certificate import Certificate as Certificate
+from .certificate import ExitRate as ExitRate
+from .certificate import tightest as tightest
+from .certificate import trial_level as trial_level
+from .fixed_sequence import certify as certify
+from .fixed_sequence import certify_conditional as certify_conditional
+from .fixed_sequence import certify_together as certify_together
+from .fixed_sequence import count_duplicates as count_duplicates
+from .sequential import SequentialCertifier as SequentialCertifier

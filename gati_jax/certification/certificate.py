@@ -1,0 +1,189 @@
+"""What is known of a plan's disagreement with the base. A certificate can be checked by its own fields."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from gati_jax.errors import InputError
+from gati_jax.planning.binomial import p_value
+
+from .accuracy_gap import AccuracyGap
+
+MARGINAL = "fixed-sequence testing, exact binomial"
+CONDITIONAL = "conditional per exit: fixed-sequence testing, exact binomial for every exit at once"
+SEQUENTIAL = "sequential on later traffic: betting against a conditional mean above epsilon"
+Method = Literal[
+    "fixed-sequence testing, exact binomial",
+    "conditional per exit: fixed-sequence testing, exact binomial for every exit at once",
+    "sequential on later traffic: betting against a conditional mean above epsilon",
+]
+_NAME = re.compile(r"[\w.%+-]{1,40}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExitRate:
+    """The certify requests that left at or before a site."""
+
+    site: int
+    n: int
+    disagreements: int
+    p_value: float
+    """Of "more than epsilon of such requests disagree", given that there are n."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            InputError: Says what was expected.
+        """
+        if not (0 <= self.disagreements <= self.n < 2**53 and self.site >= 0):
+            raise InputError(f"exits: expected counts, got {self.disagreements} of {self.n} at site {self.site}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What is known of a plan's disagreement with the base.
+
+    With the marginal ``method``, with confidence 1 - delta, at most epsilon of all requests disagree. With the
+    conditional one, at most epsilon of those that leave at or before each of ``exits`` do, for every one of these at
+    once; and so of all requests, too, because the base never disagrees with itself.
+
+    The sequential one comes from traffic as it was, in its order, and assumes nothing of how requests are drawn: the
+    probability of disagreeing, given all requests before, was at most epsilon in the mean up to some request of these n
+    (see ``adaptation/sequential.py``). What comes later may be other traffic: that is the monitor's to watch.
+    """
+
+    name: str = "default"
+    """The plan's, among those of a bundle."""
+    epsilon: float
+    delta: float
+    """As asked for; the test ran at ``level``."""
+    step: int
+    """The certified step of the plan's path; -1 where nothing could be certified and every cache stays off."""
+    n: int
+    disagreements: int
+    """Among the n certify requests, at the certified step."""
+    p_value: float
+    """The largest of ``exits`` where the certificate is conditional; an upper bound where it is sequential."""
+    method: Method = MARGINAL
+    numerics: str = "reference"
+    """The arithmetic that was certified: the float32 reference path."""
+    looks: int = 1
+    """How often this data has been opened for certificates, this time included."""
+    plans: int = 1
+    """Plans that were certified together, in one look: that any of their certificates is wrong has risk delta."""
+    version: int = 0
+    """Number of the trial, from 1 on, where the certificate is sequential."""
+    base_saw_data: bool = False
+    """Whether the base was trained on the certify split."""
+    plan_hash: str
+    data_fingerprint: str
+    select_fingerprint: str = ""
+    """Of the rows that the plan was composed on; empty in certificates of old bundles."""
+    repeated: int = 0
+    """How many of the n requests equal one before them: taken for requests that came again, not for copies."""
+    exits: tuple[ExitRate, ...] = ()
+    """For every cache that is on, in the order of the sites, where the certificate is conditional."""
+    accuracy_gap: AccuracyGap | None = None
+    """Where the certify split has labels. Its delta comes on top."""
+    stays_off: tuple[str, ...] = ()
+    """A sentence for every cache of the plan that is off at the certified step."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be, and what its own counts refute.
+
+        Raises:
+            InputError: Names the field.
+        """
+        for name in ("epsilon", "delta"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}")
+        check_name(self.name)
+        counts = 0 <= self.disagreements <= self.n < 2**53 and 0 <= self.repeated <= self.n and self.step >= -1
+        if not (counts and 1 <= self.looks < 2**53 and 1 <= self.plans < 2**53):
+            got = f"{self.disagreements} of {self.n}, look {self.looks} for {self.plans} plans"
+            raise InputError(f"certificate: expected counts, got {got}")
+        if self.method not in {MARGINAL, CONDITIONAL, SEQUENTIAL}:
+            raise InputError(f"method: expected {MARGINAL!r}, {CONDITIONAL!r} or {SEQUENTIAL!r}, got {self.method!r}")
+        sequential = (self.looks, self.plans, self.accuracy_gap) == (1, 1, None) and 1 <= self.version < 2**53
+        if not (sequential if self.method == SEQUENTIAL else self.version == 0):
+            got = f"version {self.version}, look {self.looks} for {self.plans} plans"
+            raise InputError(f"certificate: expected a version for a sequential test and no other, got {got}")
+        if self.step == 0 or (self.step > 0 and not self._passed()):
+            raise InputError(
+                f"certificate: {self.disagreements} of {self.n} do not certify step {self.step} at {self.epsilon}"
+            )
+        if self.step > 0 and self.accuracy_gap is not None and not self._has_gap(self.accuracy_gap):
+            raise InputError(
+                f"accuracy_gap: expected one of the same {self.n} requests and tests, got {self.accuracy_gap}"
+            )
+
+    @property
+    def certified(self) -> bool:
+        """Whether any step of the path was certified."""
+        return self.step >= 0
+
+    @property
+    def level(self) -> float:
+        """What each p-value was compared with: the plans of this look share delta / looks.
+
+        Looks share nothing: the j-th is wrong with a risk of at most delta / j, and the sum over many exceeds delta.
+        Trials do: that any of them all certifies wrongly has risk delta.
+        """
+        if self.method == SEQUENTIAL:
+            return trial_level(self.delta, self.version)
+        return self.delta / self.looks / self.plans
+
+    def _passed(self) -> bool:
+        if self.method == MARGINAL:
+            return not self.exits and p_value(self.disagreements, self.n, self.epsilon) <= self.level
+        if self.method == SEQUENTIAL:
+            # No bet on a request that agrees wins more than a factor of 1 / (1 - epsilon).
+            possible = self.p_value >= (1 - self.epsilon) ** (self.n - self.disagreements) * (1 - 1e-9)
+            return not self.exits and possible and self.p_value <= self.level
+        rising = all(
+            a.site < b.site and a.n <= b.n and a.disagreements <= b.disagreements
+            for a, b in zip(self.exits, self.exits[1:], strict=False)
+        )
+        if not (self.exits and rising and self.exits[-1].n <= self.n):
+            return False
+        passed = all(p_value(e.disagreements, e.n, self.epsilon) <= self.level for e in self.exits)
+        return passed and self.exits[-1].disagreements == self.disagreements
+
+    def _has_gap(self, gap: AccuracyGap) -> bool:
+        """Only a request that disagrees can be a loss or a gain; the step was chosen among at least so many."""
+        possible = gap.n == self.n and gap.losses + gap.gains <= self.disagreements
+        return possible and gap.comparisons >= self.step * self.looks * self.plans
+
+
+def trial_level(delta: float, version: int) -> float:
+    """Return the j-th trial's part of delta, 6 delta / (pi^2 j^2): all that ever come have no more than delta.
+
+    Example:
+        >>> round(sum(trial_level(0.05, j) for j in range(1, 100_000)), 4)
+        0.05
+    """
+    return 6 * delta / (math.pi * version) ** 2
+
+
+def check_name(name: str) -> None:
+    """Check the name of a plan.
+
+    Raises:
+        InputError: It is not one plain word.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(f"name: expected up to 40 letters, digits or any of . % + - _, got {name!r}")
+
+
+def tightest(certificates: Mapping[str, Certificate]) -> str:
+    """Name the certificate with the smallest epsilon that certifies anything, or the smallest of all if none does.
+
+    Raises:
+        InputError: There is none.
+    """
+    if not certificates:
+        raise InputError("certificates: expected at least one, got none")
+    return min(certificates, key=lambda name: (not certificates[name].certified, certificates[name].epsilon))

@@ -1,0 +1,192 @@
+"""Plans: the composed caches, and a path of thresholds through the composition to the disagreement asked for."""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float, UInt64
+
+from gati_jax.errors import InputError
+
+from .binomial import largest_passing
+from .compose import Budget, Composition, check_tables, compose
+from .greedy import Thresholds, walk
+from .tables import CostTable, Origin, ReplayTable, cascade_ms, replay_plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The chosen caches in order, and the path of their thresholds.
+
+    ``path[i, c]`` is cache c's threshold on step i, infinity where it is off. ``disagreement`` and ``mean_ms`` are
+    what composition saw on each step, on out-of-fold scores of the select split.
+    """
+
+    names: tuple[str, ...]
+    sites: tuple[int, ...]
+    depth: int
+    path: Float[np.ndarray, "steps caches"]
+    disagreement: Float[np.ndarray, " steps"]
+    mean_ms: Float[np.ndarray, " steps"]
+    n: int
+    """Requests of the table that it was composed on."""
+    rows: UInt64[np.ndarray, " n"] = dataclasses.field(repr=False)  # their digests
+    origin: Origin = Origin()  # noqa: RUF009 (frozen)
+
+    def __post_init__(self) -> None:
+        """Check that the columns belong together; thresholds are compared with float32 scores.
+
+        Raises:
+            InputError: Names the field.
+        """
+        object.__setattr__(self, "path", np.asarray(self.path, np.float32))
+        steps, caches = len(self.disagreement), len(self.names)
+        if self.path.shape != (steps, caches) or len(self.mean_ms) != steps or len(self.sites) != caches or steps == 0:
+            raise InputError(f"path: expected shape [steps, caches] = [{steps}, {caches}], got {list(self.path.shape)}")
+        if self.rows.shape != (self.n,):
+            raise InputError(f"rows: expected the digests of n = {self.n} requests, got shape {list(self.rows.shape)}")
+        if np.isnan(self.path).any() or (self.path == -np.inf).any():
+            raise InputError("path: expected thresholds or infinity, got NaN or -infinity")
+        if np.isfinite(self.path[0]).any():
+            raise InputError(f"path: expected its first step to be the bare base, all infinite, got {self.path[0]}")
+
+    @property
+    def hash(self) -> str:
+        """Digest of all that must be fixed before ``certify`` is opened; ``rows`` a certificate names by themselves."""
+        digest = hashlib.sha256(repr((self.names, self.sites, self.depth, self.path.shape, self.origin)).encode())
+        digest.update(np.ascontiguousarray(self.path).tobytes())
+        return digest.hexdigest()
+
+    def thresholds(self, step: int) -> Float[np.ndarray, " caches"]:
+        """Return step ``step``'s thresholds; all off where nothing was certified (step -1)."""
+        return self.path[step] if step >= 0 else np.full(len(self.names), np.inf, np.float32)
+
+
+SECONDS = 30.0
+
+
+def plan(
+    table: ReplayTable,
+    costs: CostTable,
+    *,
+    epsilon: float,
+    delta: float = 0.05,
+    max_sites: int | None = None,
+    memory_bytes: int | None = None,
+    worst_ms: float | None = None,
+    bytes: Mapping[str, int] | None = None,  # noqa: A002
+    seconds: float = SECONDS,
+) -> Plan:
+    """Compose a cascade on the ``select`` split.
+
+    Args:
+        table: Replay of the select split, with out-of-fold scores.
+        costs: Measured times of the same base and candidates.
+        epsilon: The disagreement to be certified; the path ends there.
+        delta: The certificate's; the choice of caches aims at what a split as large as this one could certify.
+        max_sites: At most so many caches.
+        memory_bytes: At most so many for all caches together; needs ``bytes``.
+        worst_ms: At most so long for a request that no cache answers.
+        bytes: For each candidate by name.
+        seconds: To search for the best caches.
+
+    Raises:
+        InputError: Tables of different bases, epsilon or delta outside (0, 1).
+    """
+    return compose_plan(
+        table, costs, epsilon=epsilon, delta=delta, memory_bytes=memory_bytes, worst_ms=worst_ms, sites=max_sites,
+        bytes=bytes, seconds=seconds,
+    )[0]  # fmt: skip
+
+
+def compose_plan(
+    table: ReplayTable,
+    costs: CostTable,
+    *,
+    epsilon: float,
+    delta: float = 0.05,
+    memory_bytes: int | None = None,
+    worst_ms: float | None = None,
+    sites: int | None = None,
+    bytes: Mapping[str, int] | None = None,  # noqa: A002
+    seconds: float = SECONDS,
+    composed: Composition | None = None,
+) -> tuple[Plan, Composition]:
+    """Return a plan as `plan` does, and the composition that it goes through, with its proof and what it refused.
+
+    A search that runs out of time ends elsewhere on a busier machine. ``composed``, from an earlier call with the same
+    arguments, is gone through again instead, and gives the same plan.
+
+    Raises:
+        InputError: As `plan`.
+    """
+    for name, value in (("epsilon", epsilon), ("delta", delta)):
+        if not 0 < value < 1:
+            raise InputError(f"{name}: expected a number between 0 and 1, got {value}")
+    check_tables(table, costs)
+    # The caches are chosen for what a split as large as this one could certify; the path goes on to epsilon, for luck.
+    target = max(0, largest_passing(len(table), epsilon, delta))
+    budget = Budget(disagreements=target, memory_bytes=memory_bytes, worst_ms=worst_ms, sites=sites)
+    composition = composed or compose(table, costs, budget, bytes=bytes, seconds=seconds)
+    part = table.take(composition.names)
+    goal = np.array(composition.thresholds, np.float32)
+    path = _refined(_path(part, costs, goal, target, int(epsilon * len(table) + 1e-9)), part, costs)
+    opened = np.isfinite(path[-1])  # one that never saves anything by itself may be left over
+    kept = part.take([name for name, is_on in zip(part.names, opened, strict=True) if is_on])
+    steps = [thresholds[opened] for thresholds in path]
+    made = Plan(
+        names=kept.names,
+        sites=kept.sites,
+        depth=table.depth,
+        path=np.stack(steps),
+        disagreement=np.array([replay_plan(kept, thresholds).disagreement for thresholds in steps]),
+        mean_ms=np.array([cascade_ms(kept, thresholds, costs) for thresholds in steps]),
+        n=len(table),
+        rows=table.rows,
+        origin=kept.origin,
+    )
+    return made, composition
+
+
+def _path(table: ReplayTable, costs: CostTable, goal: Thresholds, target: int, last: int) -> list[Thresholds]:
+    """Walk from nothing to the composition, which leads through nothing below it, and on to the last budget."""
+    path = walk(table, costs, start=np.full_like(goal, np.inf), floor=goal, budget=target)
+    if cascade_ms(table, goal, costs) < cascade_ms(table, path[-1], costs):
+        path.append(goal)  # no single move led there
+    return path + walk(table, costs, start=path[-1], floor=np.full_like(goal, -np.inf), budget=last)[1:]
+
+
+def _refined(coarse: list[Thresholds], table: ReplayTable, costs: CostTable) -> list[Thresholds]:
+    """Put steps between those of a path, one for each request that comes to disagree.
+
+    A certificate can only stop at a step, and fixed-sequence testing pays nothing for more of them.
+    """
+    path = [coarse[0]]
+    for before, after in itertools.pairwise(coarse):
+        most = max(replay_plan(table, thresholds).disagreement for thresholds in (before, after))
+        for thresholds in _between(table, before, after):
+            faster = cascade_ms(table, thresholds, costs) < cascade_ms(table, path[-1], costs)
+            if faster and replay_plan(table, thresholds).disagreement <= most:
+                path.append(thresholds)
+        path.append(after)
+    return path
+
+
+def _between(table: ReplayTable, before: Thresholds, after: Thresholds) -> list[Thresholds]:
+    """Lower one threshold from ``before`` to ``after``, stopping short of every request that comes to disagree."""
+    changed = np.flatnonzero(before != after)
+    if len(changed) != 1:
+        return []
+    cache = int(changed[0])
+    then, now = replay_plan(table, before), replay_plan(table, after)
+    moved = (now.exits == cache) & (then.exits != cache)
+    scores = table.scores[cache]
+    stops = []
+    for wrong in np.unique(scores[moved & now.disagrees & ~then.disagrees])[::-1]:
+        if len(short_of := scores[moved & (scores > wrong)]):
+            stop = after.copy()
+            stop[cache] = short_of.min()
+            stops.append(stop)
+    return stops

@@ -1,0 +1,237 @@
+"""Measured costs: what each block and each lookup takes on this device, the programs taking turns."""
+
+import functools
+import logging
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from gati_jax.caches import Candidate, Network, lookup
+from gati_jax.models import Chain
+from gati_jax.models.chain import reference
+from gati_jax.planning import CostTable
+from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
+from gati_jax.runtime.cascade import Cascade, Prediction
+from gati_jax.runtime.compilation import CompilerOptions, Packed, compiled, pack, unpack
+from gati_jax.runtime.per_sample import predict_one
+
+_log = logging.getLogger(__name__)
+
+
+def device_name() -> str:
+    """Name the default device, fit for a file name: "cpu-" with the processor's model, or the accelerator's kind."""
+    device = jax.devices()[0]
+    kind = _processor() if device.platform == "cpu" else device.device_kind
+    return re.sub(r"[^\w.+-]+", "-", f"{device.platform}-{kind}".lower())[:100].rstrip("-")
+
+
+@functools.cache
+def _processor() -> str:
+    """Return the processor's model and how many cores this process may use."""
+    try:
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    except OSError:
+        models = []
+    model = models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model} {cores} cores"
+
+
+def prefix_program(
+    chain: Chain, site: int, images: Shaped[Array | np.ndarray, "batch *input"], options: CompilerOptions = ()
+) -> Callable[[], Array]:
+    """Return a compiled call of the base up to ``site``; N includes the classifier."""
+    # All parameters are handed over, as to the whole network: that is part of its time up to any site.
+    return functools.partial(
+        compiled(_prefix, options, static=("site",), keep_unused=True), pack(chain), images, site=site
+    )
+
+
+@reference
+def _prefix(packed: Packed[Chain], images: Shaped[Array | np.ndarray, "batch *input"], *, site: int) -> Array:
+    chain = unpack(packed)
+    x = chain.span(chain.prepare(images), 0, site)
+    return chain.classify(x) if site == len(chain) else x
+
+
+def measure_costs(
+    chain: Chain,
+    candidates: Iterable[Candidate],
+    *,
+    rounds: int = 60,
+    batch: int = 1,
+    options: CompilerOptions = (),
+    sites: Iterable[int] | None = None,
+) -> CostTable:
+    """Measure every block (as differences of prefixes of the base) and every lookup.
+
+    Args:
+        chain: The base.
+        candidates: Whose lookups to time.
+        rounds: Interleaved repeats, of which the medians are taken.
+        batch: Requests at once.
+        options: Compiler options of the programs.
+        sites: Measure up to these only; blocks in between share a span's time equally. None: every block.
+    """
+    depth, candidates = len(chain), tuple(candidates)
+    images = jnp.zeros((batch, *chain.input_spec.shape), chain.input_spec.dtype)
+    stops = [*sorted({site for site in (range(1, depth) if sites is None else sites) if site}), depth]
+    message = "measuring %d spans and %d lookups in batches of %d, %d rounds"
+    _log.info(message, len(stops), len(candidates), batch, rounds)
+    prefixes = {str(site): prefix_program(chain, site, images, options) for site in stops}
+    times = time_interleaved(prefixes, rounds=rounds)
+    until = np.maximum.accumulate([0.0, *(float(np.median(v)) for v in times.values())])
+    return CostTable(
+        device=device_name(),
+        batch=batch,
+        blocks_ms=tuple(np.diff(np.interp(range(depth + 1), [0, *stops], until)).tolist()),
+        lookup_ms=time_lookups(chain, candidates, images, max(5, rounds // 2), options),
+        spread=spread(times[str(depth)]),
+    )
+
+
+LEAST_SHARE = 0.1
+TURN = 4  # calls
+
+
+def lookup_program(
+    cache: Candidate, activation: Float[Array, "batch *site"], options: CompilerOptions = ()
+) -> Callable[[], tuple[Array, Array]]:
+    """Return a compiled call of a lookup by itself."""
+    return functools.partial(compiled(_lookup, options), pack(cache), activation)
+
+
+@reference
+def _lookup(packed: Packed[Candidate], activation: Float[Array, "batch *site"]) -> tuple[Array, Array]:
+    return lookup(unpack(packed), activation)
+
+
+def time_lookups(
+    chain: Chain,
+    candidates: Iterable[Candidate],
+    images: Shaped[Array, "batch *input"],
+    rounds: int,
+    options: CompilerOptions,
+) -> dict[str, float]:
+    """Return what each lookup adds to the cascade around it.
+
+    Alone, a lookup is too short to time: starting its program takes longer. So as many as there are sites are timed at
+    once, in a cascade in which every one of them misses, and what that takes longer than the base, turn by turn, is
+    shared out in proportion to their times alone. A predictor is timed once for all its selectors, which cost next to
+    nothing: composition would choose among them by noise.
+
+    That is a difference of two long times, and noise may eat it up or turn it around. But no lookup is free, and a plan
+    that takes one for free looks up everywhere: each costs at least ``LEAST_SHARE`` of its time alone. Most of that
+    time is the start of its program, so that where differences are clear, they are several times as much. A small
+    network before the base is long enough to be timed alone.
+    """
+    alike: dict[tuple[object, ...], list[Candidate]] = {}
+    for candidate in candidates:
+        alike.setdefault(_predictor_key(candidate), []).append(candidate)
+    distinct = [candidate for candidate, *_ in alike.values()]
+    alone = _time_alone(chain, distinct, len(images), rounds, options)
+    cascades = _cascades(cache for cache in distinct if not isinstance(cache.predictor, Network))
+    programs = {str(i): [_all_miss(chain, caches, images, options)] * TURN for i, caches in enumerate([(), *cascades])}
+    # The first call of a turn finds its weights cold.
+    turns = {int(i): np.median(ms[:, 1:], axis=1) for i, ms in time_turns(programs, rounds).items()}
+    milliseconds = {cache.name: alone[cache.name] for cache in distinct}
+    for i, caches in enumerate(cascades, start=1):
+        whole = sum(alone[cache.name] for cache in caches)
+        added = max(LEAST_SHARE * whole, float(np.median(turns[i] - turns[0])))
+        milliseconds |= {cache.name: added * alone[cache.name] / whole for cache in caches}
+    return {other.name: milliseconds[first.name] for first, *rest in alike.values() for other in (first, *rest)}
+
+
+def _cascades(candidates: Iterable[Candidate]) -> list[tuple[Candidate, ...]]:
+    """Deal candidates out to cascades, each with one at a site."""
+    groups: list[dict[int, Candidate]] = []
+    for candidate in candidates:
+        free = next((group for group in groups if candidate.site not in group), None)
+        if free is None:
+            groups.append(free := {})
+        free[candidate.site] = candidate
+    return [tuple(group[site] for site in sorted(group)) for group in groups]
+
+
+def _predictor_key(candidate: Candidate) -> tuple[object, ...]:
+    """Say which predictor a candidate has: others may have the very same arrays under another selector."""
+    arrays = jax.tree.leaves(candidate.params["predictor"])
+    return candidate.site, candidate.predictor, *map(id, arrays)
+
+
+def _time_alone(
+    chain: Chain, caches: Iterable[Candidate], batch: int, rounds: int, options: CompilerOptions
+) -> dict[str, float]:
+    programs = {}
+    for cache in caches:
+        spec = chain.site_specs[cache.site]
+        activation = jax.random.normal(jax.random.key(0), (batch, *spec.shape)).astype(spec.dtype)
+        programs[cache.name] = lookup_program(cache, activation, options)
+    return {name: float(np.median(ms)) for name, ms in time_interleaved(programs, rounds=rounds).items()}
+
+
+def _all_miss(
+    chain: Chain, caches: tuple[Candidate, ...], images: Shaped[Array, "batch *input"], options: CompilerOptions
+) -> Callable[[], Prediction]:
+    """Return a call of the cascade in which every lookup misses."""
+    cascade = Cascade(chain, caches, jnp.full(len(caches), jnp.inf))
+    if len(images) == 1:
+        return functools.partial(predict_one, cascade, images[0], options)
+    one_tile = BatchedCascade.of(cascade, Schedule.of({len(images): 1.0}))
+    return functools.partial(predict_tiled, one_tile, images, options=options)
+
+
+def time_interleaved(
+    programs: Mapping[str, Callable[[], object]], *, rounds: int
+) -> dict[str, Float[np.ndarray, " rounds"]]:
+    """Time programs in turn, so that a disturbance of the machine meets all of them.
+
+    Args:
+        programs: Each returns what ``jax.block_until_ready`` can wait for. All are run once before, to warm up.
+        rounds: How often each is timed.
+
+    Returns:
+        Milliseconds of every run.
+    """
+    for program in programs.values():
+        jax.block_until_ready(program())
+    times = {name: np.empty(rounds) for name in programs}
+    for i in range(rounds):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program())
+            times[name][i] = (time.perf_counter() - start) * 1e3
+    return times
+
+
+def time_turns(
+    programs: Mapping[str, Sequence[Callable[[], object]]], rounds: int
+) -> dict[str, Float[np.ndarray, "rounds groups"]]:
+    """Let contenders take turns in answering all groups, one after another.
+
+    Who has just run has its weights in the processor's caches, as under traffic; were another to run in between, each
+    would find them cold.
+    """
+    times = {name: np.empty((rounds, len(calls))) for name, calls in programs.items()}
+    for i in range(-1, rounds):  # the first turn warms up
+        for name, calls in programs.items():
+            for g, call in enumerate(calls):
+                start = time.perf_counter()
+                jax.block_until_ready(call())
+                if i >= 0:
+                    times[name][i, g] = (time.perf_counter() - start) * 1e3
+    return times
+
+
+def spread(times: Float[np.ndarray, " rounds"]) -> float:
+    """Return the interquartile range over the median."""
+    low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
+    return float((high - low) / median)

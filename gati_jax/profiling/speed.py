@@ -1,0 +1,192 @@
+"""A cascade beside its full network: what is saved ideally, what really."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Array, Int, Shaped
+
+from gati_jax.caches import Network
+from gati_jax.errors import InputError
+from gati_jax.planning import CostTable
+from gati_jax.runtime.batched import Schedule
+from gati_jax.runtime.cascade import Cascade
+from gati_jax.runtime.per_sample import predict_one
+
+from .costs import lookup_program, prefix_program, spread, time_interleaved, time_turns
+from .tuned_cascade import TunedCascade
+
+FullNetwork = Literal["reference", "tuned"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speed:
+    """A cascade beside the fastest full network, on the same images in the same rounds. Milliseconds are of a batch."""
+
+    full_ms: float
+    cascade_ms: float
+    exit_ms: dict[int, float]
+    """The full network's time up to each exit. A small network at site 0 is no lookup to be left out of what is ideal:
+    its time is part of every exit's."""
+    exits: tuple[int, ...]
+    """Where each of the timed requests left."""
+    spread: float
+    """Interquartile range over median of the speed-up, over rounds."""
+    batch: int = 1
+    full: FullNetwork = "reference"
+    """Which full network is the fastest: by the reference arithmetic, or as tuned for this device."""
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster the cascade answers."""
+        return self.full_ms / self.cascade_ms
+
+    @property
+    def ideal(self) -> float:
+        """The ideal speed-up of these requests: lookups, and the driver itself, left out."""
+        return self.full_ms / float(np.mean([self.exit_ms[exit_] for exit_ in self.exits]))
+
+    @property
+    def conversion(self) -> float:
+        """The share of the ideal speed-up that is real."""
+        return self.speedup / self.ideal
+
+
+def measure_speed(
+    cascade: Cascade,
+    images: Shaped[Array | np.ndarray, "n *input"],
+    *,
+    tuned: TunedCascade | None = None,
+    rounds: int = 7,
+) -> Speed:
+    """Time the cascade, by the reference arithmetic, and its full network on each image.
+
+    A request's time is its median over the rounds; means are over requests.
+
+    Args:
+        cascade: See ``Cascade``.
+        images: Requests, [n, ...].
+        tuned: The same cascade as tuned for this device, if it has been: its full network may be the faster one.
+        rounds: How often each request is timed.
+    """
+    depth = len(cascade.chain)
+    networks = [cache for cache in cascade.caches if isinstance(cache.predictor, Network)]
+    times: dict[str, list[np.ndarray]] = {}
+    for image in images:
+        programs: dict[str, Callable[[], object]] = {"cascade": lambda image=image: predict_one(cascade, image)}
+        for site in (*cascade.sites, depth):
+            programs[str(site)] = prefix_program(cascade.chain, site, image[None])
+        for cache in networks:
+            programs[cache.name] = lookup_program(cache, cascade.chain.prepare(image[None]))
+        if tuned is not None:
+            programs["tuned"] = functools.partial(tuned.without_caches.predict_one, image)
+        for name, ms in time_interleaved(programs, rounds=rounds).items():
+            times.setdefault(name, []).append(ms)
+    by_request = {name: np.stack(ms) for name, ms in times.items()}  # float[n, rounds]
+    mean = {name: float(np.median(ms, axis=1).mean()) for name, ms in by_request.items()}
+    full: dict[str, FullNetwork] = {str(depth): "reference", "tuned": "tuned"}
+    fastest = min((name for name in full if name in mean), key=lambda name: mean[name])
+    # What an exit saves is a share of the network whose blocks were timed one by one, and of the fastest one alike.
+    scale = mean[fastest] / mean[str(depth)]
+    return Speed(
+        full_ms=mean[fastest],
+        cascade_ms=mean["cascade"],
+        exit_ms={
+            site: scale * (mean[str(site)] + sum(mean[cache.name] for cache in networks if cache.site <= site))
+            for site in (*cascade.sites, depth)
+        },
+        exits=tuple(int(predict_one(cascade, image).exit) for image in images),
+        spread=spread(by_request[fastest].mean(0) / by_request["cascade"].mean(0)),
+        full=full[fastest],
+    )
+
+
+def measure_batches(
+    tuned: TunedCascade, images: Shaped[np.ndarray, "n *input"], *, batch: int, rounds: int = 7
+) -> Speed:
+    """Time a tuned cascade and the full network, tuned and not, on ``images`` in groups of ``batch``.
+
+    Args:
+        tuned: With measured costs.
+        images: Requests; what does not fill a group is left out.
+        batch: Requests at once.
+        rounds: How often each group is timed.
+
+    Raises:
+        InputError: Fewer images than one group, or a tuning without costs.
+    """
+    groups = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
+    if not groups:
+        raise InputError(f"images: expected at least one group of {batch}, got {len(images)}")
+    full, depth, chain = tuned.without_caches, len(tuned.cascade.chain), tuned.cascade.chain
+    programs: dict[str, list[Callable[[], object]]] = {
+        "cascade": [functools.partial(tuned.predict, group) for group in groups],
+        "tuned": [functools.partial(full.predict, group) for group in groups],
+        "reference": [prefix_program(chain, depth, group) for group in groups],
+    }
+    exits = np.concatenate([np.asarray(tuned.predict(group).exit) for group in groups])
+    by_group = time_turns(programs, rounds)
+    mean = {name: float(np.median(ms, axis=0).mean()) for name, ms in by_group.items()}
+    networks: tuple[FullNetwork, ...] = ("tuned", "reference")
+    fastest = min(networks, key=lambda name: mean[name])
+    costs = tuned.costs(batch)[tuned.schedule(batch).sizes[0]]
+    share = {site: ms / costs.full_ms for site, ms in path_ms(tuned.cascade, costs).items()}
+    return Speed(
+        full_ms=mean[fastest],
+        cascade_ms=mean["cascade"],
+        exit_ms={site: mean[fastest] * part for site, part in share.items()},
+        exits=tuple(exits.tolist()),
+        spread=spread(by_group[fastest].mean(1) / by_group["cascade"].mean(1)),
+        batch=batch,
+        full=fastest,
+    )
+
+
+def path_ms(cascade: Cascade, costs: CostTable) -> dict[int, float]:
+    """Return the time up to each exit: blocks, and small networks passed; other lookups are left out."""
+    networks = [(c.site, costs.lookup_ms[c.name]) for c in cascade.caches if isinstance(c.predictor, Network)]
+    return {
+        exit_: costs.until(exit_) + sum(ms for site, ms in networks if site <= exit_)
+        for exit_ in (*cascade.sites, len(cascade.chain))
+    }
+
+
+def stages_ms(cascade: Cascade, costs: CostTable) -> tuple[float, ...]:
+    """Return what every stage takes: its blocks and its lookup."""
+    stops, names = (*cascade.sites, len(cascade.chain)), (*(cache.name for cache in cascade.caches), None)
+    return tuple(
+        costs.until(site) - costs.until(before) + (costs.lookup_ms[name] if name else 0.0)
+        for before, site, name in zip((0, *cascade.sites), stops, names, strict=True)
+    )
+
+
+def expected_ms(
+    cascade: Cascade,
+    costs: Mapping[int, CostTable],
+    schedule: Schedule,
+    exits: Int[np.ndarray, " n"],
+    batch: int,
+) -> float:
+    """Return the mean time of a batch that measured costs predict: each stage's tiles for the rows still on their way.
+
+    Args:
+        cascade: Whose.
+        costs: By tile size.
+        schedule: The tiles.
+        exits: Where requests leave, [n]; taken in groups of ``batch``, one after another.
+        batch: Requests at once.
+
+    Raises:
+        InputError: Fewer requests than one group.
+    """
+    by_size = {size: stages_ms(cascade, table) for size, table in costs.items()}
+    stops = (*cascade.sites, len(cascade.chain))
+    stage_ms = [{size: ms[i] for size, ms in by_size.items()} for i in range(len(stops))]
+    groups = exits[: len(exits) // batch * batch].reshape(-1, batch)
+    if not len(groups):
+        raise InputError(f"exits: expected at least one group of {batch}, got {len(exits)}")
+    alive = np.stack([(groups >= site).sum(1) for site in stops], axis=1)  # int[groups, stages]
+    rows = [sum(schedule.milliseconds(int(n), ms) for n, ms in zip(group, stage_ms, strict=True)) for group in alive]
+    return float(np.mean(rows))

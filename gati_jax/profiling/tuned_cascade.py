@@ -1,0 +1,203 @@
+"""A cascade as fast as this device runs it: tuned algorithms and options, tiles for batches."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Shaped
+
+from gati_jax.caches import Candidate, Network, network_with_algorithms
+from gati_jax.errors import InputError
+from gati_jax.models import Algorithm, Architecture, Chain, with_algorithms
+from gati_jax.planning import CostTable
+from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
+from gati_jax.runtime.cascade import Cascade, Prediction
+from gati_jax.runtime.compilation import CompilerOptions
+from gati_jax.runtime.per_sample import predict_one, predict_only
+
+from .costs import measure_costs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tile:
+    """What is fastest for so many rows at once."""
+
+    size: int
+    milliseconds: float
+    """The whole base."""
+    options: CompilerOptions
+    algorithms: Mapping[str, Algorithm]
+    """By kind of layer, where it is not the compiler's own convolution."""
+    costs: CostTable | None = None
+    """Of the bundle's spans and lookups, see ``measure_costs``."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would compile something else than tuning tried.
+
+        Raises:
+            InputError: A size or a time that cannot be, or options that tuning does not try.
+        """
+        if not (1 <= self.size <= MOST_ROWS and 0 < self.milliseconds < np.inf):
+            raise InputError(
+                f"tile: expected 1 to {MOST_ROWS} rows in a positive time, got {self.size} in {self.milliseconds}"
+            )
+        if not any(self.options == options for tried in OPTIONS.values() for options in tried):
+            raise InputError(f"options: expected those that tuning tries, got {self.options}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What was found on one device; smallest tile first."""
+
+    device: str
+    tiles: tuple[Tile, ...]
+    jaxlib: str = ""
+    """The compiler's version: another one may not know these options, or be faster without them."""
+
+    def __post_init__(self) -> None:
+        """Refuse a tuning without a tile for one request.
+
+        Raises:
+            InputError: Tiles that do not rise from 1.
+        """
+        sizes = [tile.size for tile in self.tiles]
+        if sizes[:1] != [1] or sizes != sorted(set(sizes)) or len(sizes) > MOST_TILES:
+            raise InputError(
+                f"tiles: expected up to {MOST_TILES} rising sizes from 1 on, got {sizes[: MOST_TILES + 1]}"
+            )
+
+
+LARGEST_BUCKET = 256
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TunedCascade:
+    """A cascade and what was found fastest for it.
+
+    Its arithmetic is float32 as the reference's, but in another order: logits differ in their last bits. A request
+    whose score lies that close to a threshold, or whose logits are that close to a tie, may be answered differently.
+    """
+
+    cascade: Cascade
+    tuning: Tuning
+
+    def predict_one(self, image: Shaped[Array | np.ndarray, "*input"]) -> Prediction:
+        """Answer one request."""
+        return predict_one(self._single, image, self.tuning.tiles[0].options)
+
+    def predict(self, images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:
+        """Answer a batch: one program for each bucket, a power of two; the rest of a bucket takes no time.
+
+        Raises:
+            InputError: There are no images.
+        """
+        if len(images) == 0:
+            raise InputError("images: expected at least one, got none")
+        parts = [self._bucket(images[i : i + LARGEST_BUCKET]) for i in range(0, len(images), LARGEST_BUCKET)]
+        # By NumPy: JAX would compile a program for every number of rows.
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+
+    @functools.cached_property
+    def without_caches(self) -> "TunedCascade":
+        """The full network, tuned as the cascade is."""
+        return dataclasses.replace(self, cascade=Cascade(self.cascade.chain, (), jnp.zeros(0)))
+
+    def schedule(self, batch: int) -> Schedule:
+        """Return the tiles that a batch is answered in."""
+        return Schedule.of({tile.size: tile.milliseconds for tile in self.tuning.tiles}, batch=batch)
+
+    def costs(self, batch: int) -> dict[int, CostTable]:
+        """Return what was measured for each of those tiles.
+
+        Raises:
+            InputError: The costs of some tile have not been measured.
+        """
+        tables = {tile.size: tile.costs for tile in self.tuning.tiles}
+        found = {size: table for size in self.schedule(batch).sizes if (table := tables[size]) is not None}
+        if len(found) < len(self.schedule(batch).sizes):
+            raise InputError("tuning: expected measured costs for every tile; run python -m train.tune --bundle DIR")
+        return found
+
+    def measured(self, *, rounds: int = 21) -> Tuning:
+        """Measure what every tile's spans and lookups take; return the tuning with these costs."""
+        tiles = []
+        for tile in self.tuning.tiles:
+            cascade, sites = self._tile(tile.size), self.cascade.sites
+            options, batch = tile.options, tile.size
+            costs = measure_costs(
+                cascade.chain, cascade.caches, rounds=rounds, batch=batch, options=options, sites=sites
+            )
+            tiles.append(dataclasses.replace(tile, costs=costs))
+        return dataclasses.replace(self.tuning, tiles=tuple(tiles))
+
+    def _bucket(self, images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:
+        n = len(images)
+        if n == 1:
+            return predict_only(self._single, images, self.tuning.tiles[0].options)
+        bucket = 1 << (n - 1).bit_length()
+        if n < bucket:
+            padding = [(0, bucket - n)] + [(0, 0)] * (images.ndim - 1)
+            images = np.pad(np.asarray(images), padding)
+        batched = self.batched(bucket)
+        options = next(t.options for t in self.tuning.tiles if t.size == batched.schedule.sizes[0])
+        answer = predict_tiled(batched, images, n, options)
+        return answer if n == bucket else jax.tree.map(lambda rows: np.asarray(rows)[:n], answer)
+
+    @functools.cached_property
+    def _single(self) -> Cascade:
+        return self._tile(1)
+
+    @functools.cached_property
+    def _tile(self) -> Callable[[int], Cascade]:
+        """The cascade for each tile size, made once; a cache of this object's own, which goes when it goes."""
+        tiles = {tile.size: tile for tile in self.tuning.tiles}
+        return functools.cache(lambda size: tuned_cascade(self.cascade, tiles[size]))
+
+    @functools.cached_property
+    def batched(self) -> Callable[[int], BatchedCascade]:
+        """The cascade in the tiles that are fastest for a number of rows, made once for each bucket."""
+        return functools.cache(self._batched)
+
+    def _batched(self, bucket: int) -> BatchedCascade:
+        schedule = self.schedule(bucket)
+        return BatchedCascade(cascades=tuple(self._tile(size) for size in schedule.sizes), schedule=schedule)
+
+
+MOST_TILES = 16  # each is one more loop in every span
+MOST_ROWS = 4096
+_GRAPHS = "xla_gpu_enable_command_buffer"
+_LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
+OPTIONS: dict[str, tuple[CompilerOptions, ...]] = {
+    "cpu": (
+        (),
+        ((_LIBRARY, "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"),),  # convolutions by the compiler itself
+        ((_LIBRARY, "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"),),
+    ),
+    "gpu": (  # loops and branches captured as CUDA graphs, or driven by the host
+        (),
+        ((_GRAPHS, "FUSION,CUBLAS,CUDNN,CONDITIONAL,WHILE"),),
+    ),
+}
+"""Those that tuning tries, by platform."""
+
+
+def tuned_chain(chain: Chain, tile: Tile) -> Chain:
+    """Return the chain by a tile's algorithms."""
+    return with_algorithms(chain, tile.algorithms) if isinstance(chain.network, Architecture) else chain
+
+
+def tuned_cascade(cascade: Cascade, tile: Tile) -> Cascade:
+    """Return the cascade, its base and the small networks among its caches, by a tile's algorithms."""
+    caches = tuple(tuned_cache(cache, tile) for cache in cascade.caches)
+    return Cascade(tuned_chain(cascade.chain, tile), caches, cascade.thresholds)
+
+
+def tuned_cache(cache: Candidate, tile: Tile) -> Candidate:
+    """Return a cache, if it is a small network by a tile's algorithms."""
+    if not isinstance(cache.predictor, Network):
+        return cache
+    predictor, variables = network_with_algorithms(cache.predictor, cache.params["predictor"], tile.algorithms)
+    return dataclasses.replace(cache, predictor=predictor, params={**cache.params, "predictor": variables})

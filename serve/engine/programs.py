@@ -1,0 +1,167 @@
+"""The runner's programs: gather -> span -> lookup -> scatter, one for each stage of a route and each bucket."""
+
+import dataclasses
+import gc
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.stages import Lowered
+from jaxtyping import Array, Float, Int, PyTree, Shaped
+
+from gati_jax.models import Chain
+from gati_jax.models.chain import reference
+from gati_jax.runtime import Cascade
+from gati_jax.runtime.cascade import run_stage
+from gati_jax.runtime.compilation import CompilerOptions, compiled, pack, unpack
+
+SCORE, LOGITS = 0, 1  # columns of what a program says
+THREADS = min(4, os.cpu_count() or 1)  # a compiler takes some hundred MB
+
+Key = tuple[int, int, int]  # route, stage, bucket
+Progress = Callable[[int, int], None]
+"""Programs that are ready, and how many there will be."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Program:
+    """A stage of a route in a bucket, compiled, with the arrays that it takes."""
+
+    run: Any
+    """(leaves, source, slots, after) -> (said, after); all parameters are arguments, the slab ``after`` is donated."""
+    leaves: list[Array]
+    structure: Any
+
+    def __call__(
+        self, source: PyTree, slots: Int[np.ndarray, " bucket"], after: Array | None
+    ) -> tuple[Float[Array, "bucket columns"], Any]:
+        """Start it; the slab that is returned with what it says is None behind the last stage."""
+        return self.run(self.leaves, source, slots, after)
+
+
+def build(
+    wanted: Mapping[Key, tuple[Cascade, CompilerOptions]], *, capacity: int, progress: Progress | None = None
+) -> dict[Key, Program]:
+    """Compile programs; those of one structure share one.
+
+    They are traced here, one after another, and compiled in threads: the compiler does not hold Python's lock.
+
+    Args:
+        wanted: By route, stage and bucket, the cascade and compiler options.
+        capacity: Rows of slabs.
+        progress: Is told how many are ready, and how many there will be; programs that are shared count once.
+    """
+    lowered: dict[Any, Lowered] = {}
+    parts: dict[Key, tuple[Any, list[Array], Any]] = {}
+    for (route, stage, bucket), (cascade, options) in wanted.items():
+        leaves, structure = leaves_of(cascade, stage)
+        same = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), stage, bucket, options
+        parts[route, stage, bucket] = same, leaves, structure
+        if same not in lowered:
+            program = compiled(_run, options, static=("structure", "stage"), donate=("after",))
+            slots = jax.ShapeDtypeStruct((bucket,), jnp.int32)
+            source = before(cascade, stage, bucket, capacity)
+            after = slab(cascade, stage, capacity) if stage < len(cascade.caches) else None
+            lowered[same] = program.lower(leaves, source, slots, after, structure=structure, stage=stage)
+    ready: dict[Any, Any] = {}
+    with ThreadPoolExecutor(THREADS, "compile") as pool:
+        compiling = {pool.submit(one.compile): same for same, one in lowered.items()}
+        for done in as_completed(compiling):
+            ready[compiling[done]] = done.result()
+            if progress is not None:
+                progress(len(ready), len(lowered))
+    return {
+        key: Program(run=ready[same], leaves=leaves, structure=structure)
+        for key, (same, leaves, structure) in parts.items()
+    }
+
+
+def settle() -> None:
+    """Keep what is in memory now out of garbage collection: call it once, when everything is compiled.
+
+    A full collection walks through all that tracing has left, which takes 0.2 s, and every few thousand requests bring
+    one about, in which nobody is answered.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def leaves_of(cascade: Cascade, stage: int) -> tuple[list[Array], Any]:
+    """Return the arrays that a stage takes, packed, and their structure."""
+    return jax.tree.flatten(pack(only(cascade, stage)))
+
+
+def only(cascade: Cascade, stage: int) -> Cascade:
+    """Return the cascade with the parameters of one stage alone, for unread arguments cost time, too."""
+    chain, last = cascade.chain, stage == len(cascade.caches)
+    start, stop = ((0, *cascade.sites)[stage], len(chain) + 1 if last else cascade.sites[stage])
+    params = tuple(block if start <= i < stop else () for i, block in enumerate(chain.params))
+    caches = tuple(c if i == stage else dataclasses.replace(c, params={}) for i, c in enumerate(cascade.caches))
+    return Cascade(dataclasses.replace(chain, params=params), caches, cascade.thresholds)
+
+
+def slab(cascade: Cascade, stage: int, capacity: int) -> jax.ShapeDtypeStruct:
+    """Return the slab that a stage (not the last) writes: one row for each slot."""
+    spec = cascade.chain.site_specs[cascade.sites[stage]]
+    return jax.ShapeDtypeStruct((capacity, *spec.shape), spec.dtype)
+
+
+def before(cascade: Cascade, stage: int, bucket: int, capacity: int) -> PyTree:
+    """Return what a stage reads: images for the first, the slab before it for the others."""
+    if stage:
+        return slab(cascade, stage - 1, capacity)
+    return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in to_source(cascade.chain, (), bucket)]
+
+
+def to_source(chain: Chain, images: Sequence[Shaped[np.ndarray, "*input"]], bucket: int) -> list[np.ndarray]:
+    """Stack images for the first stage, padded to the bucket.
+
+    Where the base normalises, some may be uint8 pixels and others prepared inputs. Whoever shares a step, there is one
+    program and one arithmetic for each: it takes both kinds, and which one is meant.
+    """
+    spec = chain.input_spec
+    prepared = np.zeros((bucket, *spec.shape), spec.dtype)
+    if chain.normalization is None:
+        for i, image in enumerate(images):
+            prepared[i] = image
+        return [prepared]
+    pixels, is_pixels = np.zeros((bucket, *spec.shape), np.uint8), np.zeros(bucket, bool)
+    for i, image in enumerate(images):
+        is_pixels[i] = image.dtype == np.uint8
+        (pixels if is_pixels[i] else prepared)[i] = image
+    return [prepared, pixels, is_pixels]
+
+
+def _prepare(chain: Chain, source: list[Array]) -> Shaped[Array, "bucket *input"]:
+    if chain.normalization is None:
+        return chain.prepare(source[0])
+    prepared, pixels, is_pixels = source
+    is_pixels = is_pixels.reshape(-1, *[1] * (pixels.ndim - 1))
+    return jnp.where(is_pixels, chain.prepare(pixels), prepared)
+
+
+@reference
+def _run(
+    leaves: list[Array],
+    source: PyTree,
+    slots: Int[Array, " bucket"],
+    after: Shaped[Array, "capacity *site"] | None,
+    *,
+    structure: Any,  # noqa: ANN401 (a PyTreeDef)
+    stage: int,
+) -> tuple[Float[Array, "bucket columns"], Shaped[Array, "capacity *site"] | None]:
+    """Run a stage on the rows of these slots; whether a score is a hit is the host's to say.
+
+    Slots out of bounds are padding: whatever is read for them, nothing is written. A hit's activation is written, too:
+    it may go on all the same, as a ghost.
+    """
+    cascade: Cascade = unpack(jax.tree.unflatten(structure, leaves))
+    x = _prepare(cascade.chain, source) if stage == 0 else source.at[slots].get(mode="clip")
+    behind = run_stage(cascade, stage, x)
+    if after is not None:
+        after = after.at[slots].set(behind.activation, mode="drop")
+    return jnp.concatenate([behind.score[:, None], behind.logits], axis=1), after

@@ -1,0 +1,121 @@
+"""A bundle's plans, and the base alone, as routes that a request may choose from."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from gati_jax import Bundle
+from gati_jax.certification import Certificate
+from gati_jax.profiling import Tuning
+from gati_jax.runtime import Cascade
+from serve.engine import policy
+
+from .records import Route
+
+BASE = "base"
+UNKNOWN = 0.5  # the share expected to leave at a cache of which nothing is known; the scheduler soon sees
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class CascadeRoute:
+    """What a runner makes a ``Route`` of."""
+
+    name: str
+    cascade: Cascade
+    epsilon: float | None
+    """See ``Route``."""
+    leave: tuple[float, ...]
+    """See ``Route``."""
+    tuning: Tuning | None = None
+    """What is fastest on this device, if that has been found; None runs the reference arithmetic."""
+
+
+def load(bundle: Bundle, *, reference: bool = False) -> list[CascadeRoute]:
+    """Return the routes of a bundle: its plans, the default one first, and the base.
+
+    Args:
+        bundle: See ``gati_jax.load_bundle``.
+        reference: Whether to leave aside what was found fastest on this device, and run what was certified.
+    """
+    tuned = None if reference else bundle.tuned
+    tuning = tuned.tuning if tuned else None
+    found = []
+    for name, cascade in bundle.cascades.items():
+        certificate = bundle.certificates[name]
+        epsilon = certificate.epsilon if certificate.certified else None
+        shares = _shares(cascade, certificate)
+        found.append(CascadeRoute(name=name, cascade=cascade, epsilon=epsilon, leave=shares, tuning=tuning))
+    base = Cascade(bundle.chain, (), jnp.zeros(0))
+    taken = {route.name for route in found}
+    name = next(name for name in (BASE, *(f"{BASE}-{k}" for k in range(len(found)))) if name not in taken)
+    return [*found, CascadeRoute(name=name, cascade=base, epsilon=0.0, leave=(1.0,), tuning=tuning)]
+
+
+def _shares(cascade: Cascade, certificate: Certificate) -> tuple[float, ...]:
+    """Return the share that leaves each stage: a conditional certificate has counted, others have not."""
+    if [exit_.site for exit_ in certificate.exits] != list(cascade.sites):
+        return (*[UNKNOWN] * len(cascade.sites), 1.0)
+    shares, before = [], 0
+    for exit_ in certificate.exits:  # counted at or before a site
+        shares.append((exit_.n - before) / max(1, certificate.n - before))
+        before = exit_.n
+    return (*shares, 1.0)
+
+
+def default(routes: Sequence[Route]) -> int:
+    """Return the number of the tightest certified route with a cache; the base where there is none."""
+    certified = [i for i, route in enumerate(routes) if route.sites and route.epsilon is not None]
+    others = [i for i, route in enumerate(routes) if not route.sites]
+    return min(certified, key=lambda i: _epsilon(routes[i])) if certified else others[0]
+
+
+def choose(
+    routes: Sequence[Route],
+    *,
+    epsilon: float | None = None,
+    deadline_ms: float | None = None,
+    default: int = 0,
+    backlog_ms: float = 0.0,
+) -> int:
+    """Return the number of the route for a request.
+
+    Args:
+        routes: To choose from.
+        epsilon: The most disagreement that will do: the fastest route that is certified for it. The base never
+            disagrees with itself.
+        deadline_ms: The time there is: the tightest route (among those that do for ``epsilon``) that is expected to
+            answer by then, which may be the base; if none is, the fastest.
+        default: Where neither is given.
+        backlog_ms: The work that waits already, see ``Statistics``.
+
+    Raises:
+        ValueError: Names the field.
+    """
+    for name, value, most in (("epsilon", epsilon, 1.0), ("deadline_ms", deadline_ms, math.inf)):
+        if value is not None and not (math.isfinite(value) and 0 <= value <= most):
+            expected = "a number from 0 to 1" if name == "epsilon" else "a number of milliseconds, 0 or more"
+            raise ValueError(f"{name}: expected {expected}, got {value}")
+    if epsilon is None and deadline_ms is None:
+        return default
+    allowed = [i for i, route in enumerate(routes) if route.epsilon is not None]
+    if epsilon is not None:
+        allowed = [i for i in allowed if _epsilon(routes[i]) <= epsilon]
+    if not allowed:
+        known = sorted(route.epsilon for route in routes if route.epsilon is not None)
+        raise ValueError(f"epsilon: expected at least {known[0] if known else 'a certified plan'}, got {epsilon}")
+    in_time = [] if deadline_ms is None else [i for i in allowed if backlog_ms + expected_ms(routes[i]) <= deadline_ms]
+    if in_time:
+        return min(in_time, key=lambda i: (_epsilon(routes[i]), expected_ms(routes[i])))
+    return min(allowed, key=lambda i: expected_ms(routes[i]))
+
+
+def expected_ms(route: Route) -> float:
+    """Return the expected milliseconds of a request that is alone."""
+    alone = {1: route.stage_ms[min(route.stage_ms)]}  # in the smallest bucket, whatever its size
+    return policy.remaining_ms(alone, route.leave)[0]
+
+
+def _epsilon(route: Route) -> float:
+    return math.inf if route.epsilon is None else route.epsilon

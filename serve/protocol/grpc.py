@@ -1,0 +1,231 @@
+"""The protocol over gRPC."""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf import json_format
+from google.protobuf.message import DecodeError, Message
+from pydantic import BaseModel
+
+from serve import logs
+from serve.engine.records import ServeError
+from serve.metrics import Metrics
+from serve.protocol import inference_pb2 as pb
+
+from .codec import MOST_NUMBERS, Request
+from .http import check_token
+from .messages import Live, NotReadyError, Parameter, Parameters, Ready, RequestError, refusal
+from .service import Response, Service
+from .tensors import Incoming, to_bytes
+
+HEALTH = ("ServerLive", "ServerReady")
+_SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+_CODES = {
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    500: grpc.StatusCode.INTERNAL,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+_CONTENTS = {"UINT8": "uint_contents", "INT32": "int_contents", "FP32": "fp32_contents"}
+_log = logging.getLogger("serve.grpc")
+
+Context = grpc.aio.ServicerContext[bytes, Message]
+M = TypeVar("M", bound=Message)
+Method = Callable[[Any, Context], Awaitable[Message]]
+
+
+def create_server(service: Service, metrics: Metrics, *, limit: int, token: str | None = None) -> grpc.aio.Server:
+    """Return the gRPC side of a service, without a port.
+
+    Args:
+        service: What answers.
+        metrics: Counts requests.
+        limit: Bytes of a message; who sends more gets RESOURCE_EXHAUSTED.
+        token: What clients have to show, as the metadata ``authorization``, on everything but the server's health.
+    """
+    server = grpc.aio.server(
+        options=(
+            ("grpc.so_reuseport", 0),  # or a second server on the same port takes half of the requests, unnoticed
+            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_send_message_length", -1),
+        )
+    )
+    methods = _Methods(service)
+    handlers = {}
+    for method in _SERVICE.methods:
+        guarded = _guard(
+            method.name,
+            getattr(pb, method.input_type.name),
+            getattr(methods, method.name),
+            metrics,
+            None if method.name in HEALTH else token,
+        )
+        # Messages are parsed by the handler: here, grpc would call what cannot be parsed an internal error.
+        handlers[method.name] = grpc.unary_unary_rpc_method_handler(
+            guarded,
+            request_deserializer=None,
+            response_serializer=getattr(pb, method.output_type.name).SerializeToString,
+        )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers),))
+    return server
+
+
+class _Methods:
+    """One coroutine a method of the protocol, under its name."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def ServerLive(self, _: Message, __: Context) -> Message:  # noqa: N802
+        return _message(Live(live=True), pb.ServerLiveResponse())
+
+    async def ServerReady(self, _: Message, __: Context) -> Message:  # noqa: N802
+        return _message(Ready(ready=self._service.ready), pb.ServerReadyResponse())
+
+    async def ModelReady(self, request: pb.ModelReadyRequest, _: Context) -> Message:  # noqa: N802
+        try:
+            return _message(self._service.model_ready(request.name, request.version), pb.ModelReadyResponse())
+        except NotReadyError:
+            return pb.ModelReadyResponse(ready=False)
+
+    async def ServerMetadata(self, _: Message, __: Context) -> Message:  # noqa: N802
+        return _message(self._service.metadata(), pb.ServerMetadataResponse())
+
+    async def ModelMetadata(self, request: pb.ModelMetadataRequest, _: Context) -> Message:  # noqa: N802
+        self._service.model.check(request.name, request.version)
+        return _message(self._service.model.metadata(), pb.ModelMetadataResponse())
+
+    async def ModelConfig(self, request: pb.ModelConfigRequest, _: Context) -> Message:  # noqa: N802
+        self._service.model.check(request.name, request.version)
+        return pb.ModelConfigResponse(config=_message(self._service.model.config(), pb.ModelConfig()))
+
+    async def ModelStatistics(self, request: pb.ModelStatisticsRequest, _: Context) -> Message:  # noqa: N802
+        return _message(self._service.statistics(request.name, request.version), pb.ModelStatisticsResponse())
+
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> Message:  # noqa: N802
+        # Where the client leaves, grpc cancels this coroutine, and the service abandons the rows.
+        self._service.model.check(request.model_name, request.model_version)
+        remaining, request_id = context.time_remaining(), logs.request_id.get()
+        asked = decode(request, self._service.model.most_numbers)
+        return encode(await self._service.infer(asked, remaining=remaining, request_id=request_id))
+
+
+def decode(message: pb.ModelInferRequest, most_numbers: int = MOST_NUMBERS) -> Request:
+    """Take a request out of its message.
+
+    Args:
+        message: What came.
+        most_numbers: In the contents of a tensor.
+
+    Raises:
+        RequestError: Its parts do not fit together.
+    """
+    raw = message.raw_input_contents
+    if raw and len(raw) != len(message.inputs):
+        raise RequestError(
+            f"raw_input_contents: expected one for each of the {len(message.inputs)} inputs, got {len(raw)}"
+        )
+    inputs = []
+    for i, tensor in enumerate(message.inputs):
+        field, shape = f"inputs[{i}]", tuple(tensor.shape)
+        if raw and tensor.HasField("contents"):
+            raise RequestError(f"{field}.contents: expected nothing beside raw_input_contents")
+        if tensor.parameters:
+            raise RequestError(f"{field}.parameters: expected none, got {min(tensor.parameters)[:100]!r}")
+        contents = () if raw else getattr(tensor.contents, _CONTENTS.get(tensor.datatype, "bytes_contents"))
+        if len(contents) > most_numbers:
+            raise RequestError(f"{field}.contents: expected at most {most_numbers} numbers, got {len(contents)}")
+        numbers = None if raw else list(contents)
+        inputs.append(
+            Incoming(field, tensor.name, tensor.datatype, shape, raw=raw[i] if raw else None, numbers=numbers)
+        )
+    return Request(
+        model=message.model_name,
+        version=message.model_version,
+        id=message.id,
+        parameters=_parameters("parameters", message.parameters),
+        inputs=inputs,
+        outputs=[
+            (output.name, _parameters(f"outputs[{i}].parameters", output.parameters))
+            for i, output in enumerate(message.outputs)
+        ],
+        binary=True,
+    )
+
+
+def encode(response: Response) -> pb.ModelInferResponse:
+    """Put an answer into a message; tensors are raw, as Triton's clients expect whatever they sent."""
+    message = pb.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
+    for name, value in response.parameters.items():
+        if isinstance(value, str):
+            message.parameters[name].string_param = value
+        else:
+            message.parameters[name].double_param = value
+    for tensor in response.outputs:
+        message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        message.raw_output_contents.append(to_bytes(tensor))
+    return message
+
+
+def _parameters(field: str, given: Mapping[str, pb.InferParameter]) -> Parameters:
+    parameters: dict[str, Parameter] = {}
+    for name, value in given.items():
+        kind = value.WhichOneof("parameter_choice")
+        if kind is None:
+            raise RequestError(f"{field}.{name[:100]}: expected a value, got none")
+        parameters[name] = getattr(value, kind)
+    return parameters
+
+
+def _message(reply: BaseModel, message: Message) -> Any:  # noqa: ANN401 (the same type as ``message``)
+    """Return a reply's gRPC form, which has the same fields."""
+    return json_format.ParseDict(reply.model_dump(), message, ignore_unknown_fields=True)
+
+
+def _guard(
+    name: str, kind: type[Message], method: Method, metrics: Metrics, token: str | None
+) -> Callable[[bytes, Context], Awaitable[Message]]:
+    """Wrap a method: token, request id, counts, and errors as status codes."""
+
+    async def call(body: bytes, context: Context) -> Message:
+        given = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        request_id = logs.identify(given.get("x-request-id"))
+        logs.request_id.set(request_id)
+        told = (("x-request-id", request_id),)
+        status, started = 499, time.perf_counter()  # unless it gets to its end: the client has left
+        try:
+            check_token(token, given.get("authorization"))
+            reply = await method(_parse(kind, body), context)
+        except Exception as error:  # noqa: BLE001 (logged, and told to the client as INTERNAL)
+            status, message, retry_after = refusal(error)
+            if not isinstance(error, ServeError):
+                _log.exception("a request failed", extra={"method": name})
+            if retry_after is not None:  # gRPC's name for it; its clients' retry policies heed it
+                told = (*told, ("grpc-retry-pushback-ms", str(round(retry_after * 1e3))))
+        else:
+            status = 200
+            context.set_trailing_metadata(told)
+            return reply
+        finally:
+            metrics.request("grpc", name, status)
+            if _log.isEnabledFor(logging.DEBUG):
+                ms = round((time.perf_counter() - started) * 1e3, 3)
+                _log.debug("request", extra={"path": name, "status": status, "ms": ms})
+        await context.abort(_CODES.get(status, grpc.StatusCode.INVALID_ARGUMENT), message, told)
+        raise AssertionError  # abort has raised
+
+    return call
+
+
+def _parse(kind: type[M], body: bytes) -> M:
+    try:
+        return kind.FromString(body)
+    except DecodeError:
+        raise RequestError(f"message: expected a {kind.__name__}, got something else") from None

@@ -1,0 +1,8 @@
+"""``python -m train.reproduce``: see ``train.reproduce.run``."""
+
+from train import cli
+
+from .run import main
+
+if __name__ == "__main__":
+    cli.run(main)
