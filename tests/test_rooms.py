@@ -7,10 +7,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = (
-    "errors checks pytrees data planning certification models caches fitting runtime profiling bundle inference"
-    " adaptation report"
-).split()
+ROOMS = [
+    "errors",
+    "checks",
+    "pytrees",
+    "data",
+    "planning",
+    "certification",
+    "models",
+    "caches",
+    "fitting",
+    "runtime",
+    "profiling",
+    "bundle",
+    "inference",
+    "adaptation",
+    "report",
+]
 HEAVY = {"jax", "flax", "optax", "orbax"}
 FILES = sorted((ROOT / "gati_jax").rglob("*.py"))
 
