@@ -13,7 +13,7 @@ import pytest
 
 from serve.engine.engine import Engine
 from serve.protocol.messages import RequestError
-from serve.protocol.tensors import Incoming, to_array
+from serve.protocol.codec import Incoming, to_array
 from tests.serve.fake_runner import FakeRunner, route
 from tests.serve.test_http import ask, tensor
 from tests.serve.test_settings import Process

@@ -60,12 +60,12 @@ def test_expected_times_by_hand():
     ],
 )
 def test_wishes_by_hand(wish, expected):
-    assert routes.choose(ROUTES, default=7, **wish) == expected
+    assert routes.choose_route(ROUTES, default=7, **wish) == expected
 
 
 @given(epsilon=st.none() | st.floats(0, 1), deadline=st.none() | st.floats(0, 20), backlog=st.floats(0, 10))
 def test_a_choice_is_certified_for_what_was_wished(epsilon, deadline, backlog):
-    chosen = routes.choose(ROUTES, epsilon=epsilon, deadline_ms=deadline, default=0, backlog_ms=backlog)
+    chosen = routes.choose_route(ROUTES, epsilon=epsilon, deadline_ms=deadline, default=0, backlog_ms=lambda: backlog)
     assert ROUTES[chosen].epsilon is not None
     if epsilon is not None:
         assert ROUTES[chosen].epsilon <= epsilon
@@ -78,12 +78,12 @@ def test_a_choice_is_certified_for_what_was_wished(epsilon, deadline, backlog):
 )
 def test_wishes_that_cannot_be_name_their_field(wish):
     with pytest.raises(ValueError, match=f"{next(iter(wish))}: expected a number"):
-        routes.choose(ROUTES, default=0, **wish)
+        routes.choose_route(ROUTES, default=0, **wish)
 
 
 def test_an_epsilon_that_nothing_is_certified_for_is_refused():
     with pytest.raises(ValueError, match=r"epsilon: expected at least 0.01, got 0.001"):
-        routes.choose(ROUTES[:2], epsilon=0.001)
+        routes.choose_route(ROUTES[:2], epsilon=0.001)
 
 
 def test_the_default_is_the_tightest_certified_plan():

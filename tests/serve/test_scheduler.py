@@ -60,12 +60,12 @@ def test_the_gain_looks_as_far_as_it_pays():
 )
 def test_buckets_are_padded_where_that_is_cheaper(waiting, bucket):
     # Times 2, 2.2, 2.4 ms for 1, 2, 4 images: a larger bucket is always cheaper for each of its rows
-    assert policy.choose({1: (2.0,), 2: (2.2,), 4: (2.4,)}, (1.0,), 0, waiting).bucket == bucket
+    assert policy.choose_bucket({1: (2.0,), 2: (2.2,), 4: (2.4,)}, (1.0,), 0, waiting).bucket == bucket
 
 
 def test_no_bucket_is_padded_where_fewer_rows_are_cheaper():
     # 3 of them in a bucket of 4: 8 / 3 ms each; 2 ms each in the others, of which the smaller is taken
-    assert policy.choose({1: (2.0,), 2: (4.0,), 4: (8.0,)}, (1.0,), 0, 3).bucket == 1
+    assert policy.choose_bucket({1: (2.0,), 2: (4.0,), 4: (8.0,)}, (1.0,), 0, 3).bucket == 1
 
 
 # Steps, by hand
@@ -308,7 +308,7 @@ def test_nobody_starves(cheap, dear, leave, deadlines):
     scheduler = Scheduler(routes, 8, max_wait=0.002)
     (victim,) = admit(scheduler, job(0.0, route=1, leaves_at=1))
     now = 0.0
-    gains = [policy.choose(r.stage_ms, r.leave, s, 1).gain for r in routes for s in range(r.depth)]
+    gains = [policy.choose_bucket(r.stage_ms, r.leave, s, 1).gain for r in routes for s in range(r.depth)]
     house = 8 * 2 * dear / 1e3
     bound = 4 * (max(gains) / min(gains)) * (house + 0.002) + 2.0
     while victim.slot >= 0:

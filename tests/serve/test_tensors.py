@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from serve.protocol.codec import decode, encode
 from serve.protocol.messages import RequestError
-from serve.protocol.tensors import DTYPES, Incoming, Outgoing, to_array, to_bytes, to_json
+from serve.protocol.codec import DTYPES, Incoming, Outgoing, to_array, to_bytes, to_json
 
 
 def incoming(datatype, shape, **how):
