@@ -53,32 +53,32 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     bundle: Path = Field(description="folder written by train.caches")
-    name: Name = Field("gati", description="the model's name in requests")
+    name: Name = Field(default="gati", description="the model's name in requests")
     host: str = Field(
-        "127.0.0.1", description="address to listen at; one that other machines can reach needs a token and TLS"
+        default="127.0.0.1", description="address to listen at; one that other machines can reach needs a token and TLS"
     )
-    http_port: Port = Field(8000, description="0 takes a free one")
-    grpc_port: Port = Field(8001, description="0 takes a free one")
-    max_body: int = Field(32 * 2**20, ge=1024, le=2**31 - 1, description="bytes of the largest request")
+    http_port: Port = Field(default=8000, description="0 takes a free one")
+    grpc_port: Port = Field(default=8001, description="0 takes a free one")
+    max_body: int = Field(default=32 * 2**20, ge=1024, le=2**31 - 1, description="bytes of the largest request")
     capacity: int = Field(
-        256,
+        default=256,
         ge=1,
         le=2**16,
         description="images in flight; more are refused (429). Memory: this times the activations at sites of caches",
     )
     max_wait_ms: Seconds = Field(
-        2.0, description="age that counts as much as the whole gain of a step; 0 is first come, first served"
+        default=2.0, description="age that counts as much as the whole gain of a step; 0 is first come, first served"
     )
-    timeout: Seconds = Field(60.0, description="seconds that a request may take, and its body to arrive")
+    timeout: Seconds = Field(default=60.0, description="seconds that a request may take, and its body to arrive")
     grace: Seconds = Field(
-        2.0, description="seconds from SIGTERM, when readiness turns 503, to the closing of the sockets"
+        default=2.0, description="seconds from SIGTERM, when readiness turns 503, to the closing of the sockets"
     )
-    drain: Seconds = Field(30.0, description="seconds, after that, to finish the requests in flight")
-    tls_cert: Path | None = Field(None, description="certificate chain, in PEM; together with --tls-key")
-    tls_key: Path | None = Field(None, description="its private key")
-    token: str | None = Field(None, repr=False)
+    drain: Seconds = Field(default=30.0, description="seconds, after that, to finish the requests in flight")
+    tls_cert: Path | None = Field(default=None, description="certificate chain, in PEM; together with --tls-key")
+    tls_key: Path | None = Field(default=None, description="its private key")
+    token: str | None = Field(default=None, repr=False)
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="debug, info, warning or error; debug logs every request"
+        default="info", description="debug, info, warning or error; debug logs every request"
     )
     overlap: bool = Field(
         default=False,
@@ -89,12 +89,12 @@ class Settings(BaseModel):
     )
     json_output: bool = Field(default=False, alias="json", description="print the addresses as JSON on standard output")
     adapt: bool = Field(default=False, description="follow the traffic: watch, close, try again, refit")
-    adapt_dir: Path | None = Field(None, description="folder of adaptation's versions (default: BUNDLE-adapt)")
-    adapt_share: float = Field(0.1, gt=0, lt=1, description="share of the time for trials and refits")
+    adapt_dir: Path | None = Field(default=None, description="folder of adaptation's versions (default: BUNDLE-adapt)")
+    adapt_share: float = Field(default=0.1, gt=0, lt=1, description="share of the time for trials and refits")
     adapt_epsilon: float | None = Field(
-        None, gt=0, lt=1, description="the disagreement to promise (default: as certified)"
+        default=None, gt=0, lt=1, description="the disagreement to promise (default: as certified)"
     )
-    adapt_without: Layers = Field((), description="parts to leave out: nearest, exact, refit")
+    adapt_without: Layers = Field(default=(), description="parts to leave out: nearest, exact, refit")
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

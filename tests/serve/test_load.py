@@ -204,7 +204,7 @@ def test_an_engine_in_this_process():
     images, engine = np.arange(12, dtype=np.uint8).reshape(3, 4), FakeEngine()
 
     async def main():
-        ask = targets.engine(engine, images, route=1, deadline_ms=500, clock=lambda: 7.0)
+        ask = targets.in_process(engine, images, route=1, deadline_ms=500, clock=lambda: 7.0)
         asked = asyncio.ensure_future(ask(2))
         await asyncio.sleep(0)
         ((given, route, deadline, future),) = engine.taken

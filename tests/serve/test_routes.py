@@ -53,8 +53,8 @@ def test_expected_times_by_hand():
         ({"deadline_ms": 5.9}, TIGHT),
         ({"deadline_ms": 3.9}, LOOSE),
         ({"deadline_ms": 0.1}, LOOSE),  # too late for all: the fastest
-        ({"deadline_ms": 10.0, "backlog_ms": 5.0}, TIGHT),
-        ({"deadline_ms": 10.0, "backlog_ms": 7.0}, LOOSE),
+        ({"deadline_ms": 10.0, "backlog_ms": lambda: 5.0}, TIGHT),
+        ({"deadline_ms": 10.0, "backlog_ms": lambda: 7.0}, LOOSE),
         ({"deadline_ms": 3.0, "epsilon": 0.01}, TIGHT),  # late, but no looser than allowed
         ({"deadline_ms": 100.0, "epsilon": 0.05}, BASE),
     ],

@@ -148,12 +148,11 @@ def test_programs_take_new_parameters_without_compiling(residual):
     before = gati_jax.infer_batch(residual, images, numerics="reference")
     assert not np.allclose(expected.logits, before.logits)
     programs = {id(program.run) for program in runner._programs.values()}
-    runner.reload(routes.load(other))
+    runner.take(runner.prepare(dict(enumerate(routes.load(other)))))
     assert {id(program.run) for program in runner._programs.values()} == programs
     check(through_engine(runner, images), expected)
-    for bad in (routes.load(residual)[:1], routes.load(residual)[::-1]):
-        with pytest.raises(InputError, match="expected the same routes"):
-            runner.reload(bad)
+    with pytest.raises(InputError, match="expected the same routes"):
+        runner.prepare(dict(enumerate(routes.load(residual)[::-1])))
 
 
 def test_plans_with_the_same_caches_share_programs(residual):
@@ -178,7 +177,7 @@ def same(one, other):
 
 
 def test_a_step_writes_the_rows_of_its_jobs_only(residual):
-    """Of hits, too, which may go on as ghosts; padding is scattered to nowhere."""
+    """Also those of hits, which may continue as shadow jobs; padding writes nothing."""
     jobs = make_jobs(0, 2, 5)
     scores = gati_jax.replay(residual.chain, residual.caches, np.stack([job.image for job in jobs])).scores[0]
     two_hit = np.sort(scores)[:2].mean()
@@ -225,7 +224,7 @@ def test_rows_of_a_slab_that_was_lost_are_not_served(residual, when):
     with pytest.raises(RuntimeError, match=r"out of memory|deleted"):
         runner.dispatch(Step(0, 0, 2, failing)).result()
     runner._programs = whole
-    with pytest.raises(RuntimeError, match="what stood at site 0 was lost"):
+    with pytest.raises(RuntimeError, match="activations at site 0 were lost"):
         runner.dispatch(Step(0, 1, 2, lost))
     fresh = make_jobs(1)  # takes a slot that was lost, and writes it anew
     runner.dispatch(Step(0, 0, 2, fresh)).result()

@@ -54,7 +54,7 @@ def test_load_on_the_real_engine_gets_the_right_answers():
     images = np.repeat(np.arange(10, dtype=np.uint8)[:, None], 4, 1)
     engine = Engine(FullRunner(first_value, depth=8, stage_ms=dict.fromkeys(BUCKETS, (1.0,))))
     engine.start()
-    ask = targets.engine(engine, images, route=0, clock=time.monotonic)
+    ask = targets.in_process(engine, images, route=0, clock=time.monotonic)
     expected = np.array([*range(9), 0])  # the last is wrong
     for load in (
         Load(kind="poisson", rate=500, seconds=0.4, warm_up=0, slo_ms=1e4),
