@@ -90,8 +90,8 @@ def test_answers_and_times_by_hand(make):
     assert (statistics.waiting, statistics.backlog_ms, statistics.running) == ({}, 0.0, False)
 
 
-def test_the_next_stage_runs_on_before_it_is_known_who_leaves(make):
-    """Two come alone: stages follow one another unasked, and what is computed for who has left goes nowhere."""
+def test_the_next_stage_is_dispatched_before_hits_are_known(make):
+    """No other job waits: stages are dispatched early, and what is computed for a job that left is discarded."""
     watcher = Watcher()
     runner = FakeRunner([route(1.0, 1.0, 1.0, leave=(0.0, 0.0, 1.0))], clock=TickingClock(0.25))
     engine = make(runner, observer=watcher, overlap=True)
@@ -146,7 +146,7 @@ def test_a_step_that_fails_fails_its_jobs_only(make):
 
 
 @pytest.mark.parametrize("rows", [0, 2])
-def test_a_runner_that_speaks_of_others_fails_the_step(make, rows):
+def test_a_result_of_other_rows_fails_the_step(make, rows):
     class OfOthers(FakeRunning):
         def result(self):
             return StageResult(*(np.concatenate([column] * 2)[:rows] for column in super().result()))
@@ -192,7 +192,7 @@ def test_beyond_the_bound_requests_are_refused(make):
             engine.submit(images((0, 1)), route=bad)
 
 
-def test_a_deadline_that_has_passed_is_told(make):
+def test_a_deadline_that_has_passed_is_an_error(make):
     gate, watcher = Gate(), Watcher()
     runner = FakeRunner([route(5.0, buckets=(1,))], before=gate)
     engine = make(runner, observer=watcher)
@@ -223,18 +223,18 @@ def test_a_client_that_leaves_frees_its_slot(make, how):
         engine.abandon([running, waiting])
     assert engine.statistics().slots_in_use == 2  # one is being written; the other is freed before the next step
     gate.opened.set()
-    assert not concurrent.futures.wait([running, waiting], PATIENCE).not_done  # cancelled, and told so
+    assert not concurrent.futures.wait([running, waiting], PATIENCE).not_done  # cancelled, and notified
     results(engine.submit(images((0, 3)), route=0))
     assert [step.stage for step in runner.steps] == [0, 0]
     statistics = engine.statistics()
     assert (statistics.abandoned, statistics.answered, statistics.slots_in_use) == (2, 1, 0)
 
 
-def test_stopping_finishes_what_was_admitted(make):
+def test_stopping_finishes_admitted_requests(make):
     gate, watcher = Gate(), Watcher()
     engine = make(FakeRunner([route(1.0, 1.0)], before=gate), observer=watcher)
     futures = engine.submit(images((1, 1), (0, 2), (1, 3)), route=0)
-    assert not engine.stop(0.0)  # it is not through
+    assert not engine.stop(0.0)  # it is not finished
     with pytest.raises(StoppingError):
         engine.submit(images((0, 4)), route=0)
     gate.opened.set()
@@ -269,7 +269,7 @@ def test_observers_and_callbacks_that_raise_change_nothing(make, caplog):
     assert "the observer failed" in caplog.text
 
 
-def test_a_bug_leaves_nobody_waiting(make, monkeypatch, caplog):
+def test_a_bug_fails_all_jobs_in_flight(make, monkeypatch, caplog):
     gate = Gate()
     engine = make(FakeRunner([route(1.0, buckets=(1,))], before=gate))
     futures = engine.submit(images((0, 1), (0, 2)), route=0)
