@@ -1,7 +1,7 @@
-"""When requests come: laws of arrival, made from a seed.
+"""Arrival processes, drawn from a seed.
 
-Each returns times in seconds from the start, never falling. Without ``count`` their number is as random as the law has
-it; with it, times are the law's given that so many come.
+Each returns sorted times in seconds from the start. Without ``count``, their number is random as well; with it, the
+times are conditioned on that number.
 """
 
 import numpy as np
@@ -12,32 +12,32 @@ from gati_jax.adaptation import Trace
 from gati_jax.adaptation.trace import MOST_REQUESTS
 
 Times = Float64[np.ndarray, " n"]
-_DAY_STEPS = 1440  # of the piecewise linear law of a day
+_DAY_STEPS = 1440  # of the piecewise linear rate of a day
 
 
 def steady(rate: float, seconds: float, *, count: int | None = None) -> Times:
-    """Return one request after another at even distances, from a camera or a batch job.
+    """Return evenly spaced arrivals, as from a camera or a batch job.
 
     Args:
-        rate: Requests a second.
-        seconds: How long they come.
-        count: So many, at that rate.
+        rate: Requests per second.
+        seconds: Duration.
+        count: Number of requests, at that rate.
     """
     _check(rate, seconds)
     return np.arange(max(1, round(rate * seconds)) if count is None else count) / rate
 
 
 def poisson(rate: float, seconds: float, *, seed: int, count: int | None = None) -> Times:
-    """Return arrivals that know nothing of one another.
+    """Return arrivals of a Poisson process.
 
     Args:
-        rate: Requests a second.
-        seconds: How long they come.
+        rate: Requests per second.
+        seconds: Duration.
         seed: The same seed gives the same times.
-        count: So many.
+        count: Number of requests.
     """
     _check(rate, seconds)
-    return _seen_through(np.random.default_rng(seed), np.array([0, seconds]), np.array([0, rate * seconds]), count)
+    return _time_changed(np.random.default_rng(seed), np.array([0, seconds]), np.array([0, rate * seconds]), count)
 
 
 def bursty(
@@ -50,15 +50,15 @@ def bursty(
     share: float = 0.2,
     burst_seconds: float = 0.5,
 ) -> Times:
-    """Return arrivals of a Markov-modulated Poisson process: bursts and calms of exponential length follow one another.
+    """Return arrivals of a Markov-modulated Poisson process: bursts and calms of exponential length alternate.
 
     Args:
-        rate: Requests a second, bursts and calms together.
-        seconds: How long they come.
+        rate: Requests per second, over bursts and calms.
+        seconds: Duration.
         seed: The same seed gives the same times.
-        count: So many.
+        count: Number of requests.
         ratio: The rate within bursts over the rate between them.
-        share: Of the time, how much is bursts.
+        share: Share of the time in bursts.
         burst_seconds: A burst's mean length.
 
     Raises:
@@ -77,7 +77,7 @@ def bursty(
         changes.append(changes[-1] + length)
         expected.append(expected[-1] + length * rates[state])
         state = 1 - state
-    return _seen_through(random, np.array(changes), np.array(expected), count)
+    return _time_changed(random, np.array(changes), np.array(expected), count)
 
 
 def diurnal(
@@ -89,15 +89,15 @@ def diurnal(
     swing: float = 0.8,
     day_seconds: float = 86_400.0,
 ) -> Times:
-    """Return Poisson arrivals whose rate rises and falls with the time of day, beginning at its lowest.
+    """Return Poisson arrivals whose rate follows the time of day, starting at its lowest.
 
     Args:
-        rate: Requests a second, over whole days.
-        seconds: How long they come.
+        rate: Requests per second, over whole days.
+        seconds: Duration.
         seed: The same seed gives the same times.
-        count: So many.
-        swing: How far the rate goes up and down, as a share of its mean.
-        day_seconds: How long a day is.
+        count: Number of requests.
+        swing: Amplitude of the rate, as a share of its mean.
+        day_seconds: Length of a day.
 
     Raises:
         InputError: An argument is out of its bounds.
@@ -110,23 +110,23 @@ def diurnal(
     at = np.linspace(0, seconds, steps + 1)
     turn = 2 * np.pi / day_seconds
     # The integral of rate (1 - swing cos(turn t)).
-    return _seen_through(np.random.default_rng(seed), at, rate * (at - swing * np.sin(turn * at) / turn), count)
+    return _time_changed(np.random.default_rng(seed), at, rate * (at - swing * np.sin(turn * at) / turn), count)
 
 
 def draw_rows(count: int, *, images: int, seed: int) -> Int[np.ndarray, " count"]:
-    """Return what clients ask for, one request after another, each image as likely as any other."""
+    """Return the image of each request, drawn uniformly."""
     _check_positive(count=count, images=images)
     return np.random.default_rng([seed, images]).integers(0, images, count)
 
 
 def of_rows(seconds: Times, *, images: int, seed: int) -> Trace:
-    """Return requests at these times, for images drawn as in ``draw_rows``."""
+    """Return a trace with these times and images from ``draw_rows``."""
     rows: Int32[np.ndarray, " n"] = draw_rows(len(seconds), images=images, seed=seed).astype(np.int32)
     return Trace(item=rows, seconds=seconds)
 
 
-def _seen_through(random: np.random.Generator, at: Times, expected: Times, count: int | None) -> Times:
-    """Return a unit Poisson process seen through the requests ``expected`` up to each time, piecewise linear."""
+def _time_changed(random: np.random.Generator, at: Times, expected: Times, count: int | None) -> Times:
+    """Return a unit Poisson process, mapped to time by the expected number of requests up to each time."""
     if count is None:
         count = max(1, int(random.poisson(expected[-1])))
     return np.interp(np.sort(random.uniform(0, expected[-1], count)), expected, at)

@@ -1,6 +1,6 @@
-"""Contenders: each a function from images uint8[batch, height, width, channels] to logits, made in its own process.
+"""Contenders: functions from images uint8[batch, height, width, channels] to logits, each for a process of its own.
 
-Other runtimes are imported where they are used: a process has one of them, and not every machine has all.
+Other runtimes are imported where they are used: each process needs one of them, and few machines have all.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ Predict = Callable[[np.ndarray], np.ndarray]
 
 
 class Task(NamedTuple):
-    """What all contenders are given."""
+    """The inputs of every contender."""
 
     bundle: Path
     network: Architecture
     weights: Path
     normalization: Normalization
     cores: int
-    fit: Callable[[], Dataset]  # for what wants to be trained
-    select: Callable[[], Dataset]  # for what wants to be calibrated
+    fit: Callable[[], Dataset]  # for contenders that are trained
+    select: Callable[[], Dataset]  # for contenders that are calibrated
     epsilon: float  # how often answers may differ
     folder: Path  # for files that a runtime needs
 
@@ -43,7 +43,7 @@ def _cascade(task: Task, *, caches: bool) -> Predict:
 
 
 def without_caches(bundle: Bundle) -> Bundle:
-    """Return the bundle as one whose certificate opens nothing."""
+    """Return the bundle with all its caches closed."""
     off = dataclasses.replace(bundle.certificate, step=-1, disagreements=0)
     return dataclasses.replace(bundle, certificate=off)
 

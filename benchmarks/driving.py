@@ -1,9 +1,9 @@
-"""Sending requests and writing down what became of each, in open and in closed loop.
+"""Send requests and record the outcome of each, in open and in closed loop.
 
-In open loop a request is sent at its scheduled time whatever became of those before, and its latency counts from that
-time: while a server stalls, requests go on coming, and their waiting is seen. A client that waits for an answer before
-it sends the next request would leave them out (coordinated omission). Closed loop does that by its nature: its
-latencies say how the server does with N clients, not how it does at a rate.
+In open loop a request is sent at its scheduled time, whether or not earlier ones are answered, and its latency counts
+from that time: requests keep arriving while a server stalls, and their waiting is measured. A client that waits for an
+answer before it sends the next request would omit them (coordinated omission). Closed loop does so by design: its
+latencies are those with N clients, not those at a rate.
 """
 
 import asyncio
@@ -18,31 +18,31 @@ from gati_jax.adaptation import Trace
 from serve.engine.records import DeadlineError, OverloadedError, StoppingError
 
 T = TypeVar("T")
-LEAST_PAUSE = 0.001
+LEAST_PAUSE = 0.001  # seconds before a refused client asks again
 
 
 class Reply(NamedTuple):
-    """What is kept of an answer."""
+    """The recorded part of an answer."""
 
     class_index: int
     exit: int
 
 
 Ask = Callable[[int], Awaitable[Reply]]
-"""Ask for the answer to a row; raises what ``serve.engine.records`` has for refusals, anything else for failures."""
+"""Return the answer to a row; raises the errors of ``serve.engine.records`` for refusals, others for failures."""
 
 
 class Outcome(enum.IntEnum):
-    """What became of a request."""
+    """The outcome of a request."""
 
     ANSWERED = 0
-    REFUSED = 1  # at once, or when its deadline had passed
+    REFUSED = 1  # at once, or because its deadline had passed
     FAILED = 2
-    LOST = 3  # no answer within the patience that was left after the last was sent
+    LOST = 3  # no answer within ``patience`` after the last request
 
 
 class Record(NamedTuple):
-    """A request's life; seconds from the start of the run."""
+    """A request with its outcome; times in seconds from the start of the run."""
 
     row: int
     scheduled: float
@@ -54,19 +54,19 @@ class Record(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What was measured."""
+    """The records of a run."""
 
     records: Sequence[Record]
     seconds: float
-    """How long requests were sent."""
+    """Duration of the sending."""
     busy: float
-    """Seconds of processor time that the generator took."""
+    """Seconds of processor time of the generator."""
     error: str = ""
-    """What the first failed request said."""
+    """The error of the first failed request."""
 
 
 class _Log:
-    """Asks, and writes down what became of it."""
+    """Asks, and records the outcomes."""
 
     def __init__(self, ask: Ask) -> None:
         self.ask, self.records, self.error = ask, list[Record](), ""
@@ -77,7 +77,7 @@ class _Log:
         return self.clock() - self.start
 
     async def one(self, row: int, scheduled: float | None = None) -> float:
-        """Return how long a client that was turned away should wait before it asks again."""
+        """Ask, and return the seconds that a refused client waits before it asks again."""
         sent = self.now()
         scheduled = sent if scheduled is None else scheduled
         outcome, reply, pause = Outcome.LOST, Reply(-1, -1), 0.0
@@ -88,14 +88,14 @@ class _Log:
             outcome, pause = Outcome.REFUSED, max(error.retry_after, LEAST_PAUSE)
         except (DeadlineError, StoppingError):
             outcome, pause = Outcome.REFUSED, LEAST_PAUSE
-        except Exception as error:  # noqa: BLE001 (whatever a client throws, the run goes on and says so)
+        except Exception as error:  # noqa: BLE001 (reported; the run continues)
             self.error, outcome, pause = self.error or repr(error), Outcome.FAILED, LEAST_PAUSE
         finally:
             self.records.append(Record(row, scheduled, sent, self.now(), outcome, *reply))
         return pause
 
     async def finish(self, tasks: Sequence[asyncio.Task[Any]], patience: float) -> None:
-        """Wait for what is on its way, then give it up."""
+        """Wait for the requests in flight, then cancel them."""
         _, waiting = await asyncio.wait(tasks, timeout=patience) if tasks else (set(), set())
         for task in waiting:
             task.cancel()
@@ -109,13 +109,13 @@ async def open_loop(
 
     Args:
         ask: The server.
-        trace: When to send which item.
+        trace: The items and their times.
         patience: Seconds to wait for answers after the last request was sent.
         cpu: Seconds of processor time so far.
     """
     busy, log, tasks = cpu(), _Log(ask), []
     for at, row in zip(trace.seconds.tolist(), trace.item.tolist(), strict=True):
-        await asyncio.sleep(max(0.0, at - log.now()))  # at least a turn of the loop, so that others get on
+        await asyncio.sleep(max(0.0, at - log.now()))  # at least one turn of the loop, for the other tasks
         tasks.append(asyncio.create_task(log.one(row, at)))
     await log.finish(tasks, patience)
     return Run(log.records, float(trace.seconds[-1]), cpu() - busy, log.error)
@@ -130,21 +130,21 @@ async def closed_loop(
     patience: float = 30.0,
     cpu: Callable[[], float] = time.process_time,
 ) -> Run:
-    """Let clients ask one request after another.
+    """Let each client send one request after another.
 
     Args:
         ask: The server.
-        rows: What they ask for, from the beginning again after the last.
-        clients: How many there are: never are more requests on their way.
-        seconds: How long they go on.
+        rows: The rows to ask for, repeated after the last.
+        clients: The number of clients, and so the most requests in flight.
+        seconds: Duration of the sending.
         patience: Seconds to wait for answers after that.
         cpu: Seconds of processor time so far.
     """
-    busy, log, wanted = cpu(), _Log(ask), itertools.cycle(rows)
+    busy, log, rows_left = cpu(), _Log(ask), itertools.cycle(rows)
 
     async def client() -> None:
         while log.now() < seconds:
-            await asyncio.sleep(await log.one(next(wanted)))
+            await asyncio.sleep(await log.one(next(rows_left)))
 
     tasks = [asyncio.create_task(client()) for _ in range(clients)]
     await asyncio.sleep(seconds)
@@ -153,6 +153,6 @@ async def closed_loop(
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run in an event loop that wakes in time: the usual one rounds every sleep up to the next millisecond."""
+    """Run in an event loop with exact timers: the default one rounds every sleep up to the next millisecond."""
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
         return runner.run(main)

@@ -1,8 +1,8 @@
 """Put a load on a running server and report latencies, throughput and goodput.
 
-In open loop (--rate, --trace) requests are sent at their scheduled times and latency counts from these. In closed loop
-(--clients) each client waits for its answer before it asks again. --search looks for the highest rate of which a share
-is answered within the SLO.
+In open loop (--rate, --trace) requests are sent at their scheduled times, from which latency counts. In closed loop
+(--clients) each client waits for its answer before it sends the next request. --search finds the highest rate at which
+a given share of the requests is answered within the SLO.
 """
 
 import argparse
@@ -30,7 +30,7 @@ COLUMNS = ("mean_ms", "p50_ms", "p95_ms", "p99_ms", "p99_9_ms", "throughput", "g
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Load:
-    """What is asked of a server."""
+    """The parameters of a load."""
 
     kind: Literal["poisson", "bursty", "closed", "trace"]
     seconds: float = 20.0
@@ -41,12 +41,12 @@ class Load:
     """The rate within bursts over the rate between them."""
     seed: int = 0
     warm_up: float = 1.0
-    """Seconds, of the first requests, that are not counted."""
+    """Seconds at the start whose requests are not counted."""
     slo_ms: float | None = None
 
 
 def make_trace(load: Load, images: int) -> Trace:
-    """Return what an open loop sends.
+    """Return the requests of an open loop.
 
     Raises:
         InputError: A recorded trace asks for an image that does not exist.
@@ -81,7 +81,7 @@ async def measure(
 
 
 async def search(ask: Ask, load: Load, *, share: float, images: int) -> dict[str, Any]:
-    """Return the highest rate of which ``share`` is answered within the SLO, and every rate tried."""
+    """Return the highest rate at which ``share`` of the requests meets the SLO, and all rates tried."""
     tried: list[dict[str, Any]] = []
 
     async def holds(rate: float) -> bool:
@@ -133,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--slo-ms", type=above_0, metavar="MS", help="what counts as good")
     p.add_argument("--share", type=float, default=0.99, help="of requests within the SLO, for --search (default: 0.99)")
-    p.add_argument("--save-trace", type=Path, metavar="FILE", help="keep what is sent, as .npz")
+    p.add_argument("--save-trace", type=Path, metavar="FILE", help="keep the requests as a trace")
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
     return p
 
@@ -146,7 +146,7 @@ def above_0(text: str) -> float:
 
 
 def parameter(text: str) -> tuple[str, str | float | bool]:
-    """Read a parameter of the protocol; what is JSON is taken as such, anything else is a string."""
+    """Read a parameter of the protocol: JSON, or else a string."""
     name, _, value = text.partition("=")
     try:
         read = json.loads(value)
@@ -156,10 +156,10 @@ def parameter(text: str) -> tuple[str, str | float | bool]:
 
 
 def load_of(arguments: argparse.Namespace) -> Load:
-    """Read what the command line asks for.
+    """Read the load from the command line.
 
     Raises:
-        InputError: Things that do not go together.
+        InputError: Options that exclude or need each other.
     """
     if arguments.search and arguments.slo_ms is None:
         raise InputError("--search: expected --slo-ms beside it, got none")
@@ -174,10 +174,10 @@ def load_of(arguments: argparse.Namespace) -> Load:
 
 
 def images_of(arguments: argparse.Namespace) -> Shaped[np.ndarray, "images ..."]:
-    """Read what is asked for: the trace's own images, or those of a data set.
+    """Read the images: the trace's own, or those of a data set.
 
     Raises:
-        InputError: There are none, or two sets of them.
+        InputError: Neither is given, or both.
     """
     own = load_trace(arguments.trace).images if arguments.trace else None
     if (own is None) == (arguments.data is None):
@@ -190,7 +190,7 @@ def expected_classes(path: Path, images: int) -> Int[np.ndarray, " images"]:
     """Read the expected classes.
 
     Raises:
-        InputError: There is not one for each image.
+        InputError: Not one class for each image.
     """
     classes = np.load(path, allow_pickle=False)
     if classes.shape != (images,) or classes.dtype.kind not in "iu":
@@ -200,7 +200,7 @@ def expected_classes(path: Path, images: int) -> Int[np.ndarray, " images"]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print a table, and why a run is not valid."""
+    """Print a table, and the reasons why a run is not valid."""
     runs = result.get("tried", [result])
     rows = [
         (f"{one['rate']:.1f}", *(f"{one[key]:.4g}" if one.get(key) is not None else "" for key in COLUMNS))

@@ -35,8 +35,8 @@ class _Done:
 class FullRunner:
     """A full network, as a function from images to logits, that the engine can run.
 
-    It takes the rows that there are, without padding: ONNX Runtime needs none. It computes within ``dispatch``; another
-    thread would only add to its time, for the engine waits in any case.
+    It takes batches without padding, because ONNX Runtime needs none. It computes within ``dispatch``: another thread
+    would only add to its time, because the engine waits anyway.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class FullRunner:
         capacity: int = CAPACITY,
         name: str = ROUTE,
     ) -> None:
-        """Run ``predict``.
+        """Take a network.
 
         Args:
             predict: From images to logits.
             depth: Blocks of the network: the exit of every answer.
             stage_ms: See ``measure``.
-            capacity: Requests that may be on their way at once.
+            capacity: The most requests in flight.
             name: The route's.
         """
         self._predict, self._capacity = predict, capacity
@@ -62,16 +62,16 @@ class FullRunner:
 
     @property
     def routes(self) -> tuple[Route, ...]:
-        """The one that there is."""
+        """Its only route."""
         return self._routes
 
     @property
     def capacity(self) -> int:
-        """Slots; nothing is kept in them, but all contenders get as many."""
+        """Slots; they hold nothing, but all contenders get the same number."""
         return self._capacity
 
     def dispatch(self, step: Step) -> Running:
-        """Answer a step's jobs."""
+        """Compute a step."""
         logits = self._predict(np.stack([job.image for job in step.jobs]))
         n = len(logits)
         return _Done(StageResult(np.ones(n, bool), logits.argmax(-1), np.full(n, math.inf, np.float32), logits))
@@ -80,7 +80,7 @@ class FullRunner:
 def measure(
     predict: Predict, images: np.ndarray, *, rounds: int = ROUNDS, clock: Callable[[], float] = time.perf_counter
 ) -> dict[int, tuple[float, ...]]:
-    """Return, by bucket, the median milliseconds of a batch; buckets take turns, the first is not counted."""
+    """Return, by bucket, the median milliseconds of a batch; buckets take turns, and the first round is not counted."""
     times: dict[int, list[float]] = {bucket: [] for bucket in BUCKETS}
     for _ in range(1 + rounds):
         for bucket, ms in times.items():

@@ -1,7 +1,7 @@
 """A contender behind the engine, in a process of its own, with the load generator beside it in another thread.
 
 Every line on standard input is a load as JSON (``benchmarks.load.Load``), answered with its figures as a line of JSON.
-So the generator takes from the same cores as the server; ``generator_cores`` says how much.
+So the generator uses the same cores as the server; ``generator_cores`` is its share.
 """
 
 import json
@@ -32,7 +32,7 @@ CONTENDERS = (CASCADE, FULL, ONNX)
 
 
 def runner_of(name: str, path: Path, images: np.ndarray, folder: Path) -> tuple[Runner, int]:
-    """Return what computes, and the route that requests take."""
+    """Return a contender's runner and the route of its requests."""
     if name == ONNX:
         return onnx_runner(path, images, folder), 0
     found = routes.load(gati_jax.load_bundle(path))
@@ -52,7 +52,7 @@ def main() -> None:
         engine = Engine(runner)
         settle()
         engine.start()
-        ask = targets.engine(engine, images, route=route, clock=time.monotonic)
+        ask = targets.in_process(engine, images, route=route, clock=time.monotonic)
         print(json.dumps("ready"), file=answers)
         for line in sys.stdin:
             load = Load(**json.loads(line))

@@ -1,7 +1,7 @@
 """Our cascade, our full network and ONNX Runtime's behind the same engine: latency under load, and goodput.
 
-Every contender has a process of its own, with the load generator in it, and they take turns on the same arrivals: round
-by round, in shuffled order. Ratios are to our full network, round by round; figures are medians over the rounds,
+Every contender has a process of its own, with the load generator in it. Contenders take turns on the same arrivals,
+round by round, in shuffled order. Ratios are to our full network, round by round; figures are medians over the rounds,
 spreads the interquartile range over the median. Rates are shares of our full network's capacity.
 """
 
@@ -40,7 +40,7 @@ Rounds = dict[str, list[dict[str, Any]]]
 
 
 class Criterion(NamedTuple):
-    """What is to be shown."""
+    """A target of the benchmark."""
 
     what: str
     measured: float
@@ -49,7 +49,7 @@ class Criterion(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether it is."""
+        """Whether it is met."""
         return self.least <= self.measured <= self.most
 
 
@@ -135,7 +135,7 @@ def take_turns(
     results: Rounds = {name: [] for name in workers}
     order, random = list(workers), np.random.default_rng(0)
     for seed in range(rounds):
-        random.shuffle(order)  # nobody always follows the same one
+        random.shuffle(order)  # no contender always follows the same one
         for name in order:
             pause(PAUSE_SECONDS)
             results[name].append(
@@ -145,12 +145,12 @@ def take_turns(
 
 
 def median(results: Sequence[Mapping[str, Any]], key: str) -> float:
-    """Return the median over the rounds; infinite where one had no answers at all."""
+    """Return the median over the rounds; infinite if one had no answers."""
     return float(np.median([np.inf if one[key] is None else one[key] for one in results]))
 
 
 def report(alone: Rounds, full: Rounds, loaded: Rounds, grid: Mapping[float, Rounds]) -> dict[str, Any]:
-    """Put the figures together, and say what they show."""
+    """Combine the figures, and check them against the criteria."""
     rows = []
     for name, results in loaded.items():
         goodput = {rate: median(by[name], "goodput") for rate, by in grid.items()}
@@ -174,7 +174,7 @@ def report(alone: Rounds, full: Rounds, loaded: Rounds, grid: Mapping[float, Rou
 
 
 def criteria(rows: Sequence[Mapping[str, Any]]) -> list[Criterion]:
-    """Return what the cascade was to show, with what it shows."""
+    """Return the cascade's targets with the measured values."""
     by = {row["contender"]: row for row in rows}
     if CASCADE not in by:
         return []

@@ -1,7 +1,7 @@
-"""Whom a load is put on: an engine in this process, or a server by HTTP or gRPC (Open Inference Protocol).
+"""Targets of a load: an engine in this process, or a server by HTTP or gRPC (Open Inference Protocol).
 
-The clients are thin, for they share the cores with the server: requests carry binary tensors, only the outputs that are
-counted are asked for, and nothing is copied that need not be.
+The clients are thin because they share the cores with the server: requests carry binary tensors and ask for the counted
+outputs only, and data are not copied.
 """
 
 import asyncio
@@ -26,22 +26,22 @@ Images = Shaped[np.ndarray, "n *input"]
 Parameters = Mapping[str, str | int | float | bool]
 DATATYPES = {"uint8": "UINT8", "float32": "FP32"}
 INPUT, OUTPUTS = "images", ("class_index", "exit")
-RETRY_SECONDS = 0.1  # where a server that is overloaded does not say
+RETRY_SECONDS = 0.1  # after a refusal without a hint
 REFUSALS = (429, 503, 504)
 
 
-class Engine(Protocol):
-    """What is needed of ``serve.engine.Engine``."""
+class Submits(Protocol):
+    """The method of ``serve.engine.engine.Engine`` that a load uses."""
 
     def submit(
         self, images: np.ndarray, *, route: int, deadline: float | None = None, request_id: str = ""
     ) -> list[Future[Answer]]:
-        """Take requests."""
+        """Admit images."""
         ...
 
 
-def engine(
-    engine: Engine,
+def in_process(
+    engine: Submits,
     images: Images,
     *,
     route: int,
@@ -52,10 +52,10 @@ def engine(
 
     Args:
         engine: Started.
-        images: What rows stand for.
-        route: Which way requests take.
-        deadline_ms: After how long an answer comes too late.
-        clock: The engine's, where there is a deadline.
+        images: Images, by row.
+        route: The route of all requests.
+        deadline_ms: The time that an answer may take.
+        clock: The engine's, for a deadline.
     """
 
     async def ask(row: int) -> Reply:
@@ -73,11 +73,11 @@ def server(url: str, model: str, images: Images, parameters: Parameters) -> Abst
     Args:
         url: Where the server is.
         model: The name it serves.
-        images: What rows stand for.
+        images: Images, by row.
         parameters: Of every request: epsilon, deadline_ms, ...
 
     Raises:
-        InputError: Another address, or images that the protocol has no word for.
+        InputError: Another kind of address, or images of a type that the protocol lacks.
     """
     address = urllib.parse.urlsplit(url)
     if address.scheme not in ("http", "grpc") or not address.hostname or not address.port:
@@ -89,7 +89,7 @@ def server(url: str, model: str, images: Images, parameters: Parameters) -> Abst
 
 
 class _Connection(asyncio.Protocol):
-    """One HTTP/1.1 connection that is kept, with one request on its way."""
+    """A persistent HTTP/1.1 connection with one request at a time."""
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport
@@ -101,7 +101,7 @@ class _Connection(asyncio.Protocol):
         self.transport = transport
 
     def ask(self, *parts: bytes | memoryview) -> asyncio.Future[tuple[int, bytes]]:
-        """Return status and body, when they come."""
+        """Return a future of the status and the body."""
         self._buffer.clear()
         self._needed = -1
         self._answer = asyncio.get_running_loop().create_future()
@@ -151,7 +151,7 @@ async def _http(host: str, port: int, model: str, images: Images, parameters: Pa
             _, connection = await loop.create_connection(_Connection, host, port)
             made.append(connection)
         else:
-            connection = idle.pop()  # the one used last: connections that a burst needed are left alone
+            connection = idle.pop()  # the one used last, so that extra connections of a burst stay idle
         status, body = await connection.ask(head, images[row].tobytes())
         if not connection.transport.is_closing():
             idle.append(connection)
@@ -171,7 +171,7 @@ async def _http(host: str, port: int, model: str, images: Images, parameters: Pa
 
 @asynccontextmanager
 async def _grpc(host: str, port: int, model: str, images: Images, parameters: Parameters) -> AsyncGenerator[Ask]:
-    # Optional, and without types.
+    # Optional packages without types.
     grpc, pb = (importlib.import_module(name) for name in ("grpc", "serve.protocol.inference_pb2"))
 
     start = pb.ModelInferRequest(model_name=model)
@@ -183,7 +183,7 @@ async def _grpc(host: str, port: int, model: str, images: Images, parameters: Pa
         setattr(start.parameters[name], kind, value)
     head = start.SerializeToString()
     async with grpc.aio.insecure_channel(f"{host}:{port}") as channel:
-        # Messages one after another merge, so that only the image is encoded anew.
+        # Concatenated messages merge, so only the image is encoded for each request.
         call = channel.unary_unary(
             "/inference.GRPCInferenceService/ModelInfer",
             request_serializer=lambda row: (
@@ -194,7 +194,7 @@ async def _grpc(host: str, port: int, model: str, images: Images, parameters: Pa
         yield functools.partial(_ask_grpc, grpc, call)
 
 
-async def _ask_grpc(grpc: Any, call: Any, row: int) -> Reply:  # noqa: ANN401 (has no types)
+async def _ask_grpc(grpc: Any, call: Any, row: int) -> Reply:  # noqa: ANN401 (untyped)
     codes = grpc.StatusCode
     refusals = (codes.RESOURCE_EXHAUSTED, codes.UNAVAILABLE, codes.DEADLINE_EXCEEDED)
     try:

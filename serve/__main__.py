@@ -1,4 +1,4 @@
-"""``python -m serve``: see ``serve.settings`` for the command line and ``serve.lifecycle`` for what happens."""
+"""``python -m serve``: see ``serve.settings`` for the command line and ``serve.lifecycle`` for the process."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ def main() -> None:
     """Serve a bundle."""
     settings = parse(None, os.environ)
     logs.configure(settings.log_level)
-    from .assemble import assemble  # noqa: PLC0415 (--help and a mistyped port need no JAX)
+    from .assemble import assemble  # noqa: PLC0415 (--help and bad options need no JAX)
 
     sys.exit(lifecycle.run(settings, assemble(settings)))
 

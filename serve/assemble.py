@@ -1,52 +1,54 @@
-"""From a bundle to what is behind the sockets."""
+"""From a bundle to the service behind the sockets."""
 
 import functools
 import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gati_jax
-from serve import adaptive
+from serve.engine import routes
 from serve.engine.engine import Engine
 from serve.engine.programs import settle
-from serve.engine.records import Route
 from serve.engine.runner import JaxRunner
 from serve.protocol.model import Bound, Model, Tally
 from serve.protocol.service import Backend, Service
 
-from .engine import routes
 from .lifecycle import Parts
-from .metrics import AdaptiveGauges as AdaptationGauges
 from .metrics import Gauges, Metrics
 from .settings import Settings
+
+if TYPE_CHECKING:
+    from .adaptive import AdaptiveParts
 
 _DIGITS = 12
 _log = logging.getLogger("serve")
 
 
 def assemble(settings: Settings) -> Parts:
-    """Load the bundle and say how to start its engine.
+    """Load the bundle, and return the service with a function that starts its engine.
 
     Raises:
-        InputError: There is no sound bundle.
+        InputError: There is no valid bundle.
     """
     bundle = gati_jax.load_bundle(settings.bundle)
-    version = version_of(settings.bundle)
     tally = Tally()
     metrics = Metrics(tally)
-    begun = _begin(bundle, settings, metrics) if settings.adapt else None
-    sources = begun.sources if begun else routes.load(bundle, reference=settings.reference)
-    model = describe(bundle, sources, name=settings.name, version=version, max_rows=settings.capacity)
+    adaptive = _adapt(bundle, settings, metrics) if settings.adapt else None
+    sources = adaptive.sources if adaptive else routes.load(bundle, reference=settings.reference)
+    model = describe(
+        bundle, sources, name=settings.name, version=version_of(settings.bundle), max_rows=settings.capacity
+    )
     service = Service(model, tally=tally, timeout=settings.timeout)
 
     def start() -> Backend:
-        runner = JaxRunner(sources, capacity=settings.capacity, progress=_tell)
+        runner = JaxRunner(sources, capacity=settings.capacity, progress=_log_progress)
         engine = Engine(
             runner,
             max_wait_ms=settings.max_wait_ms,
-            observer=begun.adapting if begun else metrics,
-            shadow=begun.adapting.shadow if begun else None,
+            observer=adaptive.adapting if adaptive else metrics,
+            shadow=adaptive.adapting.shadow if adaptive else None,
             overlap=settings.overlap,
         )
         metrics.watch(
@@ -59,30 +61,39 @@ def assemble(settings: Settings) -> Parts:
             )
         )
         settle()
-        if begun is None:
+        choose_route = functools.partial(
+            routes.choose_route,
+            engine.routes,
+            default=0 if adaptive else routes.default(engine.routes),
+            backlog_ms=lambda: engine.statistics().backlog_ms,
+        )
+        if adaptive is None:
             engine.start()
-            return Backend(engine, functools.partial(choose, engine, routes.default(engine.routes)))
-        metrics.registry.register(AdaptationGauges(begun.adapting, begun.worker))
-        begun.serve(engine, runner)
-        return Backend(begun.adapting, functools.partial(choose, engine, 0), begun.adapting.notes)
+            return Backend(engine, choose_route)
+        adaptive.serve(engine, runner)
+        return Backend(adaptive.adapting, choose_route, adaptive.adapting.notes)
 
     return Parts(service=service, metrics=metrics, start=start)
 
 
-def _begin(bundle: gati_jax.Bundle, settings: Settings, metrics: Metrics) -> adaptive.AdaptiveParts:
+def _adapt(bundle: gati_jax.Bundle, settings: Settings, metrics: Metrics) -> "AdaptiveParts":
+    from . import adaptive  # noqa: PLC0415 (a server that does not adapt needs none of what fitting imports)
+
     options = adaptive.AdaptiveOptions(
         folder=settings.versions,
         epsilon=settings.adapt_epsilon,
         share=settings.adapt_share,
         without=settings.adapt_without,
     )
-    return adaptive.build(bundle, options, capacity=settings.capacity, observer=metrics, reference=settings.reference)
+    parts = adaptive.build(bundle, options, capacity=settings.capacity, observer=metrics, reference=settings.reference)
+    metrics.registry.register(adaptive.AdaptiveGauges(parts.adapting, parts.worker))
+    return parts
 
 
 def describe(
     bundle: gati_jax.Bundle, sources: Sequence[routes.CascadeRoute], *, name: str, version: str, max_rows: int
 ) -> Model:
-    """Return what clients are told of a bundle."""
+    """Return a bundle's description for clients."""
     certificates = bundle.certificates
     bounds = {  # the base, which has no certificate, agrees with itself
         source.name: Bound(source.epsilon, certificates[source.name].delta if source.name in certificates else 0.0)
@@ -102,23 +113,10 @@ def describe(
     )
 
 
-def choose(engine: Engine, default: int, *, epsilon: float | None, deadline_ms: float | None) -> int:
-    """Choose a request's route by what waits now.
-
-    Raises:
-        ValueError: There is none; the sentence names the field.
-    """
-    if epsilon is None and deadline_ms is None:
-        return default
-    known: tuple[Route, ...] = engine.routes
-    backlog_ms = 0.0 if deadline_ms is None else engine.statistics().backlog_ms
-    return routes.choose(known, epsilon=epsilon, deadline_ms=deadline_ms, default=default, backlog_ms=backlog_ms)
-
-
-def _tell(ready: int, programs: int) -> None:
-    _log.debug("warming up", extra={"ready": ready, "programs": programs})
-
-
 def version_of(folder: Path) -> str:
-    """Return a bundle's version: its manifest, which lists the digests of everything else, named by its own digest."""
+    """Return a bundle's version: the digest of its manifest, which lists the digests of all its files."""
     return hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:_DIGITS]
+
+
+def _log_progress(ready: int, programs: int) -> None:
+    _log.debug("warming up", extra={"ready": ready, "programs": programs})

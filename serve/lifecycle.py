@@ -1,16 +1,16 @@
 """From the first open socket to the last answer.
 
-1. Sockets open: live answers 200, ready 503, and whoever asks for an inference gets 503.
+1. Sockets open: live returns 200, ready 503, and inference 503.
 2. A thread compiles and warms up every program, and starts the engine. Ready turns 200.
 3. SIGTERM or SIGINT: ready turns 503 first, while requests are still answered, so that balancers look elsewhere.
-4. After the grace, sockets close; requests in flight are finished, then the engine stops; all of it within the drain
-   time. A second signal ends the process at once.
+4. After ``--grace``, sockets close, requests in flight are finished and the engine stops, all within ``--drain``.
+   A second signal ends the process at once.
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import math
@@ -26,7 +26,6 @@ from typing import NamedTuple, TypeVar
 import grpc
 import grpc.aio
 import uvicorn
-import uvloop
 from starlette.types import ASGIApp
 
 from gati_jax import InputError
@@ -38,42 +37,47 @@ from .metrics import Metrics
 from .settings import Settings
 
 _log = logging.getLogger("serve")
-_REFUSING = 0.2  # seconds between the last request that is admitted and the sockets' closing
-_ENDING = 1.0  # seconds that a thread with nothing to do is given to end
+_REFUSING = 0.2  # seconds between the last admitted request and the closing of the sockets
+_ENDING = 1.0  # seconds for an idle thread to end
 T = TypeVar("T")
+
+try:  # half the time of asyncio's own event loop
+    from uvloop import new_event_loop
+except ImportError:  # there is none for Windows
+    from asyncio import new_event_loop
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What is behind the sockets."""
+    """The service behind the sockets."""
 
     service: Service
     metrics: Metrics
     start: Callable[[], Backend]
-    """Warm up and start what answers: minutes, in a thread of its own."""
+    """Compile, warm up and start the engine; takes minutes, so it runs in a thread of its own."""
 
 
 def run(settings: Settings, parts: Parts) -> int:
     """Serve until a signal comes; return the exit code.
 
     Raises:
-        InputError: A port cannot be had.
+        InputError: A port is not available.
     """
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_serve(settings, parts))
 
 
 class _HttpServer(uvicorn.Server):
-    """uvicorn, which would take the signals to itself and close its sockets at once."""
+    """uvicorn without its signal handlers, which would close the sockets at once."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
-        """Leave them to us."""
+        """Leave signals to ``_on_signals``."""
         yield
 
 
 async def _serve(settings: Settings, parts: Parts) -> int:
-    told = _on_signals()
+    stop = _on_signals()
     listener = _listen(settings, settings.http_port, "--http-port")
     app = create_app(parts.service, parts.metrics, limit=settings.max_body, token=settings.token)
     http = _HttpServer(_http_config(settings, app))
@@ -82,11 +86,11 @@ async def _serve(settings: Settings, parts: Parts) -> int:
     await rpc.start()
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     _announce(settings, listener.getsockname()[1], grpc_port)
-    stopping = asyncio.create_task(told.wait())
+    stopping = asyncio.create_task(stop.wait())
     warming = _in_thread(parts.start)
     await asyncio.wait({warming, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
-        serving.result()  # whatever kept it from starting
+        serving.result()  # raises why it did not start
     if not warming.done():
         _leave(0, "stopped before it was ready")
     backend = warming.result()
@@ -115,13 +119,13 @@ async def _drain(settings: Settings, service: Service, backend: Backend, sockets
     hanging_up.cancel()
     finished = await asyncio.to_thread(backend.engine.stop, max(_ENDING, until - time.monotonic()))
     if not finished:
-        _leave(1, "stopped before all that was admitted was answered")
+        _leave(1, "stopped before all admitted requests were answered")
     _log.info("stopped")
     return 0
 
 
 async def _hang_up(http: _HttpServer) -> None:
-    """Cut connections without a request on them: over TLS, closing them waits for the client's goodbye."""
+    """Abort idle connections: over TLS, closing them would wait for the client."""
     while True:
         await asyncio.sleep(_REFUSING)
         for connection in list(http.server_state.connections):
@@ -131,44 +135,42 @@ async def _hang_up(http: _HttpServer) -> None:
 
 
 def _on_signals() -> asyncio.Event:
-    """Return what the first signal sets; the second one ends the process."""
-    told, loop = asyncio.Event(), asyncio.get_running_loop()
+    """Return an event that the first signal sets; the second one ends the process."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def on_signal() -> None:
-        if told.is_set():
+        if stop.is_set():
             _leave(1, "stopped at once by a second signal")
-        told.set()
+        stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    return told
+        try:
+            loop.add_signal_handler(number, on_signal)
+        except NotImplementedError:  # asyncio on Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(on_signal))
+    return stop
 
 
 def _leave(code: int, message: str) -> None:
-    """End the process without waiting for threads: one of them may compile, or be lost in a step."""
+    """End the process without waiting for threads, which may be compiling or hang in a step."""
     _log.warning(message)
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)
 
 
-def _in_thread(work: Callable[[], T]) -> "asyncio.Future[T]":
-    """Run something that no exit has to wait for."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
+def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
+    """Run something in a daemon thread, for which the process does not wait when it exits."""
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def body() -> None:
         try:
-            result = work()
+            done.set_result(work())
         except Exception as error:  # noqa: BLE001 (raised where it is awaited)
-            tell = functools.partial(done.set_exception, error)
-        else:
-            tell = functools.partial(done.set_result, result)
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(tell)
+            done.set_exception(error)
 
     threading.Thread(target=body, name="warm-up", daemon=True).start()
-    return done
+    return asyncio.wrap_future(done)
 
 
 def _listen(settings: Settings, port: int, option: str) -> socket.socket:
@@ -183,7 +185,7 @@ def _bind(server: grpc.aio.Server, settings: Settings) -> int:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"{host}:{settings.grpc_port}"
     if settings.grpc_port:
-        _listen(settings, settings.grpc_port, "--grpc-port").close()  # grpc would write pages about a taken port
+        _listen(settings, settings.grpc_port, "--grpc-port").close()  # grpc would log pages about a taken port
     try:
         if settings.tls_cert is None or settings.tls_key is None:
             return server.add_insecure_port(address)
@@ -214,8 +216,8 @@ def _announce(settings: Settings, http_port: int, grpc_port: int) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     where = {"http": f"{scheme}://{host}:{http_port}", "grpc": f"{host}:{grpc_port}"}
     _log.info("listening", extra=where)
-    if settings.json:
+    if settings.json_output:
         sys.stdout.write(json.dumps(where) + "\n")
         sys.stdout.flush()
     if not settings.loopback and (settings.token is None or settings.tls_cert is None):
-        _log.warning("others can reach this server: GATI_TOKEN and --tls-cert would keep it to those who may")
+        _log.warning("other machines can reach this server: set GATI_TOKEN and --tls-cert to restrict access")

@@ -1,4 +1,4 @@
-"""Logs: one JSON object a line on standard error, with the id of the request that they are about."""
+"""Logs on standard error: one JSON object a line, with the id of the request that it is about."""
 
 import contextvars
 import json
@@ -9,14 +9,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
-"""The request that the present task serves."""
+"""The id of the request that the current task serves."""
 
 _LONGEST = 128
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 class JsonFormatter(logging.Formatter):
-    """Writes a record and what was given as ``extra``."""
+    """Formats a record with its ``extra`` as JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line."""
@@ -26,8 +26,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if here := request_id.get():
-            line["request_id"] = here
+        if current := request_id.get():
+            line["request_id"] = current
         line |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -35,7 +35,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str) -> None:
-    """Log in JSON from now on; other packages only what they warn of."""
+    """Log in JSON from now on; other packages log warnings only."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -44,7 +44,7 @@ def configure(level: str) -> None:
 
 
 def identify(given: str | None) -> str:
-    """Return the id of a request: the client's, if it is fit for headers and logs, or a new one."""
+    """Return a request's id: the client's, if it is short and printable ASCII, otherwise a new one."""
     if given and len(given) <= _LONGEST and given.isascii() and given.isprintable():
         return given
     return uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics.
+"""The metrics at /metrics, in Prometheus' format; adaptation adds its own (``serve.adaptive.gauges``).
 
     gati_requests_total{protocol,method,code}   requests by their HTTP status (gRPC's are translated)
     gati_latency_seconds{plan,exit}             histogram: from an image's arrival to its answer, by the exit it left at
@@ -6,26 +6,24 @@
     gati_batch_occupancy{stage,bucket}          histogram: the share of a step's rows that are requests
     gati_left_total{plan,exit}                  images by exit: hits of a site, or answers of the base
     gati_failed_steps_total{plan,stage}         steps whose requests got an error
-    gati_refused_total{reason}                  overloaded or stopping (requests), deadline (images)
-    gati_queue_depth{plan,stage}                images that wait, now
+    gati_refused_total{reason}                  overloaded, stopping or too_large (requests), deadline (images)
+    gati_queue_depth{plan,stage}                images that wait
     gati_slots{state}                           places for images in the engine: used, and admitted at most
-    gati_backlog_seconds                        the work that waits
-    gati_ready                                  1 while requests should come here
-    gati_bundle_info{model,version}             1: the bundle that is served
+    gati_backlog_seconds                        expected work for the images in flight
+    gati_ready                                  1 while the server takes requests
+    gati_bundle_info{model,version}             1: the served bundle
 
-Observations come from the engine's thread, and gauges are read when Prometheus asks.
+Observations come from the engine's thread; gauges are read at each scrape.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 
-from serve.adaptive.engine import STATES, AdaptiveEngine
-from serve.adaptive.worker import Worker
 from serve.engine.records import Answer, Job, Route, Statistics, Step
 from serve.protocol.model import Tally
 
@@ -35,10 +33,10 @@ _SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
 
 class Metrics:
-    """The engine's observer."""
+    """Counts requests and observes the engine."""
 
     def __init__(self, tally: Tally) -> None:
-        """Start from nothing, in a registry of its own."""
+        """Start at zero, in a registry of its own."""
         self.registry = CollectorRegistry()
         self._tally = tally
         self._routes: tuple[Route, ...] = ()
@@ -51,14 +49,14 @@ class Metrics:
         self._occupancy = shares("gati_batch_occupancy", "Share of rows in use", ("stage", "bucket"))
         self._left = counter("gati_left", "Images by exit", ("plan", "exit"))
         self._failed = counter("gati_failed_steps", "Failed steps", ("plan", "stage"))
-        self._refused = counter("gati_refused", "What was not answered", ("reason",))
-        for reason in ("overloaded", "stopping", "deadline"):
+        self._refused = counter("gati_refused", "Refusals", ("reason",))
+        for reason in ("overloaded", "stopping", "too_large", "deadline"):
             self._refused.labels(reason)
 
     def watch(self, gauges: "Gauges") -> None:
-        """Report an engine with these routes, before it starts."""
+        """Report an engine's gauges; called before it starts."""
         self._routes = tuple(gauges.routes)
-        for route in self._routes:  # series that are there before anything happens, so that rates have a start
+        for route in self._routes:  # series exist from the start, so that rates are defined
             for stage, exit_ in enumerate(route.exits):
                 self._of_exit(route.name, exit_)
                 self._failed.labels(route.name, stage)
@@ -69,7 +67,7 @@ class Metrics:
         self._of_request(protocol, method, code).inc()
 
     def step(self, step: Step, seconds: float, *, failed: bool) -> None:
-        """Hear of a step."""
+        """Count a step, see ``Observer``."""
         self._tally.step(step, seconds)
         if failed:
             self._failed.labels(self._routes[step.route].name, step.stage).inc()
@@ -78,23 +76,23 @@ class Metrics:
         occupancy.observe(len(step.jobs) / step.bucket)
 
     def answered(self, job: Job, answer: Answer, seconds: float) -> None:
-        """Hear of an answer."""
+        """Count an answer, see ``Observer``."""
         latency, left = self._of_exit(self._routes[job.route].name, answer.exit)
         latency.observe(seconds)
         left.inc()
 
     def shadowed(self, job: Job, answer: Answer | None) -> None:
-        """Hear of a ghost: no client has waited for it, so nothing is counted."""
+        """Count nothing: no client waits for a shadow job."""
 
     def refused(self, reason: str) -> None:
-        """Hear of a refusal."""
+        """Count a refusal, see ``Observer``."""
         self._refused.labels(reason).inc()
 
     def page(self) -> bytes:
-        """Return everything as Prometheus reads it."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    # Finding a series by its labels takes longer than counting; there are few.
+    # Finding a series by its labels takes longer than counting, and there are few.
 
     @functools.cache  # noqa: B019 (lives as long as the server)
     def _of_request(self, protocol: str, method: str, code: int) -> Counter:
@@ -111,7 +109,7 @@ class Metrics:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Gauges(Collector):
-    """What is asked of an engine when Prometheus asks."""
+    """The state of an engine, read at each scrape."""
 
     routes: Sequence[Route]
     statistics: Callable[[], Statistics]
@@ -120,7 +118,7 @@ class Gauges(Collector):
     version: str
 
     def collect(self) -> Iterator[GaugeMetricFamily | InfoMetricFamily]:
-        """Read them."""
+        """Return the gauges."""
         now = self.statistics()
         depth = GaugeMetricFamily("gati_queue_depth", "Images that wait", labels=("plan", "stage"))
         for number, route in enumerate(self.routes):
@@ -131,63 +129,6 @@ class Gauges(Collector):
         slots.add_metric(("admitted",), now.admitted)
         yield depth
         yield slots
-        yield GaugeMetricFamily("gati_backlog_seconds", "Work that waits", value=now.backlog_ms / 1e3)
-        yield GaugeMetricFamily("gati_ready", "1 while requests should come here", value=float(self.ready()))
-        yield InfoMetricFamily(
-            "gati_bundle", "The bundle that is served", value={"model": self.model, "version": self.version}
-        )
-
-
-KINDS = ("alarm", "closed", "opened", "trial", "empirical", "refit", "swap")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class AdaptiveGauges(Collector):
-    """What is asked of adaptation when Prometheus asks."""
-
-    adapting: AdaptiveEngine
-    worker: Worker
-
-    def collect(self) -> Iterator[Metric]:
-        """Read it."""
-        adapting, front = self.adapting, self.adapting.keeper.front
-        now, watched = adapting.look(lambda keeper: (keeper.monitor.report, keeper.monitor.watched))
-        state = adapting.state
-        yield _gauge("state", "1 for the present state", "state", {one: float(one == state) for one in STATES})
-        yield _gauge("version", "Of what is served", value=now.version)
-        yield _gauge("q", "Share of hits that the base is asked about", value=now.q)
-        bounds = {"estimate": now.estimate, "upper": now.upper}
-        yield _gauge("disagreement", "Of the present version", "bound", bounds)
-        yield _counter("watched", "Requests that the monitor has seen", value=watched)
-        shadows = {str(exit_): float(count) for exit_, count in now.shadows.items()}
-        yield _gauge("shadows", "Hits that were looked at", "exit", shadows)
-        yield _gauge("seen", "Those that disagreed", value=now.disagreements)
-        layers = {layer: float(adapting.answered_in_front[layer]) for layer in ("points", "repeats")}
-        yield _counter("front", "Answered in front of the network", "layer", layers)
-        yield _gauge("points", "Points that are stored", value=0 if front.points is None else len(front.points))
-        events = {kind: float(adapting.events[kind]) for kind in KINDS}
-        yield _counter("events", "What has happened", "kind", events)
-        yield _counter("background_seconds", "That trials and refits have taken", value=self.worker.seconds)
-        yield _counter("background_failures", "Pieces that failed", value=self.worker.failures)
-
-
-def _gauge(
-    name: str, text: str, label: str = "", values: dict[str, float] | None = None, *, value: float | None = None
-) -> Metric:
-    return _filled(GaugeMetricFamily(f"gati_adaptation_{name}", text, labels=[label] if label else []), values, value)
-
-
-def _counter(
-    name: str, text: str, label: str = "", values: dict[str, float] | None = None, *, value: float | None = None
-) -> Metric:
-    return _filled(CounterMetricFamily(f"gati_adaptation_{name}", text, labels=[label] if label else []), values, value)
-
-
-def _filled(
-    family: GaugeMetricFamily | CounterMetricFamily, values: dict[str, float] | None, value: float | None
-) -> Metric:
-    if value is not None:
-        family.add_metric([], value)
-    for label, number in (values or {}).items():
-        family.add_metric([label], number)
-    return family
+        yield GaugeMetricFamily("gati_backlog_seconds", "Work for the images in flight", value=now.backlog_ms / 1e3)
+        yield GaugeMetricFamily("gati_ready", "1 while the server takes requests", value=float(self.ready()))
+        yield InfoMetricFamily("gati_bundle", "The served bundle", value={"model": self.model, "version": self.version})

@@ -55,7 +55,7 @@ class AdaptiveOptions:
     share: float = 0.1
     """Of the time, for trials and refits."""
     without: Sequence[str] = ()
-    """Of "points", "repeats", "refit": what to leave out."""
+    """Of "nearest", "exact", "refit": what to leave out."""
     keeper: ControllerConfig | None = None
     """In place of the defaults."""
     background: RecoveryConfig | None = None
@@ -137,8 +137,8 @@ def _keeper_config(bundle: Bundle, options: AdaptiveOptions, capacity: int) -> C
     return ControllerConfig(
         monitor=monitor,
         window=dataclasses.replace(window, recent=int(window.recent * fitting), old=int(window.old * fitting)),
-        repeats=None if "repeats" in options.without else ExactCacheConfig(),
-        points=None if "points" in options.without else NearestCacheConfig(),
+        repeats=None if "exact" in options.without else ExactCacheConfig(),
+        points=None if "nearest" in options.without else NearestCacheConfig(),
     )
 
 

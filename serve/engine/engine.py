@@ -1,4 +1,4 @@
-"""Images in, answers out: the side of the engine that any thread may call. Its own thread is in ``loop``."""
+"""Images in, answers out: the part of the engine that any thread may call. ``loop`` is its own thread."""
 
 import logging
 import threading
@@ -9,31 +9,32 @@ from concurrent.futures import Future
 import numpy as np
 from jaxtyping import Shaped
 
-from .loop import Between, Loop, Shadow, Shared
+from .loop import BetweenSteps, Loop, Shadow, Shared
 from .records import Answer, Job, Observer, OverloadedError, Runner, Statistics, StoppingError
 from .scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
-_LEAST = 0.1  # seconds: an idle thread needs microseconds to end, and the machine may be busy
+_LEAST = 0.1  # seconds: an idle thread needs microseconds to end, but the machine may be busy
+_REASONS = {OverloadedError: "overloaded", StoppingError: "stopping", ValueError: "too_large"}
 
 
 class Engine:
-    """Answers images by a runner, from any number of threads.
+    """Answers images by a runner, for any number of threads.
 
-    The lock guards the scheduler and the counters; it is never held while the device works, a future is completed, or
-    the observer is told.
+    The lock guards the scheduler and the counters. It is never held while the device works, a future is completed or
+    the observer is called.
 
     Args:
         runner: Owned by the engine's thread from ``start`` on.
         max_wait_ms: See ``Scheduler``.
-        admitted: The most images on their way at once; unless told, the runner's capacity.
+        admitted: The most images in flight; by default, the runner's capacity.
         clock: Seconds.
-        observer: Is told what happens.
-        shadow: Is asked of every answer of a cache whether the base's is wanted, too. If so the client is answered at
-            once, and the job goes on as a ghost: it keeps its slot, only the last stage answers it, and the observer is
-            told (``shadowed``). Clients go before ghosts, see ``waiting``.
-        ahead: Steps on the device at once. With 2, one is prepared while another runs, which keeps a device busy that
-            the host is slow to feed; but it chooses among fewer rows, for those of the running step are not there.
+        observer: Receives the engine's events.
+        shadow: Called for every answer of a cache: whether the base's answer is wanted as well. If so, the client is
+            answered at once, and its job continues as a shadow job: it keeps its slot, only the last stage answers it,
+            and the observer gets the result (``shadowed``). Clients go before shadow jobs, see ``scheduler``.
+        ahead: Steps dispatched and not finished, at most. 2 keep a device busy that the host is slow to feed, but each
+            step is chosen among fewer rows, without those of the running one.
         overlap: Whether the next stage may be dispatched before it is known who leaves, see ``Scheduler.overlap``.
     """
 
@@ -55,7 +56,7 @@ class Engine:
         self._shared = Shared(scheduler=scheduler)
         self._clock = clock
         self._observer = observer
-        loop = Loop(runner, self._shared, clock=clock, tell=self._tell, shadow=shadow, ahead=ahead, overlap=overlap)
+        loop = Loop(runner, self._shared, clock=clock, notify=self._notify, shadow=shadow, ahead=ahead, overlap=overlap)
         self._thread = threading.Thread(target=loop, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -71,22 +72,22 @@ class Engine:
         request_id: str = "",
         marks: Sequence[object] | None = None,
     ) -> list[Future[Answer]]:
-        """Put images on their way, all or none.
+        """Admit a request's images, all or none.
 
         Args:
             images: Checked already (``gati_jax.models.check_images``); not to be changed before they are answered.
-            route: Number of one of the runner's routes, for all or for each.
+            route: The number of one of the runner's routes, for all images or for each.
             deadline: When answers come too late, by the engine's clock.
             request_id: For logs and metrics.
-            marks: What the observer is to know each by.
+            marks: By image, see ``Job.mark``.
 
         Returns:
-            An answer for each; fails with DeadlineError or StepError. To cancel one abandons its image.
+            A future for each image; fails with DeadlineError or StepError. Cancelling it abandons the image.
 
         Raises:
-            OverloadedError: Too many are on their way.
-            StoppingError: The engine stops, or its thread has ended.
-            ValueError: There is no such route, or never room for so many.
+            OverloadedError: Too many images are in flight.
+            StoppingError: The engine is stopping, or its thread has ended.
+            ValueError: No such route, or more images than can ever be admitted.
         """
         now, numbers = self._clock(), [route] * len(images) if isinstance(route, int) else route
         if not all(0 <= number < len(self.routes) for number in numbers):
@@ -97,54 +98,44 @@ class Engine:
         ]
         try:
             self._admit(jobs)
-        except (OverloadedError, StoppingError) as error:
-            reason = "overloaded" if isinstance(error, OverloadedError) else "stopping"
-            self._tell(lambda observer: observer.refused(reason))
+        except (OverloadedError, StoppingError, ValueError) as error:
+            self._refuse(len(jobs), _REASONS[type(error)])
             raise
         return [job.done for job in jobs]
 
     def submit_shadow(self, image: Shaped[np.ndarray, "*input"], *, route: int, mark: object = None) -> None:
-        """Put the ghost of an image on its way that has been answered elsewhere; the observer is told what comes of it.
+        """Admit a shadow job for an image that was answered elsewhere; the observer gets the base's answer.
 
         Raises:
-            OverloadedError: Too many are on their way.
-            StoppingError: The engine stops, or its thread has ended.
+            OverloadedError: Too many images are in flight.
+            StoppingError: The engine is stopping, or its thread has ended.
         """
-        self._admit([Job(image=image, route=route, arrived=self._clock(), mark=mark, ghost=True)])
+        self._admit([Job(image=image, route=route, arrived=self._clock(), mark=mark, is_shadow=True)])
 
     def between_steps(self, work: Callable[[], None]) -> Future[None]:
-        """Have something done in the engine's thread between two steps, as when parameters are swapped.
+        """Run something in the engine's thread between two steps, for example a swap of parameters.
 
-        Steps that are on the device, see ``ahead``, belong to what was before.
+        Steps that are on the device already, see ``ahead``, are not affected.
 
         Returns:
-            Done when that is; fails as ``work`` does, or with StoppingError where there are no more steps.
+            Done when ``work`` has run; fails as it does, or with StoppingError if no step will follow.
         """
-        between = Between(work, Future())
+        item = BetweenSteps(work, Future())
         with self._shared.wake:
             if self._shared.stopping:
-                between.done.set_exception(StoppingError("stopping: nothing is changed any more"))
+                item.done.set_exception(StoppingError("stopping: nothing is changed any more"))
             else:
-                self._shared.between.append(between)
+                self._shared.between.append(item)
                 self._shared.wake.notify()
-        return between.done
-
-    def _admit(self, jobs: Sequence[Job]) -> None:
-        with self._shared.wake:
-            self._shared.count["refused"] += len(jobs)
-            if self._shared.stopping:
-                raise StoppingError("stopping: the server admits nothing more")
-            self._shared.scheduler.admit(jobs)
-            self._shared.count["refused"] -= len(jobs)
-            self._shared.wake.notify()
+        return item.done
 
     def abandon(self, futures: Iterable[Future[Answer]]) -> None:
-        """Give up on answers, as when a client has left: what has not run yet is not run."""
+        """Cancel answers whose client has left; images that have not run yet are dropped."""
         for future in futures:
             future.cancel()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Admit nothing more, finish what was admitted, end the thread; say whether there was time enough."""
+        """Admit nothing more, finish what was admitted and end the thread; return whether that was done in time."""
         with self._shared.wake:
             self._shared.stopping = True
             self._shared.wake.notify()
@@ -153,7 +144,7 @@ class Engine:
         return not self._thread.is_alive()
 
     def statistics(self) -> Statistics:
-        """Return how things stand."""
+        """Return a snapshot of the queues and counters."""
         with self._shared.wake:
             scheduler = self._shared.scheduler
             return Statistics(
@@ -166,10 +157,22 @@ class Engine:
                 **self._shared.count,
             )
 
-    def _tell(self, say: Callable[[Observer], None]) -> None:
-        """Tell the observer; its errors are its own."""
+    def _admit(self, jobs: Sequence[Job]) -> None:
+        with self._shared.wake:
+            if self._shared.stopping:
+                raise StoppingError("stopping: the server admits nothing more")
+            self._shared.scheduler.admit(jobs)
+            self._shared.wake.notify()
+
+    def _refuse(self, images: int, reason: str) -> None:
+        with self._shared.wake:
+            self._shared.count["refused"] += images
+        self._notify(lambda observer: observer.refused(reason))
+
+    def _notify(self, event: Callable[[Observer], None]) -> None:
+        """Pass an event to the observer, whose failures concern nothing else."""
         if self._observer is not None:
             try:
-                say(self._observer)
+                event(self._observer)
             except Exception:  # noqa: BLE001
                 _log.exception("the observer failed")

@@ -14,17 +14,17 @@ from .scheduler import Scheduler
 _log = logging.getLogger(__name__)
 _MEMORY = 0.05  # weight of the newest turnaround in its running mean
 Shadow = Callable[[Job, Answer], bool]
-"""Whether a job that a cache has answered is to go on for the base's answer. From the engine's thread."""
+"""Whether a job that a cache has answered continues for the base's answer. Called from the engine's thread."""
 
 
-class Between(NamedTuple):
-    """Something to be done between two steps."""
+class BetweenSteps(NamedTuple):
+    """A function to be run between two steps."""
 
     work: Callable[[], None]
     done: "Future[None]"
 
     def run(self) -> None:
-        """Do it; what it raises is for who waits."""
+        """Run it and complete its future."""
         if self.done.set_running_or_notify_cancel():
             try:
                 self.work()
@@ -36,20 +36,20 @@ class Between(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True)
 class Shared:
-    """What the engine's thread shares with all others; guarded by ``wake``, which is notified of arrivals."""
+    """The state that the engine's thread shares with all others; guarded by ``wake``, which is notified of arrivals."""
 
     scheduler: Scheduler
     wake: threading.Condition = dataclasses.field(default_factory=threading.Condition)
     stopping: bool = False
     count: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    between: collections.deque[Between] = dataclasses.field(default_factory=collections.deque)
+    between: collections.deque[BetweenSteps] = dataclasses.field(default_factory=collections.deque)
 
     def claim(self, jobs: Sequence[Job]) -> list[Job]:
-        """Return the jobs whose clients still wait, who can no longer cancel from now on; count those who do not.
+        """Return the jobs whose clients still wait, and count the others; from now on these clients cannot cancel.
 
-        For ghosts, nobody waits.
+        Shadow jobs have no client.
         """
-        clients = [job for job in jobs if not job.ghost]
+        clients = [job for job in jobs if not job.is_shadow]
         claimed = [job for job in clients if job.done.set_running_or_notify_cancel()]
         self.count["abandoned"] += len(clients) - len(claimed)
         return claimed
@@ -60,7 +60,7 @@ class _Dispatched(NamedTuple):
     running: Running
     since: float
     rows: Sequence[int] | None = None
-    """Of what the runner will say, those of the step's jobs; None for the first ones."""
+    """Rows of the runner's result that belong to the step's jobs; None for all of them."""
 
 
 class Loop:
@@ -72,7 +72,7 @@ class Loop:
         shared: Shared,
         *,
         clock: Callable[[], float],
-        tell: Callable[[Callable[[Observer], None]], None],
+        notify: Callable[[Callable[[Observer], None]], None],
         shadow: Shadow | None,
         ahead: int,
         overlap: bool,
@@ -82,15 +82,15 @@ class Loop:
         self._shared = shared
         self._scheduler = shared.scheduler
         self._clock = clock
-        self._tell = tell
+        self._notify = notify
         self._shadow = shadow
         self._ahead = ahead
         self._overlap = overlap
-        self._turnaround = 0.0  # seconds from a result to the next dispatch: what the device idles in between
+        self._turnaround = 0.0  # mean seconds from a result to the next dispatch, in which the device idles
         self._result_at: float | None = None
 
     def __call__(self) -> None:
-        """Run until stopped and empty. An error that no step is to blame for is a bug; nobody is left waiting then."""
+        """Run until stopped and empty; an error outside of any step is a bug, and fails every job in flight."""
         running: collections.deque[_Dispatched] = collections.deque()
         try:
             while True:
@@ -100,73 +100,60 @@ class Loop:
                 elif not running:
                     return
                 if self._overlap and len(running) <= self._ahead:
-                    self._run_on(running)
+                    self._run_ahead(running)
                 if step is None or len(running) >= self._ahead:
                     self._postprocess(running)
         except Exception:  # noqa: BLE001 (the last resort)
             _log.critical("the engine's thread ends", exc_info=True)
-            with self._shared.wake:
-                self._shared.stopping = True
-                lost = self._scheduler.clear()
-                between = list(self._shared.between)
-            lost += [job for dispatched in running for job in dispatched.step.jobs]
-            self._lose(lost)
-            for one in between:
-                one.done.cancel()
-            for job in lost:
-                if job.done.running() or (not job.done.done() and job.done.set_running_or_notify_cancel()):
-                    job.done.set_exception(StepError("failed: the engine had to stop"))
+            self._fail_all(running)
 
     def _schedule(self, *, busy: bool) -> Step | None:
-        """Drop who waits in vain and return the next step; wait for one unless the device is busy or the end has come.
+        """Drop expired jobs and return the next step; wait for one unless the device is busy or the engine is stopping.
 
-        No timeout: the scheduler holds nobody back for company, so where anyone waits there is a step.
+        There is no timeout: the scheduler never delays a job for a fuller step, so if any job waits, there is a step.
         """
         while True:
-            self._do_between()
+            while self._shared.between:  # only this thread removes items
+                self._shared.between.popleft().run()
             with self._shared.wake:
                 now, stopping = self._clock(), self._shared.stopping
                 dropped = self._scheduler.drop(now)
-                given_up = self._scheduler.drop_ghosts() if stopping else []
+                lost = self._scheduler.drop_shadows() if stopping else []
                 step = self._scheduler.next_step(now)
-                if not (dropped or given_up or step or busy or stopping or self._shared.between):
-                    self._result_at = None  # the device is idle because nobody came, not because of us
+                if not (dropped or lost or step or busy or stopping or self._shared.between):
+                    self._result_at = None  # the device idles for want of requests, which is no turnaround
                     self._shared.wake.wait()
                     continue
                 expired = self._shared.claim(dropped)
                 self._shared.count["expired"] += len(expired)
-            self._lose(given_up)
+            self._report_lost(lost)
             for job in expired:
                 job.done.set_exception(DeadlineError(f"deadline: it passed after {now - job.arrived:.3f} s"))
-                self._tell(lambda observer: observer.refused("deadline"))
+                self._notify(lambda observer: observer.refused("deadline"))
             if step or busy or (stopping and not self._shared.between):
                 return step
-
-    def _do_between(self) -> None:
-        while self._shared.between:  # only this thread takes out
-            self._shared.between.popleft().run()
 
     def _run(self, step: Step) -> _Dispatched:
         since = self._clock()
         try:
             dispatched = _Dispatched(step, self._runner.dispatch(step), since)
-        except Exception as error:  # noqa: BLE001 (whatever it is, it fails the step, not the thread)
+        except Exception as error:  # noqa: BLE001 (any error fails the step, not the thread)
             return _Dispatched(step, _Failed(error), since)
         if self._result_at is not None:
             self._turnaround += _MEMORY * (self._clock() - self._result_at - self._turnaround)
             self._result_at = None
         return dispatched
 
-    def _run_on(self, running: collections.deque[_Dispatched]) -> None:
-        """Dispatch the stage behind the last step's before it is known who leaves, where that is expected to pay."""
+    def _run_ahead(self, running: collections.deque[_Dispatched]) -> None:
+        """Dispatch the next stage of the last step before its hits are known, where that is expected to pay."""
         with self._shared.wake:
             further = self._scheduler.overlap(running[-1].step, self._turnaround * 1e3)
         if further is not None:
-            self._result_at = None  # the device is busy: nothing to be learned of what it idles
+            self._result_at = None  # the device does not idle: there is no turnaround to measure
             running.append(self._run(further))
 
     def _postprocess(self, running: collections.deque[_Dispatched]) -> None:
-        """Wait for the oldest step; answer who leaves, send on who does not."""
+        """Wait for the oldest step, answer the jobs that leave, and queue the others for their next stage."""
         step, device, since, rows = running[0]
         try:
             result = device.result()
@@ -174,59 +161,35 @@ class Loop:
             for job in step.jobs:
                 job.computed += now - since
             answers = self._answers(step, result if rows is None else result.take(rows))
-        except Exception as error:  # noqa: BLE001 (whatever it is, it fails the step, not the thread)
+        except Exception as error:  # noqa: BLE001 (any error fails the step, not the thread)
             if step.jobs:
                 _log.exception("step failed: route %d, stage %d, %d images", step.route, step.stage, len(step.jobs))
             self._fail(running, error)
             return
         leaving = [(job, answer) for job, answer in zip(step.jobs, answers, strict=True) if answer is not None]
-        ended = [(job, answer) for job, answer in leaving if job.ghost]
+        shadowed = [(job, answer) for job, answer in leaving if job.is_shadow]
         with self._shared.wake:
             claimed = set(self._shared.claim([job for job, _ in leaving]))
-        ghosts = self._ghosts_of(step, [(job, answer) for job, answer in leaving if job in claimed])
+        answered = [(job, answer) for job, answer in leaving if job in claimed]
+        shadows = self._choose_shadows(step, answered)
         with self._shared.wake:
-            given_up = self._scheduler.finish(step, [answer is not None for answer in answers], ghosts)
-            self._shared.claim(given_up)
-            self._shared.count.update(answered=len(claimed), shadowed=len(ended), steps=1)
+            abandoned = self._scheduler.finish(step, [answer is not None for answer in answers], shadows)
+            self._shared.claim(abandoned)
+            self._shared.count.update(answered=len(answered), shadowed=len(shadowed), steps=1)
             self._narrow(running, now)
-        if step.jobs:  # else all have left before
-            self._tell(lambda observer: observer.step(step, now - since, failed=False))
-        for job, answer in leaving:
-            if job in claimed:
-                job.done.set_result(answer)
-                self._tell(lambda observer, job=job, answer=answer: observer.answered(job, answer, now - job.arrived))
-        for job, answer in ended:
-            self._tell(lambda observer, job=job, answer=answer: observer.shadowed(job, answer))
-
-    def _ghosts_of(self, step: Step, answered: Sequence[tuple[Job, Answer]]) -> set[Job]:
-        """Return whose answer, by a cache, is to be compared with the base's."""
-        if self._shadow is None or step.stage == len(self._scheduler.routes[step.route].sites):
-            return set()
-        try:
-            return {job for job, answer in answered if self._shadow(job, answer)}
-        except Exception:  # noqa: BLE001 (clients get their answers all the same)
-            _log.exception("nobody could say what to shadow")
-            return set()
-
-    def _lose(self, jobs: Sequence[Job]) -> None:
-        """Say of ghosts that they are lost."""
-        for job in jobs:
-            if job.ghost:
-                self._tell(lambda observer, job=job: observer.shadowed(job, None))
-
-    def _narrow(self, running: collections.deque[_Dispatched], now: float) -> None:
-        """Take the oldest step out; one that ran on from it keeps who is still on the way, and is timed from now on."""
-        done = running.popleft().step
-        for i, (step, device, _, _) in enumerate(running):
-            if step.follows is done:
-                alive = [row for row, job in enumerate(step.jobs) if job.slot >= 0]
-                running[i] = _Dispatched(self._scheduler.narrow(step), device, now, alive)
+        if step.jobs:  # a step that ran ahead may have none left
+            self._notify(lambda observer: observer.step(step, now - since, failed=False))
+        for job, answer in answered:
+            job.done.set_result(answer)
+            self._notify(lambda observer, job=job, answer=answer: observer.answered(job, answer, now - job.arrived))
+        for job, answer in shadowed:
+            self._notify(lambda observer, job=job, answer=answer: observer.shadowed(job, answer))
 
     def _answers(self, step: Step, result: StageResult) -> list[Answer | None]:
-        """Return the answer of everyone who leaves, None for who goes on: a ghost does until the last stage.
+        """Return the answers of the jobs that leave, None for the others; shadow jobs leave at the last stage only.
 
         Raises:
-            ValueError: The runner speaks of another number of jobs.
+            ValueError: The runner's result is for another number of jobs.
         """
         route = self._scheduler.routes[step.route]
         exit_, last = route.exits[step.stage], step.stage == len(route.sites)
@@ -234,33 +197,74 @@ class Loop:
         if len(result.hit) != len(step.jobs):
             raise ValueError(f"runner: expected {len(step.jobs)} rows, got {len(result.hit)}")
         return [
-            Answer(index, exit_, score, logits, job.computed) if last or (hit and not job.ghost) else None
+            Answer(index, exit_, score, logits, job.computed) if last or (hit and not job.is_shadow) else None
             for job, (hit, index, score, logits) in zip(step.jobs, rows, strict=True)
         ]
 
+    def _choose_shadows(self, step: Step, answered: Sequence[tuple[Job, Answer]]) -> set[Job]:
+        """Return the jobs, answered by a cache, that continue as shadow jobs."""
+        if self._shadow is None or step.stage == len(self._scheduler.routes[step.route].sites):
+            return set()
+        try:
+            return {job for job, answer in answered if self._shadow(job, answer)}
+        except Exception:  # noqa: BLE001 (clients get their answers all the same)
+            _log.exception("the choice of shadow jobs failed")
+            return set()
+
+    def _narrow(self, running: collections.deque[_Dispatched], now: float) -> None:
+        """Remove the oldest step; the one that ran ahead of it keeps the remaining jobs and is timed from now on."""
+        done = running.popleft().step
+        for i, (step, device, _, _) in enumerate(running):
+            if step.follows is done:
+                alive = [row for row, job in enumerate(step.jobs) if job.slot >= 0]
+                running[i] = _Dispatched(self._scheduler.narrow(step), device, now, alive)
+
+    # Failures
+
     def _fail(self, running: collections.deque[_Dispatched], error: Exception) -> None:
+        """Fail the jobs of the oldest step."""
         step, _, since, _ = running[0]
         with self._shared.wake:
             self._scheduler.fail(step)
             claimed = self._shared.claim(step.jobs)
             now = self._clock()
-            if step.jobs:  # else its jobs have failed, or left, already
+            if step.jobs:  # otherwise its jobs have failed or left already
                 self._shared.count.update(failed=len(claimed), steps=1, failed_steps=1)
             self._narrow(running, now)
         if not step.jobs:
             return
-        self._tell(lambda observer: observer.step(step, now - since, failed=True))
-        self._lose(step.jobs)
+        self._notify(lambda observer: observer.step(step, now - since, failed=True))
+        self._report_lost(step.jobs)
         exit_ = self._scheduler.routes[step.route].exits[step.stage]
         for job in claimed:
             failure = StepError(f"failed: {type(error).__name__} on the way to exit {exit_}")
             failure.__cause__ = error
             job.done.set_exception(failure)
 
+    def _fail_all(self, running: collections.deque[_Dispatched]) -> None:
+        """Stop the engine and fail every job in flight."""
+        with self._shared.wake:
+            self._shared.stopping = True
+            lost = self._scheduler.clear()
+            between = list(self._shared.between)
+        lost += [job for dispatched in running for job in dispatched.step.jobs]
+        self._report_lost(lost)
+        for item in between:
+            item.done.cancel()
+        for job in lost:
+            if job.done.running() or (not job.done.done() and job.done.set_running_or_notify_cancel()):
+                job.done.set_exception(StepError("failed: the engine had to stop"))
+
+    def _report_lost(self, jobs: Sequence[Job]) -> None:
+        """Tell the observer which shadow jobs will have no answer."""
+        for job in jobs:
+            if job.is_shadow:
+                self._notify(lambda observer, job=job: observer.shadowed(job, None))
+
 
 @dataclasses.dataclass(frozen=True)
 class _Failed:
-    """A step that could not even be started."""
+    """A step that could not be started."""
 
     error: Exception
 

@@ -1,21 +1,21 @@
-"""Which queue to serve, in which bucket: pure functions of measured times and of the shares that leave.
+"""Which queue to serve, in which bucket: functions of measured times and of the shares that leave.
 
-One device serves queues of requests that may leave behind any stage. For the mean latency of such a system the best
-order is known (Klimov 1974; Gittins 1979): serve whoever promises the most departures per millisecond, taken over the
-best number of further stages. Looking beyond the next stage matters: a stage without a hit may stand before one where
-nearly everyone leaves. What those results leave out, and is added here: buckets, whose time grows more slowly than
+One device serves queues of requests that may leave after any stage. The order with the least mean latency is known for
+such systems (Klimov 1974; Gittins 1979): serve the queue that promises the most departures per millisecond, over the
+best number of further stages. Looking beyond the next stage matters: a stage without a hit may precede one where nearly
+every request leaves. Two things are added here that those results leave out: buckets, whose time grows more slowly than
 their rows, and ageing, without which rare requests that go deep would make up the whole tail.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from serve.engine import policy
-
 from .records import Route, Step
 
 StageMs = Mapping[int, Sequence[float]]
 """By bucket, milliseconds of every stage."""
+WINDOW = 500  # rows: the memory of the shares that leave
+MOVED = 0.05  # change of a share after which buckets are chosen anew
 
 
 class Choice(NamedTuple):
@@ -33,7 +33,7 @@ def row_ms(stage_ms: StageMs) -> tuple[float, ...]:
 
 
 def remaining_ms(stage_ms: StageMs, leave: Sequence[float]) -> tuple[float, ...]:
-    """Return, for every stage, the expected milliseconds of a row from there on until it leaves."""
+    """Return, for every stage, the expected milliseconds of a row from there until it leaves."""
     rest, following = [], 0.0
     for ms, share in zip(reversed(row_ms(stage_ms)), reversed(leave), strict=True):
         following = ms + (1 - share) * following
@@ -42,7 +42,7 @@ def remaining_ms(stage_ms: StageMs, leave: Sequence[float]) -> tuple[float, ...]
 
 
 def gain(stage_ms: StageMs, leave: Sequence[float], stage: int, rows: int, bucket: int) -> float:
-    """Return the requests expected to leave per millisecond, over the horizon of stages where that is most.
+    """Return the requests expected to leave per millisecond, over the number of further stages where that is most.
 
     Survivors are expected to be merged with others: further stages cost what a row costs in the best bucket.
     """
@@ -57,53 +57,49 @@ def gain(stage_ms: StageMs, leave: Sequence[float], stage: int, rows: int, bucke
     return best
 
 
-def choose(stage_ms: StageMs, leave: Sequence[float], stage: int, waiting: int) -> Choice:
-    """Return the bucket in which ``waiting`` rows gain most: padded if that is cheaper, or some of them only."""
-    options = [
+def choose_bucket(stage_ms: StageMs, leave: Sequence[float], stage: int, waiting: int) -> Choice:
+    """Return the bucket in which ``waiting`` rows gain most: padded if that is cheaper, or for some of them only."""
+    choices = [
         Choice(gain(stage_ms, leave, stage, min(waiting, bucket), bucket), bucket) for bucket in sorted(stage_ms)
     ]
-    return max(options, key=lambda option: option.gain)  # of equals, the smallest
+    return max(choices, key=lambda choice: choice.gain)  # of equals, the smallest
 
 
 def overlap_pays(leave: float, next_ms: float, turnaround_ms: float) -> bool:
-    """Return whether running on before it is known who leaves saves those who stay more than the others waste."""
+    """Return whether dispatching all rows early saves the survivors more than it wastes on rows that leave."""
     return (1 - leave) * turnaround_ms > leave * next_ms
 
 
-WINDOW = 500  # rows: the memory of the shares that leave
-MOVED = 0.05
-
-
 class Shares:
-    """The traffic as lately seen, by route and stage."""
+    """The recent share of jobs that leave, by route and stage, and the choice of buckets that follows from it."""
 
     def __init__(self, routes: Sequence[Route]) -> None:
-        """Start with what the routes expect."""
+        """Start with the shares that the routes expect."""
         self._stage_ms = [route.stage_ms for route in routes]
         self._seen = [list(route.leave) for route in routes]
-        self._used = [list(route.leave) for route in routes]  # the same, as choices were made by
-        self._choices: dict[tuple[int, int, int], policy.Choice] = {}
+        self._used = [list(route.leave) for route in routes]  # what the cached choices were made with
+        self._choices: dict[tuple[int, int, int], Choice] = {}
 
     @property
     def leave(self) -> tuple[tuple[float, ...], ...]:
         """The share that leaves, by route and stage."""
         return tuple(tuple(shares) for shares in self._seen)
 
-    def choose(self, route: int, stage: int, waiting: int) -> policy.Choice:
+    def choose_bucket(self, route: int, stage: int, waiting: int) -> Choice:
         """Return how a queue is best run."""
         stage_ms = self._stage_ms[route]
         key = route, stage, min(waiting, max(stage_ms))
         if key not in self._choices:
-            self._choices[key] = policy.choose(stage_ms, self._used[route], stage, key[2])
+            self._choices[key] = choose_bucket(stage_ms, self._used[route], stage, key[2])
         return self._choices[key]
 
     def learn(self, step: Step, rows: int, left: int) -> None:
-        """Follow the traffic: a running mean; choices are made anew once it has moved by a twentieth.
+        """Update the running mean; cached choices are dropped once it has moved by ``MOVED``.
 
         Args:
-            step: What has run.
-            rows: Of it, those that clients wait for: ghosts leave nowhere but at the end, whatever the traffic is.
-            left: Of these, who left.
+            step: A finished step.
+            rows: Its jobs that clients wait for. Shadow jobs leave at the end only, whatever the traffic is.
+            left: The number of these that left.
         """
         seen, used = self._seen[step.route], self._used[step.route]
         seen[step.stage] += (left - rows * seen[step.stage]) / (rows + WINDOW)

@@ -19,12 +19,12 @@ from gati_jax.runtime import Cascade
 from gati_jax.runtime.cascade import run_stage
 from gati_jax.runtime.compilation import CompilerOptions, compiled, pack, unpack
 
-SCORE, LOGITS = 0, 1  # columns of what a program says
+SCORE, LOGITS = 0, 1  # columns of a program's output
 THREADS = min(4, os.cpu_count() or 1)  # a compiler takes some hundred MB
 
 Key = tuple[int, int, int]  # route, stage, bucket
 Progress = Callable[[int, int], None]
-"""Programs that are ready, and how many there will be."""
+"""Called with the number of programs that are ready, and the number of all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,14 +32,14 @@ class Program:
     """A stage of a route in a bucket, compiled, with the arrays that it takes."""
 
     run: Any
-    """(leaves, source, slots, after) -> (said, after); all parameters are arguments, the slab ``after`` is donated."""
+    """(leaves, source, slots, after) -> (output, after); parameters are arguments, the slab ``after`` is donated."""
     leaves: list[Array]
     structure: Any
 
     def __call__(
         self, source: PyTree, slots: Int[np.ndarray, " bucket"], after: Array | None
     ) -> tuple[Float[Array, "bucket columns"], Any]:
-        """Start it; the slab that is returned with what it says is None behind the last stage."""
+        """Start it; return its output, and the slab that it wrote (None for the last stage)."""
         return self.run(self.leaves, source, slots, after)
 
 
@@ -53,7 +53,7 @@ def build(
     Args:
         wanted: By route, stage and bucket, the cascade and compiler options.
         capacity: Rows of slabs.
-        progress: Is told how many are ready, and how many there will be; programs that are shared count once.
+        progress: Called after each compilation; programs that are shared count once.
     """
     lowered: dict[Any, Lowered] = {}
     parts: dict[Key, tuple[Any, list[Array], Any]] = {}
@@ -81,10 +81,10 @@ def build(
 
 
 def settle() -> None:
-    """Keep what is in memory now out of garbage collection: call it once, when everything is compiled.
+    """Exempt all present objects from garbage collection: call it once, when everything is compiled.
 
-    A full collection walks through all that tracing has left, which takes 0.2 s, and every few thousand requests bring
-    one about, in which nobody is answered.
+    A full collection walks through all that tracing has left. That takes 0.2 s, happens every few thousand requests,
+    and no request is answered meanwhile.
     """
     gc.collect()
     gc.freeze()
@@ -96,7 +96,7 @@ def leaves_of(cascade: Cascade, stage: int) -> tuple[list[Array], Any]:
 
 
 def only(cascade: Cascade, stage: int) -> Cascade:
-    """Return the cascade with the parameters of one stage alone, for unread arguments cost time, too."""
+    """Return the cascade with the parameters of one stage only, because unread arguments also cost time."""
     chain, last = cascade.chain, stage == len(cascade.caches)
     start, stop = ((0, *cascade.sites)[stage], len(chain) + 1 if last else cascade.sites[stage])
     params = tuple(block if start <= i < stop else () for i, block in enumerate(chain.params))
@@ -105,13 +105,13 @@ def only(cascade: Cascade, stage: int) -> Cascade:
 
 
 def slab(cascade: Cascade, stage: int, capacity: int) -> jax.ShapeDtypeStruct:
-    """Return the slab that a stage (not the last) writes: one row for each slot."""
+    """Return the shape of the slab that a stage (not the last) writes: one row for each slot."""
     spec = cascade.chain.site_specs[cascade.sites[stage]]
     return jax.ShapeDtypeStruct((capacity, *spec.shape), spec.dtype)
 
 
 def before(cascade: Cascade, stage: int, bucket: int, capacity: int) -> PyTree:
-    """Return what a stage reads: images for the first, the slab before it for the others."""
+    """Return the shapes that a stage reads: images for the first, the previous site's slab for the others."""
     if stage:
         return slab(cascade, stage - 1, capacity)
     return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in to_source(cascade.chain, (), bucket)]
@@ -120,8 +120,8 @@ def before(cascade: Cascade, stage: int, bucket: int, capacity: int) -> PyTree:
 def to_source(chain: Chain, images: Sequence[Shaped[np.ndarray, "*input"]], bucket: int) -> list[np.ndarray]:
     """Stack images for the first stage, padded to the bucket.
 
-    Where the base normalises, some may be uint8 pixels and others prepared inputs. Whoever shares a step, there is one
-    program and one arithmetic for each: it takes both kinds, and which one is meant.
+    If the base normalises, some images may be uint8 pixels and others prepared inputs. Both may share a step, so the
+    program takes both forms and a mask: an image's arithmetic does not depend on its neighbours.
     """
     spec = chain.input_spec
     prepared = np.zeros((bucket, *spec.shape), spec.dtype)
@@ -154,14 +154,14 @@ def _run(
     structure: Any,  # noqa: ANN401 (a PyTreeDef)
     stage: int,
 ) -> tuple[Float[Array, "bucket columns"], Shaped[Array, "capacity *site"] | None]:
-    """Run a stage on the rows of these slots; whether a score is a hit is the host's to say.
+    """Run a stage on the rows of some slots; the host compares the scores with thresholds.
 
-    Slots out of bounds are padding: whatever is read for them, nothing is written. A hit's activation is written, too:
-    it may go on all the same, as a ghost.
+    Slots out of bounds are padding: whatever is read for them, nothing is written. The activation of a hit is written
+    as well, because its job may continue as a shadow job.
     """
     cascade: Cascade = unpack(jax.tree.unflatten(structure, leaves))
     x = _prepare(cascade.chain, source) if stage == 0 else source.at[slots].get(mode="clip")
-    behind = run_stage(cascade, stage, x)
+    result = run_stage(cascade, stage, x)
     if after is not None:
-        after = after.at[slots].set(behind.activation, mode="drop")
-    return jnp.concatenate([behind.score[:, None], behind.logits], axis=1), after
+        after = after.at[slots].set(result.activation, mode="drop")
+    return jnp.concatenate([result.score[:, None], result.logits], axis=1), after

@@ -1,4 +1,4 @@
-"""What passes between the front, the engine, the scheduler and the runner. No JAX here."""
+"""What the service, the engine, the scheduler and the runner exchange, and their interfaces. Imports no JAX."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,20 +11,20 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Route:
-    """A way through the base that requests may take: one of a bundle's plans, or the base alone."""
+    """A path through the base that requests may take: one of a bundle's plans, or the base without caches."""
 
     name: str
-    """The plan's; "base" where no cache is asked."""
+    """The plan's name; "base" for the one without caches."""
     sites: tuple[int, ...]
-    """Where its caches are; stage i ends there, the last stage behind the base."""
+    """Sites of its caches: stage i ends at sites[i], the last stage at the end of the base."""
     depth: int
     """Blocks of the base: the exit of the last stage."""
     epsilon: float | None
-    """What is certified of its disagreement: 0 for the base alone, None where nothing is."""
+    """The certified bound of its disagreement with the base: 0 for the base itself, None without a certificate."""
     stage_ms: Mapping[int, tuple[float, ...]]
-    """By bucket (rows that a program takes): measured milliseconds of every stage."""
+    """By bucket (the rows of a program): measured milliseconds of every stage."""
     leave: tuple[float, ...]
-    """The share of the requests entering each stage that is expected to leave there; 1 in the last."""
+    """By stage, the expected share of the requests entering it that leave there; 1 for the last."""
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -33,7 +33,7 @@ class Route:
 
 
 class Answer(NamedTuple):
-    """What a client gets for one image."""
+    """The answer for one image."""
 
     class_index: int
     exit: int
@@ -44,20 +44,20 @@ class Answer(NamedTuple):
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Job:
-    """One image on its way; only the scheduler changes it, under the engine's lock."""
+    """One image in flight; only the scheduler changes it, under the engine's lock."""
 
     image: Shaped[np.ndarray, "*input"]
     route: int
     arrived: float
     """Seconds, by the engine's clock."""
     deadline: float | None = None
-    """When the answer comes too late."""
+    """Seconds, by the same clock, after which the answer is too late."""
     done: "Future[Answer]" = dataclasses.field(default_factory=Future)
     request_id: str = ""
     mark: object = None
-    """What who submitted it knows it by."""
-    ghost: bool = False
-    """Whether nobody waits for it but the observer: a cache has answered it, and it goes on for the base's answer."""
+    """Any object by which the submitter recognises the job in the observer's calls."""
+    is_shadow: bool = False
+    """Whether its client has been answered by a cache, and it continues only for the base's answer (a shadow job)."""
     stage: int = 0
     slot: int = -1
     computed: float = 0.0
@@ -65,23 +65,23 @@ class Job:
 
     @property
     def abandoned(self) -> bool:
-        """Whether its client has left; the slot is freed before the next step, or after the one that it is in."""
+        """Whether its client has left; its slot is freed before the next step, or after the one that it is in."""
         return self.done.cancelled()
 
 
 class Step(NamedTuple):
-    """What runs next: a stage of a route on some jobs."""
+    """A stage of a route, to be run on some jobs."""
 
     route: int
     stage: int
     bucket: int
     jobs: tuple[Job, ...]
     follows: "Step | None" = None
-    """The step whose result it does not wait for, see ``Scheduler.overlap``."""
+    """The unfinished step whose survivors it continues, see ``Scheduler.overlap``."""
 
 
 class StageResult(NamedTuple):
-    """What a step says of its jobs, in their order."""
+    """The result of a step, in the order of its jobs."""
 
     hit: Bool[np.ndarray, " jobs"]
     class_index: Int[np.ndarray, " jobs"]
@@ -89,7 +89,7 @@ class StageResult(NamedTuple):
     logits: Float[np.ndarray, "jobs classes"]
 
     def take(self, rows: Sequence[int]) -> "StageResult":
-        """Return these rows of it."""
+        """Return some of the rows."""
         return StageResult(*(column[list(rows)] for column in self))
 
 
@@ -97,50 +97,51 @@ class Running(Protocol):
     """A dispatched step."""
 
     def result(self) -> StageResult:
-        """Wait for it.
+        """Wait for the result.
 
         Raises:
-            Exception: Whatever went wrong on the device; only this step's jobs are concerned.
+            Exception: Any failure on the device; it fails the jobs of this step only.
         """
         ...
 
 
 class Runner(Protocol):
-    """Owns the device; called from the engine's thread only. It never decides what runs."""
+    """Owns the device and executes steps; called from the engine's thread only."""
 
     @property
     def routes(self) -> Sequence[Route]:
-        """What it can run."""
+        """The routes that it can run."""
         ...
 
     @property
     def capacity(self) -> int:
-        """Slots: jobs that may be on their way at once."""
+        """Slots: the most jobs in flight."""
         ...
 
     def dispatch(self, step: Step) -> Running:
-        """Start a step, without waiting for it; rows of the same slot follow one another in the order of dispatch."""
+        """Start a step without waiting for it; steps on the same slot run in the order of dispatch."""
         ...
 
 
 class Observer(Protocol):
-    """Is told what happens; must be quick. What it raises is logged and changes nothing."""
+    """Receives the engine's events; must return quickly. Its exceptions are logged and otherwise ignored."""
 
     def step(self, step: Step, seconds: float, *, failed: bool) -> None:
-        """Hear of a step: how long from dispatch to its result. From the engine's thread."""
-        ...
+        """Take a finished step, and the seconds from its dispatch to its result. Called from the engine's thread."""
 
     def answered(self, job: Job, answer: Answer, seconds: float) -> None:
-        """Hear of an answer: how long since the job arrived. From the engine's thread."""
-        ...
+        """Take an answer, and the seconds since its job arrived. Called from the engine's thread."""
 
     def shadowed(self, job: Job, answer: Answer | None) -> None:
-        """Hear the base's answer to a ghost; None if it was lost. From the engine's thread."""
-        ...
+        """Take the base's answer to a shadow job, None if the job was lost. Called from the engine's thread."""
 
     def refused(self, reason: str) -> None:
-        """Hear of a request "overloaded" or "stopping" (from whoever submitted it), or of a job past its "deadline"."""
-        ...
+        """Take the reason of a refusal.
+
+        Args:
+            reason: Of a request "overloaded", "stopping" or "too_large" (from the thread that submitted it); of a job
+                "deadline" (from the engine's thread).
+        """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,49 +149,49 @@ class Statistics:
     """The engine at one moment; counters count images since the start."""
 
     waiting: Mapping[tuple[int, int], int]
-    """By route and stage, where any wait."""
+    """Jobs that wait, by route and stage; queues that are empty are left out."""
     slots_in_use: int
     admitted: int
-    """The bound of ``slots_in_use``."""
+    """The most slots that may be in use."""
     backlog_ms: float
-    """What everyone on the way is expected to take, in the buckets that are best; running steps count whole."""
+    """Expected milliseconds of work for all jobs in flight, in their best buckets; a running step counts in full."""
     answered: int = 0
     refused: int = 0
     expired: int = 0
-    """Dropped before a step, because their deadline had passed."""
+    """Dropped before a step because their deadline had passed."""
     abandoned: int = 0
     failed: int = 0
-    """Lost in a step that failed."""
+    """In a step that failed."""
     shadowed: int = 0
-    """Ghosts that the base has answered."""
+    """Shadow jobs that the base has answered."""
     steps: int = 0
     failed_steps: int = 0
     leave: tuple[tuple[float, ...], ...] = ()
-    """By route and stage: the share that leaves there, as lately seen."""
+    """By route and stage: the recent share of jobs that left there."""
     running: bool = False
-    """Whether the engine's thread is there to answer."""
+    """Whether the engine's thread is alive."""
 
 
 class ServeError(Exception):
-    """A request that is not answered, and why."""
+    """Why a request is not answered."""
 
 
 class OverloadedError(ServeError):
-    """Refused: as many requests as are admitted are on their way."""
+    """All admitted places are taken."""
 
     def __init__(self, message: str, retry_after: float) -> None:
-        """Say when to try again, in seconds."""
+        """Take the message, and the seconds after which to try again."""
         super().__init__(message)
         self.retry_after = retry_after
 
 
 class DeadlineError(ServeError):
-    """The deadline passed before the answer was there."""
+    """The deadline passed before the answer was ready."""
 
 
 class StepError(ServeError):
-    """The step that the request was in failed."""
+    """The step that ran the request failed."""
 
 
 class StoppingError(ServeError):
-    """The server is stopping and admits nothing more."""
+    """The server is stopping and admits no more requests."""

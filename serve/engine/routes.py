@@ -1,8 +1,8 @@
-"""A bundle's plans, and the base alone, as routes that a request may choose from."""
+"""The routes of a bundle: its plans and the base without caches, and the choice among them for a request."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
@@ -10,17 +10,17 @@ from gati_jax import Bundle
 from gati_jax.certification import Certificate
 from gati_jax.profiling import Tuning
 from gati_jax.runtime import Cascade
-from serve.engine import policy
 
+from . import policy
 from .records import Route
 
 BASE = "base"
-UNKNOWN = 0.5  # the share expected to leave at a cache of which nothing is known; the scheduler soon sees
+UNKNOWN = 0.5  # expected share that leaves at a cache without a count; the scheduler soon measures it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class CascadeRoute:
-    """What a runner makes a ``Route`` of."""
+    """A cascade with what a ``Route`` says of it: the input of a runner."""
 
     name: str
     cascade: Cascade
@@ -29,7 +29,7 @@ class CascadeRoute:
     leave: tuple[float, ...]
     """See ``Route``."""
     tuning: Tuning | None = None
-    """What is fastest on this device, if that has been found; None runs the reference arithmetic."""
+    """The fastest programs on this device, if measured; None runs the reference arithmetic."""
 
 
 def load(bundle: Bundle, *, reference: bool = False) -> list[CascadeRoute]:
@@ -37,7 +37,7 @@ def load(bundle: Bundle, *, reference: bool = False) -> list[CascadeRoute]:
 
     Args:
         bundle: See ``gati_jax.load_bundle``.
-        reference: Whether to leave aside what was found fastest on this device, and run what was certified.
+        reference: Whether to ignore the tuning for this device and run the certified arithmetic.
     """
     tuned = None if reference else bundle.tuned
     tuning = tuned.tuning if tuned else None
@@ -54,11 +54,11 @@ def load(bundle: Bundle, *, reference: bool = False) -> list[CascadeRoute]:
 
 
 def _shares(cascade: Cascade, certificate: Certificate) -> tuple[float, ...]:
-    """Return the share that leaves each stage: a conditional certificate has counted, others have not."""
+    """Return the expected share that leaves at each stage; only conditional certificates have counted it."""
     if [exit_.site for exit_ in certificate.exits] != list(cascade.sites):
         return (*[UNKNOWN] * len(cascade.sites), 1.0)
     shares, before = [], 0
-    for exit_ in certificate.exits:  # counted at or before a site
+    for exit_ in certificate.exits:  # n is cumulative
         shares.append((exit_.n - before) / max(1, certificate.n - before))
         before = exit_.n
     return (*shares, 1.0)
@@ -71,27 +71,27 @@ def default(routes: Sequence[Route]) -> int:
     return min(certified, key=lambda i: _epsilon(routes[i])) if certified else others[0]
 
 
-def choose(
+def choose_route(
     routes: Sequence[Route],
     *,
     epsilon: float | None = None,
     deadline_ms: float | None = None,
     default: int = 0,
-    backlog_ms: float = 0.0,
+    backlog_ms: Callable[[], float] = lambda: 0.0,
 ) -> int:
     """Return the number of the route for a request.
 
     Args:
         routes: To choose from.
-        epsilon: The most disagreement that will do: the fastest route that is certified for it. The base never
-            disagrees with itself.
-        deadline_ms: The time there is: the tightest route (among those that do for ``epsilon``) that is expected to
-            answer by then, which may be the base; if none is, the fastest.
-        default: Where neither is given.
-        backlog_ms: The work that waits already, see ``Statistics``.
+        epsilon: The most disagreement allowed: selects the fastest route certified for it. The base never disagrees
+            with itself.
+        deadline_ms: The time available: selects the tightest route (among those allowed by ``epsilon``) that is
+            expected to answer by then, which may be the base; if there is none, the fastest.
+        default: The route if neither is given.
+        backlog_ms: Returns the work that waits already, see ``Statistics``; called only for a deadline.
 
     Raises:
-        ValueError: Names the field.
+        ValueError: No such route; the message names the field.
     """
     for name, value, most in (("epsilon", epsilon, 1.0), ("deadline_ms", deadline_ms, math.inf)):
         if value is not None and not (math.isfinite(value) and 0 <= value <= most):
@@ -105,14 +105,16 @@ def choose(
     if not allowed:
         known = sorted(route.epsilon for route in routes if route.epsilon is not None)
         raise ValueError(f"epsilon: expected at least {known[0] if known else 'a certified plan'}, got {epsilon}")
-    in_time = [] if deadline_ms is None else [i for i in allowed if backlog_ms + expected_ms(routes[i]) <= deadline_ms]
-    if in_time:
-        return min(in_time, key=lambda i: (_epsilon(routes[i]), expected_ms(routes[i])))
+    if deadline_ms is not None:
+        backlog = backlog_ms()
+        in_time = [i for i in allowed if backlog + expected_ms(routes[i]) <= deadline_ms]
+        if in_time:
+            return min(in_time, key=lambda i: (_epsilon(routes[i]), expected_ms(routes[i])))
     return min(allowed, key=lambda i: expected_ms(routes[i]))
 
 
 def expected_ms(route: Route) -> float:
-    """Return the expected milliseconds of a request that is alone."""
+    """Return the expected milliseconds of a request on an idle server."""
     alone = {1: route.stage_ms[min(route.stage_ms)]}  # in the smallest bucket, whatever its size
     return policy.remaining_ms(alone, route.leave)[0]
 

@@ -1,4 +1,4 @@
-"""The device: slabs of activations, programs compiled ahead of time, dispatch. It never decides what runs."""
+"""The device: slabs of activations, programs compiled ahead of time, dispatch. The scheduler decides what runs."""
 
 import dataclasses
 import logging
@@ -15,17 +15,17 @@ from gati_jax import InputError
 from gati_jax.profiling import Tile, stages_ms, tuned_cache, tuned_chain
 from gati_jax.runtime import Cascade
 from gati_jax.runtime.compilation import CompilerOptions
-from serve.engine import programs
 
+from . import programs
 from .programs import LOGITS, SCORE, Key, Program, Progress
 from .records import Route, StageResult, Step
 from .routes import CascadeRoute
 
-BUCKETS = (1, 2, 4, 8)  # where no tuning says which are fast
-LARGEST = 16  # of a tuning's tiles: larger ones are hardly faster, and everyone in them waits for all of them
+BUCKETS = (1, 2, 4, 8)  # without a tuning
+LARGEST = 16  # of a tuning's tiles: larger ones are hardly faster a row, and each row waits for all
 MOST_PROGRAMS = 42  # of a route
-ROUNDS = 5
-LEAST_MS = 0.01  # nothing is free, whatever differences of measured times say
+ROUNDS = 5  # of a measurement
+LEAST_MS = 0.01  # differences of measured times may be 0 or less
 
 _log = logging.getLogger(__name__)
 
@@ -40,15 +40,15 @@ class Prepared(NamedTuple):
 class JaxRunner:
     """Runs routes on the default device.
 
-    A slab holds one site's activations, a row for each slot; routes with a cache at the same site share it, for a slot
-    is one job's. A job's row is written behind a miss and read by the next stage, so that survivors of any steps can be
-    merged without moving anything.
+    A slab holds one site's activations, a row for each slot. Routes with a cache at the same site share it, because a
+    slot belongs to one job. A stage writes its jobs' rows and the next stage reads them, so survivors of any steps can
+    be merged without moving data.
 
     Args:
         sources: The routes, see ``routes.load``; they share a base.
         capacity: Slots. Memory: capacity x the sizes of all activations at sites of caches.
-        buckets: Rows that a program takes; unless told, the tuning's tiles up to ``LARGEST``, or ``BUCKETS``.
-        progress: Is told how far warm-up has come.
+        buckets: Rows that a program takes; by default, the tuning's tiles up to ``LARGEST``, or ``BUCKETS``.
+        progress: See ``programs.build``.
 
     Raises:
         InputError: Buckets that the tuning does not know, or too many of them.
@@ -72,10 +72,10 @@ class JaxRunner:
             for stage in range(len(source.cascade.sites))
         }
         self._lost: dict[int, set[int]] = {site: set() for site in self._slabs}
-        """By site: slots whose rows went down with the slab that a failed step had been given."""
+        """By site: slots whose rows were lost with the slab that was donated to a failed step."""
         self._sites = [source.cascade.sites for source in sources]
         self._thresholds = {number: _thresholds(source.cascade.thresholds) for number, source in enumerate(sources)}
-        """By route and stage: the score from which on a row leaves there."""
+        """By route and stage: the least score of a row that leaves there."""
         self._chain = sources[0].cascade.chain
         every = dict(enumerate(sources))
         self._programs = programs.build(
@@ -92,33 +92,23 @@ class JaxRunner:
 
         Raises:
             RuntimeError: A row was lost when another step failed.
-            Exception: Whatever went wrong on the device.
+            Exception: Any failure on the device.
         """
         slots = np.full(step.bucket, self.capacity, np.int32)
         slots[: len(step.jobs)] = [job.slot for job in step.jobs]
         images = [job.image for job in step.jobs] if step.stage == 0 else ()
         sites = self._sites[step.route]
         if step.stage and self._lost[sites[step.stage - 1]].intersection(slots.tolist()):
-            raise RuntimeError(f"runner: what stood at site {sites[step.stage - 1]} was lost in a step that failed")
-        said = self._execute((step.route, step.stage, step.bucket), images, slots)
+            raise RuntimeError(f"runner: activations at site {sites[step.stage - 1]} were lost in a failed step")
+        output = self._execute((step.route, step.stage, step.bucket), images, slots)
         writes = sites[step.stage] if step.stage < len(sites) else None
-        return _Running(self, said, len(step.jobs), self._thresholds[step.route][step.stage], writes)
-
-    def reload(self, sources: Sequence[CascadeRoute]) -> None:
-        """Take new parameters and thresholds for the next steps; nothing is compiled. From the engine's thread, too.
-
-        Raises:
-            InputError: They are not of the same structure and shapes.
-        """
-        if len(sources) != len(self._sites):
-            raise InputError(f"sources: expected the same routes as before, {len(self._sites)}, got {len(sources)}")
-        self.take(self.prepare(dict(enumerate(sources))))
+        return _Running(self, output, len(step.jobs), self._thresholds[step.route][step.stage], writes)
 
     def prepare(self, sources: Mapping[int, CascadeRoute]) -> Prepared:
-        """Bring new parameters of some routes to the device, to be taken later; nothing is compiled. From any thread.
+        """Put new parameters of some routes on the device, for ``take``; nothing is compiled. From any thread.
 
         Raises:
-            InputError: They are not of the same structure and shapes as those that they are to replace.
+            InputError: They are not of the same structure and shapes as the present ones.
         """
         cascades, changed = self._cascades(sources), {}
         for key, cascade in cascades.items():
@@ -134,19 +124,19 @@ class JaxRunner:
         return Prepared(changed, thresholds)
 
     def take(self, prepared: Prepared) -> None:
-        """Run the next steps with what has been prepared. From the engine's thread.
+        """Use prepared parameters from the next step on. From the engine's thread.
 
-        Jobs on their way go on with what stands in the slabs: let none be on its way where the base changes.
+        Jobs in flight continue from the slabs: none may be in flight if the base changes.
         """
         self._programs = {**self._programs, **prepared.programs}
         self._thresholds = {**self._thresholds, **prepared.thresholds}
 
     def close(self, route: int, thresholds: Float[np.ndarray, " caches"]) -> None:
-        """Take other thresholds for the next steps, at once. From the engine's thread."""
+        """Use other thresholds from the next step on. From the engine's thread."""
         self._thresholds = {**self._thresholds, route: _thresholds(thresholds)}
 
     def lose(self, site: int) -> None:
-        """Replace a slab that a failed step has taken along; rows in it are lost to their jobs."""
+        """Replace a slab that was donated to a failed step; the rows in it are lost to their jobs."""
         self._slabs[site] = jnp.zeros(self._slabs[site].shape, self._slabs[site].dtype)
         self._lost[site] = set(range(self.capacity))
 
@@ -161,13 +151,13 @@ class JaxRunner:
         site = sites[stage]
         after = self._slabs[site]
         try:
-            said, self._slabs[site] = self._programs[key](source, slots, after)
+            output, self._slabs[site] = self._programs[key](source, slots, after)
         except Exception:
             if after.is_deleted():
                 self.lose(site)
             raise
         self._lost[site].difference_update(slots.tolist())
-        return said
+        return output
 
     # Warm-up
 
@@ -176,7 +166,7 @@ class JaxRunner:
         return tile.options if tile else ()
 
     def _cascades(self, sources: Mapping[int, CascadeRoute]) -> dict[Key, Cascade]:
-        """Return, for every program, the cascade by its bucket's algorithms; routes share what is the same."""
+        """Return, for every program, the cascade with its bucket's algorithms; routes share one chain a bucket."""
         found: dict[Key, Cascade] = {}
         for bucket, tile in self._tiles.items():
             chain = next(iter(sources.values())).cascade.chain  # they share a base
@@ -188,7 +178,7 @@ class JaxRunner:
         return found
 
     def _route(self, number: int, source: CascadeRoute) -> Route:
-        """Run every program, and describe the route with the times that were measured now, or when it was tuned."""
+        """Run every program, and describe the route with times from its tuning or measured now."""
         stages = range(len(source.cascade.sites) + 1)
         tuned = {bucket: ms for bucket, tile in self._tiles.items() if (ms := _tuned_ms(source, tile)) is not None}
         known = len(tuned) == len(self._tiles)  # times from two days are not comparable
@@ -207,7 +197,7 @@ class JaxRunner:
         )
 
     def _time(self, key: Key, rounds: int) -> float:
-        """Run a program on nothing but padding, once to warm up; return the median milliseconds of further rounds."""
+        """Run a program on padding, once to warm up; return the median milliseconds of further rounds."""
         padding, times = np.full(key[2], self.capacity, np.int32), []
         for _ in range(1 + rounds):
             start = time.perf_counter()
@@ -218,10 +208,10 @@ class JaxRunner:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Running:
-    """A dispatched step; what it says is one small array."""
+    """A dispatched step, whose result is one small array."""
 
     runner: JaxRunner
-    said: Float[Array, "bucket columns"]
+    output: Float[Array, "bucket columns"]
     count: int
     threshold: Shaped[np.ndarray, ""]
     """As it was when the step was dispatched."""
@@ -230,17 +220,17 @@ class _Running:
 
     def result(self) -> StageResult:
         try:
-            said = np.asarray(self.said)[: self.count]
+            output = np.asarray(self.output)[: self.count]
         except Exception:
             if self.writes is not None:
                 self.runner.lose(self.writes)
             raise
-        logits, score = said[:, LOGITS:], said[:, SCORE]
+        logits, score = output[:, LOGITS:], output[:, SCORE]
         return StageResult(score >= self.threshold, logits.argmax(-1), score, logits)
 
 
 def _thresholds(caches: Shaped[np.ndarray | Array, " caches"]) -> Shaped[np.ndarray, " stages"]:
-    """Return those of all stages; everyone leaves the last one, with an infinite score."""
+    """Return the thresholds of all stages; every row leaves at the last one."""
     return np.append(np.asarray(caches, np.float32), np.float32(-np.inf))
 
 
@@ -249,10 +239,10 @@ def _zeros(spec: jax.ShapeDtypeStruct) -> Array:
 
 
 def _tiles(sources: Sequence[CascadeRoute], buckets: Sequence[int] | None) -> dict[int, Tile | None]:
-    """Return the buckets, and how each is run.
+    """Return the buckets, each with its tile of the tuning.
 
     Raises:
-        InputError: Buckets that the tuning does not know, or too many of them.
+        InputError: Buckets without a tile in the tuning, or too many of them.
     """
     tuning, stages = sources[0].tuning, max(len(source.cascade.sites) + 1 for source in sources)
     tiles: dict[int, Tile | None] = dict.fromkeys(BUCKETS) if tuning is None else {t.size: t for t in tuning.tiles}
@@ -268,7 +258,7 @@ def _tiles(sources: Sequence[CascadeRoute], buckets: Sequence[int] | None) -> di
 
 
 def _tuned_ms(source: CascadeRoute, tile: Tile | None) -> tuple[float, ...] | None:
-    """Return what every stage took when the tile was measured, if it was, with these caches."""
+    """Return every stage's milliseconds from the tile; None if it was not measured with these caches."""
     if tile is None or tile.costs is None or {c.name for c in source.cascade.caches} - set(tile.costs.lookup_ms):
         return None
     return stages_ms(source.cascade, tile.costs)

@@ -1,9 +1,9 @@
-"""Who waits in a queue, and for whom a step is run.
+"""Queues, slots, and the choice of the next step.
 
-A ghost's client has been answered. So it stands behind all clients, and no step is run for it while any of them waits:
-it takes rows that would be padding, and the device when that would be idle. But a server that never rests must not
-collect ghosts until its slots are full. So whoever has been a ghost for ``BEHIND`` seconds counts as a client that came
-then: shadows cost what they cost.
+A shadow job's client has been answered. So it queues behind all clients, and no step is run for it while any of them
+waits: it takes rows that would be padding, and the device when that would be idle. But a server that is never idle must
+not collect shadow jobs until its slots are full: after ``BEHIND`` seconds a shadow job counts as a client that has just
+arrived.
 """
 
 import bisect
@@ -11,13 +11,12 @@ import itertools
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-from serve.engine import policy
-
-from .policy import Shares
+from . import policy
 from .records import Job, OverloadedError, Route, Step
 
-PATIENCE = 1.0  # seconds: who has no deadline is served, within its queue, as if it had this one
-BEHIND = 0.25  # seconds
+PATIENCE = 1.0  # seconds: a job without a deadline is ordered, within its queue, as if it had this one
+BEHIND = 0.25  # seconds that a shadow job stands behind clients
+_Key = tuple[int, int]  # route and stage
 
 
 class Waiting(NamedTuple):
@@ -30,42 +29,29 @@ class Waiting(NamedTuple):
 
     @classmethod
     def of(cls, job: Job, number: int) -> "Waiting":
-        """Return a job as it waits."""
-        since = job.arrived + BEHIND if job.ghost else job.arrived
+        """Return a job with its place in a queue."""
+        since = job.arrived + BEHIND if job.is_shadow else job.arrived
         due = since + PATIENCE
         return cls(due if job.deadline is None else min(job.deadline, due), since, number, job)
 
     def counts(self, now: float) -> bool:
-        """Whether a step is run for it, or it is only taken along."""
-        return not self.job.ghost or self.since <= now
-
-
-def oldest(queue: Iterable[Waiting], now: float) -> float:
-    """Return since when any of them waits."""
-    return min(now, *(waiting.since for waiting in queue))
-
-
-def deadline_of(queue: Iterable[Waiting]) -> float | None:
-    """Return the deadline of the client that is due first."""
-    return next((waiting.job.deadline for waiting in queue if not waiting.job.ghost), None)
+        """Whether a step may be run for it; otherwise it only fills up other steps."""
+        return not self.job.is_shadow or self.since <= now
 
 
 def is_expired(job: Job, now: float) -> bool:
-    """Whether nobody waits for its answer any more."""
+    """Whether no client waits for its answer any more: it was abandoned, or its deadline has passed."""
     return job.abandoned or (job.deadline is not None and job.deadline <= now)
-
-
-_Key = tuple[int, int]  # route and stage
 
 
 class Scheduler:
     """Queues, slots, and the choice of the next step.
 
     Args:
-        routes: Ways through the base, with their measured times.
+        routes: The runner's routes, with their measured times.
         capacity: Slots of the runner.
         max_wait: Seconds of age that count as much as the whole gain of a step, see ``next_step``.
-        admitted: The most jobs on their way at once; unless told, as many as there are slots.
+        admitted: The most jobs in flight; by default, as many as there are slots.
     """
 
     def __init__(
@@ -78,12 +64,12 @@ class Scheduler:
         self._free = list(range(capacity))[::-1]  # the lowest is taken first, so that slabs stay warm
         self._capacity = capacity
         self._queues: dict[_Key, list[Waiting]] = {}
-        self._ghosts = 0  # on their way
+        self._shadows = 0  # in flight
         self._running: list[Step] = []
         self._numbers = itertools.count()
-        self._shares = Shares(self.routes)
+        self._shares = policy.Shares(self.routes)
 
-    # What it says
+    # State
 
     @property
     def in_use(self) -> int:
@@ -92,78 +78,88 @@ class Scheduler:
 
     @property
     def waiting(self) -> dict[tuple[int, int], int]:
-        """How many jobs wait, by route and stage."""
+        """The number of jobs that wait, by route and stage."""
         return {key: len(queue) for key, queue in self._queues.items()}
 
     @property
     def leave(self) -> tuple[tuple[float, ...], ...]:
-        """The share that leaves, by route and stage, as lately seen."""
+        """The recent share of jobs that left, by route and stage."""
         return self._shares.leave
 
     @property
     def backlog_ms(self) -> float:
-        """Milliseconds that the device is expected to need for all on their way; running steps count whole."""
+        """Milliseconds that the device is expected to need for all jobs in flight; running steps count in full."""
         rest = [(*policy.remaining_ms(r.stage_ms, seen), 0.0) for r, seen in zip(self.routes, self.leave, strict=True)]
         total = sum(len(queue) * rest[route][stage] for (route, stage), queue in self._queues.items())
         for step in self._running:
             route, stage = step.route, step.stage
-            survivors = 0 if self._runs_on(step) else len(step.jobs) * (1 - self.leave[route][stage])
+            survivors = 0 if self._is_followed(step) else len(step.jobs) * (1 - self.leave[route][stage])
             total += self._step_ms((route, stage), step.bucket) + survivors * rest[route][stage + 1]
         return total
 
-    # What changes it
+    # Jobs in and out
 
     def admit(self, jobs: Sequence[Job]) -> None:
         """Give every job a slot and a place in its first queue; all of them or none.
 
         Raises:
-            OverloadedError: There are not as many slots; says when to try again.
-            ValueError: There could never be as many.
+            OverloadedError: There are not enough free slots; says when to try again.
+            ValueError: There can never be enough.
         """
         if len(jobs) > self.admitted:
             raise ValueError(f"images: expected at most {self.admitted} at once, got {len(jobs)}")
         if (missing := self.in_use + len(jobs) - self.admitted) > 0:
-            retry = max(self._max_wait, missing * self.backlog_ms / 1e3 / self.in_use)  # all leave at an even pace
-            msg = f"overloaded: {self.in_use} of {self.admitted} places are taken; try again in {retry:.3f} s"
-            raise OverloadedError(msg, retry)
+            retry = max(self._max_wait, missing * self.backlog_ms / 1e3 / self.in_use)  # at an even pace
+            raise OverloadedError(
+                f"overloaded: {self.in_use} of {self.admitted} places are taken; try again in {retry:.3f} s", retry
+            )
         for job in jobs:
             job.slot = self._free.pop()
-            self._ghosts += job.ghost
+            self._shadows += job.is_shadow
             self._queue(job, 0)
 
     def drop(self, now: float) -> list[Job]:
-        """Take out, and return, who waits in vain: past the deadline, or abandoned."""
+        """Remove, and return, the waiting jobs that are expired."""
         dropped: list[Job] = []
         for key, queue in list(self._queues.items()):
-            parts: tuple[list[Waiting], list[Waiting]] = [], []  # a client may leave at any moment: it is asked once
+            parts: tuple[list[Waiting], list[Waiting]] = [], []  # a client may leave at any moment: ask once
             for waiting in queue:
                 parts[is_expired(waiting.job, now)].append(waiting)
-            rest, vain = parts
-            if vain:
+            rest, expired = parts
+            if expired:
                 self._keep(key, rest)
-                dropped += [waiting.job for waiting in vain]
+                dropped += [waiting.job for waiting in expired]
         self._release(dropped)
         return dropped
 
-    def drop_ghosts(self) -> list[Job]:
-        """Take out, and return, all ghosts who wait, as when the server stops."""
-        dropped = [waiting.job for queue in self._queues.values() for waiting in queue if waiting.job.ghost]
+    def drop_shadows(self) -> list[Job]:
+        """Remove, and return, the waiting shadow jobs, when the server stops."""
+        dropped = [waiting.job for queue in self._queues.values() for waiting in queue if waiting.job.is_shadow]
         if dropped:
             for key, queue in list(self._queues.items()):
-                self._keep(key, [waiting for waiting in queue if not waiting.job.ghost])
+                self._keep(key, [waiting for waiting in queue if not waiting.job.is_shadow])
             self._release(dropped)
         return dropped
 
-    def next_step(self, now: float) -> Step | None:
-        """Take out of the queues, and return, what is best run next; None where nothing waits.
+    def clear(self) -> list[Job]:
+        """Remove, and return, all waiting jobs."""
+        jobs = [waiting.job for queue in self._queues.values() for waiting in queue]
+        self._queues.clear()
+        self._release(jobs)
+        return jobs
 
-        Queues are compared by what they gain (see ``policy``), times one more than the age of their oldest job in units
-        of ``max_wait``. So a gain is outweighed in the end by any age, and nobody starves. But where someone would miss
-        a deadline by waiting for one more step, and can still make it, the one that is due first goes first.
+    # Steps
+
+    def next_step(self, now: float) -> Step | None:
+        """Remove the best step's jobs from their queue and return it; None if no job waits.
+
+        Queues are compared by their gain (see ``policy``), times one plus the age of their oldest job in units of
+        ``max_wait``. So a large enough age outweighs any gain, and no job starves. But if some job would miss its
+        deadline by waiting for one more step, and can still make it, the one that is due first goes first.
         """
         if not self._queues:
             return None
-        choices = {key: self._shares.choose(*key, rows) for key, rows in self._counted(now).items()}
+        choices = {key: self._shares.choose_bucket(*key, rows) for key, rows in self._counted(now).items()}
         urgent = self._urgent(choices, now)
         key = urgent or max(choices, key=lambda key: (self._score(key, choices[key], now), key[1]))  # deeper on ties
         queue, bucket = self._queues[key], choices[key].bucket
@@ -172,46 +168,51 @@ class Scheduler:
         self._running.append(step)
         return step
 
-    def finish(self, step: Step, left: Sequence[bool], ghosts: Collection[Job] = ()) -> list[Job]:
-        """Free the slots of those who left; the others queue for the next stage.
+    def finish(self, step: Step, left: Sequence[bool], shadows: Collection[Job] = ()) -> list[Job]:
+        """Free the slots of the jobs that left; queue the others for the next stage.
 
         Args:
             step: What ran.
-            left: Of its jobs; of the last stage, all.
-            ghosts: Of those who left, who goes on all the same, as ghosts.
+            left: By job, whether it left; at the last stage, all do.
+            shadows: Jobs that left and continue as shadow jobs.
 
         Returns:
-            Those who did not leave but were abandoned: they are not queued.
+            The jobs that did not leave but were abandoned; they are not queued.
         """
         self._running.remove(step)
-        runs_on = self._runs_on(step)
-        clients = [is_out for job, is_out in zip(step.jobs, left, strict=True) if not job.ghost]
+        followed = self._is_followed(step)
+        clients = [is_out for job, is_out in zip(step.jobs, left, strict=True) if not job.is_shadow]
         self._shares.learn(step, len(clients), sum(clients))
-        for job in ghosts:
-            job.ghost, job.deadline = True, None
-        self._ghosts += len(ghosts)
-        self._release(job for job, is_out in zip(step.jobs, left, strict=True) if is_out and job not in ghosts)
+        for job in shadows:
+            job.is_shadow, job.deadline = True, None
+        self._shadows += len(shadows)
+        self._release(job for job, is_out in zip(step.jobs, left, strict=True) if is_out and job not in shadows)
         others = [job for job in step.jobs if job.slot >= 0]
-        given_up = [job for job in others if job.abandoned]
-        self._release(given_up)
+        abandoned = [job for job in others if job.abandoned]
+        self._release(abandoned)
         for job in others:
-            if job.slot < 0:  # given up: a client may leave at any moment, so this is not asked twice
+            if job.slot < 0:  # abandoned: a client may leave at any moment, so do not ask twice
                 continue
-            if runs_on:
+            if followed:
                 job.stage = step.stage + 1
             else:
                 self._queue(job, step.stage + 1)
-        return given_up
+        return abandoned
+
+    def fail(self, step: Step) -> None:
+        """Free the slots of all jobs of a step."""
+        self._running.remove(step)
+        self._release(step.jobs)
 
     def overlap(self, step: Step, turnaround_ms: float) -> Step | None:
-        """Return the stage behind that of a running step, for all its jobs: to dispatch before it is known who leaves.
+        """Return the stage after that of a running step, for all its jobs: to dispatch before its hits are known.
 
-        The paper's overlapped lookups. Who goes on need not wait for the host; what leaves has been computed in vain.
-        None where anyone else waits, or where the latter is expected to outweigh the former.
+        The paper's overlapped lookups: survivors need not wait for the host, and what is computed for the jobs that
+        leave is discarded. None if any other job waits, or if the waste is expected to outweigh the saving.
 
         Args:
-            step: Running, and chosen by ``next_step`` (or narrowed): nothing runs on from what may not be.
-            turnaround_ms: What the device idles, as measured, between a result and the step after it.
+            step: Running, and chosen by ``next_step`` (or narrowed): a step that itself ran ahead is not followed.
+            turnaround_ms: Measured idle time of the device between a result and the step after it.
         """
         route, stage = self.routes[step.route], step.stage + 1
         if self._queues or not step.jobs or step.follows is not None or stage > len(route.sites):
@@ -224,25 +225,13 @@ class Scheduler:
         return further
 
     def narrow(self, step: Step) -> Step:
-        """Return a step that ran on, with those of its jobs that are still on their way; what it followed is over."""
+        """Return a step that ran ahead with the jobs that are still in flight, now that the one before it is over."""
         self._running.remove(step)
         narrowed = step._replace(jobs=tuple(job for job in step.jobs if job.slot >= 0), follows=None)
         self._running.append(narrowed)
         return narrowed
 
-    def fail(self, step: Step) -> None:
-        """Free the slots of all."""
-        self._running.remove(step)
-        self._release(step.jobs)
-
-    def clear(self) -> list[Job]:
-        """Take out, and return, all who wait."""
-        jobs = [waiting.job for queue in self._queues.values() for waiting in queue]
-        self._queues.clear()
-        self._release(jobs)
-        return jobs
-
-    def _runs_on(self, step: Step) -> bool:
+    def _is_followed(self, step: Step) -> bool:
         return any(other.follows is step for other in self._running)
 
     def _queue(self, job: Job, stage: int) -> None:
@@ -258,29 +247,29 @@ class Scheduler:
     def _release(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
             self._free.append(job.slot)
-            self._ghosts -= job.ghost
+            self._shadows -= job.is_shadow
             job.slot = -1
 
-    # How it chooses
+    # The choice
 
     def _counted(self, now: float) -> dict[_Key, int]:
-        """Return, by queue, how many a step would be run for; ghosts only if nobody else waits."""
+        """Return, by queue, the jobs that a step would be run for; shadow jobs only if no client waits."""
         everyone = {key: len(queue) for key, queue in self._queues.items()}
-        if not self._ghosts:
+        if not self._shadows:
             return everyone
         counted = {key: sum(waiting.counts(now) for waiting in queue) for key, queue in self._queues.items()}
         return {key: rows for key, rows in counted.items() if rows} or everyone
 
     def _score(self, key: _Key, choice: policy.Choice, now: float) -> float:
-        since = oldest(self._queues[key][: choice.bucket], now)
+        since = min(now, *(waiting.since for waiting in self._queues[key][: choice.bucket]))
         return choice.gain * (1 + (now - since) / self._max_wait)
 
     def _urgent(self, choices: dict[_Key, policy.Choice], now: float) -> _Key | None:
-        """Return the queue whose first job would miss its deadline if another step came first, and else would not."""
+        """Return the queue whose first client would miss its deadline only if another step came first."""
         step_ms = {key: self._step_ms(key, choice.bucket) for key, choice in choices.items()}
         urgent: list[tuple[float, _Key]] = []
         for key, choice in choices.items():
-            deadline = deadline_of(self._queues[key])
+            deadline = next((waiting.job.deadline for waiting in self._queues[key] if not waiting.job.is_shadow), None)
             if deadline is None:
                 continue
             slack_ms = (deadline - now) * 1e3 - self._alone_ms(key, choice.bucket)
@@ -292,6 +281,6 @@ class Scheduler:
         return self.routes[key[0]].stage_ms[bucket][key[1]]
 
     def _alone_ms(self, key: _Key, bucket: int) -> float:
-        """Return what a job takes that is served at once, in this bucket, then alone, and leaves at the very end."""
+        """Return the time of a job that is served at once, in this bucket, then alone, and leaves at the last stage."""
         stage_ms = self.routes[key[0]].stage_ms
         return self._step_ms(key, bucket) + sum(stage_ms[min(stage_ms)][key[1] + 1 :])

@@ -1,26 +1,55 @@
-"""A request out of its HTTP body: JSON, and behind it tensors as bytes (Triton's binary extension)."""
+"""Requests and answers <-> HTTP bodies and NumPy arrays: JSON, then tensors as bytes (Triton's binary extension).
+
+gRPC shares all but the body. Bytes become arrays without a copy; numbers in JSON are checked before NumPy sees them.
+"""
 
 import dataclasses
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
 from starlette.types import Receive
 
-from serve.protocol.tensors import Incoming, Outgoing, to_array, to_bytes, to_json
-
 from .messages import EncodingError, Parameter, RequestError, RequestInput, TooLargeError, parse_request
 from .model import INPUT, Model
 
-_KNOWN = ("epsilon", "deadline_ms", "timeout", "binary_data_output")
+DTYPES = {"UINT8": np.dtype("u1"), "INT32": np.dtype("<i4"), "FP32": np.dtype("<f4")}
+HEADER_LENGTH = "inference-header-content-length"
+MOST_NUMBERS = 2**20
+_COMMAS = 10_000  # in a JSON body beside those between numbers
+_LARGEST = float(np.finfo(np.float32).max)
+_PARAMETERS = ("epsilon", "deadline_ms", "timeout", "binary_data_output")
+_SIZE = "binary_data_size"
+
+
+class Incoming(NamedTuple):
+    """A tensor from a client, as bytes or as numbers."""
+
+    field: str  # its path in the request, for error messages
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    raw: bytes | memoryview | None = None
+    numbers: Any = None
+
+
+class Outgoing(NamedTuple):
+    """A tensor for a client."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    values: Shaped[np.ndarray, "..."] | Sequence[bytes]
+    binary: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """A request, out of its envelope."""
+    """An inference request, independent of the transport."""
 
     model: str
     version: str = ""
@@ -29,14 +58,17 @@ class Request:
     inputs: Sequence[Incoming]
     outputs: Sequence[tuple[str, Mapping[str, Parameter]]] = ()
     binary: bool = False
-    """Whether outputs are sent as bytes where nothing is said of them."""
+    """Whether outputs are sent as bytes by default."""
+
+
+# A request's fields
 
 
 def images_of(request: Request, model: Model) -> Shaped[np.ndarray, "n *input"]:
     """Return the images of a request.
 
     Raises:
-        RequestError: They are not what the model takes.
+        RequestError: They do not fit the model.
     """
     if len(request.inputs) != 1:
         raise RequestError(f"inputs: expected one tensor, {INPUT}, got {len(request.inputs)}")
@@ -56,18 +88,18 @@ def images_of(request: Request, model: Model) -> Shaped[np.ndarray, "n *input"]:
     return to_array(tensor).reshape(*rows, *one)
 
 
-def wanted_of(request: Request, model: Model) -> dict[str, bool]:
-    """Return the names of the outputs, in their order, and whether each is sent as bytes.
+def outputs_of(request: Request, model: Model) -> dict[str, bool]:
+    """Return the names of the requested outputs, in their order, and whether each is sent as bytes.
 
     Raises:
-        RequestError: There is no such output, or a parameter is none.
+        RequestError: There is no such output, or no such parameter.
     """
     default = request.parameters.get("binary_data_output", request.binary)
     if not isinstance(default, bool):
         raise RequestError(f"parameters.binary_data_output: expected true or false, got {default!r}")
-    wanted: dict[str, bool] = {}
+    requested: dict[str, bool] = {}
     for i, (name, parameters) in enumerate(request.outputs):
-        if name not in model.outputs or name in wanted:
+        if name not in model.outputs or name in requested:
             raise RequestError(
                 f"outputs[{i}].name: expected each at most once of {', '.join(model.outputs)}, got {name[:100]!r}"
             )
@@ -76,20 +108,20 @@ def wanted_of(request: Request, model: Model) -> dict[str, bool]:
         binary = parameters.get("binary_data", default)
         if not isinstance(binary, bool):
             raise RequestError(f"outputs[{i}].parameters.binary_data: expected true or false, got {binary!r}")
-        wanted[name] = binary
-    return wanted or dict.fromkeys(model.outputs, default)
+        requested[name] = binary
+    return requested or dict.fromkeys(model.outputs, default)
 
 
-def wishes_of(parameters: Mapping[str, Parameter]) -> tuple[float | None, float | None, float]:
+def limits_of(parameters: Mapping[str, Parameter]) -> tuple[float | None, float | None, float]:
     """Return epsilon, deadline_ms, and the seconds that the client waits.
 
-    ``deadline_ms`` also chooses the plan; Triton's ``timeout``, in microseconds, does not.
+    ``deadline_ms`` also influences the plan; Triton's ``timeout``, in microseconds, does not.
 
     Raises:
-        RequestError: One is not a number in its bounds, or there are other parameters.
+        RequestError: A parameter is out of its bounds, or unknown.
     """
-    if unknown := parameters.keys() - set(_KNOWN):
-        raise RequestError(f"parameters: expected {', '.join(_KNOWN)} at most, got {min(unknown)[:100]!r}")
+    if unknown := parameters.keys() - set(_PARAMETERS):
+        raise RequestError(f"parameters: expected {', '.join(_PARAMETERS)} at most, got {min(unknown)[:100]!r}")
     epsilon = _number(parameters, "epsilon", 0.0, 1.0)
     deadline_ms = _number(parameters, "deadline_ms", 1e-3, 1e9)
     timeout = _number(parameters, "timeout", 1.0, 1e12)
@@ -106,10 +138,7 @@ def _number(parameters: Mapping[str, Parameter], name: str, low: float, high: fl
     return float(value)
 
 
-HEADER_LENGTH = "inference-header-content-length"
-MOST_NUMBERS = 2**20
-_SIZE = "binary_data_size"
-_COMMAS = 10_000  # beside those between numbers
+# HTTP bodies
 
 
 class GoneError(Exception):
@@ -117,17 +146,17 @@ class GoneError(Exception):
 
 
 async def read(receive: Receive, length: str | None, encoding: str | None, limit: int) -> bytes:
-    """Read a body, but never more than ``limit`` bytes of it.
+    """Read a body of at most ``limit`` bytes.
 
     Args:
         receive: ASGI's.
-        length: The Content-Length header: who announces too much is refused before anything is read.
+        length: The Content-Length header; a larger one is refused before anything is read.
         encoding: The Content-Encoding header.
         limit: Bytes.
 
     Raises:
-        TooLargeError: There is more.
-        EncodingError: It is compressed, which a small body of zeros would use to fill the memory.
+        TooLargeError: The body is larger.
+        EncodingError: It is compressed: a small body of zeros could fill the memory.
         GoneError: The client left.
     """
     if encoding not in {None, "", "identity"}:
@@ -149,14 +178,14 @@ async def read(receive: Receive, length: str | None, encoding: str | None, limit
 def decode(
     body: bytes, header_length: str | None, *, model: str, version: str = "", most_numbers: int = MOST_NUMBERS
 ) -> Request:
-    """Take a request out of a body.
+    """Decode a body.
 
     Args:
         body: JSON, then the bytes of the tensors that have a ``binary_data_size``, in their order.
-        header_length: The Inference-Header-Content-Length header: the bytes of the JSON, if it is not all.
-        model: Who is asked.
-        version: In which version; any, if empty.
-        most_numbers: In the JSON, roughly; more are refused before they are read, which would take seconds.
+        header_length: The Inference-Header-Content-Length header: the bytes of the JSON, if tensors follow it.
+        model: The model's name, from the path.
+        version: Its version; empty for any.
+        most_numbers: The most numbers in the JSON, roughly; more are refused before parsing, which would take seconds.
 
     Raises:
         RequestError: It is malformed.
@@ -191,7 +220,7 @@ def decode(
 
 
 def _incoming(field: str, tensor: RequestInput, rest: memoryview) -> tuple[Incoming, memoryview]:
-    """Return a tensor with its part of the bytes, and those that are left."""
+    """Return a tensor with its part of the bytes, and the remaining bytes."""
     if unknown := tensor.parameters.keys() - {_SIZE}:
         raise RequestError(f"{field}.parameters: expected {_SIZE} alone, got {min(unknown)[:100]!r}")
     size = tensor.parameters.get(_SIZE)
@@ -205,14 +234,14 @@ def _incoming(field: str, tensor: RequestInput, rest: memoryview) -> tuple[Incom
 
 
 def encode(head: Mapping[str, object], outputs: Sequence[Outgoing]) -> tuple[bytes, int | None]:
-    """Put an answer into a body.
+    """Encode an answer.
 
     Args:
         head: The response without its outputs.
-        outputs: These.
+        outputs: Its outputs.
 
     Returns:
-        The body, and how much of it is JSON, if not all.
+        The body, and the bytes of its JSON if tensors follow.
     """
     described, parts = [], []
     for tensor in outputs:
@@ -225,3 +254,94 @@ def encode(head: Mapping[str, object], outputs: Sequence[Outgoing]) -> tuple[byt
         described.append(one)
     text = json.dumps({**head, "outputs": described}, allow_nan=False).encode()
     return b"".join((text, *parts)), (len(text) if parts else None)
+
+
+# Tensors
+
+
+def to_array(tensor: Incoming) -> Shaped[np.ndarray, "..."]:
+    """Return a tensor as an array; if it came as bytes, as a read-only view of them.
+
+    Raises:
+        RequestError: The datatype is none of ``DTYPES``, or the data is not of this shape or type, or not finite.
+    """
+    if tensor.datatype not in DTYPES:
+        raise RequestError(f"{tensor.field}.datatype: expected one of {', '.join(DTYPES)}, got {tensor.datatype!r}")
+    if any(size < 0 for size in tensor.shape):
+        raise RequestError(f"{tensor.field}.shape: expected no negative sizes, got {list(tensor.shape)}")
+    array = _from_numbers(tensor) if tensor.raw is None else _from_bytes(tensor, tensor.raw)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise RequestError(f"{tensor.field}.data: expected finite numbers, got NaN or infinity")
+    return array.reshape(tensor.shape)
+
+
+def _from_bytes(tensor: Incoming, raw: bytes | memoryview) -> Shaped[np.ndarray, " count"]:
+    dtype = DTYPES[tensor.datatype]
+    expected = math.prod(tensor.shape) * dtype.itemsize
+    if len(raw) != expected:
+        of = f"{tensor.datatype}{list(tensor.shape)}"
+        raise RequestError(f"{tensor.field}.data: expected {expected} bytes for {of}, got {len(raw)}")
+    return np.frombuffer(raw, dtype)
+
+
+def _from_numbers(tensor: Incoming) -> Shaped[np.ndarray, "..."]:
+    dtype, field = DTYPES[tensor.datatype], f"{tensor.field}.data"
+    if isinstance(tensor.numbers, list) and not _are_numbers(tensor.numbers, max(1, len(tensor.shape))):
+        what = "numbers" if dtype.kind == "f" else "whole numbers"
+        raise RequestError(
+            f"{field}: expected {what} for {tensor.datatype}, flat or nested as the shape {list(tensor.shape)} says"
+        )
+    try:
+        array = np.asarray(tensor.numbers)
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        raise RequestError(
+            f"{field}: expected numbers, flat or nested as the shape {list(tensor.shape)} says, got a ragged list"
+        ) from None
+    if array.shape not in {tensor.shape, (math.prod(tensor.shape),)}:
+        got = "nothing" if tensor.numbers is None else f"shape {list(array.shape)}"
+        raise RequestError(
+            f"{field}: expected {math.prod(tensor.shape)} numbers of shape {list(tensor.shape)}, got {got}"
+        )
+    if not array.size:
+        return array.astype(dtype)
+    if array.dtype.kind not in ("iuf" if dtype.kind == "f" else "iu"):
+        raise RequestError(
+            f"{field}: expected {'numbers' if dtype.kind == 'f' else 'whole numbers'} for {tensor.datatype}"
+        )
+    if dtype.kind != "f" and not np.iinfo(dtype).min <= array.min() <= array.max() <= np.iinfo(dtype).max:
+        raise RequestError(
+            f"{field}: expected {np.iinfo(dtype).min} to {np.iinfo(dtype).max} for {tensor.datatype}, got others"
+        )
+    with np.errstate(over="ignore"):  # an infinity results, and is refused
+        return array.astype(dtype)
+
+
+def _are_numbers(values: list[Any], levels: int) -> bool:
+    """Return whether a list, nested at most so many levels deep, holds numbers only.
+
+    NumPy would give every element the width of the longest text among them: a body of 4 MB becomes an array of 4 GB.
+    """
+    kinds = set(map(type, values))
+    if kinds <= {int, float}:
+        return True
+    return kinds == {list} and levels > 1 and all(_are_numbers(row, levels - 1) for row in values)
+
+
+def to_bytes(tensor: Outgoing) -> bytes:
+    """Return a tensor's binary form; strings follow their lengths."""
+    if isinstance(tensor.values, np.ndarray):
+        return tensor.values.astype(DTYPES[tensor.datatype], copy=False).tobytes()
+    return b"".join(len(text).to_bytes(4, "little") + text for text in tensor.values)
+
+
+def to_json(tensor: Outgoing) -> list[Any]:
+    """Return a tensor's numbers or strings, flat.
+
+    JSON has no infinity, which is the base's score: it becomes the largest float32. NaN becomes null.
+    """
+    if not isinstance(tensor.values, np.ndarray):
+        return [text.decode() for text in tensor.values]
+    flat = tensor.values.ravel()
+    if flat.dtype.kind != "f" or np.isfinite(flat).all():
+        return flat.tolist()
+    return [None if math.isnan(x) else min(max(x, -_LARGEST), _LARGEST) for x in flat.tolist()]

@@ -1,4 +1,4 @@
-"""The protocol over gRPC."""
+"""The protocol over gRPC: methods, messages, tokens, and errors as status codes."""
 
 import logging
 import time
@@ -14,13 +14,11 @@ from pydantic import BaseModel
 from serve import logs
 from serve.engine.records import ServeError
 from serve.metrics import Metrics
-from serve.protocol import inference_pb2 as pb
 
-from .codec import MOST_NUMBERS, Request
-from .http import check_token
+from . import inference_pb2 as pb
+from .codec import MOST_NUMBERS, Incoming, Request, to_bytes
 from .messages import Live, NotReadyError, Parameter, Parameters, Ready, RequestError, refusal
-from .service import Response, Service
-from .tensors import Incoming, to_bytes
+from .service import Response, Service, check_token
 
 HEALTH = ("ServerLive", "ServerReady")
 _SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
@@ -45,14 +43,14 @@ def create_server(service: Service, metrics: Metrics, *, limit: int, token: str 
     """Return the gRPC side of a service, without a port.
 
     Args:
-        service: What answers.
-        metrics: Counts requests.
-        limit: Bytes of a message; who sends more gets RESOURCE_EXHAUSTED.
-        token: What clients have to show, as the metadata ``authorization``, on everything but the server's health.
+        service: Answers the requests.
+        metrics: Counts them.
+        limit: The most bytes of a message; larger ones get RESOURCE_EXHAUSTED.
+        token: The bearer token that clients must send, as the metadata ``authorization``, to all methods but health.
     """
     server = grpc.aio.server(
         options=(
-            ("grpc.so_reuseport", 0),  # or a second server on the same port takes half of the requests, unnoticed
+            ("grpc.so_reuseport", 0),  # otherwise a second server on the same port silently takes half of the requests
             ("grpc.max_receive_message_length", limit),
             ("grpc.max_send_message_length", -1),
         )
@@ -67,7 +65,7 @@ def create_server(service: Service, metrics: Metrics, *, limit: int, token: str 
             metrics,
             None if method.name in HEALTH else token,
         )
-        # Messages are parsed by the handler: here, grpc would call what cannot be parsed an internal error.
+        # Messages are parsed by the handler: here, a message that cannot be parsed would be an internal error.
         handlers[method.name] = grpc.unary_unary_rpc_method_handler(
             guarded,
             request_deserializer=None,
@@ -78,7 +76,7 @@ def create_server(service: Service, metrics: Metrics, *, limit: int, token: str 
 
 
 class _Methods:
-    """One coroutine a method of the protocol, under its name."""
+    """One coroutine for each method of the protocol, under its name."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -110,19 +108,19 @@ class _Methods:
         return _message(self._service.statistics(request.name, request.version), pb.ModelStatisticsResponse())
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> Message:  # noqa: N802
-        # Where the client leaves, grpc cancels this coroutine, and the service abandons the rows.
+        # If the client leaves, grpc cancels this coroutine, and the service abandons the images.
         self._service.model.check(request.model_name, request.model_version)
         remaining, request_id = context.time_remaining(), logs.request_id.get()
-        asked = decode(request, self._service.model.most_numbers)
-        return encode(await self._service.infer(asked, remaining=remaining, request_id=request_id))
+        decoded = decode(request, self._service.model.most_numbers)
+        return encode(await self._service.infer(decoded, remaining=remaining, request_id=request_id))
 
 
 def decode(message: pb.ModelInferRequest, most_numbers: int = MOST_NUMBERS) -> Request:
-    """Take a request out of its message.
+    """Decode a message.
 
     Args:
-        message: What came.
-        most_numbers: In the contents of a tensor.
+        message: The request's message.
+        most_numbers: The most numbers in the contents of a tensor.
 
     Raises:
         RequestError: Its parts do not fit together.
@@ -161,7 +159,7 @@ def decode(message: pb.ModelInferRequest, most_numbers: int = MOST_NUMBERS) -> R
 
 
 def encode(response: Response) -> pb.ModelInferResponse:
-    """Put an answer into a message; tensors are raw, as Triton's clients expect whatever they sent."""
+    """Encode an answer; tensors are raw, as Triton's clients expect in any case."""
     message = pb.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
     for name, value in response.parameters.items():
         if isinstance(value, str):
@@ -185,7 +183,7 @@ def _parameters(field: str, given: Mapping[str, pb.InferParameter]) -> Parameter
 
 
 def _message(reply: BaseModel, message: Message) -> Any:  # noqa: ANN401 (the same type as ``message``)
-    """Return a reply's gRPC form, which has the same fields."""
+    """Return a JSON reply as a gRPC message, which has the same fields."""
     return json_format.ParseDict(reply.model_dump(), message, ignore_unknown_fields=True)
 
 
@@ -198,27 +196,27 @@ def _guard(
         given = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         request_id = logs.identify(given.get("x-request-id"))
         logs.request_id.set(request_id)
-        told = (("x-request-id", request_id),)
-        status, started = 499, time.perf_counter()  # unless it gets to its end: the client has left
+        trailing = (("x-request-id", request_id),)
+        status, started = 499, time.perf_counter()  # if it is cancelled: the client has left
         try:
             check_token(token, given.get("authorization"))
             reply = await method(_parse(kind, body), context)
-        except Exception as error:  # noqa: BLE001 (logged, and told to the client as INTERNAL)
+        except Exception as error:  # noqa: BLE001 (logged; the client gets INTERNAL)
             status, message, retry_after = refusal(error)
             if not isinstance(error, ServeError):
                 _log.exception("a request failed", extra={"method": name})
-            if retry_after is not None:  # gRPC's name for it; its clients' retry policies heed it
-                told = (*told, ("grpc-retry-pushback-ms", str(round(retry_after * 1e3))))
+            if retry_after is not None:  # gRPC's name for it, which clients' retry policies heed
+                trailing = (*trailing, ("grpc-retry-pushback-ms", str(round(retry_after * 1e3))))
         else:
             status = 200
-            context.set_trailing_metadata(told)
+            context.set_trailing_metadata(trailing)
             return reply
         finally:
             metrics.request("grpc", name, status)
             if _log.isEnabledFor(logging.DEBUG):
                 ms = round((time.perf_counter() - started) * 1e3, 3)
                 _log.debug("request", extra={"path": name, "status": status, "ms": ms})
-        await context.abort(_CODES.get(status, grpc.StatusCode.INVALID_ARGUMENT), message, told)
+        await context.abort(_CODES.get(status, grpc.StatusCode.INVALID_ARGUMENT), message, trailing)
         raise AssertionError  # abort has raised
 
     return call

@@ -1,11 +1,9 @@
-"""The protocol over HTTP: routes, their OpenAPI description, and what happens when a client leaves."""
+"""The protocol over HTTP: routes, their OpenAPI description, tokens, errors, and clients that leave."""
 
 import asyncio
-import hmac
 import logging
 import math
 import time
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,23 +19,25 @@ from gati_jax import __version__
 from serve import logs
 from serve.engine.records import ServeError
 from serve.metrics import CONTENT_TYPE, Metrics
-from serve.protocol import codec, messages
 
+from . import codec, messages
 from .messages import SlowBodyError, UnauthorizedError, refusal
-from .service import Service
+from .service import Service, check_token
 
+HEALTH = ("/v2/health/live", "/v2/health/ready")
 _REFS = "#/components/schemas/{model}"
-_GONE = 499  # nginx's "client closed request"; nobody sees it but /metrics
+_GONE = 499  # nginx's "client closed request", for /metrics only
+_log = logging.getLogger("serve.http")
 _DESCRIPTION = (
-    "Classifies images and leaves at the first exit that is sure enough. Speaks the Open Inference Protocol (KServe "
-    "v2); tensors are JSON, or bytes behind the JSON."
+    "Classifies images, each answered at the first exit that is confident enough. Speaks the Open Inference Protocol "
+    "(KServe v2); tensors are JSON, or bytes after the JSON."
 )
 _BODY = {
     "parameters": [
         {
             "name": "Inference-Header-Content-Length",
             "in": "header",
-            "description": "Bytes of the JSON, where tensors follow it as bytes.",
+            "description": "Bytes of the JSON, if tensors follow it as bytes.",
             "schema": {"type": "integer", "minimum": 0},
         }
     ],
@@ -55,10 +55,10 @@ def create_app(service: Service, metrics: Metrics, *, limit: int, token: str | N
     """Return the HTTP side of a service.
 
     Args:
-        service: What answers.
-        metrics: What /metrics shows.
-        limit: Bytes of a body.
-        token: What clients have to show on everything but health; None to ask for nothing.
+        service: Answers the requests.
+        metrics: Counts them, and is shown at /metrics.
+        limit: The most bytes of a body.
+        token: The bearer token that clients must send on all paths but health; None for no check.
     """
     app = FastAPI(title="GATI-JAX", version=__version__, description=_DESCRIPTION)
     app.openapi = lambda: _describe(app)  # as FastAPI's documentation extends it
@@ -87,7 +87,7 @@ def create_app(service: Service, metrics: Metrics, *, limit: int, token: str | N
         )(handlers.infer)
     for kind in (ServeError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
-    return Guard(app, metrics, token=token, draining=lambda: service.draining)
+    return _Guard(app, service, metrics, token)
 
 
 class _Handlers:
@@ -97,11 +97,11 @@ class _Handlers:
         self._service, self._metrics, self._limit = service, metrics, limit
 
     async def live(self) -> messages.Live:
-        """Say that the process answers."""
+        """Return whether the process answers."""
         return messages.Live(live=True)
 
     async def ready(self) -> messages.Ready:
-        """Say whether new requests should come here."""
+        """Return whether the server takes new requests."""
         self._service.check_ready()
         return messages.Ready(ready=True)
 
@@ -110,42 +110,42 @@ class _Handlers:
         return self._service.metadata()
 
     async def all_statistics(self) -> messages.ModelStatistics:
-        """Say what the server has done."""
+        """Return statistics of all models."""
         return self._service.statistics("")
 
     async def metrics(self) -> Response:
-        """Show Prometheus everything."""
+        """Return the metrics in Prometheus' format."""
         return Response(self._metrics.page(), media_type=CONTENT_TYPE)
 
     async def model(self, request: Request) -> messages.ModelMetadata:
-        """Describe what the model takes and gives."""
-        self._service.model.check(*_asked(request))
+        """Describe the model's inputs and outputs."""
+        self._service.model.check(*_model_of(request))
         return self._service.model.metadata()
 
     async def model_ready(self, request: Request) -> messages.ModelReady:
-        """Say whether new requests to the model should come here."""
-        return self._service.model_ready(*_asked(request))
+        """Return whether the server takes new requests to the model."""
+        return self._service.model_ready(*_model_of(request))
 
     async def config(self, request: Request) -> messages.ModelConfig:
         """Describe the model as perf_analyzer reads it."""
-        self._service.model.check(*_asked(request))
+        self._service.model.check(*_model_of(request))
         return self._service.model.config()
 
     async def statistics(self, request: Request) -> messages.ModelStatistics:
-        """Say what the model has done."""
-        return self._service.statistics(*_asked(request))
+        """Return the model's statistics."""
+        return self._service.statistics(*_model_of(request))
 
     async def infer(self, request: Request) -> Response:
         """Classify images."""
         headers, receive = request.headers, request.receive
         try:
             body = await self._read(receive, headers.get("content-length"), headers.get("content-encoding"))
-            model, version = _asked(request)
+            model, version = _model_of(request)
             self._service.model.check(model, version)
             most, header = self._service.model.most_numbers, headers.get(codec.HEADER_LENGTH)
-            asked = codec.decode(body, header, model=model, version=version, most_numbers=most)
+            decoded = codec.decode(body, header, model=model, version=version, most_numbers=most)
             async with _WhileConnected(receive):
-                answer = await self._service.infer(asked, request_id=logs.request_id.get())
+                answer = await self._service.infer(decoded, request_id=logs.request_id.get())
         except codec.GoneError:
             return Response(status_code=_GONE)
         head = {"model_name": answer.model, "model_version": answer.version, "parameters": answer.parameters}
@@ -166,7 +166,7 @@ class _Handlers:
 
 
 class _WhileConnected:
-    """Cancels its block when the client leaves, and turns this into a ``GoneError``, as ``asyncio.timeout`` does."""
+    """Cancels its block and raises ``GoneError`` if the client leaves, as ``asyncio.timeout`` does for time."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive, self._gone = receive, False
@@ -175,7 +175,7 @@ class _WhileConnected:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 (every request has one)
         self._task, self._cancelling = task, task.cancelling()
-        self._watch = asyncio.ensure_future(self._receive())  # behind the body comes nothing but "http.disconnect"
+        self._watch = asyncio.ensure_future(self._receive())  # after the body, only "http.disconnect" follows
         self._watch.add_done_callback(self._leave)
         return self
 
@@ -192,7 +192,7 @@ class _WhileConnected:
             raise codec.GoneError from error
 
 
-def _asked(request: Request) -> tuple[str, str]:
+def _model_of(request: Request) -> tuple[str, str]:
     return request.path_params["model"], request.path_params.get("version", "")
 
 
@@ -200,7 +200,13 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
     del request
     if isinstance(error, HTTPException):  # no such route, or not with this method
         return JSONResponse({"error": f"path: {error.detail}"}, error.status_code, headers=error.headers)
-    return explain(error)
+    return _explain(error)
+
+
+def _explain(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
+    status, message, retry_after = refusal(error)
+    retry = {} if retry_after is None else {"retry-after": str(max(1, math.ceil(retry_after)))}  # whole seconds
+    return JSONResponse({"error": message}, status, headers=retry | (headers or {}))
 
 
 def _path(name: str) -> dict[str, Any]:
@@ -212,7 +218,7 @@ def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _describe(app: FastAPI) -> dict[str, Any]:
-    """Return the OpenAPI description; FastAPI does not know the request, which it does not read."""
+    """Return the OpenAPI description, with the request's body, which FastAPI does not read and so does not know."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         _, request = models_json_schema([(messages.InferenceRequest, "validation")], ref_template=_REFS)
@@ -221,36 +227,18 @@ def _describe(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
-HEALTH = ("/v2/health/live", "/v2/health/ready")
-_log = logging.getLogger("serve.http")
+class _Guard:
+    """The application, with request ids, tokens, counts and logs around it.
 
-
-def check_token(token: str | None, authorization: str | None) -> None:
-    """Check a client's token, in a time that does not depend on how much of it is right.
-
-    Raises:
-        UnauthorizedError: It is not the server's.
+    While the service is draining, connections are closed after each response: a client that sends a request on one
+    while it is being closed would get no answer.
     """
-    scheme, _, shown = (authorization or "").partition(" ")
-    right = hmac.compare_digest(shown.encode(), (token or "").encode())
-    if token is not None and not (right and scheme.lower() == "bearer"):
-        raise UnauthorizedError("authorization: expected 'Bearer' and this server's token")
 
-
-class Guard:
-    """An ASGI application around another one."""
-
-    def __init__(
-        self, app: ASGIApp, metrics: Metrics, *, token: str | None = None, draining: Callable[[], bool] = lambda: False
-    ) -> None:
-        """Ask for ``token`` on everything but health, if there is one.
-
-        While ``draining``, connections are not kept: a client that sends on one as it is closed would get no answer.
-        """
-        self._app, self._metrics, self._token, self._draining = app, metrics, token, draining
+    def __init__(self, app: ASGIApp, service: Service, metrics: Metrics, token: str | None) -> None:
+        self._app, self._service, self._metrics, self._token = app, service, metrics, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
+        """Pass on a request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -263,7 +251,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                last = ((b"connection", b"close"),) if self._draining() else ()
+                last = ((b"connection", b"close"),) if self._service.draining else ()
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), *last]
             await send(message)
 
@@ -272,7 +260,7 @@ class Guard:
                 check_token(self._token, headers.get(b"authorization", b"").decode("latin-1"))
             await self._app(scope, receive, respond)
         except UnauthorizedError as error:
-            await explain(error, {"www-authenticate": "Bearer"})(scope, receive, respond)
+            await _explain(error, {"www-authenticate": "Bearer"})(scope, receive, respond)
         except Exception:  # noqa: BLE001 (logged; the application has sent a 500 before it raised)
             _log.exception("a request failed", extra={"path": scope["path"]})
         finally:
@@ -281,10 +269,3 @@ class Guard:
             if _log.isEnabledFor(logging.DEBUG):
                 ms = round((time.perf_counter() - started) * 1e3, 3)
                 _log.debug("request", extra={"path": scope["path"], "status": status, "ms": ms})
-
-
-def explain(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
-    """Return the response to an error."""
-    status, message, retry_after = refusal(error)
-    retry = {} if retry_after is None else {"retry-after": str(max(1, math.ceil(retry_after)))}  # whole seconds
-    return JSONResponse({"error": message}, status, headers=retry | (headers or {}))

@@ -1,4 +1,4 @@
-"""The protocol's JSON messages. gRPC's are made from the replies, field by field of the same names.
+"""The protocol's JSON messages, and errors as clients see them. gRPC replies have fields of the same names.
 
 https://github.com/kserve/open-inference-protocol, with Triton's extensions for binary tensors, model configuration and
 statistics.
@@ -19,7 +19,7 @@ class _Message(BaseModel):
 
 
 class RequestInput(_Message):
-    """A tensor that comes in."""
+    """An input tensor."""
 
     name: str
     datatype: str = Field(examples=["UINT8", "FP32"])
@@ -29,7 +29,7 @@ class RequestInput(_Message):
 
 
 class RequestedOutput(_Message):
-    """A tensor that is asked for."""
+    """A requested output."""
 
     name: str
     parameters: Parameters = {}
@@ -47,7 +47,7 @@ class InferenceRequest(_Message):
 
 
 class ResponseOutput(_Message):
-    """A tensor that goes out."""
+    """An output tensor."""
 
     name: str
     datatype: str
@@ -57,7 +57,7 @@ class ResponseOutput(_Message):
 
 
 class InferenceResponse(_Message):
-    """Their classes."""
+    """The answers."""
 
     model_name: str
     model_version: str
@@ -67,31 +67,31 @@ class InferenceResponse(_Message):
 
 
 class ErrorResponse(_Message):
-    """Why there is no answer."""
+    """The reason of a failure."""
 
     error: str
 
 
 class Live(_Message):
-    """The process answers."""
+    """Whether the process answers."""
 
     live: bool
 
 
 class Ready(_Message):
-    """Requests are taken."""
+    """Whether the server takes requests."""
 
     ready: bool
 
 
 class ModelReady(Ready):
-    """Requests to this model are taken."""
+    """Whether the server takes requests to the model."""
 
     name: str
 
 
 class ServerMetadata(_Message):
-    """What this server is."""
+    """A description of the server."""
 
     name: str
     version: str
@@ -99,7 +99,7 @@ class ServerMetadata(_Message):
 
 
 class TensorMetadata(_Message):
-    """A tensor's form; -1 is the number of images."""
+    """A tensor's type and shape; -1 is the number of images."""
 
     name: str
     datatype: str
@@ -107,7 +107,7 @@ class TensorMetadata(_Message):
 
 
 class ModelMetadata(_Message):
-    """What a model takes and gives."""
+    """A model's inputs and outputs."""
 
     name: str
     versions: list[str]
@@ -117,7 +117,7 @@ class ModelMetadata(_Message):
 
 
 class ConfigTensor(_Message):
-    """A tensor's form without the number of images."""
+    """A tensor's type and shape without the number of images."""
 
     name: str
     data_type: str
@@ -125,13 +125,13 @@ class ConfigTensor(_Message):
 
 
 class ConfigParameter(_Message):
-    """A fact about the model."""
+    """A value of the configuration."""
 
     string_value: str
 
 
 class ModelConfig(_Message):
-    """The same as Triton's clients ask for it."""
+    """A model as Triton's clients read it."""
 
     name: str
     platform: str
@@ -144,14 +144,14 @@ class ModelConfig(_Message):
 
 
 class Duration(_Message):
-    """A number of events, and how long they took together."""
+    """A number of events and their total time."""
 
     count: int = 0
     ns: int = 0
 
 
 class InferStatistics(_Message):
-    """Of requests; the last four add up to ``success``."""
+    """Times of requests; the last four add up to ``success``."""
 
     success: Duration
     fail: Duration
@@ -162,7 +162,7 @@ class InferStatistics(_Message):
 
 
 class BatchStatistics(_Message):
-    """Of steps that had this many rows."""
+    """Times of steps with this many rows."""
 
     batch_size: int
     compute_input: Duration = Duration()
@@ -171,7 +171,7 @@ class BatchStatistics(_Message):
 
 
 class Statistics(_Message):
-    """What a model has done since the server started."""
+    """A model's statistics since the server started."""
 
     name: str
     version: str
@@ -183,7 +183,7 @@ class Statistics(_Message):
 
 
 class ModelStatistics(_Message):
-    """Of all models, which are one."""
+    """Statistics of all models; there is one."""
 
     model_stats: list[Statistics]
 
@@ -192,7 +192,7 @@ def parse_request(text: bytes) -> InferenceRequest:
     """Read a request's JSON.
 
     Raises:
-        RequestError: It is malformed, or a field is missing or of another type.
+        RequestError: It is malformed, or a field is missing or of the wrong type.
     """
     try:
         return InferenceRequest.model_validate_json(text)
@@ -207,7 +207,7 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 
 class RequestError(ServeError):
-    """The request is not what this server takes; the message names the field."""
+    """The request is invalid; the message names the field."""
 
 
 class UnauthorizedError(ServeError):
@@ -215,15 +215,15 @@ class UnauthorizedError(ServeError):
 
 
 class UnknownModelError(ServeError):
-    """There is no such model, or not in this version."""
+    """There is no such model or version."""
 
 
 class TooLargeError(ServeError):
-    """The body is larger than this server takes."""
+    """The body is larger than the server allows."""
 
 
 class SlowBodyError(ServeError):
-    """The body took longer to come than a request may."""
+    """The body took too long to arrive."""
 
 
 class EncodingError(ServeError):
@@ -231,13 +231,13 @@ class EncodingError(ServeError):
 
 
 class NotReadyError(ServeError):
-    """The server is still warming up, or it is stopping."""
+    """The server is warming up or stopping."""
 
 
 class Refusal(NamedTuple):
     """An error as a client sees it."""
 
-    status: int  # HTTP's; `rpc` translates it
+    status: int  # HTTP's; gRPC's is derived from it
     message: str
     retry_after: float | None = None  # seconds
 
@@ -254,13 +254,13 @@ _STATUS: dict[type[ServeError], int] = {
     StoppingError: 503,
     DeadlineError: 504,
 }
-_RETRY_AFTER = 1.0  # a server that warms up or is replaced
+_RETRY_AFTER = 1.0  # seconds, of a server that warms up or is replaced
 
 
 def refusal(error: Exception) -> Refusal:
     """Describe an error to the client.
 
-    Of a failure inside the server it learns nothing: what went wrong may name files or data of others, and is logged.
+    Failures inside the server are logged and not described: the details may name files or other clients' data.
     """
     status = _STATUS.get(type(error)) if isinstance(error, ServeError) else None
     if status is None:

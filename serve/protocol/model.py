@@ -1,4 +1,4 @@
-"""What is served, as the protocol's metadata and configuration describe it."""
+"""The served model, as the protocol's metadata, configuration and statistics describe it."""
 
 import dataclasses
 import json
@@ -23,15 +23,15 @@ from .messages import (
     TensorMetadata,
     UnknownModelError,
 )
-from .tensors import BYTES
 
+BYTES = "BYTES"
 INPUT = "images"
 PLATFORM = "gati_jax"
 _CONFIG_TYPES = {"UINT8": "TYPE_UINT8", "INT32": "TYPE_INT32", "FP32": "TYPE_FP32", BYTES: "TYPE_STRING"}
 
 
 class Bound(NamedTuple):
-    """At most epsilon of all requests disagree with the base, with confidence 1 - delta."""
+    """A certificate: at most epsilon of all requests disagree with the base, with confidence 1 - delta."""
 
     epsilon: float
     delta: float
@@ -45,24 +45,24 @@ class Model:
     version: str
     input_shape: tuple[int, ...]
     datatypes: tuple[str, ...]
-    """Of images that it takes, the preferred one first."""
+    """Datatypes of images, the preferred one first."""
     classes: int
     class_names: tuple[str, ...] = ()
     plans: tuple[str, ...]
     """The name of every route."""
     bounds: Mapping[str, Bound]
-    """What is certified, by plan; plans without a certificate that holds are left out."""
+    """The certified bounds, by plan; plans without one are left out."""
     max_rows: int
-    """Images in a request."""
+    """The most images in a request."""
 
     @property
     def most_numbers(self) -> int:
-        """In the images of one request."""
+        """The most numbers in the images of one request."""
         return self.max_rows * math.prod(self.input_shape)
 
     @property
     def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Datatype and shape, without the number of images, of everything that a client may ask for."""
+        """By output, its datatype and its shape without the number of images."""
         return {
             "class_index": ("INT32", ()),
             "class_name": (BYTES, ()),
@@ -73,10 +73,10 @@ class Model:
         }
 
     def check(self, name: str, version: str = "") -> None:
-        """Check that this is the model asked for.
+        """Check a request's model.
 
         Raises:
-            UnknownModelError: It is not.
+            UnknownModelError: It is another model or version.
         """
         if name != self.name:
             raise UnknownModelError(f"model: expected {self.name!r}, got {name[:100]!r}")
@@ -97,7 +97,7 @@ class Model:
         )
 
     def config(self) -> ModelConfig:
-        """Describe the same as perf_analyzer reads it; parameters say what the protocol has no field for."""
+        """Describe the model as perf_analyzer reads it; parameters hold what the protocol has no field for."""
         facts = {
             "datatypes": ",".join(self.datatypes),
             "plans": json.dumps(
@@ -119,21 +119,21 @@ class Model:
 
 
 class Times(NamedTuple):
-    """Where a request's time went, in seconds."""
+    """The parts of a request's time, in seconds."""
 
     total: float
     decoding: float
-    computing: float  # in steps, of the row that spent most there
+    computing: float  # in steps, of the row that spent most time there
     encoding: float
 
 
 class Tally:
-    """Adds up requests, as the front sees them, and steps, which come from the engine's thread."""
+    """Adds up requests, from the event loop's thread, and steps, from the engine's thread."""
 
     def __init__(self) -> None:
-        """Start from nothing."""
+        """Start at zero."""
         self._lock = threading.Lock()
-        self._steps: dict[int, tuple[int, float]] = {}  # by rows: how many, seconds
+        self._steps: dict[int, tuple[int, float]] = {}  # by rows: count, seconds
         self._answered = self._images = self._failed = self._last_ms = 0
         self._times = Times(0.0, 0.0, 0.0, 0.0)
         self._failing = 0.0
@@ -153,15 +153,15 @@ class Tally:
             self._times = Times(*(a + b for a, b in zip(self._times, times, strict=True)))
 
     def failed(self, seconds: float) -> None:
-        """Count a request that got an error."""
+        """Count a failed request."""
         with self._lock:
             self._failed += 1
             self._failing += seconds
 
     def snapshot(self, name: str, version: str) -> ModelStatistics:
-        """Return the statistics of now.
+        """Return the statistics so far.
 
-        What is neither decoding nor in a step nor encoding was waiting: so the parts add up to the whole.
+        Time outside of decoding, steps and encoding was spent waiting, so the parts add up to the whole.
         """
         with self._lock:
             times, answered, steps = self._times, self._answered, dict(self._steps)

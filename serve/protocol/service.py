@@ -1,13 +1,13 @@
-"""What the server does for a client, whatever the transport.
+"""The server without its sockets: what it does for a client, whatever the transport.
 
-One request: what it asks for is checked (`requests`), a route is chosen, the engine admits all of its rows or none, the
-event loop waits (`waiting`), answers become tensors. Whoever stops waiting, because the client left or time ran out,
-abandons the rows.
+A request's fields are checked (``codec``), a route is chosen, the engine admits all of its images or none, the event
+loop waits, and answers become tensors. A client that leaves, or whose time runs out, abandons its images.
 """
 
 import asyncio
 import contextlib
 import dataclasses
+import hmac
 import itertools
 import logging
 import math
@@ -22,63 +22,69 @@ from jaxtyping import Float
 from gati_jax import __version__
 from serve.engine.records import Answer, DeadlineError, Statistics, StepError, StoppingError
 
-from .codec import Request, images_of, wanted_of, wishes_of
-from .messages import ModelReady, ModelStatistics, NotReadyError, Parameters, RequestError, ServerMetadata
+from .codec import DTYPES, Outgoing, Request, images_of, limits_of, outputs_of
+from .messages import (
+    ModelReady,
+    ModelStatistics,
+    NotReadyError,
+    Parameters,
+    RequestError,
+    ServerMetadata,
+    UnauthorizedError,
+)
 from .model import Model, Tally, Times
-from .tensors import DTYPES, Outgoing
 
 NAME = "gati-jax"
-_log = logging.getLogger("serve")
-_WARMING_UP = "the server is warming up"
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics"]
+_WARMING_UP = "the server is warming up"
+_log = logging.getLogger("serve")
 
 
-class Engine(Protocol):
-    """What the front needs of the engine."""
+class InferenceEngine(Protocol):
+    """The methods of ``serve.engine.engine.Engine`` that the service uses."""
 
     def submit(
         self, images: np.ndarray, *, route: int, deadline: float | None = None, request_id: str = ""
     ) -> "Sequence[Future[Answer]]":
-        """Admit all rows or none."""
+        """Admit all images or none."""
         ...
 
     def abandon(self, futures: "Sequence[Future[Answer]]") -> None:
-        """Nobody waits for these any more."""
-        ...
+        """Cancel answers whose client has left."""
 
     def statistics(self) -> Statistics:
-        """Return how things stand."""
+        """Return a snapshot of the queues and counters."""
         ...
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Finish what was admitted; False if time ran out."""
+        """Finish what was admitted; return whether that was done in time."""
         ...
 
 
-class Choose(Protocol):
-    """How a request gets its route."""
+class ChooseRoute(Protocol):
+    """The choice of a request's route, see ``serve.engine.routes.choose_route``."""
 
     def __call__(self, *, epsilon: float | None, deadline_ms: float | None) -> int:
         """Return a route's number.
 
         Raises:
-            ValueError: There is none; the sentence names the field.
+            ValueError: No such route; the message names the field.
         """
         ...
 
 
 class Backend(NamedTuple):
-    """What answers."""
+    """What answers requests, once it is warmed up."""
 
-    engine: Engine
-    choose: Choose
+    engine: InferenceEngine
+    choose_route: ChooseRoute
     notes: Callable[[int], Mapping[str, str]] = lambda _: {}
-    """What a response is to say, beside its plan, of the request that was submitted last, on this route."""
+    """Further parameters of the response to the request that was submitted last, given its route."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Response:
-    """An answered request, before it goes into an envelope."""
+    """An answer, independent of the transport."""
 
     model: str
     version: str
@@ -88,7 +94,7 @@ class Response:
 
 
 class Service:
-    """The server without its sockets; used from the event loop's thread only."""
+    """Answers requests for one model; used from the event loop's thread only."""
 
     def __init__(
         self,
@@ -98,12 +104,12 @@ class Service:
         timeout: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Serve one model; not ready yet.
+        """Prepare; it is ready after ``warmed_up``.
 
         Args:
-            model: What clients are told.
-            tally: Counts.
-            timeout: Seconds after which a request has failed.
+            model: The served model.
+            tally: Counts requests.
+            timeout: Seconds that a request may take.
             clock: The engine's, in seconds.
         """
         self.model = model
@@ -115,37 +121,37 @@ class Service:
         self._names = [name.encode() for name in model.class_names] or [str(i).encode() for i in range(model.classes)]
 
     def warmed_up(self, backend: Backend) -> None:
-        """Take requests from now on."""
+        """Take requests from now on, and answer them by this backend."""
         self._backend = backend
 
     def close(self) -> None:
-        """Refuse what comes from now on, shortly before the sockets close: who is told so may ask another server."""
+        """Refuse new requests, shortly before the sockets close, so that clients ask another server."""
         self._closed = True
 
     def drain(self) -> None:
-        """Say that the server is going away; requests that come all the same are answered."""
+        """Turn not ready, so that balancers look elsewhere; requests that arrive are still answered."""
         self.draining = True
 
     @property
     def ready(self) -> bool:
-        """Whether new requests should come here."""
+        """Whether the server takes new requests."""
         return self._backend is not None and not self.draining and self._backend.engine.statistics().running
 
     def check_ready(self) -> None:
-        """Check that new requests should come here.
+        """Check that the server takes new requests.
 
         Raises:
-            NotReadyError: They should not.
+            NotReadyError: It is warming up or stopping.
         """
         if not self.ready:
             raise NotReadyError(_WARMING_UP if self._backend is None else "the server is stopping")
 
     def model_ready(self, name: str, version: str = "") -> ModelReady:
-        """Check that requests to this model should come here.
+        """Check that the server takes new requests to a model.
 
         Raises:
             UnknownModelError: There is no such model.
-            NotReadyError: They should not.
+            NotReadyError: It is warming up or stopping.
         """
         self.model.check(name, version)
         self.check_ready()
@@ -156,7 +162,7 @@ class Service:
         return ServerMetadata(name=NAME, version=__version__, extensions=EXTENSIONS)
 
     def statistics(self, name: str, version: str = "") -> ModelStatistics:
-        """Say what the model has done; no name means all models.
+        """Return a model's statistics; no name means all models.
 
         Raises:
             UnknownModelError: There is no such model.
@@ -166,11 +172,11 @@ class Service:
         return self._tally.snapshot(self.model.name, self.model.version)
 
     async def infer(self, request: Request, *, remaining: float | None = None, request_id: str = "") -> Response:
-        """Answer a request; where this is cancelled, its rows are abandoned.
+        """Answer a request; if this is cancelled, its images are abandoned.
 
         Args:
-            request: What came.
-            remaining: Seconds after which nobody waits for the answer any more.
+            request: The decoded request.
+            remaining: Seconds until the client's own deadline.
             request_id: For logs.
 
         Raises:
@@ -194,15 +200,15 @@ class Service:
             raise NotReadyError(_WARMING_UP)
         if self._closed:
             raise StoppingError("stopping: the server admits nothing more")
-        engine, choose, notes = self._backend
+        engine, choose_route, notes = self._backend
         self.model.check(request.model, request.version)
-        epsilon, deadline_ms, seconds = wishes_of(request.parameters)
-        wanted = wanted_of(request, self.model)
+        epsilon, deadline_ms, seconds = limits_of(request.parameters)
+        outputs = outputs_of(request, self.model)
         images = images_of(request, self.model)
         seconds = min(seconds, self.timeout, math.inf if remaining is None else remaining)
         decoded = self._clock()
         try:
-            route = choose(epsilon=epsilon, deadline_ms=deadline_ms)
+            route = choose_route(epsilon=epsilon, deadline_ms=deadline_ms)
             futures = engine.submit(images, route=route, deadline=started + seconds, request_id=request_id)
             noted = notes(route)
         except ValueError as error:
@@ -210,14 +216,14 @@ class Service:
         try:
             # The engine lets a deadline pass at its next step; a step that hangs must not keep the client.
             async with asyncio.timeout(seconds):
-                answers = await gather(futures)
+                answers = await _gather(futures)
         except TimeoutError:
             raise DeadlineError(f"the deadline passed: no answer within {seconds * 1000:.3g} ms") from None
         finally:
             if pending := [future for future in futures if not future.done()]:
                 engine.abandon(pending)
         answered = self._clock()
-        response = self._respond(request, route, answers, wanted, noted)
+        response = self._respond(request, route, answers, outputs, noted)
         now = self._clock()
         computing = min(max(answer.computed for answer in answers), answered - decoded)
         return response, len(images), Times(now - started, decoded - started, computing, now - answered)
@@ -227,7 +233,7 @@ class Service:
         request: Request,
         route: int,
         answers: Sequence[Answer],
-        wanted: Mapping[str, bool],
+        outputs: Mapping[str, bool],
         noted: Mapping[str, str],
     ) -> Response:
         plan = self.model.plans[route]
@@ -237,7 +243,7 @@ class Service:
             version=self.model.version,
             id=request.id,
             parameters={"plan": plan, **({} if bound is None else bound._asdict()), **noted},
-            outputs=[self._output(name, answers, binary=binary) for name, binary in wanted.items()],
+            outputs=[self._output(name, answers, binary=binary) for name, binary in outputs.items()],
         )
 
     def _output(self, name: str, answers: Sequence[Answer], *, binary: bool) -> Outgoing:
@@ -257,14 +263,26 @@ def _softmax(logits: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n cla
     return e / e.sum(axis=-1, keepdims=True)
 
 
-async def gather(futures: Sequence["Future[Answer]"]) -> list[Answer]:
-    """Wait for the answers of one request.
-
-    The engine's thread wakes the loop once: when all are there, or when the first has failed. This takes a tenth of
-    what ``asyncio.wrap_future`` takes for 32 rows.
+def check_token(token: str | None, authorization: str | None) -> None:
+    """Check a client's token, in a time that does not depend on how much of it is right.
 
     Raises:
-        ServeError: Why one of them failed; others may still be on their way.
+        UnauthorizedError: It is not the server's.
+    """
+    scheme, _, shown = (authorization or "").partition(" ")
+    right = hmac.compare_digest(shown.encode(), (token or "").encode())
+    if token is not None and not (right and scheme.lower() == "bearer"):
+        raise UnauthorizedError("authorization: expected 'Bearer' and this server's token")
+
+
+async def _gather(futures: Sequence["Future[Answer]"]) -> list[Answer]:
+    """Wait for the answers of one request.
+
+    The engine's thread wakes the loop once: when all are done, or when the first has failed. This takes a tenth of the
+    time of ``asyncio.wrap_future`` for 32 images.
+
+    Raises:
+        ServeError: One of them failed; others may still be in flight.
     """
     loop = asyncio.get_running_loop()
     woken = loop.create_future()
@@ -276,7 +294,7 @@ async def gather(futures: Sequence["Future[Answer]"]) -> list[Answer]:
 
     def one(future: "Future[Answer]") -> None:
         if next(missing) == 0 or future.cancelled() or future.exception() is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(wake)
 
     for future in futures:

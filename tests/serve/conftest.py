@@ -1,11 +1,7 @@
 """Bundles to serve: random ones, of a small ResNet with caches at sites 0 and 1, and of a user's own chain.
 
-Fronts to ask: a service before a fake engine, with or without sockets.
+Fronts: a service in front of a fake engine, with or without sockets.
 """
-
-import importlib.util
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +13,7 @@ from gati_jax import Candidate, Normalization, Plan
 from gati_jax.caches import Grid, LinearSelector, SortedSelector
 from gati_jax.models import ResNet, fold, init, to_chain
 from tests.bundle.made import drawn, make_certificate
+from tests.serve import fake as fake_engine
 from tests.serve.fake_runner import pixels
 
 
@@ -64,19 +61,13 @@ def half_hit(chain, caches, images) -> gati_jax.Bundle:
 
 @pytest.fixture(scope="session")
 def fake():
-    """The module ``fake.py`` beside this file, which subprocesses run, too."""
-    spec = importlib.util.spec_from_file_location("fake", Path(__file__).with_name("fake.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fake"] = module
-    spec.loader.exec_module(module)
-    return module
+    """The module of the fake engine."""
+    return fake_engine
 
 
 @pytest.fixture
 def front(fake):
-    """A service that is ready, before a fake engine."""
+    """A service that is ready, in front of a fake engine."""
     made = fake.Front()
     yield made
     made.engine.stop()

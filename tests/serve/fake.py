@@ -1,4 +1,4 @@
-"""An engine whose answers are computed by hand, and what stands around it.
+"""An engine whose answers are computed by hand, and the service in front of it.
 
 An image of value v (its first pixel) is answered with class v % 3, logits 0 but for a 2 at the class, and it leaves
 by v % 3: at site 0, at site 2, or at exit 4, the base, whose score is infinite; elsewhere the score is v / 2. So three
@@ -50,15 +50,14 @@ def answer(value: float) -> Answer:
     return Answer(index, EXITS[index], float("inf") if index == 2 else value / 2, logits, computed=1e-6)
 
 
-def choose(*, epsilon, deadline_ms):
+def choose_route(*, epsilon, deadline_ms):
     del deadline_ms
     if epsilon is None:
         return 0
     if epsilon < 0.01:
         return 2
     if epsilon > 0.5:
-        msg = f"epsilon: expected at most 0.5, got {epsilon}"
-        raise ValueError(msg)
+        raise ValueError(f"epsilon: expected at most 0.5, got {epsilon}")
     return 1 if epsilon >= 0.05 else 0
 
 
@@ -68,7 +67,7 @@ class FakeEngine:
     def __init__(self):
         self.refusal: Exception | None = None  # of submit
         self.failure: Exception | None = None  # of every future
-        self.silent = False  # whether it keeps clients waiting for ever
+        self.silent = False  # whether it never answers
         self.submitted = threading.Event()
         self.abandoned = threading.Event()
         self.calls: list[dict] = []
@@ -114,7 +113,7 @@ class FakeEngine:
 
 
 class Front:
-    """A service before a fake engine."""
+    """A service in front of a fake engine."""
 
     def __init__(self, *, token=None, timeout=30.0, ready=True):
         self.engine, tally = FakeEngine(), Tally()
@@ -131,7 +130,7 @@ class Front:
             self.warm_up()
 
     def warm_up(self):
-        self.service.warmed_up(Backend(self.engine, choose))
+        self.service.warmed_up(Backend(self.engine, choose_route))
 
     def sockets(self):
         """See ``sockets``."""

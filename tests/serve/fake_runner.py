@@ -39,7 +39,7 @@ def pixels(n: int, seed: int = 0) -> np.ndarray:
 
 
 class FakeClock:
-    """Time that passes only when told."""
+    """Time that passes only when it is set."""
 
     def __init__(self) -> None:
         self.now = 100.0

@@ -1,38 +1,34 @@
-"""A server before the fake engine, for tests of the process; its standard input says when what is slow is done."""
+"""A server with the fake engine, for tests of the process; lines of its standard input release what waits."""
 
 import logging
 import os
 import sys
 import threading
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import fake
 
 from serve import lifecycle, logs
 from serve.__main__ import run
 from serve.protocol.service import Backend
 from serve.settings import parse
+from tests.serve import fake
 
-heard = {"warm": threading.Event(), "answer": threading.Event()}
+released = {"warm": threading.Event(), "answer": threading.Event()}
 
 
 def listen():
     for line in sys.stdin:
-        heard[line.strip()].set()
+        released[line.strip()].set()
 
 
 class Slow(fake.FakeEngine):
-    """Answers when it is told to."""
+    """Answers when it is released."""
 
     def _run(self, jobs, route):
         logging.getLogger("serve").info("submitted")
-        heard["answer"].wait()
+        released["answer"].wait()
         super()._run(jobs, route)
 
     def stop(self, timeout: float | None = None) -> bool:
-        finished = heard["answer"].wait(timeout)
+        finished = released["answer"].wait(timeout)
         return finished and super().stop()
 
 
@@ -44,8 +40,8 @@ def main():
     threading.Thread(target=listen, daemon=True).start()
 
     def start():
-        heard["warm"].wait()
-        return Backend(engine, fake.choose)
+        released["warm"].wait()
+        return Backend(engine, fake.choose_route)
 
     sys.exit(lifecycle.run(settings, lifecycle.Parts(service=front.service, metrics=front.metrics, start=start)))
 

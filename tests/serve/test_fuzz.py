@@ -1,13 +1,9 @@
-"""Requests that nobody thinks of: made up from the OpenAPI description, and good ones damaged at random."""
+"""Requests made up from the OpenAPI description, and good ones damaged at random."""
 
 import asyncio
 import contextlib
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
-import httpx
 import numpy as np
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -15,13 +11,8 @@ from hypothesis import strategies as st
 
 from serve.protocol import grpc
 from serve.protocol.messages import RequestError, UnknownModelError, parse_request
+from tests.serve import fake, transports
 
-_spec = importlib.util.spec_from_file_location("fake", Path(__file__).with_name("fake.py"))
-assert _spec is not None
-assert _spec.loader is not None
-fake = sys.modules.setdefault("fake", importlib.util.module_from_spec(_spec))
-if not hasattr(fake, "Front"):
-    _spec.loader.exec_module(fake)
 FRONT = fake.Front()
 schema = schemathesis.openapi.from_asgi("/openapi.json", FRONT.app)
 
@@ -50,14 +41,6 @@ JSON = st.recursive(
 )
 
 
-def ask(**request):
-    async def send():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(FRONT.app), base_url="http://test") as client:
-            return await client.post("/v2/models/gati/infer", **request)
-
-    return asyncio.run(send())
-
-
 def places(value, path=()):
     """Every place in a JSON value."""
     yield path
@@ -74,7 +57,7 @@ def test_anything_in_the_place_of_anything_gets_an_answer_or_a_400(data):
     for key in path[:-1]:
         spot = spot[key]
     spot[path[-1]] = data.draw(JSON)
-    response = ask(content=json.dumps(request))
+    response = transports.ask(FRONT, content=json.dumps(request))
     assert response.status_code in {200, 400}, response.text
 
 
@@ -82,7 +65,7 @@ def test_anything_in_the_place_of_anything_gets_an_answer_or_a_400(data):
 @settings(max_examples=100, deadline=None)
 def test_bytes_behind_the_json_never_make_the_server_fail(extra, cut, length):
     headers = {"inference-header-content-length": length.encode("utf-8", "replace")}
-    response = ask(content=GOOD.encode()[:cut] + extra, headers=headers)
+    response = transports.ask(FRONT, content=GOOD.encode()[:cut] + extra, headers=headers)
     assert response.status_code in {200, 400}, response.text
 
 

@@ -185,7 +185,7 @@ def test_a_ghost_from_the_start_is_answered_by_the_last_stage_only(make):
 
 
 def ghost(arrived=0.0, *, route=0):
-    return Job(image=image(9), route=route, arrived=arrived, ghost=True)
+    return Job(image=image(9), route=route, arrived=arrived, is_shadow=True)
 
 
 def client(arrived=0.0, *, route=0, deadline=None):
@@ -258,7 +258,7 @@ def test_shadows_change_no_answer_and_every_ghost_is_answered_by_the_base(rows, 
     assert {mark for mark, _ in watcher.asked} == hits
     assert sorted(watcher.ghosts) == [(i, deepest[i]) for i in sorted(hits & wanted)]
     assert sorted(engine._shared.scheduler._free) == list(range(6))
-    assert engine._shared.scheduler._ghosts == 0
+    assert engine._shared.scheduler._shadows == 0
     assert (engine.statistics().answered, engine.statistics().shadowed) == (len(rows), len(hits & wanted))
 
 

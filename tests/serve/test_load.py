@@ -68,7 +68,7 @@ def no_time():
     return 0.0
 
 
-def test_a_stall_is_counted_for_everyone_whom_it_keeps_waiting():
+def test_a_stall_counts_for_every_request_that_it_delays():
     # 100 requests a second for 10 s, 1 ms each; from 5 s on the server does nothing for 1 s. 100 requests fall into the
     # stall; the one at 5 + i/100 begins at 6 + i/1000. So it waits 1 - i * 0.009 s, and so on until i = 111.1.
     run = virtually(open_loop(Server(0.001, (5.0, 6.0)), evenly(100, 10), cpu=no_time))
@@ -85,7 +85,7 @@ def test_a_stall_is_counted_for_everyone_whom_it_keeps_waiting():
     assert summarize(closed)["p99_ms"] == pytest.approx(1.0)
 
 
-def test_requests_are_sent_on_time_whatever_becomes_of_those_before():
+def test_requests_are_sent_on_time_whether_or_not_earlier_ones_are_answered():
     run = virtually(open_loop(Server(0.1), evenly(100, 1), patience=1e3, cpu=no_time))
     assert [record.sent for record in run.records] == pytest.approx([i / 100 for i in range(100)])
     result = summarize(run)
@@ -102,7 +102,7 @@ def test_refusals_are_no_answers_and_miss_the_slo():
     assert result["goodput"] == pytest.approx(10, rel=0.05)
 
 
-def test_what_is_never_answered_is_lost_and_says_so():
+def test_unanswered_requests_are_lost_and_reported():
     async def silent(row):
         if row == 3:
             await asyncio.Event().wait()
@@ -122,7 +122,7 @@ def test_what_is_never_answered_is_lost_and_says_so():
 
 @settings(deadline=None)
 @given(clients=st.integers(1, 12), service=st.floats(0.001, 0.2), bound=st.integers(1, 12))
-def test_closed_loop_never_has_more_on_their_way_than_clients(clients, service, bound):
+def test_closed_loop_has_no_more_requests_in_flight_than_clients(clients, service, bound):
     server = Server(service, bound=bound)
     run = virtually(closed_loop(server, range(7), clients=clients, seconds=2.0, patience=10, cpu=no_time))
     assert server.most == min(clients, bound)
@@ -187,7 +187,7 @@ def test_the_search_gives_up():
 
 
 class FakeEngine:
-    """Answers when told to; its clock stands at 7."""
+    """Answers when its future is completed; the clock stands at 7."""
 
     def __init__(self):
         self.taken = []
@@ -204,7 +204,7 @@ def test_an_engine_in_this_process():
     images, engine = np.arange(12, dtype=np.uint8).reshape(3, 4), FakeEngine()
 
     async def main():
-        ask = targets.engine(engine, images, route=1, deadline_ms=500, clock=lambda: 7.0)
+        ask = targets.in_process(engine, images, route=1, deadline_ms=500, clock=lambda: 7.0)
         asked = asyncio.ensure_future(ask(2))
         await asyncio.sleep(0)
         ((given, route, deadline, future),) = engine.taken

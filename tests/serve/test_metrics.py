@@ -1,4 +1,4 @@
-"""What Prometheus reads."""
+"""The metrics for Prometheus, and the protocol's statistics."""
 
 import re
 
@@ -45,7 +45,7 @@ def test_everything_that_happens_is_counted(front, fake):
     assert got("gati_requests_total", protocol="http", method="infer", code=429) == 1
 
 
-def test_gauges_are_read_when_they_are_asked_for(front):
+def test_gauges_are_read_at_each_scrape(front):
     got = samples(front)
     assert got("gati_queue_depth", plan="loose", stage=2) == 5
     assert got("gati_queue_depth", plan="tight", stage=0) == 0

@@ -1,4 +1,4 @@
-"""Steps that run on, with threads, cancellations, deadlines, failures, ghosts: none lost, mixed up or left over."""
+"""Overlapped steps with threads, cancellations, deadlines, failures and shadow jobs: no job is lost or mixed up."""
 
 import queue
 import random
@@ -20,7 +20,7 @@ CAPACITY = 12
 
 @dataclass
 class Device:
-    """Runs steps in the order of dispatch, in a thread; a slab keeps whose activation stands in a slot."""
+    """Runs steps in the order of dispatch, in a thread; ``slabs`` holds the row in each slot."""
 
     routes: tuple
     seed: int
@@ -64,20 +64,20 @@ class Device:
 
 
 class Watcher:
-    """Shadows every third request, and keeps what it hears of them."""
+    """Shadows every third request, and records the outcomes."""
 
     def __init__(self, routes: tuple) -> None:
-        self.asked, self.told, self.routes = [], [], routes
+        self.chosen, self.shadows, self.routes = [], [], routes
 
     def shadow(self, job, answer):
         del answer
         if job.image[2] % 3:
             return False
-        self.asked.append(job.image[2])
+        self.chosen.append(job.image[2])
         return True
 
     def shadowed(self, job, answer):
-        self.told.append(job.image[2])
+        self.shadows.append(job.image[2])
         if answer is not None:
             expected = (self.routes[job.route].depth, job.image[1], job.image[2])
             assert (answer.exit, answer.class_index, answer.score) == expected
@@ -90,7 +90,7 @@ class Watcher:
 @pytest.mark.parametrize("ahead", [1, 2, 3])
 @pytest.mark.parametrize("failing", [0.0, 0.05])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_nobody_is_lost_or_mixed_up(ahead, failing, seed, monkeypatch, caplog):  # noqa: C901, PLR0915 (one scenario)
+def test_no_job_is_lost_or_mixed_up(ahead, failing, seed, monkeypatch, caplog):  # noqa: C901, PLR0915 (one scenario)
     monkeypatch.setattr(policy, "overlap_pays", lambda *_: True)
     routes = (route(1.0, 1.0, 1.0, 1.0), route(1.0, 1.0, name="other"))
     device = Device(routes, seed, failing)
@@ -133,7 +133,7 @@ def test_nobody_is_lost_or_mixed_up(ahead, failing, seed, monkeypatch, caplog): 
                     tally[kind] += 1
                     tally["submitted"] += 1
             if mine.random() < 0.3:
-                time.sleep(mine.random() * 1e-3)  # so that the queues are empty, and steps run on
+                time.sleep(mine.random() * 1e-3)  # so that the queues are empty, and steps overlap
 
     threads = [threading.Thread(target=client, args=(k,)) for k in range(4)]
     for thread in threads:
@@ -145,9 +145,9 @@ def test_nobody_is_lost_or_mixed_up(ahead, failing, seed, monkeypatch, caplog): 
     assert not device.wrong
     assert not tally["wrong"]
     assert "the observer failed" not in caplog.text
-    assert sorted(watcher.told) == sorted(watcher.asked)
-    assert len(watcher.asked) > 50
-    assert failing or now.shadowed >= len(watcher.asked) - CAPACITY  # others are dropped as it stops
+    assert sorted(watcher.shadows) == sorted(watcher.chosen)
+    assert len(watcher.chosen) > 50
+    assert failing or now.shadowed >= len(watcher.chosen) - CAPACITY  # the others are dropped as it stops
     assert tally["failed"] == now.failed
     assert (tally["ok"], tally["deadline"], tally["cancelled"]) == (now.answered, now.expired, now.abandoned)
     assert now.slots_in_use == 0

@@ -1,4 +1,4 @@
-"""From a bundle to routes, and from a request's wishes to one of them."""
+"""From a bundle to routes, and from a request's limits to one of them."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ def test_expected_times_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("wish", "expected"),
+    ("limit", "expected"),
     [
         ({}, 7),  # what the server's default is
         ({"epsilon": 0.05}, LOOSE),
@@ -53,37 +53,37 @@ def test_expected_times_by_hand():
         ({"deadline_ms": 5.9}, TIGHT),
         ({"deadline_ms": 3.9}, LOOSE),
         ({"deadline_ms": 0.1}, LOOSE),  # too late for all: the fastest
-        ({"deadline_ms": 10.0, "backlog_ms": 5.0}, TIGHT),
-        ({"deadline_ms": 10.0, "backlog_ms": 7.0}, LOOSE),
+        ({"deadline_ms": 10.0, "backlog_ms": lambda: 5.0}, TIGHT),
+        ({"deadline_ms": 10.0, "backlog_ms": lambda: 7.0}, LOOSE),
         ({"deadline_ms": 3.0, "epsilon": 0.01}, TIGHT),  # late, but no looser than allowed
         ({"deadline_ms": 100.0, "epsilon": 0.05}, BASE),
     ],
 )
-def test_wishes_by_hand(wish, expected):
-    assert routes.choose(ROUTES, default=7, **wish) == expected
+def test_choices_by_hand(limit, expected):
+    assert routes.choose_route(ROUTES, default=7, **limit) == expected
 
 
 @given(epsilon=st.none() | st.floats(0, 1), deadline=st.none() | st.floats(0, 20), backlog=st.floats(0, 10))
-def test_a_choice_is_certified_for_what_was_wished(epsilon, deadline, backlog):
-    chosen = routes.choose(ROUTES, epsilon=epsilon, deadline_ms=deadline, default=0, backlog_ms=backlog)
+def test_a_choice_is_certified_for_the_requested_epsilon(epsilon, deadline, backlog):
+    chosen = routes.choose_route(ROUTES, epsilon=epsilon, deadline_ms=deadline, default=0, backlog_ms=lambda: backlog)
     assert ROUTES[chosen].epsilon is not None
     if epsilon is not None:
         assert ROUTES[chosen].epsilon <= epsilon
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "limit",
     [{"epsilon": -0.1}, {"epsilon": 1.1}, {"epsilon": np.nan}, {"deadline_ms": -1.0}, {"deadline_ms": np.inf}],
     ids=str,
 )
-def test_wishes_that_cannot_be_name_their_field(wish):
-    with pytest.raises(ValueError, match=f"{next(iter(wish))}: expected a number"):
-        routes.choose(ROUTES, default=0, **wish)
+def test_impossible_limits_are_refused_by_name(limit):
+    with pytest.raises(ValueError, match=f"{next(iter(limit))}: expected a number"):
+        routes.choose_route(ROUTES, default=0, **limit)
 
 
 def test_an_epsilon_that_nothing_is_certified_for_is_refused():
     with pytest.raises(ValueError, match=r"epsilon: expected at least 0.01, got 0.001"):
-        routes.choose(ROUTES[:2], epsilon=0.001)
+        routes.choose_route(ROUTES[:2], epsilon=0.001)
 
 
 def test_the_default_is_the_tightest_certified_plan():
@@ -95,7 +95,7 @@ def test_the_default_is_the_tightest_certified_plan():
 def test_a_bundle_has_its_plans_and_the_base(residual):
     plan, base = routes.load(residual)
     assert (plan.name, plan.cascade.sites, plan.epsilon) == ("default", (0, 1), residual.certificate.epsilon)
-    assert plan.leave == (0.5, 0.5, 1.0)  # nobody has counted
+    assert plan.leave == (0.5, 0.5, 1.0)  # without a count
     assert (base.name, base.cascade.sites, base.epsilon, base.leave) == ("base", (), 0.0, (1.0,))
     nothing = dataclasses.replace(residual.certificate, step=-1)
     assert routes.load(dataclasses.replace(residual, certificate=nothing))[0].epsilon is None

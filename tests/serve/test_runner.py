@@ -1,4 +1,4 @@
-"""The runner against ``infer_batch``: whatever the buckets, slots and merges, every answer is the bundle's."""
+"""The runner against ``infer_batch``: for any buckets, slots and merges, answers are the bundle's."""
 
 import dataclasses
 import gc
@@ -105,8 +105,8 @@ def test_served_digits_are_answered_as_by_the_library(dense, splits):
     check(through_engine(runner, images), expected)
 
 
-def test_every_stage_may_run_on(dense, splits, monkeypatch):
-    """One by one nobody else waits, so each next stage is dispatched unasked, and every hit's is dropped."""
+def test_every_stage_may_be_overlapped(dense, splits, monkeypatch):
+    """One by one no other job waits, so each next stage is dispatched early, and discarded for every hit."""
     monkeypatch.setattr(policy, "overlap_pays", lambda *_: True)
     runner, images = JaxRunner(routes.load(dense), capacity=3, buckets=(1,)), splits["test"][:100]
     stages, dispatch = [], runner.dispatch
@@ -148,12 +148,11 @@ def test_programs_take_new_parameters_without_compiling(residual):
     before = gati_jax.infer_batch(residual, images, numerics="reference")
     assert not np.allclose(expected.logits, before.logits)
     programs = {id(program.run) for program in runner._programs.values()}
-    runner.reload(routes.load(other))
+    runner.take(runner.prepare(dict(enumerate(routes.load(other)))))
     assert {id(program.run) for program in runner._programs.values()} == programs
     check(through_engine(runner, images), expected)
-    for bad in (routes.load(residual)[:1], routes.load(residual)[::-1]):
-        with pytest.raises(InputError, match="expected the same routes"):
-            runner.reload(bad)
+    with pytest.raises(InputError, match="expected the same routes"):
+        runner.prepare(dict(enumerate(routes.load(residual)[::-1])))
 
 
 def test_plans_with_the_same_caches_share_programs(residual):
@@ -178,7 +177,7 @@ def same(one, other):
 
 
 def test_a_step_writes_the_rows_of_its_jobs_only(residual):
-    """Of hits, too, which may go on as ghosts; padding is scattered to nowhere."""
+    """Also those of hits, which may continue as shadow jobs; padding writes nothing."""
     jobs = make_jobs(0, 2, 5)
     scores = gati_jax.replay(residual.chain, residual.caches, np.stack([job.image for job in jobs])).scores[0]
     two_hit = np.sort(scores)[:2].mean()
@@ -206,7 +205,7 @@ def test_a_failure_that_spares_the_slab_spares_everyone_else(residual):
 
 @pytest.mark.parametrize("when", ["at once", "later"])
 def test_rows_of_a_slab_that_was_lost_are_not_served(residual, when):
-    """A slab that is donated goes down with the step; whoever was in it fails, and is never answered from zeros."""
+    """A donated slab is lost with its step; jobs in it fail, and are never answered from zeros."""
     runner = JaxRunner(with_thresholds(residual, INF, INF), capacity=6, buckets=(2,))
     lost, failing = make_jobs(1, 2), make_jobs(3)
     runner.dispatch(Step(0, 0, 2, lost)).result()
@@ -225,7 +224,7 @@ def test_rows_of_a_slab_that_was_lost_are_not_served(residual, when):
     with pytest.raises(RuntimeError, match=r"out of memory|deleted"):
         runner.dispatch(Step(0, 0, 2, failing)).result()
     runner._programs = whole
-    with pytest.raises(RuntimeError, match="what stood at site 0 was lost"):
+    with pytest.raises(RuntimeError, match="activations at site 0 were lost"):
         runner.dispatch(Step(0, 1, 2, lost))
     fresh = make_jobs(1)  # takes a slot that was lost, and writes it anew
     runner.dispatch(Step(0, 0, 2, fresh)).result()
@@ -265,7 +264,7 @@ def test_too_many_programs_are_refused(residual):
         JaxRunner(routes.load(residual), buckets=range(1, 16))
 
 
-def test_warm_up_tells_how_far_it_is(residual):
-    told = []
-    JaxRunner(routes.load(residual), capacity=4, buckets=(1,), progress=lambda *now: told.append(now))
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+def test_warm_up_reports_its_progress(residual):
+    progress = []
+    JaxRunner(routes.load(residual), capacity=4, buckets=(1,), progress=lambda *now: progress.append(now))
+    assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]

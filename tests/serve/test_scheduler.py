@@ -39,18 +39,18 @@ def leaves(step):
 # What it costs and gains, by hand: a stage of 2 ms takes 2, 3, 5 ms for 1, 2, 4 images; one of 4 ms 4, 6, 10
 
 
-def test_a_row_costs_what_it_costs_in_the_best_bucket():
+def test_a_row_counts_at_its_cost_in_the_best_bucket():
     assert policy.row_ms(route(2.0, 4.0).stage_ms) == (5 / 4, 10 / 4)
 
 
-def test_what_remains_is_weighed_by_who_gets_there():
+def test_remaining_stages_are_weighed_by_the_share_that_reaches_them():
     assert policy.remaining_ms(route(2.0, 4.0).stage_ms, (0.6, 1.0)) == pytest.approx((5 / 4 + 0.4 * 10 / 4, 10 / 4))
 
 
 def test_the_gain_looks_as_far_as_it_pays():
     stage_ms = route(2.0, 4.0).stage_ms
     assert policy.gain(stage_ms, (0.6, 1.0), 0, 2, 2) == pytest.approx(max(1.2 / 3, 2 / (3 + 0.8 * 2.5)))
-    assert policy.gain(stage_ms, (0.0, 1.0), 0, 1, 1) == pytest.approx(1 / (2 + 2.5))  # nobody leaves at first
+    assert policy.gain(stage_ms, (0.0, 1.0), 0, 1, 1) == pytest.approx(1 / (2 + 2.5))  # none leaves at first
     assert policy.gain(stage_ms, (0.9, 1.0), 0, 1, 1) == pytest.approx(max(0.9 / 2, 1 / (2 + 0.1 * 2.5)))
 
 
@@ -60,12 +60,12 @@ def test_the_gain_looks_as_far_as_it_pays():
 )
 def test_buckets_are_padded_where_that_is_cheaper(waiting, bucket):
     # Times 2, 2.2, 2.4 ms for 1, 2, 4 images: a larger bucket is always cheaper for each of its rows
-    assert policy.choose({1: (2.0,), 2: (2.2,), 4: (2.4,)}, (1.0,), 0, waiting).bucket == bucket
+    assert policy.choose_bucket({1: (2.0,), 2: (2.2,), 4: (2.4,)}, (1.0,), 0, waiting).bucket == bucket
 
 
 def test_no_bucket_is_padded_where_fewer_rows_are_cheaper():
     # 3 of them in a bucket of 4: 8 / 3 ms each; 2 ms each in the others, of which the smaller is taken
-    assert policy.choose({1: (2.0,), 2: (4.0,), 4: (8.0,)}, (1.0,), 0, 3).bucket == 1
+    assert policy.choose_bucket({1: (2.0,), 2: (4.0,), 4: (8.0,)}, (1.0,), 0, 3).bucket == 1
 
 
 # Steps, by hand
@@ -96,7 +96,7 @@ def test_deeper_stages_come_first_where_the_gain_is_the_same():
     assert take(scheduler, 1.0).jobs == (deep,)
 
 
-def test_who_is_rare_and_dear_is_served_in_the_end():
+def test_a_rare_and_expensive_job_is_served_in_the_end():
     """Cheap images keep coming, one a step; the dear one gains a hundredth of them, and goes when it is old enough."""
     cheap, dear = route(1.0), route(100.0)
     scheduler = Scheduler([cheap, dear], 8, max_wait=0.00205)
@@ -125,14 +125,14 @@ def test_a_queue_is_served_by_deadline_then_by_arrival():
     assert order == [soon, early, second, late]
 
 
-def test_patience_keeps_deadlines_from_starving_who_has_none():
+def test_patience_keeps_deadlines_from_starving_jobs_without_one():
     scheduler = Scheduler([route(1.0, buckets=(1,))], 8)
     (patient,) = admit(scheduler, job(0.0))
     admit(scheduler, job(2.0, deadline=2.5))  # due after the patient one was
     assert take(scheduler, 2.0).jobs == (patient,)
 
 
-# Admission, and who leaves otherwise
+# Admission, expiry and failure
 
 
 def test_all_images_of_a_request_are_admitted_or_none():
@@ -147,7 +147,7 @@ def test_all_images_of_a_request_are_admitted_or_none():
         scheduler.admit([job()] * 4)
 
 
-def test_the_backlog_counts_who_runs_and_who_will_survive():
+def test_the_backlog_counts_running_steps_and_their_survivors():
     scheduler = Scheduler([route(2.0, 4.0)], 8)
     admit(scheduler, job(), job(), job())
     # a row takes 5/4 ms, and half of them 10/4 more
@@ -159,7 +159,7 @@ def test_the_backlog_counts_who_runs_and_who_will_survive():
     assert scheduler.backlog_ms == pytest.approx(2.5)
 
 
-def test_who_waits_in_vain_is_dropped_before_a_step_and_gives_back_its_slot():
+def test_expired_jobs_are_dropped_before_a_step_and_free_their_slots():
     scheduler = Scheduler([route(1.0)], 3)
     expired, gone, kept = admit(scheduler, job(deadline=0.5), job(), job(deadline=0.7))
     gone.done.cancel()
@@ -169,7 +169,7 @@ def test_who_waits_in_vain_is_dropped_before_a_step_and_gives_back_its_slot():
     assert scheduler.drop(9.0) == []  # it is running
 
 
-def test_who_leaves_during_a_step_is_not_queued_again():
+def test_a_client_that_leaves_during_a_step_is_not_queued_again():
     scheduler = Scheduler([route(1.0, 1.0)], 3)
     (gone,) = admit(scheduler, job())
     step = take(scheduler, 0.0)
@@ -298,17 +298,17 @@ TestAnything = Anything.TestCase
 
 @settings(max_examples=20, deadline=None)
 @given(cheap=st.floats(0.1, 1.0), dear=st.floats(1.0, 10.0), leave=st.floats(0.0, 0.99), deadlines=st.booleans())
-def test_nobody_starves(cheap, dear, leave, deadlines):
+def test_no_job_starves(cheap, dear, leave, deadlines):
     """However much more others gain, and with a full house at all times, a job is through in bounded time.
 
-    Whoever is served before it has arrived before it, or has an age of at least 1/R of its own, less max_wait, where R
+    A job that is served before it has arrived before it, or has at least 1/R of its age, less max_wait, where R
     is the largest ratio of gains; so it waits at most about R times as long as a full house takes.
     """
     routes = [route(cheap, buckets=(1,)), route(dear, dear, buckets=(1,), leave=(leave, 1.0))]
     scheduler = Scheduler(routes, 8, max_wait=0.002)
     (victim,) = admit(scheduler, job(0.0, route=1, leaves_at=1))
     now = 0.0
-    gains = [policy.choose(r.stage_ms, r.leave, s, 1).gain for r in routes for s in range(r.depth)]
+    gains = [policy.choose_bucket(r.stage_ms, r.leave, s, 1).gain for r in routes for s in range(r.depth)]
     house = 8 * 2 * dear / 1e3
     bound = 4 * (max(gains) / min(gains)) * (house + 0.002) + 2.0
     while victim.slot >= 0:

@@ -54,7 +54,7 @@ def test_load_on_the_real_engine_gets_the_right_answers():
     images = np.repeat(np.arange(10, dtype=np.uint8)[:, None], 4, 1)
     engine = Engine(FullRunner(first_value, depth=8, stage_ms=dict.fromkeys(BUCKETS, (1.0,))))
     engine.start()
-    ask = targets.engine(engine, images, route=0, clock=time.monotonic)
+    ask = targets.in_process(engine, images, route=0, clock=time.monotonic)
     expected = np.array([*range(9), 0])  # the last is wrong
     for load in (
         Load(kind="poisson", rate=500, seconds=0.4, warm_up=0, slo_ms=1e4),
@@ -70,7 +70,7 @@ def test_load_on_the_real_engine_gets_the_right_answers():
 
 
 class Fake:
-    """A contender that says what it is asked, ``factor`` times as slow as the full network."""
+    """A contender that records its loads, ``factor`` times as slow as the full network."""
 
     def __init__(self, factor, good=1.0, log=None):
         self.factor, self.good, self.log = factor, good, [] if log is None else log
@@ -107,9 +107,9 @@ def test_ratios_criteria_and_goodput_follow_by_hand(monkeypatch, capsys):
     assert workers["cascade"].log == workers["full"].log == workers["onnx"].log  # the same arrivals for all
     assert {slo for kind, _, _, slo in workers["full"].log if kind == "poisson"} == {40.0}
     serving.show(result | {"network": "resnet18", "machine": "here"})
-    said = capsys.readouterr().out
-    assert "holds, but see below: goodput, to onnx's: 1.33 (at least 1.2)" in said
-    assert "not valid, onnx: late" in said
+    text = capsys.readouterr().out
+    assert "holds, but see below: goodput, to onnx's: 1.33 (at least 1.2)" in text
+    assert "not valid, onnx: late" in text
 
 
 def test_a_criterion_that_is_missed_fails():

@@ -1,4 +1,4 @@
-"""The thin clients against a server that says what it was asked."""
+"""The thin clients against servers that record their requests."""
 
 import asyncio
 import json
@@ -78,12 +78,12 @@ def test_http_requests_are_the_protocols_and_connections_are_kept():
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://localhost", "ftp://a:1", "grpc://:8001"])
-def test_an_address_that_is_none_is_refused(url):
+def test_a_malformed_address_is_refused(url):
     with pytest.raises(InputError, match="url: expected"):
         targets.server(url, "model", IMAGES, {})
 
 
-def test_images_that_the_protocol_has_no_word_for_are_refused():
+def test_images_of_a_type_that_the_protocol_lacks_are_refused():
     with pytest.raises(InputError, match="images: expected uint8 or float32, got complex64"):
         targets.server("http://localhost:1", "model", IMAGES.astype(np.complex64), {})
 

@@ -53,7 +53,7 @@ def test_every_answer_is_that_of_infer_batch(served, transport, prepared):
         )
 
 
-def test_of_many_requests_at_once_none_is_lost_and_none_mixed_up(served):
+def test_of_many_concurrent_requests_none_is_lost_or_mixed_up(served):
     """2,000 requests of one or two images by 32 clients; logits of random images differ by far more than arithmetic."""
     bundle, ports, _ = served
     images = pixels(200)
@@ -81,7 +81,7 @@ def test_of_many_requests_at_once_none_is_lost_and_none_mixed_up(served):
     assert len(answered) == 2000
 
 
-def test_epsilon_zero_asks_the_base(served):
+def test_epsilon_zero_is_answered_by_the_base(served):
     bundle, ports, _ = served
     with tritonclient.http.InferenceServerClient(f"127.0.0.1:{ports[0]}") as client:
         given = tritonclient.http.InferInput("images", [4, 8, 8, 3], "UINT8").set_data_from_numpy(pixels(4))
@@ -106,6 +106,6 @@ def test_statistics_and_metrics_know_the_steps(served):
     assert f'gati_bundle_info{{model="gati",version="{stats.version}"}} 1.0' in page
 
 
-def test_what_is_no_bundle_is_bad_input(tmp_path):
+def test_an_empty_folder_is_bad_input(tmp_path):
     with pytest.raises(InputError, match="bundle"):
         assemble(Settings(bundle=tmp_path))
