@@ -1,4 +1,6 @@
-"""Other people's rules, against plain loops and SciPy."""
+"""Rules of other papers, against plain loops and SciPy, and thresholds and steps by hand."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ from hypothesis.extra import numpy as hnp
 from scipy.special import softmax
 from scipy.stats import entropy
 
+from gati_jax import InputError
 from gati_jax.planning import replay_plan
-from train.reproduce import POLICIES, oracle_exits, policy_table, shared_threshold_plan
+from train.reproduce import POLICIES, oracle_exits, policy_table, shared_threshold_plan, zero_error_thresholds
 
 LOGITS = hnp.arrays(
     np.float32, st.tuples(st.integers(1, 4), st.integers(1, 6), st.just(3)), elements=st.integers(-4, 4)
@@ -62,7 +65,7 @@ def test_one_threshold_is_lowered_for_all_sites_until_too_many_disagree(table):
 
 
 @pytest.mark.parametrize("odd", [np.nan, -np.inf, np.inf])
-def test_scores_that_are_no_numbers_are_no_steps(make_table, make_costs, odd):
+def test_scores_that_are_not_finite_are_no_steps(make_table, make_costs, odd):
     table = make_table([[0, 0, 0, 1]], [[3, 2, odd, odd]], depth=2)
     plan = shared_threshold_plan(table, make_costs([1, 1], [0.1]), epsilon=0.5)
     largest = float(np.finfo(np.float32).max)
@@ -73,14 +76,35 @@ def test_scores_that_are_no_numbers_are_no_steps(make_table, make_costs, odd):
 def test_a_policy_keeps_the_requests_and_gives_its_own_classes(table):
     table, _ = table
     logits = np.random.default_rng(0).standard_normal((*table.scores.shape, 3)).astype(np.float32)
-    judged = policy_table(table, logits, SDN)
-    assert (judged.classes == logits.argmax(-1)).all()
-    assert (judged.rows == table.rows).all()
-    assert judged.scores.dtype == np.float32
+    scored = policy_table(table, logits, SDN)
+    assert (scored.classes == logits.argmax(-1)).all()
+    assert (scored.rows == table.rows).all()
+    assert scored.scores.dtype == np.float32
 
 
-def test_the_oracle_leaves_at_the_first_site_where_anybody_is_right(table):
+def test_the_oracle_leaves_at_the_first_site_where_any_candidate_agrees(table):
     table, _ = table
     for request, exit_ in enumerate(oracle_exits(table)):
         right = [s for s, agrees in zip(table.sites, table.agrees[:, request], strict=True) if agrees]
         assert exit_ == min(right, default=table.depth)
+
+
+def test_zero_error_thresholds_are_above_every_wrong_answer_and_no_higher(table):
+    table, _ = table
+    for agrees, scores, threshold in zip(table.agrees, table.scores, zero_error_thresholds(table), strict=True):
+        largest_wrong = scores[~agrees].max()
+        assert (scores >= threshold).sum() == (scores > largest_wrong).sum()
+        assert np.nextafter(threshold, np.float32(-np.inf)) == largest_wrong
+
+
+def test_a_cache_without_a_wrong_answer_always_hits(table):
+    table, _ = table
+    right = dataclasses.replace(table, classes=np.tile(table.answers, (len(table.names), 1)))
+    thresholds = zero_error_thresholds(right)
+    assert np.isfinite(thresholds).all()
+    assert (replay_plan(right, thresholds).exits == 0).all()
+
+
+def test_zero_error_thresholds_need_requests(make_table):
+    with pytest.raises(InputError, match="at least one request"):
+        zero_error_thresholds(make_table(np.zeros((1, 0)), np.zeros((1, 0))))
