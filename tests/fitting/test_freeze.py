@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import gati_jax
-from gati_jax import CostTable, FreezeConfig, Head, InputError, Plan
+from gati_jax import CostTable, FreezeConfig, Head, InputError
 from gati_jax.caches import Neighbours, extend, keys_of, point_bytes
 from gati_jax.planning import replay_plan
 from gati_jax.runtime import Cascade, predict_batch
 from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
-from train.reproduce import zero_error_thresholds
+from train.reproduce import freeze_plan, zero_error_thresholds
 
 UNITS, K, CENTRES = 16, 5, 12
 FREEZE = FreezeConfig(key_units=UNITS, k=K, centres=CENTRES)
@@ -72,15 +72,34 @@ def test_select_rows_are_no_others_scores_and_fit_rows_are_refused(tiny, candida
         gati_jax.replay(tiny.chain(), candidates, tiny.images()[0])
 
 
+def test_thresholds_are_above_every_wrong_answer_and_no_higher(select):
+    thresholds = zero_error_thresholds(select)
+    for agrees, scores, threshold in zip(select.agrees, select.scores, thresholds, strict=True):
+        hit = scores >= threshold
+        assert agrees[hit].all()
+        surest = scores[~agrees].max()
+        assert hit.sum() == (scores > surest).sum()
+        assert np.nextafter(threshold, np.float32(-np.inf)) == surest
+
+
+def test_a_cache_that_was_never_wrong_is_always_believed(select):
+    perfect = dataclasses.replace(select, classes=np.tile(select.answers, (len(select.names), 1)))
+    thresholds = zero_error_thresholds(perfect)
+    assert np.isfinite(thresholds).all()
+    assert (replay_plan(perfect, thresholds).exits == 0).all()
+    with pytest.raises(InputError, match="at least one request"):
+        zero_error_thresholds(
+            dataclasses.replace(
+                select, answers=select.answers[:0], classes=select.classes[:, :0], scores=select.scores[:, :0],
+                rows=select.rows[:0],
+            )
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["knn", "kmeans"])
 def test_replay_plan_certify_bundle_infer(kind, tiny, candidates, select, certify_rows, tmp_path):
     chain, chosen = tiny.chain(), of_kind(candidates, kind)
-    own = select.take([c.name for c in chosen])
-    path = np.stack([np.full(2, np.inf, np.float32), zero_error_thresholds(own)])
-    plan = Plan(
-        names=own.names, sites=own.sites, depth=own.depth, n=len(own), rows=own.rows, path=path,
-        disagreement=np.array([replay_plan(own, thresholds).disagreement for thresholds in path]), mean_ms=np.ones(2),
-    )  # fmt: skip
+    plan = freeze_plan(select.take([c.name for c in reversed(chosen.items)]), costs(chosen))
     assert plan.sites == (1, 2)
     assert plan.disagreement.tolist() == [0, 0]
     table = gati_jax.replay(chain, chosen, certify_rows)

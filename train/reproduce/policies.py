@@ -83,14 +83,17 @@ def shared_threshold_plan(table: ReplayTable, costs: CostTable, *, epsilon: floa
     ranked = np.unique(table.scores[table.scores > -np.inf])[::-1]
     levels = ranked[np.unique(np.linspace(0, len(ranked) - 1, min(len(ranked), STEPS)).astype(int))]
     m = len(table.names)
-    path, disagreement = [np.full(m, np.inf, np.float32)], [0.0]
+    path = [np.full(m, np.inf, np.float32)]
     for level in levels:
         thresholds = np.full(m, level, np.float32)
-        disagrees = replay_plan(table, thresholds).disagreement
-        if disagrees > epsilon:
+        if replay_plan(table, thresholds).disagreement > epsilon:
             break
         path.append(thresholds)
-        disagreement.append(disagrees)
+    return _plan(table, costs, path)
+
+
+def _plan(table: ReplayTable, costs: CostTable, path: Sequence[Float[np.ndarray, " candidates"]]) -> Plan:
+    """Return the plan of a path of thresholds."""
     return Plan(
         names=table.names,
         sites=table.sites,
@@ -99,7 +102,7 @@ def shared_threshold_plan(table: ReplayTable, costs: CostTable, *, epsilon: floa
         n=len(table),
         rows=table.rows,
         origin=table.origin,
-        disagreement=np.array(disagreement),
+        disagreement=np.array([replay_plan(table, thresholds).disagreement for thresholds in path]),
         mean_ms=np.array([cascade_ms(table, thresholds, costs) for thresholds in path]),
     )
 
@@ -121,6 +124,22 @@ def zero_error_thresholds(table: ReplayTable) -> Float[np.ndarray, " candidates"
     lowest = np.finfo(np.float32).min
     wrong = np.where(table.agrees, -np.inf, table.scores).max(1, initial=-np.inf).astype(np.float32)
     return np.maximum(np.nextafter(wrong, np.float32(np.inf)), lowest)
+
+
+def freeze_plan(table: ReplayTable, costs: CostTable) -> Plan:
+    """Return the plan of one step that turns on every candidate at its zero-error threshold.
+
+    Args:
+        table: Replay of the requests that set the thresholds, one candidate at a site.
+        costs: Measured times of the same base and candidates.
+
+    Raises:
+        InputError: The table is empty, or two candidates share a site.
+    """
+    if len(set(table.sites)) < len(table.sites):
+        raise InputError(f"table: expected one candidate at a site, got {table.names} at {table.sites}")
+    table = table.take([table.names[i] for i in np.argsort(table.sites)])
+    return _plan(table, costs, [np.full(len(table.names), np.inf, np.float32), zero_error_thresholds(table)])
 
 
 def oracle_exits(table: ReplayTable) -> Int[np.ndarray, " n"]:

@@ -27,7 +27,7 @@ ERRORS_SHOWN = 3
 class Record(BaseModel):
     """Part of a result."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="ignore", from_attributes=True, allow_inf_nan=False)
 
 
 class Run(Record):
@@ -139,8 +139,6 @@ class AccuracyGap(Record):
 
 class PolicyCertificate(Record):
     """The fields of a policy's ``gati_jax.Certificate`` that are reported."""
-
-    model_config = ConfigDict(from_attributes=True)
 
     epsilon: float | None = None
     delta: float | None = None
@@ -280,8 +278,6 @@ class Half(Record):
 
 class Memory(Record):
     """Bytes of one cache."""
-
-    model_config = ConfigDict(from_attributes=True)
 
     name: str = ""
     site: int | None = None
