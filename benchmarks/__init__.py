@@ -1,1 +1,1 @@
-"""Side by side with what a user would pick instead; never timed inside tests."""
+"""Benchmarks beside the alternatives that a user has; nothing is timed inside tests."""

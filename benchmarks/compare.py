@@ -1,8 +1,8 @@
-"""A bundle side by side with what a user would pick instead, at several batch sizes.
+"""Compare a bundle's latency with the alternatives that a user has, at several batch sizes.
 
-Every contender has a process of its own, on the same cores, and they take turns: round by round each answers the same
-images, so that a disturbance of the machine meets all of them. Times include bringing uint8 images into the form that
-the runtime takes, and fetching the logits. Ratios are to the first contender, round by round; their spread is the
+Every contender has a process of its own, on the same cores, and they take turns: in each round all of them answer the
+same images, so that a disturbance of the machine affects all alike. Times include converting uint8 images to the input
+of the runtime, and fetching the logits. Ratios are to the first contender, round by round; their spread is the
 interquartile range over the median.
 """
 
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,23 +36,23 @@ WARM_UP = 1
 IMAGES_A_TURN, LEAST_CALLS = 64, 3
 RUNTIMES = ("onnxruntime", "openvino", "torch", "earlyon")
 CASCADE, FULL = "gati-jax cascade", ("gati-jax full", "jax.jit full")
-PAUSE_SECONDS = 0.1  # threads of the one before go on spinning for a while
+PAUSE_SECONDS = 0.1  # the threads of the contender before keep spinning for a while
 
 
 class Worker:
     """A contender's process."""
 
     def __init__(self, process: subprocess.Popen[str], errors: IO[str]) -> None:
-        """Talk to ``process``, whose standard error goes to a file."""
+        """Talk to ``process``; ``errors`` is the file of its standard error."""
         self._process, self._errors = process, errors
 
     def last_words(self) -> str:
         """Return the last line on its standard error."""
         self._errors.seek(0)
-        return next((line.strip() for line in reversed(self._errors.readlines()) if line.strip()), "it said nothing")
+        return next((line.strip() for line in reversed(self._errors.readlines()) if line.strip()), "no message")
 
     def ask(self, line: str = "") -> Any:  # noqa: ANN401 (JSON)
-        """Send a command, if any, and wait for the answer."""
+        """Send a command, if there is one, and wait for the answer."""
         assert self._process.stdin is not None  # noqa: S101 (narrows the type)
         assert self._process.stdout is not None  # noqa: S101
         if line:
@@ -63,7 +63,7 @@ class Worker:
 
 @contextmanager
 def worker(name: str, *arguments: str, module: str = "benchmarks.worker") -> Generator[Worker]:
-    """Start a contender."""
+    """Start a contender's process; it ends with the context."""
     command = [sys.executable, "-m", module, name, *arguments]
     pipe = subprocess.PIPE
     with (
@@ -84,10 +84,10 @@ def main() -> None:
 
 
 def smaller(text: str) -> tuple[str, str]:
-    """Read a network and the file with its weights.
+    """Parse NETWORK=WEIGHTS.
 
     Raises:
-        ArgumentTypeError: That is not what it is.
+        ArgumentTypeError: The text has another form.
     """
     network, _, weights = text.partition("=")
     if not (network and weights):
@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
         type=smaller,
         default=[],
         metavar="NETWORK=WEIGHTS",
-        help="smaller networks to show beside",
+        help="smaller networks to compare with",
     )
     p.add_argument("--batches", type=cli.positive, nargs="+", default=[1, 8, 32, 128], metavar="N")
     p.add_argument("--rounds", type=cli.positive, default=15, metavar="N", help="(default: 15)")
@@ -127,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Start the contenders, let them take turns, and ask for their answers."""
+    """Start the contenders, time them in turns, and collect their answers."""
     bundle = gati_jax.load_bundle(arguments.bundle)
     config = build_config(bundle.provenance.config)
     test = data.load(config.data.name, config.data.splits.test, config.data.dir)
@@ -146,7 +146,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                 print(f"{title} is left out: {started.last_words()}", file=sys.stderr)
         times = {title: {} for title in workers}
         for batch in arguments.batches:
-            for title, ms in take_turns(workers, batch, arguments.rounds).items():
+            for title, ms in time_batches(workers, batch, arguments.rounds).items():
                 times[title][batch] = ms
         answers = {title: one.ask("answers") for title, one in workers.items()}
     result = report(times, answers, test.labels, config.base.network, ideal)
@@ -155,9 +155,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def ideal_speedups(bundle: Bundle, images: np.ndarray, batches: Sequence[int], rounds: int) -> dict[int, float]:
-    """Return what the exits of the timed images would save by measured times, lookups left out.
+    """Return by batch size the speed-up of the timed images' exits if lookups took no time.
 
-    Nothing where the bundle is not tuned.
+    Empty for a bundle that is not tuned: it has no measured times.
     """
     tuned = bundle.tuned
     if tuned is None:
@@ -173,27 +173,48 @@ def ideal_speedups(bundle: Bundle, images: np.ndarray, batches: Sequence[int], r
 
 
 def calls_a_turn(batch: int) -> int:
-    """Return how many batches are timed in a turn: small ones differ, so there are more of them."""
+    """Return how many batches are timed in a turn; of small ones more, because they vary more."""
     return max(LEAST_CALLS, IMAGES_A_TURN // batch)
 
 
-def take_turns(workers: dict[str, Worker], batch: int, rounds: int) -> dict[str, np.ndarray]:
-    """Return the milliseconds of every call, [rounds, calls]."""
-    times: dict[str, list[list[float]]] = {title: [] for title in workers}
-    order, random = list(workers), np.random.default_rng(0)
+def time_batches(workers: Mapping[str, Worker], batch: int, rounds: int) -> dict[str, np.ndarray]:
+    """Return the milliseconds of every call, [rounds, calls]; every round has other images."""
     calls = calls_a_turn(batch)
-    for i in range(-WARM_UP, rounds):
-        random.shuffle(order)  # nobody always follows the same one
-        for title in order:
-            time.sleep(PAUSE_SECONDS)
-            ms = workers[title].ask(f"time {max(i, 0) * batch * calls} {batch} {calls}")
-            if i >= 0:
-                times[title].append(ms)
+    times = take_turns(
+        workers, lambda i: f"time {i * batch * calls} {batch} {calls}", rounds, warm_up=WARM_UP, pause=PAUSE_SECONDS
+    )
     return {title: np.array(ms) for title, ms in times.items()}
 
 
+def take_turns(
+    workers: Mapping[str, Worker], command: Callable[[int], str], rounds: int, *, warm_up: int, pause: float
+) -> dict[str, list[Any]]:
+    """Send the same commands to all workers, round by round, in shuffled order.
+
+    Args:
+        workers: By name.
+        command: The command of a round, counted from 0; warm-up rounds have the first.
+        rounds: How many.
+        warm_up: Rounds before, which are not counted.
+        pause: Seconds before each turn.
+
+    Returns:
+        By name, the answer of every round.
+    """
+    answers: dict[str, list[Any]] = {name: [] for name in workers}
+    order, random = list(workers), np.random.default_rng(0)
+    for i in range(-warm_up, rounds):
+        random.shuffle(order)  # no contender always follows the same one
+        for name in order:
+            time.sleep(pause)
+            answer = workers[name].ask(command(max(i, 0)))
+            if i >= 0:
+                answers[name].append(answer)
+    return answers
+
+
 def report(times: Any, answers: Any, labels: Any, network: str, ideal: Mapping[int, float]) -> dict[str, Any]:  # noqa: ANN401
-    """Put figures and circumstances together; conversion is over the faster of this project's full networks."""
+    """Return the result; the conversion is computed from the faster of this project's full networks."""
     first = next(iter(times))
     reference = np.array(answers.get("jax.jit full", answers[first])[0])
     rows = []
@@ -226,21 +247,28 @@ def report(times: Any, answers: Any, labels: Any, network: str, ideal: Mapping[i
     return {
         "network": network,
         "rows": rows,
+        **circumstances(RUNTIMES),
+    }
+
+
+def circumstances(packages: Sequence[str]) -> dict[str, Any]:
+    """Return the machine, the versions (of these packages too, if installed), the commit and the date."""
+    return {
         "machine": device_name(),
-        "versions": cli.versions() | {name: v for name in RUNTIMES if (v := version_of(name))},
+        "versions": cli.versions() | {name: v for name in packages if (v := version_of(name))},
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
 
 def commit() -> str:
-    """Return the revision of the code; empty outside a checkout."""
+    """Return the commit of the checkout; empty outside one."""
     head = ["git", "rev-parse", "HEAD"]
     return subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
 
 
 def version_of(package: str) -> str | None:
-    """Return the version of a package that need not be here."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,8 +1,8 @@
-"""The PyPI package earlyon (0.3.0) on the same network: heads after its stages, trained and calibrated as it does.
+"""The PyPI package earlyon (0.3.0) on the same network: heads after its stages, trained and calibrated by earlyon.
 
-Its own CIFAR ResNet has projections where ours has none (shortcut A), so its wrapper goes around our PyTorch network.
-Heads learn from labels, on part of the fit split; thresholds are calibrated on the select split to lose as much
-accuracy as the bundle may disagree. A batch leaves together, when all its rows are sure: that is its batched mode.
+Its own CIFAR ResNet has projections where ours has none (shortcut A), so we wrap our PyTorch network. Heads learn from
+labels, on part of the fit split; thresholds are calibrated on the select split to lose as much accuracy as the bundle
+may disagree. In earlyon's batched mode a batch leaves together, when all its rows are confident.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from gati_jax.models import ResNet
 EPOCHS, BATCH, LEARNING_RATE = 6, 128, 3e-3
 
 
-def wrap(network: torch.nn.Module, config: ResNet) -> Any:  # noqa: ANN401 (earlyon is imported where it is used: few have it)
+def wrap(network: torch.nn.Module, config: ResNet) -> Any:  # noqa: ANN401 (earlyon is an optional import)
     """Attach a head behind every stage but the last, and one inside the last if it is long enough."""
     types, last = importlib.import_module("earlyon.core.types"), len(config.stages)
     head = importlib.import_module("earlyon.core.exit_head").EarlyExitHead
@@ -52,7 +52,7 @@ def fit(
 
 
 def predict(model: Any, images: np.ndarray) -> np.ndarray:  # noqa: ANN401
-    """Answer one request by its single mode, more by its batched mode."""
+    """Answer one image in single mode, several in batched mode."""
     x = torch.from_numpy(images)
     result: Any = model(x, mode="inference") if len(x) == 1 else model.forward_inference_batched(x)
     return (result.prediction if len(x) == 1 else result.predictions).numpy()

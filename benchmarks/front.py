@@ -1,6 +1,6 @@
-"""Draw a result of ``benchmarks.compare``: accuracy, and agreement with the big network, against latency.
+"""Draw a result of ``benchmarks.compare``: accuracy, and agreement with the full network, against latency.
 
-The line joins what nothing else beats in both. Where we lose, it shows.
+The line joins the Pareto front: the contenders that no other beats in both.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def draw(result: dict[str, Any]) -> Any:  # noqa: ANN401 (a Figure)
 
 
 def scatter(at: Any, rows: list[dict[str, Any]], measure: str, batch: int) -> None:  # noqa: ANN401 (Axes)
-    """Draw one panel: every contender, and the front."""
+    """Draw one panel: every contender, and the Pareto front."""
     ms, value = (np.array([row[key] for row in rows]) for key in ("mean_ms", measure))
     others = itertools.cycle(itertools.product("osD^v", ("#1d4ed8", "#0f766e", "#be185d", "#475569")))
     for x, y, row in zip(ms / batch, value, rows, strict=True):

@@ -1,4 +1,4 @@
-"""From what became of every request to the figures of a report, and the search for the highest rate that holds."""
+"""Summarise the requests of a load test, and search for the highest rate that a server sustains."""
 
 import math
 from collections import Counter
@@ -12,7 +12,7 @@ from .driving import Outcome, Record, Run
 
 PERCENTILES = {"p50_ms": 50.0, "p95_ms": 95.0, "p99_ms": 99.0, "p99_9_ms": 99.9}
 LATE_SECONDS = 0.005
-MOST_LATE = 0.01  # a larger share of requests sent later than that: the generator is what was measured
+MOST_LATE = 0.01  # with a larger share sent later than that, the generator was measured and not the server
 
 
 def summarize(
@@ -22,13 +22,13 @@ def summarize(
 
     Latency is from the scheduled time to the answer, over the answered requests. ``throughput`` is answers a second
     from the first request to the last answer; ``goodput``, answers within the SLO a second in which requests were
-    sent. ``goodput_share`` is over all requests: one that is refused or lost has missed it.
+    sent. ``goodput_share`` is over all requests: a refused or lost one misses the SLO.
 
     Args:
-        run: What was measured.
-        slo_ms: The latency that an answer may have.
-        expected: By row, the class that should be answered.
-        warm_up: Requests scheduled within so many seconds from the start are left out.
+        run: The measured requests.
+        slo_ms: The largest latency within the SLO.
+        expected: The expected class of each row.
+        warm_up: Seconds from the start; requests scheduled within them are left out.
     """
     records = [record for record in run.records if record.scheduled >= warm_up]
     answered = [record for record in records if record.outcome is Outcome.ANSWERED]
@@ -55,7 +55,7 @@ def summarize(
 
 
 def latencies(ms: np.ndarray) -> dict[str, float | None]:
-    """Return mean, percentiles (between two values, linearly) and the largest; None where there is nothing."""
+    """Return the mean, linearly interpolated percentiles and the maximum; None for an empty array."""
     if not len(ms):
         return dict.fromkeys(("mean_ms", *PERCENTILES, "max_ms"))
     percentiles = dict(zip(PERCENTILES, np.percentile(ms, list(PERCENTILES.values())).tolist(), strict=True))
@@ -79,16 +79,16 @@ def _validity(run: Run, records: Sequence[Record]) -> dict[str, Any]:
 async def highest(
     holds: Callable[[float], Awaitable[bool]], start: float, *, tolerance: float = 0.05, most: int = 20
 ) -> float:
-    """Return the highest rate found to hold, by doubling or halving until it is enclosed, then bisection.
+    """Return the highest rate found to hold, by doubling or halving until it is bracketed, then bisection.
 
     Args:
-        holds: Whether a rate does. Measured, so it may err; every rate is tried once.
+        holds: Measures whether a rate holds. Measurements may err; every rate is tried once.
         start: The first rate.
-        tolerance: How far above the result the next rate known not to hold may be, as a share.
-        most: How many rates are tried.
+        tolerance: The search ends when a rate known not to hold is at most this share above the result.
+        most: The largest number of rates to try.
 
     Returns:
-        The rate; 0 where none was found.
+        The rate; 0 if none holds.
     """
     low, high = 0.0, math.inf
     rate = start

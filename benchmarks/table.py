@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +45,27 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def table(rows: list[dict[str, Any]], reference: str = REFERENCE) -> list[str]:
-    """Return its lines: mean milliseconds of a batch, and the ratio to the reference's."""
+    """Return the lines of the table: mean milliseconds of a batch, and the ratio to the reference's."""
     by = {(row["contender"], row["batch"]): row for row in rows}
     batches = sorted({row["batch"] for row in rows})
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
-    heads = ("contender", *(f"batch {batch}" for batch in batches), "accuracy", "agreement", "peak MiB")
-    lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
+    heads = ["contender", *(f"batch {batch}" for batch in batches), "accuracy", "agreement", "peak MiB"]
+    lines = []
     for name in contenders:
         mine = [by[name, batch] for batch in batches]
         times = [f"{row['mean_ms']:.1f} ms ({ratio(row, by[reference, row['batch']])})" for row in mine]
         shares = [f"{mine[0][key]:.1%}" for key in ("accuracy", "agreement")]
-        lines.append(" | ".join((name, *times, *shares, f"{mine[0]['peak_mib'] or 0:.0f}")))
-    return [f"| {line} |" for line in lines]
+        lines.append((name, *times, *shares, f"{mine[0]['peak_mib'] or 0:.0f}"))
+    return markdown(heads, lines)
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
 
 
 def ratio(row: dict[str, Any], other: dict[str, Any]) -> str:
-    """Return the ratio of two contenders' means, with its spread over rounds where the rounds are known."""
+    """Return the ratio of two contenders' means, with its spread over the rounds if the result has them."""
     if "round_ms" not in row:
         return f"{row['mean_ms'] / other['mean_ms']:.2f}"
     ratios = np.divide(row["round_ms"], other["round_ms"])

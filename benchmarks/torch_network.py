@@ -1,4 +1,4 @@
-"""Networks in plain PyTorch, under torchvision's names: what other runtimes get, and tests compare with."""
+"""Networks in plain PyTorch, under torchvision's names: the input of other runtimes, and the reference of tests."""
 
 from collections.abc import Mapping
 
@@ -82,7 +82,7 @@ class Network(nn.Module):
 
 
 class VGGNetwork(nn.Module):
-    """torchvision's VGG with batch norm, biases and all; then one linear layer."""
+    """torchvision's VGG with batch norm and biases, then one linear layer."""
 
     def __init__(self, network: VGG) -> None:
         super().__init__()

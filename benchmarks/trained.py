@@ -1,7 +1,7 @@
-"""What ``benchmarks/gpu.sh`` left behind, as the Markdown tables of docs/performance.md.
+"""Print the results of ``benchmarks/gpu.sh`` as the Markdown tables of docs/performance.md.
 
-Of every base: accuracy, images/s and training time; of its bundle, what was certified; and where the papers published a
-gain in mean latency on a GPU at 97 % of the base's accuracy, that one beside ours, with conversion.
+The first has every base's accuracy, images/s and training time, and its bundle's certificate. The second compares gains
+in mean latency on a GPU at 97 % of the base's accuracy with the published ones, where there are any.
 """
 
 import argparse
@@ -13,6 +13,8 @@ from typing import Any
 from gati_jax import InputError
 from train import cli
 
+from .table import markdown
+
 EXAMPLE = "python -m benchmarks.trained runs/gpu"
 GAINS = {"cifar10_resnet18": 1.28, "cifar10_resnet50": 1.63, "cifar100_resnet152": 1.21}  # arXiv:2101.07344
 HEADS = ("base", "accuracy", "with flips", "images/s", "trained in s", "certified", "agreement on test", "ideal")
@@ -22,20 +24,20 @@ GAIN_HEADS = ("base", "published gain", "ours", "spread", "ideal", "conversion",
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.trained", description=__doc__, epilog=f"example: {EXAMPLE}")
-    p.add_argument("folder", type=Path, metavar="DIR", help="of benchmarks/gpu.sh")
+    p.add_argument("folder", type=Path, metavar="DIR", help="written by benchmarks/gpu.sh")
     folder = p.parse_args(argv).folder
     bases = sorted(path.parent.parent for path in folder.glob("*/base/base.json"))
     if not bases:
         raise InputError(f"folder: expected trained bases such as {folder}/cifar10_resnet18/base/base.json, got none")
-    print("\n".join([*_lines(HEADS, map(base_row, bases)), "", *_lines(GAIN_HEADS, gain_rows(bases))]))
+    print("\n".join([*markdown(HEADS, map(base_row, bases)), "", *markdown(GAIN_HEADS, gain_rows(bases))]))
 
 
 def base_row(folder: Path) -> tuple[str, ...]:
-    """Return what is known of a base and its bundle; dashes where a step has not been run."""
+    """Return the row of a base and its bundle; steps that have not been run have dashes."""
     base = _read(folder / "base" / "base.json")
     evaluation = _read(folder / "eval" / "evaluation.json")
     certificate = evaluation.get("certificate", {})
-    # A resumed run has no training time, and one that was only finished no images/s: those were an earlier run's.
+    # A resumed run has no training time; a run that only had to finish has no images/s either.
     numbers = [base.get(key) for key in ("images_per_second", "train_seconds")]
     return (
         folder.name,
@@ -49,7 +51,7 @@ def base_row(folder: Path) -> tuple[str, ...]:
 
 
 def gain_rows(bases: list[Path]) -> Iterator[tuple[str, ...]]:
-    """Yield the published gains beside ours, timed side by side at the operating point that certify rows chose."""
+    """Yield the published gains beside ours, measured at the operating point chosen on the certify split."""
     for folder in bases:
         result = _read(folder / "reproduce" / "reproduction.json")
         if folder.name in GAINS and result:
@@ -67,10 +69,6 @@ def gain_rows(bases: list[Path]) -> Iterator[tuple[str, ...]]:
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _lines(heads: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (heads, ("---",) * len(heads), *rows)]
 
 
 def _percent(share: float | None) -> str:

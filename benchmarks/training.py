@@ -1,29 +1,25 @@
 """Images a second while training: this project's epochs beside plain PyTorch, on the same network in one run.
 
-Each has a process of its own; they take turns in random order, a number of steps each, with a pause and an uncounted
-turn before. Ours are the very program of ``train.base``, with crops, flips, cutout and a moving average; PyTorch gets
-normalised batches that lie in memory, and none of that: forward, backward, step. Ratios are ours over theirs, round by
-round; their spread is the interquartile range over the median. Where a spread is large, or the machine had other work
-at the start, the result says that its figures are not valid.
+Each has a process of its own; they take turns in random order, a number of steps each, after a warm-up turn. Ours runs
+the program of ``train.base``, with crops, flips, cutout and a moving average. PyTorch does without: it gets normalised
+batches in memory and runs forward, backward and step. Ratios are ours over theirs, round by round; their spread is the
+interquartile range over the median. If a spread is large, or the machine had other work at the start, the result marks
+its figures as not valid.
 """
 
 import argparse
-import json
 import os
-import time
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gati_jax.models import NAMES
-from gati_jax.profiling import device_name
 from gati_jax.profiling.costs import spread
 from train import cli
 
-from .compare import PAUSE_SECONDS, Worker, commit, version_of, worker
+from .compare import PAUSE_SECONDS, Worker, circumstances, take_turns, worker
 from .training_worker import CONTENDERS, OURS
 
 EXAMPLE = "python -m benchmarks.training --network resnet20 --batch 128 --steps 4 --rounds 7"
@@ -34,13 +30,7 @@ MOST_LOAD = 0.25  # a core's, over the minute before
 def main() -> None:
     """Run the benchmark."""
     arguments = parser().parse_args()
-    result = compare(arguments)
-    if arguments.out:
-        cli.write_result(arguments.out, result)
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        show(result)
+    cli.report(compare(arguments), show, out=arguments.out, as_json=arguments.json)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=cli.positive, default=128, metavar="N", help="(default: 128)")
     p.add_argument("--steps", type=cli.positive, default=4, metavar="N", help="in a turn (default: 4)")
     p.add_argument("--rounds", type=cli.positive, default=7, metavar="N", help="(default: 7)")
-    p.add_argument("--bfloat16", action="store_true", help="compute in bfloat16, all of them")
+    p.add_argument("--bfloat16", action="store_true", help="all contenders compute in bfloat16")
     p.add_argument(
         "--beside", nargs="+", choices=others, default=["torch eager"], metavar="NAME", help=", ".join(others)
     )
@@ -69,7 +59,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             workers[name] = stack.enter_context(worker(name, *task, module="benchmarks.training_worker"))
             if workers[name].ask() != "ready":
                 raise SystemExit(f"error: {name} did not start: {workers[name].last_words()}")
-        seconds = take_turns(workers, arguments.rounds)
+        seconds = take_turns(workers, lambda _: "turn", arguments.rounds, warm_up=1, pause=PAUSE_SECONDS)
     images = arguments.batch * arguments.steps
     rows = []
     for name, times in seconds.items():
@@ -86,32 +76,15 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
         "load": load,
         "not_valid": doubts(load, {row["contender"]: row["spread"] for row in rows if "spread" in row}),
-        "machine": device_name(),
-        "versions": cli.versions() | {"torch": version_of("torch")},
-        "commit": commit(),
-        "date": datetime.now(UTC).date().isoformat(),
+        **circumstances(("torch",)),
     }
 
 
 def doubts(load: float, spreads: dict[str, float]) -> list[str]:
-    """Return why the figures are not valid; empty where they are."""
+    """Return the reasons why the figures are not valid; empty if they are."""
     found = [f"the machine had other work: a load of {load:.2f} a core"] if load > MOST_LOAD else []
     wide = [f"the ratio to {name} spreads by {value:.0%}" for name, value in spreads.items() if value > MOST_SPREAD]
     return found + wide
-
-
-def take_turns(workers: dict[str, Worker], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of every turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
-    order, random = list(workers), np.random.default_rng(0)
-    for i in range(-1, rounds):
-        random.shuffle(order)
-        for name in order:
-            time.sleep(PAUSE_SECONDS)
-            took = workers[name].ask("turn")
-            if i >= 0:
-                seconds[name].append(took)
-    return seconds
 
 
 def show(result: dict[str, Any]) -> None:

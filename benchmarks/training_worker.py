@@ -1,4 +1,4 @@
-"""One contender of ``benchmarks.training`` in a process of its own: answers every line with the seconds of one turn."""
+"""One contender of ``benchmarks.training`` in a process of its own: each line of standard input times one turn."""
 
 import functools
 import importlib
@@ -25,7 +25,7 @@ PEAK, DECAY, SMOOTHING = 0.1, 5e-4, 0.1
 
 
 class Task(NamedTuple):
-    """What all contenders are given."""
+    """The input of every contender."""
 
     network: str
     batch: int
@@ -36,13 +36,13 @@ class Task(NamedTuple):
 
 
 def main() -> None:
-    """Serve the parent."""
+    """Answer the parent process, a line of JSON for each turn."""
     name, network, batch, steps, bfloat16 = sys.argv[1:]
     answers = answers_descriptor()
     n, random = int(batch) * int(steps), np.random.default_rng(0)
     images, labels = random.integers(0, 256, (n, 32, 32, 3), np.uint8), random.integers(0, 10, n, np.int32)
     turn = CONTENDERS[name](Task(network, int(batch), int(steps), bfloat16 == "1", images, labels))
-    turn()  # compiles, and warms up
+    turn()  # compiles and warms up
     print(json.dumps("ready"), file=answers)
     for _ in sys.stdin:
         began = time.perf_counter()
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _ours(task: Task) -> Callable[[], None]:
-    """Return an epoch of ``train.base``, whose rows are just those of one turn."""
+    """Return an epoch of ``train.base`` on the images of one turn."""
     training = {
         "epochs": 1000,
         "batch": task.batch,
@@ -78,14 +78,14 @@ def _ours(task: Task) -> Callable[[], None]:
 
     def turn() -> None:
         nonlocal state
-        state, said = program(state, *arrays)
-        jax.block_until_ready(said)
+        state, metrics = program(state, *arrays)
+        jax.block_until_ready(metrics)
 
     return turn
 
 
 def _torch(task: Task, *, channels_last: bool, compiled: bool) -> Callable[[], None]:
-    """Return the plain loop: what PyTorch's own tutorial does, on batches that are ready in memory."""
+    """Return the loop of PyTorch's own tutorial, on batches in memory."""
     torch = importlib.import_module("torch")
     build = importlib.import_module("benchmarks.torch_network").build
     torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -1,7 +1,8 @@
-"""One contender in a process of its own, driven by lines on standard input: thread pools would disturb one another.
+"""One contender of ``benchmarks.compare`` in a process of its own, because thread pools would disturb one another.
 
-``time START SIZE CALLS`` answers with the milliseconds of each of CALLS batches, from image START on; ``answers`` with
-the class of every image and the peak memory. Answers are lines of JSON on the descriptor that standard output was.
+It reads commands from standard input: ``time START SIZE CALLS`` returns the milliseconds of each of CALLS batches, from
+image START on; ``answers`` returns the class of every image and the peak memory. Answers are lines of JSON on the
+original standard output.
 """
 
 import functools
@@ -26,7 +27,7 @@ CHUNK = 128
 
 
 def main() -> None:
-    """Serve the parent."""
+    """Answer the parent process."""
     name, bundle, network, weights, rows = sys.argv[1:]
     answers = answers_descriptor()
     config = build_config(gati_jax.load_bundle(bundle).provenance.config)
@@ -40,7 +41,7 @@ def main() -> None:
                 start, size, calls = map(int, numbers)
                 wanted = [range(start + i * size, start + (i + 1) * size) for i in range(calls)]
                 batches = [np.ascontiguousarray(np.take(images, rows, axis=0, mode="wrap")) for rows in wanted]
-                predict(batches[0])  # memory is cold after the others' turns
+                predict(batches[0])  # the processor's caches are cold after the other turns
                 print(json.dumps([milliseconds(predict, batch) for batch in batches]), file=answers)
             else:
                 chunks = [predict(images[i : i + CHUNK]).argmax(-1) for i in range(0, len(images), CHUNK)]
@@ -48,14 +49,14 @@ def main() -> None:
 
 
 def answers_descriptor() -> TextIO:
-    """Return what standard output was; from now on it is standard error, for libraries print."""
+    """Return standard output for the answers, and redirect what libraries print to standard error."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     return answers
 
 
 def task_of(bundle: Path, config: Config, network: str, weights: Path, folder: Path) -> Task:
-    """Return what a contender is given."""
+    """Return the input of a contender."""
     load = functools.partial(data.load, config.data.name, data_dir=config.data.dir)
     return Task(
         bundle=bundle,
@@ -72,20 +73,20 @@ def task_of(bundle: Path, config: Config, network: str, weights: Path, folder: P
 
 def milliseconds(predict: Predict, batch: np.ndarray) -> float:
     """Time one call."""
-    began = time.perf_counter()
+    started = time.perf_counter()
     predict(batch)
-    return (time.perf_counter() - began) * 1e3
+    return (time.perf_counter() - started) * 1e3
 
 
 def peak_mib() -> float | None:
-    """Return the most memory that this process has held; ``ru_maxrss`` would begin with the parent's."""
+    """Return this process's peak memory; ``ru_maxrss`` would include the parent's."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
 def normalization_of(network: str, config: Config) -> Normalization:
-    """Return how the inputs of a network are normalised: the bundle's config knows its small networks', too."""
+    """Return a network's normalisation; the bundle's config also has those of its small networks."""
     small = next((small for small in config.fit.networks if small.network == network), None)
     return small.normalize(config.base) if small and network != config.base.network else config.base.normalize()
 

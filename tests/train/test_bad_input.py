@@ -15,8 +15,8 @@ import pytest
 from gati_jax import data
 from gati_jax.models import export_state_dict, init, resnet
 from tests.train.one_pass import DIGITS, FREEZE, ROOT, SPLITS, evaluate_arguments
-from tests.train.written_results import freeze as freeze_result
-from tests.train.written_results import reproduction as reproduction_result
+from tests.train.reproduce.written_results import freeze as freeze_result
+from tests.train.reproduce.written_results import reproduction as reproduction_result
 from train import base, caches, cli, evaluate
 from train.reproduce import freeze, page, run
 

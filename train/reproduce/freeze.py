@@ -1,19 +1,15 @@
 """Run Freeze Inference's protocol twice, as published and with clean splits: DIR/freeze.json.
 
 As published, thresholds come from images that the base was trained on; then from images that it has not seen. Key
-networks and points are shared, so the difference is the thresholds' doing.
+networks and points are the same in both, so the results differ by the thresholds alone.
 """
 
 import dataclasses
 import functools
-import json
 import logging
-import sys
 import time
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,11 +19,10 @@ from gati_jax import Chain, FitConfig, FreezeConfig, Head, ReplayTable, data
 from gati_jax.caches import MIB, Conv, FullyConnected, LinearSelector, Pool, memory_report, published_memory
 from gati_jax.fitting import Candidates
 from gati_jax.planning import replay_plan
-from gati_jax.profiling import device_name
 from train import cli, zoo
 from train.caches import read_base
-from train.reproduce import published
 
+from . import published, results
 from .freeze_config import FreezeExperiment
 from .policies import zero_error_thresholds
 
@@ -36,6 +31,7 @@ EXAMPLE = (
     " --data.dir ../shared/data/tfds --base.weights ../shared/data/weights/resnet18-cifar10.safetensors"
 )
 PAPER_BLOCKS = [(32 // 2**i, 32 // 2**i, 64 * 2**i) for i in range(4) for _ in range(2)]
+THRESHOLD_SPLITS = ("seen", "clean")
 _log = logging.getLogger("train.reproduce.freeze")  # not __name__, which is "__main__"
 
 
@@ -49,12 +45,17 @@ def main(argv: list[str] | None = None) -> None:
     parts = {name: data.load(config.data.name, rows, config.data.dir) for name, rows in splits.items()}
     config = config.model_copy(update={"base": zoo.completed_base(config.base)})
     chain = read_base(config.base)
+    trained_on = [data.Rows.parse(part) for part in config.data.base_trained_on]
+    base_saw = {
+        name: any(data.Rows.parse(splits[name]).overlaps(part) for part in trained_on) for name in THRESHOLD_SPLITS
+    }
 
     # --- The protocol -----------------------------------------------------------------------------------------------
     started = time.perf_counter()
-    result = freeze_protocol(
+    outcome = freeze_protocol(
         chain,
         parts,
+        base_saw,
         freeze=config.freeze.build(),
         fit=config.fit.build(config.seed),
         behind_last=config.freeze.behind_last,
@@ -63,61 +64,50 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     # --- Result -----------------------------------------------------------------------------------------------------
-    for name, protocol in result["protocols"].items():
-        rows = data.Rows.parse(splits[name])
-        trained_on = [data.Rows.parse(part) for part in config.data.base_trained_on]
-        protocol["base_saw_thresholds"] = any(rows.overlaps(part) for part in trained_on)
-    result = {
-        "dataset": config.data.name,
-        "network": config.base.network,
-        "splits": splits,
-        **result,
-        "published": published.FREEZE,
-        "published_memory": [{**row._asdict(), "mb": row.mb} for row in published_memory(PAPER_BLOCKS)],
-        "seconds": time.perf_counter() - started,
-        "device": device_name(),
-        "command": sys.argv,
-        "config": config.model_dump(mode="json"),
-        "versions": cli.versions(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    cli.write_result(arguments.out / "freeze.json", result)
-    if arguments.json:
-        print(json.dumps(result))
-    else:
+    result = results.Freeze(
+        **results.describe_run(config.data, config.base),
+        **dict(outcome),
+        seconds=time.perf_counter() - started,
+        config=config.model_dump(mode="json"),
+    )
+    path = arguments.out / "freeze.json"
+
+    def show_all(_: cli.Result) -> None:
         show(result)
-        print(f"written: {arguments.out / 'freeze.json'}")
+        print(f"written: {path}")
+
+    cli.report(result.model_dump(mode="json"), show_all, out=path, as_json=arguments.json)
 
 
 def freeze_protocol(
     chain: Chain,
     parts: Mapping[str, data.Dataset],
+    base_saw: Mapping[str, bool],
     *,
     freeze: FreezeConfig,
     fit: FitConfig,
     behind_last: bool = True,
     predictors: bool = False,
     checkpoint: Path | None = None,
-) -> dict[str, Any]:
-    """Build caches, set thresholds on two splits, serve.
+) -> results.FreezeOutcome:
+    """Build caches, set thresholds on two splits, and replay the requests under both.
 
     Args:
         chain: The base, of N blocks.
         parts: The splits "build", "seen", "clean" and "serve".
+        base_saw: Whether the base was trained on "seen", and on "clean".
         freeze: Which caches.
         fit: How key networks are trained.
         behind_last: Whether there is a cache behind block N, too.
         predictors: Whether the paper's FC, Pool and Conv are trained as well; FC's hidden layers are the keys then.
         checkpoint: Folder for an interrupted fit.
-
-    Returns:
-        For "seen" and "clean", and for each kind of cache, what ``served`` says; agreement of every cache; the oracle;
-        memory.
     """
     base = with_exit_behind_last(chain) if behind_last else chain
+
+    # --- Fit --------------------------------------------------------------------------------------------------------
     started = time.perf_counter()
     learned = paper_predictors(base, parts, freeze, fit, checkpoint) if predictors else None
-    heads = None if learned is None else learned.take([c.name for c in learned if c.name.startswith("fc@")])
+    heads = None if learned is None else learned.take(_names(learned, "fc"))
     candidates = gati_jax.fit_freeze(
         base,
         parts["build"].images,
@@ -129,54 +119,43 @@ def freeze_protocol(
     )
     fit_seconds = time.perf_counter() - started
     _log.info("fitted %d caches in %.0f s", len(candidates), fit_seconds)
+
+    # --- Replay -----------------------------------------------------------------------------------------------------
     started = time.perf_counter()
     tables = {}
-    for name in ("seen", "clean", "serve"):
+    for name in (*THRESHOLD_SPLITS, "serve"):
         tables[name] = gati_jax.replay(base, candidates, parts[name].images, labels=parts[name].labels)
         _log.info("%s: replayed %d requests", name, len(tables[name]))
-    return {
-        **said_of_caches(candidates, tables, freeze.kinds, blocks=len(chain)),
-        "base": {"accuracy": _accuracy(tables["serve"].answers, tables["serve"].labels), "bytes": base.bytes},
-        "predictors": {} if learned is None else agreement_of(base, learned, parts["serve"].images),
-        "epochs": candidates.epochs,
-        "fit_seconds": fit_seconds,
-        "replay_seconds": time.perf_counter() - started,
+
+    # --- Results ----------------------------------------------------------------------------------------------------
+    blocks, requests = len(chain), tables["serve"]
+    names: dict[results.Kind, list[str]] = {
+        kind: _names(candidates, kind) for kind in results.KINDS if kind in freeze.kinds
     }
-
-
-def said_of_caches(
-    candidates: Candidates, tables: Mapping[str, ReplayTable], kinds: Sequence[str], *, blocks: int
-) -> dict[str, Any]:
-    """Say of every kind of cache what the replays say.
-
-    Args:
-        candidates: The caches, named after their kind.
-        tables: Replays of "seen", "clean" and "serve".
-        kinds: Of the caches.
-        blocks: N, of the base.
-    """
-    names = {kind: [c.name for c in candidates if c.name.startswith(kind)] for kind in kinds}
-    requests = {kind: tables["serve"].take(own) for kind, own in names.items()}
-    return {
-        "blocks": blocks,
-        "n": len(tables["serve"]),
-        "protocols": {
-            split: {kind: served(tables[split].take(own), requests[kind], blocks) for kind, own in names.items()}
-            for split in ("seen", "clean")
-        },
-        "caches": {
-            kind: [
-                {"exit": site, "agreement": agreement}
-                for site, agreement in zip(table.sites, table.agrees.mean(1).tolist(), strict=True)
-            ]
-            for kind, table in requests.items()
-        },
-        "oracle": {kind: oracle(table, blocks) for kind, table in requests.items()},
-        "memory": {
-            kind: [{**row._asdict(), "total": row.total} for row in memory_report(candidates.take(own))]
-            for kind, own in names.items()
-        },
+    own: dict[results.Kind, ReplayTable] = {kind: requests.take(those) for kind, those in names.items()}
+    protocols = {
+        split: results.Protocol(
+            **{kind: served(tables[split].take(names[kind]), own[kind], blocks) for kind in names},
+            base_saw_thresholds=base_saw[split],
+        )
+        for split in THRESHOLD_SPLITS
     }
+    return results.FreezeOutcome(
+        blocks=blocks,
+        n=len(requests),
+        protocols=results.Protocols(**protocols),
+        agreement={kind: _by_site(table) for kind, table in own.items()},
+        oracle={kind: oracle(table, blocks) for kind, table in own.items()},
+        memory={
+            kind: tuple(results.Memory.model_validate(row) for row in memory_report(candidates.take(those)))
+            for kind, those in names.items()
+        },
+        base=results.FreezeBase(accuracy=_accuracy(requests.answers, requests), bytes=base.bytes),
+        predictors={} if learned is None else predictor_agreement(base, learned, parts["serve"].images),
+        epochs=candidates.epochs,
+        fit_seconds=fit_seconds,
+        replay_seconds=time.perf_counter() - started,
+    )
 
 
 def paper_predictors(
@@ -187,24 +166,29 @@ def paper_predictors(
     checkpoint: Path | None,
 ) -> Candidates:
     """Train the paper's three predictors at every site, in one pass."""
-    kinds = {"fc": functools.partial(FullyConnected, hidden=freeze.key_units), "pool": Pool, "conv": Conv}
-    heads = [Head(name=name, predictor=kind, selector=LinearSelector()) for name, kind in kinds.items()]
+    specs = {"fc": functools.partial(FullyConnected, hidden=freeze.key_units), "pool": Pool, "conv": Conv}
+    heads = [Head(name=name, predictor=spec, selector=LinearSelector()) for name, spec in specs.items()]
     return gati_jax.fit(
         chain, parts["build"].images, select=parts["clean"].images, heads=heads, config=fit, checkpoint=checkpoint
     )
 
 
-def agreement_of(chain: Chain, candidates: Candidates, images: np.ndarray) -> dict[str, dict[str, float]]:
-    """Return the share of requests on which each predictor agrees with the base: by kind and site."""
+def predictor_agreement(chain: Chain, candidates: Candidates, images: np.ndarray) -> dict[str, dict[int, float]]:
+    """Return the share of requests on which each predictor agrees with the base, by the predictor's name and site."""
     table = gati_jax.replay(chain, candidates, images)
-    found: dict[str, dict[str, float]] = {}
-    for name, site, share in zip(table.names, table.sites, table.agrees.mean(1).tolist(), strict=True):
-        found.setdefault(name.partition("@")[0], {})[str(site)] = share
-    return found
+    return {name: _by_site(table.take(_names(candidates, name))) for name in published.PREDICTORS}
+
+
+def _names(candidates: Candidates, head: str) -> list[str]:
+    return [c.name for c in candidates if c.name.startswith(f"{head}@")]
+
+
+def _by_site(table: ReplayTable) -> dict[int, float]:
+    return dict(zip(table.sites, table.agrees.mean(1).tolist(), strict=True))
 
 
 def with_exit_behind_last(chain: Chain) -> Chain:
-    """Return the same base with an idle block in the end: what enters it is what leaves block N."""
+    """Append an idle block to the base: its input is the output of block N."""
     blocks, params = (*chain.blocks, _idle), (*chain.params[:-1], (), chain.params[-1])
     return dataclasses.replace(chain, blocks=blocks, params=params, network=None)
 
@@ -214,8 +198,8 @@ def _idle(params: object, x: jax.Array) -> jax.Array:
     return x
 
 
-def served(thresholds_from: ReplayTable, requests: ReplayTable, blocks: int) -> dict[str, Any]:
-    """Set zero-error thresholds on one table, and say what they do to the requests of another.
+def served(thresholds_from: ReplayTable, requests: ReplayTable, blocks: int) -> results.Served:
+    """Set zero-error thresholds on one table, and replay the requests of another under them.
 
     Args:
         thresholds_from: Replay of the split that sets them.
@@ -224,66 +208,70 @@ def served(thresholds_from: ReplayTable, requests: ReplayTable, blocks: int) -> 
     """
     thresholds = zero_error_thresholds(thresholds_from)
     outcome = replay_plan(requests, thresholds)
-    at = np.array([*requests.sites, blocks + 1])[outcome.exits]  # exit N may be a cache: the base comes behind it
+    sites = np.array([*requests.sites, blocks + 1])[
+        outcome.exits
+    ]  # a cache may stand behind block N: the base is N + 1
     exits = []
-    for i, exit_ in enumerate((*requests.sites, None)):
+    for i, (name, threshold) in enumerate(zip((*requests.sites, "base"), (*thresholds, np.inf), strict=True)):
         here = outcome.exits == i
         exits.append(
-            {
-                "exit": "base" if exit_ is None else exit_,
-                "hits": int(here.sum()),
-                "hit_rate": float(here.mean()),
-                "agreement": float(1 - outcome.disagrees[here].mean()) if here.any() else None,
-                "threshold": None if exit_ is None or not np.isfinite(thresholds[i]) else float(thresholds[i]),
-            }
+            results.ExitResult(
+                exit=name,
+                hits=int(here.sum()),
+                hit_rate=float(here.mean()),
+                agreement=float(1 - outcome.disagrees[here].mean()) if here.any() else None,
+                threshold=float(threshold) if np.isfinite(threshold) else None,
+            )
         )
-    return {
-        "n_thresholds": len(thresholds_from),
-        "exits": exits,
-        "half_share": float((at <= blocks / 2).mean()),
-        "before_last_block_share": float((at < blocks).mean()),
-        "before_output_share": float((at <= blocks).mean()),
-        "agreement": 1 - outcome.disagreement,
-        "accuracy": _accuracy(outcome.classes, requests.labels),
-        "blocks_mean": float(np.minimum(at, blocks).mean()),
-    }
+    return results.Served(
+        n_thresholds=len(thresholds_from),
+        exits=tuple(exits),
+        half_share=float((sites <= blocks / 2).mean()),
+        before_last_block_share=float((sites < blocks).mean()),
+        before_output_share=float((sites <= blocks).mean()),
+        agreement=1 - outcome.disagreement,
+        accuracy=_accuracy(outcome.classes, requests),
+        blocks_mean=float(np.minimum(sites, blocks).mean()),
+    )
 
 
-def oracle(requests: ReplayTable, blocks: int) -> dict[str, float]:
+def oracle(requests: ReplayTable, blocks: int) -> results.Half:
     """Return what a selector that knows when a cache is right would save."""
     right = np.vstack([requests.agrees, np.ones((1, len(requests)), bool)])
-    at = np.array([*requests.sites, blocks + 1])[right.argmax(0)]
-    return {"half_share": float((at <= blocks / 2).mean()), "blocks_mean": float(np.minimum(at, blocks).mean())}
+    sites = np.array([*requests.sites, blocks + 1])[right.argmax(0)]
+    return results.Half(
+        half_share=float((sites <= blocks / 2).mean()), blocks_mean=float(np.minimum(sites, blocks).mean())
+    )
 
 
-def _accuracy(classes: np.ndarray, labels: np.ndarray | None) -> float | None:
-    return None if labels is None else float((classes == labels).mean())
+def _accuracy(classes: np.ndarray, requests: ReplayTable) -> float | None:
+    return None if requests.labels is None else float((classes == requests.labels).mean())
 
 
-def show(result: dict[str, Any]) -> None:
+def show(result: results.Freeze) -> None:
     """Print the tables."""
+    protocols = dict(result.protocols)
+    rows, tables = [], []
+    for split, protocol in protocols.items():
+        where = result.splits[split]
+        seen = ", seen by the base" if protocol.base_saw_thresholds else ""
+        for kind in result.memory:
+            own, theirs = getattr(protocol, kind), published.FREEZE[kind]
+            keys = ("half_share", "before_output_share", "agreement")
+            shares = [_share(value) for key in keys for value in (getattr(own, key), theirs[key])]
+            rows.append((kind, f"{where}{seen}", *shares))
+            exits = [(e.exit, e.hits, _share(e.hit_rate), _share(e.agreement)) for e in own.exits]
+            tables.append((f"{kind}, thresholds from {where}", ("exit", "hits", "share", "agreement"), exits))
     columns = ("cache", "thresholds from", "half saved", "published", "before output", "published", "agreement")
-    rows = []
-    for split, protocol in result["protocols"].items():
-        for kind in result["memory"]:
-            found, theirs = protocol[kind], published.FREEZE[kind]
-            where = f"{result['splits'][split]}{', seen by the base' if protocol['base_saw_thresholds'] else ''}"
-            half, out = (found[key] for key in ("half_share", "before_output_share"))
-            own = (_share(half), _share(theirs["half_share"]), _share(out), _share(theirs["before_output_share"]))
-            rows.append((kind, where, *own, _share(found["agreement"]), _share(theirs["agreement"])))
-    cli.show(f"{result['network']} on {result['dataset']}, {result['n']} requests", (*columns, "published"), rows)
-    for split, protocol in result["protocols"].items():
-        for kind in result["memory"]:
-            exits = protocol[kind]["exits"]
-            rows = [(e["exit"], e["hits"], _share(e["hit_rate"]), _share(e["agreement"])) for e in exits]
-            cli.show(f"{kind}, thresholds from {result['splits'][split]}", ("exit", "hits", "share", "agreement"), rows)
-    rows = [
-        (kind, *(f"{sum(row[key] for row in memory) / MIB:.1f}" for key in ("key_network", "points", "total")))
-        for kind, memory in result["memory"].items()
+    cli.show(f"{result.network} on {result.dataset}, {result.n} requests", (*columns, "published"), rows)
+    for title, heads, exits in tables:
+        cli.show(title, heads, exits)
+    memory = [
+        (kind, *(f"{sum(getattr(row, key) for row in own) / MIB:.1f}" for key in ("key_network", "points", "total")))
+        for kind, own in result.memory.items()
     ]
-    cli.show("Memory of all caches, MB of 2^20 bytes", ("cache", "key networks", "points", "total"), rows)
-    paper = result["published_memory"]
-    rows = [(r["what"], r["published_mb"] or "-", f"{r['mb']:.2f}", r["arithmetic"]) for r in paper]
+    cli.show("Memory of all caches, MB of 2^20 bytes", ("cache", "key networks", "points", "total"), memory)
+    rows = [(r.what, r.published_mb or "-", f"{r.mb:.2f}", r.arithmetic) for r in published_memory(PAPER_BLOCKS)]
     cli.show("The paper's memory, MB of 2^20 bytes", ("", "published", "by arithmetic", "which is"), rows)
 
 

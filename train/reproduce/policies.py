@@ -1,11 +1,11 @@
-"""Other people's rules for leaving early, on the same predictors: what composed plans are compared with.
+"""Early-exit rules from other papers on the same predictors, which composed plans are compared with.
 
-A policy turns the logits of one kind of head at every site into the table that any plan is judged on: a class and a
-score for each request at each site. All of them leave at the first site whose score reaches one threshold that all
-sites share, as their papers do; ``shared_threshold_plan`` lays the path of that threshold.
+A policy turns the logits of one kind of head at every site into a replay table: a class and a score for each request
+at each site. Requests leave at the first site whose score reaches a threshold that all sites share, as in the papers;
+``shared_threshold_plan`` lowers it step by step.
 
-Two policies need nothing of their own here. Zero Time Waste (arXiv:2106.05409) is ``max_probability`` on cascaded
-heads, whose logits are the geometric ensemble already. The paper's selector is what ``replay`` scored.
+Two policies need no score of their own. Zero Time Waste (arXiv:2106.05409) is ``max_probability`` on cascaded heads,
+whose logits are the geometric ensemble already. The paper's selector is what ``replay`` scored.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.special import logsumexp
+from scipy.special import log_softmax, logsumexp
 
 import gati_jax
 from gati_jax import Candidate, Certificate, CostTable, InputError, Plan, ReplayTable
@@ -29,20 +29,20 @@ STEPS = 400  # of a path: each moves a quarter of a percent of the scores
 def max_probability(logits: Logits) -> Float[np.ndarray, "sites n"]:
     """Return the log-odds of the largest probability (Shallow-Deep Networks, arXiv:1810.07052).
 
-    Of the order of the probability itself, but it does not saturate in float32.
+    They order requests as the probability does, but do not saturate in float32.
     """
     ordered = np.sort(logits.astype(np.float64), axis=-1)
     return ordered[..., -1] - logsumexp(ordered[..., :-1], axis=-1)
 
 
 def negative_entropy(logits: Logits) -> Float[np.ndarray, "sites n"]:
-    """Return the entropy's negative (BranchyNet, arXiv:1709.01686)."""
-    log_p = logits.astype(np.float64) - logsumexp(logits.astype(np.float64), axis=-1, keepdims=True)
+    """Return the negative entropy of the probabilities (BranchyNet, arXiv:1709.01686)."""
+    log_p = log_softmax(logits.astype(np.float64), axis=-1)
     return (np.exp(log_p) * log_p).sum(-1)
 
 
 def patience(logits: Logits) -> Float[np.ndarray, "sites n"]:
-    """Return how many sites in a row, before this one, said what this one says (PABEE, arXiv:2006.04152)."""
+    """Return how many sites in a row, just before this one, gave this one's class (PABEE, arXiv:2006.04152)."""
     classes = logits.argmax(-1)
     count = np.zeros(classes.shape)
     for site in range(1, len(classes)):
@@ -57,12 +57,15 @@ POLICIES: dict[str, Score] = {
 }
 
 
+# --- Thresholds -----------------------------------------------------------------------------------------------------
+
+
 def policy_table(table: ReplayTable, logits: Logits, score: Score) -> ReplayTable:
-    """Return the table that a policy would leave by.
+    """Return the classes and scores by which a policy lets requests leave.
 
     Args:
-        table: Of one candidate at each site, in order.
-        logits: Theirs.
+        table: Replay of one candidate at each site, in order.
+        logits: Those candidates' logits.
         score: The policy's.
     """
     classes: Int[np.ndarray, "sites n"] = logits.argmax(-1)
@@ -70,7 +73,7 @@ def policy_table(table: ReplayTable, logits: Logits, score: Score) -> ReplayTabl
 
 
 def shared_threshold_plan(table: ReplayTable, costs: CostTable, *, epsilon: float) -> Plan:
-    """Lay the path of a threshold that all sites share, from never leaving to where more than epsilon disagree.
+    """Lower one threshold for all sites, from "no request leaves" to where more than epsilon of them disagree.
 
     Args:
         table: Replay of the select split, one candidate at each site, in order.
@@ -80,14 +83,17 @@ def shared_threshold_plan(table: ReplayTable, costs: CostTable, *, epsilon: floa
     ranked = np.unique(table.scores[table.scores > -np.inf])[::-1]
     levels = ranked[np.unique(np.linspace(0, len(ranked) - 1, min(len(ranked), STEPS)).astype(int))]
     m = len(table.names)
-    path, disagreement = [np.full(m, np.inf, np.float32)], [0.0]
+    path = [np.full(m, np.inf, np.float32)]
     for level in levels:
         thresholds = np.full(m, level, np.float32)
-        disagrees = replay_plan(table, thresholds).disagreement
-        if disagrees > epsilon:
+        if replay_plan(table, thresholds).disagreement > epsilon:
             break
         path.append(thresholds)
-        disagreement.append(disagrees)
+    return _plan(table, costs, path)
+
+
+def _plan(table: ReplayTable, costs: CostTable, path: Sequence[Float[np.ndarray, " candidates"]]) -> Plan:
+    """Return the plan of a path of thresholds."""
     return Plan(
         names=table.names,
         sites=table.sites,
@@ -96,25 +102,19 @@ def shared_threshold_plan(table: ReplayTable, costs: CostTable, *, epsilon: floa
         n=len(table),
         rows=table.rows,
         origin=table.origin,
-        disagreement=np.array(disagreement),
+        disagreement=np.array([replay_plan(table, thresholds).disagreement for thresholds in path]),
         mean_ms=np.array([cascade_ms(table, thresholds, costs) for thresholds in path]),
     )
 
 
-def oracle_exits(table: ReplayTable) -> Int[np.ndarray, " n"]:
-    """Return the earliest site where any candidate says what the base says; N where none does."""
-    sites = np.asarray(table.sites)[:, None]
-    return np.where(table.agrees, sites, table.depth).min(axis=0, initial=table.depth)
-
-
 def zero_error_thresholds(table: ReplayTable) -> Float[np.ndarray, " candidates"]:
-    """Return for each candidate the next float32 above its largest score of a wrong answer.
+    """Return Freeze Inference's thresholds: for each candidate, the next float32 above its largest wrong score.
 
-    "Hit iff the confidence is greater" is thereby the house's "at or above". A candidate that was never wrong is
-    always believed: its threshold is the lowest number there is.
+    The paper's "hit if the confidence is greater" thereby becomes "at or above", as everywhere here. A candidate
+    without a wrong answer always hits: its threshold is the lowest finite float32.
 
     Args:
-        table: Of the requests on which nothing may go wrong.
+        table: Replay of the requests that set the thresholds.
 
     Raises:
         InputError: The table is empty.
@@ -127,10 +127,10 @@ def zero_error_thresholds(table: ReplayTable) -> Float[np.ndarray, " candidates"
 
 
 def freeze_plan(table: ReplayTable, costs: CostTable) -> Plan:
-    """Return the plan of one step that opens every candidate at its zero-error threshold.
+    """Return the plan of one step that turns on every candidate at its zero-error threshold.
 
     Args:
-        table: Replay of the rows that set the thresholds, one candidate at a site.
+        table: Replay of the requests that set the thresholds, one candidate at a site.
         costs: Measured times of the same base and candidates.
 
     Raises:
@@ -139,27 +139,25 @@ def freeze_plan(table: ReplayTable, costs: CostTable) -> Plan:
     if len(set(table.sites)) < len(table.sites):
         raise InputError(f"table: expected one candidate at a site, got {table.names} at {table.sites}")
     table = table.take([table.names[i] for i in np.argsort(table.sites)])
-    path = np.stack([np.full(len(table.names), np.inf, np.float32), zero_error_thresholds(table)])
-    return Plan(
-        names=table.names,
-        sites=table.sites,
-        depth=table.depth,
-        path=path,
-        disagreement=np.array([replay_plan(table, thresholds).disagreement for thresholds in path]),
-        mean_ms=np.array([cascade_ms(table, thresholds, costs) for thresholds in path]),
-        n=len(table),
-        rows=table.rows,
-        origin=table.origin,
-    )
+    return _plan(table, costs, [np.full(len(table.names), np.inf, np.float32), zero_error_thresholds(table)])
+
+
+def oracle_exits(table: ReplayTable) -> Int[np.ndarray, " n"]:
+    """Return the earliest site where any candidate agrees with the base; the table's depth where none does."""
+    sites = np.asarray(table.sites)[:, None]
+    return np.where(table.agrees, sites, table.depth).min(axis=0, initial=table.depth)
+
+
+# --- Policies with their plans --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Contestant:
-    """A policy with a plan of its own: its tables are what it would leave by on each split."""
+class PlannedPolicy:
+    """A policy, its plan, and its replay tables by split."""
 
     name: str
     heads: str
-    """Whose predictors it uses."""
+    """The predictors that it uses."""
     plan: Plan
     tables: Mapping[str, ReplayTable]
 
@@ -167,7 +165,7 @@ class Contestant:
 def logits_of(
     chain: Chain, candidates: Candidates, images: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, Float[np.ndarray, "n classes"]]]:
-    """Return what every predictor says, by split and name; candidates that differ in their selector count once."""
+    """Return every predictor's logits, by split and name; candidates that differ in their selector count once."""
     distinct = candidates.take([c.name for c in candidates if "+" not in c.name])
     names = [c.name for c in distinct]
     return {
@@ -175,56 +173,51 @@ def logits_of(
     }
 
 
-def contestants(
+def plan_policies(
     candidates: Candidates,
     tables: Mapping[str, ReplayTable],
     logits: Mapping[str, Mapping[str, Float[np.ndarray, "n classes"]]],
     costs: CostTable,
     *,
-    ours: Sequence[int],
+    default_sites: Sequence[int],
     epsilon: float,
-) -> list[Contestant]:
-    """Return every policy with the heads and sites that serve it best on the select split.
+) -> list[PlannedPolicy]:
+    """Plan every policy with the heads and sites that are fastest for it on the select split.
 
     Args:
         candidates: All that were explored.
-        tables: Replays by split: "select", "certify", "test".
+        tables: Their replays by split: "select", "certify", "test".
         logits: See ``logits_of``.
         costs: Measured times.
-        ours: The sites of the default plan; policies may use these, or all.
-        epsilon: The disagreement to be certified.
+        default_sites: The sites of the default plan; a policy is tried with these, and with all sites.
+        epsilon: The largest disagreement of the plans.
     """
-
-    def judged_by(score: Score | None, own: list[str]) -> dict[str, ReplayTable]:
-        """Return the tables of heads by a policy's score, or, for None, by their own selectors'."""
-        taken = {split: table.take(own) for split, table in tables.items()}
-        if score is None:
-            return taken
-        return {
-            split: policy_table(table, np.stack([logits[split][name] for name in own]), score)
-            for split, table in taken.items()
-        }
-
-    found = []
-    for policy, heads, score in _rules(candidates):
+    planned = []
+    for policy, heads, score in _policy_heads(candidates):
         tried = []
         for head in heads:
-            sites = sorted(c.site for c in candidates if _head(c) == head)
-            for some in {tuple(sites), tuple(site for site in sites if site in ours)} - {()}:
-                judged = judged_by(score, [f"{head}@{site}" for site in some])
-                plan = shared_threshold_plan(judged["select"], costs, epsilon=epsilon)
-                tried.append(Contestant(name=policy, heads=head, plan=plan, tables=judged))
+            sites = tuple(sorted(c.site for c in candidates if _head(c) == head))
+            for chosen in {sites, tuple(site for site in sites if site in default_sites)} - {()}:
+                names = [f"{head}@{site}" for site in chosen]
+                own = {split: table.take(names) for split, table in tables.items()}
+                if score is not None:
+                    own = {
+                        split: policy_table(table, np.stack([logits[split][name] for name in names]), score)
+                        for split, table in own.items()
+                    }
+                plan = shared_threshold_plan(own["select"], costs, epsilon=epsilon)
+                tried.append(PlannedPolicy(name=policy, heads=head, plan=plan, tables=own))
         if tried:
-            found.append(min(tried, key=lambda c: c.plan.mean_ms[-1]))
-    return found
+            planned.append(min(tried, key=lambda one: one.plan.mean_ms[-1]))
+    return planned
 
 
 def _head(candidate: Candidate) -> str:
     return candidate.name.partition("@")[0]
 
 
-def _rules(candidates: Candidates) -> list[tuple[str, list[str], Score | None]]:
-    """Return every policy with the heads that it may use, and how it scores them."""
+def _policy_heads(candidates: Candidates) -> list[tuple[str, list[str], Score | None]]:
+    """Return every policy, the heads that it may use, and its score; None stands for the heads' own selectors."""
     heads = sorted({_head(c) for c in candidates})
     cascaded = sorted({_head(c) for c in candidates if c.previous})
     single = [head for head in heads if "+" not in head and head not in cascaded]
@@ -235,44 +228,47 @@ def _rules(candidates: Candidates) -> list[tuple[str, list[str], Score | None]]:
     ]
 
 
-def certified_step(
-    contestant: Contestant, epsilon: float, delta: float, *, looks: int, base_saw_data: bool, repeats: bool
-) -> Certificate:
-    """Certify a policy's plan on the certify split, as if it were the only one of this look.
+# --- Steps ----------------------------------------------------------------------------------------------------------
 
-    That is what a user of this policy alone would do. Of all the certificates of a contest, one counts: the default
-    plan's, which was fixed before.
+
+def certify_policy(
+    policy: PlannedPolicy, epsilon: float, delta: float, *, looks: int, base_saw_data: bool, repeats: bool
+) -> Certificate:
+    """Certify a policy's plan on the certify split as if it were the only one of this look.
+
+    That is what a user of this policy alone would do. Of all these certificates only the default plan's is valid,
+    because it was fixed beforehand.
     """
-    table = contestant.tables["certify"]
+    table = policy.tables["certify"]
     return gati_jax.certify(
-        contestant.plan, table, epsilon, delta, looks=looks, base_saw_data=base_saw_data, repeats=repeats
+        policy.plan, table, epsilon, delta, looks=looks, base_saw_data=base_saw_data, repeats=repeats
     )
 
 
-def step_at_accuracy(contestant: Contestant, share: float) -> int:
-    """Return the farthest step at which the certify split keeps this share of the base's accuracy.
+def step_at_accuracy(policy: PlannedPolicy, share: float) -> int:
+    """Return the last step that keeps this share of the base's accuracy on the certify split, by one standard error.
 
-    By one standard error: of the many steps, the farthest that seems to keep it is one that was lucky. On select, where
-    the plan was composed to look well, it would be too far anyway.
+    The margin guards against the most favourable of many steps. The select split would be too optimistic in any case,
+    because the plan was composed on it.
     """
-    table = contestant.tables["certify"]
+    table = policy.tables["certify"]
     assert table.labels is not None  # noqa: S101 (the caller has checked)
     needed = share * (table.answers == table.labels)
     kept = []
-    for thresholds in contestant.plan.path:
-        spare = (replay_plan(table, thresholds).classes == table.labels) - needed
-        kept.append(spare.mean() >= spare.std() / np.sqrt(len(spare)))
+    for thresholds in policy.plan.path:
+        surplus = (replay_plan(table, thresholds).classes == table.labels) - needed
+        kept.append(surplus.mean() >= surplus.std() / np.sqrt(len(surplus)))
     return int(np.flatnonzero(kept)[-1])
 
 
-def farthest_on_test(contestant: Contestant, share: float) -> int:
-    """Return the step that keeps the accuracy on the test split itself: published gains are read off such curves."""
-    table = contestant.tables["test"]
+def last_step_on_test(policy: PlannedPolicy, share: float) -> int:
+    """Return the last step that keeps the accuracy on the test split itself, as published gains are read off."""
+    table = policy.tables["test"]
     least = share * accuracy(table.answers, table)
-    kept = [accuracy(replay_plan(table, t).classes, table) >= least for t in contestant.plan.path]
+    kept = [accuracy(replay_plan(table, thresholds).classes, table) >= least for thresholds in policy.plan.path]
     return int(np.flatnonzero(kept)[-1])
 
 
 def accuracy(classes: np.ndarray, table: ReplayTable) -> float:
-    """Return the share of right classes."""
+    """Return the share of classes that equal the table's labels."""
     return float((classes == table.labels).mean())

@@ -1,23 +1,36 @@
-"""What reproduction.json and freeze.json say, as far as the page reads it; whatever else they say is left alone."""
+"""The records of reproduction.json and freeze.json: written by ``run`` and ``freeze``, read by ``page``.
 
+A field with a default is one that older files may lack. Keys that no record has are ignored.
+"""
+
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, computed_field
 
 from gati_jax import InputError
+from gati_jax.profiling import device_name
+from train import cli
+from train.config import Base, Data
+
+from .freeze_config import FreezeData
 
 Kind = Literal["knn", "kmeans"]
+KINDS: dict[Kind, str] = {"knn": "k-NN", "kmeans": "k-means"}
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 ERRORS_SHOWN = 3
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+class Record(BaseModel):
+    """Part of a result."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", from_attributes=True, allow_inf_nan=False)
 
 
-class Run(_Part):
+class Run(Record):
     """How a result came about."""
 
     dataset: str
@@ -27,147 +40,276 @@ class Run(_Part):
     date: str
     versions: dict[str, str]
     device: str | None = None
-    """None in a freeze.json of old."""
 
 
-class Speed(_Part):
-    """A cascade and the full network, timed side by side."""
-
-    speedup: Positive
-    ideal: Positive
-    spread: float
-    cache_bytes: int
-    base_bytes: Annotated[int, Field(gt=0)]
-
-
-class Measured(_Part):
-    """The default plan's gains."""
-
-    certified: Speed
-    accurate: Speed
-    read_off_test: Speed | None = Field(None, alias="read off test")
+def describe_run(source: Data | FreezeData, base: Base) -> dict[str, Any]:
+    """Return the fields of ``Run`` for this process."""
+    return {
+        "dataset": source.name,
+        "network": base.network,
+        "splits": source.splits.model_dump(),
+        "command": tuple(sys.argv),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": cli.versions(),
+        "device": device_name(),
+    }
 
 
-class Difference(_Part):
-    """How much longer than the default plan a policy takes, with the ends of an interval."""
+class BaseResult(Record):
+    """The base network on the test requests."""
+
+    accuracy: Annotated[float, Field(gt=0, le=1)]
+
+
+# --- reproduction.json ----------------------------------------------------------------------------------------------
+
+
+class Ranked(Record):
+    """A candidate as the only cache of a cascade."""
+
+    name: str
+    site: int
+    agreement: Fraction
+    hits: Fraction
+    """Share of requests that leave at it."""
+    saved: float | None = None
+    """Share of the base's time."""
+    lookup_ms: float | None = None
+    bytes: int
+
+
+class Exploration(Record):
+    """The candidates that were fitted, the best first, and those that were not, with the reasons."""
+
+    epochs: float | None = None
+    ranking: tuple[Ranked, ...]
+    dropped: dict[str, str] = {}
+
+
+class Exits(Record):
+    """Where requests leave, and the share of the base's time that this saves; lookups are left out."""
+
+    exits: tuple[int, ...]
+    """Requests by exit: site 0, ..., the last block."""
+    saved_share: float
+
+
+class OracleResult(Exits):
+    """Every request leaves at the earliest site where any explored candidate agrees with the base."""
+
+    half_share: Fraction
+    """Share of requests that leave in the first half of the blocks."""
+
+
+class Difference(Record):
+    """How much longer than the default plan a policy takes, with a 95 % bootstrap interval."""
 
     mean_ms: float
     low_ms: float
     high_ms: float
 
+    @computed_field
+    @property
+    def ties(self) -> bool:
+        """Whether the interval contains 0."""
+        return self.low_ms <= 0 <= self.high_ms
 
-class Row(_Part):
-    """What a policy does on test."""
+
+class PolicyResult(Exits):
+    """A policy on the test requests."""
 
     policy: str
     heads: str
+    """The predictors that it uses."""
+    caches: tuple[str, ...] = ()
+    thresholds: tuple[float, ...] = ()
     mean_ms: float
     full_ms: float
-    saved_share: float
     disagreement: Fraction
     accuracy: Fraction
     slower_by: Difference
 
 
-class AccuracyGap(_Part):
-    """How much accuracy may be lost."""
+class AccuracyGap(Record):
+    """An upper bound of the accuracy lost, with confidence 1 - delta."""
 
     upper: float
     delta: float
 
 
-class Certificate(_Part):
-    """What is known of a policy beside its disagreements."""
+class PolicyCertificate(Record):
+    """The fields of a policy's ``gati_jax.Certificate`` that are reported."""
 
+    epsilon: float | None = None
+    delta: float | None = None
+    n: int | None = None
+    disagreements: int | None = None
+    step: int | None = None
+    certified: bool | None = None
+    looks: int | None = None
+    method: str | None = None
+    numerics: str | None = None
+    base_saw_data: bool | None = None
     accuracy_gap: AccuracyGap | None = None
 
 
-class Group(_Part):
+class OperatingPoint(Record):
     """All policies at one operating point, the default plan first."""
 
-    rows: Annotated[tuple[Row, ...], Field(min_length=1)]
+    rows: Annotated[tuple[PolicyResult, ...], Field(min_length=1)]
     disagreements: dict[str, tuple[int, int]] = {}
-    """Of each policy among the certify requests, and how many these are."""
-    certificates: dict[str, Certificate] = {}
+    """By policy: how many certify requests disagreed, and how many there were."""
+    certificates: dict[str, PolicyCertificate] = {}
 
 
-class BaseAccuracy(_Part):
-    """The base on test."""
+class Latency(Record):
+    """A cascade and the full network, timed side by side."""
 
-    accuracy: Annotated[float, Field(gt=0, le=1)]
+    full_ms: float | None = None
+    cascade_ms: float | None = None
+    speedup: Positive
+    ideal: Positive
+    """The speed-up if lookups took no time."""
+    spread: float
+    """Interquartile range over median of the speed-up, over rounds."""
+    requests: int | None = None
+    cache_bytes: int
+    base_bytes: Annotated[int, Field(gt=0)]
+    sites: tuple[int, ...] = ()
+
+    @property
+    def memory_share(self) -> float:
+        """The caches' bytes, as a share of the base's."""
+        return self.cache_bytes / self.base_bytes
 
 
-class Oracle(_Part):
-    """Any explored candidate, at the earliest site where one is right."""
+class Latencies(Record):
+    """The default plan's latency at each operating point."""
 
-    saved_share: float
-    half_share: Fraction
+    certified: Latency
+    accurate: Latency
+    read_off_test: Latency | None = Field(None, validation_alias=AliasChoices("read_off_test", "read off test"))
 
 
-class Reproduction(Run):
-    """reproduction.json."""
+class Comparison(Record):
+    """The default plan beside the other policies."""
 
-    base: BaseAccuracy
     epsilon: Fraction
     delta: Fraction
     looks: int | None = None
+    composition: dict[str, Any] = {}
     candidates: int
-    oracle: Oracle
-    certified: Group
-    accurate: Group
-    measured: Measured
+    oracle: OracleResult
+    certified: OperatingPoint
+    accurate: OperatingPoint
+    measured: Latencies
+
+
+class Reproduction(Run, Comparison):
+    """reproduction.json."""
+
+    base: BaseResult
+    explored: Exploration
 
     @property
     def full_ms(self) -> float:
-        """What a request takes in the base."""
+        """Milliseconds of a request in the base."""
         return self.certified.rows[0].full_ms
 
 
-class Served(_Part):
-    """What one kind of caches does with the requests."""
+# --- freeze.json ----------------------------------------------------------------------------------------------------
 
+
+class FreezeBase(Record):
+    """The base network on the requests."""
+
+    accuracy: Fraction | None
+    """None where the data has no labels."""
+    bytes: int
+
+
+class ExitResult(Record):
+    """The requests that leave at one exit."""
+
+    exit: int | Literal["base"]
+    hits: int
+    hit_rate: Fraction
+    agreement: Fraction | None
+    """None without hits."""
+    threshold: float | None
+
+
+class Served(Record):
+    """Caches of one kind on the requests, under thresholds from one split."""
+
+    n_thresholds: int | None = None
+    """Images that set the thresholds."""
+    exits: tuple[ExitResult, ...] = ()
     half_share: Fraction
+    before_last_block_share: Fraction | None = None
     before_output_share: Fraction
     agreement: Fraction
+    accuracy: Fraction | None = None
+    blocks_mean: float | None = None
 
 
-class Protocol(_Part):
-    """Every kind under thresholds from one split."""
+class Protocol(Record):
+    """Each kind of caches under thresholds from one split."""
 
     knn: Served | None = None
     kmeans: Served | None = None
     base_saw_thresholds: bool
+    """Whether the base was trained on the images that set the thresholds."""
 
 
-class Protocols(_Part):
+class Protocols(Record):
     """As published, and with clean splits."""
 
     seen: Protocol
     clean: Protocol
 
 
-class Half(_Part):
-    """What a selector that knows when a cache is right saves."""
+class Half(Record):
+    """What a selector that knows when a cache is right would save."""
 
     half_share: Fraction
+    blocks_mean: float | None = None
 
 
-class Memory(_Part):
-    """Of a cache, its key network included."""
+class Memory(Record):
+    """Bytes of one cache."""
 
+    name: str = ""
+    site: int | None = None
+    key_network: int | None = None
+    points: int | None = None
     total: int
 
 
-class Freeze(Run):
-    """freeze.json."""
+class FreezeOutcome(Record):
+    """Freeze's protocol under both splits."""
 
     n: int
+    """Requests."""
+    blocks: int | None = None
     epochs: float | None = None
+    base: FreezeBase | None = None
     protocols: Protocols
+    agreement: dict[Kind, dict[int, Fraction]] = {}
+    """Of the caches with the base, by site."""
     oracle: dict[Kind, Half]
     memory: dict[Kind, tuple[Memory, ...]]
     predictors: dict[str, dict[int, Fraction]] = {}
     """Agreement, by the paper's name of the predictor and by site."""
+    fit_seconds: float | None = None
+    replay_seconds: float | None = None
+
+
+class Freeze(Run, FreezeOutcome):
+    """freeze.json."""
+
+    seconds: float | None = None
+    config: dict[str, Any] = {}
 
 
 R = TypeVar("R", bound=Run)
@@ -177,17 +319,17 @@ def read(model: type[R], path: Path, name: str) -> R:
     """Read a result.
 
     Args:
-        model: What is to be in it.
+        model: Its record.
         path: The file.
         name: Of the argument, for the message.
 
     Raises:
-        InputError: Something else is in it.
+        InputError: The file does not hold such a record.
     """
     try:
         return model.model_validate_json(path.read_bytes())
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False)
-        said = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in errors[:ERRORS_SHOWN]]
+        found = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in errors[:ERRORS_SHOWN]]
         more = f"; and {len(errors) - ERRORS_SHOWN} more" if len(errors) > ERRORS_SHOWN else ""
-        raise InputError(f"{name}: expected a whole {name}.json, got {path}: {'; '.join(said)}{more}") from error
+        raise InputError(f"{name}: expected a whole {name}.json, got {path}: {'; '.join(found)}{more}") from error

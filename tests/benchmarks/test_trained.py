@@ -1,4 +1,4 @@
-"""The bookkeeping of training benchmarks and of what a GPU run leaves behind, by hand."""
+"""The calculations of training benchmarks, and the tables of a GPU run, by hand."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from gati_jax import InputError
 
 
 class Fake:
-    """Ready at once; then takes the seconds that it is told, one after another."""
+    """Is ready at once; its turns then take these seconds, one after another."""
 
     def __init__(self, *seconds: float) -> None:
         self.answers = ["ready", *seconds]

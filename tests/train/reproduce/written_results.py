@@ -1,4 +1,4 @@
-"""Results as ``train.reproduce`` and ``train.reproduce.freeze`` write them, with figures that are told apart."""
+"""Results as ``train.reproduce`` and ``train.reproduce.freeze`` write them, each number a different one."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ RUN = {
 
 
 def row(policy: str, mean_ms: float, exits: list[int], low_ms: float, high_ms: float) -> dict[str, Any]:
-    """What a policy does on test."""
+    """Return a policy's result on test."""
     return {
         "policy": policy, "heads": f"heads of {policy}", "mean_ms": mean_ms, "full_ms": 12.0, "saved_share": 0.4,
         "disagreement": 0.0123, "accuracy": 0.9, "exits": exits,
@@ -24,19 +24,19 @@ def row(policy: str, mean_ms: float, exits: list[int], low_ms: float, high_ms: f
 
 
 def group(first_ms: float) -> dict[str, Any]:
-    """Four policies: the second is slower than the first, the third ties, the fourth is faster."""
+    """Return four policies: the second is slower than the first, the third ties, the fourth is faster."""
     ends = ((0, 0), (0.5, 0.7), (-0.25, 0.5), (-0.75, -0.5))
     rows = [row(name, first_ms + i, [7, 2, 1], *ends[i]) for i, name in enumerate(POLICIES)]
     return {"rows": rows}
 
 
-def speed(speedup: float) -> dict[str, Any]:
-    """A gain."""
+def latency(speedup: float) -> dict[str, Any]:
+    """Return a measured gain."""
     return {"speedup": speedup, "ideal": 3.5, "spread": 0.04, "cache_bytes": int(100 * speedup), "base_bytes": 10_000}
 
 
 def reproduction() -> dict[str, Any]:
-    """reproduction.json."""
+    """Return reproduction.json."""
     ranking = [
         {"name": f"{head}@{site}", "site": site, "agreement": 0.5 + 0.1 * site, "bytes": 1000 * site, "hits": 0.2}
         for head in ("grid", "grid+linear", "conv")
@@ -55,17 +55,17 @@ def reproduction() -> dict[str, Any]:
         "oracle": {"exits": [9, 1, 0], "saved_share": 0.8, "half_share": 0.9861},
         "certified": group(7.0) | {"disagreements": {name: [18 + i, 3000] for i, name in enumerate(POLICIES)}},
         "accurate": group(5.0),
-        "measured": {"certified": speed(1.81), "accurate": speed(2.62), "read off test": speed(2.93)},
+        "measured": {"certified": latency(1.81), "accurate": latency(2.62), "read_off_test": latency(2.93)},
     }
 
 
 def served(first: float) -> dict[str, float]:
-    """What one kind of caches does."""
+    """Return the result of one kind of caches."""
     return {"half_share": first, "before_output_share": first + 0.11, "agreement": first + 0.22}
 
 
 def freeze() -> dict[str, Any]:
-    """freeze.json."""
+    """Return freeze.json."""
     return {
         **RUN,
         "splits": {"build": "train[:35000]", "seen": "train[35000:40000]", "clean": "train[45000:]", "serve": "test"},
@@ -83,5 +83,5 @@ def freeze() -> dict[str, Any]:
 
 
 def texts(svg: Path) -> set[str]:
-    """Return what is written in a drawing."""
+    """Return the texts of a drawing."""
     return {"".join(e.itertext()).strip() for e in ET.parse(svg).iter("{http://www.w3.org/2000/svg}text")}

@@ -1,4 +1,4 @@
-"""The benchmark's bookkeeping by hand, and one contender in its own process."""
+"""The benchmark's calculations by hand, and one contender in its own process."""
 
 import json
 from typing import Any
@@ -8,13 +8,13 @@ import pytest
 
 import gati_jax
 from benchmarks import compare, front, table
-from benchmarks.compare import report, take_turns, worker
+from benchmarks.compare import report, time_batches, worker
 from benchmarks.contenders import CONTENDERS
 from gati_jax import data
 
 
 class Fake:
-    """Takes as many milliseconds as it is asked for images, times its factor; remembers what it was asked."""
+    """Takes ``factor`` milliseconds for an image; keeps the commands."""
 
     def __init__(self, factor: float) -> None:
         self.factor, self.asked = factor, []
@@ -27,7 +27,7 @@ class Fake:
 
 def test_contenders_take_turns_on_the_same_images():
     one, other = Fake(1.0), Fake(3.0)
-    times = take_turns({"one": one, "other": other}, 4, 3)  # pyright: ignore[reportArgumentType] (a fake)
+    times = time_batches({"one": one, "other": other}, 4, 3)  # pyright: ignore[reportArgumentType] (a fake)
     assert one.asked == other.asked
     assert one.asked[-3:] == ["time 0 4 16", "time 64 4 16", "time 128 4 16"]  # other images every time
     np.testing.assert_array_equal(times["other"], np.full((3, 16), 12.0))
@@ -63,8 +63,8 @@ def test_a_smaller_network_needs_weights(item):
 
 def test_help_names_the_contenders_and_the_command(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "2000")  # nothing is broken at a hyphen
-    said = " ".join(compare.parser().format_help().split())
-    assert all(name in said for name in CONTENDERS)
+    text = " ".join(compare.parser().format_help().split())
+    assert all(name in text for name in CONTENDERS)
     with pytest.raises(SystemExit):
         front.main(["--help"])
     assert capsys.readouterr().out.startswith("usage: python -m benchmarks.front ")
@@ -97,7 +97,7 @@ def test_a_contender_in_its_own_process_answers_as_the_library(run):
     assert peak > 1
 
 
-def test_a_contender_that_cannot_start_says_nothing(run):
+def test_a_contender_that_cannot_start_answers_null(run):
     with worker("gati-jax cascade", str(run.folder / "nothing"), "resnet20", "unused", "5") as one:
         assert one.ask() is None
 

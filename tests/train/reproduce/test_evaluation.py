@@ -1,4 +1,4 @@
-"""Policies beside one another: edges that a whole reproduction does not meet, and steps by hand."""
+"""Policies beside one another: cases that a whole reproduction does not have, and steps by hand."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,8 @@ from gati_jax import CostTable, Plan
 from gati_jax.profiling import Tile
 from tests.fitting import tiny
 from train.reproduce import evaluation, shared_threshold_plan
-from train.reproduce.evaluation import Open, exit_times, paired
-from train.reproduce.policies import Contestant, contestants, farthest_on_test, logits_of, step_at_accuracy
+from train.reproduce.evaluation import OpenCaches, exit_times, paired_difference
+from train.reproduce.policies import PlannedPolicy, last_step_on_test, logits_of, plan_policies, step_at_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +23,14 @@ def explored():
     return chain, candidates, tables, costs, dict.fromkeys(tables, select)
 
 
-@pytest.mark.parametrize("ours", [(), (2,), (1, 2)])
-def test_policies_stand_whatever_the_default_plan_uses(explored, ours):
+@pytest.mark.parametrize("default_sites", [(), (2,), (1, 2)])
+def test_every_policy_has_a_plan_whatever_the_default_plan_uses(explored, default_sites):
     chain, candidates, tables, costs, images = explored
-    field = contestants(candidates, tables, logits_of(chain, candidates, images), costs, ours=ours, epsilon=0.3)
-    assert {c.name for c in field} >= {"max probability (SDN)", "entropy (BranchyNet)", "patience (PABEE)"}
-    assert all(set(c.plan.sites) in ({1, 2}, set(ours)) for c in field)
+    planned = plan_policies(
+        candidates, tables, logits_of(chain, candidates, images), costs, default_sites=default_sites, epsilon=0.3
+    )
+    assert {one.name for one in planned} >= {"max probability (SDN)", "entropy (BranchyNet)", "patience (PABEE)"}
+    assert all(set(one.plan.sites) in ({1, 2}, set(default_sites)) for one in planned)
 
 
 def test_only_caches_that_are_on_are_timed(explored, monkeypatch):
@@ -38,9 +40,9 @@ def test_only_caches_that_are_on_are_timed(explored, monkeypatch):
         names=names, sites=tables["test"].sites, depth=len(chain), n=4, rows=np.arange(4, dtype=np.uint64),
         path=np.array([[np.inf, np.inf], [np.inf, 0.5]]), disagreement=np.zeros(2), mean_ms=np.ones(2),
     )  # fmt: skip
-    on = Open.of(plan, 1)
+    on = OpenCaches.of(plan, 1)
     assert (on.names, on.thresholds.tolist()) == (names[1:], [0.5])
-    assert Open.of(plan, 0).names == ()
+    assert OpenCaches.of(plan, 0).names == ()
     timed = []
 
     def turns(programs, rounds):
@@ -61,33 +63,36 @@ def test_only_caches_that_are_on_are_timed(explored, monkeypatch):
     assert timed == ["base 0", "ours 0", "ours 1"]
 
 
-def test_steps_at_an_accuracy_are_the_farthest_that_keep_it(explored):
+def test_steps_at_an_accuracy_are_the_last_that_keep_it(explored):
     """On test exactly; on certify by one standard error of the difference, counted here row by row."""
     _, _, tables, costs, _ = explored
     plan = shared_threshold_plan(tables["select"], costs, epsilon=0.9)
     table = tables["test"]
-    one = Contestant(name="one", heads="", plan=plan, tables=tables)
+    policy = PlannedPolicy(name="one", heads="", plan=plan, tables=tables)
     for share in (0.5, 0.9, 0.97, 1.0):
         exact, careful = [], []
         for step, thresholds in enumerate(plan.path):
-            spare = []
+            surplus = []
             for row, answer in enumerate(table.answers):
                 hits = [i for i, t in enumerate(thresholds) if table.scores[i, row] >= t]
-                said = table.classes[hits[0], row] if hits else answer
-                spare.append(float(said == table.labels[row]) - share * float(answer == table.labels[row]))
-            if sum(spare) >= -1e-9:
+                given = table.classes[hits[0], row] if hits else answer
+                surplus.append(float(given == table.labels[row]) - share * float(answer == table.labels[row]))
+            if sum(surplus) >= -1e-9:
                 exact.append(step)
-            if np.mean(spare) >= np.std(spare) / np.sqrt(len(spare)):
+            if np.mean(surplus) >= np.std(surplus) / np.sqrt(len(surplus)):
                 careful.append(step)
-        assert farthest_on_test(one, share) == max(exact)
-        assert step_at_accuracy(one, share) == max(careful)  # step 0, the base itself, is always among them
+        assert last_step_on_test(policy, share) == max(exact)
+        assert step_at_accuracy(policy, share) == max(careful)  # step 0, the base itself, is always among them
 
 
-def test_who_takes_longer_is_told_with_an_interval():
+def test_differences_come_with_a_paired_interval():
     rng = np.random.default_rng(0)
-    ours = rng.random(2000)
-    found = paired(ours, ours + 0.1 + 0.01 * rng.standard_normal(2000))
-    assert found["low_ms"] < 0.1 < found["high_ms"]
-    assert not found["ties"]
-    assert not paired(ours, ours - 0.1)["ties"]  # faster is no tie, either
-    assert paired(ours, rng.permutation(ours))["ties"]
+    first = rng.random(2000)
+    found = paired_difference(first, first + 0.1 + 0.01 * rng.standard_normal(2000))
+    assert found.low_ms < 0.1 < found.high_ms
+    assert found.high_ms - found.low_ms < 0.002  # of the differences alone: unpaired, it would be 0.035
+    assert not found.ties
+    assert not paired_difference(first, first - 0.1).ties  # faster is no tie, either
+    assert paired_difference(first, rng.permutation(first)).ties
+    same = paired_difference(first, first)
+    assert (same.mean_ms, same.low_ms, same.high_ms, same.ties) == (0, 0, 0, True)

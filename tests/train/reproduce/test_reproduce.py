@@ -10,9 +10,10 @@ import pytest
 from scipy.stats import binom
 
 from tests.train.one_pass import Run, caches_arguments, json_of, small_and_repeatable, strict
-from tests.train.written_results import texts
+from tests.train.reproduce.written_results import texts
 from train.reproduce import evaluation, page
 from train.reproduce import run as script
+from train.reproduce.results import Latency, Reproduction
 
 HEADS = (
     '[{name = "grid", predictor = {kind = "grid", cells = 2, hidden = 8}, selectors = [{kind = "linear"}]},'
@@ -24,21 +25,23 @@ HEADS = (
 def reproduce_in(folder: Path, run: Run, *more: str) -> Any:
     options = ["--fit.heads", HEADS, "--fit.epochs", "2", "--plan.epsilon", "0.2", "--plan.memory_share", "4"]
     arguments = [*caches_arguments(run.folder), *options, "--measure_rounds", "3", "--out", str(folder), *more]
-    with small_and_repeatable(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "ROUNDS", 2)
-        patch.setattr(evaluation, "TIMED", 4)
+    with small_and_repeatable():
         return json_of(script.main, *arguments)
 
 
 @pytest.fixture(scope="module")
 def reproduced(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reproduced")
-    return folder, reproduce_in(folder, run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "ROUNDS", 2)
+        patch.setattr(evaluation, "TIMED", 4)
+        return folder, reproduce_in(folder, run)
 
 
-def test_every_policy_is_judged_on_the_same_requests(reproduced):
+def test_every_policy_is_evaluated_on_the_same_requests(reproduced):
     folder, result = reproduced
     assert result == json.loads((folder / "reproduction.json").read_text())
+    assert result == Reproduction.model_validate(result).model_dump(mode="json")
     policies = [row["policy"] for row in result["certified"]["rows"]]
     assert policies[0] == "default plan"
     assert {"max probability (SDN)", "entropy (BranchyNet)", "patience (PABEE)", "ZTW ensemble"} <= set(policies)
@@ -50,13 +53,13 @@ def test_every_policy_is_judged_on_the_same_requests(reproduced):
         assert np.isfinite(row["mean_ms"])
 
 
-def test_nobody_saves_more_than_the_oracle(reproduced):
+def test_no_policy_saves_more_than_the_oracle(reproduced):
     _, result = reproduced
     for row in result["certified"]["rows"]:
         assert row["saved_share"] <= result["oracle"]["saved_share"] + row["disagreement"] + 1e-9
 
 
-def test_what_cannot_pay_is_not_fitted(reproduced):
+def test_candidates_over_budget_are_not_fitted(reproduced):
     _, result = reproduced
     assert result["explored"]["dropped"]
     assert all(name.startswith("huge@") for name in result["explored"]["dropped"])
@@ -69,9 +72,18 @@ def test_the_first_look_at_certify_is_written_down(reproduced):
     assert (look["epsilon"], look["delta"], result["looks"]) == (0.2, 0.05, 1)
 
 
-def test_another_plan_is_a_second_look_and_pays(run, reproduced, tmp_path):
+def test_another_plan_is_a_second_look_and_tested_at_less(run, reproduced, tmp_path, monkeypatch):
     folder, first = reproduced
     again = shutil.copytree(folder, tmp_path / "again")
+    latency = Latency.model_validate(first["measured"]["certified"])
+
+    # Times are not what is tested here.
+    def unit_times(chain: Any, candidates: Any, ways: Any, *more: Any) -> Any:
+        del chain, candidates, more
+        return {name: np.ones(len(caches) + 1) for name, caches in ways.items()}
+
+    monkeypatch.setattr(script, "exit_times", unit_times)
+    monkeypatch.setattr(script, "measure_latency", lambda *_: latency)
     with pytest.warns(UserWarning, match="look 2 at this certify data"):
         second = reproduce_in(again, run, "--plan.epsilon", "0.1")
     looks = strict((again / "looks.json").read_text())["looks"]
@@ -79,12 +91,22 @@ def test_another_plan_is_a_second_look_and_pays(run, reproduced, tmp_path):
     assert looks[0]["data_fingerprint"] == looks[1]["data_fingerprint"]
     assert second["explored"]["ranking"] != []
     for disagreements, n in second["certified"]["disagreements"].values():
-        # Whoever certified anything passed at half of delta; a plan that is all off disagrees with nothing.
+        # A certified policy passed at half of delta; a plan with all caches off has no disagreements.
         assert disagreements == 0 or binom.cdf(disagreements, n, 0.1) <= 0.05 / 2
     assert {c["name"] for c in first["explored"]["ranking"]} == {c["name"] for c in second["explored"]["ranking"]}
 
 
-def test_the_composition_says_how_good_it_is_and_why_it_refuses_caches(reproduced):
+def test_certificates_bound_the_accuracy_that_is_lost(reproduced):
+    _, result = reproduced
+    certificates = result["certified"]["certificates"]
+    assert any(one["certified"] for one in certificates.values())
+    for one in certificates.values():
+        assert (one["accuracy_gap"] is not None) == one["certified"]
+        if one["certified"]:
+            assert one["accuracy_gap"]["upper"] < 1
+
+
+def test_the_composition_reports_its_gap_and_why_it_leaves_caches_out(reproduced):
     _, result = reproduced
     composition = result["composition"]
     assert set(composition) == {"gap", "proved", "grid", "nodes", "seconds", "refused"}
@@ -105,12 +127,12 @@ def test_figures_name_every_policy_and_every_head(reproduced):
     assert {f"site {row['site']}" for row in result["explored"]["ranking"]} <= texts(drawn["memory"])
 
 
-def test_the_page_says_what_was_measured(reproduced, tmp_path):
+def test_the_page_has_what_was_measured(reproduced, tmp_path):
     folder, result = reproduced
     page.main(["--reproduction", str(folder / "reproduction.json"), "--out", str(tmp_path / "page.md")])
     text = (tmp_path / "page.md").read_text()
     for row in result["certified"]["rows"]:
         assert f"| {row['policy']} | {row['heads']} | {row['mean_ms']:.2f} |" in text
     assert f"| {100 * result['oracle']['half_share']:.2f} % | [reproduce](#reproduce) |" in text
-    for name in ("certified", "accurate", "read off test"):
+    for name in ("certified", "accurate", "read_off_test"):
         assert f"| {result['measured'][name]['speedup']:.2f} (spread " in text

@@ -1,4 +1,4 @@
-"""Freeze Inference's protocol: what it says of a table that can be reckoned by hand, and the script on the digits."""
+"""Freeze Inference's protocol: a table worked out by hand, and the script on the digits."""
 
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from tests.train.one_pass import FREEZE, SMALLEST, json_of, small_and_repeatable
 from train.config import load
 from train.reproduce import freeze, page
 from train.reproduce.freeze_config import FreezeExperiment
+from train.reproduce.results import Freeze
 
-CONFIG = Path(__file__).parents[2] / "configs" / "repro_freeze_resnet18.toml"
+CONFIG = Path(__file__).parents[3] / "configs" / "repro_freeze_resnet18.toml"
 
 
 def test_the_published_experiment_loads():
@@ -47,15 +48,16 @@ def test_a_table_by_hand():
         [[6, 0, 0], [5, 4, 0], [5, 4, 9], [0, 3, 8], [0, 3, 7]],
     )
     found = freeze.served(validation, requests, blocks=4)
-    assert [e["hits"] for e in found["exits"]] == [1, 2, 1, 1]
-    assert [e["exit"] for e in found["exits"]] == [1, 2, 4, "base"]
-    assert [e["agreement"] for e in found["exits"]] == [1, 0.5, 1, 1]
-    assert found["half_share"] == 3 / 5
-    assert found["before_last_block_share"] == 3 / 5
-    assert found["before_output_share"] == 4 / 5
-    assert found["agreement"] == found["accuracy"] + 3 / 5 == 4 / 5
-    assert found["blocks_mean"] == (1 + 2 + 2 + 4 + 4) / 5
-    assert freeze.oracle(requests, blocks=4) == {"half_share": 1.0, "blocks_mean": (1 + 2 + 1 + 1 + 1) / 5}
+    assert [e.hits for e in found.exits] == [1, 2, 1, 1]
+    assert [e.exit for e in found.exits] == [1, 2, 4, "base"]
+    assert [e.agreement for e in found.exits] == [1, 0.5, 1, 1]
+    assert found.half_share == 3 / 5
+    assert found.before_last_block_share == 3 / 5
+    assert found.before_output_share == 4 / 5
+    assert (found.agreement, found.accuracy) == (4 / 5, pytest.approx(1 / 5))
+    assert found.blocks_mean == (1 + 2 + 2 + 4 + 4) / 5
+    oracle = freeze.oracle(requests, blocks=4)
+    assert (oracle.half_share, oracle.blocks_mean) == (1.0, (1 + 2 + 1 + 1 + 1) / 5)
 
 
 def test_a_cache_behind_the_last_block_sees_what_the_classifier_sees():
@@ -69,17 +71,14 @@ def test_a_cache_behind_the_last_block_sees_what_the_classifier_sees():
 
 def test_the_script_on_the_digits(tmp_path):
     (tmp_path / "digits.toml").write_text(FREEZE)
-    chain_of = gati_jax.models.init(SMALLEST, jax.random.key(0))
+    params = gati_jax.models.fold(gati_jax.models.init(SMALLEST, jax.random.key(0)))
     with small_and_repeatable(SMALLEST), pytest.MonkeyPatch.context() as patch:
-        # Initial weights: what the base answers does not matter here.
-        patch.setattr(
-            freeze,
-            "read_base",
-            lambda base: gati_jax.models.to_chain(SMALLEST, gati_jax.models.fold(chain_of), base.normalize()),
-        )
+        # Untrained weights: the base's answers do not matter here.
+        patch.setattr(freeze, "read_base", lambda base: gati_jax.models.to_chain(SMALLEST, params, base.normalize()))
         arguments = ["--config", str(tmp_path / "digits.toml"), "--out", str(tmp_path / "out")]
         result = json_of(freeze.main, *arguments)
-    blocks = len(gati_jax.models.to_chain(SMALLEST, gati_jax.models.fold(chain_of)))
+    blocks = len(gati_jax.models.to_chain(SMALLEST, params))
+    assert Freeze.model_validate(result).model_dump(mode="json") == result
     assert [result["protocols"][s]["base_saw_thresholds"] for s in ("seen", "clean")] == [True, False]
     for protocol in result["protocols"].values():
         for kind in ("knn", "kmeans"):

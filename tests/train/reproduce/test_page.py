@@ -1,4 +1,4 @@
-"""The page of a reproduction: every figure in its row, whatever was not run says so, remarks are kept."""
+"""The page of a reproduction: every figure is in its row, missing results are "not run", remarks are kept."""
 
 import json
 import re
@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.train.one_pass import ROOT
-from tests.train.written_results import POLICIES, freeze, reproduction
+from tests.train.reproduce.written_results import POLICIES, freeze, reproduction
 from train.reproduce import figures, page
+from train.reproduce.results import Freeze, Reproduction, read
 
 LINKS = {"reproduce": "[reproduce](#reproduce)", "freeze": "[freeze](#freeze)"}
 
@@ -35,7 +36,7 @@ def rows(text: str, title: str) -> list[list[str]]:
 
 
 def figure(text: str, *parts: str) -> list[str]:
-    """Return the row of the published figures that says all of this: published, ours, command, why."""
+    """Return the row of the published figures that contains all parts: published, ours, command, why."""
     (found,) = [cells for cells in rows(text, "Published figures") if all(part in " | ".join(cells) for part in parts)]
     return found[1:]
 
@@ -71,7 +72,7 @@ def test_neighbours_under_both_thresholds(tmp_path, name, published):
     assert figure(text, f"{name}: memory, MB")[1] == {"k-NN": "3", "k-means": "7"}[name]
 
 
-def test_what_no_result_says_is_not_run(tmp_path):
+def test_rows_without_a_result_are_not_run(tmp_path):
     text = write(tmp_path)
     assert {row[2] for row in rows(text, "Published figures")} == {"not run"}
     assert {row[3] for row in rows(text, "Published figures")} == {"-"}
@@ -121,31 +122,47 @@ def test_networks_that_are_not_here_stand_with_their_published_figures(tmp_path)
 
 def test_an_older_result_has_no_gain_read_off_test(tmp_path):
     result = reproduction()
-    del result["measured"]["read off test"], result["looks"], result["certified"]["disagreements"]
+    gain = result["measured"].pop("read_off_test")
+    del result["looks"], result["certified"]["disagreements"]
     text = write(tmp_path, reproduction=result)
     assert figure(text, "CPU", "read off the test curve")[1:3] == ["not run", "-"]
     assert figure(text, "certified at 2 %")[3] == "delta 0.05"
+    result["measured"]["read off test"] = gain  # the key of older results that have it
+    assert figure(write(tmp_path, reproduction=result), "read off the test curve", "CPU")[1].startswith("2.93 ")
 
 
-@pytest.mark.parametrize("script", ["reproduce", "freeze"])
-@pytest.mark.parametrize("name", ["/a/train/{}.py", "train.{}", "train/{}.py"])
-def test_commands_can_be_run_again(tmp_path, script, name):
-    result = {"reproduce": reproduction, "freeze": freeze}[script]()
-    result["command"] = [name.format(script), "--fit.heads", "[{name = 'a b'}]", "--out", "$HOME"]
-    text = write(tmp_path, **{"reproduction" if script == "reproduce" else "freeze": result})
-    said = section(text, f"{script}\n")
-    (line,) = [line for line in said.splitlines() if line.startswith("    ")]
-    assert shlex.split(line) == ["python", "-m", f"train.{script}", *result["command"][1:]]
-    assert "2026-01-02 on cpu-made-up" in said
+@pytest.mark.parametrize(
+    ("script", "name", "module"),
+    [
+        ("reproduction", "/a/train/reproduce/__main__.py", "train.reproduce"),
+        ("freeze", "/train/a/train/reproduce/freeze.py", "train.reproduce.freeze"),
+        ("freeze", "train/freeze.py", "train.freeze"),
+        ("freeze", "train.reproduce.freeze", "train.reproduce.freeze"),
+    ],
+)
+def test_commands_can_be_run_again(tmp_path, script, name, module):
+    result = {"reproduction": reproduction, "freeze": freeze}[script]()
+    result["command"] = [name, "--fit.heads", "[{name = 'a b'}]", "--out", "$HOME"]
+    found = section(write(tmp_path, **{script: result}), "reproduce\n" if script == "reproduction" else "freeze\n")
+    (line,) = [line for line in found.splitlines() if line.startswith("    ")]
+    assert shlex.split(line) == ["python", "-m", module, *result["command"][1:]]
+    assert "2026-01-02 on cpu-made-up" in found
 
 
-def test_a_result_of_old_without_a_device_is_dated(tmp_path):
+def test_an_older_result_without_a_device_is_dated(tmp_path):
     result = freeze()
     del result["device"]
-    assert "2026-01-02 on a device that it did not write down" in write(tmp_path, freeze=result)
+    assert "2026-01-02 on a device that was not recorded" in write(tmp_path, freeze=result)
 
 
-def test_figures_of_another_network_are_told_apart(tmp_path):
+@pytest.mark.parametrize(("model", "result"), [(Reproduction, reproduction()), (Freeze, freeze())])
+def test_a_record_is_read_back_as_it_was_written(tmp_path, model, result):
+    record = model.model_validate(result)
+    (tmp_path / "result.json").write_text(json.dumps(record.model_dump(mode="json")))
+    assert read(model, tmp_path / "result.json", "result") == record
+
+
+def test_figures_of_another_network_are_marked(tmp_path):
     assert "another network" not in write(tmp_path, reproduction=reproduction())
     assert "another network" in write(tmp_path, reproduction=reproduction() | {"network": "resnet20"})
 
@@ -162,7 +179,7 @@ def test_policies_are_slower_faster_or_tie(tmp_path):
     assert "The base takes 12.00 ms" in text
 
 
-def test_certificates_say_what_accuracy_may_be_lost(tmp_path):
+def test_certificates_give_the_accuracy_that_may_be_lost(tmp_path):
     result = reproduction()
     certificate = {"epsilon": 0.02, "accuracy_gap": {"upper": 0.0045, "delta": 0.05, "mean": 0.001}}
     result["certified"]["certificates"] = {POLICIES[0]: certificate, POLICIES[1]: {"accuracy_gap": None}}
@@ -201,6 +218,6 @@ def test_the_page_of_this_repository_has_all_rows_and_its_remarks(tmp_path):
     remarks = (ROOT / "docs" / "remarks" / "reproduction.md").read_text().strip()
     assert text.endswith(f"\n## Remarks\n\n{remarks}\n")
     names = [row[0] for row in rows(text, "Published figures")]
-    page_now = write(tmp_path)  # whoever adds a row writes the page anew
+    page_now = write(tmp_path)  # after a new row the page must be written again
     assert names[-16:] == [row[0] for row in rows(page_now, "Published figures")][-16:]
     assert len(names) == len(rows(page_now, "Published figures"))

@@ -1,4 +1,4 @@
-"""Other people's rules, against plain loops and SciPy."""
+"""Rules of other papers, against plain loops and SciPy."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def test_one_threshold_is_lowered_for_all_sites_until_too_many_disagree(table):
 
 
 @pytest.mark.parametrize("odd", [np.nan, -np.inf, np.inf])
-def test_scores_that_are_no_numbers_are_no_steps(make_table, make_costs, odd):
+def test_scores_that_are_not_finite_are_no_steps(make_table, make_costs, odd):
     table = make_table([[0, 0, 0, 1]], [[3, 2, odd, odd]], depth=2)
     plan = shared_threshold_plan(table, make_costs([1, 1], [0.1]), epsilon=0.5)
     largest = float(np.finfo(np.float32).max)
@@ -73,13 +73,13 @@ def test_scores_that_are_no_numbers_are_no_steps(make_table, make_costs, odd):
 def test_a_policy_keeps_the_requests_and_gives_its_own_classes(table):
     table, _ = table
     logits = np.random.default_rng(0).standard_normal((*table.scores.shape, 3)).astype(np.float32)
-    judged = policy_table(table, logits, SDN)
-    assert (judged.classes == logits.argmax(-1)).all()
-    assert (judged.rows == table.rows).all()
-    assert judged.scores.dtype == np.float32
+    scored = policy_table(table, logits, SDN)
+    assert (scored.classes == logits.argmax(-1)).all()
+    assert (scored.rows == table.rows).all()
+    assert scored.scores.dtype == np.float32
 
 
-def test_the_oracle_leaves_at_the_first_site_where_anybody_is_right(table):
+def test_the_oracle_leaves_at_the_first_site_where_any_candidate_agrees(table):
     table, _ = table
     for request, exit_ in enumerate(oracle_exits(table)):
         right = [s for s, agrees in zip(table.sites, table.agrees[:, request], strict=True) if agrees]
