@@ -215,7 +215,7 @@ def test_a_name_with_config_and_version_is_what_tfds_is_asked_for(tmp_path, tfds
     source = [{"image": np.ones((2, 2, 1), np.uint8), "label": 1}]
     splits = {"test": SimpleNamespace(num_examples=1)}
     info = SimpleNamespace(splits=splits, features={"label": SimpleNamespace(names=["a", "b"])})
-    builder, asked = SimpleNamespace(info=info, as_data_source=lambda split: source), []
+    builder, asked = SimpleNamespace(info=info, as_data_source=lambda split: source[: len(split)]), []
     monkeypatch.setattr(tfds, "builder", lambda *given, **options: asked.append((given, options)) or builder)
     (tmp_path / name.partition(":")[0]).mkdir(parents=True)
     assert data.load(name, "test", tmp_path).labels.tolist() == [1]
@@ -228,7 +228,7 @@ BAD_NAMES = ["", "../cifar10", "/cifar10", "a/../b", "a/.b", "namespace:cifar10"
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_name_that_could_be_a_path_or_code_is_refused(tmp_path, tfds, name):
     del tfds
-    with pytest.raises(InputError, match="data.name: expected digits or a TensorFlow Datasets name"):
+    with pytest.raises(InputError, match=r"data\.name: expected digits or a TensorFlow Datasets name"):
         data.load(name, "test", tmp_path)
 
 

@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     result = freeze_protocol(
         chain,
         parts,
-        freeze=config.freeze.build(),
-        fit=config.fit.build(config.seed),
+        freeze=config.freeze,
+        fit=config.fit,
         behind_last=config.freeze.behind_last,
         predictors=config.freeze.predictors,
         checkpoint=arguments.out / "checkpoints",
