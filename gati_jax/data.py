@@ -17,7 +17,8 @@ from jaxtyping import Int, Shaped, UInt64
 from .errors import InputError
 
 _SPLIT = re.compile(r"(?P<name>\w+)(\[(?P<start>\d*):(?P<stop>\d*)\])?")
-_DATASET = re.compile(r"[a-z0-9_]{1,100}(/[\w-]{1,100})?")
+DATASET_NAME = r"[a-z0-9_]{1,100}(/[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99})?(:(\d{1,9}|\*)(\.(\d{1,9}|\*)){2})?"
+"""As in TFDS: ``cifar10``, ``mnist_corrupted/identity:1.0.0``; it can neither leave a folder nor name code."""
 _SHARED_ROWS = 0.01  # more equal rows than this share are an overlap; fewer are the duplicates that real data has
 
 
@@ -119,10 +120,11 @@ def _tfds(name: str, rows: Rows, data_dir: Path | str | None) -> Dataset:
         warnings.simplefilter("ignore", DeprecationWarning)  # tfds 4.9.10 imports deprecated names of its dependencies
         import tensorflow_datasets as tfds  # noqa: PLC0415 (optional)
 
-    if not _DATASET.fullmatch(name):  # "namespace:name" would make TFDS import code, and bundles name data sets
+    if not re.fullmatch(DATASET_NAME, name):  # "namespace:name" would make TFDS import code, and bundles name data sets
         raise InputError(f"data.name: expected digits or a TensorFlow Datasets name such as cifar10, got {name!r}")
-    if data_dir is not None and not (Path(data_dir) / name).is_dir():
-        raise InputError(f"data.dir: expected a TensorFlow Datasets folder with {name}/ in it, got {data_dir}")
+    folder = name.partition(":")[0]  # the version is a folder below
+    if data_dir is not None and not (Path(data_dir) / folder).is_dir():
+        raise InputError(f"data.dir: expected a TensorFlow Datasets folder with {folder}/ in it, got {data_dir}")
     try:
         options: Any = {} if data_dir else {"file_format": "array_record"}
         builder: Any = tfds.builder(name, data_dir=data_dir, **options)

@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -204,6 +205,31 @@ def test_slices_of_cifar10_equal_random_access(shared, tfds, split, start, stop)
         assert np.array_equal(loaded.images[i - start], source[i]["image"])
         assert loaded.labels[i - start] == source[i]["label"]
     assert loaded.class_names == tuple(source.dataset_info.features["label"].names)
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10", "cifar10_corrupted/brightness_1", "mnist_corrupted/identity:1.0.0", "mnist:3.*.*"]
+)
+def test_a_name_with_config_and_version_is_what_tfds_is_asked_for(tmp_path, tfds, monkeypatch, name):
+    """A stand-in for the builder: one image of class 1."""
+    source = [{"image": np.ones((2, 2, 1), np.uint8), "label": 1}]
+    splits = {"test": SimpleNamespace(num_examples=1)}
+    info = SimpleNamespace(splits=splits, features={"label": SimpleNamespace(names=["a", "b"])})
+    builder, asked = SimpleNamespace(info=info, as_data_source=lambda split: source[: len(split)]), []
+    monkeypatch.setattr(tfds, "builder", lambda *given, **options: asked.append((given, options)) or builder)
+    (tmp_path / name.partition(":")[0]).mkdir(parents=True)
+    assert data.load(name, "test", tmp_path).labels.tolist() == [1]
+    assert asked == [((name,), {"data_dir": tmp_path})]
+
+
+BAD_NAMES = ["", "../cifar10", "/cifar10", "a/../b", "a/.b", "namespace:cifar10", "a:1", "a=b", "a b", "a/b/c", "a\n"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_that_could_be_a_path_or_code_is_refused(tmp_path, tfds, name):
+    del tfds
+    with pytest.raises(InputError, match=r"data\.name: expected digits or a TensorFlow Datasets name"):
+        data.load(name, "test", tmp_path)
 
 
 def test_data_folder_without_the_data_set_is_refused(tmp_path):

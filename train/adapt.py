@@ -1,17 +1,19 @@
-"""Replay a trace through a bundle that adapts to it: what it would have saved, and how often it would have been wrong.
+"""Simulate adaptation on a trace: computation saved and disagreement, with more and more mechanisms switched on.
 
-Nothing is served and no time is measured but the front's: the cost table says what computation takes. Stages:
+Nothing is served and no time is measured but the controller's: computation takes what the cost table says. Stages:
 simulate each set of mechanisms -> summarise over windows -> adaptation.json and a figure over time.
 """
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.progress import Progress
 
@@ -33,15 +35,18 @@ from gati_jax.adaptation import (
     simulate,
 )
 from gati_jax.adaptation.simulate import ReplayCache
-from train import adaptation_figure, cli
+from train import cli
+
+from .results import Adaptation, EventResult, MechanismsResult, PhaseResult, TraceResult, WindowResult
 
 EXAMPLE = "python -m train.adapt --bundle runs/r56/bundle --trace runs/blur.npz --out runs/blur"
 WINDOW = 1000  # requests in which disagreement is counted
 LAYERS = ("repeats", "points", "refit")
+MARKS = {"alarm": "#b91c1c", "swap": "#15803d", "opened": "#15803d"}
 
 
 class Named(NamedTuple):
-    """A set of mechanisms in the table."""
+    """A row of the table."""
 
     name: str
     site_0: bool
@@ -67,49 +72,53 @@ def main(argv: list[str] | None = None) -> None:
 
     # --- Result -----------------------------------------------------------------------------------------------------
     *_, last = runs.values()
-    result = {
-        "trace": {
-            "file": arguments.trace.name,
-            "n": len(trace),
-            "items": len(trace.images),
-            "about": dict(trace.about),
-        },
-        "epsilon": epsilon,
-        "delta": arguments.delta,
-        "mechanisms": [summary(name, run) for name, run in runs.items()],
-        "windows": windows(trace, last, len(bundle.chain)),
-        "phases": phases(trace, last),
-        "events": [event._asdict() for event in last.events],
-        "versions": cli.versions(),
-        "seed": arguments.seed,
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    cli.write_result(arguments.out / "adaptation.json", result)
-    adaptation_figure.draw(result, arguments.out / "adaptation.svg")
-    if arguments.json:
-        print(json.dumps(result))
-    else:
+    described = TraceResult(file=arguments.trace.name, n=len(trace), items=len(trace.images), about=dict(trace.about))
+    result = Adaptation(
+        trace=described,
+        epsilon=epsilon,
+        delta=arguments.delta,
+        mechanisms=tuple(summary(name, run) for name, run in runs.items()),
+        windows=tuple(windows(trace, last, len(bundle.chain))),
+        phases=tuple(phases(trace, last)),
+        events=tuple(EventResult.model_validate(event) for event in last.events),
+        versions=cli.versions(),
+        seed=arguments.seed,
+        date=datetime.now(UTC).date().isoformat(),
+    )
+    result.write(arguments.out / "adaptation.json", print_json=arguments.json)
+    draw(result, arguments.out / "adaptation.svg")
+    if not arguments.json:
         show(result)
         print(f"written: {arguments.out / 'adaptation.json'}, {arguments.out / 'adaptation.svg'}")
 
 
 def parser() -> cli.Parser:
-    """Return what the command line may say."""
-    p = cli.parser("Replay a trace through a bundle that adapts to it.", EXAMPLE)
+    """Return the command line's parser."""
+    p = cli.parser("Simulate adaptation on a trace.", EXAMPLE)
     p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
     p.add_argument("--trace", type=Path, required=True, metavar="FILE", help="written by benchmarks.traces")
-    p.add_argument("--epsilon", type=cli.share, metavar="E", help="to promise (default: as certified)")
-    p.add_argument("--delta", type=cli.share, default=0.05, metavar="D", help="risk of it (default: 0.05)")
-    p.add_argument("--without", nargs="+", choices=LAYERS, default=[], metavar="LAYER", help=", ".join(LAYERS))
-    p.add_argument("--share", type=cli.share, default=0.1, metavar="S", help="of the time, for trials and refits")
-    p.add_argument("--one", action="store_true", help="everything at once alone, not mechanism by mechanism")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--epsilon", type=cli.share, metavar="E", help="disagreement to promise (default: as certified)")
+    p.add_argument(
+        "--delta", type=cli.share, default=0.05, metavar="D", help="risk that it is exceeded (default: 0.05)"
+    )
+    p.add_argument(
+        "--without",
+        nargs="+",
+        choices=LAYERS,
+        default=[],
+        metavar="LAYER",
+        help=f"mechanisms to leave out, of {', '.join(LAYERS)}",
+    )
+    p.add_argument(
+        "--share", type=cli.share, default=0.1, metavar="S", help="of the time, for trials and refits (default: 0.1)"
+    )
+    p.add_argument("--one", action="store_true", help="only the last row: all mechanisms at once")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
     return p
 
 
 def chosen(arguments: Any, epsilon: float) -> list[Named]:  # noqa: ANN401 (a namespace)
-    """Return the sets of mechanisms, each with one more than the one before."""
+    """Return the rows of the table, each with one mechanism more than the one before."""
     on = [layer for layer in LAYERS if layer not in arguments.without]
 
     def keeper(*layers: str) -> ControllerConfig:
@@ -148,7 +157,7 @@ def chosen(arguments: Any, epsilon: float) -> list[Named]:  # noqa: ANN401 (a na
 
 
 def without_site_0(bundle: gati_jax.Bundle) -> gati_jax.Bundle:
-    """Return the bundle with what its default plan has at the input switched off."""
+    """Return the bundle with the caches at its input switched off in the default plan."""
     path = bundle.plan.path.copy()
     path[:, [i for i, site in enumerate(bundle.plan.sites) if site == 0]] = np.inf
     return dataclasses.replace(bundle, plan=dataclasses.replace(bundle.plan, path=path))
@@ -157,7 +166,7 @@ def without_site_0(bundle: gati_jax.Bundle) -> gati_jax.Bundle:
 def replayed(
     bundle: gati_jax.Bundle, trace: Trace, named: Named, *, folder: Path, heard: ReplayCache, quiet: bool
 ) -> Replayed:
-    """Simulate one set of mechanisms; versions of the last one are what stays in the folder."""
+    """Simulate one set of mechanisms; the folder keeps the versions of the last one."""
     console = Console(stderr=True)
     with Progress(console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
         task = bar.add_task(named.name, total=len(trace))
@@ -171,22 +180,22 @@ def replayed(
         )
 
 
-def summary(name: str, run: Replayed) -> dict[str, Any]:
+def summary(name: str, run: Replayed) -> MechanismsResult:
     """Return a row of the table."""
-    worst = worst_window(run.wrong)
-    return {
-        "name": name,
-        "computation": run.full_ms / float(run.ms.mean()),
-        "disagreement": float(run.wrong.mean()),
-        "worst_window": worst,
-        "shadow_share": float(run.shadow.mean()),
-        "front_ms": run.front_ms,
-        "full_ms": run.full_ms,
-        "with_background": run.full_ms / (float(run.ms.mean()) + 1e3 * run.background_seconds / len(run.ms)),
-        "background_seconds": run.background_seconds,
-        "alarms": sum(event.kind == "alarm" for event in run.events),
-        "swaps": sum(event.kind == "swap" for event in run.events),
-    }
+    mean_ms = float(run.ms.mean())
+    return MechanismsResult(
+        name=name,
+        computation=run.full_ms / mean_ms,
+        disagreement=float(run.wrong.mean()),
+        worst_window=worst_window(run.wrong),
+        shadow_share=float(run.shadow.mean()),
+        controller_ms=run.front_ms,
+        full_ms=run.full_ms,
+        with_recovery=run.full_ms / (mean_ms + 1e3 * run.background_seconds / len(run.ms)),
+        recovery_seconds=run.background_seconds,
+        alarms=sum(event.kind == "alarm" for event in run.events),
+        swaps=sum(event.kind == "swap" for event in run.events),
+    )
 
 
 def worst_window(wrong: np.ndarray) -> float:
@@ -196,63 +205,103 @@ def worst_window(wrong: np.ndarray) -> float:
     return float((total[size:] - total[:-size]).max() / size)
 
 
-def windows(trace: Trace, run: Replayed, depth: int) -> list[dict[str, Any]]:
-    """Return what happened in every WINDOW requests; in fewer, where there are not many windows."""
-    found, size = [], min(WINDOW, max(50, len(trace) // 30))
+def windows(trace: Trace, run: Replayed, depth: int) -> Iterator[WindowResult]:
+    """Summarise every WINDOW requests; fewer, where the trace is so short that there would be few windows."""
+    size = min(WINDOW, max(50, len(trace) // 30))
     for start in range(0, len(trace), size):
         rows = slice(start, start + size)
         exits, counts = np.unique(run.exit[rows], return_counts=True)
         upper = run.upper[rows][np.isfinite(run.upper[rows])]
-        found.append(
-            {
-                "start": start,
-                "phase": trace.phases[trace.phase[start]],
-                "saved_share": 1 - float(run.ms[rows].mean()) / run.full_ms,
-                "disagreement": float(run.wrong[rows].mean()),
-                "bound": float(upper[-1]) if len(upper) else None,
-                "shadow_share": float(run.shadow[rows].mean()),
-                "exits": {exit_name(e, depth): int(c) for e, c in zip(exits.tolist(), counts.tolist(), strict=True)},
-            }
+        yield WindowResult(
+            start=start,
+            phase=trace.phases[trace.phase[start]],
+            saved_share=1 - float(run.ms[rows].mean()) / run.full_ms,
+            disagreement=float(run.wrong[rows].mean()),
+            bound=float(upper[-1]) if len(upper) else None,
+            shadow_share=float(run.shadow[rows].mean()),
+            exits={exit_name(e, depth): int(c) for e, c in zip(exits.tolist(), counts.tolist(), strict=True)},
         )
-    return found
 
 
 def exit_name(exit_: int, depth: int) -> str:
-    """Return what an exit is called."""
+    """Return the name of an exit."""
     return {POINTS: "points", REPEATED: "repeats", depth: "base"}.get(exit_, f"site {exit_}")
 
 
-def phases(trace: Trace, run: Replayed) -> list[dict[str, Any]]:
-    """Return what happened in every phase of the trace."""
-    found = []
+def phases(trace: Trace, run: Replayed) -> Iterator[PhaseResult]:
+    """Summarise every phase of the trace."""
     for number, name in enumerate(trace.phases):
         rows = trace.phase == number
         if rows.any():
             computation = run.full_ms / float(run.ms[rows].mean())
             wrong = float(run.wrong[rows].mean())
-            found.append({"phase": name, "n": int(rows.sum()), "computation": computation, "disagreement": wrong})
-    return found
+            yield PhaseResult(phase=name, n=int(rows.sum()), computation=computation, disagreement=wrong)
 
 
-def show(result: Mapping[str, Any]) -> None:
+def show(result: Adaptation) -> None:
     """Print the tables."""
-    keys = ("computation", "with_background", "disagreement", "worst_window", "shadow_share", "alarms", "swaps")
+    keys = ("computation", "with_recovery", "disagreement", "worst_window", "shadow_share", "alarms", "swaps")
     rows: list[Sequence[Any]] = [
         (
-            row["name"],
-            *(f"{row[key]:.2f}x" for key in keys[:2]),
-            *(f"{row[key]:.2%}" for key in keys[2:5]),
-            row["alarms"],
-            row["swaps"],
+            row.name,
+            *(f"{getattr(row, key):.2f}x" for key in keys[:2]),
+            *(f"{getattr(row, key):.2%}" for key in keys[2:5]),
+            row.alarms,
+            row.swaps,
         )
-        for row in result["mechanisms"]
+        for row in result.mechanisms
     ]
-    title = f"{result['trace']['file']}: computation saved, at a promise of {result['epsilon']:.1%}"
+    title = f"{result.trace.file}: computation saved, at a promise of {result.epsilon:.1%}"
     cli.show(title, ("mechanisms", *keys), rows)
-    by_phase = [(p["phase"], p["n"], f"{p['computation']:.2f}x", f"{p['disagreement']:.2%}") for p in result["phases"]]
+    by_phase = [(p.phase, p.n, f"{p.computation:.2f}x", f"{p.disagreement:.2%}") for p in result.phases]
     cli.show("With everything, phase by phase", ("phase", "requests", "computation", "disagreement"), by_phase)
-    for event in result["events"]:
-        print(f"{event['number']:>8} {event['kind']:<10} {event['text']}")
+    for event in result.events:
+        print(f"{event.number:>8} {event.kind:<10} {event.text}")
+
+
+def draw(result: Adaptation, path: Path) -> None:
+    """Draw exits, savings, disagreement with its bound, alarms and swaps over time; the same result, the same SVG."""
+    mpl.rcParams |= {"svg.hashsalt": "gati-jax", "svg.fonttype": "none"}
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    left, saved, wrong = figure.subplots(3, 1, sharex=True)
+    rows = result.windows
+    edges = np.array([*(row.start for row in rows), result.trace.n])
+    names = sorted({name for row in rows for name in row.exits}, key=_order)
+    shares = np.array([[row.exits.get(name, 0) for row in rows] for name in names], float)
+    left.stackplot(edges, _held(shares / shares.sum(0)), labels=names, step="post")
+    left.set_ylabel("share that leaves")
+    left.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    saved.step(edges, _held([100 * row.saved_share for row in rows]), where="post", color="#c2410c")
+    saved.axhline(0, color="#9ca3af", linewidth=0.8)
+    saved.set_ylabel("computation saved, %")
+    disagrees = _held([100 * row.disagreement for row in rows])
+    wrong.step(edges, disagrees, where="post", color="#1f2937", label="disagreement")
+    bounds = [np.nan if row.bound is None else 100 * row.bound for row in rows]
+    wrong.step(edges, _held(bounds), where="post", color="#9ca3af", label="bound, any time")
+    wrong.axhline(100 * result.epsilon, color="#b91c1c", linestyle=":", label="promised")
+    wrong.set(ylabel="of requests, %", xlabel="requests", ylim=(0, 500 * result.epsilon))
+    wrong.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    for event in result.events:
+        if event.kind in MARKS:
+            for axes in (left, saved, wrong):
+                axes.axvline(event.number, color=MARKS[event.kind], linewidth=0.8, alpha=0.7)
+    for before, row in zip((None, *rows), rows, strict=False):
+        if before is None or row.phase != before.phase:
+            left.annotate(row.phase, (row.start, 1.02), fontsize=7, rotation=30, annotation_clip=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _held(values: ArrayLike) -> np.ndarray:
+    """Return values with the last one twice: each holds up to the next edge."""
+    array = np.asarray(values, float)
+    return np.concatenate([array, array[..., -1:]], axis=-1)
+
+
+def _order(name: str) -> tuple[int, int]:
+    """Sort the input cache's layers first, then sites by number, the base last."""
+    if name.startswith("site "):
+        return 1, int(name[5:])
+    return (2, 0) if name == "base" else (0, len(name))
 
 
 if __name__ == "__main__":

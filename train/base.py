@@ -1,21 +1,25 @@
 """Train a base network on data that stays on the device, whole epochs at a time, resumable to the bit.
 
-DIR/base.safetensors holds the trained state dict under torchvision's names with metadata that say what it is,
-DIR/base.json what it reached and how fast, DIR/tensorboard the curves. ``recipe.py`` says what a step does.
+DIR/base.safetensors holds the trained state dict under torchvision's names, with metadata (see ``zoo.py``);
+DIR/base.json its accuracy and speed, DIR/tensorboard the curves. ``recipe.py`` has the training step.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 import shutil
 import statistics
+from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from safetensors.numpy import save_file
+from tensorboardX import SummaryWriter
 
 from gati_jax import InputError, Normalization, data
 from gati_jax.models import Architecture, Variables, apply, export_state_dict
@@ -26,17 +30,16 @@ from train import cli
 from .config import Config
 from .epochs import EpochRecord, run_epochs, scan_epoch
 from .recipe import Recipe, begin, learning_rate, steps_per_epoch, train_step
-from .scalars import Scalars, scalars
 from .zoo import Entry
 
 EXAMPLE = "python -m train.base --config configs/digits.toml --out runs/digits/base --base.training.epochs 20"
-LEAVES_ALONE = {"weights": True, "training": {"checkpoint_seconds": True, "flips": True}}  # what is trained
+NO_EFFECT = {"weights": True, "training": {"checkpoint_seconds": True, "flips": True}}  # on what is trained
 _log = logging.getLogger("train.base")  # not __name__, which is "__main__"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    arguments, config = cli.parse_experiment(argv, "Train a base network.", EXAMPLE)
+    arguments, config = cli.parse(Config, argv, "Train a base network.", EXAMPLE)
     training = config.base.training
     images, labels, test = load_data(config)
 
@@ -45,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     epoch = scan_epoch(functools.partial(train_step, recipe), n=len(images), batch=training.batch, seed=config.seed)
     checkpoints = arguments.out / "checkpoints"
     seconds: list[float] = []
-    with scalars(arguments.out / "tensorboard") as writer:
+    with contextlib.closing(Scalars(arguments.out / "tensorboard")) as writer:
         state = run_epochs(
             epoch,
             begin(recipe, jax.random.key(config.seed)),
@@ -73,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         mirrored = evaluate(recipe.network, recipe.normalization, variables, test, flips=True)
         result["accuracy_with_flips"] = mirrored
     result["epochs"] = training.epochs
-    if len(seconds) == training.epochs:  # a resumed run knows the time of its last part alone
+    if len(seconds) == training.epochs:  # a resumed run knows only the time of its last part
         result["train_seconds"] = sum(seconds)
     if seconds:
         result["images_per_second"] = steps * training.batch / statistics.median(seconds)
@@ -87,17 +90,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def identity(config: Config, images: np.ndarray, labels: np.ndarray) -> str:
-    """Return what makes two runs the same: the config, and the very data, which may differ by the same name."""
+    """Return what tells two runs apart: the config, and a digest of the data, which may differ under one name."""
     digest = hashlib.blake2b(digest_size=16)
     for array in (images, labels):
         digest.update(f"{array.dtype} {array.shape} ".encode())
         digest.update(np.ascontiguousarray(array).data)
-    said = config.model_dump_json(include={"base", "data", "seed"}, exclude={"base": LEAVES_ALONE})
-    return f"{said} {digest.hexdigest()}"
+    settings = config.model_dump_json(include={"base", "data", "seed"}, exclude={"base": NO_EFFECT})
+    return f"{settings} {digest.hexdigest()}"
 
 
 def finite(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return weights that are numbers.
+    """Check that weights are finite.
 
     Raises:
         InputError: Some are not.
@@ -136,21 +139,51 @@ def load_data(config: Config) -> tuple[np.ndarray, np.ndarray, data.Dataset]:
     return images, labels, test
 
 
+class Scalars:
+    """Writes scalars for TensorBoard; a resumed run continues at its checkpoint, and hides what came after it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Create nothing below ``folder`` before there is something to write."""
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+
+    def write(self, epoch: int, values: Mapping[str, float], *, hides: bool = True) -> None:
+        """Write one value for every name; the first also hides what earlier runs wrote of later epochs.
+
+        Args:
+            epoch: 1 is the first.
+            values: By name.
+            hides: Whether it also hides what they wrote of this epoch.
+        """
+        if self._writer is None:
+            purge = epoch if hides else epoch + 1
+            self._writer = SummaryWriter(str(self._folder), purge_step=purge, flush_secs=10)
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, epoch)
+
+    def close(self) -> None:
+        """Flush what has been written."""
+        if self._writer is not None:
+            self._writer.close()
+
+
 def report(writer: Scalars, recipe: Recipe, batch: int, seconds: list[float], record: EpochRecord) -> None:
     """Log an epoch, write its scalars and remember its time.
 
     Raises:
-        InputError: Its loss is no number: training has diverged, and nothing of it is to be saved.
+        InputError: Its loss is not finite: training has diverged, and nothing of it is saved.
     """
     seconds.append(record.seconds)
-    means = {name: float(np.mean(values)) for name, values in record.said.items()}
+    means = {name: float(np.mean(values)) for name, values in record.metrics.items()}
     if not np.isfinite(means["loss"]):
         msg = f"base.training: expected a finite loss, got {means['loss']} in epoch {record.epoch}"
         raise InputError(f"{msg}; try a smaller learning_rate")
-    steps = len(record.said["loss"])
+    steps = len(record.metrics["loss"])
     speed = steps * batch / record.seconds
-    said = (means["loss"], means["accuracy"])
-    _log.info("epoch %d: loss %.4f, accuracy on batches %.4f, %.0f images/s", record.epoch, *said, speed)
+    _log.info(
+        "epoch %d: loss %.4f, accuracy on batches %.4f, %.0f images/s",
+        *(record.epoch, means["loss"], means["accuracy"], speed),
+    )
     rate = learning_rate(recipe.schedule, record.epoch * steps - 1)
     figures = {f"train/{name}": mean for name, mean in means.items()}
     writer.write(record.epoch, figures | {"train/learning_rate": rate, "train/images_per_second": speed})

@@ -4,8 +4,6 @@ The ``certify`` split is opened once the plan, with its whole path of thresholds
 every time that happened.
 """
 
-import dataclasses
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -26,23 +24,23 @@ from train import cli, zoo
 from .config import Base, Config
 from .exploration import explore
 from .records import count_looks, record_look
+from .results import Caches, CertificateResult, PlannedCache, PlanResult, Predicted
 
 EXAMPLE = (
     "python -m train.caches --config configs/cifar10_resnet56.toml --out runs/r56"
     " --data.dir ../shared/data/tfds --base.weights ../shared/data/weights/resnet56-cifar10.safetensors"
 )
-CERTIFICATE_KEYS = ("name", "epsilon", "delta", "n", "certified", "disagreements", "looks", "plans")
 _log = logging.getLogger("train.caches")  # not __name__, which is "__main__"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    arguments, config = cli.parse_experiment(argv, "Fit, plan and certify caches for a frozen base.", EXAMPLE)
+    arguments, config = cli.parse(Config, argv, "Fit, plan and certify caches for a frozen base.", EXAMPLE)
     config = zoo.completed(config)
     splits = config.data.splits.model_dump()
     data.check_disjoint(splits)
     saw_certify = base_saw_certify(config)
-    chain = load_base(config)
+    chain = read_base(config.base)
     parts = {name: data.load(config.data.name, splits[name], config.data.dir) for name in ("fit", "select", "certify")}
     count_duplicates(
         data.row_digests(parts["certify"].images), drawn=config.plan.repeats
@@ -92,50 +90,49 @@ def main(argv: list[str] | None = None) -> None:
         costs=[costs],
     )
 
-    explored = {
-        "bundle": str(path),
-        "fit_seconds": found.fit_seconds,
-        "epochs": candidates.epochs,
-        "dropped": found.dropped,
-        "ranking": found.ranking(config.plan.epsilon),
-        "composition": {name: composition_entry(composition) for name, (_, composition, _) in composed.items()},
-    }
-    result = explored | summary(select, certify, costs, plan, certificate)
-    result["also"] = [summary(select, certify, costs, *other) for other in also]
-    cli.write_result(arguments.out / "caches.json", result)
-    if arguments.json:
-        print(json.dumps(result))
-    else:
+    result = Caches(
+        **dict(summary(select, certify, costs, plan, certificate)),
+        also=tuple(summary(select, certify, costs, *other) for other in also),
+        bundle=str(path),
+        fit_seconds=found.fit_seconds,
+        epochs=candidates.epochs,
+        dropped=found.dropped,
+        ranking=tuple(found.ranking(config.plan.epsilon)),
+        composition={name: composition_entry(composition) for name, (_, composition, _) in composed.items()},
+    )
+    result.write(arguments.out / "caches.json", print_json=arguments.json)
+    if not arguments.json:
         show(result, f"Plan for {config.base.network} on {config.data.name}")
 
 
 def base_saw_certify(config: Config) -> bool:
-    """Say whether the base was trained on rows of the certify split."""
+    """Return whether the base was trained on rows of the certify split."""
     certify = data.Rows.parse(config.data.splits.certify)
     return any(certify.overlaps(data.Rows.parse(part)) for part in config.data.base_trained_on)
 
 
 def summary(
     select: ReplayTable, certify: ReplayTable, costs: CostTable, plan: Plan, certificate: Certificate
-) -> dict[str, Any]:
+) -> PlanResult:
     """Return what caches.json says of a plan: its caches, what was certified, the latency that it predicts."""
     thresholds = plan.thresholds(certificate.step)
     agreement = dict(zip(select.names, select.agrees.mean(1).tolist(), strict=True))
-    return {
-        "candidates": agreement,
-        "plan": [
-            {"name": name, "site": site, "threshold": t if np.isfinite(t) else None, "agreement": agreement[name]}
-            for name, site, t in zip(plan.names, plan.sites, thresholds.tolist(), strict=True)
-        ],
-        "sites": [site for site, threshold in zip(plan.sites, thresholds, strict=True) if np.isfinite(threshold)],
-        "certificate": {name: getattr(certificate, name) for name in CERTIFICATE_KEYS} | gap_entry(certificate),
-        "predicted": {
-            "full_ms": costs.full_ms,
-            "cascade_ms": cascade_ms(certify.take(plan.names), thresholds, costs),
-            "batch": costs.batch,
-            "device": costs.device,
-        },
-    }
+    planned = [
+        PlannedCache(name=name, site=site, threshold=t if np.isfinite(t) else None, agreement=agreement[name])
+        for name, site, t in zip(plan.names, plan.sites, thresholds.tolist(), strict=True)
+    ]
+    return PlanResult(
+        candidates=agreement,
+        plan=tuple(planned),
+        sites=tuple(cache.site for cache in planned if cache.threshold is not None),
+        certificate=CertificateResult.model_validate(certificate),
+        predicted=Predicted(
+            full_ms=costs.full_ms,
+            cascade_ms=cascade_ms(certify.take(plan.names), thresholds, costs),
+            batch=costs.batch,
+            device=costs.device,
+        ),
+    )
 
 
 def composition_entry(composition: Composition) -> dict[str, Any]:
@@ -144,45 +141,35 @@ def composition_entry(composition: Composition) -> dict[str, Any]:
     return {key: getattr(composition, key) for key in keys} | {"refused": dict(composition.refused)}
 
 
-def gap_entry(certificate: Certificate) -> dict[str, Any]:
-    """Return what is said of the loss of accuracy, where the certify split has labels."""
-    gap = certificate.accuracy_gap
-    return {"accuracy_gap": None if gap is None else dataclasses.asdict(gap) | {"mean": gap.mean}}
-
-
-def show(result: dict[str, Any], title: str) -> None:
+def show(result: Caches, title: str) -> None:
     """Print the plan and what was certified."""
     columns = ("cache", "site", "threshold", "agreement on select")
-    rows = [
-        (c["name"], c["site"], "off" if c["threshold"] is None else c["threshold"], c["agreement"])
-        for c in result["plan"]
-    ]
+    rows = [(c.name, c.site, "off" if c.threshold is None else c.threshold, c.agreement) for c in result.plan]
     cli.show(title, columns, rows)
-    for one in (result, *result["also"]):
-        name = one["certificate"]["name"]
-        print(f"plan {name}: {certificate_line(one['certificate'])}")
-        predicted = one["predicted"]
+    for one in (result, *result.also):
+        print(f"plan {one.certificate.name}: {certificate_line(one.certificate)}")
+        predicted = one.predicted
         print(
-            f"  predicted {predicted['full_ms']:.3f} ms -> {predicted['cascade_ms']:.3f} ms on {predicted['device']},"
-            f" batch {predicted['batch']}"
+            f"  predicted {predicted.full_ms:.3f} ms -> {predicted.cascade_ms:.3f} ms on {predicted.device},"
+            f" batch {predicted.batch}"
         )
-    for name, c in result["composition"].items():
+    for name, c in result.composition.items():
         known = "nothing is better" if c["proved"] else f"something may be {c['gap']:.1%} faster"
         print(f"composition {name}: {known}, with {c['grid']} thresholds a cache ({c['seconds']:.0f} s)")
-    print(f"Bundle: {result['bundle']}")
+    print(f"Bundle: {result.bundle}")
 
 
-def certificate_line(c: dict[str, Any]) -> str:
-    """Say what was certified."""
-    if not c["certified"]:
-        return f"NOT certified at epsilon {c['epsilon']}: every cache stays off, the base answers"
-    together = f", {c['plans']} plans together" if c["plans"] > 1 else ""
+def certificate_line(c: CertificateResult) -> str:
+    """Describe what was certified."""
+    if not c.certified:
+        return f"NOT certified at epsilon {c.epsilon}: every cache stays off, the base answers"
+    together = f", {c.plans} plans together" if c.plans > 1 else ""
     certified = (
-        f"certified: at most {c['epsilon']:.1%} of requests disagree with the base (confidence {1 - c['delta']:.0%}"
-        f"{together}; {c['disagreements']} of {c['n']} certify requests did)"
+        f"certified: at most {c.epsilon:.1%} of requests disagree with the base (confidence {1 - c.delta:.0%}"
+        f"{together}; {c.disagreements} of {c.n} certify requests did)"
     )
-    if gap := c["accuracy_gap"]:
-        certified += f"; loses at most {gap['upper']:.2%} of accuracy (confidence {1 - gap['delta']:.0%})"
+    if gap := c.accuracy_gap:
+        certified += f"; loses at most {gap.upper:.2%} of accuracy (confidence {1 - gap.delta:.0%})"
     return certified
 
 
@@ -200,10 +187,10 @@ def small_networks(config: Config) -> list[Head]:
 
 
 def check_unseen(name: str, trained_on: Sequence[str], config: Config) -> None:
-    """Check that a network has not learned the rows on which it is to be judged: it would look too good.
+    """Check that a small network was trained on none of the rows on which it is evaluated: it would look too good.
 
     Raises:
-        InputError: It has.
+        InputError: It was.
     """
     for split in ("select", "certify", "test"):
         rows = data.Rows.parse(getattr(config.data.splits, split))
@@ -214,20 +201,11 @@ def check_unseen(name: str, trained_on: Sequence[str], config: Config) -> None:
             )
 
 
-def load_base(config: Config) -> Chain:
-    """Read the base's weights into its inference chain.
-
-    Raises:
-        InputError: No weights are named, or they are another network's.
-    """
-    return read_base(config.base)
-
-
 def read_base(base: Base) -> Chain:
     """Read the base's weights into its inference chain.
 
     Raises:
-        InputError: See ``load_base``.
+        InputError: No weights are named, or they are another network's.
     """
     if base.weights is None:
         raise InputError(

@@ -7,8 +7,7 @@ import logging
 import os
 import platform
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -19,23 +18,49 @@ from rich.progress import track as rich_track
 from rich.table import Table
 
 from gati_jax import InputError, __version__
+from gati_jax.checks import write_atomically
+from gati_jax.options import describe_options
 
-from .config import Config, M, describe_keys, load
+from .config import M, Section, did_you_mean, keys_of, load
 
 Result = dict[str, Any]
 T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, like all others."""
+    """A parser that reports every error as an ``InputError`` of one line, and suggests a flag for an unknown one."""
+
+    keys: Sequence[str] = ()
+    """Of a config, all of which are flags, too."""
 
     def error(self, message: str) -> NoReturn:
-        """Complain.
+        """Report an error.
 
         Raises:
             InputError: Always.
         """
         raise InputError(f"arguments: {message} (see --help)")
+
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride] (its overloads)
+        self,
+        args: Sequence[str] | None = None,
+        namespace: Any = None,  # noqa: ANN401 (argparse's own)
+    ) -> tuple[Any, list[str]]:
+        """Parse what is known; check first that every flag is, or belongs to a section of ``self.keys``.
+
+        Raises:
+            InputError: A flag is unknown, missing or has a bad value.
+        """
+        tokens = sys.argv[1:] if args is None else list(args)
+        flags = [*self._option_string_actions, *(f"--{key}" for key in self.keys)]
+        sections = {key.partition(".")[0] for key in self.keys}
+        for token in tokens:
+            flag = token.partition("=")[0]
+            # Keys below a section are checked with the whole config.
+            in_config = flag[2:].replace("-", "_").partition(".")[0] in sections
+            if len(flag) > len("--") and flag.startswith("--") and flag not in flags and not in_config:
+                raise InputError(f"arguments: unknown flag {flag}{did_you_mean(flag, flags)} (see --help)")
+        return super().parse_known_args(tokens, namespace)
 
 
 def positive(text: str) -> int:
@@ -71,7 +96,14 @@ def file(text: str) -> Path:
 
 
 def parser(description: str, example: str, *, out: bool = True, as_json: bool = True) -> Parser:
-    """Return a parser with what every script has, ``--out DIR`` and ``--json``, unless the script is told otherwise."""
+    """Return a parser with the flags that most scripts have.
+
+    Args:
+        description: What the script does.
+        example: A whole command.
+        out: Whether it has ``--out DIR``.
+        as_json: Whether it has ``--json``.
+    """
     p = Parser(
         prog=f"python -m {example.split()[2]}",
         description=description,
@@ -86,11 +118,6 @@ def parser(description: str, example: str, *, out: bool = True, as_json: bool = 
     return p
 
 
-def parse_experiment(argv: Sequence[str] | None, description: str, example: str) -> tuple[argparse.Namespace, Config]:
-    """Parse ``--config FILE --out DIR [--section.key value ...]`` of an experiment with caches, see ``parse``."""
-    return parse(Config, argv, description, example)
-
-
 def parse(model: type[M], argv: Sequence[str] | None, description: str, example: str) -> tuple[argparse.Namespace, M]:
     """Parse ``--config FILE --out DIR [--section.key value ...]``.
 
@@ -101,14 +128,28 @@ def parse(model: type[M], argv: Sequence[str] | None, description: str, example:
         example: A whole command.
 
     Raises:
-        InputError: See ``load``.
+        InputError: See ``Parser.parse_known_args`` and ``load``.
     """
     p = parser(description, example)
     p.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file, see configs/")
-    keys = "\n".join(f"  --{key}  (default: {default})  {text}".rstrip() for key, default, text in describe_keys(model))
-    p.epilog = f"{p.epilog}\n\nevery key of the config can be overridden; defaults where the file says nothing:\n{keys}"
+    p.epilog = f"{p.epilog}\n\n{help_of(model)}"
+    p.keys = keys_of(model)
     arguments, overrides = p.parse_known_args(argv)
     return arguments, load(model, arguments.config, overrides)
+
+
+def help_of(model: type[Section]) -> str:
+    """Describe all keys of a config, grouped by section: type, meaning and default, a line each."""
+    lines = ["keys of the config, all of which are flags, too (N: a position in a list, from 0)"]
+    before = None
+    for option in describe_options(model):
+        section = option.key.rpartition(".")[0]
+        if section != before:
+            lines.append(f"\n[{section}] {option.section}" if section else f"\n{option.section}")
+        before = section
+        default = "" if option.default == "unset" and "unset:" in option.help else f" ({option.default})"
+        lines.append(f"  {f'--{option.key} {option.type}':<42} {option.help}{default}")
+    return "\n".join(lines)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -136,14 +177,10 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def write_result(path: Path, result: Result) -> None:
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result as JSON; a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        json.dump(result, file, indent=2)
-        file.write("\n")
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)
+    write_atomically(path, f"{json.dumps(result, indent=2)}\n".encode())
 
 
 def report(result: Result, show: Callable[[Result], None], *, out: Path | None, as_json: bool) -> None:

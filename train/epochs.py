@@ -1,4 +1,4 @@
-"""Whole epochs in one program: the data stays on the device, and the host hears of every epoch once."""
+"""Whole epochs in one program: the data stay on the device, and the host reads metrics once an epoch."""
 
 import logging
 import time
@@ -17,19 +17,19 @@ from gati_jax.fitting.loop import LoopState, checkpoint_folder, open_checkpoints
 _log = logging.getLogger(__name__)
 
 Epoch = Callable[..., tuple[LoopState, PyTree]]
-"""``epoch(state, *arrays[n, ...]) -> (state, what every step said, stacked)``, pure."""
+"""``epoch(state, *arrays[n, ...]) -> (state, metrics[steps])``, pure."""
 
 
 class EpochRecord(NamedTuple):
-    """What the host hears of an epoch."""
+    """What an epoch reports to the host."""
 
     epoch: int  # 1 is the first
     seconds: float  # without compilation
-    said: dict[str, Float[np.ndarray, " steps"]]
+    metrics: dict[str, Float[np.ndarray, " steps"]]
 
 
 def scan_epoch(step: Callable[..., tuple[LoopState, PyTree]], *, n: int, batch: int, seed: int) -> Epoch:
-    """Return one epoch over ``n`` rows as a single ``lax.scan``; rows behind the last whole batch are left out.
+    """Return one epoch over ``n`` rows as a single ``lax.scan``; rows after the last whole batch are left out.
 
     Args:
         step: ``step(state, *rows[batch, ...]) -> (state, metrics)``, pure, and random only through ``state.step``.
@@ -76,16 +76,16 @@ def run_epochs(
     Args:
         epoch: See ``scan_epoch``; compiled once, ahead of time, and the state's memory used again.
         state: Where to begin; a checkpoint of the same ``identity`` replaces it.
-        arrays: What the epoch takes, put on the device once.
-        steps: In an epoch.
-        epochs: In all.
-        report: Called behind every epoch, before it is saved: what is reported twice was not saved in between.
+        arrays: The data that the epoch takes, put on the device once.
+        steps: Steps of an epoch.
+        epochs: Epochs in all.
+        report: Called after every epoch, before it is saved; so an epoch that was not saved is reported again.
         checkpoint: Folder for checkpoints; None keeps none. The newest is kept, until the caller removes the folder.
         checkpoint_seconds: Least time between two checkpoints.
-        identity: Whatever makes two runs the same (configuration, data): only then is a checkpoint taken up.
+        identity: Configuration and data: a checkpoint of another identity is not resumed.
         description: Label of the progress bar.
         progress: Whether to draw one, if standard error is a terminal.
-        options: The compiler's.
+        options: Compiler options.
 
     Raises:
         InputError: The last checkpoint is damaged.
@@ -102,7 +102,7 @@ def run_epochs(
         _log.info("%s: resumed at step %d of %d", description, int(state.step), steps * epochs)
     first = int(state.step) // steps
     resident = tuple(jax.device_put(array) for array in arrays)
-    state = jax.tree.map(jnp.copy, state)  # the caller's stays his: ours is donated
+    state = jax.tree.map(jnp.copy, state)  # donated, and the caller keeps his own
     if first < epochs:
         began = time.monotonic()
         program = jax.jit(epoch, donate_argnums=0, compiler_options=options).lower(state, *resident).compile()
@@ -112,9 +112,9 @@ def run_epochs(
             saved = time.monotonic()
             for number in range(first + 1, epochs + 1):
                 began = time.monotonic()
-                state, said = program(state, *resident)
-                said = jax.device_get(said)
-                report(EpochRecord(number, time.monotonic() - began, said))
+                state, metrics = program(state, *resident)
+                metrics = jax.device_get(metrics)
+                report(EpochRecord(number, time.monotonic() - began, metrics))
                 bar.update(task, completed=steps * number)
                 if checkpointer and (number == epochs or time.monotonic() - saved >= checkpoint_seconds):
                     checkpointer.save(steps * number, state)

@@ -1,4 +1,4 @@
-"""Exploration: drop what cannot pay, fit the rest in one pass, rank it (GATI's exploration phase)."""
+"""Exploration: drop candidates that cannot save time, fit the others in one pass, rank them (GATI's first phase)."""
 
 import dataclasses
 import hashlib
@@ -27,24 +27,29 @@ SHOWN = 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Explored:
-    """What exploration found."""
+    """The candidates of an exploration, and what planning needs to know of them."""
 
     candidates: Candidates
     select: ReplayTable
     tile: Tile
-    """What is fastest at the planned batch; with the costs."""
+    """Algorithms and compiler options for the planned batch, with the costs."""
     costs: CostTable
     dropped: dict[str, str]
-    """Candidates that were not fitted, and why."""
+    """Candidates that were not fitted, by name, and why."""
     memory_bytes: int | None
-    """What the caches of a plan may take."""
+    """Most bytes of all caches of a plan together."""
     fit_seconds: float
     folder: Path
-    """Where compositions are kept."""
+    """Where compositions are kept for the next run."""
 
     def plan(self, config: Config, epsilon: float) -> tuple[Plan, Composition]:
-        """Compose a plan of what a cascade can run, within the config's budgets; with its proof and refusals."""
-        alone = [c for c in self.candidates if c.previous is None]
+        """Compose a plan within the config's budgets, or take the one that an earlier run composed of the same.
+
+        Args:
+            config: The experiment's.
+            epsilon: The disagreement to plan for.
+        """
+        alone = [c for c in self.candidates if c.previous is None]  # a cascade cannot run the others
         table = self.select.take([c.name for c in alone])
         worst = config.plan.worst_share
         budget = {
@@ -79,17 +84,10 @@ class Explored:
         """Print the best of the ranking, and what was dropped."""
         columns = ("candidate", "site", "agreement", f"leave at {epsilon:.1%}", "saves alone", "lookup ms", "MB")
         rows = [
-            (
-                r["name"],
-                r["site"],
-                f"{r['agreement']:.2%}",
-                f"{r['hits']:.1%}",
-                f"{r['saved']:.1%}",
-                f"{r['lookup_ms']:.3f}",
-                f"{r['bytes'] / 1e6:.2f}",
-            )
+            (r["name"], r["site"], f"{r['agreement']:.2%}", f"{r['hits']:.1%}", f"{r['saved']:.1%}",
+             f"{r['lookup_ms']:.3f}", f"{r['bytes'] / 1e6:.2f}")
             for r in self.ranking(epsilon)[:SHOWN]
-        ]
+        ]  # fmt: skip
         cli.show(title, columns, rows)
         for name, reason in self.dropped.items():
             print(f"{name} was not fitted: {reason}")
@@ -98,17 +96,17 @@ class Explored:
 def explore(
     config: Config, chain: Chain, heads: Sequence[Head], parts: Mapping[str, data.Dataset], out: Path
 ) -> Explored:
-    """Measure lookups, drop what cannot pay, fit the rest, replay it on select.
+    """Measure lookups, drop candidates that cannot save time, fit the others, replay them on select.
 
     Args:
         config: The experiment's.
         chain: The base.
         heads: The declared search space.
         parts: The splits "fit" and "select".
-        out: For costs.json and checkpoints, from which a killed run resumes.
+        out: Folder for costs.json, compositions, and checkpoints from which a killed run resumes.
 
     Raises:
-        InputError: No candidate can pay.
+        InputError: No candidate fits into the memory budget, or none can save time.
     """
     memory = None if config.plan.memory_share is None else int(config.plan.memory_share * chain.bytes)
     sizes = head_sizes(chain, heads)
@@ -117,7 +115,7 @@ def explore(
         least = f"{min(sizes.values()) / 1e6:.2f} MB, the smallest of fit.heads"
         raise InputError(f"plan.memory_share: expected room for {least}, got {memory / 1e6:.2f} MB")
     trial = untrained(chain, small)
-    # What an ensemble with the cache before adds, a product of classes x classes, is too little to be measured.
+    # A cascaded cache is timed without its ensemble: a product of classes x classes is too little to be measured.
     tile, costs = measured_tile(out / "costs.json", chain, [on_its_own(c) for c in trial], config)
     sites = {name: int(name.rpartition("@")[2]) for name in sizes}
     reasons = unpayable(costs, sites, sizes, memory_bytes=memory)
@@ -127,14 +125,14 @@ def explore(
     for name, reason in dropped.items():
         _log.info("%s is not fitted: %s", name, reason)
     if not kept:
-        raise InputError("fit.heads: expected at least one that can pay, got none; see the reasons above")
+        raise InputError("fit.heads: expected at least one that can save time, got none; see the reasons above")
     started = time.perf_counter()
     candidates = gati_jax.fit(
         chain,
         parts["fit"].images,
         select=parts["select"].images,
         heads=kept,
-        config=config.fit.build(config.seed),
+        config=config.fit,
         checkpoint=out / "checkpoints",
     )
     fit_seconds = time.perf_counter() - started
@@ -152,7 +150,7 @@ def explore(
 
 
 def within(chain: Chain, heads: Sequence[Head], names: set[str]) -> list[Head]:
-    """Return the heads at the sites where they, or the same predictor under a further selector, are among ``names``.
+    """Return the heads at the sites where one of their candidates, with whichever selector, is among ``names``.
 
     Selectors cost next to nothing: where their lookups differ, it is noise, and a predictor is fitted once for all.
     """

@@ -1,26 +1,32 @@
-"""What ``train.evaluate`` says of time: what the exits save ideally, and really."""
+"""The latency figures of ``train.evaluate``: what the exits save ideally, and as measured."""
 
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
 from gati_jax import Bundle
 from gati_jax.planning import ReplayTable, replay_plan
-from gati_jax.profiling import Speed, expected_ms, measure_batches
-from gati_jax.profiling.costs import device_name
+from gati_jax.profiling import Speed, device_name, expected_ms, measure_batches
+
+from .results import Cost, Measured
 
 _log = logging.getLogger("train.evaluate")
 
 
-def fast(
+def measure_tuned(
     bundle: Bundle, images: np.ndarray, exits: np.ndarray, batches: Sequence[int], timed: int
-) -> list[dict[str, Any]]:
-    """Time the tuned cascade at every batch size that the split fills; nothing where the bundle is not tuned.
+) -> list[Measured]:
+    """Time the tuned cascade at every batch size that the split fills.
 
-    At least two groups of a batch are timed.
+    Args:
+        bundle: Without tuning for this device, nothing is timed.
+        images: The split.
+        exits: Where each of its requests leaves.
+        batches: Sizes to time.
+        timed: Requests to time, but at least two batches.
     """
     tuned, rows = bundle.tuned, []
     for batch in batches if tuned else ():
@@ -30,49 +36,59 @@ def fast(
         _log.info("timing %d requests in batches of %d", len(requests), batch)
         speed = measure_batches(tuned, requests, batch=batch)
         costs = tuned.costs(batch)
-        predicted = expected_ms(tuned.cascade, costs, tuned.schedule(batch), exits, batch)
-        driver, spread = "while_loop" if batch == 1 else "tiles", costs[min(costs)].spread
-        row = measured(bundle, speed, driver=driver, numerics="fast")
-        rows.append(row | {"predicted_ms": predicted, "tiles": list(costs), "costs_spread": spread})
+        row = describe(bundle, speed, numerics="fast").model_copy(
+            update={
+                "predicted_ms": expected_ms(tuned.cascade, costs, tuned.schedule(batch), exits, batch),
+                "tiles": tuple(costs),
+                "costs_spread": costs[min(costs)].spread,
+            }
+        )
+        rows.append(row)
     return rows
 
 
-def measured(bundle: Bundle, speed: Speed, *, driver: str, numerics: str) -> dict[str, Any]:
-    """Return an entry of ``cost.measured``."""
-    return {
-        "device": device_name(),
-        "driver": driver,
-        "numerics": numerics,
-        "dtype": str(bundle.chain.input_spec.dtype),
-        "batch": speed.batch,
-        "requests": len(speed.exits),
-        "full": speed.full,
-        "full_ms": speed.full_ms,
-        "cascade_ms": speed.cascade_ms,
-        "speedup": speed.speedup,
-        "ideal": speed.ideal,
-        "conversion": speed.conversion,
-        "spread": speed.spread,
-    }
+def describe(bundle: Bundle, speed: Speed, *, numerics: Literal["reference", "fast"]) -> Measured:
+    """Return the record of one timing."""
+    return Measured(
+        driver="while_loop" if speed.batch == 1 else "tiles",
+        numerics=numerics,
+        dtype=str(bundle.chain.input_spec.dtype),
+        batch=speed.batch,
+        requests=len(speed.exits),
+        full=speed.full,
+        full_ms=speed.full_ms,
+        cascade_ms=speed.cascade_ms,
+        speedup=speed.speedup,
+        ideal=speed.ideal,
+        conversion=speed.conversion,
+        spread=speed.spread,
+    )
 
 
-def cost(bundle: Bundle, exits: np.ndarray, speed: Speed, tuned: list[dict[str, Any]]) -> dict[str, Any]:
-    """Say what the exits save: ideally, by the measured time up to each exit, and really, on the timed requests."""
+def cost(bundle: Bundle, exits: np.ndarray, speed: Speed, tuned: Sequence[Measured]) -> Cost:
+    """Summarise what the exits save.
+
+    Args:
+        bundle: Its costs say what lookups take.
+        exits: Where each request of the split leaves.
+        speed: Of the timed requests, one at a time.
+        tuned: See ``measure_tuned``.
+    """
     ideal_ms = float(np.mean([speed.exit_ms[int(exit_)] for exit_ in exits]))
     lookup_ms = {
         name: ms for table in bundle.costs if table.device == device_name() for name, ms in table.lookup_ms.items()
     }
-    looked = [
+    lookups = [
         sum(lookup_ms.get(c.name, 0.0) for c in bundle.cascade.caches if c.site <= exit_) for exit_ in speed.exits
     ]
-    share = float(np.mean(looked)) / speed.cascade_ms if lookup_ms else None
-    one_by_one = measured(bundle, speed, driver="while_loop", numerics="reference") | {"lookup_share": share}
-    return {
-        "blocks_mean": float(exits.mean()),
-        "saved_share": 1 - ideal_ms / speed.full_ms,
-        "ideal_speedup": speed.full_ms / ideal_ms,
-        "measured": [one_by_one, *tuned],
-    }
+    share = float(np.mean(lookups)) / speed.cascade_ms if lookup_ms else None
+    one_by_one = describe(bundle, speed, numerics="reference").model_copy(update={"lookup_share": share})
+    return Cost(
+        blocks_mean=float(exits.mean()),
+        saved_share=1 - ideal_ms / speed.full_ms,
+        ideal_speedup=speed.full_ms / ideal_ms,
+        measured=(one_by_one, *tuned),
+    )
 
 
 def oracle_saved_share(table: ReplayTable, speed: Speed) -> float:

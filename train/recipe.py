@@ -1,4 +1,4 @@
-"""The recipe by which a base is trained: one pure step, and what it needs.
+"""How a base is trained: one pure step, its schedule and its optimizer.
 
 uint8 rows -> crop, flip -> normalise -> cutout -> network (float32 or bfloat16) -> smoothed cross-entropy
 gradients -> weight decay -> SGD with Nesterov momentum, or Muon -> parameters -> their moving average
@@ -24,7 +24,7 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 class Weights(NamedTuple):
-    """What is trained, and what is evaluated and kept."""
+    """Trained variables, and their average."""
 
     trained: Variables
     average: Variables | None
@@ -32,13 +32,13 @@ class Weights(NamedTuple):
 
     @property
     def final(self) -> Variables:
-        """The weights to keep."""
+        """The weights to evaluate and keep."""
         return self.trained if self.average is None else self.average
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What stays the same from step to step."""
+    """Everything that stays the same from step to step."""
 
     network: Architecture
     normalization: Normalization
@@ -53,13 +53,13 @@ class Recipe:
 
     @classmethod
     def of(cls, config: Config, n: int) -> "Recipe":
-        """Return what a config says, for ``n`` rows to train on."""
+        """Return the recipe of a config, for ``n`` rows to train on."""
         training = config.base.training
         schedule = make_schedule(training, n)
         return cls(
             network=config.base.architecture(),
             normalization=config.base.normalize(),
-            augment=training.augment.build(),
+            augment=training.augment,
             cutout=training.cutout,
             optimizer=make_optimizer(training, schedule),
             schedule=schedule,
@@ -123,7 +123,7 @@ def begin(recipe: Recipe, key: PRNGKeyArray) -> LoopState:
     """Return the state before the first step."""
     variables = init(recipe.network, key)
     opt_state = recipe.optimizer.init(_params(variables))
-    # Not the same arrays: a state that is donated may hold each but once.
+    # Copies: a donated state may hold each array only once.
     weights = Weights(variables, jax.tree.map(jnp.copy, variables) if recipe.average else None)
     return LoopState(jnp.zeros((), jnp.int32), weights, opt_state)
 
@@ -131,7 +131,7 @@ def begin(recipe: Recipe, key: PRNGKeyArray) -> LoopState:
 def train_step(
     recipe: Recipe, state: LoopState, images: UInt8[Array, "batch *input"], labels: Int[Array, " batch"]
 ) -> tuple[LoopState, Metrics]:
-    """Take one step; say loss and accuracy on the batch before it."""
+    """Take one step; return loss and accuracy on the batch before it."""
     x = augmented(recipe, state.step, images)
     targets = optax.smooth_labels(jax.nn.one_hot(labels, recipe.network.classes), recipe.label_smoothing)
 
@@ -145,7 +145,7 @@ def train_step(
         (value, (variables, logits)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
     params, opt_state = apply_gradients(recipe.optimizer, gradients, state.opt_state, params)
     trained = _with_params(variables, params)
-    weights = Weights(trained, moved(recipe.average, state.step, state.params.average, trained))
+    weights = Weights(trained, advance_average(recipe.average, state.step, state.params.average, trained))
     accuracy = (jnp.argmax(logits, -1) == labels).mean()
     return LoopState(state.step + 1, weights, opt_state), {"loss": value, "accuracy": accuracy}
 
@@ -157,8 +157,10 @@ def augmented(recipe: Recipe, step: Int[Array, ""] | int, images: UInt8[Array, "
     return x.astype(jnp.bfloat16) if recipe.bfloat16 else x
 
 
-def moved(decay: float, step: Int[Array, ""], average: Variables | None, trained: Variables) -> Variables | None:
-    """Return the average a step on: young, it follows fast, for the first weights are noise."""
+def advance_average(
+    decay: float, step: Int[Array, ""], average: Variables | None, trained: Variables
+) -> Variables | None:
+    """Return the average after a step; its decay starts low, because the first weights are noise."""
     if average is None:
         return None
     t = step.astype(jnp.float32)

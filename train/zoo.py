@@ -1,28 +1,29 @@
-"""Trained bases as safetensors files that say what they are: network, data, normalisation, accuracy, recipe.
+"""Trained bases as safetensors files that describe themselves: network, data, normalisation, accuracy, recipe.
 
 ``python -m train.base`` writes them; ``train.caches`` and the other scripts take from them what a config leaves open.
-Run as a script, this keeps one in a zoo: kernels in float16, as long as the whole folder stays small.
+Run as a script, this copies one into a model zoo, with kernels in float16, as long as the whole folder stays small.
 """
 
 import json
 import logging
 import re
-import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors.numpy import save
 
-from gati_jax import InputError, WeightsError
+from gati_jax import InputError, Normalization, WeightsError
+from gati_jax.checks import write_atomically
 from gati_jax.models import NAMES, read_metadata, read_weights
+from gati_jax.options import describe_error
 from train import cli
 
-from .config import Base, Classes, Config, DatasetName, NormalizationSection, Side
+from .config import Base, Classes, Config, DatasetName, Side
 
 EXAMPLE = "python -m train.zoo --weights runs/gpu/cifar10_resnet18/base/base.safetensors --out models-zoo"
-MOST_BYTES = 60 * 2**20
+MAX_BYTES = 60 * 2**20
 _log = logging.getLogger("train.zoo")
 _BASE_KEYS = ("network", "classes", "input_shape", "shortcut", "normalization")
 _TEXTS = ("network", "dataset", "split")  # never JSON, even if they read so
@@ -38,9 +39,9 @@ Scalar = bool | int | float | str | None
 
 
 class Entry(BaseModel):
-    """The metadata of a base's weights; other keys beside them are nobody's business.
+    """The metadata of a base's weights; other keys beside them are ignored.
 
-    Whoever made the file wrote them: names become parts of paths and shapes become arrays, so all have bounds.
+    The file is untrusted: names become parts of paths and shapes become arrays, so all have bounds.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -51,7 +52,7 @@ class Entry(BaseModel):
     classes: Classes
     input_shape: tuple[Side, Side, Side]
     shortcut: Literal["A", "B"] | None = None
-    normalization: NormalizationSection
+    normalization: Normalization
     dataset: DatasetName
     trained_on: tuple[str, ...]
     split: str
@@ -75,29 +76,19 @@ class Entry(BaseModel):
         )
 
     def metadata(self) -> dict[str, str]:
-        """Return it as safetensors keeps it: strings; those that were none are JSON."""
+        """Return it as safetensors keeps it: strings; other values become JSON."""
         fields = self.model_dump(mode="json")
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()}
 
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, str]) -> "Entry":
+        """Read what ``metadata`` returned.
 
-def read_entry(path: Path) -> Entry | None:
-    """Return what a file says of itself; None for files of others.
-
-    Raises:
-        WeightsError: The file is missing or damaged, or its metadata are.
-    """
-    metadata = read_metadata(path)
-    if "gati_jax" not in metadata:
-        return None
-    try:
-        return TypeAdapter(Entry).validate_python({key: _value(key, text) for key, text in metadata.items()})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise WeightsError(
-            f"weights: the metadata of {path} are damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        ) from error
-    except RecursionError as error:
-        raise WeightsError(f"weights: the metadata of {path} are damaged: nested too deep") from error
+        Raises:
+            ValidationError: It is not an entry.
+            RecursionError: It is nested too deep.
+        """
+        return cls.model_validate({key: _value(key, text) for key, text in metadata.items()})
 
 
 def _value(key: str, text: str) -> object:
@@ -109,10 +100,28 @@ def _value(key: str, text: str) -> object:
         return text
 
 
+def read_entry(path: Path) -> Entry | None:
+    """Return the entry in a weights file; None for files that ``train.base`` has not written.
+
+    Raises:
+        WeightsError: The file is missing or damaged, or its metadata are.
+    """
+    metadata = read_metadata(path)
+    if "gati_jax" not in metadata:
+        return None
+    try:
+        return Entry.from_metadata(metadata)
+    except ValidationError as error:
+        first = describe_error(error.errors(include_url=False)[0])
+        raise WeightsError(f"weights: the metadata of {path} are damaged: {first}") from error
+    except RecursionError as error:
+        raise WeightsError(f"weights: the metadata of {path} are damaged: nested too deep") from error
+
+
 def completed(config: Config) -> Config:
     """Return the config with what it leaves open filled in from the metadata of the base's weights.
 
-    What these say to have been trained on counts as seen by the base, whatever the config says.
+    Data that the metadata name as trained on count as seen by the base, even if the config does not list them.
     """
     if (entry := _entry_of(config.base)) is None:
         return config
@@ -121,10 +130,10 @@ def completed(config: Config) -> Config:
     return config.model_copy(update={"base": completed_base(config.base), "data": source})
 
 
-def seen(entry: Entry | None, said: tuple[str, ...], dataset: str) -> tuple[str, ...]:
-    """Return the parts of a data set that a network has seen: what a config says, and what its file says."""
+def seen(entry: Entry | None, listed: tuple[str, ...], dataset: str) -> tuple[str, ...]:
+    """Return the parts of a data set that a network has seen: those that a config lists, and those in its metadata."""
     more = entry.trained_on if entry is not None and entry.dataset == dataset else ()
-    return tuple(dict.fromkeys((*said, *more)))
+    return tuple(dict.fromkeys((*listed, *more)))
 
 
 def completed_base(base: Base) -> Base:
@@ -137,19 +146,18 @@ def completed_base(base: Base) -> Base:
     try:
         return Base.model_validate(known | base.model_dump(exclude_unset=True))
     except ValidationError as error:
-        raise InputError(
-            f"weights: the metadata of {base.weights} do not go with the config: {error.errors()[0]['msg']}"
-        ) from error
+        first = describe_error(error.errors(include_url=False)[0])
+        raise InputError(f"weights: the metadata of {base.weights} contradict the config: {first}") from error
 
 
 def _entry_of(base: Base) -> Entry | None:
-    # Whoever needs a file that is not there says so himself.
+    # A missing file is reported by the script that needs it.
     return read_entry(base.weights) if base.weights is not None and base.weights.is_file() else None
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    p = cli.parser("Keep a trained base in a zoo, its kernels in float16.", EXAMPLE, as_json=False)
+    p = cli.parser("Copy a trained base into a model zoo, its kernels in float16.", EXAMPLE, as_json=False)
     p.add_argument("--weights", type=Path, required=True, metavar="FILE", help="of python -m train.base")
     arguments = p.parse_args(argv)
     print(keep(arguments.weights, arguments.out))
@@ -159,7 +167,8 @@ def keep(weights: Path, folder: Path) -> Path:
     """Copy a base's weights into ``folder``, every tensor of more than one dimension in float16.
 
     Raises:
-        InputError: The file says nothing of itself, or the folder would become too large; nothing is written then.
+        InputError: The file has no metadata, kernels do not fit into float16, or the folder would become too large;
+            nothing is written then.
     """
     entry = read_entry(weights)
     if entry is None:
@@ -171,26 +180,13 @@ def keep(weights: Path, folder: Path) -> Path:
     content = save(tensors, metadata=entry.metadata() | {"kernels": "float16; the accuracy is that of float32"})
     others = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file != path)
     size = others + len(content)
-    if size > MOST_BYTES:
+    if size > MAX_BYTES:
         raise InputError(
-            f"out: expected at most {MOST_BYTES >> 20} MiB in {folder}, got {size / 2**20:.1f} with {path.name}"
+            f"out: expected at most {MAX_BYTES >> 20} MiB in {folder}, got {size / 2**20:.1f} with {path.name}"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(path, content)
+    write_atomically(path, content)
     return path
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        written = Path(file.name)
-        try:
-            file.write(content)
-            file.close()
-            written.chmod(0o644)
-            written.replace(path)
-        finally:
-            written.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ held is n x units floats a site, never n activations.
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
+from pydantic import AfterValidator, Field
 
 from gati_jax.caches import (
     Candidate,
@@ -32,6 +33,7 @@ from gati_jax.caches import (
 from gati_jax.data import fingerprint
 from gati_jax.errors import InputError
 from gati_jax.models import Chain
+from gati_jax.options import Count, check_options
 from gati_jax.pytrees import tree_digest
 
 from .fit import Candidates, chain_code, check_splits
@@ -42,44 +44,41 @@ from .stored_points import Choice, choose_points
 Kind = Literal["knn", "kmeans"]
 
 
+def _distinct(kinds: tuple[str, ...]) -> tuple[str, ...]:
+    if not kinds or len(set(kinds)) < len(kinds):
+        raise ValueError("expected knn, kmeans or both")
+    return kinds
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FreezeConfig:
-    """Which neighbour caches to make.
+    """Which neighbour caches are made."""
 
-    Args:
-        kinds: "knn", "kmeans", or both: they share their key networks.
-        key_units: Length of a key.
-        cells: None for the paper's key network on the flattened activation; c for means over c x c fields first: with
-            4, ResNet-18's eight key networks take an eighth of the memory.
-        k: Neighbours that a k-NN cache asks.
-        budget: Bytes for the points of all k-NN caches together, the same number at every site; None keeps all points.
-            Key networks are not in it.
-        choice: Which points to keep within the budget, see ``choose_points``.
-        spare: Empty rows of every k-NN cache, for ``extend``; the budget pays for them, too.
-        centres: Of a k-means cache.
-    """
-
-    kinds: tuple[Kind, ...] = ("knn", "kmeans")
-    key_units: int = 1024
-    cells: int | None = None
-    k: int = 50
-    budget: int | None = None
-    choice: Choice = "random"
-    spare: int = 0
-    centres: int = 100
+    kinds: Annotated[
+        tuple[Kind, ...],
+        AfterValidator(_distinct),
+        Field(description="knn, kmeans, or both, which then share their key networks"),
+    ] = ("knn", "kmeans")
+    key_units: Annotated[int, Field(ge=1, le=65_536, description="length of a key")] = 1024
+    cells: Annotated[
+        Annotated[int, Field(ge=1, le=1024)] | None,
+        Field(description="cells per side of the average pool in front of the key network; unset: none, as published"),
+    ] = None
+    k: Annotated[Count, Field(description="neighbours that a k-NN cache looks up")] = 50
+    budget: Annotated[
+        Count | None,
+        Field(description="bytes for the points of all k-NN caches, as many at every site; unset: all points"),
+    ] = None
+    choice: Annotated[Choice, Field(description="of the points within the budget")] = "random"
+    centres: Annotated[Count, Field(description="of a k-means cache")] = 100
 
     def __post_init__(self) -> None:
-        """Refuse what could not be made.
+        """Check the options.
 
         Raises:
-            InputError: Names the field.
+            InputError: Names the option.
         """
-        if not self.kinds or not set(self.kinds) <= {"knn", "kmeans"} or len(set(self.kinds)) < len(self.kinds):
-            raise InputError(f"kinds: expected knn, kmeans or both, got {self.kinds}")
-        least = {"key_units": 1, "cells": 1, "k": 1, "budget": 1, "spare": 0, "centres": 1}
-        for name, bound in least.items():
-            if (got := getattr(self, name)) is not None and got < bound:
-                raise InputError(f"{name}: expected {bound} or more, got {got}")
+        check_options(self)
 
     def points(self, n: int, sites: int) -> int:
         """Return how many of n points a k-NN cache keeps at each of ``sites`` sites.
@@ -87,8 +86,7 @@ class FreezeConfig:
         Raises:
             InputError: Fewer than it asks.
         """
-        rows = n + self.spare if self.budget is None else points_within(self.budget // sites, self.key_units)
-        kept = min(n, rows - self.spare)
+        kept = n if self.budget is None else min(n, points_within(self.budget // sites, self.key_units))
         if kept < self.k:
             raise InputError(
                 f"k: expected at most the points of a cache, got {self.k}, and room for {max(0, kept)} points"
@@ -239,11 +237,10 @@ def _candidate(
     site, params = key_network
     shape = {"units": freeze.key_units, "cells": freeze.cells}
     if kind == "knn":
-        capacity = kept + freeze.spare
         how = freeze.choice if kept < len(keys) else "random"  # which then keeps all
         rows = choose_points(keys, answers, kept, k=freeze.k, classes=classes, how=how, seed=seed)
-        predictor: nn.Module = Neighbours(classes, points=capacity, k=freeze.k, **shape)
-        points = stored_points(keys[rows], answers[rows], capacity)
+        predictor: nn.Module = Neighbours(classes, points=kept, k=freeze.k, **shape)
+        points = stored_points(keys[rows], answers[rows], kept)
     else:
         predictor = Centres(classes, centres=freeze.centres, **shape)
         at, nearest = k_means(keys, freeze.centres, seed=seed)

@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
+from pydantic import AfterValidator, Field
 
 from gati_jax.caches import (
     Candidate,
@@ -22,9 +24,22 @@ from gati_jax.caches import (
 )
 from gati_jax.errors import InputError
 from gati_jax.models import Architecture, Chain, Normalization, Variables
+from gati_jax.options import check_options
 
 DEFAULT_SELECTOR = SortedSelector()
-_SEPARATORS = frozenset("@+")  # of a head, its further selector and the site: "grid+linear@9"
+
+
+def _plain(name: str) -> str:
+    if not name or set(name) & {"@", "+"}:
+        raise ValueError("expected a name without @ and +, which separate it from selector and site in grid+linear@4")
+    return name
+
+
+HeadName = Annotated[str, AfterValidator(_plain)]
+Sites = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...] | None, Field(description="where; unset: at every site but the input")
+]
+IsCascaded = Annotated[bool, Field(description="each also sees the logits of the same head at the site before")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,26 +57,22 @@ class Head:
             ``gati_jax.caches.Cascaded``.
     """
 
-    name: str
+    name: Annotated[HeadName, Field(description="prefix of the candidates' names")]
     predictor: Callable[[int], nn.Module]
     selector: nn.Module
-    sites: tuple[int, ...] | None = None
+    sites: Sites = None
     variables: PyTree | None = dataclasses.field(default=None, repr=False, compare=False)
-    selectors: tuple[tuple[str, nn.Module], ...] = ()
-    cascaded: bool = False
+    selectors: Annotated[tuple[tuple[HeadName, Any], ...], Field(description="further ones, by name")] = ()
+    cascaded: IsCascaded = False
 
     def __post_init__(self) -> None:
-        """Refuse names of which those of candidates could not be told apart.
+        """Check the options, and that the names of candidates differ.
 
         Raises:
-            InputError: Names the field.
+            InputError: Names the option.
         """
+        check_options(self)
         others = [name for name, _ in self.selectors]
-        for field, name in (("name", self.name), *(("selectors", other) for other in others)):
-            if not name or set(name) & _SEPARATORS:
-                raise InputError(
-                    f"{field}: expected a name without @ and +, which candidates' names are made with, got {name!r}"
-                )
         if len(set(others)) < len(others):
             raise InputError(f"selectors: expected distinct names, got {', '.join(others)}: one would replace another")
 

@@ -9,7 +9,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,12 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
+from pydantic import Field
 
 from gati_jax.caches import Activations, fold_standardize, predict_all, predictor_inputs
 from gati_jax.errors import InputError
 from gati_jax.models import Chain, fast_forward
+from gati_jax.options import Count, NotNegative, Positive, Seed, check_options
 
 from .heads import Part
 from .loop import LoopConfig, LoopState, Step, checkpoint_folder, report_budget, run_loop, within_minutes
@@ -30,15 +32,18 @@ Images = Shaped[Array, "batch *input"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augment:
-    """What may be done to a training image.
+    """Random shifts and mirroring of training images."""
 
-    Args:
-        pad: Pixels by which the picture may shift in each direction; what moves in is zero.
-        flip: Whether half of the pictures are mirrored left to right.
-    """
+    pad: Annotated[int, Field(ge=0, le=64, description="largest shift in each direction, in pixels; zeros move in")] = 0
+    flip: Annotated[bool, Field(description="mirror half of the images left to right")] = False
 
-    pad: int = 0
-    flip: bool = False
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            InputError: Names the option.
+        """
+        check_options(self)
 
     def __call__(self, key: PRNGKeyArray, images: Images) -> Images:
         """Augment every image[height, width, channels] on its own; without options, take any input.
@@ -69,51 +74,34 @@ _INIT_ROWS = 512  # enough to tell the features' means and scales
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """How predictors and selectors are trained.
+    """How predictors and selectors are trained."""
 
-    Args:
-        epochs: Passes of all predictors over the fit split.
-        batch: Images in a step.
-        optimizer: "adamw", or the paper's "sgd" with momentum 0.9; both warm up linearly and decay by a cosine.
-        learning_rate: Its peak.
-        weight_decay: Decoupled for adamw, L2 for sgd.
-        alpha: Weight of the soft term of the distillation loss.
-        temperature: Its T.
-        augment: Crops and flips.
-        folds: Folds of the select split.
-        seed: Initial values, order and augmentation.
-        minutes: Time for the predictors' passes, compilation included: where not all epochs fit into it, as many as do,
-            with the schedule laid over those. A resumed fit with more of it goes on from where it ended.
-    """
-
-    epochs: int = 5
-    batch: int = 128
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = 1e-2
-    weight_decay: float = 1e-3
-    alpha: float = 0.5
-    temperature: float = 6.0
-    augment: Augment = Augment()
-    folds: int = 5
-    seed: int = 0
-    minutes: float | None = dataclasses.field(default=None, repr=False)
-    """Not in the repr, which tells fits apart: more time makes no other fit."""
+    epochs: Annotated[Count, Field(description="passes of all predictors over the fit split")] = 5
+    batch: Annotated[Count, Field(description="images in a step")] = 128
+    optimizer: Annotated[
+        Literal["adamw", "sgd"],
+        Field(description="adamw, or the paper's sgd with momentum 0.9; linear warm-up and cosine decay with both"),
+    ] = "adamw"
+    learning_rate: Annotated[Positive, Field(description="at its peak")] = 1e-2
+    weight_decay: Annotated[NotNegative, Field(description="decoupled for adamw, L2 for sgd")] = 1e-3
+    alpha: Annotated[float, Field(ge=0, le=1, description="weight of the soft term of the distillation loss")] = 0.5
+    temperature: Annotated[Positive, Field(description="of the distillation loss")] = 6.0
+    augment: Annotated[Augment, Field(description="shifts and mirroring of the fit split")] = Augment()
+    folds: Annotated[int, Field(ge=2, le=20, description="of the select split, for out-of-fold selector scores")] = 5
+    seed: Annotated[Seed, Field(description="of initial values, order and augmentation")] = 0
+    minutes: Annotated[
+        Positive | None,
+        Field(description="time for the passes, compilation included: as many epochs as fit into it; unset: all"),
+    ] = dataclasses.field(default=None, repr=False)
+    """Not in the repr, by which fits are told apart: a resumed fit with more time continues the earlier one."""
 
     def __post_init__(self) -> None:
-        """Refuse what could not be trained.
+        """Check the options.
 
         Raises:
-            InputError: Names the field.
+            InputError: Names the option.
         """
-        if self.optimizer not in {"adamw", "sgd"}:
-            raise InputError(f"optimizer: expected adamw or sgd, got {self.optimizer!r}")
-        if not 0 < self.learning_rate < np.inf:
-            raise InputError(f"learning_rate: expected a positive number, got {self.learning_rate}")
-        if self.minutes is not None and not 0 < self.minutes < np.inf:
-            raise InputError(f"minutes: expected a positive number, or None, got {self.minutes}")
-        for name, least in (("epochs", 1), ("batch", 1), ("folds", 2)):
-            if (got := getattr(self, name)) < least:
-                raise InputError(f"{name}: expected {least} or more, got {got}")
+        check_options(self)
 
 
 DEFAULT_CONFIG = FitConfig()

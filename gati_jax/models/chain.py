@@ -2,16 +2,17 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Num, PyTree, Shaped
+from pydantic import Field, FiniteFloat
 
 from gati_jax.errors import InputError
+from gati_jax.options import Positive, check_options
 from gati_jax.pytrees import Static
 
 Block = Callable[[Any, Array], Array]
@@ -20,18 +21,22 @@ Block = Callable[[Any, Array], Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Normalization:
-    """Turns uint8 pixels into what the base was trained on: ``(pixel * scale - mean) / std``, per channel."""
+    """How uint8 pixels become inputs: ``(pixel * scale - mean) / std``, by channel, as in the base's training."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    scale: float = 1 / 255
+    mean: Annotated[tuple[FiniteFloat, ...], Field(description="of each channel, after scaling")]
+    std: Annotated[tuple[Positive, ...], Field(description="of each channel, after scaling")]
+    scale: Annotated[FiniteFloat, Field(description="factor of the pixels before")] = 1 / 255
 
     def __post_init__(self) -> None:
-        """Refuse what would divide by zero or not broadcast."""
-        finite = all(math.isfinite(v) for v in (*self.mean, *self.std, self.scale))
-        if not finite or len(self.mean) != len(self.std) or not self.std or min(self.std) <= 0:
+        """Check the options, and that there are as many means as standard deviations.
+
+        Raises:
+            InputError: Names the option.
+        """
+        check_options(self)
+        if len(self.mean) != len(self.std) or not self.std:
             raise InputError(
-                f"normalization: expected as many means as positive standard deviations, got {self.mean} and {self.std}"
+                f"normalization: expected as many means as standard deviations, got {self.mean} and {self.std}"
             )
 
     def __call__(self, pixels: Shaped[Array | np.ndarray, "*batch height width channels"]) -> Array:

@@ -156,7 +156,7 @@ def test_a_damaged_record_is_measured_anew(fit, tmp_path, caplog):
 
 @pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf")])
 def test_minutes_that_are_none_are_refused(minutes):
-    with pytest.raises(InputError, match="minutes: expected a positive number, or None, got"):
+    with pytest.raises(InputError, match="minutes: expected a "):
         gati_jax.FitConfig(minutes=minutes)
 
 

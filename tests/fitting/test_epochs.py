@@ -34,7 +34,7 @@ def run(epochs, **options):
 
 def test_every_epoch_sees_its_own_order_and_no_row_twice():
     _, records = run(3)
-    seen = [record.said["seen"].reshape(-1) for record in records]
+    seen = [record.metrics["seen"].reshape(-1) for record in records]
     for epoch, rows in enumerate(seen):
         np.testing.assert_array_equal(rows, np.asarray(epoch_order(7, epoch, N))[: STEPS * BATCH])
         assert len(set(rows.tolist())) == STEPS * BATCH

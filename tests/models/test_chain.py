@@ -177,7 +177,7 @@ def test_normalization_takes_the_scale_of_other_pixels():
     ("mean", "std"), [((0.0,), (0.0,)), ((0.0,), (-1.0,)), ((0.0, 0.0), (1.0,)), ((), ())], ids=str
 )
 def test_normalization_that_cannot_work_is_refused(mean, std):
-    with pytest.raises(InputError, match="normalization: expected as many means as positive"):
+    with pytest.raises(InputError, match=r"^(normalization: expected as many|std\.0: expected a number greater)"):
         Normalization(mean=mean, std=std)
 
 

@@ -10,6 +10,7 @@ from gati_jax.adaptation import Trace, save_trace
 from gati_jax.bundle import Versions
 from tests.train.one_pass import json_of
 from train import adapt
+from train.results import Adaptation, MechanismsResult
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,8 @@ def test_every_mechanism_is_a_row_and_the_windows_add_up(run, trace, tmp_path, c
     result = json_of(
         adapt.main, "--bundle", str(run.folder / "caches" / "bundle"), "--trace", str(trace), "--out", str(tmp_path)
     )
-    assert result == json.loads((tmp_path / "adaptation.json").read_text())
+    written = tmp_path / "adaptation.json"
+    assert result == json.loads(written.read_text()) == Adaptation.read(written).as_json()
     assert [row["name"] for row in result["mechanisms"]] == [
         "static caches behind the first block",
         "+ site 0",
@@ -72,6 +74,24 @@ def test_every_mechanism_is_a_row_and_the_windows_add_up(run, trace, tmp_path, c
     said = capsys.readouterr().out
     assert "everything" in said
     assert "inverted" in said
+
+
+def test_a_result_in_the_old_words_is_read():
+    row = {
+        "name": "all",
+        "computation": 2.0,
+        "disagreement": 0.0,
+        "worst_window": 0.0,
+        "shadow_share": 0.1,
+        "front_ms": 0.5,
+        "full_ms": 3.0,
+        "with_background": 1.5,
+        "background_seconds": 4.0,
+        "alarms": 0,
+        "swaps": 1,
+    }
+    read = MechanismsResult.model_validate(row)
+    assert (read.controller_ms, read.with_recovery, read.recovery_seconds) == (0.5, 1.5, 4.0)
 
 
 def test_a_trace_that_names_rows_alone_is_refused(run, tmp_path):

@@ -193,9 +193,10 @@ def test_policies_are_not_compared_without_labels(capsys, monkeypatch, tmp_path)
 
 FREEZE_ERRORS = {
     "missing config": (["--config", "nowhere.toml"], "nowhere.toml"),
-    "a key of another script": (["--fit.folds", "3"], "unknown key fit.folds"),
-    "no kind": (["--freeze.kinds", "[]"], "freeze.kinds: Value error, expected knn, kmeans or both, got []"),
-    "the same kind twice": (["--freeze.kinds", '["knn", "knn"]'], "freeze.kinds: Value error, expected knn, kmeans"),
+    "a key of another script": (["--fit.heads", "[]"], "unknown key fit.heads"),
+    "a flag of another script": (["--plan.epsilon", "0.1"], "unknown flag --plan.epsilon"),
+    "no kind": (["--freeze.kinds", "[]"], "freeze.kinds: expected knn, kmeans or both, got []"),
+    "the same kind twice": (["--freeze.kinds", '["knn", "knn"]'], "freeze.kinds: expected knn, kmeans"),
     "another kind": (["--freeze.kinds", '["tree"]'], "freeze.kinds.0"),
     "no cells": (["--freeze.cells", "0"], "freeze.cells"),
     "overlapping splits": (["--data.splits.serve", "all[1200:]"], "expected disjoint splits"),
@@ -265,7 +266,7 @@ def test_bad_results_are_one_line(capsys, tmp_path, case):
         (["--remarks", "latin.md"], "remarks: expected Markdown in UTF-8, got latin.md"),
         (["--figures", "nowhere"], "figures: expected a drawing at nowhere/repro-exits.svg"),
         (["--out", "."], "--out: expected a file, got the folder ."),
-        (["--freezer", "a"], "unrecognized arguments: --freezer a"),
+        (["--freezer", "a"], "unknown flag --freezer; did you mean --freeze?"),
     ],
 )
 def test_a_page_that_cannot_be_written_is_refused(capsys, monkeypatch, tmp_path, arguments, message):

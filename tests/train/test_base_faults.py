@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from benchmarks import table, training
 from gati_jax import InputError, WeightsError
 from tests.train.one_pass import DIGITS, ROOT, SMALLEST, small_and_repeatable
-from tests.train.test_scalars import events
+from tests.train.test_tensorboard import events
 from tests.train.test_zoo import TENSORS, bare, entry
 from train import base, caches, zoo
 from train.zoo import completed, keep, read_entry
@@ -81,7 +81,7 @@ def test_a_name_that_reads_as_json_comes_back(tmp_path):
 
 
 def test_the_zoo_s_limit_holds_for_what_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo, "MOST_BYTES", 5000)
+    monkeypatch.setattr(zoo, "MAX_BYTES", 5000)
     weights = tampered(tmp_path, recipe=json.dumps({"note": "x" * 10_000}))
     with pytest.raises(InputError, match="out: expected at most"):
         keep(weights, tmp_path / "zoo")

@@ -1,13 +1,16 @@
 """Configs: overrides of every type, and errors that name the key."""
 
+import dataclasses
+import math
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
-from gati_jax import InputError
-from train.config import Config, describe_keys, load_config
+from gati_jax import Augment, FitConfig, InputError, Normalization
+from gati_jax.options import describe_options
+from train import cli
+from train.config import Config, build_config, load
 
 CONFIGS = [
     path
@@ -33,11 +36,11 @@ def file(tmp_path) -> Path:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads_and_builds(config):
-    loaded = load_config(config)
+    loaded = load(Config, config)
     assert loaded.base.architecture().classes == loaded.base.classes
     assert len(loaded.base.normalize().mean) == loaded.base.input_shape[2]
     assert [head.build().name for head in loaded.fit.heads] == [head.name for head in loaded.fit.heads]
-    assert loaded.fit.build(3).seed == 3
+    assert loaded.fit.seed == loaded.seed
 
 
 def test_there_are_configs():
@@ -57,7 +60,7 @@ OVERRIDES = {
     "quoted path": ("data.dir", '"a/x"', Path("a/x")),
     "string": ("data.name", "cifar10", "cifar10"),
     "string with brackets": ("data.splits.select", "all[3:4]", "all[3:4]"),
-    "string with an equals sign": ("data.name", "a=b", "a=b"),
+    "string with an equals sign": ("base.network", "a=b", "a=b"),
     "key that the file lacks": ("measure_rounds", "9", 9),
 }
 
@@ -67,7 +70,7 @@ OVERRIDES = {
 def test_override(file, case, form):
     key, text, expected = OVERRIDES[case]
     tokens = [f"--{key}", text] if form == "two tokens" else [f"--{key}={text}"]
-    value = load_config(file, tokens)
+    value = load(Config, file, tokens)
     for part in key.split("."):
         value = getattr(value, part)
     assert value == expected
@@ -75,19 +78,19 @@ def test_override(file, case, form):
 
 
 def test_the_last_override_wins_and_nothing_else_changes(file):
-    before, after = load_config(file), load_config(file, ["--fit.epochs", "3", "--fit.epochs=4", "--seed", "5"])
+    before, after = load(Config, file), load(Config, file, ["--fit.epochs", "3", "--fit.epochs=4", "--seed", "5"])
     assert (after.fit.epochs, after.seed) == (4, 5)
     unchanged = after.model_copy(update={"seed": before.seed, "fit": before.fit})
     assert unchanged == before
 
 
 def test_a_dash_is_an_underscore_in_a_key(file):
-    assert load_config(file, ["--data.base-trained-on", '["all"]']).data.base_trained_on == ("all",)
+    assert load(Config, file, ["--data.base-trained-on", '["all"]']).data.base_trained_on == ("all",)
 
 
 def test_a_table_of_heads_can_be_overridden(file):
     heads = '[{name = "a", sites = [1, 2], predictor = {kind = "fc", hidden = 8}}, {name = "b"}]'
-    one, two = load_config(file, ["--fit.heads", heads]).fit.heads
+    one, two = load(Config, file, ["--fit.heads", heads]).fit.heads
     assert (one.name, one.sites, one.predictor.kind, two.name, two.sites) == ("a", (1, 2), "fc", "b", None)
 
 
@@ -104,17 +107,33 @@ def test_a_table_of_heads_can_be_overridden(file):
 )
 def test_unknown_key_names_the_nearest(file, wrong, near):
     with pytest.raises(InputError) as caught:
-        load_config(file, [f"--{wrong}", "1"])
+        load(Config, file, [f"--{wrong}", "1"])
     assert str(caught.value) == f"config: unknown key {wrong}; did you mean {near}?"
+
+
+@pytest.mark.parametrize(
+    ("misplaced", "right"),
+    [
+        ("fit.epsilon", "plan.epsilon"),
+        ("plan.heads", "fit.heads"),
+        ("base.momentum", "base.training.momentum"),
+        ("data.epochs", "base.training.epochs or fit.epochs"),
+        ("fit.augment.cutout", "base.training.cutout"),
+        ("fit.heads.0.hidden", "fit.heads.N.sites"),
+    ],
+)
+def test_a_misplaced_key_names_the_right_one(file, misplaced, right):
+    heads = ["--fit.heads", '[{name = "a"}]']
+    with pytest.raises(InputError, match=rf"config: unknown key {misplaced}; did you mean {right}\?$"):
+        load(Config, file, [*heads, f"--{misplaced}", "1"])
 
 
 @pytest.mark.parametrize(("wrong", "near"), [("fits", "fit."), ("planing", "plan."), ("bases", "base.")])
 def test_misspelt_section_names_the_section(file, wrong, near):
-    with pytest.raises(InputError, match=f"unknown key {wrong}; did you mean {near}"):
-        load_config(file, [f"--{wrong}.epochs", "1"])
     (file.parent / "misspelt.toml").write_text(f"{SMALL}\n[{wrong}]\nepochs = 1")
-    with pytest.raises(InputError, match=f"unknown key {wrong}; did you mean {near}"):
-        load_config(file.parent / "misspelt.toml")
+    for path, overrides in ((file, [f"--{wrong}.epochs", "1"]), (file.parent / "misspelt.toml", [])):
+        with pytest.raises(InputError, match=f"unknown key {wrong}; did you mean {near}"):
+            load(Config, path, overrides)
 
 
 @pytest.mark.parametrize(
@@ -133,12 +152,13 @@ def test_misspelt_section_names_the_section(file, wrong, near):
         ("fit.optimizer", "adagrad"),
         ("base.shortcut", "C"),
         ("measure_rounds", "2"),
+        ("seed", "-1"),
         ("fit", "3"),
     ],
 )
 def test_wrong_value_names_its_key_and_what_came(file, key, text):
     with pytest.raises(InputError) as caught:
-        load_config(file, [f"--{key}", text])
+        load(Config, file, [f"--{key}", text])
     assert str(caught.value).startswith(f"config: {key}")
     assert text.strip("[]") in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -149,29 +169,24 @@ def test_wrong_value_names_its_key_and_what_came(file, key, text):
 def test_a_head_may_not_be_named_as_candidates_are(file, name, rest):
     more = ', network = "resnet20", weights = "w.pth", trained_on = []' if rest == "networks" else ""
     with pytest.raises(InputError, match=rf"fit\.{rest}\.0\.name: .*expected a name without @ and .*, got '"):
-        load_config(file, [f"--fit.{rest}", f'[{{name = "{name}"{more}}}]'])
+        load(Config, file, [f"--fit.{rest}", f'[{{name = "{name}"{more}}}]'])
 
 
 def test_further_selectors_of_one_kind_would_replace_one_another(file):
     text = '[{name = "a", selectors = [{kind = "sorted", hidden = 8}, {kind = "sorted", hidden = 32}]}]'
-    with pytest.raises(InputError, match=r"fit\.heads\.0: .*expected at most one of a kind, .*got sorted, sorted"):
-        load_config(file, ["--fit.heads", text])
-
-
-def test_a_seed_that_numpy_does_not_take_is_refused(file):
-    with pytest.raises(InputError, match="config: seed"):
-        load_config(file, ["--seed", "-1"])
+    with pytest.raises(InputError, match=r"fit\.heads\.0: selectors: expected distinct names, got sorted, sorted"):
+        load(Config, file, ["--fit.heads", text])
 
 
 def test_every_problem_is_named(file):
     with pytest.raises(InputError, match=r"fit\.epochs.*plan\.epsilon"):
-        load_config(file, ["--fit.epochs", "0", "--plan.epsilon", "2"])
+        load(Config, file, ["--fit.epochs", "0", "--plan.epsilon", "2"])
 
 
 def test_missing_keys_are_named(tmp_path):
     (tmp_path / "empty.toml").write_text("[data]\nname = 'digits'")
     with pytest.raises(InputError, match=r"data\.splits: Field required.*base: Field required"):
-        load_config(tmp_path / "empty.toml")
+        load(Config, tmp_path / "empty.toml")
 
 
 @pytest.mark.parametrize(
@@ -187,47 +202,103 @@ def test_missing_keys_are_named(tmp_path):
 )
 def test_overrides_of_another_form(file, tokens, message):
     with pytest.raises(InputError, match=message):
-        load_config(file, tokens)
+        load(Config, file, tokens)
 
 
 def test_a_value_in_a_list_can_be_set_by_its_position():
     path = Path(__file__).parents[2] / "configs" / "cifar10_resnet56.toml"
-    config = load_config(path, ["--fit.heads.1.name", "narrow", "--fit.heads.1.predictor.hidden", "32"])
+    config = load(Config, path, ["--fit.heads.1.name", "narrow", "--fit.heads.1.predictor.hidden", "32"])
     assert [head.name for head in config.fit.heads] == ["wide", "narrow"]
     assert config.fit.heads[1].predictor.model_dump()["hidden"] == 32
     with pytest.raises(InputError, match=r"expected a section, got the value .* at heads of fit\.heads\.2\.name"):
-        load_config(path, ["--fit.heads.2.name", "third"])
+        load(Config, path, ["--fit.heads.2.name", "third"])
 
 
 @pytest.mark.parametrize("content", [b"[data", b"a = ", b"x = 1\nx = 2", b"\xff\xfe"])
 def test_a_syntax_error_names_the_file(tmp_path, content):
     (tmp_path / "broken.toml").write_bytes(content)
     with pytest.raises(InputError, match=r"config: cannot read .*broken\.toml"):
-        load_config(tmp_path / "broken.toml")
+        load(Config, tmp_path / "broken.toml")
 
 
 @pytest.mark.parametrize("name", ["nothing.toml", "."])
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
     with pytest.raises(InputError, match="config: cannot read"):
-        load_config(tmp_path / name)
+        load(Config, tmp_path / name)
 
 
 def test_a_config_is_frozen_and_comes_back_from_json(file):
-    config = load_config(file)
+    config = load(Config, file)
     for section, key in ((config, "seed"), (config.fit, "epochs"), (config.data.splits, "test")):
-        with pytest.raises(ValidationError, match="frozen"):
+        with pytest.raises((ValidationError, dataclasses.FrozenInstanceError), match=r"frozen|cannot assign"):
             setattr(section, key, 1)
     assert Config.model_validate_json(config.model_dump_json()) == config
 
 
-def test_every_described_key_can_be_set():
-    """What --help lists must exist, down to the last section."""
-    keys = [key for key, _, _ in describe_keys(Config)]
-    assert {"seed", "data.splits.certify", "base.training.augment.pad", "plan.max_sites", "fit.heads"} <= set(keys)
-    for key in keys:
-        model = Config
-        *sections, last = key.split(".")
-        for section in sections:
-            annotation = model.model_fields[section].annotation
-            (model,) = (part for part in (annotation, *get_args(annotation)) if isinstance(part, type(Config)))
-        assert last in model.model_fields
+OPTIONS = {option.key: option for option in describe_options(Config)}
+
+
+def test_every_key_in_the_help_can_be_set_to_the_default_that_stands_there(file):
+    assert {"seed", "data.splits.certify", "fit.augment.pad", "plan.max_sites", "fit.heads.N.name"} <= OPTIONS.keys()
+    listed = ["--fit.heads", '[{name = "a"}]', "--base.network", "resnet20"]
+    settable = [o for o in OPTIONS.values() if o.default not in {"required", "unset"} and "networks.N" not in o.key]
+    tokens = [token for o in settable for token in (f"--{o.key.replace('.N.', '.0.')}", o.default)]
+    assert load(Config, file, [*tokens, *listed]) == load(Config, file, listed)
+
+
+@pytest.mark.parametrize(
+    ("record", "section", "options"),
+    [
+        (FitConfig, "fit", {"epochs": 0, "batch": 0, "learning_rate": 0.0, "alpha": 1.5, "folds": 1,
+                            "weight_decay": -1.0, "temperature": 0.0, "seed": -1, "minutes": 0.0}),
+        (Augment, "fit.augment", {"pad": -1}),
+        (Normalization, "base.normalization", {"std": (0.0,), "mean": (math.nan,), "scale": math.inf}),
+    ],
+)  # fmt: skip
+def test_an_option_has_one_bound_and_one_help(file, record, section, options):
+    """As a Python keyword and as a flag: the same message; and each is described."""
+    given = {"mean": (0.5,), "std": (0.5,)} if record is Normalization else {}
+    for name, bad in options.items():
+        with pytest.raises(InputError) as keyword:
+            record(**given | {name: bad})
+        with pytest.raises(InputError) as flag:
+            load(Config, file, [f"--{section}.{name}", str(list(bad) if isinstance(bad, tuple) else bad)])
+        assert str(keyword.value).startswith(f"{name}")
+        assert str(flag.value) == f"config: {section}.{keyword.value}"
+        assert OPTIONS[f"{section}.{name}"].help
+
+
+def test_help_groups_flags_by_section_with_type_meaning_and_default():
+    text = cli.help_of(Config)
+    sections = {group.splitlines()[0].partition(" ")[0]: group for group in text.split("\n\n")}
+    assert {"[data]", "[base.training]", "[fit]", "[fit.augment]", "[fit.heads.N]", "[plan]"} <= sections.keys()
+    for option in OPTIONS.values():
+        section = option.key.rpartition(".")[0]
+        lines = sections[f"[{section}]" if section else "The"].splitlines()[1:]
+        (line,) = (line for line in lines if line.split()[0] == f"--{option.key}")
+        assert option.help
+        assert option.help in line
+        assert option.type in line
+        assert f"({option.default})" in line or "unset:" in line
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["--outt", "d"], "unknown flag --outt; did you mean --out?"),
+        (["--epochs", "3"], "unknown flag --epochs; did you mean --base.training.epochs or --fit.epochs?"),
+        (["--fitt.folds", "3"], "unknown flag --fitt.folds; did you mean --fit.folds?"),
+        (["--zzzz", "3"], "unknown flag --zzzz (see --help)"),
+    ],
+)
+def test_an_unknown_flag_names_the_nearest(tokens, message):
+    """Before a missing one is reported."""
+    with pytest.raises(InputError) as caught:
+        cli.parse(Config, tokens, "Test.", "python -m train.test")
+    assert message in str(caught.value)
+
+
+def test_the_fit_takes_the_experiment_s_seed_unless_it_has_its_own(file):
+    assert load(Config, file, ["--seed", "5"]).fit.seed == 5
+    assert load(Config, file, ["--seed", "5", "--fit.seed", "7"]).fit.seed == 7
+    assert build_config(load(Config, file, ["--seed", "5"]).model_dump(mode="json", exclude={"fit"})).fit.seed == 5

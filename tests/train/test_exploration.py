@@ -17,7 +17,7 @@ from gati_jax.fitting import untrained
 from gati_jax.planning import Composition, compose, threshold_path
 from tests.fitting import tiny
 from tests.train.one_pass import DIGITS
-from train.config import Config, load_config
+from train.config import Config, load
 from train.exploration import Explored, explore, within
 from train.records import measured_tile
 
@@ -27,7 +27,7 @@ WIDE = Head(name="wide", predictor=lambda classes: FullyConnected(classes, hidde
 
 def config(*options: str) -> Config:
     quick = ["--fit.epochs", "1", "--fit.batch", "32", "--fit.augment", "{}", "--measure_rounds", "3"]
-    return load_config(Path(DIGITS[1]), [*quick, *options])
+    return load(Config, Path(DIGITS[1]), [*quick, *options])
 
 
 def parts() -> dict[str, data.Dataset]:

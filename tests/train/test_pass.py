@@ -19,11 +19,13 @@ from gati_jax.planning import ReplayTable
 from gati_jax.profiling import Speed
 from tests.train.one_pass import HIDDEN, KEYS, TESTED, TINY, evaluate_arguments, json_of, strict
 from train import evaluate, latency
+from train.results import Caches, Evaluation
 
 
 def test_evaluation_has_every_key_and_is_what_was_printed(run):
     written = strict((run.folder / "eval" / "evaluation.json").read_text())
     assert written == run.evaluation
+    assert Evaluation.read(run.folder / "eval" / "evaluation.json").as_json() == written
     for where, names in KEYS.items():
         section = written
         for key in filter(None, where.split(".")):
@@ -104,10 +106,10 @@ def test_a_made_up_timing_gives_costs_by_hand(run):
     exit_ms = dict.fromkeys(bundle.cascade.sites, 1.0) | {3: 4.0}
     speed = Speed(full_ms=4.0, cascade_ms=3.0, exit_ms=exit_ms, exits=(site, 3), spread=0.0)
     cost = latency.cost(bundle, np.array([site, 3, site, 3]), speed, [])
-    assert cost["ideal_speedup"] == pytest.approx(4 / 2.5)
-    assert cost["saved_share"] == pytest.approx(1.5 / 4)
-    assert cost["measured"][0]["speedup"] == pytest.approx(4 / 3)
-    assert cost["measured"][0]["conversion"] == pytest.approx((4 / 3) / (4 / 2.5))
+    assert cost.ideal_speedup == pytest.approx(4 / 2.5)
+    assert cost.saved_share == pytest.approx(1.5 / 4)
+    assert cost.measured[0].speedup == pytest.approx(4 / 3)
+    assert cost.measured[0].conversion == pytest.approx((4 / 3) / (4 / 2.5))
 
 
 def test_the_time_before_the_input_is_a_float():
@@ -138,7 +140,8 @@ def test_the_report_shows_the_evaluation(run):
 
 
 def test_caches_json_and_provenance_say_where_it_comes_from(run):
-    assert strict((run.folder / "caches" / "caches.json").read_text()) == run.caches
+    written = run.folder / "caches" / "caches.json"
+    assert strict(written.read_text()) == run.caches == Caches.read(written).as_json()
     provenance = run.bundle.provenance
     parts = {"fit": "all[:897]", "select": "all[897:1197]", "certify": "all[1197:1497]"}
     for name, part in parts.items():

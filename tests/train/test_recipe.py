@@ -48,7 +48,7 @@ def trained(by, rows, **options):
         epoch, begin(by, jax.random.key(SEED)), rows, steps=N // BATCH, epochs=EPOCHS, report=records.append,
         progress=False, **options,
     )  # fmt: skip
-    return state, np.concatenate([record.said["loss"] for record in records])
+    return state, np.concatenate([record.metrics["loss"] for record in records])
 
 
 def cosine(start, stop, share):

@@ -15,7 +15,7 @@ from gati_jax import InputError, Plan, data
 from gati_jax.planning import ReplayTable
 from tests.train.one_pass import DIGITS, caches_arguments, json_of, strict
 from train import caches
-from train.config import load_config
+from train.config import Config, load
 from train.records import count_looks, measured_tile, record_look
 
 
@@ -185,8 +185,8 @@ def test_damaged_looks_are_not_forgotten_but_reported(tmp_path, content):
 def test_costs_that_are_damaged_or_of_another_kind_are_measured_anew(run, tmp_path, damage):
     folder = run.folder / "caches"
     (tmp_path / "costs.json").write_text(damage((folder / "costs.json").read_text()))
-    config = load_config(Path(DIGITS[1]), caches_arguments(run.folder)[2:])
-    chain = caches.load_base(config)
+    config = load(Config, Path(DIGITS[1]), caches_arguments(run.folder)[2:])
+    chain = caches.read_base(config.base)
     _, measured = measured_tile(tmp_path / "costs.json", chain, run.bundle.caches, config)
     assert set(measured.lookup_ms) == {cache.name for cache in run.bundle.caches}
     assert measured_tile(tmp_path / "costs.json", chain, (), config)[1] == measured  # kept, this time

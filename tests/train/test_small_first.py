@@ -12,6 +12,7 @@ from gati_jax.caches import Network
 from tests.train.one_pass import caches_arguments, evaluate_arguments, json_of, small_and_repeatable
 from tests.train.test_bad_input import refuse
 from train import caches, evaluate, tune
+from train.results import Evaluation
 
 NOT_SEEN = '["all[:897]"]'
 
@@ -71,7 +72,8 @@ def test_a_tuned_evaluation_says_how_fast_every_batch_is(passed, monkeypatch):
         assert row["predicted_ms"] > 0
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        evaluate.show(result | {"cost": result["cost"] | {"measured": [reference | {"full": "tuned"}, *fast]}})
+        measured = [reference | {"full": "tuned"}, *fast]
+        evaluate.show(Evaluation.model_validate(result | {"cost": result["cost"] | {"measured": measured}}))
     assert "Tuned for this device" in printed.getvalue()
     assert "over the tuned full network, which is faster than the reference one" in printed.getvalue()
 

@@ -16,7 +16,7 @@ import gati_jax
 from gati_jax import Chain, InputError, Plan, ReplayTable, data
 from gati_jax.certification import count_duplicates
 from train import cli, zoo
-from train.caches import base_saw_certify, composition_entry, load_base, small_networks
+from train.caches import base_saw_certify, composition_entry, read_base, small_networks
 from train.config import Config
 from train.exploration import Explored, explore
 from train.records import count_looks, record_look
@@ -48,13 +48,13 @@ _log = logging.getLogger("train.reproduce")
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    arguments, config = cli.parse_experiment(argv, "Reproduce the papers' experiment.", EXAMPLE)
+    arguments, config = cli.parse(Config, argv, "Reproduce the papers' experiment.", EXAMPLE)
 
     # --- Data and base ----------------------------------------------------------------------------------------------
     config = zoo.completed(config)
     splits = config.data.splits.model_dump()
     data.check_disjoint(splits)
-    chain = load_base(config)
+    chain = read_base(config.base)
     parts = {name: data.load(config.data.name, rows, config.data.dir) for name, rows in splits.items()}
     if any(part.labels is None for part in parts.values()):
         raise InputError(f"data: expected labels, for accuracies are compared, got none in {config.data.name}")

@@ -21,12 +21,12 @@ CONFIG = Path(__file__).parents[3] / "configs" / "repro_freeze_resnet18.toml"
 
 def test_the_published_experiment_loads():
     config = load(FreezeExperiment, CONFIG)
-    assert config.freeze.build() == gati_jax.FreezeConfig(k=50, key_units=1024, centres=100)
+    assert (config.freeze.k, config.freeze.key_units, config.freeze.centres) == (50, 1024, 100)
     assert config.base.architecture().classes == 10
     with pytest.raises(InputError, match=r"unknown key freeze\.neighbours"):
         load(FreezeExperiment, CONFIG, ["--freeze.neighbours", "3"])
     for kinds in ("[]", '["knn", "knn"]'):
-        with pytest.raises(InputError, match=r"^config: freeze\.kinds: .*expected knn, kmeans or both, got \["):
+        with pytest.raises(InputError, match=r"^config: freeze\.kinds: expected knn, kmeans or both, got \["):
             load(FreezeExperiment, CONFIG, ["--freeze.kinds", kinds])
 
 

@@ -2,12 +2,13 @@
 
 import importlib
 import struct
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from train.scalars import scalars
+from train.base import Scalars
 
 Event: Any = importlib.import_module("tensorboardX.proto.event_pb2").Event
 
@@ -29,7 +30,7 @@ def values(folder: Path) -> list[tuple[int, str, float]]:
 
 
 def test_every_scalar_is_written_with_its_epoch(tmp_path):
-    with scalars(tmp_path / "tb") as writer:
+    with closing(Scalars(tmp_path / "tb")) as writer:
         writer.write(1, {"train/loss": 2.5, "train/accuracy": 0.25})
         writer.write(2, {"train/loss": 1.5})
     assert values(tmp_path / "tb") == [(1, "train/loss", 2.5), (1, "train/accuracy", 0.25), (2, "train/loss", 1.5)]
@@ -37,7 +38,7 @@ def test_every_scalar_is_written_with_its_epoch(tmp_path):
 
 def test_a_resumed_run_hides_what_lies_behind_its_checkpoint(tmp_path):
     for first in (1, 2):
-        with scalars(tmp_path) as writer:
+        with closing(Scalars(tmp_path)) as writer:
             for epoch in range(first, 4):
                 writer.write(epoch, {"train/loss": float(epoch)})
     starts = [e.step for e in events(tmp_path) if e.HasField("session_log")]
@@ -45,6 +46,6 @@ def test_a_resumed_run_hides_what_lies_behind_its_checkpoint(tmp_path):
 
 
 def test_nothing_is_written_where_there_is_nothing_to_say(tmp_path):
-    with pytest.raises(ZeroDivisionError), scalars(tmp_path / "tb"):
+    with pytest.raises(ZeroDivisionError), closing(Scalars(tmp_path / "tb")):
         raise ZeroDivisionError
     assert not (tmp_path / "tb").exists()
