@@ -67,8 +67,7 @@ def made_up(monkeypatch):
         calls = {name: [1000.0, *[known.get(name, 1.0)] * (len(calls) - 1)] for name, calls in programs.items()}
         return {name: np.tile(ms, (rounds, 1)) for name, ms in calls.items()}
 
-    for room in (costs, costs):
-        monkeypatch.setattr(room, "time_interleaved", interleaved)
+    monkeypatch.setattr(costs, "time_interleaved", interleaved)
     monkeypatch.setattr(costs, "time_turns", turns)
     return known
 
