@@ -4,7 +4,7 @@ A bundle is a folder:
 
     manifest.json      network, normalization, caches, class names, provenance, digests of all other files
     plans.json         up to four plans, the default first: chosen caches in order, and the path of their thresholds
-    certificates.json  for each plan, what is known of how often it disagrees with the base
+    certificates.json  for each plan, a bound on how often it disagrees with the base
     arrays/            parameters of the base and of the caches (Orbax)
     tuning/            measured costs, algorithms and tiles by device; without digests, for they are measured anew
 

@@ -1,4 +1,4 @@
-"""Read a bundle from its folder, and check everything that it says before it is used."""
+"""Read a bundle from its folder; everything in it is checked before it is used."""
 
 import dataclasses
 import math

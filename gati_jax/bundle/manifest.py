@@ -41,7 +41,7 @@ class CacheEntry(Strict):
 
 
 class Provenance(Strict):
-    """Where a bundle comes from."""
+    """How a bundle was made."""
 
     created: str = ""
     versions: dict[str, str] = {}
@@ -49,7 +49,7 @@ class Provenance(Strict):
     data_fingerprints: dict[str, str] = {}
     """By split: a digest of its rows, in order."""
     looks: tuple[dict[str, str | float], ...] = ()
-    """Every plan that rows of the certify split were opened for, this bundle's included."""
+    """Every plan that rows of the certify split were used for, the bundle's own included."""
     command: list[str] = []
     config: dict[str, Any] = {}
 
@@ -59,7 +59,7 @@ class Manifest(Strict):
 
     format_version: Literal[1]
     network: Architecture | None
-    """None for a user's own chain, which the loader must be given."""
+    """None for a user's own chain, which must be passed to ``load_bundle``."""
     normalization: Normalization | None
     input_shape: Annotated[tuple[Site, ...], Field(max_length=8)]
     input_dtype: Annotated[str, Field(max_length=20)]
@@ -71,7 +71,7 @@ class Manifest(Strict):
 
 
 class PlanEntry(Strict):
-    """A plan; null stands for infinity, a cache that is off."""
+    """A plan in ``plans.json``; a null threshold is infinity: the cache is off."""
 
     names: tuple[Name, ...]
     sites: tuple[Site, ...]
@@ -85,7 +85,7 @@ class PlanEntry(Strict):
 
     @classmethod
     def of(cls, plan: Plan) -> "PlanEntry":
-        """Describe a plan."""
+        """Return the entry of a plan."""
         path = tuple(tuple(None if math.isinf(t) else t for t in step) for step in plan.path.tolist())
         return cls(
             names=plan.names,
@@ -107,7 +107,7 @@ class PlanEntry(Strict):
         return self
 
     def plan(self) -> Plan:
-        """Rebuild the plan."""
+        """Return the plan."""
         path = np.array([[math.inf if t is None else t for t in step] for step in self.path], np.float32)
         rows = np.frombuffer(bytes.fromhex(self.rows), "<u8")
         return Plan(

@@ -23,7 +23,10 @@ FullNetwork = Literal["reference", "tuned"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speed:
-    """A cascade beside the fastest full network, on the same images in the same rounds. Milliseconds are of a batch."""
+    """Times of a cascade and of the fastest full network, on the same images in the same rounds.
+
+    Milliseconds are those of a whole batch.
+    """
 
     full_ms: float
     cascade_ms: float

@@ -116,7 +116,7 @@ def edit(file: Path, change: Callable[[Any], Any]) -> None:
 
 
 def sign(folder: Path) -> None:
-    """Make the list of digests true again, as whoever forges a bundle would."""
+    """Make the list of digests true again, as a forger would."""
     files = {k: v for k, v in digests(folder).items() if k != "manifest.json" and not k.startswith("tuning/")}
     edit(folder / "manifest.json", lambda manifest: manifest.update(files=files))
 

@@ -1,4 +1,4 @@
-"""Bundles made to harm whoever loads them: none is believed, and nothing in them is run."""
+"""Bundles forged to harm their reader: all are refused, and nothing in them is run."""
 
 import json
 import pickle
@@ -271,7 +271,7 @@ def test_nothing_in_a_bundle_is_executed(folder, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(folder))
     with pytest.raises(BundleError, match="does not list"):
         load(folder)
-    sign(folder)  # as whoever planted them would
+    sign(folder)  # as a forger would
     assert answers(load(folder)) == answers(in_memory(make(1)))
     assert not mark.exists()
     assert "evil" not in sys.modules

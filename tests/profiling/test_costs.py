@@ -128,7 +128,7 @@ def test_speed_by_arithmetic():
 
 @pytest.mark.parametrize(("tuned_ms", "full"), [(2.0, "tuned"), (6.0, "reference"), (None, "reference")])
 def test_a_speed_up_is_over_the_fastest_full_network(chain, candidates, splits, monkeypatch, tuned_ms, full):
-    """The reference network takes 4 ms, its first block and the cascade 1; what is ideal does not change."""
+    """The reference network takes 4 ms, its first block and the cascade 1; the ideal speed-up does not change."""
     cascade = Cascade(chain, candidates.items[:1], jnp.asarray([0.0]))
     made_up = {"cascade": 1.0, "1": 1.0, "5": 4.0, "tuned": tuned_ms}
     timed = lambda programs, *, rounds: {name: np.full(rounds, made_up[name]) for name in programs}  # noqa: E731
