@@ -1,4 +1,4 @@
-"""What several packages do with pytrees: static parts hashed once, digests, shapes to restore arrays in."""
+"""Pytrees: static parts that are hashed once, digests, shapes to restore into, and modules without state."""
 
 import dataclasses
 import hashlib
@@ -44,7 +44,7 @@ def tree_digest(tree: PyTree) -> str:
     return digest.hexdigest()
 
 
-def restore_spec(tree: PyTree[Any]) -> PyTree[jax.ShapeDtypeStruct]:
+def restore_spec(tree: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
     """Return the shapes of ``tree``, to be restored onto the default device, whichever it was saved from."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
