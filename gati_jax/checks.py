@@ -1,38 +1,77 @@
-"""Checks of arguments that several rooms share."""
+"""Checks of arguments that several packages share, and the one way in which a file is written."""
 
+import os
 import tempfile
+from collections.abc import Sized
 from pathlib import Path
 
 from .errors import InputError
 
 
-def check_share(name: str, value: float) -> None:
-    """Check that a number lies strictly between 0 and 1.
+def check_share(name: str, value: float | int) -> None:  # noqa: PYI041 (beartype tells them apart)
+    """Check that a value lies strictly between 0 and 1.
 
     Args:
         name: The argument, for the message.
-        value: What was given; NaN is refused.
+        value: What was given for it.
 
     Raises:
-        InputError: It does not.
+        InputError: It is 0 or less, 1 or more, or NaN.
     """
     if not 0 < value < 1:
         raise InputError(f"{name}: expected a number between 0 and 1, got {value}")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, never a part.
+def check_positive(name: str, value: int) -> None:
+    """Check that a count is 1 or more.
 
     Args:
-        path: The file; its folder exists.
-        data: The whole content.
+        name: The argument, for the message.
+        value: What was given for it.
+
+    Raises:
+        InputError: It is 0 or less.
     """
+    if value < 1:
+        raise InputError(f"{name}: expected 1 or more, got {value}")
+
+
+def check_not_empty(name: str, values: Sized) -> None:
+    """Check that there is at least one image, row or record.
+
+    Args:
+        name: The argument, for the message.
+        values: What was given for it.
+
+    Raises:
+        InputError: There is none.
+    """
+    if len(values) == 0:
+        raise InputError(f"{name}: expected at least one, got none")
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file as a whole: a reader, or a process killed half-way, finds the old content or the new one.
+
+    The content goes to a hidden file ``.<name>.<random>`` in the same folder, reaches the disk, and is then renamed
+    over ``path``. Missing folders are created; the file is readable by everybody.
+
+    Args:
+        path: The file to create or replace.
+        content: Bytes, or text that is written as UTF-8.
+
+    Raises:
+        OSError: The file cannot be written; what was there stays as it is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        written = Path(file.name)
+        temporary = Path(file.name)
         try:
-            file.write(data)
-            file.close()
-            written.chmod(0o644)
-            written.replace(path)
-        finally:
-            written.unlink(missing_ok=True)
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.chmod(0o644)  # temporary files are private
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise

@@ -1,14 +1,14 @@
-"""What goes wrong at a public boundary: one family, which command lines turn into one line and exit code 2."""
+"""Errors of the public functions; command lines print them as one line and exit with code 2."""
 
 from collections.abc import Mapping
 
 
 class InputError(ValueError):
-    """An argument is not what was expected; the message names it and says expected and got."""
+    """An argument is not what was expected; the message names it, and says what was expected and what came."""
 
 
 class WeightsError(InputError):
-    """A weights file does not belong to the network."""
+    """A weights file is damaged or does not belong to the network."""
 
 
 class BundleError(InputError):
@@ -16,11 +16,11 @@ class BundleError(InputError):
 
 
 def describe_mismatch(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """Compare named tensors with those that a network has.
+    """List how named tensors differ from those that a network has.
 
     Args:
-        expected: Shapes (or dtypes and shapes) by name.
-        found: Those that came.
+        expected: Shapes (or dtypes and shapes) of the network's tensors by name.
+        found: Those of the given ones.
 
     Returns:
         Sorted lists of missing, unexpected and misshapen names; empty if there are none.

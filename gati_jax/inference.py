@@ -1,9 +1,8 @@
-"""Answers from a bundle."""
+"""Answers from a bundle: one request, or a batch of them."""
 
 from typing import Any, Literal
 
-from gati_jax.bundle.record import Bundle
-
+from .bundle import Bundle
 from .errors import InputError
 from .models import check_images
 from .profiling import TunedCascade
@@ -19,18 +18,18 @@ def infer(
     numerics: Numerics | None = None,
     plan: str | None = None,
 ) -> Prediction:
-    """Answer one request, leaving at the first cache that is sure enough.
+    """Answer one request, leaving at the first cache whose score reaches its threshold.
 
     Args:
         bundle: See ``load_bundle``.
         image: One uint8 image (the bundle normalises it) or one prepared float32 input, without a batch dimension.
-        numerics: "reference" is the arithmetic that was certified; "fast" what ``tune`` found fastest on this device,
-            whose logits differ in their last bits. Unless told: fast where the bundle has been tuned.
-        plan: The name of one of ``bundle.plans``. Unless told: the default one.
+        numerics: "reference" is the arithmetic that was certified; "fast" is what ``tune`` found fastest on this
+            device, whose logits differ in their last bits. By default fast if the bundle has been tuned.
+        plan: The name of one of ``bundle.plans``; by default the first.
 
     Returns:
-        ``class_index`` int32[], ``exit`` int32[] (site number, or N for the base), ``score`` float32[] and ``logits``
-        float32[classes] of whoever answered.
+        ``class_index`` int32[], ``exit`` int32[] (the site of the cache that answered, or N for the base), ``score``
+        float32[] (infinity from the base) and ``logits`` float32[classes] of that cache, or of the base.
 
     Raises:
         InputError: The shape, the dtype or a value is not what the bundle's network takes, or there is no such plan.
@@ -57,9 +56,9 @@ def infer_batch(
 
     Args:
         bundle: See ``load_bundle``.
-        images: uint8 or prepared inputs with a leading batch dimension.
-        numerics: As for ``infer``. Reference numerics answer rows one after another, exactly as ``infer`` does, in one
-            program for each number of rows; fast ones in tiles, in one program for each power of two.
+        images: uint8 images or prepared inputs with a leading batch dimension.
+        numerics: As for ``infer``. Reference numerics answer one row after another, exactly as ``infer`` does, in one
+            program for each number of rows; fast ones answer in tiles, in one program for each power of two.
         plan: As for ``infer``.
 
     Returns:

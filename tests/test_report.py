@@ -117,8 +117,8 @@ def test_the_page_is_well_formed_and_says_what_the_evaluation_says():
     assert ["5", "6", "60.0%", "75.00%", ""] in p.rows
     assert ["9 (base)", "4", "40.0%", "100.00%", ""] in p.rows
     assert ["cpu-cpu", "reference", "1", "2.000 ms (tuned)", "1.600 ms", "1.250", "1.333", "0.938", "10%"] in p.rows
-    for said in ("3 of 77", "by hand", "1.23 MB", "0.05 MB", "would save 50.0%", "saves 25.0%", "12.50% of 10"):
-        assert said in p.text
+    for text_part in ("3 of 77", "by hand", "1.23 MB", "0.05 MB", "would save 50.0%", "saves 25.0%", "12.50% of 10"):
+        assert text_part in p.text
 
 
 def test_an_exit_without_hits_has_no_agreement():
@@ -178,12 +178,12 @@ def test_the_page_says_how_much_accuracy_may_be_lost_where_that_is_known():
     assert "less accurate" not in page().text
     gap = {"upper": 0.0123, "delta": 0.1, "losses": 41, "gains": 37, "method": "bets"}
     text = " ".join(page(certificate={"accuracy_gap": gap}).text.split())
-    for said in (
+    for text_part in (
         "at most 1.23% less accurate than the base",
         "confidence 90% of its own",
         "41 answers lost and 37 gained; bets",
     ):
-        assert said in text
+        assert text_part in text
 
 
 def test_the_page_names_a_plan_that_has_company():

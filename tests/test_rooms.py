@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [
     "errors",
     "checks",
+    "options",
     "pytrees",
     "data",
     "planning",

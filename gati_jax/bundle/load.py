@@ -1,4 +1,4 @@
-"""Read a bundle from its folder, believing nothing that it says before it is checked."""
+"""Read a bundle from its folder; everything in it is checked before it is used."""
 
 import dataclasses
 import math
@@ -10,35 +10,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from orbax.checkpoint import v1 as ocp
 
 from gati_jax.caches import Candidate, Network, build_predictor, build_selector
 from gati_jax.errors import BundleError, InputError, describe_mismatch
-from gati_jax.fitting.loop import restore_spec
 from gati_jax.models import Architecture, Chain, fold, init, layers, to_chain
 from gati_jax.profiling import Tile, Tuning
 from gati_jax.profiling.tuned_cascade import OPTIONS
+from gati_jax.pytrees import restore_spec
 
-from .manifest import (
-    CacheEntry,
-    Certificates,
-    DeviceFile,
-    Manifest,
-    Plans,
-    check_files,
-    present,
-    read_json,
-    read_manifest,
-)
+from .files import check_files, present
+from .manifest import CacheEntry, Certificates, DeviceFile, Manifest, Plans, read_json, read_manifest
 from .record import Bundle, CertifiedPlans, check_origin, check_plans, sites_of
 
 
 def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
-    """Load a bundle.
+    """Load a bundle that ``save_bundle`` wrote.
 
     Args:
-        path: The folder.
+        path: Its folder.
         chain: The base's structure, for a bundle of a user's own chain; its parameters are replaced by the saved ones.
+
+    Returns:
+        The bundle, to be passed to ``infer`` and ``infer_batch``.
 
     Raises:
         BundleError: The folder is no bundle, is incomplete or damaged, has a newer format, or belongs to another chain.
@@ -56,10 +49,10 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
                 f"chain: expected {plan.depth} blocks, for which {folder} was planned, got {len(skeleton)}"
             )
     caches = tuple(_empty_cache(entry, skeleton) for entry in manifest.caches)
-    values = load_arrays(folder / "arrays", arrays(skeleton, caches))
-    base = filled(skeleton, values, "base")
-    caches = tuple(filled(cache, values, f"caches/{cache.name}") for cache in caches)
-    devices = read_devices(folder / "tuning", base, caches)
+    values = _load_arrays(folder / "arrays", named_arrays(skeleton, caches))
+    base = _filled(skeleton, values, "base")
+    caches = tuple(_filled(cache, values, f"caches/{cache.name}") for cache in caches)
+    devices = _read_devices(folder / "tuning", base, caches)
     try:
         for plan, _ in pairs:
             check_origin(plan, base, caches)
@@ -136,8 +129,8 @@ def _empty_cache(entry: CacheEntry, chain: Chain) -> Candidate:
         raise BundleError(f"bundle: {entry.name} does not fit site {entry.site}: {error}") from error
 
 
-def read_devices(folder: Path, chain: Chain, caches: Sequence[Candidate]) -> tuple[DeviceFile, ...]:
-    """Read all files; a tuning that is another network's or another compiler's is left out with a warning.
+def _read_devices(folder: Path, chain: Chain, caches: Sequence[Candidate]) -> tuple[DeviceFile, ...]:
+    """Read what was measured on devices; a tuning for another network or compiler is left out with a warning.
 
     Raises:
         BundleError: A file is damaged.
@@ -145,19 +138,19 @@ def read_devices(folder: Path, chain: Chain, caches: Sequence[Candidate]) -> tup
     found = []
     for file in sorted(folder.glob("*.json")):
         try:
-            here = read_json(file, DeviceFile)
+            device = read_json(file, DeviceFile)
         except BundleError as error:
             raise BundleError(f"{error} (it holds only measurements: remove it, and tune again)") from error
-        if here.tuning is not None and (reason := unfit(here.tuning, file.stem, chain, caches)):
+        if device.tuning is not None and (reason := _misfit(device.tuning, file.stem, chain, caches)):
             msg = f"bundle: the tuning in {file} is left out: {reason}; run python -m train.tune --bundle DIR again"
             warnings.warn(msg, stacklevel=3)
-            here = here.model_copy(update={"tuning": None})
-        found.append(here)
+            device = device.model_copy(update={"tuning": None})
+        found.append(device)
     return tuple(found)
 
 
-def unfit(tuning: Tuning, device: str, chain: Chain, caches: Sequence[Candidate]) -> str | None:
-    """Say why a tuning cannot be this bundle's, on the device that its file is named after."""
+def _misfit(tuning: Tuning, device: str, chain: Chain, caches: Sequence[Candidate]) -> str | None:
+    """Return why a tuning cannot be this bundle's, on the device that its file is named after; None if it can."""
     if tuning.device != device:
         return f"expected one of {device}, got {tuning.device}"
     if tuning.jaxlib not in {"", version("jaxlib")}:
@@ -171,16 +164,16 @@ def unfit(tuning: Tuning, device: str, chain: Chain, caches: Sequence[Candidate]
         for layer in block
     }
     names = {cache.name for cache in caches}
-    reasons = (_unfit_tile(tile, device.partition("-")[0], len(chain), known, names) for tile in tuning.tiles)
+    reasons = (_tile_misfit(tile, device.partition("-")[0], len(chain), known, names) for tile in tuning.tiles)
     return next((reason for reason in reasons if reason), None)
 
 
-def _unfit_tile(
+def _tile_misfit(
     tile: Tile, platform: str, depth: int, known: Mapping[str, Sequence[str]], names: set[str]
 ) -> str | None:
-    strange = [kind for kind, algorithm in tile.algorithms.items() if algorithm not in known.get(kind, ())]
-    if strange:
-        return f"the network has no {strange[0]} that {tile.algorithms[strange[0]]} could do"
+    unknown = [kind for kind, algorithm in tile.algorithms.items() if algorithm not in known.get(kind, ())]
+    if unknown:
+        return f"the network has no {unknown[0]} that {tile.algorithms[unknown[0]]} could do"
     if tile.options and tile.options not in OPTIONS.get(platform, ()):
         return f"{tile.options} are no options for {platform}"
     costs = tile.costs
@@ -194,7 +187,7 @@ def _unfit_tile(
 MAX_ARRAY_BYTES = 8 * 2**30  # a manifest of a few lines may imply any number; compressed, so may a small file
 
 
-def arrays(chain: Chain, caches: Iterable[Candidate]) -> dict[str, Any]:
+def named_arrays(chain: Chain, caches: Iterable[Candidate]) -> dict[str, Any]:
     """Return every array under a flat name, such as "base/0/block/conv1/conv/kernel".
 
     Raises:
@@ -220,12 +213,12 @@ def _name(path: tuple[Any, ...]) -> str:
     return "".join(f"/{jax.tree_util.keystr((key,), simple=True)}" for key in path[1:])
 
 
-def filled(tree: Any, values: Mapping[str, Any], prefix: str) -> Any:  # noqa: ANN401 (a Chain or a Candidate)
+def _filled(tree: Any, values: Mapping[str, Any], prefix: str) -> Any:  # noqa: ANN401 (a Chain or a Candidate)
     """Return the tree with the arrays of these names in the places of its leaves."""
     return jax.tree_util.tree_map_with_path(lambda path, _: values[f"{prefix}{_name(path)}"], tree)
 
 
-def load_arrays(folder: Path, expected: Mapping[str, Any]) -> dict[str, jax.Array]:
+def _load_arrays(folder: Path, expected: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Load arrays of exactly these names, shapes and dtypes.
 
     Raises:
@@ -233,19 +226,23 @@ def load_arrays(folder: Path, expected: Mapping[str, Any]) -> dict[str, jax.Arra
     """
     if (total := sum(math.prod(v.shape) * v.dtype.itemsize for v in expected.values())) > MAX_ARRAY_BYTES:
         raise BundleError(f"bundle: {folder} would take {total} bytes of memory, {MAX_ARRAY_BYTES} are allowed")
-    path = str(folder.absolute())
+    from orbax.checkpoint import v1 as ocp  # noqa: PLC0415 (takes seconds to import, and answering does without)
+
+    path, shapes = str(folder.absolute()), {name: _describe(v) for name, v in expected.items()}
     try:
-        found = ocp.metadata(path).metadata
-        if not isinstance(found, dict):
-            raise BundleError(f"bundle: {folder} is damaged: it does not say which arrays it holds")
-        shapes = {name: _describe(v) for name, v in expected.items()}
-        if problems := describe_mismatch(shapes, {name: _describe(v) for name, v in found.items()}):
-            raise BundleError(f"bundle: the arrays are not this chain's. {problems}")
-        return ocp.load(path, restore_spec(dict(expected)))
+        problems = describe_mismatch(shapes, _described(ocp.metadata(path).metadata))
+        values = {} if problems else ocp.load(path, restore_spec(dict(expected)))
     except (ocp.errors.InvalidLayoutError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, BundleError):
-            raise
         raise BundleError(f"bundle: {folder} is damaged: {error}") from error
+    if problems:
+        raise BundleError(f"bundle: the arrays are not this chain's. {problems}")
+    return values
+
+
+def _described(metadata: Any) -> dict[str, str]:  # noqa: ANN401 (whatever Orbax found)
+    if not isinstance(metadata, dict):
+        raise TypeError("it does not say which arrays it holds")
+    return {name: _describe(array) for name, array in metadata.items()}
 
 
 def _describe(array: Any) -> str:  # noqa: ANN401 (an array, or the shape of one)

@@ -1,14 +1,7 @@
-"""What stands in a bundle's JSON files. They are untrusted: fields are typed and bounded, and no unknown one passes."""
+"""The JSON files of a bundle. They are untrusted: every field is typed and bounded, and unknown ones are refused."""
 
-import contextlib
-import glob
-import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -17,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from gati_jax.caches import PredictorSpec, SelectorSpec
 from gati_jax.certification import Certificate
+from gati_jax.checks import write_atomically
 from gati_jax.errors import BundleError
 from gati_jax.models import Architecture, Normalization
 from gati_jax.planning import CostTable, Origin, Plan
@@ -47,7 +41,7 @@ class CacheEntry(Strict):
 
 
 class Provenance(Strict):
-    """Where a bundle comes from."""
+    """How a bundle was made."""
 
     created: str = ""
     versions: dict[str, str] = {}
@@ -55,7 +49,7 @@ class Provenance(Strict):
     data_fingerprints: dict[str, str] = {}
     """By split: a digest of its rows, in order."""
     looks: tuple[dict[str, str | float], ...] = ()
-    """Every plan that rows of the certify split were opened for, this bundle's included."""
+    """Every plan that rows of the certify split were used for, the bundle's own included."""
     command: list[str] = []
     config: dict[str, Any] = {}
 
@@ -65,7 +59,7 @@ class Manifest(Strict):
 
     format_version: Literal[1]
     network: Architecture | None
-    """None for a user's own chain, which the loader must be given."""
+    """None for a user's own chain, which must be passed to ``load_bundle``."""
     normalization: Normalization | None
     input_shape: Annotated[tuple[Site, ...], Field(max_length=8)]
     input_dtype: Annotated[str, Field(max_length=20)]
@@ -77,7 +71,7 @@ class Manifest(Strict):
 
 
 class PlanEntry(Strict):
-    """A plan; null stands for infinity, a cache that is off."""
+    """A plan in ``plans.json``; a null threshold is infinity: the cache is off."""
 
     names: tuple[Name, ...]
     sites: tuple[Site, ...]
@@ -91,7 +85,7 @@ class PlanEntry(Strict):
 
     @classmethod
     def of(cls, plan: Plan) -> "PlanEntry":
-        """Describe a plan."""
+        """Return the entry of a plan."""
         path = tuple(tuple(None if math.isinf(t) else t for t in step) for step in plan.path.tolist())
         return cls(
             names=plan.names,
@@ -113,7 +107,7 @@ class PlanEntry(Strict):
         return self
 
     def plan(self) -> Plan:
-        """Rebuild the plan."""
+        """Return the plan."""
         path = np.array([[math.inf if t is None else t for t in step] for step in self.path], np.float32)
         rows = np.frombuffer(bytes.fromhex(self.rows), "<u8")
         return Plan(
@@ -148,16 +142,21 @@ class DeviceFile(Strict):
     tuning: Tuning | None = None
 
 
-def read_json(path: Path, kind: type[T]) -> T:
+def read_json(path: Path, record: type[T], *, most_bytes: int = MAX_JSON_BYTES) -> T:
     """Read and check a JSON file.
 
+    Args:
+        path: The file.
+        record: The class of what it holds.
+        most_bytes: Larger files are not read.
+
     Raises:
-        BundleError: The file is missing, too large, not JSON, or not what it should be.
+        BundleError: The file is missing, too large, not JSON, or not a ``record``.
     """
     if not path.is_file():
         raise BundleError(f"bundle: {path.name} is missing from {path.parent}")
     try:
-        return TypeAdapter(kind).validate_json(_read_bounded(path))
+        return TypeAdapter(record).validate_json(_read_bounded(path, most_bytes))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
@@ -165,7 +164,11 @@ def read_json(path: Path, kind: type[T]) -> T:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest; the version comes first, since a newer one may have any other form."""
+    """Read ``manifest.json``, its version first: a newer one may have any other form.
+
+    Raises:
+        BundleError: The folder is no bundle, is damaged, or has a newer format.
+    """
     file = folder / "manifest.json"
     if not file.is_file():
         raise BundleError(f"bundle: expected a bundle folder with a manifest.json, got {folder}")
@@ -180,86 +183,12 @@ def read_manifest(folder: Path) -> Manifest:
     return read_json(file, Manifest)
 
 
-def _read_bounded(path: Path) -> bytes:
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise BundleError(f"bundle: {path} is larger than {MAX_JSON_BYTES} bytes")
+def _read_bounded(path: Path, most_bytes: int = MAX_JSON_BYTES) -> bytes:
+    if path.stat().st_size > most_bytes:
+        raise BundleError(f"bundle: {path} is larger than {most_bytes} bytes")
     return path.read_bytes()
 
 
-def write_json(path: Path, value: Any) -> None:  # noqa: ANN401
-    """Write a record as indented JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(TypeAdapter(type(value)).dump_json(value, indent=2) + b"\n")
-
-
-_LONGEST_NAME = 200
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Generator[Path]:
-    """Yield a new empty folder that takes the place of ``path`` once the block ends well.
-
-    A folder cannot be renamed over another one. The old one is first moved aside, to ``previous(path)``; whoever is
-    killed between the two renames leaves it there, and ``present`` finds it.
-    """
-    path = path.resolve()  # a link stays, and what it points to is replaced
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.saving-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.saving-", dir=path.parent))
-    try:
-        yield fresh
-        fresh.chmod(0o755)  # mkdtemp's folders are private
-        if path.exists():
-            shutil.rmtree(previous(path), ignore_errors=True)
-            path.rename(previous(path))
-        fresh.rename(path)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    shutil.rmtree(previous(path), ignore_errors=True)
-
-
-def previous(path: Path) -> Path:
-    """Return where the old folder waits while the new one takes its place."""
-    return path.with_name(f".{path.name}.previous")
-
-
-def present(path: Path) -> Path:
-    """Return ``path``, or the old folder where a killed save left only that."""
-    path = path.resolve()
-    return previous(path) if not path.exists() and previous(path).exists() else path
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Return "<bytes> <sha256>" of every file below ``folder``, by its relative path."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): _digest(file) for file in files}
-
-
-def check_files(folder: Path, expected: Mapping[str, str]) -> None:
-    """Compare the files below ``folder`` with their digests; manifest.json and tuning/ are not among them.
-
-    Raises:
-        BundleError: Names the first file that is missing, truncated, changed or not listed.
-    """
-    for name, digest in expected.items():
-        file = folder / name
-        if "\0" in name or len(name) > _LONGEST_NAME or not file.resolve().is_relative_to(folder.resolve()):
-            raise BundleError(f"bundle: manifest.json lists {name[:_LONGEST_NAME]!r}, which is no file of the bundle")
-        if not file.is_file():
-            raise BundleError(f"bundle: {name} is missing from {folder}")
-        size = digest.partition(" ")[0]
-        if size != (got := str(file.stat().st_size)):
-            raise BundleError(f"bundle: {file} is truncated or changed: expected {size} bytes, got {got}")
-        if _digest(file) != digest:
-            raise BundleError(f"bundle: {file} is damaged: its SHA-256 is not the one in manifest.json")
-    for file in folder.rglob("*"):
-        name = file.relative_to(folder).as_posix()
-        if not file.is_dir() and name not in expected and name != "manifest.json" and not name.startswith("tuning/"):
-            raise BundleError(f"bundle: {folder} holds {name}, which manifest.json does not list")
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return f"{os.fstat(stream.fileno()).st_size} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
+def write_json(path: Path, record: Any) -> None:  # noqa: ANN401
+    """Write a record as indented JSON; a reader sees the old file or the new one."""
+    write_atomically(path, TypeAdapter(type(record)).dump_json(record, indent=2) + b"\n")

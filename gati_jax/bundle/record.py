@@ -1,4 +1,4 @@
-"""A bundle in memory: what was saved, and the cascades that it stands for."""
+"""A bundle in memory, the cascades that its plans stand for, and the check that plans and certificates fit."""
 
 import dataclasses
 import functools
@@ -6,11 +6,10 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from gati_jax.caches import Candidate, choose
+from gati_jax.caches import Candidate, choose, origin
 from gati_jax.certification import CONDITIONAL, Certificate
 from gati_jax.data import fingerprint
 from gati_jax.errors import InputError
-from gati_jax.fitting import origin
 from gati_jax.models import Chain
 from gati_jax.planning import CostTable, Origin, Plan
 from gati_jax.profiling import TunedCascade, Tuning, device_name
@@ -21,11 +20,11 @@ from .manifest import MAX_PLANS, Provenance
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A base with its caches, a plan for them, and a certificate of the plan; or up to four of both."""
+    """A base with its caches, and up to four plans for them, each with its certificate."""
 
     chain: Chain
     caches: tuple[Candidate, ...]
-    """The plan's, in its order; then those that only the other plans have."""
+    """Those of ``plan`` in its order, then those that only the other plans have."""
     plan: Plan
     """The one that is used unless another is named."""
     certificate: Certificate
@@ -55,7 +54,7 @@ class Bundle:
 
     @property
     def tuned(self) -> TunedCascade | None:
-        """The cascade as this device runs it fastest; None where nobody has tuned it for this device."""
+        """The cascade as this device runs it fastest; None if it has not been tuned for this device."""
         return self.tuned_of(None)
 
     @functools.cached_property
@@ -100,7 +99,11 @@ class Bundle:
 
 
 def check_origin(plan: Plan, chain: Chain, caches: tuple[Candidate, ...]) -> None:
-    """Check that plan and certificate were made from these very parameters; a plan made by hand does not say."""
+    """Check that a plan was made from these parameters; a plan made by hand does not say from which.
+
+    Raises:
+        InputError: The base or a cache has other parameters.
+    """
     if plan.origin != Origin():
         plan.origin.check(origin(chain, choose(caches, plan.names), plan.origin.dtype), "candidates")
 
@@ -109,10 +112,10 @@ CertifiedPlans = tuple[tuple[Plan, Certificate], ...]
 
 
 def check_plans(pairs: CertifiedPlans) -> None:
-    """Check that certificates are of these plans, and that the plans paid for one another.
+    """Check that each certificate is of its plan, and that the plans were certified together.
 
     Raises:
-        InputError: Says what was expected.
+        InputError: They do not belong together, are too many, or have the same name.
     """
     names = [certificate.name for _, certificate in pairs]
     if len(pairs) > MAX_PLANS or len(set(names)) < len(names):
@@ -133,7 +136,7 @@ def check_plans(pairs: CertifiedPlans) -> None:
 
 
 def sites_of(pairs: CertifiedPlans) -> dict[str, int]:
-    """Return the caches of all plans with their sites, in the order in which they first come.
+    """Return the sites of the caches of all plans by name, in the order in which the caches first come.
 
     Raises:
         InputError: A plan has a cache twice, or two plans have it at different sites.
@@ -149,14 +152,14 @@ def sites_of(pairs: CertifiedPlans) -> dict[str, int]:
 
 
 def _same_exits(plan: Plan, certificate: Certificate) -> bool:
-    """Say whether a conditional certificate speaks of every site with a cache that is on."""
+    """Return whether a conditional certificate covers exactly the sites whose caches are on."""
     on = np.isfinite(plan.thresholds(certificate.step))
     sites = sorted({site for site, is_on in zip(plan.sites, on, strict=True) if is_on})
     return certificate.method != CONDITIONAL or [e.site for e in certificate.exits] == sites
 
 
 def costs_of(bundle: Bundle) -> CostTable:
-    """Return the bundle's costs for single requests on this device, as it was tuned; or else any that it holds.
+    """Return costs of single requests: those of this device's tuning if it has them, else the nearest that there are.
 
     Raises:
         InputError: It holds none.
@@ -172,20 +175,20 @@ def costs_of(bundle: Bundle) -> CostTable:
 
 
 def certified_only(bundle: Bundle) -> Bundle:
-    """Return a bundle of its default plan alone, up to the certified step: what adaptation starts from and returns to.
+    """Return a bundle of the default plan alone, up to its certified step: what adaptation starts from and returns to.
 
-    Caches that are closed at that step are left out, and so is what the path would open beyond it.
+    Caches that are off at that step are left out, and so are the steps of the path beyond it.
     """
-    plan_, step = bundle.plan, max(0, bundle.certificate.step)
-    names = [c.name for c in bundle.cascade.caches]
-    columns = [plan_.names.index(name) for name in names]
-    home = dataclasses.replace(
-        plan_,
-        names=tuple(names),
-        sites=tuple(plan_.sites[i] for i in columns),
-        path=plan_.path[: step + 1, columns],
-        disagreement=plan_.disagreement[: step + 1],
-        mean_ms=plan_.mean_ms[: step + 1],
-        origin=plan_.origin.take(names),
+    plan, step = bundle.plan, max(0, bundle.certificate.step)
+    names = tuple(cache.name for cache in bundle.cascade.caches)
+    columns = [plan.names.index(name) for name in names]
+    certified = dataclasses.replace(
+        plan,
+        names=names,
+        sites=tuple(plan.sites[i] for i in columns),
+        path=plan.path[: step + 1, columns],
+        disagreement=plan.disagreement[: step + 1],
+        mean_ms=plan.mean_ms[: step + 1],
+        origin=plan.origin.take(names),
     )
-    return dataclasses.replace(bundle, caches=bundle.cascade.caches, plan=home, also=())
+    return dataclasses.replace(bundle, caches=bundle.cascade.caches, plan=certified, also=())

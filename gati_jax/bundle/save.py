@@ -1,22 +1,8 @@
-"""Bundles: what is saved, loaded and served.
+"""Write a bundle, as a whole or not at all; add what tuning found on a device."""
 
-    manifest.json      network, normalization, caches, class names, provenance, digests of all other files
-    plans.json         up to four plans, the default first: chosen caches in order, and the path of their thresholds
-    certificates.json  what is known of the disagreement of each
-    arrays/            parameters of the base and of the caches (Orbax)
-    tuning/            measured costs, algorithms and tiles by device; not part of the digest, for it is measured anew
-
-Loading never imports or unpickles what a bundle names: networks and caches come from a closed list, arrays only in
-shapes that those imply.
-"""
-
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from orbax.checkpoint import v1 as ocp
-
-from gati_jax.bundle.load import MAX_ARRAY_BYTES, arrays
 from gati_jax.caches import Candidate, choose, describe_predictor, describe_selector
 from gati_jax.certification import Certificate
 from gati_jax.errors import InputError
@@ -24,7 +10,8 @@ from gati_jax.models import Architecture, Chain
 from gati_jax.planning import CostTable, Plan
 from gati_jax.profiling import Tuning
 
-from .load import load_bundle
+from .files import digests, present, replacing
+from .load import named_arrays
 from .manifest import (
     FORMAT_VERSION,
     CacheEntry,
@@ -34,16 +21,11 @@ from .manifest import (
     PlanEntry,
     Plans,
     Provenance,
-    digests,
-    present,
     read_json,
     read_manifest,
-    replacing,
     write_json,
 )
-from .record import Bundle, check_origin, check_plans, sites_of
-
-__all__ = ["MAX_ARRAY_BYTES", "Bundle", "Provenance", "load_bundle", "save_bundle", "save_tuning"]
+from .record import check_origin, check_plans, sites_of
 
 
 def save_bundle(
@@ -58,14 +40,14 @@ def save_bundle(
     provenance: Provenance | None = None,
     costs: Iterable[CostTable] = (),
 ) -> None:
-    """Save a bundle; whatever stands at ``path`` is replaced as a whole, or, if this fails, stays as it is.
+    """Save a bundle; a bundle at ``path`` is replaced as a whole, or stays as it is if saving fails.
 
     Args:
         path: The folder to write.
         chain: The base.
-        candidates: Among which are all plans'.
+        candidates: The caches of all plans; others are left out.
         plan: Which caches, in which order, with which thresholds; used unless another plan is named.
-        certificate: Of that very plan.
+        certificate: The certificate of ``plan``.
         also: Up to three more plans, each with its certificate, under other names. All of them must have been certified
             together.
         class_names: Names of the classes, in the order of the logits.
@@ -73,9 +55,11 @@ def save_bundle(
         costs: Measured costs.
 
     Raises:
-        InputError: A certificate is another plan's, the plans were not certified together or have the same name, or a
-            cache is of a kind that no bundle can hold.
+        InputError: A certificate is another plan's, the plans were not certified together or have the same name, a
+            cache is of a kind that no bundle can hold, or ``path`` is something else than a bundle.
     """
+    from orbax.checkpoint import v1 as ocp  # noqa: PLC0415 (takes seconds to import, and answering does without)
+
     path, pairs = Path(path), ((plan, certificate), *also)
     check_plans(pairs)
     if path.exists() and not (path.is_dir() and ((path / "manifest.json").is_file() or not any(path.iterdir()))):
@@ -94,7 +78,7 @@ def save_bundle(
         for c in caches
     )
     with replacing(path) as folder:
-        ocp.save(str(folder.absolute() / "arrays"), arrays(chain, caches))
+        ocp.save(str(folder.absolute() / "arrays"), named_arrays(chain, caches))
         write_json(folder / "plans.json", Plans(plans=tuple(PlanEntry.of(one) for one, _ in pairs)))
         write_json(folder / "certificates.json", Certificates(certificates=tuple(c for _, c in pairs)))
         manifest = Manifest(
@@ -111,8 +95,8 @@ def save_bundle(
         write_json(folder / "manifest.json", manifest)
         tables = tuple(costs)
         for device in sorted({table.device for table in tables}):
-            here = DeviceFile(costs=tuple(table for table in tables if table.device == device))
-            write_json(folder / "tuning" / f"{device}.json", here)
+            of_device = DeviceFile(costs=tuple(table for table in tables if table.device == device))
+            write_json(folder / "tuning" / f"{device}.json", of_device)
 
 
 def save_tuning(path: Path | str, tuning: Tuning) -> None:
@@ -120,14 +104,15 @@ def save_tuning(path: Path | str, tuning: Tuning) -> None:
 
     Saving the bundle anew drops it, for the network may be another one.
 
+    Args:
+        path: The bundle's folder.
+        tuning: See ``tune``.
+
     Raises:
         BundleError: There is no bundle at ``path``, or its file for the device is damaged.
     """
     folder = present(Path(path))
     read_manifest(folder)
     file = folder / "tuning" / f"{tuning.device}.json"
-    here = read_json(file, DeviceFile) if file.is_file() else DeviceFile()
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.tuning-") as fresh:
-        write_json(Path(fresh) / file.name, here.model_copy(update={"tuning": tuning}))
-        file.parent.mkdir(exist_ok=True)
-        (Path(fresh) / file.name).replace(file)
+    device = read_json(file, DeviceFile) if file.is_file() else DeviceFile()
+    write_json(file, device.model_copy(update={"tuning": tuning}))

@@ -6,6 +6,7 @@ from .candidate import Cascaded as Cascaded
 from .candidate import choose as choose
 from .candidate import lookup as lookup
 from .candidate import on_its_own as on_its_own
+from .candidate import origin as origin
 from .candidate import predict_all as predict_all
 from .candidate import predictor_inputs as predictor_inputs
 from .neighbours import MIB as MIB

@@ -12,7 +12,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from gati_jax.errors import InputError
-from gati_jax.pytrees import Static, call
+from gati_jax.models import Chain
+from gati_jax.planning import Origin
+from gati_jax.pytrees import Static, call, tree_digest
 
 
 @jax.tree_util.register_pytree_node_class
@@ -128,6 +130,12 @@ def choose(candidates: Iterable[Candidate], names: Sequence[str]) -> tuple[Candi
     if missing := [name for name in names if name not in by_name]:
         raise InputError(f"candidates: expected {', '.join(missing)} among them, got {', '.join(by_name)}")
     return tuple(by_name[name] for name in names)
+
+
+def origin(chain: Chain, candidates: Iterable[Candidate], dtype: str) -> Origin:
+    """Say which parameters a replay was, or would be, computed from."""
+    digests = tuple((c.name, tree_digest(c.params)) for c in candidates)
+    return Origin(base=tree_digest(chain.params), candidates=digests, dtype=dtype)
 
 
 _FLOOR = -16.0  # a log-probability below this says nothing more, and its weight would drown all else

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from gati_jax.data import batches
 from gati_jax.errors import InputError
+from gati_jax.pytrees import restore_spec
 
 _log = logging.getLogger(__name__)
 
@@ -139,12 +140,6 @@ def _steps(n: int, config: LoopConfig, done: int) -> Iterator[Int[np.ndarray, " 
     for epoch in range(done // per_epoch, config.epochs):
         rows = list(batches(n, config.batch, seed=(config.seed, epoch)))
         yield from rows[done % per_epoch if epoch == done // per_epoch else 0 :]
-
-
-def restore_spec(tree: PyTree[Any]) -> PyTree[jax.ShapeDtypeStruct]:
-    """Return the shapes of ``tree``, to be restored onto the default device, whichever it was saved from."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def checkpoint_folder(folder: Path, identity: str) -> Path:

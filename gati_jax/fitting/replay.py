@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
-from gati_jax.caches import Candidate, predict_all
+from gati_jax.caches import Candidate, origin, predict_all
 from gati_jax.data import check_distinct_rows, full_batches, row_digests
 from gati_jax.errors import InputError
 from gati_jax.models import Chain, check_images
 from gati_jax.models.chain import reference
-from gati_jax.planning import Origin, ReplayTable
-from gati_jax.pytrees import call, tree_digest
+from gati_jax.planning import ReplayTable
+from gati_jax.pytrees import call
 
 from .fit import Candidates
 
@@ -126,12 +126,6 @@ def _outputs(
             pause()
     n = len(images)
     return Outputs(*(np.concatenate(columns, axis=-1)[..., :n] for columns in zip(*parts, strict=True)))
-
-
-def origin(chain: Chain, candidates: Iterable[Candidate], dtype: str) -> Origin:
-    """Say which parameters a replay was, or would be, computed from."""
-    digests = tuple((c.name, tree_digest(c.params)) for c in candidates)
-    return Origin(base=tree_digest(chain.params), candidates=digests, dtype=dtype)
 
 
 def _unseen_fold(candidates: Candidates, rows: np.ndarray) -> Int[np.ndarray, " n"]:

@@ -1,4 +1,4 @@
-"""The base: chains of blocks, residual networks and VGGs as chains, their weights."""
+"""Bases: chains of blocks, ResNets and VGGs as chains, and their weights."""
 
 from .chain import Block as Block
 from .chain import Chain as Chain
@@ -6,9 +6,9 @@ from .chain import Normalization as Normalization
 from .chain import check_images as check_images
 from .convolution import ALGORITHMS as ALGORITHMS
 from .convolution import Algorithm as Algorithm
+from .convolution import Layer as Layer
 from .networks import NAMES as NAMES
 from .networks import Architecture as Architecture
-from .networks import Layer as Layer
 from .networks import Variables as Variables
 from .networks import apply as apply
 from .networks import apply_train as apply_train

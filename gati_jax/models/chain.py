@@ -1,4 +1,4 @@
-"""A chain: N blocks and a classifier, pure functions of their parameters. A cache need not know more of a base."""
+"""A base as a chain: N blocks and a classifier, pure functions of their parameters; all that a cache sees of it."""
 
 import dataclasses
 import functools
@@ -122,7 +122,7 @@ class Chain:
         return x
 
     def classify(self, x: Num[Array, "batch *in"]) -> Num[Array, "batch classes"]:
-        """Turn what leaves block N into logits."""
+        """Return the logits for the output of block N."""
         return self.classifier(self.params[-1], x)
 
     def __call__(self, x: Num[Array, "batch *in"]) -> Num[Array, "batch classes"]:
@@ -196,5 +196,8 @@ F = TypeVar("F", bound=Callable)
 
 
 def reference(function: F) -> F:
-    """Return ``function`` with true float32 products; left alone, GPUs and TPUs round what goes into them."""
+    """Return ``function`` with the arithmetic that base answers are defined by: true float32 products.
+
+    By default GPUs and TPUs round the factors of float32 products.
+    """
     return jax.default_matmul_precision("highest")(function)

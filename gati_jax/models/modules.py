@@ -1,8 +1,8 @@
-"""The pieces of convolutional networks as Flax Linen modules, whose ``init`` and ``apply`` are pure functions.
+"""The parts of convolutional networks as Flax Linen modules, whose ``init`` and ``apply`` are pure functions.
 
 Every convolution pads explicitly, kernel // 2 on each side as PyTorch does: at stride 2 JAX's "SAME" pads differently.
-A convolution and its batch norm compute in the dtype of what comes in (but statistics in float32), the classifier in
-float32: parameters may stay float32 while the rest is bfloat16.
+A convolution and its batch norm compute in the dtype of their input (statistics in float32), the classifier in float32:
+parameters may stay float32 while the rest is bfloat16.
 """
 
 from typing import Annotated, Any, Literal
@@ -25,7 +25,7 @@ _HE = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
 
 
 class Convolution(nn.Module):
-    """A biased convolution by any algorithm; its kernel is stored as the algorithm takes it."""
+    """A biased convolution by any algorithm; its kernel is stored in the form that the algorithm takes."""
 
     features: int
     kernel: int
@@ -67,7 +67,7 @@ class ConvNorm(nn.Module):
 
 
 class Shortcut(nn.Module):
-    """What a residual block adds: its input, brought to the output's shape where the two differ.
+    """The shortcut of a residual block: its input, brought to the output's shape where the two differ.
 
     Option A subsamples and pads with zero channels (no parameters), B projects with a 1x1 convolution.
     """
@@ -99,7 +99,7 @@ class ResidualBlock(nn.Module):
     shortcut: Literal["A", "B"]
     norm: Norm
     algorithms: tuple[Algorithm, ...] = ()
-    """Of its convolutions in order, the projection's last; missing ones are direct."""
+    """Of its convolutions in order, the projection's last; "direct" where none is given."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w out"]:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from gati_jax.errors import InputError
 
-from .convolution import Algorithm
+from .convolution import Algorithm, Layer
 from .modules import Classifier, FirstBlock, Norm, ResidualBlock, Size, Stem
 
 
@@ -43,7 +43,8 @@ class ResNet:
 
         Args:
             norm: See ``Norm``.
-            algorithms: For each block those of its convolutions, see ``layers``; the compiler's own if empty.
+            algorithms: For each block those of its convolutions, in the order of ``layers``; the compiler's own if
+                empty.
         """
         chosen = list(algorithms) or [()] * self.depth
         stem_algorithm = chosen[0][0] if chosen[0] else "direct"
@@ -54,6 +55,35 @@ class ResNet:
         ]
         stem = Stem(self.widths[0], self.stem, norm, stem_algorithm)
         return (FirstBlock(stem, blocks[0]), *blocks[1:], Classifier(self.classes))
+
+    def layers(self) -> tuple[tuple[Layer, ...], ...]:
+        """Return the convolutions of every block: the first one's stem, conv1, conv2, (conv3), the projection."""
+        height, width, channels = self.input_shape
+        small, inputs = self.stem == 3, self.widths[0]  # noqa: PLR2004
+        stem = Layer(self.stem, 1 if small else 2, channels, inputs, height, width, ("stem", "conv"))
+        if not small:  # the convolution halves, and so does the max-pool
+            height, width = (_halved(_halved(size)) for size in (height, width))
+        blocks: list[tuple[Layer, ...]] = []
+        for features, stride in self.shapes:
+            outputs = 4 * features if self.bottleneck else features
+            before, after = (height, width), (height, width) if stride == 1 else (_halved(height), _halved(width))
+            if self.bottleneck:
+                block = (
+                    Layer(1, 1, inputs, features, *before, ("conv1",)),
+                    Layer(3, stride, features, features, *before, ("conv2",)),
+                    Layer(1, 1, features, outputs, *after, ("conv3",)),
+                )
+            else:
+                block = (
+                    Layer(3, stride, inputs, features, *before, ("conv1",)),
+                    Layer(3, 1, features, features, *after, ("conv2",)),
+                )
+            if self.shortcut == "B" and (stride > 1 or inputs != outputs):
+                block += (Layer(1, stride, inputs, outputs, *before, ("shortcut", "projection")),)
+            blocks.append(block)
+            inputs, (height, width) = outputs, after
+        first = (stem, *(layer._replace(path=("block", *layer.path)) for layer in blocks[0]))
+        return (first, *blocks[1:])
 
     @property
     def depth(self) -> int:
@@ -68,6 +98,10 @@ class ResNet:
             for stage, (count, width) in enumerate(zip(self.stages, self.widths, strict=True))
             for k in range(count)
         )
+
+
+def _halved(size: int) -> int:
+    return (size + 1) // 2
 
 
 _CIFAR = {f"resnet{6 * n + 2}": (n, n, n) for n in (3, 5, 7, 9, 18)}
@@ -91,11 +125,11 @@ def resnet(
     """Return a published configuration.
 
     Args:
-        name: "resnet20", 32, 44, 56, 110 (He et al., section 4.2: three stages, shortcut A unless told) or "resnet18",
-            34, 50, 101, 152 (four stages, shortcut B unless told).
+        name: "resnet20", 32, 44, 56, 110 (He et al., section 4.2: three stages, by default shortcut A) or "resnet18",
+            34, 50, 101, 152 (four stages, by default shortcut B).
         classes: Number of classes.
         input_shape: Height, width and channels. From 64 pixels on, the four-stage networks take the 7x7 stem.
-        shortcut: Option A or B where a block changes the shape.
+        shortcut: Option A or B where a block changes the shape, see ``Shortcut``.
 
     Raises:
         InputError: The name is not known.

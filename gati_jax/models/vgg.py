@@ -13,7 +13,7 @@ from pydantic import Field
 
 from gati_jax.errors import InputError
 
-from .convolution import Algorithm
+from .convolution import Algorithm, Layer
 from .modules import Classifier, ConvNorm, Norm, Size
 
 
@@ -40,9 +40,9 @@ class VGG:
     """
 
     convolutions: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1, max_length=8)]
-    """In each stage; behind each stage, height and width halve."""
+    """How many each stage has; height and width halve behind each stage."""
     channels: Annotated[tuple[Size, ...], Field(min_length=1, max_length=8)]
-    """Of each stage's convolutions."""
+    """How many each stage's convolutions have."""
     classes: Annotated[int, Field(ge=2, le=100_000)] = 10
     input_shape: tuple[Size, Size, Size] = (32, 32, 3)
     """Height, width, channels."""
@@ -78,7 +78,7 @@ class VGG:
 
         Args:
             norm: See ``Norm``.
-            algorithms: For each block that of its convolution; the compiler's own if empty.
+            algorithms: For each block the algorithm of its convolution; the compiler's own if empty.
         """
         direct: tuple[Algorithm, ...] = ("direct",)
         chosen = algorithms or [direct] * self.depth
@@ -87,6 +87,15 @@ class VGG:
             for (channels, pool), (algorithm,) in zip(self.shapes, chosen, strict=True)
         ]
         return (*blocks, Classifier(self.classes))
+
+    def layers(self) -> tuple[tuple[Layer, ...], ...]:
+        """Return the convolution of every block."""
+        height, width, inputs = self.input_shape
+        blocks = []
+        for outputs, pool in self.shapes:
+            blocks.append((Layer(3, 1, inputs, outputs, height, width, ("conv",)),))
+            inputs, height, width = outputs, height // (1 + pool), width // (1 + pool)
+        return tuple(blocks)
 
 
 _CONVOLUTIONS = {

@@ -1,4 +1,4 @@
-"""State dicts of PyTorch networks to and from variables.
+"""Conversion between state dicts of PyTorch networks and variables, and the files that hold them.
 
 Names are torchvision's (``layer1.0.conv1.weight``, ``downsample.0``, ``fc``; ``features.0.weight``); the CIFAR sources'
 spellings (``linear``, ``shortcut.0``, a VGG's one ``classifier``, a leading ``module.``) are read too. Layouts change
@@ -28,7 +28,7 @@ class _Entry(NamedTuple):
 
     block: int
     path: tuple[str, ...]
-    axes: tuple[int, ...]  # transposition that turns PyTorch's layout into ours
+    axes: tuple[int, ...]  # the transposition from PyTorch's layout to ours
 
 
 _KERNEL, _MATRIX, _VECTOR = (2, 3, 1, 0), (1, 0), (0,)
@@ -64,9 +64,9 @@ def _vgg(network: VGG) -> dict[str, _Entry]:
 
 
 def _absorbed(network: Architecture) -> dict[str, str]:
-    """Return the running mean by the name of the bias that it takes up.
+    """Return, by the name of each convolution's bias, the running mean that it is subtracted from.
 
-    torchvision's VGGs have biases before their batch norms, where they do nothing but move the mean.
+    torchvision's VGGs have biases before their batch norms, where they only move the mean.
     """
     if not isinstance(network, VGG):
         return {}
@@ -106,7 +106,7 @@ def import_state_dict(network: Architecture, tensors: Tensors) -> Variables:
         tensors: Arrays by name; half-precision ones are widened, ``num_batches_tracked`` is ignored.
 
     Raises:
-        WeightsError: Sorted lists of missing, unexpected and misshapen names.
+        WeightsError: Names are missing, unexpected, misshapen or given twice, or values are not finite.
     """
     entries = _entries(network)
     given = [name for name in tensors if not name.endswith("num_batches_tracked")]

@@ -1,4 +1,4 @@
-"""Measured costs and speed-ups on this device, and the search for what runs fastest on it."""
+"""Costs and speed-ups measured on this device, and the search for what runs fastest on it."""
 
 from .autotune import tune as tune
 from .autotune import tune_tile as tune_tile

@@ -1,10 +1,10 @@
 """The search for the fastest algorithms, compiler options and tiles.
 
-Algorithms are chosen per kind of layer by timing whole spans, as cuDNN chooses by timing: what surrounds a convolution
-is fused into it, so that a layer timed alone says little. Compiler options belong to whole programs and are tried one
-set after another. One program runs all tiles of a batch: those larger than 1 are all tuned, timed and run under the
-same options; the tile of 1 has its own, for it runs alone wherever there is one request. Nothing here looks at answers,
-but for one check: tuned logits must be the reference ones to within ``TOLERANCE`` of their range.
+Algorithms are chosen for each kind of layer by timing spans of blocks: the compiler fuses a convolution with its
+surroundings, so a layer timed alone says little. Compiler options belong to whole programs and are tried one set after
+another. One program runs all tiles of a batch, so tiles larger than 1 are tuned, timed and run under the same options;
+the tile of 1 has its own, for a single request has a program of its own. Only one check concerns answers: tuned logits
+must equal the reference to within ``TOLERANCE`` of their range.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from .costs import device_name, time_interleaved
 from .tuned_cascade import MOST_ROWS, MOST_TILES, OPTIONS, Tile, Tuning, tuned_chain
 
 TOLERANCE = 1e-3
-MARGIN = 0.03  # less is noise
+_MARGIN = 0.03  # less is noise
 _log = logging.getLogger(__name__)
 
 
@@ -47,13 +47,16 @@ def tune(
     """Find what is fastest on the default device; takes a minute or two.
 
     Args:
-        chain: A network of this library's, see ``to_chain``; of a user's own only tiles and options are tuned.
-        caches: Small networks among them are tuned along with it.
+        chain: The base; of a chain that is no ``ResNet`` or ``VGG`` only tiles and options are tuned.
+        caches: Its caches; small networks among them are tuned along with it.
         sizes: Tile sizes to try; 1 is always among them.
-        rounds: Interleaved repeats of every timing, of which the medians count.
+        rounds: Interleaved repeats of every timing, of which the medians are taken.
+
+    Returns:
+        The tuning, for ``save_tuning``.
 
     Raises:
-        InputError: Too many sizes, or one that cannot be.
+        InputError: There are too many sizes, or one is out of range.
     """
     networks, larger = _networks(chain, caches), sorted({*sizes} - {1})
     if len(larger) >= MOST_TILES or not all(1 < size <= MOST_ROWS for size in larger):
@@ -62,14 +65,14 @@ def tune(
         )
     starts = [start for group in ((1,), larger) if group for start in _starts(networks, group, rounds)]
     tiles = [_tuned(networks, start, rounds) for start in starts]
-    # Minutes lie between the first and the last; to be compared, they must have been timed together.
+    # Minutes passed between the first and the last; times that are compared must be measured together.
     ms = _time_networks((chain,), tiles, 3 * rounds)[:, 0]
     together = [dataclasses.replace(tile, milliseconds=float(t)) for tile, t in zip(tiles, ms, strict=True)]
     return Tuning(device=device_name(), tiles=tuple(together), jaxlib=version("jaxlib"))
 
 
 def tune_tile(chain: Chain, caches: Sequence[Candidate], size: int, *, rounds: int = 7) -> Tile:
-    """Find what is fastest for ``size`` rows at once, in a program of their own; arguments as for ``tune``."""
+    """Find what is fastest for ``size`` rows in a program of their own; arguments as for ``tune``."""
     networks = _networks(chain, caches)
     (start,) = _starts(networks, (size,), rounds)
     return _tuned(networks, start, rounds)
@@ -81,9 +84,9 @@ def _networks(chain: Chain, caches: Sequence[Candidate]) -> tuple[Chain, ...]:
 
 
 def _starts(networks: Sequence[Chain], sizes: Sequence[int], rounds: int) -> list[Tile]:
-    """Return for each size the best under the options that are best for all of them.
+    """Return the best start for each size, under the options that are best for all of them together.
 
-    Sizes weigh the same, however long they take: the product of their times decides.
+    Sizes have equal weights, however long they take: the product of their times decides.
     """
     supported, uniform = _supported(), _uniform(networks)
     tiles = [
@@ -101,8 +104,8 @@ def _starts(networks: Sequence[Chain], sizes: Sequence[int], rounds: int) -> lis
 
 
 def _tuned(networks: Sequence[Chain], start: Tile, rounds: int) -> Tile:
-    """Choose the algorithms of one tile; options stay."""
-    # Spans are short, and their times noisy: in the end whole networks decide.
+    """Return a tile with the best algorithms under its options."""
+    # Spans are short, and their times noisy: the times of whole networks decide in the end.
     refined = [dataclasses.replace(start, algorithms=_refine(networks, start, rounds))]
     tiles = [*(refined if jax.default_backend() == "cpu" else ()), start]
     tiles += [dataclasses.replace(start, algorithms={})] if start.algorithms else []
@@ -114,7 +117,7 @@ def _tuned(networks: Sequence[Chain], start: Tile, rounds: int) -> Tile:
 
 
 def _uniform(networks: Sequence[Chain]) -> list[dict[str, Algorithm]]:
-    """Return where to start from: no algorithm but the compiler's, or Winograd's wherever there are enough channels."""
+    """Return the choices to start from: only the compiler's algorithm, or Winograd's in all wide layers."""
     if jax.default_backend() != "cpu":
         return [{}]  # there the compiler's library chooses
     wide: dict[str, Algorithm] = {}
@@ -126,7 +129,7 @@ def _uniform(networks: Sequence[Chain]) -> list[dict[str, Algorithm]]:
 def _time_networks(
     networks: Sequence[Chain], tiles: Sequence[Tile], rounds: int
 ) -> Float[np.ndarray, "tiles networks"]:
-    """Return the medians of whole networks' times, all taking turns."""
+    """Return the median times of whole networks, all taking turns."""
     programs = {
         f"{i} {j}": _program(tuned_chain(network, tile), tile.options, _inputs(network, tile.size))
         for i, tile in enumerate(tiles)
@@ -137,12 +140,12 @@ def _time_networks(
 
 
 def _chain_of(cache: Candidate) -> Chain:
-    """Return a small network by itself."""
+    """Return a cache's small network as a chain."""
     return to_chain(cache.predictor.network, cache.params["predictor"]["params"]["network"])
 
 
 def _supported() -> list[CompilerOptions]:
-    """Return the options that this compiler knows."""
+    """Return the sets of options that this compiler knows."""
     known = []
     for options in OPTIONS.get(jax.default_backend(), ((),)):
         try:
@@ -154,7 +157,7 @@ def _supported() -> list[CompilerOptions]:
 
 
 def _refine(networks: Sequence[Chain], start: Tile, rounds: int) -> dict[str, Algorithm]:
-    """Choose the algorithm of one kind of layer after another, the others as chosen so far."""
+    """Choose the algorithm of one kind of layer after another, with the others as chosen so far."""
     choice = dict(start.algorithms)
     known: set[str] = set()
     for chain in networks:
@@ -181,7 +184,7 @@ def _fastest(
     options: CompilerOptions,
     rounds: int,
 ) -> Algorithm:
-    """Time the span of two blocks that begins with the layer's, by each algorithm that can do it."""
+    """Return the fastest algorithm of a layer in the span of two blocks that starts with its own."""
     here = {other.kind for blocks in layers(chain.network)[block : block + 2] for other in blocks}
     chosen: dict[str, Algorithm] = {kind: algorithm for kind, algorithm in choice.items() if kind in here}
     programs: dict[str, Callable[[], Array]] = {}
@@ -190,11 +193,11 @@ def _fastest(
         programs[algorithm] = _program(_part(tuned, block, block + 2), options, x, classify=False)
     ms = {name: float(np.median(t)) for name, t in time_interleaved(programs, rounds=rounds).items()}
     best, now = min(layer.applicable, key=lambda name: ms[name]), choice.get(layer.kind, "direct")
-    return best if ms[best] < (1 - MARGIN) * ms[now] else now
+    return best if ms[best] < (1 - _MARGIN) * ms[now] else now
 
 
 def _kinds(network: Architecture) -> dict[Layer, int]:
-    """Return one layer of every kind, with the index of a block that has it."""
+    """Return the first layer of every kind, with the index of its block."""
     first: dict[str, tuple[Layer, int]] = {}
     for index, block in enumerate(layers(network)):
         for layer in block:
@@ -212,7 +215,7 @@ def _activations(chain: Chain, size: int) -> list[Array]:
 
 
 def _error(chain: Chain, tile: Tile) -> float:
-    """Return how far a tile's logits are from the reference's at most, as a share of their range."""
+    """Return the largest difference between a tile's logits and the reference, as a share of their range."""
     images = _inputs(chain, 16)
     expected = np.asarray(_program(chain, (), images)())
     found = np.asarray(_program(tuned_chain(chain, tile), tile.options, images)())
@@ -220,7 +223,7 @@ def _error(chain: Chain, tile: Tile) -> float:
 
 
 def _part(chain: Chain, start: int, stop: int) -> Chain:
-    """Return some blocks as a chain of their own; nobody asks for its logits."""
+    """Return some blocks as a chain, whose classifier is never run."""
     blocks = chain.blocks[start:stop]
     params = chain.params[start : start + len(blocks)]
     return Chain(blocks, chain.classifier, (*params, ()), chain.site_specs[start])

@@ -1,4 +1,7 @@
-"""Measured costs: what each block and each lookup takes on this device, the programs taking turns."""
+"""Measured costs: the time of each block and each lookup on this device.
+
+Programs that are compared take turns, so that a disturbance of the machine meets all of them.
+"""
 
 import functools
 import logging
@@ -27,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 def device_name() -> str:
-    """Name the default device, fit for a file name: "cpu-" with the processor's model, or the accelerator's kind."""
+    """Return a file name for the default device: "cpu-" and the processor's model, or platform and kind."""
     device = jax.devices()[0]
     kind = _processor() if device.platform == "cpu" else device.device_kind
     return re.sub(r"[^\w.+-]+", "-", f"{device.platform}-{kind}".lower())[:100].rstrip("-")
@@ -49,7 +52,7 @@ def prefix_program(
     chain: Chain, site: int, images: Shaped[Array | np.ndarray, "batch *input"], options: CompilerOptions = ()
 ) -> Callable[[], Array]:
     """Return a compiled call of the base up to ``site``; N includes the classifier."""
-    # All parameters are handed over, as to the whole network: that is part of its time up to any site.
+    # All parameters are passed, as to the whole network: that is part of its time up to any site.
     return functools.partial(
         compiled(_prefix, options, static=("site",), keep_unused=True), pack(chain), images, site=site
     )
@@ -71,15 +74,18 @@ def measure_costs(
     options: CompilerOptions = (),
     sites: Iterable[int] | None = None,
 ) -> CostTable:
-    """Measure every block (as differences of prefixes of the base) and every lookup.
+    """Measure the time of every block (as differences between prefixes of the base) and of every lookup.
 
     Args:
         chain: The base.
-        candidates: Whose lookups to time.
+        candidates: The caches whose lookups are timed.
         rounds: Interleaved repeats, of which the medians are taken.
         batch: Requests at once.
         options: Compiler options of the programs.
-        sites: Measure up to these only; blocks in between share a span's time equally. None: every block.
+        sites: Where to end prefixes; blocks between two of them share the time equally. None: after every block.
+
+    Returns:
+        Milliseconds of the batch, for ``plan``.
     """
     depth, candidates = len(chain), tuple(candidates)
     images = jnp.zeros((batch, *chain.input_spec.shape), chain.input_spec.dtype)
@@ -99,7 +105,7 @@ def measure_costs(
 
 
 LEAST_SHARE = 0.1
-TURN = 4  # calls
+_TURN = 4  # calls
 
 
 def lookup_program(
@@ -121,17 +127,17 @@ def time_lookups(
     rounds: int,
     options: CompilerOptions,
 ) -> dict[str, float]:
-    """Return what each lookup adds to the cascade around it.
+    """Return the time that each lookup adds to the cascade around it, by name.
 
-    Alone, a lookup is too short to time: starting its program takes longer. So as many as there are sites are timed at
-    once, in a cascade in which every one of them misses, and what that takes longer than the base, turn by turn, is
-    shared out in proportion to their times alone. A predictor is timed once for all its selectors, which cost next to
-    nothing: composition would choose among them by noise.
+    A lookup is too short to be timed alone: starting its program takes longer. So one at each site is timed in a
+    cascade in which all of them miss, and the time by which that exceeds the base, turn by turn, is divided among them
+    in proportion to their times alone. A predictor is timed once for all its selectors, which cost next to nothing:
+    composition would choose among them by noise.
 
-    That is a difference of two long times, and noise may eat it up or turn it around. But no lookup is free, and a plan
-    that takes one for free looks up everywhere: each costs at least ``LEAST_SHARE`` of its time alone. Most of that
-    time is the start of its program, so that where differences are clear, they are several times as much. A small
-    network before the base is long enough to be timed alone.
+    The excess is a difference of two long times, and noise may make it vanish or negative. But no lookup is free, and a
+    plan that takes one for free looks up everywhere: each costs at least ``LEAST_SHARE`` of its time alone. Most of
+    that time is the start of its program, so clear differences are several times as large. A small network before the
+    base is long enough to be timed alone.
     """
     alike: dict[tuple[object, ...], list[Candidate]] = {}
     for candidate in candidates:
@@ -139,7 +145,7 @@ def time_lookups(
     distinct = [candidate for candidate, *_ in alike.values()]
     alone = _time_alone(chain, distinct, len(images), rounds, options)
     cascades = _cascades(cache for cache in distinct if not isinstance(cache.predictor, Network))
-    programs = {str(i): [_all_miss(chain, caches, images, options)] * TURN for i, caches in enumerate([(), *cascades])}
+    programs = {str(i): [_all_miss(chain, caches, images, options)] * _TURN for i, caches in enumerate([(), *cascades])}
     # The first call of a turn finds its weights cold.
     turns = {int(i): np.median(ms[:, 1:], axis=1) for i, ms in time_turns(programs, rounds).items()}
     milliseconds = {cache.name: alone[cache.name] for cache in distinct}
@@ -151,7 +157,7 @@ def time_lookups(
 
 
 def _cascades(candidates: Iterable[Candidate]) -> list[tuple[Candidate, ...]]:
-    """Deal candidates out to cascades, each with one at a site."""
+    """Distribute candidates among cascades, each with one at a site."""
     groups: list[dict[int, Candidate]] = []
     for candidate in candidates:
         free = next((group for group in groups if candidate.site not in group), None)
@@ -162,7 +168,7 @@ def _cascades(candidates: Iterable[Candidate]) -> list[tuple[Candidate, ...]]:
 
 
 def _predictor_key(candidate: Candidate) -> tuple[object, ...]:
-    """Say which predictor a candidate has: others may have the very same arrays under another selector."""
+    """Return the identity of a predictor: several candidates may share its arrays under different selectors."""
     arrays = jax.tree.leaves(candidate.params["predictor"])
     return candidate.site, candidate.predictor, *map(id, arrays)
 
@@ -181,7 +187,7 @@ def _time_alone(
 def _all_miss(
     chain: Chain, caches: tuple[Candidate, ...], images: Shaped[Array, "batch *input"], options: CompilerOptions
 ) -> Callable[[], Prediction]:
-    """Return a call of the cascade in which every lookup misses."""
+    """Return a compiled call of the cascade in which every lookup misses."""
     cascade = Cascade(chain, caches, jnp.full(len(caches), jnp.inf))
     if len(images) == 1:
         return functools.partial(predict_one, cascade, images[0], options)
@@ -195,33 +201,32 @@ def time_interleaved(
     """Time programs in turn, so that a disturbance of the machine meets all of them.
 
     Args:
-        programs: Each returns what ``jax.block_until_ready`` can wait for. All are run once before, to warm up.
-        rounds: How often each is timed.
+        programs: By name; each returns what ``jax.block_until_ready`` can wait for.
+        rounds: How often each is timed, after a run to warm up.
 
     Returns:
         Milliseconds of every run.
     """
-    for program in programs.values():
-        jax.block_until_ready(program())
-    times = {name: np.empty(rounds) for name in programs}
-    for i in range(rounds):
-        for name, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program())
-            times[name][i] = (time.perf_counter() - start) * 1e3
-    return times
+    return {name: ms[:, 0] for name, ms in time_turns({name: [p] for name, p in programs.items()}, rounds).items()}
 
 
 def time_turns(
     programs: Mapping[str, Sequence[Callable[[], object]]], rounds: int
 ) -> dict[str, Float[np.ndarray, "rounds groups"]]:
-    """Let contenders take turns in answering all groups, one after another.
+    """Time programs in turn, each of them on all groups of requests before the next.
 
-    Who has just run has its weights in the processor's caches, as under traffic; were another to run in between, each
-    would find them cold.
+    A program that has just run has its weights in the processor's caches, as under traffic; with another one in
+    between, it would find them cold.
+
+    Args:
+        programs: By name, a call for each group.
+        rounds: How often each takes its turn, after one to warm up.
+
+    Returns:
+        Milliseconds of every call.
     """
     times = {name: np.empty((rounds, len(calls))) for name, calls in programs.items()}
-    for i in range(-1, rounds):  # the first turn warms up
+    for i in range(-1, rounds):  # -1 warms up
         for name, calls in programs.items():
             for g, call in enumerate(calls):
                 start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A cascade beside its full network: what is saved ideally, what really."""
+"""The speed-up of a cascade over its full network: the ideal one, and the one that is measured."""
 
 import dataclasses
 import functools
@@ -23,20 +23,23 @@ FullNetwork = Literal["reference", "tuned"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speed:
-    """A cascade beside the fastest full network, on the same images in the same rounds. Milliseconds are of a batch."""
+    """Times of a cascade and of the fastest full network, on the same images in the same rounds.
+
+    Milliseconds are those of a whole batch.
+    """
 
     full_ms: float
     cascade_ms: float
     exit_ms: dict[int, float]
-    """The full network's time up to each exit. A small network at site 0 is no lookup to be left out of what is ideal:
-    its time is part of every exit's."""
+    """The full network's time up to each exit. A small network at site 0 is part of every exit's time: unlike a lookup,
+    it is not left out of the ideal speed-up."""
     exits: tuple[int, ...]
-    """Where each of the timed requests left."""
+    """The exit of each of the timed requests."""
     spread: float
     """Interquartile range over median of the speed-up, over rounds."""
     batch: int = 1
     full: FullNetwork = "reference"
-    """Which full network is the fastest: by the reference arithmetic, or as tuned for this device."""
+    """Which full network is the faster one: by the reference arithmetic, or as tuned for this device."""
 
     @property
     def speedup(self) -> float:
@@ -45,12 +48,12 @@ class Speed:
 
     @property
     def ideal(self) -> float:
-        """The ideal speed-up of these requests: lookups, and the driver itself, left out."""
+        """The speed-up that these exits would give if lookups and the driver itself took no time."""
         return self.full_ms / float(np.mean([self.exit_ms[exit_] for exit_ in self.exits]))
 
     @property
     def conversion(self) -> float:
-        """The share of the ideal speed-up that is real."""
+        """The share of the ideal speed-up that is reached."""
         return self.speedup / self.ideal
 
 
@@ -88,7 +91,7 @@ def measure_speed(
     mean = {name: float(np.median(ms, axis=1).mean()) for name, ms in by_request.items()}
     full: dict[str, FullNetwork] = {str(depth): "reference", "tuned": "tuned"}
     fastest = min((name for name in full if name in mean), key=lambda name: mean[name])
-    # What an exit saves is a share of the network whose blocks were timed one by one, and of the fastest one alike.
+    # Blocks were timed of the reference network; an exit saves the same share of the faster one.
     scale = mean[fastest] / mean[str(depth)]
     return Speed(
         full_ms=mean[fastest],
@@ -111,7 +114,7 @@ def measure_batches(
     Args:
         tuned: With measured costs.
         images: Requests; what does not fill a group is left out.
-        batch: Requests at once.
+        batch: Requests in a group.
         rounds: How often each group is timed.
 
     Raises:
@@ -145,7 +148,7 @@ def measure_batches(
 
 
 def path_ms(cascade: Cascade, costs: CostTable) -> dict[int, float]:
-    """Return the time up to each exit: blocks, and small networks passed; other lookups are left out."""
+    """Return the time up to each exit: blocks and small networks on the way; other lookups are left out."""
     networks = [(c.site, costs.lookup_ms[c.name]) for c in cascade.caches if isinstance(c.predictor, Network)]
     return {
         exit_: costs.until(exit_) + sum(ms for site, ms in networks if site <= exit_)
@@ -154,7 +157,7 @@ def path_ms(cascade: Cascade, costs: CostTable) -> dict[int, float]:
 
 
 def stages_ms(cascade: Cascade, costs: CostTable) -> tuple[float, ...]:
-    """Return what every stage takes: its blocks and its lookup."""
+    """Return the time of every stage: its blocks and its lookup."""
     stops, names = (*cascade.sites, len(cascade.chain)), (*(cache.name for cache in cascade.caches), None)
     return tuple(
         costs.until(site) - costs.until(before) + (costs.lookup_ms[name] if name else 0.0)
@@ -169,14 +172,14 @@ def expected_ms(
     exits: Int[np.ndarray, " n"],
     batch: int,
 ) -> float:
-    """Return the mean time of a batch that measured costs predict: each stage's tiles for the rows still on their way.
+    """Return the mean time of a batch that measured costs predict: each stage's tiles for the rows that reach it.
 
     Args:
-        cascade: Whose.
-        costs: By tile size.
+        cascade: The cascade.
+        costs: Measured costs by tile size.
         schedule: The tiles.
-        exits: Where requests leave, [n]; taken in groups of ``batch``, one after another.
-        batch: Requests at once.
+        exits: The exit of each request, [n]; taken in groups of ``batch``, one after another.
+        batch: Requests in a group.
 
     Raises:
         InputError: Fewer requests than one group.

@@ -1,4 +1,4 @@
-"""A cascade as fast as this device runs it: tuned algorithms and options, tiles for batches."""
+"""A tuned cascade: with the algorithms, compiler options and tiles that were found fastest on this device."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from gati_jax.caches import Candidate, Network, network_with_algorithms
+from gati_jax.checks import check_not_empty
 from gati_jax.errors import InputError
 from gati_jax.models import Algorithm, Architecture, Chain, with_algorithms
 from gati_jax.planning import CostTable
@@ -20,48 +21,66 @@ from gati_jax.runtime.per_sample import predict_one, predict_only
 
 from .costs import measure_costs
 
+LARGEST_BUCKET = 256  # rows in one program
+MOST_TILES = 16  # each is one more loop in every span
+MOST_ROWS = 4096
+_GRAPHS = "xla_gpu_enable_command_buffer"
+_LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
+OPTIONS: dict[str, tuple[CompilerOptions, ...]] = {
+    "cpu": (
+        (),
+        ((_LIBRARY, "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"),),  # convolutions by the compiler itself
+        ((_LIBRARY, "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"),),
+    ),
+    "gpu": (  # loops and branches captured as CUDA graphs, or driven by the host
+        (),
+        ((_GRAPHS, "FUSION,CUBLAS,CUDNN,CONDITIONAL,WHILE"),),
+    ),
+}
+"""The compiler options that tuning tries, by platform."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
-    """What is fastest for so many rows at once."""
+    """What was found fastest for ``size`` rows at once."""
 
     size: int
     milliseconds: float
-    """The whole base."""
+    """Time of the whole base."""
     options: CompilerOptions
     algorithms: Mapping[str, Algorithm]
-    """By kind of layer, where it is not the compiler's own convolution."""
+    """By kind of layer; other kinds keep the compiler's own convolution."""
     costs: CostTable | None = None
-    """Of the bundle's spans and lookups, see ``measure_costs``."""
+    """Of the bundle's blocks and lookups, see ``measure_costs``."""
 
     def __post_init__(self) -> None:
-        """Refuse what would compile something else than tuning tried.
+        """Check the values, for tunings are read from untrusted files.
 
         Raises:
-            InputError: A size or a time that cannot be, or options that tuning does not try.
+            InputError: The size or the time is out of range, or tuning does not try these options.
         """
         if not (1 <= self.size <= MOST_ROWS and 0 < self.milliseconds < np.inf):
             raise InputError(
                 f"tile: expected 1 to {MOST_ROWS} rows in a positive time, got {self.size} in {self.milliseconds}"
             )
-        if not any(self.options == options for tried in OPTIONS.values() for options in tried):
+        if not any(self.options in tried for tried in OPTIONS.values()):
             raise InputError(f"options: expected those that tuning tries, got {self.options}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What was found on one device; smallest tile first."""
+    """What was found fastest on one device; smallest tile first."""
 
     device: str
     tiles: tuple[Tile, ...]
     jaxlib: str = ""
-    """The compiler's version: another one may not know these options, or be faster without them."""
+    """The compiler's version: others may not know these options, or be faster without them."""
 
     def __post_init__(self) -> None:
-        """Refuse a tuning without a tile for one request.
+        """Check that tiles rise from one for a single request.
 
         Raises:
-            InputError: Tiles that do not rise from 1.
+            InputError: They do not, or are too many.
         """
         sizes = [tile.size for tile in self.tiles]
         if sizes[:1] != [1] or sizes != sorted(set(sizes)) or len(sizes) > MOST_TILES:
@@ -70,15 +89,12 @@ class Tuning:
             )
 
 
-LARGEST_BUCKET = 256
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class TunedCascade:
     """A cascade and what was found fastest for it.
 
-    Its arithmetic is float32 as the reference's, but in another order: logits differ in their last bits. A request
-    whose score lies that close to a threshold, or whose logits are that close to a tie, may be answered differently.
+    Its arithmetic is float32 as in the reference, but in another order: logits differ in their last bits. A request
+    whose score is that close to a threshold, or whose logits are that close to a tie, may be answered differently.
     """
 
     cascade: Cascade
@@ -89,28 +105,27 @@ class TunedCascade:
         return predict_one(self._single, image, self.tuning.tiles[0].options)
 
     def predict(self, images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:
-        """Answer a batch: one program for each bucket, a power of two; the rest of a bucket takes no time.
+        """Answer a batch, padded to a power of two, for each of which there is one program; padding takes no time.
 
         Raises:
             InputError: There are no images.
         """
-        if len(images) == 0:
-            raise InputError("images: expected at least one, got none")
+        check_not_empty("images", images)
         parts = [self._bucket(images[i : i + LARGEST_BUCKET]) for i in range(0, len(images), LARGEST_BUCKET)]
         # By NumPy: JAX would compile a program for every number of rows.
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
     @functools.cached_property
     def without_caches(self) -> "TunedCascade":
-        """The full network, tuned as the cascade is."""
+        """The full network, tuned like the cascade."""
         return dataclasses.replace(self, cascade=Cascade(self.cascade.chain, (), jnp.zeros(0)))
 
     def schedule(self, batch: int) -> Schedule:
-        """Return the tiles that a batch is answered in."""
+        """Return the fastest tiles for a batch of this size."""
         return Schedule.of({tile.size: tile.milliseconds for tile in self.tuning.tiles}, batch=batch)
 
     def costs(self, batch: int) -> dict[int, CostTable]:
-        """Return what was measured for each of those tiles.
+        """Return the measured costs of each of these tiles, by size.
 
         Raises:
             InputError: The costs of some tile have not been measured.
@@ -122,7 +137,7 @@ class TunedCascade:
         return found
 
     def measured(self, *, rounds: int = 21) -> Tuning:
-        """Measure what every tile's spans and lookups take; return the tuning with these costs."""
+        """Return the tuning with the costs of every tile's blocks and lookups, measured now."""
         tiles = []
         for tile in self.tuning.tiles:
             cascade, sites = self._tile(tile.size), self.cascade.sites
@@ -152,13 +167,13 @@ class TunedCascade:
 
     @functools.cached_property
     def _tile(self) -> Callable[[int], Cascade]:
-        """The cascade for each tile size, made once; a cache of this object's own, which goes when it goes."""
+        """The cascade by tile size, made once for each; ``functools.cache`` on a method would keep it alive."""
         tiles = {tile.size: tile for tile in self.tuning.tiles}
         return functools.cache(lambda size: tuned_cascade(self.cascade, tiles[size]))
 
     @functools.cached_property
     def batched(self) -> Callable[[int], BatchedCascade]:
-        """The cascade in the tiles that are fastest for a number of rows, made once for each bucket."""
+        """The cascade in its tiles by number of rows, made once for each bucket."""
         return functools.cache(self._batched)
 
     def _batched(self, bucket: int) -> BatchedCascade:
@@ -166,37 +181,19 @@ class TunedCascade:
         return BatchedCascade(cascades=tuple(self._tile(size) for size in schedule.sizes), schedule=schedule)
 
 
-MOST_TILES = 16  # each is one more loop in every span
-MOST_ROWS = 4096
-_GRAPHS = "xla_gpu_enable_command_buffer"
-_LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
-OPTIONS: dict[str, tuple[CompilerOptions, ...]] = {
-    "cpu": (
-        (),
-        ((_LIBRARY, "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"),),  # convolutions by the compiler itself
-        ((_LIBRARY, "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"),),
-    ),
-    "gpu": (  # loops and branches captured as CUDA graphs, or driven by the host
-        (),
-        ((_GRAPHS, "FUSION,CUBLAS,CUDNN,CONDITIONAL,WHILE"),),
-    ),
-}
-"""Those that tuning tries, by platform."""
-
-
 def tuned_chain(chain: Chain, tile: Tile) -> Chain:
-    """Return the chain by a tile's algorithms."""
+    """Return a chain with its convolutions by a tile's algorithms."""
     return with_algorithms(chain, tile.algorithms) if isinstance(chain.network, Architecture) else chain
 
 
 def tuned_cascade(cascade: Cascade, tile: Tile) -> Cascade:
-    """Return the cascade, its base and the small networks among its caches, by a tile's algorithms."""
+    """Return a cascade with its base, and the small networks among its caches, by a tile's algorithms."""
     caches = tuple(tuned_cache(cache, tile) for cache in cascade.caches)
     return Cascade(tuned_chain(cascade.chain, tile), caches, cascade.thresholds)
 
 
 def tuned_cache(cache: Candidate, tile: Tile) -> Candidate:
-    """Return a cache, if it is a small network by a tile's algorithms."""
+    """Return a cache with its convolutions by a tile's algorithms if it is a small network, else as it is."""
     if not isinstance(cache.predictor, Network):
         return cache
     predictor, variables = network_with_algorithms(cache.predictor, cache.params["predictor"], tile.algorithms)

@@ -1,4 +1,4 @@
-"""Cascades made runnable: one pure step, and the drivers that repeat it."""
+"""Cascades ready to run: one pure step, and the drivers that repeat it for a request or a batch."""
 
 from .cascade import Cascade as Cascade
 from .cascade import CascadeState as CascadeState
@@ -7,9 +7,6 @@ from .cascade import begin as begin
 from .cascade import check_cascade as check_cascade
 from .cascade import finish as finish
 from .cascade import step as step
-from .host import HostCascade as HostCascade
-from .host import compile_stages as compile_stages
-from .host import predict_on_host as predict_on_host
 from .per_sample import predict_batch as predict_batch
 from .per_sample import predict_one as predict_one
 from .per_sample import predict_stepwise as predict_stepwise

@@ -1,8 +1,8 @@
-"""Many requests in one program, each leaving at its own exit.
+"""The batched driver: many requests in one program, each leaving at its own exit.
 
-After every chosen site the rows that missed are compacted: the next span runs over them alone, in tiles whose number is
-only known then (a ``fori_loop`` with a dynamic trip count). Nothing returns to the host in between. ``vmap`` of the
-per-sample loop would run everything for every row; this runs what is left, rounded up to a tile.
+After every stage the rows that missed are compacted: the next stage runs over them alone, in tiles whose number is only
+known then (a ``fori_loop`` with a dynamic trip count). Nothing returns to the host in between. ``vmap`` of the
+per-sample loop would run everything for every row; this runs the rows that are left, rounded up to a tile.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ from .compilation import CompilerOptions, Packed, compiled, pack, unpack
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Full tiles first, then what is cheapest for the rest: one more full tile, partly empty, or smaller ones.
+    """How rows are covered by tiles: full ones first; for the rest one that is partly empty, or smaller ones.
 
     Args:
         sizes: Rows in a tile, falling.
-        rest: For r = 0 .. sizes[0] - 1 remaining rows, how many tiles of each size.
+        rest: For r = 0 .. sizes[0] - 1 remaining rows, the number of tiles of each size.
     """
 
     sizes: tuple[int, ...]
@@ -50,8 +50,8 @@ class Schedule:
         """Choose tiles by their measured times.
 
         Args:
-            milliseconds: What a tile of each size takes.
-            batch: The most rows that there will be; larger tiles than that are not considered.
+            milliseconds: The time that a tile of each size takes.
+            batch: The most rows that there will be; larger tiles are not considered.
 
         Raises:
             InputError: No tile size is at most ``batch``.
@@ -79,16 +79,16 @@ class Schedule:
         return np.array(self.rest, np.int32)
 
     def tiles(self, rows: int) -> tuple[int, ...]:
-        """Return how many tiles of each size ``rows`` rows take."""
+        """Return the number of tiles of each size for ``rows`` rows."""
         full, rest = divmod(rows, self.sizes[0])
         return (self.rest[rest][0] + full, *self.rest[rest][1:])
 
     def covered(self, rows: int) -> int:
-        """Return the most rows that the tiles for at most ``rows`` rows take up."""
+        """Return how many rows fit into the tiles for up to ``rows`` rows, at most."""
         return max(self._rows(self.tiles(n)) for n in range(rows + 1))
 
     def milliseconds(self, rows: int, tile_ms: Mapping[int, float]) -> float:
-        """Return what ``rows`` rows take."""
+        """Return the time that ``rows`` rows take in these tiles."""
         return sum(tile_ms[size] * count for size, count in zip(self.sizes, self.tiles(rows), strict=True))
 
 
@@ -98,7 +98,7 @@ class BatchedCascade:
     """A cascade with the tiles that it runs in; all its arrays are leaves.
 
     Args:
-        cascades: For each tile size: the same functions, perhaps by other convolution algorithms.
+        cascades: For each tile size the same cascade, perhaps by other convolution algorithms.
         schedule: The tiles.
     """
 
@@ -107,7 +107,7 @@ class BatchedCascade:
 
     @classmethod
     def of(cls, cascade: Cascade, schedule: Schedule) -> "BatchedCascade":
-        """Run a cascade in tiles."""
+        """Return a cascade that runs the same way in tiles of every size."""
         return cls(cascades=(cascade,) * len(schedule.sizes), schedule=schedule)
 
     @functools.cached_property
@@ -117,9 +117,9 @@ class BatchedCascade:
 
 
 class _Rows(NamedTuple):
-    """The requests still on their way, compacted: the first ``alive`` entries say where they are."""
+    """The requests that have missed so far, compacted: the first ``alive`` entries are valid."""
 
-    activation: Shaped[Array, "capacity *site"]  # behind the last stage; hits among them, in the order of that stage
+    activation: Shaped[Array, "capacity *site"]  # of the last stage; hits among them, in the order of that stage
     position: Int[Array, " capacity"]  # of each survivor in ``activation``
     request: Int[Array, " capacity"]  # which request it is
     alive: Int[Array, ""]
@@ -136,7 +136,7 @@ def predict_tiled(
     Args:
         cascade: See ``BatchedCascade``.
         images: uint8 or prepared inputs; one program is compiled for each length.
-        count: How many of them are requests; the rest is padding, takes no time and gets no answer.
+        count: How many of them are requests; the others are padding, which takes no time and gets no answer.
         options: Compiler options of the program.
 
     Raises:
@@ -154,12 +154,12 @@ def _predict_tiled(
 ) -> Prediction:
     schedule, cascade = unpack(packed).schedule, unpack(packed).cascades[0]
     batch = len(images)
-    # One more than is ever filled: where a tile is as large as all there is, the compiler sees that it can only start
-    # at 0, takes what it computes for a constant of the loop, and computes it even where the loop never runs.
+    # One row more than is ever filled: were a tile as large as the buffer, the compiler would see that it can only
+    # start at row 0, take its result for a constant of the loop, and compute it even if the loop never runs.
     capacity = max(schedule.covered(batch), schedule.sizes[0]) + 1
     x = cascade.chain.prepare(images)
-    everyone = jnp.minimum(jnp.arange(capacity), batch - 1)
-    rows = _Rows(x, everyone, everyone, count)
+    every = jnp.minimum(jnp.arange(capacity), batch - 1)
+    rows = _Rows(x, every, every, count)
     depth, classes = len(cascade.chain), cascade.chain.classes
     answer = Prediction(
         class_index=jnp.zeros(batch, jnp.int32),
@@ -173,14 +173,14 @@ def _predict_tiled(
 
 
 def _stage(packed: Packed[BatchedCascade], index: int, rows: _Rows, answer: Prediction) -> tuple[_Rows, Prediction]:
-    """Run one span over the survivors, answer the hits, compact the others."""
+    """Run one stage over the rows that are left, answer the hits, compact the others."""
     schedule, cascade = unpack(packed).schedule, unpack(packed).cascades[0]
     chain, capacity = cascade.chain, len(rows.position)
     last = index == len(cascade.caches)
     site = len(chain) if last else cascade.caches[index].site
     shape = () if last else chain.site_specs[site].shape
     dtype = jnp.float32 if last else chain.site_specs[site].dtype
-    behind = (
+    outputs = (
         jnp.zeros((capacity, *shape), dtype),
         jnp.zeros((capacity, chain.classes), jnp.float32),
         jnp.full(capacity, jnp.inf, jnp.float32),
@@ -190,9 +190,9 @@ def _stage(packed: Packed[BatchedCascade], index: int, rows: _Rows, answer: Pred
     for i, size in enumerate(sizes):
         number = rest[i] + (rows.alive // sizes[0] if i == 0 else 0)
         run = functools.partial(_tile, packed, (index, i), rows, start)
-        behind = jax.lax.fori_loop(0, number, run, behind)
+        outputs = jax.lax.fori_loop(0, number, run, outputs)
         start = start + number * size
-    activation, logits, scores = behind
+    activation, logits, scores = outputs
     live = jnp.arange(capacity) < rows.alive
     hit = live & (scores >= (-jnp.inf if last else cascade.thresholds[index]))
     missed = live & ~hit
@@ -212,19 +212,19 @@ def _tile(
     rows: _Rows,
     start: Int[Array, ""],
     number: Int[Array, ""],
-    behind: tuple[Array, Array, Array],
+    outputs: tuple[Array, Array, Array],
 ) -> tuple[Array, Array, Array]:
-    """Run one tile of stage ``which[0]`` and size ``which[1]`` through its span and its lookup, or the classifier."""
+    """Run one tile of the size with index ``which[1]`` through stage ``which[0]``; write its rows into ``outputs``."""
     index, size_index = which
     batched = unpack(packed)  # here, and not outside the loop: see ``step``
     cascade, size = batched.cascades[size_index], batched.schedule.sizes[size_index]
     at = start + number * size
-    said = run_stage(cascade, index, rows.activation[jax.lax.dynamic_slice_in_dim(rows.position, at, size)])
-    activation, logits, scores = behind
+    tile = run_stage(cascade, index, rows.activation[jax.lax.dynamic_slice_in_dim(rows.position, at, size)])
+    activation, logits, scores = outputs
     if index < len(cascade.caches):
-        activation = jax.lax.dynamic_update_slice_in_dim(activation, said.activation, at, 0)
-        scores = jax.lax.dynamic_update_slice_in_dim(scores, said.score, at, 0)
-    return activation, jax.lax.dynamic_update_slice_in_dim(logits, said.logits, at, 0), scores
+        activation = jax.lax.dynamic_update_slice_in_dim(activation, tile.activation, at, 0)
+        scores = jax.lax.dynamic_update_slice_in_dim(scores, tile.score, at, 0)
+    return activation, jax.lax.dynamic_update_slice_in_dim(logits, tile.logits, at, 0), scores
 
 
 def _survivors(

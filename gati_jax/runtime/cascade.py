@@ -1,8 +1,8 @@
-"""The cascade's state and the one pure step that every per-sample driver repeats.
+"""A cascade, the state of a request in it, and the one pure step that every per-sample driver repeats.
 
-Stage i runs the span up to the i-th chosen site and looks the activation up there; the last stage runs the rest of the
-base. Every request runs stage 0, so that one stands before the loop. Sites have activations of different shapes, but a
-loop's carry has one: the activation travels in a flat buffer as large as the largest of them.
+Stage i runs the blocks up to the i-th chosen site and the cache there; the last stage runs the rest of the base. Every
+request runs stage 0, so it comes before the loop. Sites have activations of different shapes, but a loop's carry has
+one shape: the activation travels in a flat buffer as large as the largest of them.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ from .compilation import Packed, pack, unpack
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cascade:
-    """A bundle made runnable: all its arrays are leaves, so new ones of the same shapes never recompile.
+    """A base with caches and thresholds, ready to run. Its arrays are leaves: new ones of equal shapes never recompile.
 
     Args:
         chain: The base.
-        caches: In the order of their sites.
-        thresholds: One for each cache; a score at or above it is a hit.
+        caches: Caches in the order of their sites, one at a site.
+        thresholds: float32, one for each cache; a score at or above it is a hit.
     """
 
     chain: Chain
@@ -39,34 +39,34 @@ class Cascade:
 
     @property
     def sites(self) -> tuple[int, ...]:
-        """Where the caches are."""
+        """The sites of the caches."""
         return tuple(cache.site for cache in self.caches)
 
     @functools.cached_property
     def packed(self) -> Packed["Cascade"]:
-        """The same in few arguments, as drivers hand it to their programs."""
+        """The same in few arguments, as drivers pass it to their programs."""
         return pack(self)
 
 
 class CascadeState(NamedTuple):
-    """One request on its way."""
+    """The state of one request."""
 
     # Evolving
     stage: Int[Array, ""]  # the next to run
-    activation: Float[Array, " buffer"]  # at the last site looked up, flat, padded
+    activation: Float[Array, " buffer"]  # at the last stage's site, flat, padded
     done: Bool[Array, ""]
-    # What the last stage says: the answer once done
+    # Outputs of the last stage: the answer once done
     exit: Int[Array, ""]  # site number, N for the base
     score: Float[Array, ""]  # infinity from the base
     logits: Float[Array, " classes"]
 
 
-class Behind(NamedTuple):
-    """What stands behind one stage."""
+class StageOutputs(NamedTuple):
+    """What one stage computes."""
 
-    activation: Float[Array, "batch *site"]
-    logits: Float[Array, "batch classes"]
-    score: Float[Array, " batch"]  # infinity behind the last
+    activation: Float[Array, "batch *site"]  # at the stage's site
+    logits: Float[Array, "batch classes"]  # of the cache there, of the base in the last stage
+    score: Float[Array, " batch"]  # of the cache; infinity in the last stage
 
 
 class Prediction(NamedTuple):
@@ -90,7 +90,7 @@ def check_cascade(cascade: Cascade) -> None:
         raise InputError(f"caches: expected rising sites in 0 .. {len(cascade.chain) - 1}, got {sites}")
     if cascaded := [cache.name for cache in cascade.caches if cache.previous is not None]:
         raise InputError(
-            f"caches: expected none that sees what another says (no driver passes that on), got {', '.join(cascaded)}"
+            f"caches: expected none that takes another's logits (no driver passes them on), got {', '.join(cascaded)}"
         )
     floats = {jnp.dtype(name) for name in ("float32", "float16", "bfloat16")}
     if bad := [site for site in sites if specs[site].dtype not in floats]:
@@ -103,7 +103,7 @@ def check_cascade(cascade: Cascade) -> None:
 
 
 def begin(cascade: Cascade, image: Shaped[Array, "*input"]) -> CascadeState:
-    """Return the state of a request behind stage 0, which every request runs."""
+    """Return the state of a request after stage 0, which every request runs."""
     sizes = [math.prod(cascade.chain.site_specs[site].shape) for site in cascade.sites]
     buffer = jnp.zeros(max(sizes, default=0), jnp.float32)
     return _run_stage(cascade, 0, cascade.chain.prepare(image[None]), buffer)
@@ -112,8 +112,8 @@ def begin(cascade: Cascade, image: Shaped[Array, "*input"]) -> CascadeState:
 def step(packed: Packed[Cascade], state: CascadeState) -> CascadeState:
     """Run one more stage. Pure; a driver repeats it until ``done``.
 
-    The cascade comes packed, and every branch unpacks what it needs for itself: what is unpacked outside would be cut
-    out of its vector, array by array, for all branches and on every request, whether or not their stage is run.
+    The cascade comes packed, and every branch unpacks what it needs: arrays that are unpacked outside would be sliced
+    out of the packed vector, one by one, for all branches and on every request, whether or not their stage is run.
     """
     cascade = unpack(packed)  # for its structure
     if not cascade.caches:
@@ -126,8 +126,14 @@ def step(packed: Packed[Cascade], state: CascadeState) -> CascadeState:
     return jax.lax.switch(state.stage - 1, [stage(i) for i in range(1, len(cascade.caches) + 1)], state)
 
 
-def run_stage(cascade: Cascade, index: int, x: Shaped[Array, "batch *site"]) -> Behind:
-    """Run a span from the previous site, and the lookup or, in the last stage, the classifier behind it."""
+def run_stage(cascade: Cascade, index: int, x: Shaped[Array, "batch *site"]) -> StageOutputs:
+    """Run one stage: the blocks from the previous site on, then the cache or, in the last stage, the classifier.
+
+    Args:
+        cascade: See ``Cascade``.
+        index: Number of the stage, from 0.
+        x: The activation at the previous stage's site; in stage 0, prepared inputs.
+    """
     chain = cascade.chain
     start = cascade.sites[index - 1] if index else 0
     if index == len(cascade.caches):
@@ -136,22 +142,22 @@ def run_stage(cascade: Cascade, index: int, x: Shaped[Array, "batch *site"]) -> 
     else:
         x = chain.span(x, start, cascade.sites[index])
         logits, score = lookup(cascade.caches[index], x)
-    return Behind(x, logits.astype(jnp.float32), score.astype(jnp.float32))
+    return StageOutputs(x, logits.astype(jnp.float32), score.astype(jnp.float32))
 
 
 def _run_stage(
     cascade: Cascade, index: int, x: Shaped[Array, "1 *site"], buffer: Float[Array, " buffer"]
 ) -> CascadeState:
     """Run a stage of one request."""
-    behind = run_stage(cascade, index, x)
+    outputs = run_stage(cascade, index, x)
     last = index == len(cascade.caches)
     return CascadeState(
         stage=jnp.int32(index + 1),
-        activation=buffer if last else _to_buffer(behind.activation, buffer),
-        done=jnp.array(True) if last else behind.score[0] >= cascade.thresholds[index],  # noqa: FBT003
+        activation=buffer if last else _to_buffer(outputs.activation, buffer),
+        done=jnp.array(True) if last else outputs.score[0] >= cascade.thresholds[index],  # noqa: FBT003
         exit=jnp.int32((*cascade.sites, len(cascade.chain))[index]),
-        score=behind.score[0],
-        logits=behind.logits[0],
+        score=outputs.score[0],
+        logits=outputs.logits[0],
     )
 
 

@@ -1,4 +1,4 @@
-"""Drivers: ways to repeat the cascade's step until a request is done."""
+"""Per-sample drivers: they repeat the cascade's step until a request is done, for one request after another."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def predict_one(
 ) -> Prediction:
     """Answer one request in one program: a ``lax.while_loop`` that stops at the first hit.
 
-    What lies behind the exit is skipped, not masked: the loop's body is a ``lax.switch`` that runs one stage only.
+    Stages beyond the exit are skipped, not masked: the loop's body is a ``lax.switch`` that runs one stage only.
 
     Args:
         cascade: See ``Cascade``; its arrays are arguments of the program, its structure selects the program.
@@ -46,15 +46,15 @@ def _predict_only(packed: Packed[Cascade], images: Shaped[Array | np.ndarray, "1
 def predict_only(
     cascade: Cascade, images: Shaped[Array | np.ndarray, "1 *input"], options: CompilerOptions = ()
 ) -> Prediction:
-    """Answer a batch of one, as ``predict_one`` does; the batch dimension comes and goes inside the program."""
+    """Answer a batch of one, as ``predict_one`` does; the batch dimension is handled inside the program."""
     return compiled(_predict_only, options)(cascade.packed, images)
 
 
 def predict_batch(cascade: Cascade, images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:
     """Answer many requests in one program, one after another; each leaves at its own exit.
 
-    ``vmap`` would run every branch for every row. Here rows share nothing, so saved blocks are saved time, but small
-    batches of one row are not how a device is fastest.
+    ``vmap`` would run every branch for every row. Here rows share nothing, so skipped blocks are saved time; but a
+    device is slower at one row after another than at tiles, see ``predict_tiled``.
     """
     return _predict_batch(cascade.packed, images)
 

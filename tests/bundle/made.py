@@ -12,8 +12,7 @@ import numpy as np
 
 import gati_jax
 from gati_jax import Candidate, Certificate, Chain, CostTable, Plan
-from gati_jax.bundle import save
-from gati_jax.bundle.manifest import digests
+from gati_jax.bundle.files import digests
 from gati_jax.caches import FullyConnected, SortedSelector
 
 WIDTH, CLASSES = 4, 3
@@ -94,17 +93,17 @@ REQUESTS = np.random.default_rng(9).normal(size=(32, WIDTH)).astype(np.float32)
 COSTS = CostTable(device="test", batch=1, blocks_ms=(1.0, 0.1, 1 / 3), lookup_ms={"fc@1": 0.05, "fc@2": 1e-9})
 
 
-def in_memory(parts: Parts) -> save.Bundle:
+def in_memory(parts: Parts) -> gati_jax.Bundle:
     chain, caches, plan, certificate = parts
-    return save.Bundle(chain=chain, caches=caches, plan=plan, certificate=certificate)
+    return gati_jax.Bundle(chain=chain, caches=caches, plan=plan, certificate=certificate)
 
 
-def answers(b: save.Bundle, requests: np.ndarray = REQUESTS) -> list[bytes]:
+def answers(b: gati_jax.Bundle, requests: np.ndarray = REQUESTS) -> list[bytes]:
     """Classes, exits, scores and logits as bytes: equal only if every bit is."""
     return [np.asarray(column).tobytes() for column in gati_jax.infer_batch(b, requests)]
 
 
-def load(path: Path) -> save.Bundle:
+def load(path: Path) -> gati_jax.Bundle:
     """Load with the structure of the chain, but none of the saved parameters."""
     return gati_jax.load_bundle(path, chain=make(77)[0])
 
@@ -117,7 +116,7 @@ def edit(file: Path, change: Callable[[Any], Any]) -> None:
 
 
 def sign(folder: Path) -> None:
-    """Make the list of digests true again, as whoever forges a bundle would."""
+    """Make the list of digests true again, as a forger would."""
     files = {k: v for k, v in digests(folder).items() if k != "manifest.json" and not k.startswith("tuning/")}
     edit(folder / "manifest.json", lambda manifest: manifest.update(files=files))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import gati_jax
 from gati_jax import BundleError, InputError
-from gati_jax.bundle.manifest import digests
+from gati_jax.bundle.files import digests
 from tests.bundle.made import answers, in_memory, load, make, same_plan, sign
 
 

@@ -1,4 +1,4 @@
-"""What ``tuning/`` says of devices: believed where it can be true of this bundle and this compiler, else left out."""
+"""Tunings in ``tuning/``: used if they can be of this bundle and this compiler, else left out with a warning."""
 
 import json
 import shutil

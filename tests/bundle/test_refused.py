@@ -1,4 +1,4 @@
-"""What no bundle is made of, and what is not overwritten."""
+"""Parts that cannot be saved as a bundle, and paths that are not overwritten."""
 
 import dataclasses
 import shutil

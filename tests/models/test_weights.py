@@ -144,36 +144,36 @@ def test_bfloat16_safetensors_file_can_be_read(tmp_path):
     assert same_tree(variables, models.import_state_dict(BASIC, tensors))
 
 
-@pytest.mark.parametrize("keep", [0, 4, 8, 100, 0.5, -1], ids=str)
-def test_truncated_safetensors_is_refused(tmp_path, keep):
-    path = tmp_path / "net.safetensors"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("whole") / "net.safetensors"
     save_file(TENSORS, path)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    with pytest.raises(WeightsError, match=r"net\.safetensors"):
-        models.read_weights(path)
+    return path.read_bytes()
 
 
-@pytest.mark.parametrize("content", [b"garbage" * 50, b"\xff" * 64, b"\x02" + b"\0" * 7 + b"[]"], ids=range(3))
-def test_garbage_in_a_safetensors_file_is_refused(tmp_path, content):
+DAMAGED = {
+    **{f"first {keep} bytes": (lambda whole, keep=keep: whole[:keep]) for keep in (0, 4, 8, 100)},
+    "first half": lambda whole: whole[: len(whole) // 2],
+    "all but one byte": lambda whole: whole[:-1],
+    "garbage": lambda _: b"garbage" * 50,
+    "no length": lambda _: b"\xff" * 64,
+    "a list": lambda _: b"\x02" + b"\0" * 7 + b"[]",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_safetensors_is_refused(tmp_path, whole, damage):
     path = tmp_path / "net.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(WeightsError, match=r"net\.safetensors"):
-        models.read_weights(path)
-
-
-@pytest.mark.parametrize("content", [None, b"garbage" * 50], ids=["missing", "garbage"])
-def test_metadata_of_a_bad_file_is_refused_as_its_weights_are(tmp_path, content):
-    path = tmp_path / "net.safetensors"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(WeightsError, match=r"net\.safetensors"):
-        models.read_metadata(path)
+    path.write_bytes(damage(whole))
+    for read in (models.read_weights, models.read_metadata):
+        with pytest.raises(WeightsError, match=r"net\.safetensors"):
+            read(path)
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(WeightsError, match=r"weights: no such file: .*none\.safetensors"):
-        models.read_weights(tmp_path / "none.safetensors")
+    for read in (models.read_weights, models.read_metadata):
+        with pytest.raises(WeightsError, match=r"weights: no such file: .*none\.safetensors"):
+            read(tmp_path / "none.safetensors")
 
 
 def test_unknown_kind_of_file_is_refused(tmp_path):
@@ -193,22 +193,20 @@ def pth(tmp_path):
     return tmp_path / "net.pth"
 
 
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}])
-def test_pth_file_is_read(torch, pth, wrap):
-    torch.save(wrap({name: torch.from_numpy(tensor) for name, tensor in TENSORS.items()}), pth)
-    assert same_tensors(models.read_weights(pth), TENSORS)
+WRITTEN = {
+    "a state dict": lambda _, state: state,
+    "a checkpoint": lambda _, state: {"state_dict": state, "epoch": 3},
+    "half precision": lambda _, state: {name: tensor.half() for name, tensor in state.items()},
+    # ``torch.save(dict(model.named_parameters()), path)``; weights-only loading allows it
+    "parameters": lambda torch, state: {name: torch.nn.Parameter(tensor) for name, tensor in state.items()},
+}
 
 
-def test_half_precision_pth_file_is_widened(torch, pth):
-    half = {name: tensor.astype(np.float16) for name, tensor in TENSORS.items()}
-    torch.save({name: torch.from_numpy(tensor) for name, tensor in half.items()}, pth)
-    assert same_tensors(models.read_weights(pth), {k: v.astype(np.float32) for k, v in half.items()})
-
-
-def test_pth_file_of_trainable_parameters_is_read(torch, pth):
-    # What ``torch.save(dict(model.named_parameters()), path)`` writes; weights-only loading allows it.
-    torch.save({name: torch.nn.Parameter(torch.from_numpy(tensor)) for name, tensor in TENSORS.items()}, pth)
-    assert same_tensors(models.read_weights(pth), TENSORS)
+@pytest.mark.parametrize("what", WRITTEN)
+def test_pth_file_is_read(torch, pth, what):
+    torch.save(WRITTEN[what](torch, {name: torch.from_numpy(tensor) for name, tensor in TENSORS.items()}), pth)
+    half = {name: tensor.astype(np.float16).astype(np.float32) for name, tensor in TENSORS.items()}
+    assert same_tensors(models.read_weights(pth), half if what == "half precision" else TENSORS)
 
 
 class Creator:

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+
+from gati_jax import models
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -32,6 +35,19 @@ def random_network(network, seed=0):
                 uniform(module.running_mean, -0.01, 0.01)
                 uniform(module.running_var, 2e-4, 2e-3)
     return model
+
+
+def torch_shapes(network):
+    """Return the shapes of the network's tensors in torch, by name; none is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in build(network).state_dict().items() if tensor.ndim}
+
+
+def tensor_shapes(network):
+    """Return the shapes of the state dict that is exported for the network, by name."""
+    abstract = jax.eval_shape(lambda: models.init(network, jax.random.key(0)))
+    variables = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), abstract)
+    return {name: tensor.shape for name, tensor in models.export_state_dict(network, variables).items()}
 
 
 def state_dict(model):

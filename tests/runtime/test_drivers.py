@@ -30,10 +30,10 @@ def caches(chain, candidates, splits):
 
 @pytest.fixture(scope="module")
 def looked_up(chain, caches, splits):
-    """For all test rows at once: what every cache says, and the base's logits."""
+    """For all test rows at once: logits and scores of every cache by site, and the base's logits."""
     activations, base_logits = chain.activations(jnp.asarray(splits["test"]))
-    said = {site: [np.asarray(v) for v in lookup(cache, activations[site])] for site, cache in caches.items()}
-    return said, np.asarray(base_logits)
+    outputs = {site: [np.asarray(v) for v in lookup(cache, activations[site])] for site, cache in caches.items()}
+    return outputs, np.asarray(base_logits)
 
 
 def between(scores, share):
@@ -47,8 +47,8 @@ def between(scores, share):
 
 def make_cascade(chain, caches, looked_up, sites, shares):
     """Shares of hits, or infinities, to thresholds."""
-    said, _ = looked_up
-    thresholds = [s if np.isinf(s) else between(said[site][1], s) for site, s in zip(sites, shares, strict=True)]
+    outputs, _ = looked_up
+    thresholds = [s if np.isinf(s) else between(outputs[site][1], s) for site, s in zip(sites, shares, strict=True)]
     cascade = Cascade(chain, tuple(caches[site] for site in sites), jnp.asarray(thresholds, jnp.float32))
     check_cascade(cascade)
     return cascade
@@ -56,9 +56,9 @@ def make_cascade(chain, caches, looked_up, sites, shares):
 
 def by_hand(cascade, looked_up, row):
     """class, exit, score, logits of one request: go from cache to cache until one is sure."""
-    said, base_logits = looked_up
+    outputs, base_logits = looked_up
     for cache, threshold in zip(cascade.caches, np.asarray(cascade.thresholds), strict=True):
-        logits, scores = said[cache.site]
+        logits, scores = outputs[cache.site]
         if scores[row] >= threshold:
             return int(logits[row].argmax()), cache.site, scores[row], logits[row]
     return int(base_logits[row].argmax()), DEPTH, INF, base_logits[row]
@@ -82,38 +82,23 @@ CASES = {
     "single cache": ((3,), (0.6,)),
     "no caches": ((), ()),
 }
-EVERY_CASE = pytest.mark.parametrize(("sites", "shares"), CASES.values(), ids=CASES.keys())
 
 
-@EVERY_CASE
-def test_predict_one_is_the_cascade_by_hand(chain, caches, looked_up, splits, sites, shares):
-    cascade = make_cascade(chain, caches, looked_up, sites, shares)
-    predictions = [predict_one(cascade, jnp.asarray(image)) for image in splits["test"]]
-    for row, prediction in enumerate(predictions):
-        assert_by_hand(prediction, cascade, looked_up, row)
-    if sites and not np.isinf(shares).any():
-        assert {int(p.exit) for p in predictions} == {*sites, DEPTH}  # the case is no trivial one
-
-
-@EVERY_CASE
-def test_predict_batch_is_predict_one_row_by_row(chain, caches, looked_up, splits, sites, shares):
+@pytest.mark.parametrize(("sites", "shares"), CASES.values(), ids=CASES.keys())
+def test_every_driver_is_the_cascade_by_hand(chain, caches, looked_up, splits, sites, shares):
     cascade = make_cascade(chain, caches, looked_up, sites, shares)
     images = jnp.asarray(splits["test"])
+    predictions = [predict_one(cascade, image) for image in images]
     batch = predict_batch(cascade, images)
     assert batch.logits.shape == (len(images), 10)
-    for row in range(0, len(images), 3):
-        one = predict_one(cascade, images[row])
-        assert (int(batch.class_index[row]), int(batch.exit[row])) == (int(one.class_index), int(one.exit))
-        assert float(batch.score[row]) == pytest.approx(float(one.score), rel=1e-5, abs=1e-5)
-        np.testing.assert_allclose(batch.logits[row], one.logits, rtol=1e-5, atol=1e-5)
-
-
-@EVERY_CASE
-def test_the_step_under_plain_python_is_the_cascade_by_hand(chain, caches, looked_up, splits, sites, shares):
-    cascade = make_cascade(chain, caches, looked_up, sites, shares)
+    for row, prediction in enumerate(predictions):
+        assert_by_hand(prediction, cascade, looked_up, row)
+        assert_by_hand(jax.tree.map(lambda column, row=row: column[row], batch), cascade, looked_up, row)
+    if sites and not np.isinf(shares).any():
+        assert {int(p.exit) for p in predictions} == {*sites, DEPTH}  # the case is no trivial one
     with jax.disable_jit():  # a switch would compile all its stages anew on every step
         for row in range(6):
-            assert_by_hand(predict_stepwise(cascade, jnp.asarray(splits["test"][row])), cascade, looked_up, row)
+            assert_by_hand(predict_stepwise(cascade, images[row]), cascade, looked_up, row)
 
 
 def test_the_stepwise_driver_compiles_too(chain, caches, looked_up, splits):

@@ -67,8 +67,7 @@ def made_up(monkeypatch):
         calls = {name: [1000.0, *[known.get(name, 1.0)] * (len(calls) - 1)] for name, calls in programs.items()}
         return {name: np.tile(ms, (rounds, 1)) for name, ms in calls.items()}
 
-    for room in (costs, costs):
-        monkeypatch.setattr(room, "time_interleaved", interleaved)
+    monkeypatch.setattr(costs, "time_interleaved", interleaved)
     monkeypatch.setattr(costs, "time_turns", turns)
     return known
 
@@ -129,7 +128,7 @@ def test_speed_by_arithmetic():
 
 @pytest.mark.parametrize(("tuned_ms", "full"), [(2.0, "tuned"), (6.0, "reference"), (None, "reference")])
 def test_a_speed_up_is_over_the_fastest_full_network(chain, candidates, splits, monkeypatch, tuned_ms, full):
-    """The reference network takes 4 ms, its first block and the cascade 1; what is ideal does not change."""
+    """The reference network takes 4 ms, its first block and the cascade 1; the ideal speed-up does not change."""
     cascade = Cascade(chain, candidates.items[:1], jnp.asarray([0.0]))
     made_up = {"cascade": 1.0, "1": 1.0, "5": 4.0, "tuned": tuned_ms}
     timed = lambda programs, *, rounds: {name: np.full(rounds, made_up[name]) for name in programs}  # noqa: E731

@@ -22,7 +22,7 @@ from gati_jax.runtime import Cascade, batched, predict_one
 from gati_jax.runtime.compilation import CompilerOptions, compiled
 from train import tune as script
 
-NETWORK = ResNet(stages=(2, 1), widths=(4, 8), shortcut="B", input_shape=(8, 8, 3))
+NETWORK = ResNet(stages=(1, 1), widths=(4, 8), shortcut="B", input_shape=(8, 8, 3))
 KINDS = {layer.kind: layer for block in layers(NETWORK) for layer in block}
 WINOGRAD = {kind: "winograd2" if "winograd2" in layer.applicable else "im2col" for kind, layer in KINDS.items()}
 

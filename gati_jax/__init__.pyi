@@ -1,0 +1,34 @@
+from .bundle import Bundle as Bundle
+from .bundle import load_bundle as load_bundle
+from .bundle import save_bundle as save_bundle
+from .bundle import save_tuning as save_tuning
+from .caches import Candidate as Candidate
+from .certification import Certificate as Certificate
+from .certification import certify as certify
+from .certification import certify_conditional as certify_conditional
+from .certification import certify_together as certify_together
+from .errors import BundleError as BundleError
+from .errors import InputError as InputError
+from .errors import WeightsError as WeightsError
+from .fitting import Augment as Augment
+from .fitting import FitConfig as FitConfig
+from .fitting import FreezeConfig as FreezeConfig
+from .fitting import Head as Head
+from .fitting import fit as fit
+from .fitting import fit_freeze as fit_freeze
+from .fitting import network_head as network_head
+from .fitting import replay as replay
+from .inference import infer as infer
+from .inference import infer_batch as infer_batch
+from .models import Chain as Chain
+from .models import Normalization as Normalization
+from .models import resnet as resnet
+from .planning import CostTable as CostTable
+from .planning import Plan as Plan
+from .planning import ReplayTable as ReplayTable
+from .planning import plan as plan
+from .profiling import measure_costs as measure_costs
+from .profiling import tune as tune
+from .runtime import Prediction as Prediction
+
+__version__: str

@@ -1,0 +1,87 @@
+"""Folders that are replaced as a whole, and digests of the files in them."""
+
+import contextlib
+import glob
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Generator, Mapping
+from pathlib import Path
+
+from gati_jax.errors import BundleError
+
+_LONGEST_NAME = 200
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Generator[Path]:
+    """Yield a new empty folder that takes the place of ``path`` once the block ends well.
+
+    A folder cannot be renamed over another one, so the old one is first moved aside, to ``previous(path)``. A process
+    that is killed between the two renames leaves it there, where ``present`` finds it.
+
+    Args:
+        path: The folder to create or replace; of a link, what it points to is replaced.
+    """
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.saving-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.saving-", dir=path.parent))
+    try:
+        yield fresh
+        fresh.chmod(0o755)  # mkdtemp's folders are private
+        if path.exists():
+            shutil.rmtree(previous(path), ignore_errors=True)
+            path.rename(previous(path))
+        fresh.rename(path)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    shutil.rmtree(previous(path), ignore_errors=True)
+
+
+def previous(path: Path) -> Path:
+    """Return where the old folder waits while the new one takes its place."""
+    return path.with_name(f".{path.name}.previous")
+
+
+def present(path: Path) -> Path:
+    """Return ``path``, or the old folder where a killed save left only that."""
+    path = path.resolve()
+    return previous(path) if not path.exists() and previous(path).exists() else path
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return "<bytes> <sha256>" of every file below ``folder``, by its relative path."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): _digest(file) for file in files}
+
+
+def check_files(folder: Path, expected: Mapping[str, str]) -> None:
+    """Compare the files below ``folder`` with their digests; manifest.json and tuning/ are not among them.
+
+    Raises:
+        BundleError: Names the first file that is missing, truncated, changed or not listed.
+    """
+    for name, digest in expected.items():
+        file = folder / name
+        if "\0" in name or len(name) > _LONGEST_NAME or not file.resolve().is_relative_to(folder.resolve()):
+            raise BundleError(f"bundle: manifest.json lists {name[:_LONGEST_NAME]!r}, which is no file of the bundle")
+        if not file.is_file():
+            raise BundleError(f"bundle: {name} is missing from {folder}")
+        size = digest.partition(" ")[0]
+        if size != (got := str(file.stat().st_size)):
+            raise BundleError(f"bundle: {file} is truncated or changed: expected {size} bytes, got {got}")
+        if _digest(file) != digest:
+            raise BundleError(f"bundle: {file} is damaged: its SHA-256 is not the one in manifest.json")
+    for file in folder.rglob("*"):
+        name = file.relative_to(folder).as_posix()
+        if not file.is_dir() and name not in expected and name != "manifest.json" and not name.startswith("tuning/"):
+            raise BundleError(f"bundle: {folder} holds {name}, which manifest.json does not list")
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return f"{os.fstat(stream.fileno()).st_size} {hashlib.file_digest(stream, 'sha256').hexdigest()}"

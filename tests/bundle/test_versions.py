@@ -1,0 +1,91 @@
+"""Versions on disk: saved, withdrawn, deleted, counted; damaged and forged ones."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gati_jax import BundleError, InputError
+from gati_jax.bundle import Versions
+from tests.bundle.made import answers, edit, in_memory, make
+
+
+def store(path: Path, keep: int = 5) -> Versions:
+    return Versions(path, keep=keep, chain=make(77)[0])
+
+
+def current(path: Path) -> list[bytes]:
+    return answers(store(path).load_current().bundle)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """Versions 1 and 2, which no test changes."""
+    path = tmp_path_factory.mktemp("versions") / "v"
+    for seed in (1, 2):
+        store(path).save(in_memory(make(seed)))
+    return path
+
+
+@pytest.fixture
+def copy(two, tmp_path) -> Path:
+    return shutil.copytree(two, tmp_path / "v")
+
+
+def test_save_load_and_withdraw(copy):
+    kept = store(copy)
+    assert kept.history == (1, 2)
+    assert current(copy) == answers(in_memory(make(2)))
+    kept.withdraw(2)
+    assert kept.load_current().number == 1
+    assert current(copy) == answers(in_memory(make(1)))
+    assert kept.save(in_memory(make(3))) == 3, "numbers are not used twice"
+    assert kept.history == (1, 3)
+    kept.withdraw(3)
+    assert kept.load_current().number == 1, "what was withdrawn does not come back"
+
+
+def test_old_versions_are_deleted(copy):
+    kept = store(copy, keep=2)
+    kept.save(in_memory(make(3)))
+    assert kept.history == (2, 3)
+    assert sorted(p.name for p in (copy / "versions").iterdir()) == ["000002", "000003"]
+
+
+def test_trials_are_counted_across_processes(copy):
+    assert [store(copy).next_trial() for _ in range(3)] == [1, 2, 3]
+    store(copy).save(in_memory(make(3)))
+    assert store(copy).next_trial() == 4
+
+
+def test_a_damaged_version_gives_way_to_the_one_before(copy, caplog):
+    (copy / "versions" / "000002" / "plans.json").write_text("{}")
+    assert store(copy).load_current().number == 1
+    assert "version 2 cannot be loaded" in caplog.text
+    shutil.rmtree(copy / "versions" / "000001")
+    with pytest.raises(BundleError, match="expected a version"):
+        store(copy).load_current()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.update(history=[2, 1]),
+        lambda r: r.update(history=[1, 3]),
+        lambda r: r.update(history=[0]),
+        lambda r: r.update(trials=-1),
+        lambda r: r.update(surprise=1),
+        lambda _: [],
+    ],
+)
+def test_a_forged_record_is_refused(copy, change):
+    edit(copy / "versions.json", change)
+    with pytest.raises(BundleError, match=r"versions\.json is damaged"):
+        store(copy).load_current()
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(BundleError, match="expected a version"):
+        store(tmp_path / "v").load_current()
+    with pytest.raises(InputError, match="keep"):
+        Versions(tmp_path, keep=0)
