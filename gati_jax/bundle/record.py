@@ -10,9 +10,9 @@ from gati_jax.caches import Candidate, choose
 from gati_jax.certification import CONDITIONAL, Certificate
 from gati_jax.data import fingerprint
 from gati_jax.errors import InputError
-from gati_jax.fitting import origin
+from gati_jax.fitting import replay_source
 from gati_jax.models import Chain
-from gati_jax.planning import CostTable, Origin, Plan
+from gati_jax.planning import CostTable, Plan, ReplaySource
 from gati_jax.profiling import TunedCascade, Tuning, device_name
 from gati_jax.runtime import Cascade, check_cascade
 
@@ -101,8 +101,8 @@ class Bundle:
 
 def check_origin(plan: Plan, chain: Chain, caches: tuple[Candidate, ...]) -> None:
     """Check that plan and certificate were made from these very parameters; a plan made by hand does not say."""
-    if plan.origin != Origin():
-        plan.origin.check(origin(chain, choose(caches, plan.names), plan.origin.dtype), "candidates")
+    if plan.source != ReplaySource():
+        plan.source.check(replay_source(chain, choose(caches, plan.names), plan.source.dtype), "candidates")
 
 
 CertifiedPlans = tuple[tuple[Plan, Certificate], ...]
@@ -186,6 +186,6 @@ def certified_only(bundle: Bundle) -> Bundle:
         path=plan_.path[: step + 1, columns],
         disagreement=plan_.disagreement[: step + 1],
         mean_ms=plan_.mean_ms[: step + 1],
-        origin=plan_.origin.take(names),
+        source=plan_.source.take(names),
     )
     return dataclasses.replace(bundle, caches=bundle.cascade.caches, plan=home, also=())

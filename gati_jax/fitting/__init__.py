@@ -23,7 +23,7 @@ from .refit import REFIT_CONFIG as REFIT_CONFIG
 from .refit import refit as refit
 from .replay import Outputs as Outputs
 from .replay import evaluate as evaluate
-from .replay import origin as origin
 from .replay import replay as replay
 from .replay import replay_logits as replay_logits
+from .replay import replay_source as replay_source
 from .stored_points import choose_points as choose_points

@@ -14,7 +14,7 @@ from gati_jax.data import check_distinct_rows, full_batches, row_digests
 from gati_jax.errors import InputError
 from gati_jax.models import Chain, check_images
 from gati_jax.models.chain import reference
-from gati_jax.planning import Origin, ReplayTable
+from gati_jax.planning import ReplaySource, ReplayTable
 from gati_jax.pytrees import call, tree_digest
 
 from .fit import Candidates
@@ -69,7 +69,7 @@ def replay(
         scores=scores,
         rows=rows,
         labels=None if labels is None else np.asarray(labels),
-        origin=origin(chain, items, str(images.dtype)),
+        source=replay_source(chain, items, str(images.dtype)),
     )
 
 
@@ -128,10 +128,10 @@ def _outputs(
     return Outputs(*(np.concatenate(columns, axis=-1)[..., :n] for columns in zip(*parts, strict=True)))
 
 
-def origin(chain: Chain, candidates: Iterable[Candidate], dtype: str) -> Origin:
+def replay_source(chain: Chain, candidates: Iterable[Candidate], dtype: str) -> ReplaySource:
     """Say which parameters a replay was, or would be, computed from."""
     digests = tuple((c.name, tree_digest(c.params)) for c in candidates)
-    return Origin(base=tree_digest(chain.params), candidates=digests, dtype=dtype)
+    return ReplaySource(base=tree_digest(chain.params), candidates=digests, dtype=dtype)
 
 
 def _unseen_fold(candidates: Candidates, rows: np.ndarray) -> Int[np.ndarray, " n"]:

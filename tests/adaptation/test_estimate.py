@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta
 
-from gati_jax.certification.betting import SHARES, Count, estimate_log_capital, mean_disagreement, upper_bound
+from gati_jax.certification.betting import (
+    LARGEST_MEAN,
+    SHARES,
+    Count,
+    log_bets,
+    log_capital,
+    mean_disagreement,
+    upper_bound,
+)
 
 COUNTS = st.dictionaries(
     st.sampled_from([0.02, 0.5, 1.0]),
@@ -29,14 +37,14 @@ def test_capital_is_the_product_of_the_bets(counts, m):
             log += count.seen * math.log(r) if r else (-math.inf if count.seen else 0.0)
         capitals.append(log)
     expected = np.logaddexp.reduce(capitals) - math.log(len(SHARES))
-    assert estimate_log_capital(counts, m) == pytest.approx(expected, abs=1e-6)
+    assert log_capital(log_bets(counts, m)) == pytest.approx(expected, abs=1e-6)
 
 
 @given(COUNTS, st.sampled_from([0.01, 0.1]))
 def test_bound_is_the_edge_of_what_is_ruled_out(counts, delta):
     upper = upper_bound(counts, delta)
-    assert estimate_log_capital(counts, min(upper, 1 - 1e-9)) >= -math.log(delta) or upper == 1
-    assert estimate_log_capital(counts, upper - 1e-6) < -math.log(delta)
+    assert log_capital(log_bets(counts, min(upper, LARGEST_MEAN))) >= -math.log(delta) or upper == 1
+    assert log_capital(log_bets(counts, upper - 1e-6)) < -math.log(delta)
     # Whoever may look but once does at least as well: Clopper and Pearson's where q is 1.
     if set(counts) == {1.0}:
         n, k = counts[1.0]

@@ -41,7 +41,6 @@ def test_it_certifies_what_is_safe_and_stops_before_what_is_not():
     certifier = feed(SequentialCertifier(5, 0.01, 0.05, maximum=10_000), rng.random((10_000, 5)) < risks)
     assert certifier.certified == 2
     assert certifier.decided
-    assert not certifier.empirical
     assert certifier.log_capital()[4] > -math.log(0.05)
 
 
@@ -59,7 +58,7 @@ def test_steps_may_be_ready_at_different_times():
 
 def test_it_gives_up():
     certifier = feed(SequentialCertifier(1, 0.01, 0.05, maximum=50), np.zeros((80, 1), bool))
-    assert (certifier.n, certifier.certified, certifier.decided, certifier.empirical) == (50, -1, True, True)
+    assert (certifier.n, certifier.certified, certifier.decided) == (50, -1, True)
 
 
 def test_once_decided_it_is_decided():

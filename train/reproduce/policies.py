@@ -95,7 +95,7 @@ def shared_threshold_plan(table: ReplayTable, costs: CostTable, *, epsilon: floa
         path=np.stack(path),
         n=len(table),
         rows=table.rows,
-        origin=table.origin,
+        source=table.source,
         disagreement=np.array(disagreement),
         mean_ms=np.array([cascade_ms(table, thresholds, costs) for thresholds in path]),
     )
@@ -149,7 +149,7 @@ def freeze_plan(table: ReplayTable, costs: CostTable) -> Plan:
         mean_ms=np.array([cascade_ms(table, thresholds, costs) for thresholds in path]),
         n=len(table),
         rows=table.rows,
-        origin=table.origin,
+        source=table.source,
     )
 
 
@@ -236,7 +236,7 @@ def _rules(candidates: Candidates) -> list[tuple[str, list[str], Score | None]]:
 
 
 def certified_step(
-    contestant: Contestant, epsilon: float, delta: float, *, looks: int, base_saw_data: bool, repeats: bool
+    contestant: Contestant, epsilon: float, delta: float, *, looks: int, base_saw_data: bool, duplicates: bool
 ) -> Certificate:
     """Certify a policy's plan on the certify split, as if it were the only one of this look.
 
@@ -245,7 +245,7 @@ def certified_step(
     """
     table = contestant.tables["certify"]
     return gati_jax.certify(
-        contestant.plan, table, epsilon, delta, looks=looks, base_saw_data=base_saw_data, repeats=repeats
+        contestant.plan, table, epsilon, delta, looks=looks, base_saw_data=base_saw_data, duplicates=duplicates
     )
 
 

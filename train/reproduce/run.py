@@ -114,7 +114,7 @@ def compare(
     field = contestants(found.candidates, tables, logits, found.costs, ours=plan.sites, epsilon=epsilon)
     loose = contestants(found.candidates, tables, logits, found.costs, ours=far.sites, epsilon=FARTHEST)
     certified, accurate = [_ours(plan, tables), *field], [_ours(far, tables), *loose]
-    options = {"looks": looks, "base_saw_data": base_saw_certify(config), "repeats": True}  # what main let pass
+    options = {"looks": looks, "base_saw_data": base_saw_certify(config), "duplicates": True}  # what main let pass
     certificates = {c.name: certified_step(c, epsilon, delta, **options) for c in certified}
     steps = {
         "certified": [certificates[c.name].step for c in certified],
