@@ -183,17 +183,8 @@ def upper_bound(counts: Mapping[float, Count], delta: float) -> float:
 
 def log_bets(counts: Mapping[float, Count], m: float) -> Float[np.ndarray, " bets"]:
     """Return the logarithm of each bet's capital against a mean disagreement of ``m`` or more."""
-    logs = log_lost(sum(c.seen for c in counts.values()))
+    shares = np.array(SHARES)
+    logs = xlogy(sum(c.seen for c in counts.values()), shares)  # -infinity for a bet on none, once one is seen
     for q, c in counts.items():
-        logs = logs + (c.requests - c.seen) * log_kept(q, m)
+        logs = logs + (c.requests - c.seen) * (np.log1p(-q * shares * m) - math.log1p(-q * m))
     return logs
-
-
-def log_lost(losses: int) -> Float[np.ndarray, " bets"]:
-    """Return what so many observed disagreements add to the logarithm of each bet's capital."""
-    return xlogy(losses, SHARES)  # 0 for no loss, also for the bet on none at all, which the first one ruins
-
-
-def log_kept(q: float, m: float) -> Float[np.ndarray, " bets"]:
-    """Return what a request without an observed disagreement adds to it, if observed with ``q``, betting against m."""
-    return np.log1p(-q * np.array(SHARES) * m) - math.log1p(-q * m)

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from gati_jax.checks import check_share
 from gati_jax.errors import InputError
 
-from .betting import SHARES, log_capital, log_kept, log_lost
+from .betting import SHARES, Count, log_bets, log_capital
 
 MAXIMUM = 50_000
 
@@ -39,7 +39,9 @@ class SequentialCertifier:
         (0, False)
     """
 
-    __slots__ = ("_log_bets", "_reached", "certified", "delta", "epsilon", "losses", "maximum", "n", "steps")
+    __slots__ = (
+        "_kept", "_log_bets", "_lost", "_reached", "certified", "delta", "epsilon", "losses", "maximum", "n", "steps",
+    )  # fmt: skip
 
     def __init__(self, steps: int, epsilon: float, delta: float, *, maximum: int = MAXIMUM) -> None:
         """Start without any request.
@@ -66,6 +68,8 @@ class SequentialCertifier:
         """The farthest certified step; -1 where none is."""
         self._reached: Bool[np.ndarray, " steps"] = np.zeros(steps, bool)
         self._log_bets: Float[np.ndarray, "bets steps"] = np.zeros((len(SHARES), steps))
+        self._lost = log_bets({1.0: Count(1, 1)}, epsilon)[:, None]
+        self._kept: dict[float, Float[np.ndarray, "bets one"]] = {}  # by q: few are ever used
 
     @property
     def decided(self) -> bool:
@@ -91,7 +95,9 @@ class SequentialCertifier:
             return
         self.n += 1
         self.losses += losses
-        self._log_bets += np.where(losses, log_lost(1)[:, None], log_kept(q, self.epsilon)[:, None])
+        if q not in self._kept:
+            self._kept[q] = log_bets({q: Count(1, 0)}, self.epsilon)[:, None]
+        self._log_bets += np.where(losses, self._lost, self._kept[q])
         self._reached |= self.log_capital() >= -math.log(self.delta)
         self.certified = self.steps - 1 if self._reached.all() else int(self._reached.argmin()) - 1
 

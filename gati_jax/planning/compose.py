@@ -187,7 +187,7 @@ def _good_choice(
 
 def _translate(coarse: Problem, fine: Problem, choice: Choice) -> Choice:
     """Return the same choice in the indices of the finer problem."""
-    return tuple(o and (o[0], fine.index_of(o[0], coarse.thresholds[o[0]][o[1]])) for o in choice)
+    return tuple(o and (o[0], fine.index_of(o[0], float(coarse.thresholds[o[0]][o[1]]))) for o in choice)
 
 
 def _composition(

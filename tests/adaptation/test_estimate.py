@@ -62,7 +62,7 @@ def test_disagreements_seen_with_q_count_for_all_that_were_not():
 
 def test_bound_holds_at_all_times_while_the_risk_rises():
     """The running mean weighted by q / (1 - q m) is above the bound, ever, in at most delta of the streams."""
-    delta, wrong, streams = 0.2, 0, 200
+    delta, wrong, streams = 0.2, 0, 100
     risks = np.where(np.arange(3000) < 1500, 0.002, 0.03)
     for seed in range(streams):
         rng, counts, weights, total = np.random.default_rng(seed), {}, 0.0, 0.0
@@ -73,10 +73,10 @@ def test_bound_holds_at_all_times_while_the_risk_rises():
             counts[q] = Count(old.requests + 1, old.seen + seen)
             weights, total = weights + q, total + q * risks[t]
             q = 1.0 if seen else 0.2 if t % 100 == 0 else q
-            if t % 150 == 149:
+            if t % 300 == 299:
                 # Weights are q up to the factor 1 / (1 - q m), below 1.1 here: allow for it.
                 missed = upper_bound(counts, delta) < 0.9 * total / weights
                 wrong += missed
                 if missed:
                     break
-    assert wrong <= 60
+    assert wrong <= 35

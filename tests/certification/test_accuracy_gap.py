@@ -46,7 +46,7 @@ def capital(gap, values, bets):
     return total / len(bets)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(counts(most=25), DELTAS)
 def test_the_bound_is_where_the_capital_comes_to_one_over_delta(drawn, delta):
     losses, gains, n = drawn
@@ -57,8 +57,8 @@ def test_the_bound_is_where_the_capital_comes_to_one_over_delta(drawn, delta):
     assert capital(max(-1.0, upper - 1e-7), values, bets) < 1 / Fraction(delta)
 
 
-@settings(deadline=None, max_examples=25)
-@given(st.integers(0, 20), st.integers(0, 20), st.integers(1, 14), DELTAS)
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 20), st.integers(0, 20), st.integers(1, 10), DELTAS)
 def test_the_bound_is_wrong_with_probability_at_most_delta(losses, gains, n, delta):
     """Whatever n: the probabilities of all tables of n requests in which it is wrong, summed."""
     p = np.array([losses, gains, 40 - losses - gains]) / 40
@@ -70,7 +70,7 @@ def test_the_bound_is_wrong_with_probability_at_most_delta(losses, gains, n, del
     assert wrong <= delta
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(counts(), DELTAS)
 def test_the_bound_is_above_the_mean_and_moves_with_the_counts(drawn, delta):
     losses, gains, n = drawn
@@ -81,7 +81,7 @@ def test_the_bound_is_above_the_mean_and_moves_with_the_counts(drawn, delta):
         assert gap_bound(losses + 1, gains, n, delta) >= upper >= gap_bound(losses, gains + 1, n, delta)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(counts(), DELTAS, st.randoms(use_true_random=False))
 def test_the_order_of_the_requests_does_not_matter(drawn, delta, random):
     losses, gains, n = drawn
