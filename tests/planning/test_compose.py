@@ -26,7 +26,7 @@ from gati_jax.planning.greedy import greedy
 from tests.planning.reference import make_costs, make_table, random_tables, serve
 
 SEEDS = st.integers(0, 2**31)
-SMALL = settings(deadline=None, max_examples=20)
+SMALL = settings(deadline=None, max_examples=12)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -134,7 +134,7 @@ def test_it_is_never_slower_than_greedy(seed, candidates, n, disagreements, seco
 
 
 @SMALL
-@given(SEEDS, st.integers(1, 4), st.integers(20, 60), st.sampled_from([0.1, 0.3, 0.5]))
+@given(SEEDS, st.integers(1, 4), st.integers(20, 40), st.sampled_from([0.1, 0.3, 0.5]))
 def test_a_plan_leads_through_the_composition(seed, candidates, n, epsilon):
     table, costs, _ = draw_problem(seed, candidates, n, levels=20)
     plan, composition = compose_plan(table, costs, epsilon=epsilon, delta=0.5)

@@ -14,7 +14,7 @@ from gati_jax.planning import ReplaySource, ReplayTable, greedy
 from tests.planning.reference import OFF, make_costs, make_plan, make_table, random_tables, serve
 
 SEEDS = st.integers(0, 2**31)
-SMALL = settings(deadline=None, max_examples=25)
+SMALL = settings(deadline=None, max_examples=12)
 EPSILONS = st.sampled_from([0.05, 0.2, 0.35, 0.5])
 
 
