@@ -79,14 +79,14 @@ def main() -> None:
     for sites in args.sites:
         for seed in range(args.seeds):
             table, costs = made_up(sites, args.variants, args.requests, seed, independent=args.independent)
-            began = time.process_time()
+            started = time.process_time()
             found = compose(
                 table, costs, budget, seconds=args.seconds, thresholds=args.thresholds, clock=time.process_time
             )
             print(
                 f"{sites:5d} {len(table.names):5d} {len(table):8d} {seed:4d} {budget.disagreements:13d}"
                 f" {found.mean_ms:9.4f} {found.bound_ms:9.4f} {found.gap:7.2%} {found.nodes:8d}"
-                f" {time.process_time() - began:6.1f}",
+                f" {time.process_time() - started:6.1f}",
                 flush=True,
             )
 

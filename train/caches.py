@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     certify = gati_jax.replay(chain, chosen, parts["certify"].images, labels=parts["certify"].labels)
     certificates = gati_jax.certify_together(
         plans, certify, config.plan.delta, looks=count_looks(looks), base_saw_data=saw_certify,
-        repeats=True,  # what `count_duplicates` let pass above
+        duplicates=True,  # what `count_duplicates` let pass above
     )  # fmt: skip
     default = tightest(certificates)
     plan, certificate = plans[default][0], certificates[default]

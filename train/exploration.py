@@ -14,7 +14,7 @@ import gati_jax
 from gati_jax import Chain, CostTable, Head, InputError, Plan, ReplayTable, data
 from gati_jax.caches import on_its_own
 from gati_jax.fitting import Candidates, head_sizes, untrained
-from gati_jax.planning import Composition, compose_plan, rank, unpayable
+from gati_jax.planning import Composition, compose_plan, prunable, rank
 from gati_jax.profiling import Tile
 from train import cli
 
@@ -118,7 +118,7 @@ def explore(
     # A cascaded cache is timed without its ensemble: a product of classes x classes is too little to be measured.
     tile, costs = measured_tile(out / "costs.json", chain, [on_its_own(c) for c in trial], config)
     sites = {name: int(name.rpartition("@")[2]) for name in sizes}
-    reasons = unpayable(costs, sites, sizes, memory_bytes=memory)
+    reasons = prunable(costs, sites, sizes, memory_bytes=memory)
     kept = within(chain, small, set(sizes) - set(reasons))
     fitted = head_sizes(chain, kept) if kept else {}
     dropped = {name: reason for name, reason in reasons.items() if name not in fitted}

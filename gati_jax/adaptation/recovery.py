@@ -276,7 +276,7 @@ def replan(
     names = tuple(c.name for c in candidates)
     path = np.full((len(found.path), len(names)), np.inf, np.float32)
     path[:, [names.index(name) for name in found.names]] = found.path
-    return dataclasses.replace(found, names=names, sites=table.sites, path=path, origin=table.origin)
+    return dataclasses.replace(found, names=names, sites=table.sites, path=path, source=table.source)
 
 
 def examine(

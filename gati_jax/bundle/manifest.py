@@ -13,7 +13,7 @@ from gati_jax.certification import Certificate
 from gati_jax.checks import write_atomically
 from gati_jax.errors import BundleError
 from gati_jax.models import Architecture, Normalization
-from gati_jax.planning import CostTable, Origin, Plan
+from gati_jax.planning import CostTable, Plan, ReplaySource
 from gati_jax.profiling import Tuning
 
 MAX_PLANS = 4
@@ -81,7 +81,7 @@ class PlanEntry(Strict):
     mean_ms: tuple[float, ...]
     rows: Annotated[str, Field(pattern=r"^([0-9a-f]{16})*$")]
     """Digests of the rows that it was composed on."""
-    origin: Origin = Origin()
+    origin: ReplaySource = ReplaySource()
 
     @classmethod
     def of(cls, plan: Plan) -> "PlanEntry":
@@ -95,7 +95,7 @@ class PlanEntry(Strict):
             disagreement=tuple(plan.disagreement.tolist()),
             mean_ms=tuple(plan.mean_ms.tolist()),
             rows=plan.rows.astype("<u8").tobytes().hex(),
-            origin=plan.origin,
+            origin=plan.source,
         )
 
     @model_validator(mode="after")
@@ -116,7 +116,7 @@ class PlanEntry(Strict):
             depth=self.depth,
             rows=rows,
             n=len(rows),
-            origin=self.origin,
+            source=self.origin,
             path=path.reshape(len(self.path), len(self.names)),
             disagreement=np.array(self.disagreement),
             mean_ms=np.array(self.mean_ms),

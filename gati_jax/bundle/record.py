@@ -6,12 +6,12 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from gati_jax.caches import Candidate, choose, origin
+from gati_jax.caches import Candidate, choose, replay_source
 from gati_jax.certification import CONDITIONAL, Certificate
 from gati_jax.data import fingerprint
 from gati_jax.errors import InputError
 from gati_jax.models import Chain
-from gati_jax.planning import CostTable, Origin, Plan
+from gati_jax.planning import CostTable, Plan, ReplaySource
 from gati_jax.profiling import TunedCascade, Tuning, device_name
 from gati_jax.runtime import Cascade, check_cascade
 
@@ -104,8 +104,8 @@ def check_origin(plan: Plan, chain: Chain, caches: tuple[Candidate, ...]) -> Non
     Raises:
         InputError: The base or a cache has other parameters.
     """
-    if plan.origin != Origin():
-        plan.origin.check(origin(chain, choose(caches, plan.names), plan.origin.dtype), "candidates")
+    if plan.source != ReplaySource():
+        plan.source.check(replay_source(chain, choose(caches, plan.names), plan.source.dtype), "candidates")
 
 
 CertifiedPlans = tuple[tuple[Plan, Certificate], ...]
@@ -189,6 +189,6 @@ def certified_only(bundle: Bundle) -> Bundle:
         path=plan.path[: step + 1, columns],
         disagreement=plan.disagreement[: step + 1],
         mean_ms=plan.mean_ms[: step + 1],
-        origin=plan.origin.take(names),
+        source=plan.source.take(names),
     )
     return dataclasses.replace(bundle, caches=bundle.cascade.caches, plan=certified, also=())

@@ -6,9 +6,9 @@ from .candidate import Cascaded as Cascaded
 from .candidate import choose as choose
 from .candidate import lookup as lookup
 from .candidate import on_its_own as on_its_own
-from .candidate import origin as origin
 from .candidate import predict_all as predict_all
 from .candidate import predictor_inputs as predictor_inputs
+from .candidate import replay_source as replay_source
 from .neighbours import MIB as MIB
 from .neighbours import NO_POINT as NO_POINT
 from .neighbours import CacheMemory as CacheMemory

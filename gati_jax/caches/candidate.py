@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from gati_jax.errors import InputError
 from gati_jax.models import Chain
-from gati_jax.planning import Origin
+from gati_jax.planning import ReplaySource
 from gati_jax.pytrees import Static, call, tree_digest
 
 
@@ -132,10 +132,10 @@ def choose(candidates: Iterable[Candidate], names: Sequence[str]) -> tuple[Candi
     return tuple(by_name[name] for name in names)
 
 
-def origin(chain: Chain, candidates: Iterable[Candidate], dtype: str) -> Origin:
+def replay_source(chain: Chain, candidates: Iterable[Candidate], dtype: str) -> ReplaySource:
     """Say which parameters a replay was, or would be, computed from."""
     digests = tuple((c.name, tree_digest(c.params)) for c in candidates)
-    return Origin(base=tree_digest(chain.params), candidates=digests, dtype=dtype)
+    return ReplaySource(base=tree_digest(chain.params), candidates=digests, dtype=dtype)
 
 
 _FLOOR = -16.0  # a log-probability below this says nothing more, and its weight would drown all else

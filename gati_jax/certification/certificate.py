@@ -1,24 +1,23 @@
-"""What is known of a plan's disagreement with the base. A certificate can be checked by its own fields."""
+"""Certificates: what is known of a plan's disagreement with the base, checkable by their own fields."""
 
 import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
+from gati_jax.checks import check_share
 from gati_jax.errors import InputError
 from gati_jax.planning.binomial import p_value
 
 from .accuracy_gap import AccuracyGap
 
-MARGINAL = "fixed-sequence testing, exact binomial"
-CONDITIONAL = "conditional per exit: fixed-sequence testing, exact binomial for every exit at once"
-SEQUENTIAL = "sequential on later traffic: betting against a conditional mean above epsilon"
 Method = Literal[
     "fixed-sequence testing, exact binomial",
     "conditional per exit: fixed-sequence testing, exact binomial for every exit at once",
     "sequential on later traffic: betting against a conditional mean above epsilon",
 ]
+MARGINAL, CONDITIONAL, SEQUENTIAL = get_args(Method)
 _NAME = re.compile(r"[\w.%+-]{1,40}")
 
 
@@ -33,10 +32,10 @@ class ExitRate:
     """Of "more than epsilon of such requests disagree", given that there are n."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be.
+        """Check the counts.
 
         Raises:
-            InputError: Says what was expected.
+            InputError: They are not possible.
         """
         if not (0 <= self.disagreements <= self.n < 2**53 and self.site >= 0):
             raise InputError(f"exits: expected counts, got {self.disagreements} of {self.n} at site {self.site}")
@@ -46,22 +45,21 @@ class ExitRate:
 class Certificate:
     """What is known of a plan's disagreement with the base.
 
-    With the marginal ``method``, with confidence 1 - delta, at most epsilon of all requests disagree. With the
-    conditional one, at most epsilon of those that leave at or before each of ``exits`` do, for every one of these at
-    once; and so of all requests, too, because the base never disagrees with itself.
-
-    The sequential one comes from traffic as it was, in its order, and assumes nothing of how requests are drawn: the
-    probability of disagreeing, given all requests before, was at most epsilon in the mean up to some request of these n
-    (see ``adaptation/sequential.py``). What comes later may be other traffic: that is the monitor's to watch.
+    What holds with confidence 1 - delta depends on the ``method``. Marginal: at most epsilon of all requests disagree.
+    Conditional: at most epsilon of those that leave at or before each of ``exits`` do, for all of these at once; then
+    so do at most epsilon of all requests, because the base never disagrees with itself. Sequential: the probability of
+    disagreeing, given all requests before, was at most epsilon in the mean up to some request of these n. It is
+    computed on traffic in its order and makes no assumption on how requests are drawn; the monitor watches whether
+    later traffic is like it.
     """
 
     name: str = "default"
-    """The plan's, among those of a bundle."""
+    """The name of its plan, among those of a bundle."""
     epsilon: float
     delta: float
     """As asked for; the test ran at ``level``."""
     step: int
-    """The certified step of the plan's path; -1 where nothing could be certified and every cache stays off."""
+    """The certified step of the plan's path; -1 where the test was inconclusive and every cache stays off."""
     n: int
     disagreements: int
     """Among the n certify requests, at the certified step."""
@@ -73,7 +71,7 @@ class Certificate:
     looks: int = 1
     """How often this data has been opened for certificates, this time included."""
     plans: int = 1
-    """Plans that were certified together, in one look: that any of their certificates is wrong has risk delta."""
+    """Plans that were certified together, in one look: delta is the risk that any of their certificates is wrong."""
     version: int = 0
     """Number of the trial, from 1 on, where the certificate is sequential."""
     base_saw_data: bool = False
@@ -83,7 +81,7 @@ class Certificate:
     select_fingerprint: str = ""
     """Of the rows that the plan was composed on; empty in certificates of old bundles."""
     repeated: int = 0
-    """How many of the n requests equal one before them: taken for requests that came again, not for copies."""
+    """How many of the n requests equal one before them: counted as requests that came again, not as copies."""
     exits: tuple[ExitRate, ...] = ()
     """For every cache that is on, in the order of the sites, where the certificate is conditional."""
     accuracy_gap: AccuracyGap | None = None
@@ -92,20 +90,19 @@ class Certificate:
     """A sentence for every cache of the plan that is off at the certified step."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be, and what its own counts refute.
+        """Check the fields, and that the certified step follows from the counts.
 
         Raises:
             InputError: Names the field.
         """
-        for name in ("epsilon", "delta"):
-            if not 0 < getattr(self, name) < 1:
-                raise InputError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}")
+        check_share("epsilon", self.epsilon)
+        check_share("delta", self.delta)
         check_name(self.name)
         counts = 0 <= self.disagreements <= self.n < 2**53 and 0 <= self.repeated <= self.n and self.step >= -1
         if not (counts and 1 <= self.looks < 2**53 and 1 <= self.plans < 2**53):
             got = f"{self.disagreements} of {self.n}, look {self.looks} for {self.plans} plans"
             raise InputError(f"certificate: expected counts, got {got}")
-        if self.method not in {MARGINAL, CONDITIONAL, SEQUENTIAL}:
+        if self.method not in get_args(Method):
             raise InputError(f"method: expected {MARGINAL!r}, {CONDITIONAL!r} or {SEQUENTIAL!r}, got {self.method!r}")
         sequential = (self.looks, self.plans, self.accuracy_gap) == (1, 1, None) and 1 <= self.version < 2**53
         if not (sequential if self.method == SEQUENTIAL else self.version == 0):
@@ -127,10 +124,10 @@ class Certificate:
 
     @property
     def level(self) -> float:
-        """What each p-value was compared with: the plans of this look share delta / looks.
+        """What each p-value was compared with: the plans of one look share delta / looks.
 
-        Looks share nothing: the j-th is wrong with a risk of at most delta / j, and the sum over many exceeds delta.
-        Trials do: that any of them all certifies wrongly has risk delta.
+        This bounds the risk of each look, not of a series of them, whose sum exceeds delta. For sequential trials delta
+        is the risk that any of them all certifies wrongly.
         """
         if self.method == SEQUENTIAL:
             return trial_level(self.delta, self.version)
@@ -153,13 +150,13 @@ class Certificate:
         return passed and self.exits[-1].disagreements == self.disagreements
 
     def _has_gap(self, gap: AccuracyGap) -> bool:
-        """Only a request that disagrees can be a loss or a gain; the step was chosen among at least so many."""
+        """Check it: only a request that disagrees is a loss or a gain; the step was chosen among at least so many."""
         possible = gap.n == self.n and gap.losses + gap.gains <= self.disagreements
         return possible and gap.comparisons >= self.step * self.looks * self.plans
 
 
 def trial_level(delta: float, version: int) -> float:
-    """Return the j-th trial's part of delta, 6 delta / (pi^2 j^2): all that ever come have no more than delta.
+    """Return the j-th trial's part of delta, 6 delta / (pi^2 j^2): the parts of all trials add up to delta.
 
     Example:
         >>> round(sum(trial_level(0.05, j) for j in range(1, 100_000)), 4)
@@ -172,14 +169,14 @@ def check_name(name: str) -> None:
     """Check the name of a plan.
 
     Raises:
-        InputError: It is not one plain word.
+        InputError: It is not one word of at most 40 plain characters.
     """
     if not _NAME.fullmatch(name):
         raise InputError(f"name: expected up to 40 letters, digits or any of . % + - _, got {name!r}")
 
 
 def tightest(certificates: Mapping[str, Certificate]) -> str:
-    """Name the certificate with the smallest epsilon that certifies anything, or the smallest of all if none does.
+    """Return the name of the certified plan with the smallest epsilon, or of the smallest of all if none is certified.
 
     Raises:
         InputError: There is none.

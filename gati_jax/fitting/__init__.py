@@ -25,4 +25,5 @@ from .replay import Outputs as Outputs
 from .replay import evaluate as evaluate
 from .replay import replay as replay
 from .replay import replay_logits as replay_logits
+from .replay import replay_source as replay_source
 from .stored_points import choose_points as choose_points

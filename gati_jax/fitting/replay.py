@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
-from gati_jax.caches import Candidate, origin, predict_all
+from gati_jax.caches import Candidate, predict_all, replay_source
 from gati_jax.data import check_distinct_rows, full_batches, row_digests
 from gati_jax.errors import InputError
 from gati_jax.models import Chain, check_images
@@ -69,7 +69,7 @@ def replay(
         scores=scores,
         rows=rows,
         labels=None if labels is None else np.asarray(labels),
-        origin=origin(chain, items, str(images.dtype)),
+        source=replay_source(chain, items, str(images.dtype)),
     )
 
 

@@ -1,14 +1,18 @@
-"""Replay table and cost table to a plan: NumPy and SciPy only, so planning never runs a network."""
+"""From a replay table and a cost table to a plan. NumPy and SciPy only: planning never runs a network.
+
+``plan`` in threshold_path calls ``compose``, which states a problem, starts from a greedy walk and a local search, and
+ends in branch and bound with bounds by Lagrangian relaxation.
+"""
 
 from .compose import Budget as Budget
 from .compose import Composition as Composition
 from .compose import Rank as Rank
 from .compose import compose as compose
+from .compose import prunable as prunable
 from .compose import rank as rank
-from .compose import unpayable as unpayable
 from .tables import CostTable as CostTable
-from .tables import Origin as Origin
 from .tables import Outcome as Outcome
+from .tables import ReplaySource as ReplaySource
 from .tables import ReplayTable as ReplayTable
 from .tables import cascade_ms as cascade_ms
 from .tables import replay_plan as replay_plan

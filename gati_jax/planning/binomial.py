@@ -4,11 +4,11 @@ import math
 
 from scipy.stats import binom
 
-MOST_SAMPLES = 2**40  # more than anybody will collect
+MOST_SAMPLES = 2**40  # no split is larger
 
 
 def p_value(disagreements: int, n: int, epsilon: float) -> float:
-    """Return the chance of so few disagreements among n requests if each disagreed with probability epsilon.
+    """Return the probability of so few disagreements among n requests if each disagreed with probability epsilon.
 
     Example:
         >>> round(p_value(0, 149, 0.02), 4)
@@ -18,7 +18,7 @@ def p_value(disagreements: int, n: int, epsilon: float) -> float:
 
 
 def largest_passing(n: int, epsilon: float, delta: float) -> int:
-    """Return the most disagreements among n requests that still certify epsilon; -1 if not even none would.
+    """Return the most disagreements among n requests that still certify epsilon; -1 if even 0 would not.
 
     Example:
         >>> largest_passing(2500, 0.02, 0.05), largest_passing(100, 0.02, 0.05)
@@ -31,7 +31,7 @@ def largest_passing(n: int, epsilon: float, delta: float) -> int:
 def samples_needed(rate: float, epsilon: float, delta: float) -> int | None:
     """Return how many requests would certify epsilon if they disagreed at ``rate``; None if no number below 2^40 would.
 
-    It suffices; where ``rate`` is not 0, somewhat fewer may, for disagreements are whole and each new one sets back.
+    Where ``rate`` is not 0, somewhat fewer may do, too: disagreements come in whole numbers.
 
     Example:
         >>> samples_needed(0.0, 0.02, 0.05), samples_needed(0.03, 0.02, 0.05)
@@ -39,17 +39,17 @@ def samples_needed(rate: float, epsilon: float, delta: float) -> int | None:
     """
     if rate >= epsilon:
         return None
-
-    def passes(n: int) -> bool:
-        return p_value(math.ceil(rate * n), n, epsilon) <= delta
-
     high = 1
-    while not passes(high):
+    while not _passes(high, rate, epsilon, delta):
         high *= 2
         if high > MOST_SAMPLES:
             return None
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if passes(middle) else (middle, high)
+        low, high = (low, middle) if _passes(middle, rate, epsilon, delta) else (middle, high)
     return high
+
+
+def _passes(n: int, rate: float, epsilon: float, delta: float) -> bool:
+    return p_value(math.ceil(rate * n), n, epsilon) <= delta

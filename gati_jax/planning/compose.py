@@ -1,26 +1,29 @@
 """Composition: which caches, with which thresholds, within which budgets (GATI's composition phase).
 
-The choice is exact where time allows: a local search finds a good one, branch and bound improves on it until it has
-proved that nothing is better, or says how much better something could still be. "Proved" refers to a grid: each
-candidate has at most ``thresholds`` of them, the strict ones densely, and those of the choice among them. Between
-two of the grid a faster one may lie. Bounds are sharp for some eight sites; with dozens, most of the gap is theirs.
+`prunable` and `rank` come before it: what needs no fit because it cannot save time, and what each candidate saves
+alone. `compose` then chooses jointly. The choice is exact where time allows: a greedy walk and a local search find a
+good one; branch and bound improves on it until it has proved that nothing is better, or reports how much better
+something could still be. A proof refers to a grid: each candidate has at most ``thresholds`` thresholds, the strict
+ones densely, and those of the choice among them; between two of them a faster one may lie. Bounds are sharp for some
+eight sites; with dozens, most of the gap is the bound's.
 """
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from gati_jax.errors import InputError
 
 from .binomial import largest_passing
-from .branch_and_bound import first_prices, solve
+from .branch_and_bound import initial_multipliers, solve
 from .greedy import MAX_THRESHOLDS, greedy
 from .local_search import Found, alternatives, polish, search
-from .problem import RESOURCES, Choice, Problem, evaluate, fits, read_problem, used
+from .problem import RESOURCES, Choice, Option, Problem, evaluate, read_problem, used, within
 from .tables import CostTable, ReplayTable, cascade_ms, replay_plan
 
 GRID = 16  # thresholds a candidate in the exact search; the local one sees MAX_THRESHOLDS
@@ -31,18 +34,18 @@ PROVED = 1e-8  # a gap that rounding explains
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a composition may take; None is no limit."""
+    """Limits of a composition; None is no limit."""
 
     disagreements: int
     """Requests of the table that may get another answer than the base's."""
     memory_bytes: int | None = None
-    """Of the chosen caches together."""
+    """All chosen caches together."""
     worst_ms: float | None = None
-    """Of a request that no cache answers: all blocks and all lookups."""
+    """Time of a request that no cache answers: all blocks and all lookups."""
     sites: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no budget.
+        """Check that nothing is negative.
 
         Raises:
             InputError: Names the field.
@@ -64,16 +67,16 @@ class Composition:
     mean_ms: float
     memory_bytes: int
     bound_ms: float
-    """Nothing within the budget takes less, with ``grid`` thresholds a candidate."""
+    """Nothing within the budget takes less, with ``grid`` thresholds for each candidate."""
     gap: float
-    """The share of ``mean_ms`` that might still be saved; 0 where that is proved to be none."""
+    """The share of ``mean_ms`` that might still be saved; 0 where it is proved that nothing can be."""
     proved: bool
     grid: int
-    """Thresholds that the proof allows each candidate; those of the choice are among them."""
+    """The most thresholds of a candidate that the proof considers; those of the choice are among them."""
     nodes: int
     seconds: float
     refused: Mapping[str, str] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
-    """For every candidate that was not chosen, why."""
+    """For every candidate that was not chosen, the reason."""
 
 
 def compose(
@@ -92,17 +95,17 @@ def compose(
     Args:
         table: Replay, with out-of-fold scores; hits are counted jointly.
         costs: Measured times of the same base and candidates.
-        budget: What may not be exceeded.
+        budget: The limits.
         bytes: For each candidate by name; needed for a budget of memory.
-        seconds: To search for. A proof may come sooner; without one the remaining gap is told.
-        thresholds: At most so many a candidate in the exact search, 64 at most.
-        progress: Told nodes, the best mean time and its lower bound now and then.
+        seconds: To search for. A proof may come sooner; without one the remaining gap is reported.
+        thresholds: At most so many for each candidate in the exact search, 64 at most.
+        progress: Called now and then with the nodes so far, the best mean time and its lower bound.
         clock: What ``seconds`` are counted by; ``time.process_time`` where other work shares the machine.
 
     Raises:
         InputError: Tables of different bases, no request, bytes that are missing, a worst time that the base exceeds.
     """
-    began = clock()
+    started = clock()
     check_tables(table, costs)
     if not 1 <= thresholds <= MAX_THRESHOLDS:
         raise InputError(f"thresholds: expected 1 to {MAX_THRESHOLDS}, got {thresholds}")
@@ -111,35 +114,37 @@ def compose(
         raise InputError(f"bytes: expected those of every candidate, got none of {', '.join(missing)}")
     if budget.worst_ms is not None and budget.worst_ms < costs.full_ms * (1 - 1e-12):
         raise InputError(f"worst_ms: expected at least the base's own {costs.full_ms} ms, got {budget.worst_ms}")
-    table = in_order(table)
+    order = sorted(range(len(table.names)), key=lambda i: (table.sites[i], table.names[i]))
+    table = table.take([table.names[i] for i in order])
     worst = None if budget.worst_ms is None else max(0.0, budget.worst_ms - costs.full_ms)
-    options = read_problem(
+    problem = read_problem(
         table, costs, disagreements=budget.disagreements, limits=(budget.memory_bytes, worst, budget.sites),
         memory=memory,
     )  # fmt: skip
-
-    def over(share: float) -> Callable[[], bool]:
-        return lambda: clock() - began >= share * seconds
-
-    found, fine, price = _good_choice(table, costs, options, over(LOCAL_SHARE))
-    prices, nodes, n = first_prices(fine, found.choice, price), 0, len(table)
-
-    def tell(more: int, ms: float, bound: float) -> None:
-        if progress:
-            progress(nodes + more, ms / n, bound / n)
-
+    found, fine, penalty = _good_choice(table, costs, problem, lambda: clock() - started >= LOCAL_SHARE * seconds)
+    multipliers, nodes, n = initial_multipliers(fine, found.choice, penalty), 0, len(table)
     while True:
         coarse, choice = fine.thin(thresholds, found.choice)
-        result = solve(coarse, Found(found.ms, choice), prices, out_of_time=over(1.0), progress=tell)
-        nodes, prices = nodes + result.nodes, result.prices
+        result = solve(
+            coarse,
+            Found(found.ms, choice),
+            multipliers,
+            out_of_time=lambda: clock() - started >= seconds,
+            progress=lambda more, ms, bound, before=nodes: progress and progress(before + more, ms / n, bound / n),
+        )
+        nodes, multipliers = nodes + result.nodes, result.multipliers
         if result.found.ms >= found.ms:
             break
         found = polish(fine, _translate(coarse, fine, result.found.choice))
-        # The bound speaks of the coarse grid alone. A choice that has left it is judged anew, on a grid with its own
-        # thresholds; each time it is faster, so this ends. Without time left, the same prices bound the new grid.
-        if _has(coarse, fine, found.choice):
+        # The bound holds for the coarse grid alone. A choice that polishing has moved off it is bounded anew, on a
+        # grid with its own thresholds; each time it is faster, so this ends. If no time is left, the same multipliers
+        # bound the new grid.
+        if all(fine.thresholds[o[0]][o[1]] in coarse.thresholds[o[0]] for o in found.choice if o is not None):
             break
-    return _told(table, costs, fine, found.choice, result.bound_ms / n, coarse.width, nodes, clock() - began)
+    return _composition(
+        table, costs, fine, found.choice, bound_ms=result.bound_ms / n, grid=coarse.width, nodes=nodes,
+        seconds=clock() - started,
+    )  # fmt: skip
 
 
 def check_tables(table: ReplayTable, costs: CostTable) -> None:
@@ -155,55 +160,47 @@ def check_tables(table: ReplayTable, costs: CostTable) -> None:
         raise InputError("table: expected at least one request, got none")
 
 
-def in_order(table: ReplayTable) -> ReplayTable:
-    """Return the table with its candidates in the order of their sites, and of their names at one site."""
-    order = sorted(range(len(table.names)), key=lambda i: (table.sites[i], table.names[i]))
-    return table.take([table.names[i] for i in order])
-
-
 def _good_choice(
-    table: ReplayTable, costs: CostTable, options: Problem, out_of_time: Callable[[], bool]
+    table: ReplayTable, costs: CostTable, problem: Problem, out_of_time: Callable[[], bool]
 ) -> tuple[Found, Problem, float]:
-    """Search from the greedy walk's end; return the options with few enough thresholds, its own among them."""
+    """Search from where the greedy walk ends.
+
+    Returns:
+        The choice, the problem with at most MAX_THRESHOLDS for each candidate, and the penalty of a wrong answer.
+    """
     index = {name: c for c, name in enumerate(table.names)}
-
-    def room(names: Sequence[str]) -> bool:
-        chosen = [index[name] for name in names]
-        return bool((options.uses[chosen].sum(0) <= options.limits * (1 + 1e-12)).all())
-
-    _, opened = greedy(table, costs, options.disagreements, fits=room, out_of_time=out_of_time)
-    start: list[tuple[int, int] | None] = [None] * options.sites
+    _, opened = greedy(
+        table,
+        costs,
+        problem.disagreements,
+        fits=lambda names: bool(within(problem.uses[[index[name] for name in names]].sum(0), problem.limits)),
+        out_of_time=out_of_time,
+    )
+    start: list[Option | None] = [None] * problem.sites
     for name, threshold in opened.items():
         c = index[name]
-        start[options.site[c]] = (c, int(np.searchsorted(-options.thresholds[c], -np.float32(threshold))))
-    fine, choice = options.thin(MAX_THRESHOLDS, tuple(start))
-    found, price = search(fine, choice, restarts=min(RESTARTS, len(table.names)), out_of_time=out_of_time)
-    return found, fine, price
+        start[problem.site[c]] = (c, problem.index_of(c, threshold))
+    fine, choice = problem.thin(MAX_THRESHOLDS, tuple(start))
+    found, penalty = search(fine, choice, restarts=min(RESTARTS, len(table.names)), out_of_time=out_of_time)
+    return found, fine, penalty
 
 
 def _translate(coarse: Problem, fine: Problem, choice: Choice) -> Choice:
-    """Return the same choice in the indices of other options."""
-    return tuple(
-        o and (o[0], int(np.searchsorted(-fine.thresholds[o[0]], -coarse.thresholds[o[0]][o[1]]))) for o in choice
-    )
+    """Return the same choice in the indices of the finer problem."""
+    return tuple(o and (o[0], fine.index_of(o[0], float(coarse.thresholds[o[0]][o[1]]))) for o in choice)
 
 
-def _has(coarse: Problem, fine: Problem, choice: Choice) -> bool:
-    """Say whether all thresholds of a choice among the fine options are coarse ones, too."""
-    return all(fine.thresholds[o[0]][o[1]] in coarse.thresholds[o[0]] for o in choice if o is not None)
-
-
-def _told(  # noqa: PLR0917
-    table: ReplayTable, costs: CostTable, options: Problem, choice: Choice, bound_ms: float, grid: int, nodes: int,
+def _composition(
+    table: ReplayTable, costs: CostTable, problem: Problem, choice: Choice, *, bound_ms: float, grid: int, nodes: int,
     seconds: float,
 ) -> Composition:  # fmt: skip
     chosen = [option for option in choice if option is not None]
     part = table.take([table.names[c] for c, _ in chosen])
-    thresholds = np.array([options.thresholds[c][t] for c, t in chosen], np.float32)
+    thresholds = np.array([problem.thresholds[c][t] for c, t in chosen], np.float32)
     mean_ms = cascade_ms(part, thresholds, costs)
     wrong = int(replay_plan(part, thresholds).disagrees.sum())
-    assert fits(options, choice)  # noqa: S101
-    assert wrong == evaluate(options, choice)[1] <= options.disagreements  # noqa: S101
+    assert within(used(problem, choice), problem.limits)  # noqa: S101
+    assert wrong == evaluate(problem, choice)[1] <= problem.disagreements  # noqa: S101
     gap = max(0.0, 1 - bound_ms / mean_ms) if mean_ms > 0 else 0.0
     proved = gap <= PROVED
     return Composition(
@@ -212,48 +209,90 @@ def _told(  # noqa: PLR0917
         thresholds=tuple(thresholds.tolist()),
         disagreements=wrong,
         mean_ms=mean_ms,
-        memory_bytes=round(options.uses[[c for c, _ in chosen], 0].sum()),
+        memory_bytes=round(used(problem, choice)[0]),
         bound_ms=min(bound_ms, mean_ms),
         gap=0.0 if proved else gap,
         proved=proved,
         grid=grid,
         nodes=nodes,
         seconds=seconds,
-        refused=MappingProxyType(reasons(table, costs, options, choice)),
+        refused=MappingProxyType(_explanations(table, costs, problem, choice)),
     )
 
 
-def unpayable(
+def _explanations(table: ReplayTable, costs: CostTable, problem: Problem, choice: Choice) -> dict[str, str]:
+    """Return a sentence for every candidate that ``choice`` leaves out."""
+    now_ms = evaluate(problem, choice)[0]
+    sentences: dict[str, str] = {}
+    for site, option in enumerate(choice):
+        found = alternatives(problem, choice, site)
+        allowed = found.allowed & (found.wrong <= problem.disagreements)
+        best = np.where(allowed, found.ms, np.inf).min(1, initial=np.inf)
+        rival = None if option is None else table.names[option[0]]
+        others = used(problem, (*choice[:site], None, *choice[site + 1 :]))
+        for c, ms in zip(found.candidates.tolist(), best.tolist(), strict=True):
+            if option is None or c != option[0]:
+                sentences[table.names[c]] = (
+                    _alone(table, costs, problem, c)
+                    or _over("no room beside the others", others + problem.uses[c], problem)
+                    or _slower(rival, (ms - now_ms) / problem.n)
+                )
+    return sentences
+
+
+def _alone(table: ReplayTable, costs: CostTable, problem: Problem, c: int) -> str | None:
+    """Say what keeps a candidate out whatever else is chosen."""
+    rest = costs.full_ms - costs.until(table.sites[c])
+    if problem.lookup_ms[c] >= rest:
+        return f"its lookup takes {problem.lookup_ms[c]:.3f} ms, all blocks behind it {rest:.3f} ms"
+    if over := _over("over the budget by itself", problem.uses[c], problem):
+        return over
+    return None if len(problem.thresholds[c]) else "it answers nothing"
+
+
+def _over(what: str, uses: Float[np.ndarray, " resources"], problem: Problem) -> str | None:
+    """Say of which resource there is too little, if of any."""
+    for need, limit, resource in zip(uses, problem.limits, RESOURCES, strict=True):
+        if need > limit * (1 + 1e-12):
+            return f"{what}: {need:g} {resource}, {limit:g} allowed"
+    return None
+
+
+def _slower(rival: str | None, lost_ms: float) -> str:
+    """Compare with the choice, the other sites staying as they are."""
+    if np.isinf(lost_ms):
+        return "at every threshold too many requests would disagree"
+    if rival is not None:
+        return f"{rival} at the same site saves {max(0.0, lost_ms):.3f} ms more"
+    return f"would cost {max(0.0, lost_ms):.3f} ms more than it saves beside the others"
+
+
+def prunable(
     costs: CostTable, sites: Mapping[str, int], sizes: Mapping[str, int], *, memory_bytes: int | None = None
 ) -> dict[str, str]:
-    """Say which candidates cannot pay, whatever they will learn, and why.
+    """Return the candidates that cannot save time whatever they learn, or are too large, with the reasons.
 
     Args:
-        costs: Measured times; a lookup takes as long before a fit as after it. Of candidates over the memory budget
-            none are needed.
+        costs: Measured times; a lookup takes as long before a fit as after it. Candidates over the memory budget need
+            none.
         sites: Of every candidate by name.
         sizes: Bytes of every candidate by name.
         memory_bytes: What all caches of a plan may take together.
-
-    Returns:
-        Reasons by name.
     """
     reasons = {}
     for name, site in sites.items():
         if memory_bytes is not None and sizes[name] > memory_bytes:
-            reasons[name] = (
-                f"its {sizes[name] / 1e6:.2f} MB are more than the {memory_bytes / 1e6:.2f} MB for all caches"
-            )
+            mb, most = sizes[name] / 1e6, memory_bytes / 1e6
+            reasons[name] = f"its {mb:.2f} MB are more than the {most:.2f} MB for all caches"
             continue
-        saves = costs.full_ms - costs.until(site)
-        if costs.lookup_ms[name] >= saves:
-            lookup = costs.lookup_ms[name]
+        lookup, saves = costs.lookup_ms[name], costs.full_ms - costs.until(site)
+        if lookup >= saves:
             reasons[name] = f"its lookup takes {lookup:.3f} ms, and if every request left it would save {saves:.3f} ms"
     return reasons
 
 
 class Rank(NamedTuple):
-    """What a candidate is worth if it is the only cache."""
+    """What a candidate saves as the only cache."""
 
     name: str
     site: int
@@ -261,7 +300,7 @@ class Rank(NamedTuple):
     hits: float
     """Share of requests that leave, at as many disagreements as could be certified."""
     saved: float
-    """Share of the base's time that this saves; below 0 where the lookup costs more than it brings."""
+    """Share of the base's time that this saves; negative where the lookup costs more than it saves."""
 
 
 def rank(table: ReplayTable, costs: CostTable, *, epsilon: float, delta: float = 0.05) -> tuple[Rank, ...]:
@@ -274,58 +313,13 @@ def rank(table: ReplayTable, costs: CostTable, *, epsilon: float, delta: float =
         delta: The certificate's.
     """
     target = max(0, largest_passing(len(table), epsilon, delta))
-    found = []
+    ranks = []
     for i, (name, site) in enumerate(zip(table.names, table.sites, strict=True)):
         order = np.argsort(-table.scores[i], kind="stable")
         scores, wrong = table.scores[i][order], np.cumsum(~table.agrees[i][order])
         ends = np.append(scores[1:] < scores[:-1], True)
-        fine = np.flatnonzero(ends & (wrong <= target) & (scores > -np.inf))  # -infinity never hits
-        hits = (int(fine[-1]) + 1) / len(table) if len(fine) else 0.0
+        stops = np.flatnonzero(ends & (wrong <= target) & (scores > -np.inf))  # -infinity never hits
+        hits = (int(stops[-1]) + 1) / len(table) if len(stops) else 0.0
         saved = (hits * (costs.full_ms - costs.until(site)) - costs.lookup_ms[name]) / costs.full_ms
-        found.append(Rank(name, site, float(table.agrees[i].mean()), hits, saved))
-    return tuple(sorted(found, key=lambda r: -r.saved))
-
-
-def reasons(table: ReplayTable, costs: CostTable, options: Problem, choice: Choice) -> dict[str, str]:
-    """Return a sentence for every candidate that ``choice`` leaves out."""
-    chosen = {option[0] for option in choice if option is not None}
-    now_ms = evaluate(options, choice)[0]
-    told: dict[str, str] = {}
-    for site, option in enumerate(choice):
-        found = alternatives(options, choice, site)
-        within = found.allowed & (found.wrong <= options.disagreements)
-        best = np.where(within, found.ms, np.inf).min(1, initial=np.inf)
-        for c, ms in zip(found.candidates, best, strict=True):
-            if c not in chosen:
-                rival = None if option is None else table.names[option[0]]
-                lost = (float(ms) - now_ms) / options.n
-                told[table.names[c]] = _alone(table, costs, options, int(c)) or _beside(
-                    options, choice, site, int(c), rival, lost
-                )
-    return told
-
-
-def _alone(table: ReplayTable, costs: CostTable, options: Problem, c: int) -> str | None:
-    """Say what keeps a candidate out whatever else is chosen."""
-    behind = costs.full_ms - costs.until(table.sites[c])
-    if options.lookup_ms[c] >= behind:
-        return f"its lookup takes {options.lookup_ms[c]:.3f} ms, all blocks behind it {behind:.3f} ms"
-    for need, limit, what in zip(options.uses[c], options.limits, RESOURCES, strict=True):
-        if need > limit * (1 + 1e-12):
-            return f"over the budget by itself: {need:g} {what}, {max(0.0, limit):g} allowed"
-    if not len(options.thresholds[c]):
-        return "it answers nothing"
-    return None
-
-
-def _beside(options: Problem, choice: Choice, site: int, c: int, rival: str | None, lost: float) -> str:
-    """Compare with the choice, the other sites staying as they are."""
-    others = used(options, (*choice[:site], None, *choice[site + 1 :]))
-    for need, limit, what in zip(others + options.uses[c], options.limits, RESOURCES, strict=True):
-        if need > limit * (1 + 1e-12):
-            return f"no room beside the others: {need:g} {what}, {limit:g} allowed"
-    if np.isinf(lost):
-        return "at every threshold too many requests would disagree"
-    if rival is not None:
-        return f"{rival} at the same site saves {max(0.0, lost):.3f} ms more"
-    return f"would cost {max(0.0, lost):.3f} ms more than it saves beside the others"
+        ranks.append(Rank(name, site, float(table.agrees[i].mean()), hits, saved))
+    return tuple(sorted(ranks, key=lambda r: -r.saved))

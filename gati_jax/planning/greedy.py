@@ -1,4 +1,4 @@
-"""A greedy walk: each step lowers one threshold, or opens one cache, where that saves most for what it makes wrong.
+"""A greedy walk: each step lowers one threshold, or opens one cache, where that saves most per new disagreement.
 
 Requests are counted jointly: a hit at an early site takes its request away from all later ones.
 """
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from .tables import CostTable, ReplayTable, cascade_ms, replay_plan
+from .tables import CostTable, ReplayTable, cascade_ms, exit_ms, replay_plan
 
 SMALL_MOVE = 0.1  # of the budget; taken first, for a certificate can only stop between moves
 MAX_THRESHOLDS = 64  # for each candidate: more would fit the noise of a few thousand requests
@@ -25,32 +25,24 @@ def greedy(
     fits: Callable[[Sequence[str]], bool],
     out_of_time: Callable[[], bool],
 ) -> tuple[float, dict[str, float]]:
-    """Walk to a budget of disagreements, then drop caches while that saves time, or while too many are open.
+    """Walk to a budget of disagreements, then drop caches while that saves time or until the rest fits the limits.
 
     Args:
         table: Candidates in the order of their sites.
         costs: Their times.
         budget: Requests that may disagree.
         fits: Says whether these caches may be open together.
-        out_of_time: Where it is true, caches are dropped only until the rest fits.
+        out_of_time: Once it is true, caches are dropped only until the rest fits.
 
     Returns:
         The mean time, and the thresholds of the open caches.
     """
-
-    def end(names: Sequence[str]) -> tuple[float, dict[str, float]]:
-        part = table.take(names)
-        off = np.full(len(names), np.inf, np.float32)
-        last = walk(part, costs, start=off, floor=np.full_like(off, -np.inf), budget=budget)[-1]
-        opened = {name: float(t) for name, t in zip(names, last, strict=True) if t < np.inf}
-        return cascade_ms(part, last, costs), opened
-
-    best_ms, best = end(table.names)
+    best_ms, best = _end(table, costs, budget)
     while best:
         fitting = fits(tuple(best))
         if fitting and out_of_time():
             break
-        smaller = [end([other for other in best if other != name]) for name in best]
+        smaller = [_end(table.take([other for other in best if other != name]), costs, budget) for name in best]
         ms, fewer = min(smaller, key=lambda found: found[0])
         if fitting and ms > best_ms:
             break
@@ -58,10 +50,26 @@ def greedy(
     return best_ms, best
 
 
+def _end(table: ReplayTable, costs: CostTable, budget: int) -> tuple[float, dict[str, float]]:
+    """Return the mean time where a walk with these candidates ends, and the thresholds of the open ones."""
+    off = np.full(len(table.names), np.inf, np.float32)
+    last = walk(table, costs, start=off, floor=np.full_like(off, -np.inf), budget=budget)[-1]
+    opened = {name: float(t) for name, t in zip(table.names, last, strict=True) if t < np.inf}
+    return cascade_ms(table, last, costs), opened
+
+
 def walk(
     table: ReplayTable, costs: CostTable, *, start: Thresholds, floor: Thresholds, budget: int
 ) -> list[Thresholds]:
-    """Return the steps from ``start`` on, not below ``floor``, to a budget of disagreements."""
+    """Return the steps from ``start`` on, not below ``floor``, to a budget of disagreements.
+
+    Args:
+        table: Candidates in the order of their sites.
+        costs: Their times.
+        start: Thresholds of the first step.
+        floor: The lowest that each threshold may become.
+        budget: Requests that may disagree.
+    """
     grid = _Grid.of(table, floor)
     thresholds = start.astype(np.float32)
     path = [thresholds.copy()]
@@ -76,7 +84,7 @@ def walk(
 
 
 class _Move(NamedTuple):
-    """A step of the greedy path."""
+    """A threshold that is lowered."""
 
     cache: int
     threshold: np.float32
@@ -85,7 +93,7 @@ class _Move(NamedTuple):
 
 
 class _Grid(NamedTuple):
-    """For each candidate the rows from its most to its least certain one, and where thresholds may lie."""
+    """For each candidate the rows by falling score, and where thresholds may lie."""
 
     order: Int[np.ndarray, "candidates n"]
     cuts: tuple[Int[np.ndarray, "..."], ...]  # a threshold at cut i lets the first i + 1 rows of the order hit
@@ -102,41 +110,30 @@ class _Grid(NamedTuple):
 
 
 def _best_move(
-    table: ReplayTable,
-    costs: CostTable,
-    grid: _Grid,
-    thresholds: Thresholds,
-    budget: int,
-    largest: int,
+    table: ReplayTable, costs: CostTable, grid: _Grid, thresholds: Thresholds, budget: int, largest: int
 ) -> _Move | None:
-    """Return the move that saves the most for each new disagreement, or None if none saves within the budget.
+    """Return the move that saves the most per new disagreement, or None if none saves within the budget.
 
     Moves that cost no disagreement come first, the largest saving first. No move costs more than ``largest``.
     """
-    m, n = table.scores.shape
-    if m == 0:
-        return None
     outcome = replay_plan(table, thresholds)
     on = np.isfinite(thresholds)
-    looked = np.cumsum(np.where(on, [costs.lookup_ms[name] for name in table.names], 0.0))
-    blocks = np.array([costs.until(site) for site in (*table.sites, table.depth)])
-    now_ms = blocks + np.append(looked, looked[-1])
+    now_ms = exit_ms(table, thresholds, costs)
     best: _Move | None = None
     spent = int(outcome.disagrees.sum())
-    for c in range(m):
+    for c in range(len(table.names)):
         if not on[c] and table.sites[c] in np.asarray(table.sites)[on]:
             continue  # one cache at a site
         # A request that leaves at c or before keeps its exit; the others come to c if their score is high enough.
         later = outcome.exits > c
         lookup_ms = 0.0 if on[c] else costs.lookup_ms[table.names[c]]
         opening = lookup_ms * int(later.sum())
-        here_ms = blocks[c] + looked[c]
         order = grid.order[c]
-        saved = np.cumsum(np.where(later, now_ms[outcome.exits] - here_ms, 0.0)[order]) - opening
+        saved = np.cumsum(np.where(later, now_ms[outcome.exits] - now_ms[c], 0.0)[order]) - opening
         wrong = np.cumsum(np.where(later, (~table.agrees[c]).astype(int) - outcome.disagrees, 0)[order])
         cuts = grid.cuts[c]
         affordable = wrong[cuts] <= min(budget - spent, largest)
-        cuts = cuts[(saved[cuts] > 1e-9 * n) & affordable & (table.scores[c][order[cuts]] < thresholds[c])]
+        cuts = cuts[(saved[cuts] > 1e-9 * len(table)) & affordable & (table.scores[c][order[cuts]] < thresholds[c])]
         if not len(cuts):
             continue
         free = cuts[wrong[cuts] <= 0]

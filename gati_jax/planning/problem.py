@@ -1,7 +1,7 @@
-"""The composition problem on arrays: at every site one of the candidates with one of its thresholds, or none.
+"""The composition problem on arrays: at every site one of its candidates with one of its thresholds, or none.
 
-Times are milliseconds summed over all requests of the table. Only thresholds just above a request that would newly
-disagree are options: between two of them, a lower threshold makes requests leave rightly and sooner, and no more wrong.
+Times are milliseconds summed over all requests of the table. A candidate's thresholds are only those just above a
+request that would newly disagree: between two of them, lowering the threshold lets more requests leave, and rightly.
 """
 
 import dataclasses
@@ -12,20 +12,24 @@ from jaxtyping import Bool, Float, Int
 
 from .tables import CostTable, ReplayTable
 
-Choice = tuple[tuple[int, int] | None, ...]
-"""For each site a candidate and the index of its threshold, or None where nothing is open."""
+Option = tuple[int, int]
+"""A candidate and the index of one of its thresholds."""
+Choice = tuple[Option | None, ...]
+"""For each site an option, or None for no cache there."""
+RESOURCES = ("bytes of memory", "ms of lookups on a full miss", "sites")
+"""What the columns of ``uses`` and ``limits`` count."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What may be chosen, in the order of the sites."""
+    """Candidates, their thresholds, and the budgets."""
 
     site: Int[np.ndarray, " candidates"]  # index among the K sites, rising
     lookup_ms: Float[np.ndarray, " candidates"]
-    uses: Float[np.ndarray, "candidates resources"]  # bytes, full-miss time, places
+    uses: Float[np.ndarray, "candidates resources"]
     wrong: Bool[np.ndarray, "candidates n"]
     level: Int[np.ndarray, "candidates n"]  # the first of the candidate's thresholds at which the request hits
-    thresholds: tuple[Float[np.ndarray, "..."], ...]  # falling; level ``len`` never hits
+    thresholds: tuple[Float[np.ndarray, "..."], ...]  # falling; a request of level ``len`` never hits
     before_ms: float  # blocks before the first site
     span_ms: Float[np.ndarray, " sites"]  # blocks from each site to the next, from the last one to the end
     disagreements: int  # the budget
@@ -33,32 +37,36 @@ class Problem:
 
     @property
     def n(self) -> int:
-        """Requests."""
+        """Number of requests."""
         return self.wrong.shape[1]
 
     @property
     def sites(self) -> int:
-        """K."""
+        """Number of sites, K."""
         return len(self.span_ms)
 
     @property
     def width(self) -> int:
-        """The largest number of thresholds that any candidate has."""
+        """The largest number of thresholds that a candidate has."""
         return max((len(t) for t in self.thresholds), default=0)
 
     @property
     def usable(self) -> Bool[np.ndarray, "candidates thresholds"]:
-        """Which candidate has so many thresholds."""
+        """Which of ``width`` thresholds each candidate has."""
         return np.arange(self.width) < np.array([len(t) for t in self.thresholds], int)[:, None]
 
     @property
     def start_ms(self) -> float:
-        """What all requests take up to the first site."""
+        """Time of all requests up to the first site."""
         return self.before_ms * self.n
 
     def at(self, site: int) -> Int[np.ndarray, " here"]:
         """Return the candidates at a site."""
         return np.flatnonzero(self.site == site)
+
+    def index_of(self, candidate: int, threshold: float) -> int:
+        """Return the index of one of a candidate's thresholds."""
+        return int(np.searchsorted(-self.thresholds[candidate], -np.float32(threshold)))
 
     def thin(self, most: int, keep: Choice) -> tuple["Problem", Choice]:
         """Leave each candidate at most ``most`` thresholds, those of ``keep`` among them; return ``keep`` in them."""
@@ -81,7 +89,15 @@ def read_problem(
     limits: Sequence[float | int | None],
     memory: Mapping[str, float],
 ) -> Problem:
-    """Turn a table, its candidates in the order of their sites, into options; limits None is no limit."""
+    """Build the problem of a table.
+
+    Args:
+        table: Its candidates in the order of their sites.
+        costs: Their times.
+        disagreements: Requests that may disagree.
+        limits: Of each of `RESOURCES`; None is no limit.
+        memory: Bytes by candidate; 0 where left out.
+    """
     wrong = ~table.agrees
     levels = [_levels(scores, bad) for scores, bad in zip(table.scores, wrong, strict=True)]
     sites = sorted(set(table.sites))
@@ -116,7 +132,7 @@ def _levels(
 
 
 def _spread(levels: int, most: int, budget: int, keep: int | None) -> Int[np.ndarray, " kept"]:
-    """Choose thresholds: the strict ones densely, for level i comes with about i wrong answers; fewer beyond."""
+    """Pick thresholds: the strict ones densely, for level i brings about i wrong answers, and fewer beyond."""
     if levels <= most:
         return np.arange(levels)
     most -= keep is not None
@@ -128,45 +144,53 @@ def _spread(levels: int, most: int, budget: int, keep: int | None) -> Int[np.nda
     return picks if keep is None else np.union1d(picks, [keep])
 
 
-def evaluate(options: Problem, choice: Choice) -> tuple[float, int]:
-    """Return the time of all requests and the number of wrong answers."""
-    left = np.ones(options.n, bool)
-    ms, wrong = options.start_ms, 0
-    for option, span in zip(choice, options.span_ms, strict=True):
+def pass_sites(problem: Problem, choice: Choice) -> tuple[Bool[np.ndarray, " n"], float, int]:
+    """Send all requests through the first ``len(choice)`` sites.
+
+    Returns:
+        Which requests are left behind them, the time of all up to there, and the number of wrong answers.
+    """
+    left = np.ones(problem.n, bool)
+    ms, wrong = problem.start_ms, 0
+    for option, span in zip(choice, problem.span_ms, strict=False):
         if option is not None:
             c, t = option
-            ms += options.lookup_ms[c] * left.sum()
-            hits = left & (options.level[c] <= t)
-            wrong += int((hits & options.wrong[c]).sum())
+            ms += problem.lookup_ms[c] * left.sum()
+            hits = left & (problem.level[c] <= t)
+            wrong += int((hits & problem.wrong[c]).sum())
             left &= ~hits
         ms += span * left.sum()
-    return float(ms), wrong
+    return left, float(ms), wrong
+
+
+def evaluate(problem: Problem, choice: Choice) -> tuple[float, int]:
+    """Return the time of all requests and the number of wrong answers."""
+    return pass_sites(problem, choice)[1:]
 
 
 def cost_to_go(
-    options: Problem, choice: Choice, price: float
+    problem: Problem, choice: Choice, penalty: float
 ) -> tuple[Float[np.ndarray, "sites_and_end n"], Float[np.ndarray, "sites_and_end n"]]:
-    """Return what each request still takes from each site on, with ``price`` ms a wrong answer; and the wrong ones."""
-    ms = np.zeros((options.sites + 1, options.n))
+    """Return each request's time from each site on, with ``penalty`` ms for a wrong answer, and the wrong answers."""
+    ms = np.zeros((problem.sites + 1, problem.n))
     wrong = np.zeros_like(ms)
-    for s in reversed(range(options.sites)):
-        ms[s], wrong[s] = options.span_ms[s] + ms[s + 1], wrong[s + 1]
+    for s in reversed(range(problem.sites)):
+        ms[s], wrong[s] = problem.span_ms[s] + ms[s + 1], wrong[s + 1]
         if (option := choice[s]) is not None:
             c, t = option
-            hit = options.level[c] <= t
-            wrong[s] = np.where(hit, options.wrong[c], wrong[s])
-            ms[s] = options.lookup_ms[c] + np.where(hit, price * options.wrong[c], ms[s])
+            hit = problem.level[c] <= t
+            wrong[s] = np.where(hit, problem.wrong[c], wrong[s])
+            ms[s] = problem.lookup_ms[c] + np.where(hit, penalty * problem.wrong[c], ms[s])
     return ms, wrong
 
 
-def used(options: Problem, choice: Choice) -> Float[np.ndarray, " resources"]:
-    """Return the bytes, the full-miss time of lookups, and the places that a choice takes."""
-    return options.uses[[option[0] for option in choice if option is not None]].sum(0)
+def used(problem: Problem, choice: Choice) -> Float[np.ndarray, " resources"]:
+    """Return how much of each resource a choice takes."""
+    return problem.uses[[option[0] for option in choice if option is not None]].sum(0)
 
 
-def fits(options: Problem, choice: Choice) -> bool:
-    """Say whether a choice stays within the limits."""
-    return bool((used(options, choice) <= options.limits * (1 + 1e-12)).all())
-
-
-RESOURCES = ("bytes of memory", "ms of lookups on a full miss", "sites")
+def within(
+    uses: Float[np.ndarray, "... resources"], limits: Float[np.ndarray, "... resources"]
+) -> Bool[np.ndarray, "..."]:
+    """Say which uses are within the limits, up to rounding."""
+    return np.asarray((uses <= limits * (1 + 1e-12)).all(-1))

@@ -1,4 +1,8 @@
-"""The two tables that planning works on, and what a cascade would have done on them."""
+"""The tables that planning works on, a replay and measured times, and the cascade's outcome computed from them.
+
+No network runs here: the replay holds the answers and scores of every candidate for every request, so the effect of
+any thresholds can be counted.
+"""
 
 import dataclasses
 import re
@@ -11,35 +15,36 @@ from gati_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Origin:
-    """What a replay was computed from; empty where nobody said, as in tables made by hand.
+class ReplaySource:
+    """What a replay was computed from; empty for tables made by hand.
 
     Args:
         base: Digest of the base's parameters.
-        candidates: Name and digest of every candidate's.
-        dtype: Of the images: rows are told apart by their bytes, so uint8 pixels and prepared inputs do not mix.
+        candidates: Name and digest of the parameters of every candidate.
+        dtype: Of the images. Rows are compared by their bytes, so uint8 pixels and prepared inputs must not mix.
     """
 
     base: str = ""
     candidates: tuple[tuple[str, str], ...] = ()
     dtype: str = ""
 
-    def take(self, names: Sequence[str]) -> "Origin":
-        """Return the origin of these candidates only, in this order."""
+    def take(self, names: Sequence[str]) -> "ReplaySource":
+        """Return the source of these candidates only, in this order."""
         digests = dict(self.candidates)
         return dataclasses.replace(self, candidates=tuple((name, digests[name]) for name in names if name in digests))
 
-    def check(self, other: "Origin", argument: str) -> None:
-        """Compare with what else claims to be of this origin.
+    def check(self, other: "ReplaySource", argument: str) -> None:
+        """Check that another replay has the same source.
+
+        Args:
+            other: The other replay's.
+            argument: Where it came from, for the message.
 
         Raises:
             InputError: Names what differs.
         """
-        differ = [
-            what
-            for what, one, two in (("the base", self.base, other.base), ("the images' dtype", self.dtype, other.dtype))
-            if one != two
-        ]
+        pairs = (("the base", self.base, other.base), ("the images' dtype", self.dtype, other.dtype))
+        differ = [what for what, one, two in pairs if one != two]
         mine, others = dict(self.candidates), dict(other.candidates)
         differ += sorted(name for name in mine.keys() | others.keys() if mine.get(name) != others.get(name))
         if differ:
@@ -50,7 +55,11 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplayTable:
-    """What the base and every candidate say to n requests."""
+    """Answers of the base, and classes and scores of every candidate, for n requests.
+
+    Raises:
+        InputError: The columns do not belong together.
+    """
 
     names: tuple[str, ...]
     sites: tuple[int, ...]
@@ -59,15 +68,15 @@ class ReplayTable:
     answers: Int[np.ndarray, " n"]
     classes: Int[np.ndarray, "candidates n"]
     scores: Float[np.ndarray, "candidates n"]
-    """Out-of-fold where a selector has seen the row. They become float32, at most its largest; NaN becomes -infinity,
-    which never hits."""
+    """Out-of-fold where a selector was fitted on the row. Cast to float32 and clipped to its range; NaN becomes
+    -infinity, which never hits."""
     rows: UInt64[np.ndarray, " n"]
-    """Digests, by which splits are told apart."""
+    """Digests of the requests, by which the rows of two splits are compared."""
     labels: Int[np.ndarray, " n"] | None = None
-    origin: Origin = Origin()
+    source: ReplaySource = ReplaySource()
 
     def __post_init__(self) -> None:
-        """Check that the columns belong together."""
+        """Check the columns, and make the scores comparable."""
         expected = (len(self.names), len(self.answers))
         for field in ("classes", "scores"):
             if (got := getattr(self, field).shape) != expected:
@@ -100,37 +109,37 @@ class ReplayTable:
         index = [self.names.index(name) for name in names]
         sites = tuple(self.sites[i] for i in index)
         return dataclasses.replace(
-            self,
-            names=tuple(names),
-            sites=sites,
-            classes=self.classes[index],
-            scores=self.scores[index],
-            origin=self.origin.take(names),
-        )
+            self, names=tuple(names), sites=sites, classes=self.classes[index], scores=self.scores[index],
+            source=self.source.take(names),
+        )  # fmt: skip
 
 
 def _comparable(scores: Float[np.ndarray, "candidates n"]) -> Float[np.ndarray, "candidates n"]:
-    """Return scores as thresholds are compared with them: a threshold of infinity is off, whatever the score."""
+    """Make scores finite where they can hit, so that a threshold of infinity turns a cache off for all of them."""
     limits = np.finfo(np.float32)
-    held = np.where(np.isneginf(scores), -np.inf, np.clip(scores, limits.min, limits.max))
-    return np.where(np.isnan(scores), -np.inf, held).astype(np.float32)
+    never = np.isneginf(scores) | np.isnan(scores)
+    return np.where(never, -np.inf, np.clip(scores, limits.min, limits.max)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CostTable:
-    """Milliseconds on one device at one batch size: medians of interleaved repeats."""
+    """Milliseconds on one device at one batch size: medians of interleaved repeats.
+
+    Raises:
+        InputError: A time is negative or not finite, or the device's name cannot be a file name.
+    """
 
     device: str
     batch: int
     blocks_ms: tuple[float, ...]
-    """For each block of the base; the last one's with the classifier's."""
+    """For each block of the base; the last one includes the classifier."""
     lookup_ms: Mapping[str, float]
-    """For each candidate by name, what a lookup adds to the program around it."""
+    """By candidate, what a lookup adds to the program around it."""
     spread: float = 0.0
     """Interquartile range over median of the full network's time."""
 
     def __post_init__(self) -> None:
-        """Refuse negative times, and a device that is no file name."""
+        """Check the fields."""
         if not re.fullmatch(r"\w[\w.+-]{0,99}", self.device) or self.batch < 1:
             raise InputError(
                 f"device, batch: expected a plain name and 1 or more, got {self.device!r} and {self.batch}"
@@ -152,14 +161,13 @@ class CostTable:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a cascade does on a table."""
+    """What a cascade answers to the requests of a table."""
 
     exits: Int[np.ndarray, " n"]
     """Index of the candidate that answers; the number of candidates where the base does."""
     disagrees: Bool[np.ndarray, " n"]
-    """Whether the given class differs from the base's answer."""
+    """Whether the answered class differs from the base's."""
     classes: Int[np.ndarray, " n"]
-    """The given class."""
 
     @property
     def disagreement(self) -> float:
@@ -168,11 +176,13 @@ class Outcome:
 
 
 def replay_plan(table: ReplayTable, thresholds: Float[np.ndarray, " candidates"]) -> Outcome:
-    """Run every request of ``table`` (its candidates in the order of their sites) against ``thresholds``.
+    """Return the outcome of a cascade with these thresholds.
 
-    A score at or above its threshold is a hit; infinity turns a cache off.
+    Args:
+        table: Its candidates in the order of their sites.
+        thresholds: A score at or above its threshold is a hit; infinity turns a cache off.
     """
-    base = np.ones((1, len(table)), bool)  # answers whatever comes to it
+    base = np.ones((1, len(table)), bool)  # answers all that reach it
     exits = np.vstack([table.scores >= thresholds[:, None], base]).argmax(0)
     classes = np.vstack([table.classes, table.answers])[exits, np.arange(len(table))]
     return Outcome(exits=exits, disagrees=classes != table.answers, classes=classes)
@@ -180,15 +190,16 @@ def replay_plan(table: ReplayTable, thresholds: Float[np.ndarray, " candidates"]
 
 def cascade_ms(table: ReplayTable, thresholds: Float[np.ndarray, " candidates"], costs: CostTable) -> float:
     """Return the mean time of the requests of ``table`` under ``thresholds``; caches that are off cost nothing."""
-    on = thresholds < np.inf
-    kept = table.take([name for name, is_on in zip(table.names, on, strict=True) if is_on])
-    exits = replay_plan(kept, thresholds[on]).exits
-    share = np.bincount(exits, minlength=len(kept.names) + 1) / len(table)
-    return float(share @ exit_ms(kept, costs))
+    exits = replay_plan(table, thresholds).exits
+    share = np.bincount(exits, minlength=len(table.names) + 1) / len(table)
+    return float(share @ exit_ms(table, thresholds, costs))
 
 
-def exit_ms(table: ReplayTable, costs: CostTable) -> Float[np.ndarray, " exits"]:
+def exit_ms(
+    table: ReplayTable, thresholds: Float[np.ndarray, " candidates"], costs: CostTable
+) -> Float[np.ndarray, " exits"]:
     """Return the time of a request that leaves at each candidate of ``table``, and, last, at the base."""
     blocks = np.array([costs.until(site) for site in (*table.sites, table.depth)])
-    lookups = np.cumsum([0.0, *(costs.lookup_ms[name] for name in table.names)])
+    on = zip(table.names, thresholds < np.inf, strict=True)
+    lookups = np.cumsum([0.0, *(costs.lookup_ms[name] if is_on else 0.0 for name, is_on in on)])
     return blocks + np.append(lookups[1:], lookups[-1])

@@ -1,4 +1,8 @@
-"""Plans: the composed caches, and a path of thresholds through the composition to the disagreement asked for."""
+"""Plans: the composed caches, and a path of thresholds through the composition to the disagreement asked for.
+
+A certificate can only stop at a step of the path, so the path is made fine: it starts at the bare base, opens caches
+and lowers thresholds one at a time, and has a step before every request that comes to disagree.
+"""
 
 import dataclasses
 import hashlib
@@ -8,12 +12,15 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float, UInt64
 
+from gati_jax.checks import check_share
 from gati_jax.errors import InputError
 
 from .binomial import largest_passing
 from .compose import Budget, Composition, check_tables, compose
 from .greedy import Thresholds, walk
-from .tables import CostTable, Origin, ReplayTable, cascade_ms, replay_plan
+from .tables import CostTable, ReplaySource, ReplayTable, cascade_ms, replay_plan
+
+SECONDS = 30.0  # of search
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +40,7 @@ class Plan:
     n: int
     """Requests of the table that it was composed on."""
     rows: UInt64[np.ndarray, " n"] = dataclasses.field(repr=False)  # their digests
-    origin: Origin = Origin()  # noqa: RUF009 (frozen)
+    source: ReplaySource = ReplaySource()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         """Check that the columns belong together; thresholds are compared with float32 scores.
@@ -54,17 +61,17 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """Digest of all that must be fixed before ``certify`` is opened; ``rows`` a certificate names by themselves."""
-        digest = hashlib.sha256(repr((self.names, self.sites, self.depth, self.path.shape, self.origin)).encode())
+        """Digest of what must be fixed before the certify split is opened; certificates name ``rows`` separately."""
+        # Certificates hold this digest, so its text must not change: it still calls the source "Origin".
+        source = repr(self.source).replace(ReplaySource.__name__, "Origin", 1)
+        text = f"({self.names!r}, {self.sites!r}, {self.depth!r}, {self.path.shape!r}, {source})"
+        digest = hashlib.sha256(text.encode())
         digest.update(np.ascontiguousarray(self.path).tobytes())
         return digest.hexdigest()
 
     def thresholds(self, step: int) -> Float[np.ndarray, " caches"]:
         """Return step ``step``'s thresholds; all off where nothing was certified (step -1)."""
         return self.path[step] if step >= 0 else np.full(len(self.names), np.inf, np.float32)
-
-
-SECONDS = 30.0
 
 
 def plan(
@@ -114,29 +121,29 @@ def compose_plan(
     seconds: float = SECONDS,
     composed: Composition | None = None,
 ) -> tuple[Plan, Composition]:
-    """Return a plan as `plan` does, and the composition that it goes through, with its proof and what it refused.
+    """Return a plan as `plan` does, with the same arguments, and the composition that its path leads through.
 
-    A search that runs out of time ends elsewhere on a busier machine. ``composed``, from an earlier call with the same
-    arguments, is gone through again instead, and gives the same plan.
+    ``composed``, from an earlier call with the same arguments, takes the place of a search and gives the same plan
+    again; a search that runs out of time ends elsewhere on a busier machine.
 
     Raises:
         InputError: As `plan`.
     """
-    for name, value in (("epsilon", epsilon), ("delta", delta)):
-        if not 0 < value < 1:
-            raise InputError(f"{name}: expected a number between 0 and 1, got {value}")
+    check_share("epsilon", epsilon)
+    check_share("delta", delta)
     check_tables(table, costs)
-    # The caches are chosen for what a split as large as this one could certify; the path goes on to epsilon, for luck.
+    # The caches are chosen for what a split as large as this one could certify; the path goes on to epsilon, in case
+    # the certify split turns out better.
     target = max(0, largest_passing(len(table), epsilon, delta))
     budget = Budget(disagreements=target, memory_bytes=memory_bytes, worst_ms=worst_ms, sites=sites)
     composition = composed or compose(table, costs, budget, bytes=bytes, seconds=seconds)
     part = table.take(composition.names)
     goal = np.array(composition.thresholds, np.float32)
     path = _refined(_path(part, costs, goal, target, int(epsilon * len(table) + 1e-9)), part, costs)
-    opened = np.isfinite(path[-1])  # one that never saves anything by itself may be left over
+    opened = np.isfinite(path[-1])  # a cache of the composition that never saves time by itself stays off
     kept = part.take([name for name, is_on in zip(part.names, opened, strict=True) if is_on])
     steps = [thresholds[opened] for thresholds in path]
-    made = Plan(
+    return Plan(
         names=kept.names,
         sites=kept.sites,
         depth=table.depth,
@@ -145,23 +152,22 @@ def compose_plan(
         mean_ms=np.array([cascade_ms(kept, thresholds, costs) for thresholds in steps]),
         n=len(table),
         rows=table.rows,
-        origin=kept.origin,
-    )
-    return made, composition
+        source=kept.source,
+    ), composition
 
 
 def _path(table: ReplayTable, costs: CostTable, goal: Thresholds, target: int, last: int) -> list[Thresholds]:
-    """Walk from nothing to the composition, which leads through nothing below it, and on to the last budget."""
+    """Walk from the bare base down to the composition, and from there on to the last budget."""
     path = walk(table, costs, start=np.full_like(goal, np.inf), floor=goal, budget=target)
     if cascade_ms(table, goal, costs) < cascade_ms(table, path[-1], costs):
-        path.append(goal)  # no single move led there
+        path.append(goal)  # no single move leads there
     return path + walk(table, costs, start=path[-1], floor=np.full_like(goal, -np.inf), budget=last)[1:]
 
 
 def _refined(coarse: list[Thresholds], table: ReplayTable, costs: CostTable) -> list[Thresholds]:
     """Put steps between those of a path, one for each request that comes to disagree.
 
-    A certificate can only stop at a step, and fixed-sequence testing pays nothing for more of them.
+    They cost no confidence: fixed-sequence testing needs no correction for the number of steps.
     """
     path = [coarse[0]]
     for before, after in itertools.pairwise(coarse):

@@ -20,7 +20,7 @@ def feed(certifier, losses, q=1.0):
     return certifier
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from([0.05, 1.0])), max_size=40), st.sampled_from([0.01, 0.2]))
 def test_capital_in_rational_numbers(requests, epsilon):
     certifier = SequentialCertifier(1, epsilon, 1e-9)
@@ -41,7 +41,6 @@ def test_it_certifies_what_is_safe_and_stops_before_what_is_not():
     certifier = feed(SequentialCertifier(5, 0.01, 0.05, maximum=10_000), rng.random((10_000, 5)) < risks)
     assert certifier.certified == 2
     assert certifier.decided
-    assert not certifier.empirical
     assert certifier.log_capital()[4] > -math.log(0.05)
 
 
@@ -59,7 +58,7 @@ def test_steps_may_be_ready_at_different_times():
 
 def test_it_gives_up():
     certifier = feed(SequentialCertifier(1, 0.01, 0.05, maximum=50), np.zeros((80, 1), bool))
-    assert (certifier.n, certifier.certified, certifier.decided, certifier.empirical) == (50, -1, True, True)
+    assert (certifier.n, certifier.certified, certifier.decided) == (50, -1, True)
 
 
 def test_once_decided_it_is_decided():
@@ -71,7 +70,7 @@ def test_once_decided_it_is_decided():
 
 
 @given(st.integers(0, 20), st.integers(100, 600))
-@settings(max_examples=30)
+@settings(max_examples=20, deadline=None)
 def test_looking_at_any_time_costs_more_than_looking_once(losses, n):
     column = np.zeros((n, 1), bool)
     column[:losses] = True
@@ -83,7 +82,7 @@ def test_looking_at_any_time_costs_more_than_looking_once(losses, n):
 @pytest.mark.parametrize("q", [1.0, 0.2])
 def test_wrong_certificates_are_rare(q):
     """Risks just above epsilon on every step: at most delta of the streams certify any."""
-    epsilon, delta, streams = 0.1, 0.1, 150
+    epsilon, delta, streams = 0.1, 0.1, 80
     wrong = 0
     for seed in range(streams):
         rng = np.random.default_rng(seed)

@@ -10,7 +10,7 @@ import pytest
 import gati_jax
 from gati_jax import Candidate, CostTable, InputError
 from gati_jax.caches import FullyConnected, SortedSelector
-from gati_jax.planning import Origin
+from gati_jax.planning import ReplaySource
 from tests.bundle.made import CLASSES, answers, in_memory, load, make, make_certificate, make_plan, sign
 
 
@@ -100,7 +100,7 @@ def test_parameters_that_the_plan_was_not_made_from_are_refused(tmp_path, chain,
 
 def test_arrays_of_another_bundle_are_refused_even_when_signed(tmp_path, chain, candidates, planned, bundle_path):
     plan, certificate = planned
-    loose = dataclasses.replace(plan, origin=Origin())
+    loose = dataclasses.replace(plan, source=ReplaySource())
     other = [dataclasses.replace(c, params=jax.tree.map(lambda v: np.asarray(v) * 2, c.params)) for c in candidates]
     gati_jax.save_bundle(
         tmp_path / "other", chain, other, loose, dataclasses.replace(certificate, plan_hash=loose.hash)

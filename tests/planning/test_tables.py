@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import gati_jax
 from gati_jax.planning import CostTable, ReplayTable, cascade_ms, replay_plan
+from tests.planning.reference import make_costs, make_table, random_tables, serve
 
 SEEDS = st.integers(0, 2**31)
 SMALL = settings(deadline=None, max_examples=60)
@@ -24,10 +25,10 @@ def draw_thresholds(seed, candidates):
 
 @SMALL
 @given(SEEDS, st.integers(0, 4), st.integers(1, 20))
-def test_replay_plan_is_the_loop(random_tables, walk, seed, candidates, n):
+def test_replay_plan_is_the_loop(seed, candidates, n):
     table, costs = random_tables(seed, candidates, n)
     thresholds = draw_thresholds(seed, candidates)
-    expected, outcome = walk(table, thresholds, costs), replay_plan(table, thresholds)
+    expected, outcome = serve(table, thresholds, costs), replay_plan(table, thresholds)
     assert outcome.exits.tolist() == expected.exits
     assert outcome.classes.tolist() == expected.classes
     assert outcome.disagrees.tolist() == [c != a for c, a in zip(expected.classes, table.answers, strict=True)]
@@ -36,29 +37,29 @@ def test_replay_plan_is_the_loop(random_tables, walk, seed, candidates, n):
 
 @SMALL
 @given(SEEDS, st.integers(0, 4), st.integers(1, 20))
-def test_cascade_ms_is_the_loop(random_tables, walk, seed, candidates, n):
+def test_cascade_ms_is_the_loop(seed, candidates, n):
     table, costs = random_tables(seed, candidates, n)
     thresholds = draw_thresholds(seed, candidates)
-    assert cascade_ms(table, thresholds, costs) == pytest.approx(walk(table, thresholds, costs).mean_ms)
+    assert cascade_ms(table, thresholds, costs) == pytest.approx(serve(table, thresholds, costs).mean_ms)
 
 
-def test_a_threshold_below_every_score_costs_its_lookup(make_table, make_costs, walk):
+def test_a_threshold_below_every_score_costs_its_lookup():
     table, costs = make_table([[0, 0]], [[1.0, 2.0]], depth=2), make_costs([1, 1], [0.5])
     always = np.array([-np.inf], np.float32)
     assert replay_plan(table, always).exits.tolist() == [0, 0]
-    assert walk(table, always, costs).mean_ms == 1.5
+    assert serve(table, always, costs).mean_ms == 1.5
     assert cascade_ms(table, always, costs) == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize("score", [np.nan, -np.inf])
-def test_a_score_that_says_nothing_never_hits(make_table, score):
+def test_a_score_that_says_nothing_never_hits(score):
     table = make_table([[0, 0]], [[score, 1.0]], depth=2)
     assert replay_plan(table, np.array([-5.0], np.float32)).exits.tolist() == [1, 0]
 
 
 @SMALL
 @given(SEEDS, st.integers(1, 4), st.integers(1, 20))
-def test_an_infinite_score_hits_whatever_is_on_and_nothing_that_is_off(make_table, walk, seed, candidates, n):
+def test_an_infinite_score_hits_whatever_is_on_and_nothing_that_is_off(seed, candidates, n):
     rng = np.random.default_rng(seed)
     scores = rng.choice([np.nan, -np.inf, 0, 1, np.inf], (candidates, n))
     table = make_table(rng.integers(2, size=(candidates, n)), scores, depth=candidates + 1)
@@ -67,7 +68,7 @@ def test_an_infinite_score_hits_whatever_is_on_and_nothing_that_is_off(make_tabl
     for request, exit_ in enumerate(outcome.exits):
         hits = [c for c in range(candidates) if thresholds[c] < np.inf and scores[c, request] >= thresholds[c]]
         assert exit_ == min(hits, default=candidates)
-    assert outcome.classes.tolist() == walk(table, thresholds).classes
+    assert outcome.classes.tolist() == serve(table, thresholds).classes
 
 
 @pytest.mark.parametrize(("double", "single"), [(1e300, 3.4028235e38), (-1e300, -3.4028235e38), (0.1, 0.1)])
@@ -82,7 +83,7 @@ def test_scores_of_double_precision_stay_finite(double, single):
 
 @SMALL
 @given(SEEDS, st.integers(1, 4), st.integers(1, 10))
-def test_take_keeps_columns_together(random_tables, seed, candidates, n):
+def test_take_keeps_columns_together(seed, candidates, n):
     table, _ = random_tables(seed, candidates, n)
     names = np.random.default_rng(seed).permutation(table.names)[: 1 + seed % candidates].tolist()
     taken = table.take(names)
@@ -95,7 +96,7 @@ def test_take_keeps_columns_together(random_tables, seed, candidates, n):
         np.testing.assert_array_equal(taken.agrees[i], table.classes[j] == table.answers)
 
 
-def test_take_names_the_missing_candidate(make_table):
+def test_take_names_the_missing_candidate():
     with pytest.raises(gati_jax.InputError, match=r"table: expected the candidates c9, got c0"):
         make_table([[0]], [[1.0]]).take(["c0", "c9"])
 
@@ -112,7 +113,7 @@ def test_take_names_the_missing_candidate(make_table):
     ],
     ids=["name twice", "too few sites", "too many names"],
 )
-def test_replay_table_refuses(make_table, change, message):
+def test_replay_table_refuses(change, message):
     table = make_table([[0, 1], [0, 0]], [[1.0, 2.0], [3.0, 4.0]])
     with pytest.raises(gati_jax.InputError, match=message):
         dataclasses.replace(table, **change)

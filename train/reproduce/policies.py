@@ -101,7 +101,7 @@ def _plan(table: ReplayTable, costs: CostTable, path: Sequence[Float[np.ndarray,
         path=np.stack(path),
         n=len(table),
         rows=table.rows,
-        origin=table.origin,
+        source=table.source,
         disagreement=np.array([replay_plan(table, thresholds).disagreement for thresholds in path]),
         mean_ms=np.array([cascade_ms(table, thresholds, costs) for thresholds in path]),
     )
@@ -232,7 +232,7 @@ def _policy_heads(candidates: Candidates) -> list[tuple[str, list[str], Score | 
 
 
 def certify_policy(
-    policy: PlannedPolicy, epsilon: float, delta: float, *, looks: int, base_saw_data: bool, repeats: bool
+    policy: PlannedPolicy, epsilon: float, delta: float, *, looks: int, base_saw_data: bool, duplicates: bool
 ) -> Certificate:
     """Certify a policy's plan on the certify split as if it were the only one of this look.
 
@@ -241,7 +241,7 @@ def certify_policy(
     """
     table = policy.tables["certify"]
     return gati_jax.certify(
-        policy.plan, table, epsilon, delta, looks=looks, base_saw_data=base_saw_data, repeats=repeats
+        policy.plan, table, epsilon, delta, looks=looks, base_saw_data=base_saw_data, duplicates=duplicates
     )
 
 

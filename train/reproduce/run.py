@@ -128,7 +128,7 @@ def compare(
     }
 
     # --- Steps ------------------------------------------------------------------------------------------------------
-    options = {"looks": looks, "base_saw_data": base_saw_certify(config), "repeats": True}  # main has checked repeats
+    options = {"looks": looks, "base_saw_data": base_saw_certify(config), "duplicates": True}  # main has checked them
     certificates = {one.name: certify_policy(one, epsilon, delta, **options) for one in planned["certified"]}
     steps = {
         "certified": [certificates[one.name].step for one in planned["certified"]],

@@ -9,6 +9,7 @@ from scipy.special import softmax
 from scipy.stats import entropy
 
 from gati_jax.planning import replay_plan
+from tests.planning.reference import make_costs, make_table, random_tables
 from train.reproduce import POLICIES, oracle_exits, policy_table, shared_threshold_plan
 
 LOGITS = hnp.arrays(
@@ -44,7 +45,7 @@ def test_certainty_beyond_float32_still_tells_requests_apart():
 
 
 @pytest.fixture
-def table(random_tables):
+def table():
     return random_tables(3, 3, 60)
 
 
@@ -62,7 +63,7 @@ def test_one_threshold_is_lowered_for_all_sites_until_too_many_disagree(table):
 
 
 @pytest.mark.parametrize("odd", [np.nan, -np.inf, np.inf])
-def test_scores_that_are_not_finite_are_no_steps(make_table, make_costs, odd):
+def test_scores_that_are_not_finite_are_no_steps(odd):
     table = make_table([[0, 0, 0, 1]], [[3, 2, odd, odd]], depth=2)
     plan = shared_threshold_plan(table, make_costs([1, 1], [0.1]), epsilon=0.5)
     largest = float(np.finfo(np.float32).max)
