@@ -1,4 +1,4 @@
-"""Static parts of pytrees, hashed once."""
+"""Pytrees: static parts that are hashed once, digests, shapes to restore into, and modules without state."""
 
 import dataclasses
 import hashlib
@@ -42,6 +42,12 @@ def tree_digest(tree: PyTree) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} ".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def restore_spec(tree: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
+    """Return the shapes of ``tree``, to be restored onto the default device, whichever it was saved from."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def call(module: nn.Module, variables: Any, *inputs: Array) -> Array:  # noqa: ANN401 (a pytree)

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from gati_jax.errors import InputError
-from gati_jax.fitting.loop import LoopState, checkpoint_folder, open_checkpoints, progress_bar, restore_spec
+from gati_jax.fitting.loop import LoopState, checkpoint_folder, open_checkpoints, progress_bar
+from gati_jax.pytrees import restore_spec
 
 _log = logging.getLogger(__name__)
 

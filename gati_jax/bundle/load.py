@@ -14,10 +14,10 @@ from orbax.checkpoint import v1 as ocp
 
 from gati_jax.caches import Candidate, Network, build_predictor, build_selector
 from gati_jax.errors import BundleError, InputError, describe_mismatch
-from gati_jax.fitting.loop import restore_spec
 from gati_jax.models import Architecture, Chain, fold, init, layers, to_chain
 from gati_jax.profiling import Tile, Tuning
 from gati_jax.profiling.tuned_cascade import OPTIONS
+from gati_jax.pytrees import restore_spec
 
 from .manifest import (
     CacheEntry,

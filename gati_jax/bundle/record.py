@@ -6,11 +6,10 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from gati_jax.caches import Candidate, choose
+from gati_jax.caches import Candidate, choose, origin
 from gati_jax.certification import CONDITIONAL, Certificate
 from gati_jax.data import fingerprint
 from gati_jax.errors import InputError
-from gati_jax.fitting import origin
 from gati_jax.models import Chain
 from gati_jax.planning import CostTable, Origin, Plan
 from gati_jax.profiling import TunedCascade, Tuning, device_name

@@ -4,8 +4,8 @@ from .fit import Candidates as Candidates
 from .fit import fit as fit
 from .fit import fit_selector as fit_selector
 from .freeze import FreezeConfig as FreezeConfig
+from .freeze import choose_points as choose_points
 from .freeze import fit_freeze as fit_freeze
-from .freeze import k_means as k_means
 from .heads import DEFAULT_HEADS as DEFAULT_HEADS
 from .heads import Head as Head
 from .heads import head_sizes as head_sizes
@@ -23,7 +23,5 @@ from .refit import REFIT_CONFIG as REFIT_CONFIG
 from .refit import refit as refit
 from .replay import Outputs as Outputs
 from .replay import evaluate as evaluate
-from .replay import origin as origin
 from .replay import replay as replay
 from .replay import replay_logits as replay_logits
-from .stored_points import choose_points as choose_points

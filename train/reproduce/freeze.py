@@ -20,7 +20,7 @@ import numpy as np
 
 import gati_jax
 from gati_jax import Chain, FitConfig, FreezeConfig, Head, ReplayTable, data
-from gati_jax.caches import MIB, Conv, FullyConnected, LinearSelector, Pool, memory_report, published_memory
+from gati_jax.caches import MIB, Conv, FullyConnected, LinearSelector, Pool, memory_report
 from gati_jax.fitting import Candidates
 from gati_jax.planning import replay_plan
 from gati_jax.profiling import device_name
@@ -29,6 +29,7 @@ from train.caches import read_base
 from train.reproduce import published
 
 from .freeze_config import FreezeExperiment
+from .memory import published_memory
 from .policies import zero_error_thresholds
 
 EXAMPLE = (
