@@ -8,7 +8,6 @@ shapes, so a program that was compiled for the old ones accepts the new ones.
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,21 +70,14 @@ def refit(
     return splits.candidates(refitted, selectors, fold, float(config.epochs) if heads else None)
 
 
-class _Kept(NamedTuple):
-    """The base's outputs for all images."""
-
-    logits: Float[np.ndarray, "n classes"]
-    activations: dict[int, Float[np.ndarray, "n ..."]]  # by site
-
-
 def _train(
     chain: Chain, heads: Mapping[str, Part], images: np.ndarray, config: FitConfig, pause: Pause
 ) -> dict[str, Part]:
     """Return the heads with their new variables, folded as they were."""
     if len(images) < config.batch:
         raise InputError(f"images: expected at least one batch of {config.batch} rows, got {len(images)}")
-    kept = _keep(chain, images, sorted({part.site for part in heads.values()}), config, pause)
-    first_rows = {site: jnp.asarray(rows[:_STATISTICS_ROWS]) for site, rows in kept.activations.items()}
+    base_logits, activations = _run_base(chain, images, sorted({p.site for p in heads.values()}), config, pause)
+    first_rows = {site: jnp.asarray(rows[:_STATISTICS_ROWS]) for site, rows in activations.items()}
     unfolded = {
         name: unfold_standardize(part.predictor, part.variables, first_rows[part.site]) for name, part in heads.items()
     }
@@ -96,8 +88,8 @@ def _train(
     constants = {name: {k: v for k, v in tree.items() if k != "params"} for name, (_, tree) in unfolded.items()}
     total = jnp.asarray(len(images) // config.batch * config.epochs, jnp.int32)
 
-    def step(state: LoopState, logits: np.ndarray, *activations: np.ndarray) -> tuple[LoopState, Float[Array, ""]]:
-        sites = dict(zip(kept.activations, activations, strict=True))
+    def step(state: LoopState, logits: np.ndarray, *rows: np.ndarray) -> tuple[LoopState, Float[Array, ""]]:
+        sites = dict(zip(activations, rows, strict=True))
         done = _step(constants, total, sites, logits, state=state, parts=learning, config=config)
         jax.block_until_ready(done)
         pause()
@@ -105,7 +97,7 @@ def _train(
 
     first = LoopState(jnp.zeros((), jnp.int32), params, optimizer_of(config, total).init(params))
     loop = LoopConfig(epochs=config.epochs, batch=config.batch, seed=config.seed)
-    arrays = (kept.logits, *kept.activations.values())
+    arrays = (base_logits, *activations.values())
     params = run_loop(step, first, arrays, loop, progress=False, description="refitting").params
     check_finite(params)
     learned = merge(params, constants)
@@ -115,13 +107,16 @@ def _train(
     return {name: Part(p.site, p.predictor, p.selector, learned[name]) for name, p in heads.items()}
 
 
-def _keep(chain: Chain, images: np.ndarray, sites: list[int], config: FitConfig, pause: Pause) -> _Kept:
+def _run_base(
+    chain: Chain, images: np.ndarray, sites: list[int], config: FitConfig, pause: Pause
+) -> tuple[Float[np.ndarray, "n classes"], dict[int, Float[np.ndarray, "n ..."]]]:
+    """Return the base's logits and its activations by site."""
     parts = []
     for rows in full_batches(len(images), config.batch):
         parts.append(jax.tree.map(np.asarray, _forward(chain, images[rows], sites=tuple(sites))))
         pause()
     logits, *activations = (np.concatenate(column)[: len(images)] for column in zip(*parts, strict=True))
-    return _Kept(logits, dict(zip(sites, activations, strict=True)))
+    return logits, dict(zip(sites, activations, strict=True))
 
 
 @functools.partial(jax.jit, static_argnames="sites")

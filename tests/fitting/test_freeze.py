@@ -109,7 +109,7 @@ def test_k_means_without_scikit_learn_names_the_extra(monkeypatch):
         labelled_centres(np.eye(3, dtype=np.float32), np.zeros(3, np.int32), 2, classes=2, seed=0)
 
 
-UNITS, K, CENTRES = 16, 5, 12
+UNITS, K, CENTRES = 16, 5, 16
 FREEZE = FreezeConfig(key_units=UNITS, k=K, centres=CENTRES)
 
 
@@ -155,13 +155,13 @@ def test_all_points_are_the_keys_and_answers_of_the_fit_images(candidates):
         assert np.array_equal(points["labels"], np.argmax(logits, -1))
 
 
-def test_caches_that_were_fitted_know_something(select):
+def test_fitted_caches_agree_more_often_than_the_most_frequent_answer(select):
     most_frequent = np.bincount(select.answers).max() / len(select)
     assert (select.agrees.mean(1) > most_frequent + 0.15).all()
     assert np.isfinite(select.scores).all()
 
 
-def test_select_rows_are_no_others_scores_and_fit_rows_are_refused(candidates, select):
+def test_select_rows_have_the_same_scores_as_new_rows_and_fit_rows_are_refused(candidates, select):
     alone = gati_jax.replay(tiny.chain(), list(candidates), tiny.images()[1])
     assert np.array_equal(select.scores, alone.scores)  # nothing was fitted on them
     with pytest.raises(InputError, match="images and fit disjoint"):
@@ -213,7 +213,7 @@ def test_replay_plan_certify_bundle_infer(kind, candidates, select, certify_rows
     assert (int(one.exit), int(one.class_index)) == (int(found.exit[3]), int(found.class_index[3]))
 
 
-def test_the_house_composes_them_too(candidates, select, certify_rows):
+def test_they_can_be_composed_into_a_plan(candidates, select, certify_rows):
     plan = gati_jax.plan(select, costs(candidates), epsilon=0.3)
     table = gati_jax.replay(tiny.chain(), candidates, certify_rows)
     assert gati_jax.certify(plan, table, epsilon=0.5).certified
