@@ -1,6 +1,6 @@
-"""Images from TensorFlow Datasets, scikit-learn or arrays, in named splits that are checked to be disjoint.
+"""Images from TensorFlow Datasets or scikit-learn, in named splits that are checked to be disjoint.
 
-Nothing here imports TensorFlow: ``tfds.data_source`` reads array_record files with random access.
+TensorFlow is not needed: ``tfds.data_source`` reads array_record files with random access.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from .errors import InputError
 _SPLIT = re.compile(r"(?P<name>\w+)(\[(?P<start>\d*):(?P<stop>\d*)\])?")
 DATASET_NAME = r"[a-z0-9_]{1,100}(/[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99})?(:(\d{1,9}|\*)(\.(\d{1,9}|\*)){2})?"
 """As in TFDS: ``cifar10``, ``mnist_corrupted/identity:1.0.0``; it can neither leave a folder nor name code."""
-_SHARED_ROWS = 0.01  # more equal rows than this share are an overlap; fewer are the duplicates that real data has
+_SHARED_ROWS = 0.01  # a larger share of equal rows is an overlap; a smaller one is the duplicates of real data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,10 @@ class Rows:
 
     @classmethod
     def parse(cls, text: str) -> "Rows":
-        """Read TFDS's notation, absolute indices only.
+        """Parse TFDS's notation with absolute indices.
+
+        Raises:
+            InputError: Another notation, or no rows.
 
         Example:
             >>> Rows.parse("test[2500:]")
@@ -60,7 +63,7 @@ class Rows:
         return rows
 
     def overlaps(self, other: "Rows") -> bool:
-        """Tell whether the two parts share a row."""
+        """Return whether the two parts share a row."""
         before = self.stop is not None and self.stop <= other.start
         after = other.stop is not None and other.stop <= self.start
         return self.split == other.split and not before and not after
@@ -70,7 +73,7 @@ def check_disjoint(splits: Mapping[str, str]) -> None:
     """Check that named splits share no row.
 
     Args:
-        splits: Part of the source by name, such as ``{"select": "test[:2500]", "certify": "test[2500:5000]"}``.
+        splits: Parts of the source by name, such as ``{"select": "test[:2500]", "certify": "test[2500:5000]"}``.
 
     Raises:
         InputError: Names the two splits that overlap.
@@ -90,7 +93,10 @@ def load(name: str, split: str, data_dir: Path | str | None = None) -> Dataset:
     Args:
         name: "digits" (embedded in scikit-learn, 8x8, the one split "all") or a TFDS name such as "cifar10".
         split: "train", "test[2500:5000]", ...
-        data_dir: TFDS's folder; None for its default, where a missing data set is downloaded.
+        data_dir: TFDS's folder; None for its default one, into which a missing data set is downloaded.
+
+    Returns:
+        Images uint8[n, height, width, channels] with labels int32[n].
 
     Raises:
         InputError: The data set, the folder or the split does not exist.
@@ -105,10 +111,10 @@ def _digits(rows: Rows) -> Dataset:
     from sklearn.datasets import load_digits  # noqa: PLC0415 (optional)
 
     if rows.split != "all":
-        raise InputError(f"split: the digits have the one split 'all', got {rows.split!r}")
+        raise InputError(f"split: expected all, the only split of digits, got {rows.split!r}")
     source: Any = load_digits()
     part = slice(rows.start, _stop(rows, len(source.images)))
-    # The pixels are whole numbers 0 .. 16. scikit-learn sorts the digits by writer, so neighbouring parts differ in
+    # Pixels are whole numbers 0 .. 16. scikit-learn sorts the digits by writer, so contiguous parts would differ in
     # style; a fixed shuffle makes every part a sample of the same population, as certificates assume.
     order = np.random.default_rng(0).permutation(len(source.images))[part]
     images = source.images[order].astype(np.uint8)[..., None]
@@ -133,7 +139,8 @@ def _tfds(name: str, rows: Rows, data_dir: Path | str | None) -> Dataset:
     if data_dir is None:
         builder.download_and_prepare()
     if rows.split not in builder.info.splits:
-        raise InputError(f"split: {name} has {', '.join(sorted(builder.info.splits))}, got {rows.split!r}")
+        known = ", ".join(sorted(builder.info.splits))
+        raise InputError(f"split: expected one of {known} of {name}, got {rows.split!r}")
     stop = _stop(rows, builder.info.splits[rows.split].num_examples)
     source: Any = builder.as_data_source(split=f"{rows.split}[{rows.start}:{stop}]")
     examples = [(example["image"], example["label"]) for example in source]
@@ -148,49 +155,53 @@ def _tfds(name: str, rows: Rows, data_dir: Path | str | None) -> Dataset:
 def _stop(rows: Rows, available: int) -> int:
     stop = available if rows.stop is None else rows.stop
     if stop > available or rows.start >= available:
-        raise InputError(f"split: {rows.split} has {available} rows, got [{rows.start}:{rows.stop or ''}]")
+        got = f"[{rows.start}:{rows.stop or ''}]"
+        raise InputError(f"split: expected rows of {rows.split}, got {got}; {rows.split} has {available} rows")
     return stop
 
 
 def batches(n: int, size: int, *, seed: tuple[int, ...]) -> Iterator[Int[np.ndarray, " size"]]:
-    """Yield the row indices of one shuffled epoch in batches of ``size``; a last incomplete batch is left out."""
+    """Yield the row indices of one shuffled epoch of n rows in batches, without a last incomplete one."""
     order = np.random.default_rng(seed).permutation(n)
     for start in range(0, n - size + 1, size):
         yield order[start : start + size]
 
 
 def full_batches(n: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:
-    """Yield all rows in order; the last batch is filled up by its first row: one shape, one program."""
+    """Yield n row indices in order; the last batch is padded with its first row, so that all have one shape."""
     for start in range(0, n, size):
         rows = np.arange(start, start + size)
         yield np.where(rows < n, rows, start)
 
 
 def row_digests(images: Shaped[np.ndarray, "n ..."]) -> UInt64[np.ndarray, " n"]:
-    """Return a 64-bit digest of every row's bytes: the identity by which splits are told apart."""
+    """Return a 64-bit digest of every row's bytes, by which rows are recognised across splits."""
     rows = np.ascontiguousarray(images)
     digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
 def fingerprint(digests: UInt64[np.ndarray, " n"]) -> str:
-    """Return one digest for a whole split, in its order."""
+    """Return one digest for a whole split, which depends on the order of its rows."""
     return hashlib.blake2b(digests.tobytes(), digest_size=16).hexdigest()
 
 
 def check_distinct_rows(
     one: UInt64[np.ndarray, " n"], other: UInt64[np.ndarray, " m"], *, names: tuple[str, str]
 ) -> None:
-    """Check by content that two splits were not drawn from the same rows; the odd duplicate in real data passes.
+    """Check by content that two splits were not drawn from the same rows; a few duplicates in real data pass.
+
+    Args:
+        one: Digests of a split's rows.
+        other: Digests of another's.
+        names: Of the two splits.
 
     Raises:
-        InputError: Over 1 % of the smaller split's rows are in the other, too.
+        InputError: More than 1 % of the smaller split's rows are in the other, too.
     """
-    if len(one) > len(other):
-        return check_distinct_rows(other, one, names=(names[1], names[0]))
-    shared = int(np.isin(one, other).sum())
-    if shared > _SHARED_ROWS * len(one):
+    (few, name), (many, other_name) = sorted(((one, names[0]), (other, names[1])), key=lambda split: len(split[0]))
+    shared = int(np.isin(few, many).sum())
+    if shared > _SHARED_ROWS * len(few):
         raise InputError(
-            f"splits: expected {names[0]} and {names[1]} disjoint, got {shared} rows of {names[0]} in {names[1]}"
+            f"splits: expected {name} and {other_name} disjoint, got {shared} rows of {name} in {other_name}"
         )
-    return None

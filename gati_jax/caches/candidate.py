@@ -1,34 +1,41 @@
-"""A candidate: one trained cache variant at one site. It never knows which network it sits in."""
+"""A candidate: one trained cache at one site, independent of the network around it."""
 
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
+from pydantic import Field
 
 from gati_jax.errors import InputError
 from gati_jax.models import Chain
 from gati_jax.planning import ReplaySource
 from gati_jax.pytrees import Static, call, tree_digest
 
+Width = Annotated[int, Field(ge=1, le=65_536)]
+"""A size in a cache's configuration; the bounds hold where a manifest, which is untrusted, becomes a module."""
+
+LOG_FLOOR = -16.0
+"""Log-probabilities are cut off here: lower ones carry no more information, and would dominate every sum."""
+
 
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A predictor and a selector at a site. Only ``params`` are leaves.
+    """A predictor and a selector at a site: a pytree whose leaves are those of ``params``.
 
     Args:
         name: Unique among the candidates of a fit, such as "grid4x128@18".
-        site: What it looks at: the activation that enters block ``site + 1``.
+        site: The activation that it reads: the input of block ``site + 1``.
         predictor: A Linen module, activation[batch, ...] -> logits[batch, classes].
         selector: A Linen module, logits[batch, classes] -> score[batch].
         params: ``{"predictor": ..., "selector": ...}``, the two modules' variables.
-        previous: The candidate whose logits the predictor takes as well, see ``Cascaded``.
+        previous: Name of the candidate whose logits are the predictor's second input, see ``Cascaded``.
     """
 
     name: str
@@ -63,9 +70,15 @@ class Candidate:
 def lookup(
     candidate: Candidate, activation: Float[Array, "batch *site"]
 ) -> tuple[Float[Array, "batch classes"], Float[Array, " batch"]]:
-    """Run the cache: class logits and the float32 score to compare with its threshold.
+    """Run a cache.
 
-    A threshold of infinity is off, so no score reaches it: an infinite one is held at the largest finite number.
+    Args:
+        candidate: The cache.
+        activation: Of its site.
+
+    Returns:
+        Class logits, and the float32 score to compare with the cache's threshold. A threshold of infinity switches a
+        cache off, so an infinite score is lowered to the largest finite number.
     """
     logits = call(candidate.predictor, candidate.params["predictor"], activation)
     score = call(candidate.selector, candidate.params["selector"], logits).astype(jnp.float32)
@@ -73,16 +86,16 @@ def lookup(
 
 
 Activations = Sequence[Float[Array, "batch ..."]] | Mapping[int, Float[Array, "batch ..."]]
-"""By site."""
+"""Activations by site: of all sites in order, or a mapping of those that are needed."""
 
 
 @runtime_checkable
 class AtSite(Protocol):
-    """What a candidate is before and after it has learned."""
+    """A predictor at a site: a ``Candidate``, or the plan for one before it is trained."""
 
     @property
     def site(self) -> int:
-        """What it looks at."""
+        """The activation that it reads."""
         ...
 
     @property
@@ -92,22 +105,25 @@ class AtSite(Protocol):
 
     @property
     def previous(self) -> str | None:
-        """Whose logits it takes as well."""
+        """Name of the one whose logits it reads as well."""
         ...
 
 
 def predict_all(
     parts: Mapping[str, AtSite], variables: Mapping[str, PyTree], sites: Activations
 ) -> dict[str, Float[Array, "batch classes"]]:
-    """Return the logits of all predictors by name; no gradient flows from one into another.
+    """Run several predictors; no gradient flows from one into another.
 
     Args:
-        parts: By name.
-        variables: Of the predictors.
-        sites: The activations at sites 0 .. N - 1, or at least at those of the parts.
+        parts: The predictors by name.
+        variables: Their variables by name.
+        sites: The activations at sites 0 .. N - 1, or at least at those of the predictors.
+
+    Returns:
+        Logits by name, in the order of ``parts``.
     """
     logits: dict[str, Float[Array, "batch classes"]] = {}
-    for name in sorted(parts, key=lambda name: parts[name].site):  # whoever is previous comes first
+    for name in sorted(parts, key=lambda name: parts[name].site):  # a previous one is always at an earlier site
         logits[name] = call(parts[name].predictor, variables[name], *predictor_inputs(parts[name], sites, logits))
     return {name: logits[name] for name in parts}
 
@@ -115,7 +131,7 @@ def predict_all(
 def predictor_inputs(
     part: AtSite, sites: Activations, logits: Mapping[str, Float[Array, "batch classes"]]
 ) -> tuple[Array, ...]:
-    """Return what a predictor takes: its site's activation, and the previous candidate's logits if it wants them."""
+    """Return a predictor's inputs: its site's activation, and the previous candidate's logits if it is cascaded."""
     activation = sites[part.site]
     return (activation,) if part.previous is None else (activation, jax.lax.stop_gradient(logits[part.previous]))
 
@@ -133,20 +149,23 @@ def choose(candidates: Iterable[Candidate], names: Sequence[str]) -> tuple[Candi
 
 
 def replay_source(chain: Chain, candidates: Iterable[Candidate], dtype: str) -> ReplaySource:
-    """Say which parameters a replay was, or would be, computed from."""
+    """Return a record of the parameters that a replay of these candidates depends on.
+
+    Args:
+        chain: The base.
+        candidates: The caches.
+        dtype: Of the images.
+    """
     digests = tuple((c.name, tree_digest(c.params)) for c in candidates)
     return ReplaySource(base=tree_digest(chain.params), candidates=digests, dtype=dtype)
-
-
-_FLOOR = -16.0  # a log-probability below this says nothing more, and its weight would drown all else
 
 
 class Cascaded(nn.Module):
     """A predictor's logits plus a linear map of the previous cache's log-probabilities.
 
-    The sum of logits is a geometric ensemble, ``p ~ p_inner * prod_j p_previous[j] ** w[j, :]``, with learned weights;
-    the previous cache may be one of these itself, so the ensemble reaches back to the first. No computation is thrown
-    away: what an earlier cache was nearly sure of still counts.
+    The sum of logits is a geometric ensemble, ``p ~ p_inner * prod_j p_previous[j] ** w[j, :]``, with learned weights.
+    The previous cache may be cascaded itself, so the ensemble reaches back to the first one and reuses the evidence of
+    every lookup that missed.
     """
 
     classes: int
@@ -157,7 +176,7 @@ class Cascaded(nn.Module):
         self, activation: Float[Array, "batch *site"], previous: Float[Array, "batch classes"]
     ) -> Float[Array, "batch classes"]:
         """Return class logits."""
-        log_probabilities = jnp.maximum(jax.nn.log_softmax(previous), _FLOOR)
+        log_probabilities = jnp.maximum(jax.nn.log_softmax(previous), LOG_FLOOR)
         ensemble = nn.Dense(self.classes, use_bias=False, kernel_init=_identity, name="ensemble")
         return self.inner(activation) + ensemble(log_probabilities)
 
@@ -167,7 +186,10 @@ def _identity(_: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32) 
 
 
 def on_its_own(candidate: Candidate) -> Candidate:
-    """Return a cascaded candidate's own part, without the ensemble; any other as it is."""
+    """Return a cascaded candidate without its ensemble, as a candidate that reads its site alone.
+
+    Any other candidate is returned unchanged.
+    """
     if not isinstance(candidate.predictor, Cascaded):
         return candidate
     own = {kind: tree["inner"] for kind, tree in candidate.params["predictor"].items() if "inner" in tree}

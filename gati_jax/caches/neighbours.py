@@ -1,17 +1,15 @@
-"""Freeze Inference's caches: they answer from stored points (arXiv:2002.02645), behind the interface of learned ones.
+"""Freeze Inference's caches, which answer from stored points (arXiv:2002.02645), as ordinary predictors.
 
-The hidden vector of a key network stands for an activation. ``Neighbours`` asks the k nearest stored keys, ``Centres``
-the nearest of a few centres. Both give the logarithms of the paper's scores as logits, so that their ``argmax`` is the
-answer and the largest of them, read by ``Confidence``, the confidence.
+A key network's hidden vector is the key of an activation. ``Neighbours`` looks up the k nearest stored keys,
+``Centres`` the nearest of a few centres. Both return the logarithms of the paper's scores as logits: their ``argmax``
+is the answer, and the largest, which ``Confidence`` reads, is the confidence.
 
-Points lie in the collection "points" beside the key network's "params". Their number is fixed: new points of a cache
-never recompile a program. A row that holds none has label -1 and an infinite norm, hence an infinite distance.
+Points are in the collection "points" beside the key network's "params". A row without a point has label -1 and an
+infinite norm, hence an infinite distance.
 """
 
-import dataclasses
-import math
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,42 +19,31 @@ from jaxtyping import Array, Float, Int
 
 from gati_jax.errors import InputError
 
-from .candidate import Candidate
-from .predictors import adaptive_average, flatten_channels_first
+from .candidate import Candidate, Width
+from .predictors import flatten_channels_first, grid_average
 
 NO_POINT = -1  # the label of a row without a point
-_REPEAT = 1e-4  # of the key's length: nearer ones are taken for repeats, which differ in rounding alone
+MIB = 2**20  # the paper's MB
+_REPEAT = 1e-4  # of the key's length: nearer points count as repeats, which differ by rounding only
 _TINY = 1e-12  # a key may be zero
 _LEAST = 1e-30  # score of a label that no neighbour has; its logarithm stays finite
-
-
-class Confidence(nn.Module):
-    """The largest logit as it is: for predictors whose logits are log-confidences. It has no parameters."""
-
-    @nn.compact
-    def __call__(self, logits: Float[Array, "batch classes"]) -> Float[Array, " batch"]:
-        """Return scores."""
-        return logits.max(-1)
+_COUNT_BYTES = 4  # a k-NN cache's "count", see ``stored_points``
 
 
 def key_features(activation: Float[Array, "batch *site"], cells: int | None) -> Float[Array, "batch features"]:
-    """Return what the key network sees: the flattened activation, or means over ``cells`` x ``cells`` fields of it."""
-    if cells is None:
-        return flatten_channels_first(activation)
-    for axis in range(1, activation.ndim - 1):
-        activation = adaptive_average(activation, min(cells, activation.shape[axis]), axis)
-    return activation.reshape(activation.shape[0], -1)
+    """Return the key network's input: the flattened activation, or means over ``cells`` x ``cells`` fields of it."""
+    return flatten_channels_first(activation) if cells is None else grid_average(activation, cells)
 
 
 def squared_distances(
     keys: Float[Array, "batch units"], points: Float[Array, "points units"], norms: Float[Array, " points"]
 ) -> Float[Array, "batch points"]:
-    """Return |a|^2 - 2ab + |b|^2, one matrix product; rounding can push it below 0, where it is held.
+    """Return |a|^2 - 2ab + |b|^2, computed with one matrix product and clipped at 0, below which rounding can push it.
 
     Args:
         keys: a.
         points: b.
-        norms: |b|^2; infinity keeps a row away from everyone.
+        norms: |b|^2, or infinity for a row without a point.
     """
     own = jnp.sum(keys**2, -1, keepdims=True)
     return jnp.maximum(own - 2 * keys @ points.T + norms[None], 0)
@@ -68,10 +55,16 @@ def nearest(
     norms: Float[Array, " points"],
     k: int,
 ) -> tuple[Int[Array, "batch k"], Float[Array, "batch k"]]:
-    """Return the k nearest points, nearest first (the first of equal ones), and their distances.
+    """Return the indices of the k nearest points, nearest first (ties in order of the index), and their distances.
 
-    The matrix product finds them; their distances are then computed by differences, because the product's rounding
-    errors are as large as the distance to a near repeat. No distance is 0: exact repeats are as far as near ones.
+    The matrix product finds them; their distances are then recomputed from differences, because the product's rounding
+    errors are as large as the distance to a near repeat. No distance is 0: exact repeats count as near ones.
+
+    Args:
+        keys: To look up.
+        points: The stored keys.
+        norms: Their squared lengths, or infinity for a row without a point.
+        k: How many.
     """
     _, index = jax.lax.top_k(-squared_distances(keys, points, norms), k)
     apart = jnp.linalg.norm(keys[:, None] - points[index], axis=-1)
@@ -84,7 +77,7 @@ def vote(
 ) -> Float[Array, "batch classes"]:
     """Return the logarithm of the paper's score of every label i: (m_i / k) x the sum of 1 / distance of its m_i.
 
-    What is no point (label -1, infinitely far) has no vote.
+    A row without a point (label -1, infinite distance) has no vote.
     """
     of = jax.nn.one_hot(labels, classes)
     weight = jnp.sum(of / distances[..., None], 1)
@@ -93,7 +86,7 @@ def vote(
 
 
 class _Keyed(nn.Module):
-    """What both caches share; the key network is the first layer of FC(units), or of its pooled variant."""
+    """Shared by both caches: the key network, which is the hidden layer of FC(units) or of its pooled variant."""
 
     def _key(
         self, activation: Float[Array, "batch *site"], units: int, cells: int | None
@@ -101,25 +94,24 @@ class _Keyed(nn.Module):
         return nn.relu(nn.Dense(units, name="hidden")(key_features(activation, cells)))
 
     def _points(self, rows: int, units: int) -> tuple[Array, Array, Array]:
-        """Return keys, labels and norms; ``init`` makes rows that hold no point."""
-        empty = empty_points(rows, units)
-        keys, labels, norms = (
-            self.variable("points", name, lambda name=name: jnp.asarray(empty[name]))
-            for name in ("keys", "labels", "norms")
-        )
+        """Return keys, labels and norms; ``init`` makes rows without points."""
+        keys = self.variable("points", "keys", lambda: jnp.zeros((rows, units), jnp.float32))
+        labels = self.variable("points", "labels", lambda: jnp.full(rows, NO_POINT, jnp.int32))
+        norms = self.variable("points", "norms", lambda: jnp.full(rows, jnp.inf, jnp.float32))
         return keys.value, labels.value, norms.value
 
 
 class Neighbours(_Keyed):
-    """The paper's k-NN cache; "points" also holds "count", how many were ever added, up to 2^31: see ``extend``."""
+    """The paper's k-NN cache."""
 
     classes: int
-    points: int
-    """Room for so many."""
-    k: int = 50
-    units: int = 1024
-    cells: int | None = None
-    """None for the paper's key of the flattened activation; c to average over c x c fields first, which is cheaper."""
+    points: Width
+    """Rows."""
+    k: Width = 50
+    units: Width = 1024
+    """Length of a key."""
+    cells: Width | None = None
+    """None for the paper's key of the flattened activation; c for a cheaper key of means over c x c fields."""
 
     @nn.compact
     def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
@@ -137,37 +129,34 @@ class Centres(_Keyed):
     """The paper's k-means cache: the nearest centre answers; confidence = share of its majority label / distance."""
 
     classes: int
-    centres: int = 100
-    units: int = 1024
-    cells: int | None = None
+    centres: Width = 100
+    units: Width = 1024
+    cells: Width | None = None
     """As in ``Neighbours``."""
 
     @nn.compact
     def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
-        """Return log-confidences: the majority label's, and next to nothing for all others."""
+        """Return log-confidences: the majority label's, and a negligible one for all others."""
         key = self._key(activation, self.units, self.cells)
         keys, labels, norms = self._points(self.centres, self.units)
-        share = self.variable("points", "share", lambda: jnp.zeros(self.centres))
+        share = self.variable("points", "share", lambda: jnp.zeros(self.centres, jnp.float32))
         index, distances = nearest(key, keys, norms, 1)
         confidence = share.value[index] / distances
         return jnp.log(jnp.maximum(jax.nn.one_hot(labels[index[:, 0]], self.classes) * confidence, _LEAST))
 
 
-def empty_points(rows: int, units: int) -> dict[str, np.ndarray]:
-    """Return the arrays of ``rows`` rows that hold no point."""
-    return {
-        "keys": np.zeros((rows, units), np.float32),
-        "labels": np.full(rows, NO_POINT, np.int32),
-        "norms": np.full(rows, np.inf, np.float32),
-    }
-
-
 def stored_points(
-    keys: Float[Array | np.ndarray, "n units"], labels: Int[Array | np.ndarray, " n"], capacity: int
+    keys: Float[Array | np.ndarray, "n units"], labels: Int[Array | np.ndarray, " n"]
 ) -> dict[str, Array]:
-    """Return the collection "points" of a k-NN cache with room for ``capacity``."""
-    points = {name: jnp.asarray(rows) for name, rows in empty_points(capacity, keys.shape[1]).items()}
-    return _added({**points, "count": jnp.zeros((), jnp.int32)}, keys, labels)
+    """Return the collection "points" of a k-NN cache.
+
+    Its "count", the number of points, is not read by a lookup: it is part of the format of saved bundles.
+
+    Args:
+        keys: Of the points.
+        labels: The base's answers; -1 makes a row without a point.
+    """
+    return {**_rows(keys, labels), "count": jnp.int32(len(keys))}
 
 
 def stored_centres(
@@ -175,83 +164,20 @@ def stored_centres(
     labels: Int[Array | np.ndarray, " n"],
     share: Float[Array | np.ndarray, " n"],
 ) -> dict[str, Array]:
-    """Return the collection "points" of a k-means cache; a centre of label -1 is nobody's nearest."""
-    keys, labels = jnp.asarray(keys, jnp.float32), jnp.asarray(labels, jnp.int32)
-    norms = jnp.where(labels == NO_POINT, jnp.inf, jnp.sum(keys**2, -1))
-    return {"keys": keys, "labels": labels, "norms": norms, "share": jnp.asarray(share, jnp.float32)}
-
-
-def keys_of(candidate: Candidate, activation: Float[Array, "batch *site"]) -> Float[Array, "batch units"]:
-    """Return the keys of activations, as the candidate's lookup computes them.
-
-    Raises:
-        InputError: The candidate is no neighbour cache.
-    """
-    predictor = candidate.predictor
-    if not isinstance(predictor, Neighbours | Centres):
-        raise InputError(f"candidate: expected a neighbour cache, got {candidate.name}, a {type(predictor).__name__}")
-    hidden = candidate.params["predictor"]["params"]["hidden"]
-    return nn.relu(key_features(activation, predictor.cells) @ hidden["kernel"] + hidden["bias"][None])
-
-
-def extend(
-    candidate: Candidate, keys: Float[Array | np.ndarray, "n units"], labels: Int[Array | np.ndarray, " labels"]
-) -> Candidate:
-    """Return the candidate with more points; shapes stay, so no program is compiled anew.
-
-    Empty rows are filled first; then the oldest points make room, in the order in which they came.
+    """Return the collection "points" of a k-means cache.
 
     Args:
-        candidate: A k-NN cache.
-        keys: Of the new points, see ``keys_of``.
-        labels: The base's answers to them, as many.
-
-    Raises:
-        InputError: Another kind of cache, keys of another length, not finite or too long, or labels that are no
-            classes.
+        keys: The centres.
+        labels: Majority label of each centre's points; -1 for a centre without points, which is never the nearest.
+        share: Share of its points that have the majority label.
     """
-    predictor = candidate.predictor
-    if not isinstance(predictor, Neighbours):
-        raise InputError(f"candidate: expected a k-NN cache, got {candidate.name}, a {type(predictor).__name__}")
-    if keys.shape[1:] != (predictor.units,) or labels.shape != keys.shape[:1]:
-        expected = f"[n, {predictor.units}] and n labels"
-        raise InputError(f"keys: expected {expected}, got {list(keys.shape)} and labels of shape {list(labels.shape)}")
-    with np.errstate(over="ignore", invalid="ignore"):
-        norms = np.sum(np.square(np.asarray(keys, np.float32)), -1)
-    if not np.isfinite(norms).all():  # an infinite norm says that a row holds no point
-        raise InputError("keys: expected values with a finite sum of squares, got NaN, infinity or too large ones")
-    if bad := sorted(set(np.asarray(labels).tolist()) - set(range(predictor.classes))):
-        raise InputError(f"labels: expected classes 0 to {predictor.classes - 1}, got {bad}")
-    variables: dict[str, Any] = candidate.params["predictor"]
-    grown = {**variables, "points": _added(variables["points"], keys, labels)}
-    return dataclasses.replace(candidate, params={**candidate.params, "predictor": grown})
+    return {**_rows(keys, labels), "share": jnp.asarray(share, jnp.float32)}
 
 
-def _counted(count: int, capacity: int) -> int:
-    """Return a count that int32 holds; where it starts over, the ring stays full and goes on where it is."""
-    return count if count < 2**31 else capacity + count % capacity
-
-
-def _added(
-    points: dict[str, Array], keys: Float[Array | np.ndarray, "n units"], labels: Int[Array | np.ndarray, " n"]
-) -> dict[str, Array]:
-    """Write new points into the ring; of more than it holds, the last ones stay."""
-    capacity, count = len(points["labels"]), int(points["count"])
-    last = min(len(keys), capacity)
-    new = jnp.asarray(keys[len(keys) - last :], jnp.float32)
-    at = (count + len(keys) - last + np.arange(last)) % capacity
-    return {
-        "keys": points["keys"].at[at].set(new),
-        "labels": points["labels"].at[at].set(jnp.asarray(labels[len(labels) - last :], jnp.int32)),
-        "norms": points["norms"].at[at].set(jnp.sum(new**2, -1)),
-        "count": jnp.int32(_counted(count + len(keys), capacity)),
-    }
-
-
-MIB = 2**20  # the paper's MB
-
-
-COUNT_BYTES = 4  # a k-NN cache's own number of points
+def _rows(keys: Float[Array | np.ndarray, "n units"], labels: Int[Array | np.ndarray, " n"]) -> dict[str, Array]:
+    keys, labels = jnp.asarray(keys, jnp.float32), jnp.asarray(labels, jnp.int32)
+    norms = jnp.where(labels == NO_POINT, jnp.inf, jnp.sum(keys**2, -1))
+    return {"keys": keys, "labels": labels, "norms": norms}
 
 
 def point_bytes(units: int) -> int:
@@ -260,8 +186,8 @@ def point_bytes(units: int) -> int:
 
 
 def points_within(budget: int, units: int) -> int:
-    """Return for how many points a k-NN cache has room in ``budget`` bytes, its count of them included."""
-    return max(0, budget - COUNT_BYTES) // point_bytes(units)
+    """Return the number of points of ``units`` values that a k-NN cache of ``budget`` bytes can hold."""
+    return max(0, budget - _COUNT_BYTES) // point_bytes(units)
 
 
 class CacheMemory(NamedTuple):
@@ -274,14 +200,12 @@ class CacheMemory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Both."""
+        """Key network and points."""
         return self.key_network + self.points
 
 
 def memory_report(candidates: Iterable[Candidate]) -> tuple[CacheMemory, ...]:
-    """Count the bytes of neighbour caches, key networks included.
-
-    Two caches at one site may share a key network; each is charged with it, as if it stood alone.
+    """Return the memory of each neighbour cache, its key network included.
 
     Raises:
         InputError: A candidate is no neighbour cache.
@@ -294,64 +218,3 @@ def memory_report(candidates: Iterable[Candidate]) -> tuple[CacheMemory, ...]:
         key_network = sum(leaf.size * leaf.dtype.itemsize for leaf in hidden.values())
         rows.append(CacheMemory(c.name, c.site, key_network, c.bytes - key_network))
     return tuple(rows)
-
-
-class PublishedMemory(NamedTuple):
-    """One figure of the paper, and what arithmetic gives."""
-
-    what: str
-    published_mb: float | None
-    """None where the paper leaves it out."""
-    arithmetic: str
-    bytes: int
-
-    @property
-    def mb(self) -> float:
-        """Of 2^20 bytes: only then do the published figures come out."""
-        return self.bytes / MIB
-
-
-def published_memory(
-    shapes: Sequence[Sequence[int]], *, points: int = 40_000, units: int = 1024, centres: int = 100
-) -> tuple[PublishedMemory, ...]:
-    """Return the paper's memory table beside the arithmetic.
-
-    Args:
-        shapes: Of the activation behind every block of the paper's ResNet-18, 32x32x64 to 4x4x512.
-        points: Stored; the published figures come out for the 35,000 and the 5,000 images together.
-        units: Of a key.
-        centres: Of a k-means cache.
-    """
-    blocks, numbers = len(shapes), sum(math.prod(shape) for shape in shapes)
-    return (
-        PublishedMemory(
-            "raw k-NN",
-            37_500.0,
-            f"{points:,} points x {numbers:,} numbers in all blocks x 4 bytes",
-            points * numbers * 4,
-        ),
-        PublishedMemory(
-            "reduced k-NN",
-            2_500.0,
-            f"{points:,} points x {units:,} numbers x {blocks} blocks x 8 bytes",
-            points * units * blocks * 8,
-        ),
-        PublishedMemory(
-            "k-means",
-            12.5,
-            f"{centres:,} centres x {units:,} numbers x {blocks} blocks x 8 bytes",
-            centres * units * blocks * 8,
-        ),
-        PublishedMemory(
-            "k-means, ResNet-50",
-            25.0,
-            f"{centres:,} centres x {units:,} numbers x {2 * blocks} blocks x 8 bytes",
-            centres * units * 2 * blocks * 8,
-        ),
-        PublishedMemory(
-            "key networks",
-            None,
-            f"{numbers:,} numbers in all blocks x {units:,} units x 4 bytes",
-            numbers * units * 4,
-        ),
-    )

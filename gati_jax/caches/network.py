@@ -1,4 +1,4 @@
-"""A whole small network as the first cache: at site 0 it sees what the base sees, and answers what it is sure of."""
+"""A small network as the first cache: at site 0 it reads the base's input, and answers the requests it is sure of."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,15 +23,15 @@ from gati_jax.models import to_chain as network_chain
 
 
 class Network(nn.Module):
-    """A network of its own, trained by whoever trained it; see ``import_network`` for its variables.
+    """A separately trained network; see ``import_network`` for its variables.
 
-    What arrives was normalised for the base; ``scale`` and ``shift`` make of it what the network was trained on.
+    Its input was normalised for the base; ``scale`` and ``shift`` convert it to the normalisation of its own training.
     """
 
     classes: int
     network: Architecture
     algorithms: tuple[tuple[Algorithm, ...], ...] = ()
-    """Those that its kernels are stored for, see ``with_algorithms``."""
+    """The convolution algorithms that its kernels are stored for, see ``network_with_algorithms``."""
 
     @nn.compact
     def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
@@ -43,7 +43,7 @@ class Network(nn.Module):
             self.param(name, constant, self.network.input_shape[-1:], jnp.float32)
             for name, constant in (("scale", nn.initializers.ones), ("shift", nn.initializers.zeros))
         )
-        # A variable, not a param: those are checked against the shapes that direct convolutions store.
+        # A variable and not a param: Linen checks params against the shapes that direct convolutions store.
         params = self.variable("params", "network", lambda: fold(init(self.network, self.make_rng("params")))).value
         x = activation * scale.reshape(1, 1, 1, -1) + shift.reshape(1, 1, 1, -1)
         return network_chain(self.network, params, algorithms=self.algorithms)(x)
@@ -57,15 +57,12 @@ def import_network(
     Args:
         network: Its configuration.
         variables: As ``import_state_dict`` reads them.
-        trained: How its inputs were normalised when it was trained.
-        base: How the base's are.
+        trained: The normalisation of its training images.
+        base: The normalisation of the base's inputs.
     """
     m0, s0, m1, s1 = (np.asarray(v, np.float64) for v in (base.mean, base.std, trained.mean, trained.std))
     ratio = trained.scale / base.scale
-    params = {
-        "scale": ratio * s0 / s1,
-        "shift": (ratio * m0 - m1) / s1,
-    }
+    params = {"scale": ratio * s0 / s1, "shift": (ratio * m0 - m1) / s1}
     channels = network.input_shape[-1:]
     small = {name: jnp.asarray(np.broadcast_to(v, channels), jnp.float32) for name, v in params.items()}
     return Network(classes=network.classes, network=network), {"params": {**small, "network": fold(variables)}}
@@ -74,7 +71,13 @@ def import_network(
 def network_with_algorithms(
     predictor: Network, variables: Mapping[str, Any], choice: Mapping[str, Algorithm]
 ) -> tuple[Network, dict[str, Any]]:
-    """Return the same predictor with its convolutions done by other algorithms; ``choice`` is by kind of layer."""
+    """Return the same predictor with convolutions by other algorithms.
+
+    Args:
+        predictor: The network.
+        variables: Its own.
+        choice: Algorithm by kind of layer.
+    """
     algorithms = choose_algorithms(predictor.network, choice)
     params = variables["params"]
     stored = store_params(predictor.network, params["network"], algorithms)

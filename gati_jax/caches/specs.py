@@ -1,219 +1,126 @@
-"""Caches as data: what a config or a manifest may name. A closed list with bounded numbers; never code to import."""
+"""Caches as data: what a config or a manifest may name. A closed list with bounded numbers; never code to import.
+
+A spec is the record of a Linen module: ``{"kind": "grid", "cells": 4, "hidden": 128, "standardize": true}``. Its fields
+with their types, bounds and defaults are the module's own.
+"""
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
 
 import flax.linen as nn
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from gati_jax.errors import InputError
-from gati_jax.models import Architecture
 
-from .neighbours import Centres, Confidence, Neighbours
+from .neighbours import Centres, Neighbours
 from .network import Network
 from .predictors import Conv, Convolutional, FullyConnected, GlobalAverage, Grid, Pool
-from .selectors import LinearSelector, ProbabilitySelector, SortedSelector
+from .selectors import Confidence, LinearSelector, ProbabilitySelector, SortedSelector
 
-Width = Annotated[int, Field(ge=1, le=65_536)]
+_PREDICTORS: dict[str, type[nn.Module]] = {
+    "fc": FullyConnected,
+    "pool": Pool,
+    "conv": Conv,
+    "gap": GlobalAverage,
+    "grid": Grid,
+    "conv2d": Convolutional,
+    "network": Network,
+    "knn": Neighbours,
+    "kmeans": Centres,
+}
+_SELECTORS: dict[str, type[nn.Module]] = {
+    "linear": LinearSelector,
+    "sorted": SortedSelector,
+    "probability": ProbabilitySelector,
+    "confidence": Confidence,
+}
+_NOT_IN_A_SPEC = {"classes", "algorithms", "parent", "name"}  # the base's, the tuning's, and Linen's own
 
 
-class _Spec(BaseModel):
+class Spec(BaseModel):
+    """A cache's predictor or selector as data; every kind has its own fields."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-
-class FullyConnectedSpec(_Spec):
-    """The paper's FC(h)."""
-
-    kind: Literal["fc"] = "fc"
-    hidden: Width = 1024
-    standardize: bool = True
+    kind: str = ""
 
 
-class PoolSpec(_Spec):
-    """The paper's Pool(p)."""
-
-    kind: Literal["pool"] = "pool"
-    size: Width = 4096
-    hidden: Width = 1024
-    standardize: bool = True
-
-
-class ConvSpec(_Spec):
-    """The paper's Conv(k, s)."""
-
-    kind: Literal["conv"] = "conv"
-    kernel: Width = 3
-    stride: Width = 1
+def _spec_of(kind: str, module: type[nn.Module]) -> type[Spec]:
+    fields: dict[str, Any] = {"kind": (Literal[kind], kind)}
+    for field in dataclasses.fields(module):
+        if field.name not in _NOT_IN_A_SPEC:
+            fields[field.name] = (field.type, ... if field.default is dataclasses.MISSING else field.default)
+    return create_model(f"{module.__name__}Spec", __base__=Spec, __doc__=module.__doc__, **fields)
 
 
-class GlobalAverageSpec(_Spec):
-    """Global average pooling and an MLP."""
+_PREDICTOR_SPECS = {module: _spec_of(kind, module) for kind, module in _PREDICTORS.items()}
+_SELECTOR_SPECS = {module: _spec_of(kind, module) for kind, module in _SELECTORS.items()}
+GridSpec = _PREDICTOR_SPECS[Grid]
+SortedSelectorSpec = _SELECTOR_SPECS[SortedSelector]
 
-    kind: Literal["gap"] = "gap"
-    hidden: Width = 128
-    standardize: bool = True
-
-
-class GridSpec(_Spec):
-    """Average pooling to a grid, and an MLP."""
-
-    kind: Literal["grid"] = "grid"
-    cells: Width = 4
-    hidden: Width = 128
-    standardize: bool = True
-
-
-class ConvolutionalSpec(_Spec):
-    """Convolutions, a grid, and an MLP; a bottleneck with kernel and stride 1."""
-
-    kind: Literal["conv2d"] = "conv2d"
-    channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=8)] = (32,)
-    kernel: Annotated[int, Field(ge=1, le=16)] = 3
-    stride: Annotated[int, Field(ge=1, le=16)] = 2
-    cells: Width = 2
-    hidden: Width = 128
-    standardize: bool = True
-
-
-class NetworkSpec(_Spec):
-    """A small network of its own at site 0."""
-
-    kind: Literal["network"] = "network"
-    network: Architecture
-
-
-class NeighboursSpec(_Spec):
-    """Freeze Inference's k-NN."""
-
-    kind: Literal["knn"] = "knn"
-    points: Width
-    k: Width = 50
-    units: Width = 1024
-    cells: Width | None = None
-
-
-class CentresSpec(_Spec):
-    """Freeze Inference's k-means."""
-
-    kind: Literal["kmeans"] = "kmeans"
-    centres: Width = 100
-    units: Width = 1024
-    cells: Width | None = None
-
-
-class LinearSelectorSpec(_Spec):
-    """The paper's linear selector."""
-
-    kind: Literal["linear"] = "linear"
-
-
-class SortedSelectorSpec(_Spec):
-    """The MLP on sorted log-probabilities."""
-
-    kind: Literal["sorted"] = "sorted"
-    hidden: Width = 16
-    top: Width = 10
-
-
-class ProbabilitySelectorSpec(_Spec):
-    """The log-odds of the largest probability."""
-
-    kind: Literal["probability"] = "probability"
-
-
-class ConfidenceSpec(_Spec):
-    """The largest logit as it is."""
-
-    kind: Literal["confidence"] = "confidence"
-
-
-PredictorSpec = Annotated[
-    FullyConnectedSpec
-    | PoolSpec
-    | ConvSpec
-    | GlobalAverageSpec
-    | GridSpec
-    | ConvolutionalSpec
-    | NetworkSpec
-    | NeighboursSpec
-    | CentresSpec,
-    Field(discriminator="kind"),
-]
-SelectorSpec = Annotated[
-    LinearSelectorSpec | SortedSelectorSpec | ProbabilitySelectorSpec | ConfidenceSpec, Field(discriminator="kind")
-]
-
-_PREDICTORS = {
-    FullyConnectedSpec: FullyConnected,
-    PoolSpec: Pool,
-    ConvSpec: Conv,
-    GlobalAverageSpec: GlobalAverage,
-    GridSpec: Grid,
-    ConvolutionalSpec: Convolutional,
-    NetworkSpec: Network,
-    NeighboursSpec: Neighbours,
-    CentresSpec: Centres,
-}
-_SELECTORS = {
-    LinearSelectorSpec: LinearSelector,
-    SortedSelectorSpec: SortedSelector,
-    ProbabilitySelectorSpec: ProbabilitySelector,
-    ConfidenceSpec: Confidence,
-}
+if TYPE_CHECKING:  # a union of models that exist at run time only
+    PredictorSpec: TypeAlias = Spec
+    SelectorSpec: TypeAlias = Spec
+else:
+    PredictorSpec = Annotated[Union[*_PREDICTOR_SPECS.values()], Field(discriminator="kind")]
+    SelectorSpec = Annotated[Union[*_SELECTOR_SPECS.values()], Field(discriminator="kind")]
 
 
 def build_predictor(spec: PredictorSpec, classes: int) -> nn.Module:
     """Return the predictor that ``spec`` describes.
 
+    Args:
+        spec: Its kind and its fields.
+        classes: Of the base.
+
     Raises:
-        InputError: A network of other classes.
+        InputError: It is a network with another number of classes.
     """
-    if isinstance(spec, NetworkSpec) and spec.network.classes != classes:
-        raise InputError(f"network: expected one of {classes} classes, got {spec.network.classes}")
-    return _PREDICTORS[type(spec)](classes=classes, **_options(spec))
+    options = _options(spec)
+    if spec.kind == "network" and (got := options["network"].classes) != classes:
+        raise InputError(f"network: expected one of {classes} classes, got {got}")
+    return _PREDICTORS[spec.kind](classes=classes, **options)
 
 
 def build_selector(spec: SelectorSpec) -> nn.Module:
     """Return the selector that ``spec`` describes."""
-    return _SELECTORS[type(spec)](**_options(spec))
+    return _SELECTORS[spec.kind](**_options(spec))
 
 
-def describe_predictor(predictor: nn.Module) -> Any:  # noqa: ANN401 (a union of specs)
+def describe_predictor(predictor: nn.Module) -> PredictorSpec:
     """Return the spec of a predictor.
 
     Raises:
-        InputError: The predictor is not one of this library's, so a bundle could not rebuild it.
+        InputError: The predictor is none of this library's, or is out of bounds, so a bundle could not rebuild it.
     """
-    return _describe(predictor, {module: spec for spec, module in _PREDICTORS.items()})
+    return _describe(predictor, _PREDICTOR_SPECS)
 
 
-def describe_selector(selector: nn.Module) -> Any:  # noqa: ANN401 (a union of specs)
+def describe_selector(selector: nn.Module) -> SelectorSpec:
     """Return the spec of a selector.
 
     Raises:
-        InputError: The selector is not one of this library's, so a bundle could not rebuild it.
+        InputError: The selector is none of this library's, or is out of bounds, so a bundle could not rebuild it.
     """
-    return _describe(selector, {module: spec for spec, module in _SELECTORS.items()})
+    return _describe(selector, _SELECTOR_SPECS)
 
 
-def _options(spec: BaseModel) -> dict[str, Any]:
+def _options(spec: Spec) -> dict[str, Any]:
     return {name: getattr(spec, name) for name in type(spec).model_fields if name != "kind"}
 
 
-def _describe(module: nn.Module, specs: dict[Any, Any]) -> BaseModel:
-    spec = specs.get(type(module))
-    if spec is None:
-        known = ", ".join(sorted(kind.__name__ for kind in specs))
-        raise InputError(f"candidates: a bundle can hold {known}, got {type(module).__name__}")
+def _describe(module: nn.Module, specs: dict[type[nn.Module], type[Spec]]) -> Spec:
+    kind = type(module)
+    if kind not in specs:
+        known = ", ".join(sorted(each.__name__ for each in specs))
+        raise InputError(f"candidates: a bundle can hold {known}, got {kind.__name__}")
     if getattr(module, "algorithms", ()):
-        raise InputError(
-            f"candidates: a bundle holds {type(module).__name__} as it was before tuning, got it by other algorithms"
-        )
-    fields = {field.name for field in dataclasses.fields(module)} - {"parent", "name", "classes", "algorithms"}
+        raise InputError(f"candidates: expected {kind.__name__} as it was before tuning, got it with other algorithms")
+    spec = specs[kind]
     try:
-        return spec(**{name: getattr(module, name) for name in fields})
+        return spec(**{name: getattr(module, name) for name in spec.model_fields if name != "kind"})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise InputError(
-            f"candidates: {type(module).__name__}.{first['loc'][0]}: {first['msg']}, got {first['input']!r}"
+            f"candidates: {kind.__name__}.{first['loc'][0]}: {first['msg']}, got {first['input']!r}"
         ) from error

@@ -4,8 +4,8 @@ from .fit import Candidates as Candidates
 from .fit import fit as fit
 from .fit import fit_selector as fit_selector
 from .freeze import FreezeConfig as FreezeConfig
+from .freeze import choose_points as choose_points
 from .freeze import fit_freeze as fit_freeze
-from .freeze import k_means as k_means
 from .heads import DEFAULT_HEADS as DEFAULT_HEADS
 from .heads import Head as Head
 from .heads import head_sizes as head_sizes
@@ -25,5 +25,3 @@ from .replay import Outputs as Outputs
 from .replay import evaluate as evaluate
 from .replay import replay as replay
 from .replay import replay_logits as replay_logits
-from .replay import replay_source as replay_source
-from .stored_points import choose_points as choose_points

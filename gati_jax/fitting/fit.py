@@ -1,8 +1,8 @@
-"""Fit the candidates of one base: predictors, then the selectors that say when to believe them."""
+"""Fit the candidates of one base: predictors, then the selectors that say when to trust them."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,19 +20,21 @@ from gati_jax.models import Chain, check_images
 from gati_jax.pytrees import Static, call, tree_digest
 
 from .heads import DEFAULT_HEADS, Head, Part, more_selectors, parts_of
-from .predictors import DEFAULT_CONFIG, FitConfig, apply_gradients, train_predictors
+from .loop import Pause, no_pause
+from .predictors import DEFAULT_CONFIG, FitConfig, Trained, apply_gradients, train_predictors
+
+_STEPS, _RATE, _DECAY = 400, 0.02, 1e-3  # of a selector's fit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """The candidates of a fit, and which rows they have learned from.
-
-    Iterating gives the candidates with their final selectors. ``fold_selectors`` holds, per candidate, the variables
-    of the selectors of every fold, [folds + 1, ...]; ``replay`` scores a select row by the one that has not seen it.
-    """
+    """The candidates of a fit, and the rows that they were fitted on. Iterating yields the candidates."""
 
     items: tuple[Candidate, ...]
+    """With their final selectors, fitted on all select rows."""
     fold_selectors: tuple[PyTree, ...]
+    """Of each candidate: the selectors' variables[folds + 1, ...], the f-th fitted without fold f, the last on all.
+    ``replay`` scores a select row by the one that has not seen it."""
     select_rows: UInt64[np.ndarray, " n"]  # digests
     select_fold: Int[np.ndarray, " n"]
     fit_rows: UInt64[np.ndarray, " m"]  # digests
@@ -50,7 +52,7 @@ class Candidates:
         return len(self.items)
 
     def take(self, names: Sequence[str]) -> "Candidates":
-        """Return these candidates only, in this order.
+        """Return the candidates of these names, in this order.
 
         Raises:
             InputError: A name is not among them.
@@ -70,70 +72,45 @@ def fit(
     checkpoint: Path | str | None = None,
     progress: bool = True,
 ) -> Candidates:
-    """Make caches that reproduce the answers of a frozen base. No labels are needed.
+    """Fit caches that reproduce the answers of a frozen base. No labels are needed.
 
-    Predictors are trained, unless a head brings its variables; then all selectors are fitted.
+    Predictors are trained on the fit split, unless a head comes with its variables; then all selectors are fitted on
+    the select split.
 
     Args:
         chain: The base.
-        images: The fit split: uint8 or prepared inputs.
-        select: The select split, disjoint from it: the selectors learn here.
-        heads: What to train, and where.
-        config: How.
-        checkpoint: A folder; a fit that was killed and is called again the same way resumes from there.
+        images: The fit split: uint8 or prepared inputs[n, ...].
+        select: The select split[m, ...], disjoint from it.
+        heads: What to train, and at which sites.
+        config: How to train it.
+        checkpoint: A folder; an interrupted fit that is called again with the same arguments resumes from there.
         progress: Whether to draw a progress bar on a terminal.
 
     Raises:
-        InputError: Images that the chain does not take, overlapping splits, a site that the chain does not have.
+        InputError: Images that the chain does not take, overlapping splits, or a site that the chain does not have.
     """
-    images, select, fit_rows, select_rows = check_splits(chain, images, select)
+    splits = check_splits(chain, images, select)
     parts = parts_of(chain, heads)
-    fold = deal(select_rows, config)
+    fold = deal_folds(splits.select_rows, config)
     to_train = {name: part for name, part in parts.items() if part.variables is None}
     epochs = None
     if to_train:
-        identity = f"{config} {to_train} {chain_code(chain)} {fingerprint(fit_rows)} {tree_digest(chain.params)}"
-        folder = Path(checkpoint) if checkpoint else None
-        trained, epochs = train_predictors(
-            chain, to_train, images, config, checkpoint=folder, identity=identity, progress=progress
-        )
-        parts |= trained
+        trained = train(chain, to_train, splits, config, checkpoint, progress=progress)
+        parts, epochs = parts | trained.parts, trained.epochs
     parts = more_selectors(parts, heads)
-    fold_selectors = fit_selectors(chain, parts, select, fold, config)
+    fold_selectors = fit_selectors(chain, parts, splits.select, fold, config)
     items = tuple(
         Candidate(
             name,
             part.site,
             part.predictor,
             part.selector,
-            {"predictor": part.variables, "selector": jax.tree.map(lambda v: v[-1], variables)},
+            {"predictor": part.variables, "selector": last_selector(variables)},
             part.previous,
         )
         for (name, part), variables in zip(parts.items(), fold_selectors, strict=True)
     )
-    return Candidates(
-        items=items,
-        fold_selectors=fold_selectors,
-        select_rows=select_rows,
-        select_fold=fold,
-        fit_rows=fit_rows,
-        dtype=str(images.dtype),
-        epochs=epochs,
-    )
-
-
-def deal(select_rows: UInt64[np.ndarray, " n"], config: FitConfig) -> Int[np.ndarray, " n"]:
-    """Deal the select rows into folds; equal rows share one.
-
-    Raises:
-        InputError: There are fewer distinct ones than folds.
-    """
-    unique, copy_of = np.unique(select_rows, return_inverse=True)
-    if len(unique) < config.folds:
-        raise InputError(
-            f"select: expected at least one distinct row for each of {config.folds} folds, got {len(unique)}"
-        )
-    return deal_folds(len(unique), config.folds, config.seed)[copy_of]
+    return splits.candidates(items, fold_selectors, fold, epochs)
 
 
 class CheckedSplits(NamedTuple):
@@ -143,6 +120,24 @@ class CheckedSplits(NamedTuple):
     select: Shaped[np.ndarray, "m ..."]
     fit_rows: UInt64[np.ndarray, " n"]
     select_rows: UInt64[np.ndarray, " m"]
+
+    def candidates(
+        self,
+        items: tuple[Candidate, ...],
+        fold_selectors: tuple[PyTree, ...],
+        fold: Int[np.ndarray, " m"],
+        epochs: float | None,
+    ) -> Candidates:
+        """Return the candidates that were fitted on these splits."""
+        return Candidates(
+            items=items,
+            fold_selectors=fold_selectors,
+            select_rows=self.select_rows,
+            select_fold=fold,
+            fit_rows=self.fit_rows,
+            dtype=str(self.images.dtype),
+            epochs=epochs,
+        )
 
 
 def check_splits(chain: Chain, images: np.ndarray, select: np.ndarray) -> CheckedSplits:
@@ -159,55 +154,88 @@ def check_splits(chain: Chain, images: np.ndarray, select: np.ndarray) -> Checke
     return checked
 
 
+def train(
+    chain: Chain,
+    parts: dict[str, Part],
+    splits: CheckedSplits,
+    config: FitConfig,
+    checkpoint: Path | str | None,
+    *,
+    progress: bool,
+) -> Trained:
+    """Train predictors on the fit split; a checkpoint is resumed only by a fit of the same base, rows and options."""
+    # Two chains with the same parameters may differ in their blocks, hence the program.
+    spec = jax.ShapeDtypeStruct((1, *chain.input_spec.shape), chain.input_spec.dtype)
+    base = f"{chain.input_spec} {chain.normalization} {jax.make_jaxpr(Chain.__call__)(chain, spec)}"
+    identity = f"{config} {parts} {base} {fingerprint(splits.fit_rows)} {tree_digest(chain.params)}"
+    folder = Path(checkpoint) if checkpoint else None
+    return train_predictors(
+        chain, parts, splits.images, config, checkpoint=folder, identity=identity, progress=progress
+    )
+
+
+def deal_folds(select_rows: UInt64[np.ndarray, " n"], config: FitConfig) -> Int[np.ndarray, " n"]:
+    """Deal the select rows evenly into folds 0 .. folds - 1; equal rows share one.
+
+    Raises:
+        InputError: There are fewer distinct rows than folds.
+    """
+    unique, copy_of = np.unique(select_rows, return_inverse=True)
+    n = len(unique)
+    if n < config.folds:
+        raise InputError(f"select: expected at least one distinct row for each of {config.folds} folds, got {n}")
+    fold = np.random.default_rng((config.seed, n)).permutation(np.arange(n) % config.folds)
+    return fold.astype(np.int32)[copy_of]
+
+
 def fit_selectors(
     chain: Chain,
     parts: Mapping[str, Part],
     select: np.ndarray,
     fold: Int[np.ndarray, " n"],
     config: FitConfig,
-    pause: Callable[[], None] | None = None,
+    pause: Pause = no_pause,
 ) -> tuple[PyTree, ...]:
-    """Return, for each part, the variables of its selectors of all folds; ``pause`` is called after every step."""
+    """Fit the selectors of trained predictors.
+
+    Args:
+        chain: The base.
+        parts: The predictors with their variables, and the selectors.
+        select: The select split[n, ...].
+        fold: Of its rows.
+        config: Its batch, folds and seed.
+        pause: Called after every batch and every selector.
+
+    Returns:
+        For each part, the variables[folds + 1, ...] of the selectors fitted without each fold, and on all rows.
+    """
     trained = {name: part.variables for name, part in parts.items()}
+    static = Static(tuple(parts.items()))
     batches, found = [], []
     for rows in full_batches(len(select), config.batch):
-        said = _predict(chain, trained, select[rows], parts=Static(tuple(parts.items())))
-        batches.append(jax.block_until_ready(said))
-        _rest(pause)
+        batches.append(jax.block_until_ready(_predict(chain, trained, select[rows], parts=static)))
+        pause()
     base_logits, logits = jax.tree.map(lambda *rows: jnp.concatenate(rows)[: len(select)], *batches)
     answers = jnp.argmax(base_logits, -1)
     key = jax.random.key(config.seed + 2)
+    weights = np.stack([fold != f for f in range(config.folds + 1)]).astype(np.float32)  # the last sees all rows
     for name, part in parts.items():
         agrees = jnp.argmax(logits[name], -1) == answers
-        fitted = fit_selector_folds(part.selector, logits[name], agrees, fold, config.folds, key)
-        found.append(jax.block_until_ready(fitted))
-        _rest(pause)
+        fit_folds = jax.vmap(functools.partial(fit_selector, part.selector, logits[name], agrees, key=key))
+        found.append(jax.block_until_ready(fit_folds(weights)))
+        pause()
     return tuple(found)
 
 
-def _rest(pause: Callable[[], None] | None) -> None:
-    if pause is not None:
-        pause()
+def last_selector(variables: PyTree) -> PyTree:
+    """Return the final one of a candidate's fold selectors."""
+    return jax.tree.map(lambda v: v[-1], variables)
 
 
 @functools.partial(jax.jit, static_argnames="parts")
 def _predict(chain: Chain, variables: PyTree, images: Array, *, parts: Static) -> tuple[Array, dict[str, Array]]:
     sites, base_logits = chain.activations(chain.prepare(images))
     return base_logits, predict_all(dict(parts.values), variables, sites)
-
-
-def chain_code(chain: Chain) -> str:
-    """Write out what the chain computes: two chains with the same parameters may differ in their blocks."""
-    spec = jax.ShapeDtypeStruct((1, *chain.input_spec.shape), chain.input_spec.dtype)
-    return f"{chain.input_spec} {chain.normalization} {jax.make_jaxpr(Chain.__call__)(chain, spec)}"
-
-
-_STEPS, _RATE, _DECAY = 400, 0.02, 1e-3
-
-
-def deal_folds(n: int, folds: int, seed: int) -> Int[np.ndarray, " n"]:
-    """Deal n rows evenly into folds 0 .. folds - 1."""
-    return np.random.default_rng((seed, n)).permutation(np.arange(n) % folds).astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="selector")
@@ -244,16 +272,3 @@ def fit_selector(
     variables = selector.init(key, logits[:1])
     (variables, _), _ = jax.lax.scan(step, (variables, optimizer.init(variables)), None, _STEPS)
     return variables
-
-
-def fit_selector_folds(
-    selector: nn.Module,
-    logits: Float[Array, "n classes"],
-    agrees: Bool[Array, " n"],
-    fold: Int[np.ndarray, " n"],
-    folds: int,
-    key: PRNGKeyArray,
-) -> PyTree:
-    """Fit ``folds`` selectors, the f-th without the rows of fold f, and one on all rows: variables[folds + 1, ...]."""
-    weights = np.stack([fold != f for f in range(folds + 1)]).astype(np.float32)
-    return jax.vmap(lambda weight: fit_selector(selector, logits, agrees, weight, key))(weights)

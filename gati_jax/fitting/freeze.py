@@ -1,12 +1,13 @@
 """Fit Freeze Inference's caches: key networks learn the base's answers, then keys of the fit split become points.
 
-Key networks are the hidden layers of FC(units) heads (or of pooled ones), trained like any predictors, all sites in one
-pass over the data; their output layers are dropped. Then one more pass computes all keys, a batch at a time: what is
-held is n x units floats a site, never n activations.
+Key networks are the hidden layers of FC(units) heads (or of pooled ones), trained like other predictors, all sites in
+one pass over the data; their output layers are dropped. One more pass computes all keys, a batch at a time: memory is
+n x units floats a site, and never n activations.
 """
 
 import dataclasses
 import functools
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 from pydantic import AfterValidator, Field
 
 from gati_jax.caches import (
@@ -25,23 +26,25 @@ from gati_jax.caches import (
     Grid,
     Neighbours,
     key_features,
+    nearest,
     points_within,
     squared_distances,
     stored_centres,
     stored_points,
+    vote,
 )
-from gati_jax.data import fingerprint
 from gati_jax.errors import InputError
 from gati_jax.models import Chain
 from gati_jax.options import Count, check_options
-from gati_jax.pytrees import tree_digest
 
-from .fit import Candidates, chain_code, check_splits
+from .fit import Candidates, check_splits, train
 from .heads import Head, Part, parts_of
-from .predictors import DEFAULT_CONFIG, FitConfig, train_predictors
-from .stored_points import Choice, choose_points
+from .predictors import DEFAULT_CONFIG, FitConfig
 
 Kind = Literal["knn", "kmeans"]
+Choice = Literal["random", "condensed", "spread"]
+_ROUNDS = 4  # in which "condensed" adds points
+_ROWS = 512  # of a matrix of distances at a time
 
 
 def _distinct(kinds: tuple[str, ...]) -> tuple[str, ...]:
@@ -88,9 +91,7 @@ class FreezeConfig:
         """
         kept = n if self.budget is None else min(n, points_within(self.budget // sites, self.key_units))
         if kept < self.k:
-            raise InputError(
-                f"k: expected at most the points of a cache, got {self.k}, and room for {max(0, kept)} points"
-            )
+            raise InputError(f"k: expected at most the points of a cache, got {self.k}, and room for {kept} points")
         return kept
 
 
@@ -109,17 +110,17 @@ def fit_freeze(
     checkpoint: Path | str | None = None,
     progress: bool = True,
 ) -> Candidates:
-    """Make neighbour caches that reproduce the answers of a frozen base. No labels are needed.
+    """Fit neighbour caches that reproduce the answers of a frozen base. No labels are needed.
 
     Args:
         chain: The base.
-        images: The fit split: uint8 or prepared inputs. Its keys, not augmented, are the points.
-        select: The rows that will set thresholds. Nothing is fitted on them; they are only remembered.
-        sites: Where; None for sites 1 .. N - 1.
+        images: The fit split: uint8 or prepared inputs[n, ...]. Their keys, without augmentation, are the points.
+        select: The rows[m, ...] that will set thresholds. Nothing is fitted on them; their digests are kept.
+        sites: Where to fit caches; None for sites 1 .. N - 1.
         freeze: Which caches.
         config: How key networks are trained.
-        heads: Fitted FC(units) heads (Grid heads where ``freeze.cells`` says so), one at each site, whose hidden layers
-            become the key networks; None trains them.
+        heads: Fitted FC(units) heads (Grid heads with ``freeze.cells``), one at each site, whose hidden layers become
+            the key networks; None trains them.
         checkpoint: As in ``fit``.
         progress: Whether to draw a progress bar on a terminal.
 
@@ -127,42 +128,32 @@ def fit_freeze(
         Candidates "knn@k" and "kmeans@k", as ``fit`` returns its own.
 
     Raises:
-        InputError: Images that the chain does not take, overlapping splits, a site that the chain does not have, or
-            room for fewer points than a cache asks.
+        InputError: Images that the chain does not take, overlapping splits, a site that the chain does not have, room
+            for fewer points than a cache looks up, or "kmeans" without scikit-learn.
     """
-    images, select, fit_rows, select_rows = check_splits(chain, images, select)
+    splits = check_splits(chain, images, select)
     parts = parts_of(chain, [_key_head(freeze, sites)])
-    kept = freeze.points(len(images), len(parts)) if "knn" in freeze.kinds else 0
-    if "kmeans" in freeze.kinds and freeze.centres > len(images):
-        raise InputError(f"centres: expected at most the {len(images)} images, got {freeze.centres}")
-    epochs = None if heads is None else heads.epochs
-    if heads is not None:
-        parts = _as_trained(parts, heads)
+    kept = freeze.points(len(splits.images), len(parts)) if "knn" in freeze.kinds else 0
+    if "kmeans" in freeze.kinds and freeze.centres > len(splits.images):
+        raise InputError(f"centres: expected at most the {len(splits.images)} images, got {freeze.centres}")
+    if heads is None:
+        parts, epochs = train(chain, parts, splits, config, checkpoint, progress=progress)
     else:
-        identity = f"{config} {parts} {chain_code(chain)} {fingerprint(fit_rows)} {tree_digest(chain.params)}"
-        folder = Path(checkpoint) if checkpoint else None
-        parts, epochs = train_predictors(
-            chain, parts, images, config, checkpoint=folder, identity=identity, progress=progress
-        )
-    networks = {name: _key_network(part) for name, part in parts.items()}
+        parts, epochs = _as_trained(parts, heads), heads.epochs
+    networks = {part.site: _hidden(part.variables) for part in parts.values()}
     del parts  # and with them the output layers
-    keys, answers = _all_keys(chain, networks, images, freeze.cells, config.batch)
-    items = [
-        _candidate(
-            kind, network, keys[name], answers, classes=chain.classes, kept=kept, freeze=freeze, seed=config.seed
-        )
-        for kind in freeze.kinds
-        for name, network in networks.items()
-    ]
-    return Candidates(
-        items=tuple(items),
-        fold_selectors=({},) * len(items),
-        select_rows=select_rows,
-        select_fold=np.zeros(len(select_rows), np.int32),
-        fit_rows=fit_rows,
-        dtype=str(images.dtype),
-        epochs=epochs,
-    )
+    keys, answers = _all_keys(chain, networks, splits.images, freeze.cells, config.batch)
+    items = []
+    for kind in freeze.kinds:
+        for site, hidden in networks.items():
+            if kind == "knn":
+                predictor, points = _neighbours(keys[site], answers, kept, chain.classes, freeze, config.seed)
+            else:
+                predictor, points = _centres(keys[site], answers, chain.classes, freeze, config.seed)
+            params = {"predictor": {"params": {"hidden": hidden}, "points": points}, "selector": {}}
+            items.append(Candidate(f"{kind}@{site}", site, predictor, Confidence(), params))
+    fold = np.zeros(len(splits.select_rows), np.int32)
+    return splits.candidates(tuple(items), ({},) * len(items), fold, epochs)
 
 
 def _key_head(freeze: FreezeConfig, sites: tuple[int, ...] | None) -> Head:
@@ -175,7 +166,7 @@ def _key_head(freeze: FreezeConfig, sites: tuple[int, ...] | None) -> Head:
 
 
 def _as_trained(parts: dict[str, Part], heads: Candidates) -> dict[str, Part]:
-    """Take key networks from heads that are trained already.
+    """Return the parts with the variables of heads that are trained already.
 
     Raises:
         InputError: They are other heads, or at other sites.
@@ -190,145 +181,213 @@ def _as_trained(parts: dict[str, Part], heads: Candidates) -> dict[str, Part]:
     return {name: dataclasses.replace(part, variables=variables[part.site]) for name, part in parts.items()}
 
 
-def _key_network(part: Part) -> tuple[int, PyTree]:
-    variables: Any = part.variables
-    return part.site, {"hidden": variables["params"]["hidden"]}
+def _hidden(variables: Any) -> dict[str, Array]:  # noqa: ANN401 (a pytree)
+    return variables["params"]["hidden"]
 
 
 def _all_keys(
-    chain: Chain, networks: dict[str, tuple[int, PyTree]], images: np.ndarray, cells: int | None, batch: int
-) -> tuple[dict[str, Float[np.ndarray, "n units"]], Int[np.ndarray, " n"]]:
+    chain: Chain, networks: dict[int, PyTree], images: np.ndarray, cells: int | None, batch: int
+) -> tuple[dict[int, Float[np.ndarray, "n units"]], Int[np.ndarray, " n"]]:
     """Return the keys of all images by site, and the base's answers."""
-    sites = {name: site for name, (site, _) in networks.items()}
 
     @jax.jit
     @jax.default_matmul_precision("highest")
-    def compute(chain: Chain, params: dict[str, PyTree], rows: Array) -> tuple[dict[str, Array], Array]:
-        at, logits = chain.activations(chain.prepare(rows))
-        keys = {}
-        for name, site in sites.items():
-            hidden = params[name]["hidden"]
-            keys[name] = nn.relu(key_features(at[site], cells) @ hidden["kernel"] + hidden["bias"][None])
+    def compute(chain: Chain, networks: dict[int, PyTree], rows: Array) -> tuple[dict[int, Array], Array]:
+        activations, logits = chain.activations(chain.prepare(rows))
+        keys = {
+            site: nn.relu(key_features(activations[site], cells) @ hidden["kernel"] + hidden["bias"][None])
+            for site, hidden in networks.items()
+        }
         return keys, jnp.argmax(logits, -1)
 
-    params = {name: own for name, (_, own) in networks.items()}
-    units = {name: own["hidden"]["bias"].shape[0] for name, own in params.items()}
-    keys = {name: np.empty((len(images), width), np.float32) for name, width in units.items()}
+    keys = {site: np.empty((len(images), len(hidden["bias"])), np.float32) for site, hidden in networks.items()}
     answers = np.empty(len(images), np.int32)
     for start in range(0, len(images), batch):
-        rows = images[start : start + batch]
-        said, answers[start : start + batch] = compute(chain, params, rows)
-        for name, some in said.items():
-            keys[name][start : start + batch] = some
+        rows = slice(start, start + batch)
+        found, answers[rows] = compute(chain, networks, images[rows])
+        for site, some in found.items():
+            keys[site][rows] = some
     return keys, answers
 
 
-def _candidate(
-    kind: Kind,
-    key_network: tuple[int, PyTree],
+def _neighbours(
     keys: Float[np.ndarray, "n units"],
     answers: Int[np.ndarray, " n"],
-    *,
-    classes: int,
     kept: int,
+    classes: int,
     freeze: FreezeConfig,
     seed: int,
-) -> Candidate:
-    site, params = key_network
-    shape = {"units": freeze.key_units, "cells": freeze.cells}
-    if kind == "knn":
-        how = freeze.choice if kept < len(keys) else "random"  # which then keeps all
-        rows = choose_points(keys, answers, kept, k=freeze.k, classes=classes, how=how, seed=seed)
-        predictor: nn.Module = Neighbours(classes, points=kept, k=freeze.k, **shape)
-        points = stored_points(keys[rows], answers[rows], kept)
-    else:
-        predictor = Centres(classes, centres=freeze.centres, **shape)
-        at, nearest = k_means(keys, freeze.centres, seed=seed)
-        labels, share = describe_centres(nearest, answers, freeze.centres, classes)
-        points = stored_centres(at, labels, share)
-    variables = {"predictor": {"params": params, "points": points}, "selector": {}}
-    return Candidate(f"{kind}@{site}", site, predictor, Confidence(), variables)
+) -> tuple[Neighbours, dict[str, Array]]:
+    how = freeze.choice if kept < len(keys) else "random"  # which then keeps all
+    rows = choose_points(keys, answers, kept, k=freeze.k, classes=classes, how=how, seed=seed)
+    predictor = Neighbours(classes, points=kept, k=freeze.k, units=freeze.key_units, cells=freeze.cells)
+    return predictor, stored_points(keys[rows], answers[rows])
 
 
-def k_means(
-    points: Float[Array | np.ndarray, "n units"], centres: int, *, seed: int, rounds: int = 50
-) -> tuple[Float[Array, "centres units"], Int[Array, " n"]]:
-    """Return centres and, for each point, the nearest of them.
+def _centres(
+    keys: Float[np.ndarray, "n units"], answers: Int[np.ndarray, " n"], classes: int, freeze: FreezeConfig, seed: int
+) -> tuple[Centres, dict[str, Array]]:
+    predictor = Centres(classes, centres=freeze.centres, units=freeze.key_units, cells=freeze.cells)
+    return predictor, stored_centres(*labelled_centres(keys, answers, freeze.centres, classes=classes, seed=seed))
 
-    It stops when no point changes its centre. A centre that has lost all its points moves to the point that is farthest
-    from its own, so no centre is left without points as long as there are enough distinct ones.
+
+def labelled_centres(
+    keys: Float[np.ndarray, "n units"], labels: Int[np.ndarray, " n"], centres: int, *, classes: int, seed: int
+) -> tuple[Float[np.ndarray, "centres units"], Int[np.ndarray, " centres"], Float[np.ndarray, " centres"]]:
+    """Cluster keys by k-means.
 
     Args:
-        points: To be represented.
+        keys: To cluster, at least ``centres``.
+        labels: The base's answers.
         centres: How many.
-        seed: Draws the first ones.
-        rounds: At most so many.
+        classes: Of the base.
+        seed: Draws the first centres.
+
+    Returns:
+        The centres, the majority label of each one's keys, and the share of its keys that have it; label -1 and share 0
+        for a centre without keys, which is possible only with fewer distinct keys than centres.
 
     Raises:
-        InputError: Fewer points than centres.
+        InputError: scikit-learn is not installed.
     """
-    if not 1 <= centres <= len(points):
-        raise InputError(f"centres: expected 1 to the {len(points)} points, got {centres}")
-    points = jnp.asarray(points, jnp.float32)
-    norms = jnp.sum(points**2, -1)
-    at = _plus_plus(points, norms, centres, jax.random.key(seed))
-    nearest, _ = _assign(points, at)
-    for _ in range(rounds):
-        at, now = _round(points, at, nearest)
-        if bool(jnp.array_equal(now, nearest)):
-            break
-        nearest = now
-    return at, nearest
-
-
-def describe_centres(
-    nearest: Int[Array | np.ndarray, " n"], labels: Int[Array | np.ndarray, " n"], centres: int, classes: int
-) -> tuple[Int[np.ndarray, " centres"], Float[np.ndarray, " centres"]]:
-    """Return each centre's majority label, and the share of its points that have it; -1 and 0 without points."""
+    try:
+        from sklearn.cluster import KMeans  # noqa: PLC0415 (optional)
+        from sklearn.exceptions import ConvergenceWarning  # noqa: PLC0415
+    except ImportError as error:
+        raise InputError('kinds: "kmeans" needs scikit-learn (pip install "gati-jax[train]")') from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct keys than centres
+        model: Any = KMeans(centres, random_state=seed).fit(keys)
     counts = np.zeros((centres, classes), int)
-    np.add.at(counts, (np.asarray(nearest), np.asarray(labels)), 1)
+    np.add.at(counts, (model.labels_, labels), 1)
     total = counts.sum(1)
-    share = counts.max(1) / np.maximum(total, 1)
-    return np.where(total > 0, counts.argmax(1), -1).astype(np.int32), share.astype(np.float32)
+    majority = np.where(total > 0, counts.argmax(1), -1).astype(np.int32)
+    return model.cluster_centers_, majority, (counts.max(1) / np.maximum(total, 1)).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames="centres")
-def _plus_plus(
-    points: Float[Array, "n units"], norms: Float[Array, " n"], centres: int, key: PRNGKeyArray
-) -> Float[Array, "centres units"]:
-    """Draw each next centre with a chance that grows with the squared distance to the nearest one so far."""
-    keys = jax.random.split(key, centres)
-    first = jax.random.randint(keys[0], (), 0, len(points))
-    at = jnp.zeros((centres, points.shape[1]), jnp.float32).at[0].set(points[first])
+def choose_points(
+    keys: Float[np.ndarray, "n units"],
+    labels: Int[np.ndarray, " n"],
+    size: int,
+    *,
+    k: int,
+    classes: int,
+    how: Choice = "random",
+    seed: int = 0,
+) -> Int[np.ndarray, " size"]:
+    """Return the rows that a k-NN cache keeps if it may not keep all points, in ascending order.
 
-    def draw(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        at, distance = carry
-        distance = jnp.minimum(distance, squared_distances(at[i - 1][None], points, norms)[0])
-        chosen = jax.random.categorical(keys[i], jnp.log(distance + 1e-12))  # all 0 where all points are centres
-        return at.at[i].set(points[chosen]), distance
+    - "random": the same number of every class, or all of a class that has fewer.
+    - "condensed": half of them at random; then, in four rounds, those that a cache of the points so far gets wrong, the
+      most confident errors first; random ones if there are not enough errors.
+    - "spread": within every class, repeatedly the point that is farthest from those already kept (k-centre).
 
-    at, _ = jax.lax.fori_loop(1, centres, draw, (at, jnp.full(len(points), jnp.inf)))
-    return at
+    Args:
+        keys: Of all points.
+        labels: The base's answers.
+        size: How many to keep.
+        k: Neighbours that the cache looks up; "condensed" looks up as many.
+        classes: Of the base.
+        how: See above; docs/freeze.md has a measurement, in which "random" was the best or as good.
+        seed: Of all random choices.
+
+    Raises:
+        InputError: ``size`` is not between 1 and n, or ``how`` is unknown.
+    """
+    if not 1 <= size <= len(keys):
+        raise InputError(f"points: expected 1 to {len(keys)}, got {size}")
+    rng = np.random.default_rng(seed)
+    shares = _shares(np.bincount(labels, minlength=classes), size)
+    if how == "random":
+        chosen = _random(labels, shares, rng)
+    elif how == "condensed":
+        chosen = _condensed(keys, labels, size, k, classes, rng)
+    elif how == "spread":
+        rows = [np.flatnonzero(labels == label) for label in range(classes)]
+        parts = [_spread(keys[r], share) for r, share in zip(rows, shares.tolist(), strict=True)]
+        chosen = np.concatenate([r[part] for r, part in zip(rows, parts, strict=True)])
+    else:
+        raise InputError(f"choice: expected random, condensed or spread, got {how!r}")
+    return np.sort(chosen)
 
 
-def _assign(
-    points: Float[Array, "n units"], at: Float[Array, "centres units"]
-) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
-    distances = squared_distances(points, at, jnp.sum(at**2, -1))
-    return jnp.argmin(distances, 1).astype(jnp.int32), distances.min(1)
+def _shares(counts: Int[np.ndarray, " classes"], size: int) -> Int[np.ndarray, " classes"]:
+    """Divide ``size`` equally among classes; what a small class cannot use goes to the others."""
+    shares = np.zeros_like(counts)
+    while (rest := size - int(shares.sum())) > 0:
+        open_ = np.flatnonzero(shares < counts)
+        each = rest // len(open_)
+        extra = each or np.arange(len(open_)) < rest
+        shares[open_] = np.minimum(counts[open_], shares[open_] + extra)
+    return shares
 
 
-@jax.jit
-def _round(
-    points: Float[Array, "n units"], at: Float[Array, "centres units"], nearest: Int[Array, " n"]
-) -> tuple[Float[Array, "centres units"], Int[Array, " n"]]:
-    """Move every centre to the mean of its points, an empty one to the farthest point; assign the points anew."""
-    count = jnp.zeros(len(at)).at[nearest].add(1.0)
-    total = jnp.zeros_like(at).at[nearest].add(points)
-    mean = total / jnp.maximum(count, 1)[:, None]
-    own = jnp.sum((points - at[nearest]) ** 2, -1)
-    _, farthest = jax.lax.top_k(own, len(at))  # the i-th empty centre takes the i-th farthest point
-    empty = count == 0
-    rank = jnp.cumsum(empty) - 1
-    moved = jnp.where(empty[:, None], points[farthest[jnp.maximum(rank, 0)]], mean)
-    return moved, _assign(points, moved)[0]
+def _random(
+    labels: Int[np.ndarray, " n"], shares: Int[np.ndarray, " classes"], rng: np.random.Generator
+) -> Int[np.ndarray, " size"]:
+    parts = [rng.choice(np.flatnonzero(labels == i), share, replace=False) for i, share in enumerate(shares)]
+    return np.concatenate(parts)
+
+
+def _condensed(
+    keys: Float[np.ndarray, "n units"],
+    labels: Int[np.ndarray, " n"],
+    size: int,
+    k: int,
+    classes: int,
+    rng: np.random.Generator,
+) -> Int[np.ndarray, " size"]:
+    counts = np.bincount(labels, minlength=classes)
+    kept = _random(labels, _shares(counts, min(size, max(k, size // 2))), rng)
+    for i in range(_ROUNDS):
+        rest = np.setdiff1d(np.arange(len(keys)), kept)
+        room = (size - len(kept)) // (_ROUNDS - i)
+        if room == 0 or len(rest) == 0:
+            continue
+        scores = _scores(keys[rest], keys[kept], labels[kept], min(k, len(kept)), classes)
+        wrong = scores.argmax(1) != labels[rest]
+        order = np.argsort(-np.where(wrong, scores.max(1), -np.inf), kind="stable")
+        kept = np.concatenate([kept, rest[order[: min(room, int(wrong.sum()))]]])
+    rest = np.setdiff1d(np.arange(len(keys)), kept)
+    return np.concatenate([kept, rng.choice(rest, size - len(kept), replace=False)])
+
+
+def _scores(
+    keys: Float[np.ndarray, "n units"],
+    points: Float[np.ndarray, "points units"],
+    labels: Int[np.ndarray, " points"],
+    k: int,
+    classes: int,
+) -> Float[np.ndarray, "n classes"]:
+    """Return the log-scores of a k-NN cache of these points for keys, a few rows at a time."""
+    stored, norms, stored_labels = jnp.asarray(points), jnp.sum(jnp.asarray(points) ** 2, -1), jnp.asarray(labels)
+
+    @jax.jit
+    def scores(rows: Array, stored: Array, norms: Array, stored_labels: Array) -> Array:
+        index, distances = nearest(rows, stored, norms, k)
+        return vote(stored_labels[index], distances, classes)
+
+    parts = [scores(keys[i : i + _ROWS], stored, norms, stored_labels) for i in range(0, len(keys), _ROWS)]
+    return np.concatenate([np.asarray(part) for part in parts])
+
+
+def _spread(keys: Float[np.ndarray, "n units"], size: int) -> Int[np.ndarray, " size"]:
+    if size == 0:
+        return np.zeros(0, int)
+    return np.asarray(_farthest(jnp.asarray(keys), size))
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _farthest(keys: Float[Array, "n units"], size: int) -> Int[Array, " size"]:
+    """Return the point nearest to the mean, followed by the point that is farthest from all earlier ones, and so on."""
+    norms = jnp.sum(keys**2, -1)
+    first = jnp.argmin(squared_distances(keys.mean(0)[None], keys, norms)[0])
+
+    def follow(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        chosen, distance = carry
+        at = chosen[i - 1]
+        distance = jnp.minimum(distance, squared_distances(keys[at][None], keys, norms)[0]).at[at].set(-jnp.inf)
+        return chosen.at[i].set(jnp.argmax(distance)), distance
+
+    start = jnp.zeros(size, jnp.int32).at[0].set(first), jnp.full(len(keys), jnp.inf)
+    return jax.lax.fori_loop(1, size, follow, start)[0]

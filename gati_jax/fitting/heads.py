@@ -1,4 +1,4 @@
-"""Heads: what kinds of caches to make, and at which sites."""
+"""Heads: the kinds of caches to fit, and at which sites."""
 
 import dataclasses
 import math
@@ -48,12 +48,12 @@ class Head:
 
     Args:
         name: Prefix of the candidates' names: "grid" at site 9 becomes "grid@9".
-        predictor: Makes the predictor for a number of classes.
+        predictor: Returns the predictor for a number of classes.
         selector: The selector.
-        sites: Where; None for sites 1 .. N - 1.
-        variables: The predictor's, if it has been trained already: only its selector is fitted then.
+        sites: Where to fit one; None for sites 1 .. N - 1.
+        variables: The predictor's, if it is trained already: then only its selector is fitted.
         selectors: Further selectors to try on the same predictor, by name: "linear" makes "grid+linear@9".
-        cascaded: Whether each, but at the first site, also sees the logits of the one at the site before, see
+        cascaded: Whether each one behind the first site also reads the logits of the one at the site before, see
             ``gati_jax.caches.Cascaded``.
     """
 
@@ -74,7 +74,7 @@ class Head:
         check_options(self)
         others = [name for name, _ in self.selectors]
         if len(set(others)) < len(others):
-            raise InputError(f"selectors: expected distinct names, got {', '.join(others)}: one would replace another")
+            raise InputError(f"selectors: expected distinct names, got {', '.join(others)}")
 
 
 def network_head(
@@ -86,14 +86,14 @@ def network_head(
     base: Normalization,
     selector: nn.Module = DEFAULT_SELECTOR,
 ) -> Head:
-    """Return a trained small network as a head at site 0: whatever it is sure of never reaches the base.
+    """Return a trained small network as a head at site 0: requests that it answers never reach the base.
 
     Args:
         name: The candidate becomes "name@0".
-        network: Its configuration; of the base's classes and inputs.
+        network: Its configuration, with the base's classes and input shape.
         variables: As ``import_state_dict`` reads them.
-        trained: How its inputs were normalised when it was trained.
-        base: How the base's are.
+        trained: The normalisation of its training images.
+        base: The normalisation of the base's inputs.
         selector: The selector.
     """
     predictor, own = import_network(network, variables, trained=trained, base=base)
@@ -105,7 +105,7 @@ DEFAULT_HEADS = (Head(name="grid", predictor=Grid, selector=DEFAULT_SELECTOR),)
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One candidate to be."""
+    """The plan for one candidate: a head at one site."""
 
     site: int
     predictor: nn.Module
@@ -113,11 +113,11 @@ class Part:
     variables: PyTree | None = dataclasses.field(default=None, repr=False, compare=False)
     """The predictor's, once it is trained."""
     previous: str | None = None
-    """Whose logits it sees as well."""
+    """Name of the candidate whose logits it reads as well."""
 
 
 def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
-    """Return the candidates to be, by name.
+    """Return the parts of all heads by candidates' names.
 
     Raises:
         InputError: A site that the chain does not have, names given twice, or a network of other classes.
@@ -136,20 +136,21 @@ def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
             )
         parts |= _parts_of_head(head, predictor, sorted(sites), chain.classes)
     if not parts:
-        msg = f"heads: expected at least one at some site, got none; a chain of {len(chain)} blocks has by default"
-        msg += " sites 1 to N - 1, and site 0 where sites=(0,) says so"
-        raise InputError(msg)
+        raise InputError(
+            f"heads: expected at least one at some site, got none; a chain of {len(chain)} blocks has by default"
+            " sites 1 to N - 1; site 0 needs sites=(0,)"
+        )
     if len(parts) != sum(len(chain) - 1 if h.sites is None else len(h.sites) for h in heads):
         raise InputError(f"heads: expected distinct names, got {[head.name for head in heads]}")
     return parts
 
 
 def more_selectors(parts: Mapping[str, Part], heads: Sequence[Head]) -> dict[str, Part]:
-    """Return the parts, and beside them the same predictors with the heads' further selectors."""
+    """Return the parts, followed by the same predictors with the heads' further selectors."""
     found = dict(parts)
     for head in heads:
         for name, part in parts.items():
-            # Heads of one name at different sites are different heads.
+            # Two heads may share a name at different sites.
             if name == f"{head.name}@{part.site}" and (head.sites is None or part.site in head.sites):
                 for other, selector in head.selectors:
                     found[f"{head.name}+{other}@{part.site}"] = dataclasses.replace(part, selector=selector)
@@ -166,7 +167,7 @@ def _parts_of_head(head: Head, predictor: nn.Module, sites: Sequence[int], class
 
 
 def head_sizes(chain: Chain, heads: Sequence[Head]) -> dict[str, int]:
-    """Return the bytes that every candidate of a fit would take, by name; no array is made."""
+    """Return the bytes of every candidate that a fit would make, by name, without allocating it."""
     shapes = {name: _shapes(chain, part) for name, part in _all_parts(chain, heads).items()}
     return {
         name: sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -175,7 +176,7 @@ def head_sizes(chain: Chain, heads: Sequence[Head]) -> dict[str, int]:
 
 
 def untrained(chain: Chain, heads: Sequence[Head]) -> tuple[Candidate, ...]:
-    """Return the candidates that ``fit`` would make, with small random numbers for what it would learn.
+    """Return the candidates that ``fit`` would make, with small random parameters: for measuring their costs.
 
     Args:
         chain: The base.
@@ -186,7 +187,7 @@ def untrained(chain: Chain, heads: Sequence[Head]) -> tuple[Candidate, ...]:
         random = _random(_shapes(chain, part), jax.random.key(i))
         predictor, variables = part.predictor, part.variables
         if variables is None:
-            # Under several selectors, one predictor: as after a fit, so that its lookup is timed once.
+            # Several selectors share one predictor, as after a fit, so that its lookup is timed once.
             key = part.site, part.predictor, part.previous
             if key not in drawn:
                 drawn[key] = fold_standardize(part.predictor, random["predictor"])
@@ -206,13 +207,9 @@ def _shapes(chain: Chain, part: Part) -> PyTree:
 
     def init(sites: list[jax.Array], logits: jax.Array) -> PyTree:
         key = jax.random.key(0)
-        said = {} if part.previous is None else {part.previous: logits}
-        own = (
-            part.variables
-            if part.variables is not None
-            else part.predictor.init(key, *predictor_inputs(part, sites, said))
-        )
-        return {"predictor": own, "selector": part.selector.init(key, logits)}
+        inputs = predictor_inputs(part, sites, {} if part.previous is None else {part.previous: logits})
+        variables = part.predictor.init(key, *inputs) if part.variables is None else part.variables
+        return {"predictor": variables, "selector": part.selector.init(key, logits)}
 
     return jax.eval_shape(init, batch, logits)
 

@@ -1,4 +1,4 @@
-"""The one training loop: epochs of shuffled batches, a progress bar, checkpoints, exact resumption."""
+"""The training loop: epochs of shuffled batches, a progress bar, checkpoints, exact resumption, a time budget."""
 
 import dataclasses
 import hashlib
@@ -24,10 +24,12 @@ from gati_jax.errors import InputError
 from gati_jax.pytrees import restore_spec
 
 _log = logging.getLogger(__name__)
+_PROBES = 5  # steps to time
+_MARGIN = 0.95  # share of the time for steps; the rest is for checkpoints, and for a machine that slows down
 
 
 class LoopState(NamedTuple):
-    """All that an interrupted run needs to go on exactly where it was."""
+    """The state of training: a run that is restored from it continues exactly."""
 
     step: Int[Array, ""]  # steps taken
     params: PyTree
@@ -36,20 +38,26 @@ class LoopState(NamedTuple):
 
 Step = Callable[..., tuple[LoopState, Float[Array, ""]]]
 """``step(state, *rows[batch, ...]) -> (state, loss)``; jitted, and random only through ``state.step``."""
+Pause = Callable[[], None]
+"""Called between two pieces of work in the background, which can wait there; an exception from it ends the work."""
+
+
+def no_pause() -> None:
+    """Continue at once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long and from what.
+    """The length of a run, its batches and its checkpoints.
 
     Args:
         epochs: Passes over the data.
         batch: Rows in a step.
         seed: Order of the rows.
-        checkpoint_seconds: Least time between two checkpoints; as many times more as one takes seconds to write.
-        steps: Where to end, if that is before the last epoch's end.
-        seconds: Time after which no further step is begun.
-        clock: Tells the time in seconds.
+        checkpoint_seconds: Least time between two checkpoints, multiplied by the seconds that one takes to write.
+        steps: Total number of steps, if fewer than the epochs have.
+        seconds: Time after which no further step is started.
+        clock: Returns the time in seconds.
     """
 
     epochs: int
@@ -76,13 +84,16 @@ def run_loop(
 
     Args:
         step: See ``Step``.
-        state: Where to begin; a checkpoint of the same ``identity`` replaces it.
-        arrays: Rows to draw from, all of one length.
+        state: The initial state; a checkpoint of the same ``identity`` replaces it.
+        arrays: Rows to draw from, all arrays[n, ...] of one length.
         config: Epochs, batch size, seed.
-        checkpoint: Folder for checkpoints; None keeps none. The newest is kept, until the caller removes the folder.
-        identity: Whatever makes two runs the same (configuration, data): only then is a checkpoint taken up.
-        description: Label of the progress bar.
-        progress: Whether to draw one, if standard error is a terminal.
+        checkpoint: Folder for checkpoints, of which the newest is kept; None for no checkpoints.
+        identity: Describes everything that a resumed run must share with the first (configuration, data).
+        description: Label of the progress bar and the log.
+        progress: Whether to draw a bar, if standard error is a terminal.
+
+    Returns:
+        The state after the last step.
 
     Raises:
         InputError: Fewer rows than one batch.
@@ -103,7 +114,7 @@ def run_loop(
     with progress_bar(progress) as bar:
         task = bar.add_task(description, total=total, completed=done)
         for rows in itertools.islice(_steps(n, config, done), max(0, total - done)):
-            if _time_is_spent(config, began, losses):
+            if _is_time_up(config, began, losses):
                 break
             state, loss = step(state, *(array[rows] for array in arrays))
             losses.append(loss)
@@ -115,7 +126,7 @@ def run_loop(
                 losses.clear()
             bar.update(task, completed=done, description=description)
             now = config.clock()
-            # Heads of gigabytes take a while to write: no more than a thirtieth of the time goes into it.
+            # Heads may have gigabytes: with the default, at most a thirtieth of the time goes into writing them.
             if checkpointer and now - saved >= config.checkpoint_seconds * max(1.0, took):
                 checkpointer.save(done, state)
                 kept, saved = done, config.clock()
@@ -127,10 +138,10 @@ def run_loop(
     return state
 
 
-def _time_is_spent(config: LoopConfig, began: float, losses: list[Array]) -> bool:
+def _is_time_up(config: LoopConfig, began: float, losses: list[Array]) -> bool:
     if config.seconds is None:
         return False
-    jax.block_until_ready(losses)  # or steps would only be queued while there is time
+    jax.block_until_ready(losses)  # steps are dispatched asynchronously, so the clock would run ahead of them
     return config.clock() - began >= config.seconds
 
 
@@ -143,12 +154,12 @@ def _steps(n: int, config: LoopConfig, done: int) -> Iterator[Int[np.ndarray, " 
 
 
 def checkpoint_folder(folder: Path, identity: str) -> Path:
-    """Return where the checkpoints of one identity lie."""
+    """Return the folder of one identity's checkpoints."""
     return folder / hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
 
 
 def open_checkpoints(folder: Path | None, identity: str) -> Any | None:  # noqa: ANN401 (orbax is untyped)
-    """Return a checkpointer of one identity, which keeps the newest; None without a folder."""
+    """Return a checkpointer of one identity that keeps the newest checkpoint; None without a folder."""
     if folder is None:
         return None
     keep_newest: Any = ocp.training.preservation_policies.LatestN(1)
@@ -157,13 +168,8 @@ def open_checkpoints(folder: Path | None, identity: str) -> Any | None:  # noqa:
     return ocp.training.Checkpointer(str(path), preservation_policy=keep_newest, cleanup_tmp_directories=True)
 
 
-_log = logging.getLogger(__name__)
-_PROBES = 5
-_MARGIN = 0.95  # the rest is for checkpoints, and for a machine that gets slower
-
-
-class _Laid(BaseModel):
-    """What a budget was found to pay for."""
+class _Budget(BaseModel):
+    """A time budget and the number of steps that were found to fit into it."""
 
     minutes: float
     steps: int = Field(ge=1)
@@ -172,15 +178,15 @@ class _Laid(BaseModel):
 def within_minutes(
     step: Step, state: LoopState, arrays: tuple[np.ndarray, ...], loop: LoopConfig, minutes: float, record: Path | None
 ) -> LoopConfig:
-    """Return the loop with as many of its steps as fit into the time.
+    """Return the loop shortened to as many steps as fit into the time.
 
     Args:
-        step: As for ``run_loop``; a few are taken, compilation aside, with a copy of the state.
-        state: Where the loop would begin.
+        step: As for ``run_loop``; a few steps are timed after compilation, on a copy of the state.
+        state: The loop's initial state.
         arrays: Its rows.
         loop: The loop without a budget; its clock measures.
-        minutes: For compilation, these steps and the loop.
-        record: A file: the same budget is not measured twice, so that a run that is resumed ends where it would have.
+        minutes: For compilation, the timed steps and the loop.
+        record: A file that keeps the result, so that a resumed run has the same number of steps.
     """
     began = loop.clock()
     known = _read(record)
@@ -198,11 +204,9 @@ def within_minutes(
 
 
 def report_budget(done: int, loop: LoopConfig, per_epoch: int, minutes: float, record: Path | None) -> None:
-    """Say how much of a fit its time has paid for, and write down where it ended: there it ends if it is run again."""
+    """Log how much of a fit its time was enough for; record where it ended, so that the same fit ends there again."""
     if loop.steps is not None and done < loop.steps:
-        _log.warning(
-            "the time was spent before the schedule's end: the machine has become slower since the first steps"
-        )
+        _log.warning("the time was up before the schedule's end: steps have become slower since the first ones")
         _write(record, minutes, done)
     if done < per_epoch * loop.epochs:
         _log.warning("%.3g of %d epochs were done in %g minutes", done / per_epoch, loop.epochs, minutes)
@@ -211,22 +215,22 @@ def report_budget(done: int, loop: LoopConfig, per_epoch: int, minutes: float, r
 def _write(record: Path | None, minutes: float, steps: int) -> None:
     if record is not None:
         record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(_Laid(minutes=minutes, steps=steps).model_dump_json() + "\n", encoding="utf-8")
+        record.write_text(_Budget(minutes=minutes, steps=steps).model_dump_json() + "\n", encoding="utf-8")
 
 
-def _read(record: Path | None) -> _Laid | None:
+def _read(record: Path | None) -> _Budget | None:
     if record is None or not record.is_file():
         return None
     try:
-        return _Laid.model_validate_json(record.read_bytes())
+        return _Budget.model_validate_json(record.read_bytes())
     except ValidationError:
-        _log.warning("%s is damaged: it is measured anew how many steps fit into the time", record)
+        _log.warning("%s is damaged: measuring again how many steps fit into the time", record)
         return None
 
 
 def _seconds_a_step(step: Step, state: LoopState, arrays: tuple[np.ndarray, ...], loop: LoopConfig) -> float:
     rows = [array[: loop.batch] for array in arrays]
-    state = jax.tree.map(jnp.copy, state)  # for the step may donate it
+    state = jax.tree.map(jnp.copy, state)  # the step may donate its state
     state, loss = jax.block_until_ready(step(state, *rows))  # compiles
     began = loop.clock()
     for _ in range(_PROBES):
@@ -243,7 +247,7 @@ class _Rate(ProgressColumn):
 
 
 def progress_bar(wanted: bool) -> Progress:  # noqa: FBT001
-    """Return a bar that is drawn if it is wanted and standard error is a terminal."""
+    """Return a progress bar; it is drawn if ``wanted`` and if standard error is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     return Progress(*columns, console=console, disable=not (wanted and console.is_terminal))

@@ -1,7 +1,7 @@
-"""Train the predictors of one base: all sites and heads in one pass over the data.
+"""Train the predictors of one base by distillation: all sites and heads in one pass over the data.
 
 Activations and base logits are computed inside the jitted step from the same augmented images, and never stored.
-The base's parameters are an argument of that step that nothing updates.
+The base's parameters are an argument of that step, and no optimiser state refers to them.
 """
 
 import dataclasses
@@ -23,11 +23,13 @@ from gati_jax.caches import Activations, fold_standardize, predict_all, predicto
 from gati_jax.errors import InputError
 from gati_jax.models import Chain, fast_forward
 from gati_jax.options import Count, NotNegative, Positive, Seed, check_options
+from gati_jax.pytrees import Static
 
 from .heads import Part
 from .loop import LoopConfig, LoopState, Step, checkpoint_folder, report_budget, run_loop, within_minutes
 
 Images = Shaped[Array, "batch *input"]
+_INIT_ROWS = 512  # enough for the features' means and scales
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,9 +71,6 @@ class Augment:
         return images
 
 
-_INIT_ROWS = 512  # enough to tell the features' means and scales
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """How predictors and selectors are trained."""
@@ -108,15 +107,16 @@ DEFAULT_CONFIG = FitConfig()
 
 
 class Trained(NamedTuple):
-    """Predictors that are ready for use."""
+    """Trained predictors."""
 
     parts: dict[str, Part]
+    """With their variables, ``Standardize`` folded away."""
     epochs: float
-    """Passes that they had: fewer than configured where the time was spent."""
+    """Passes over the data: fewer than configured if the time was up."""
 
 
 def optimizer_of(config: FitConfig, steps: Int[Array, ""]) -> optax.GradientTransformation:
-    """Return the optimizer for a fit of so many steps, whose number is data: another one compiles nothing."""
+    """Return the optimizer for a fit of ``steps`` steps; as their number is traced, another one compiles nothing."""
     warm = steps // 10
 
     def rate(count: ArrayLike) -> Array:
@@ -130,24 +130,17 @@ def optimizer_of(config: FitConfig, steps: Int[Array, ""]) -> optax.GradientTran
     return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=0.9))
 
 
-def _init(
-    chain: Chain, parts: dict[str, Part], images: np.ndarray, config: FitConfig
-) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
-    """Draw initial parameters, and take the constants that predictors read off their first activations."""
-
-    @jax.jit
-    def init(chain: Chain, images: Array) -> dict[str, PyTree]:
-        sites, base_logits = chain.activations(chain.prepare(images))
-        keys = jax.random.split(jax.random.key(config.seed), len(parts))
-        any_logits = dict.fromkeys(parts, base_logits)  # of the right shape, for those that see another's
-        return {
-            name: part.predictor.init(keys[i], *predictor_inputs(part, sites, any_logits))
-            for i, (name, part) in enumerate(parts.items())
-        }
-
-    variables = init(chain, images)
-    params = {name: v["params"] for name, v in variables.items()}
-    return params, {name: {k: c for k, c in v.items() if k != "params"} for name, v in variables.items()}
+@functools.partial(jax.jit, static_argnames=("parts", "seed"))
+def _init(chain: Chain, images: Array, *, parts: Static, seed: int) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+    """Return initial parameters, and the constants that predictors take from their first activations."""
+    sites, base_logits = chain.activations(chain.prepare(images))
+    keys = jax.random.split(jax.random.key(seed), len(parts.values))
+    any_logits = {name: base_logits for name, _ in parts.values}  # of the right shape, for cascaded ones
+    params, constants = {}, {}
+    for key, (name, part) in zip(keys, parts.values, strict=True):
+        constants[name] = dict(part.predictor.init(key, *predictor_inputs(part, sites, any_logits)))
+        params[name] = constants[name].pop("params")
+    return params, constants
 
 
 def train_predictors(
@@ -161,7 +154,17 @@ def train_predictors(
     progress: bool,
     clock: Callable[[], float] = time.monotonic,
 ) -> Trained:
-    """Train predictors; return them with their variables.
+    """Train predictors.
+
+    Args:
+        chain: The base.
+        parts: The predictors by name.
+        images: The fit split[n, ...].
+        config: How to train them.
+        checkpoint: Folder for checkpoints; None for no checkpoints.
+        identity: Describes the fit: only a checkpoint of the same one is resumed.
+        progress: Whether to draw a progress bar.
+        clock: Measures the time budget.
 
     Raises:
         InputError: Fewer images than one batch, or a predictor diverged.
@@ -169,9 +172,9 @@ def train_predictors(
     if len(images) < config.batch:
         raise InputError(f"images: expected at least one batch of {config.batch} rows, got {len(images)}")
     chain = fast_forward(chain)
-    jitted = jax.jit(functools.partial(_step, dict(parts), config), donate_argnames="state")
+    static = Static(tuple(parts.items()))
     drawn = np.random.default_rng(config.seed).permutation(len(images))[:_INIT_ROWS]
-    params, constants = _init(chain, parts, images[drawn], config)
+    params, constants = _init(chain, images[drawn], parts=static, seed=config.seed)
     per_epoch = len(images) // config.batch
     planned = per_epoch * config.epochs
     first = LoopState(jnp.zeros((), jnp.int32), params, optimizer_of(config, jnp.asarray(planned)).init(params))
@@ -179,7 +182,11 @@ def train_predictors(
 
     def step_of(steps: int) -> Step:
         total = jnp.asarray(steps, jnp.int32)
-        return lambda state, rows: jitted(chain, constants, total, state=state, images=rows)
+        # The length of a fit is data, and not part of the program: longer fits share it.
+        program = dataclasses.replace(config, epochs=1, minutes=None)
+        return lambda state, rows: _step(
+            chain, constants, total, state=state, images=rows, parts=static, config=program
+        )
 
     record = None if checkpoint is None else checkpoint_folder(checkpoint, identity).with_suffix(".budget.json")
     if config.minutes is not None:
@@ -206,24 +213,25 @@ def train_predictors(
 
 
 def merge(params: dict[str, PyTree], constants: dict[str, PyTree]) -> dict[str, PyTree]:
-    """Return whole variables: what is learned, and what was read off the first activations."""
+    """Return whole variables: parameters, and the constants that were taken from the first activations."""
     return {name: {"params": params[name], **constants[name]} for name in params}
 
 
+@functools.partial(jax.jit, static_argnames=("parts", "config"), donate_argnames="state")
 def _step(
-    parts: dict[str, Part],
-    config: FitConfig,
     chain: Chain,
     constants: dict[str, PyTree],
     steps: Int[Array, ""],
     *,
     state: LoopState,
     images: Array,
+    parts: Static,
+    config: FitConfig,
 ) -> tuple[LoopState, Float[Array, ""]]:
     """Advance all predictors by one batch of images."""
     key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
     sites, base_logits = chain.activations(chain.prepare(config.augment(key, images)))
-    return advance(parts, config, constants, steps, state=state, sites=sites, base_logits=base_logits)
+    return advance(dict(parts.values), config, constants, steps, state=state, sites=sites, base_logits=base_logits)
 
 
 def advance(
@@ -236,9 +244,9 @@ def advance(
     sites: Activations,
     base_logits: Float[Array, "batch classes"],
 ) -> tuple[LoopState, Float[Array, ""]]:
-    """Advance all predictors by one batch of activations, in a fit of so many steps.
+    """Advance all predictors by one batch of activations, in a fit of ``steps`` steps.
 
-    The sum of losses keeps their gradients independent of one another.
+    The sum of the losses leaves each predictor's gradient independent of the others.
     """
 
     def loss(params: PyTree) -> Float[Array, ""]:
@@ -295,8 +303,8 @@ def apply_gradients(
 ) -> tuple[P, Any]:
     """Return updated parameters and optimiser state.
 
-    optax counts steps in int32 and raises floats to that power, which strict dtype promotion refuses: it is relaxed
-    here, and only here.
+    optax raises floats to the power of an int32 step count, which strict dtype promotion forbids: it is relaxed here
+    only.
     """
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer.update(gradients, opt_state, params)  # pyright: ignore[reportArgumentType] (pytrees)
@@ -304,10 +312,10 @@ def apply_gradients(
 
 
 def cutout(key: PRNGKeyArray, images: Images, size: int) -> Images:
-    """Set a square to zero in every image (DeVries and Taylor, arXiv:1708.04552); zero is the mean once normalised.
+    """Set a square of every image to zero, the mean after normalisation (DeVries and Taylor, arXiv:1708.04552).
 
     Args:
-        key: Draws the squares' centres, anywhere in the picture: part of a square may lie outside.
+        key: Draws the squares' centres, anywhere in the picture: a square may extend beyond the edge.
         images: [batch, height, width, channels].
         size: Side of the square in pixels; 0 leaves the images as they are.
     """

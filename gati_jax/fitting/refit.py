@@ -1,14 +1,13 @@
-"""Go on with candidates that are in use: from the parameters that they have, on newer images.
+"""Continue the fit of candidates that are in use, on recent images.
 
-Activations are computed once and kept, for the base is what costs, and the images of a window are few: 2,000 of them
-at a site of 8x8x256 take 131 MB. There is no augmentation, therefore. Candidates keep their names, structure and
-shapes, so that a program compiled for the old ones takes the new.
+The base's activations are computed once and kept: the forward pass dominates the cost, and recent images are few (2,000
+of them at a site of 8x8x256 take 131 MB). Hence there is no augmentation. Candidates keep their names, structure and
+shapes, so a program that was compiled for the old ones accepts the new ones.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +20,14 @@ from gati_jax.errors import InputError
 from gati_jax.models import Chain, fast_forward
 from gati_jax.pytrees import Static
 
-from .fit import Candidates, check_splits, deal, fit_selectors
+from .fit import Candidates, check_splits, deal_folds, fit_selectors, last_selector
 from .heads import Part
-from .loop import LoopConfig, LoopState, run_loop
+from .loop import LoopConfig, LoopState, Pause, no_pause, run_loop
 from .predictors import FitConfig, advance, check_finite, merge, optimizer_of
 
 REFIT_CONFIG = FitConfig(epochs=10, batch=64, learning_rate=1e-3)
 _STATISTICS_ROWS = 512
-_KEPT = Network | Neighbours | Centres  # not trained by gradients, or too large for a window's few images
-
-Pause = Callable[[], None]
+_KEPT = Network | Neighbours | Centres  # not trained by gradients, or too large for a few images
 
 
 def refit(
@@ -42,81 +39,65 @@ def refit(
     config: FitConfig = REFIT_CONFIG,
     pause: Pause | None = None,
 ) -> Candidates:
-    """Train heads on, and fit their selectors anew; networks and stored points keep theirs, and get new selectors.
+    """Continue the training of heads, and fit all selectors anew; networks and stored points stay as they are.
 
     Args:
         chain: The base.
         candidates: As a bundle has them.
-        images: To learn the base's answers on: the older part of a window.
-        select: Of later requests, and without those of ``images``: the selectors learn here.
-        config: As for a fit; there is no augmentation.
-        pause: Called after every piece of work, the longest of which is a selector's fit. Whoever refits in the
-            background rests there; what it raises ends the refit.
+        images: Recent requests[n, ...], on which heads learn the base's answers.
+        select: Later requests[m, ...], none of them among ``images``: the selectors are fitted on them.
+        config: As for a fit, without augmentation.
+        pause: Called after every batch, step and selector.
 
     Raises:
         InputError: As ``fit``; or a candidate takes another's logits.
     """
     items = tuple(candidates)
     if cascaded := [item.name for item in items if item.previous is not None]:
-        raise InputError(f"candidates: expected none that takes what another says, got {', '.join(cascaded)}")
-    images, select, fit_rows, select_rows = check_splits(chain, images, select)
+        raise InputError(f"candidates: expected none that takes another's logits, got {', '.join(cascaded)}")
+    pause = pause or no_pause
+    splits = check_splits(chain, images, select)
     parts = {c.name: Part(c.site, c.predictor, c.selector, c.params["predictor"]) for c in items}
-    fold = deal(select_rows, config)
-    rest = pause or _nothing
+    fold = deal_folds(splits.select_rows, config)
     heads = {name: part for name, part in parts.items() if not isinstance(part.predictor, _KEPT)}
     if heads:
-        parts |= _train(fast_forward(chain), heads, images, config, rest)
-    found = fit_selectors(chain, parts, select, fold, config, rest)
-    selectors = [jax.tree.map(lambda v: v[-1], variables) for variables in found]
-    return Candidates(
-        items=tuple(
-            dataclasses.replace(c, params={"predictor": parts[c.name].variables, "selector": selector})
-            for c, selector in zip(items, selectors, strict=True)
-        ),
-        fold_selectors=found,
-        select_rows=select_rows,
-        select_fold=fold,
-        fit_rows=fit_rows,
-        dtype=str(images.dtype),
-        epochs=float(config.epochs) if heads else None,
+        parts |= _train(fast_forward(chain), heads, splits.images, config, pause)
+    selectors = fit_selectors(chain, parts, splits.select, fold, config, pause)
+    refitted = tuple(
+        dataclasses.replace(c, params={"predictor": parts[c.name].variables, "selector": last_selector(variables)})
+        for c, variables in zip(items, selectors, strict=True)
     )
-
-
-class _Kept(NamedTuple):
-    """What the base says to images, and what it looks like inside."""
-
-    logits: Float[np.ndarray, "n classes"]
-    activations: dict[int, Float[np.ndarray, "n ..."]]  # by site
+    return splits.candidates(refitted, selectors, fold, float(config.epochs) if heads else None)
 
 
 def _train(
-    chain: Chain, heads: Mapping[str, Part], images: np.ndarray, config: FitConfig, rest: Pause
+    chain: Chain, heads: Mapping[str, Part], images: np.ndarray, config: FitConfig, pause: Pause
 ) -> dict[str, Part]:
-    """Return the heads with what they have learned, folded as they were."""
+    """Return the heads with their new variables, folded as they were."""
     if len(images) < config.batch:
         raise InputError(f"images: expected at least one batch of {config.batch} rows, got {len(images)}")
-    kept = _keep(chain, images, sorted({part.site for part in heads.values()}), config, rest)
-    first_rows = {site: jnp.asarray(rows[:_STATISTICS_ROWS]) for site, rows in kept.activations.items()}
+    base_logits, activations = _run_base(chain, images, sorted({p.site for p in heads.values()}), config, pause)
+    first_rows = {site: jnp.asarray(rows[:_STATISTICS_ROWS]) for site, rows in activations.items()}
     unfolded = {
         name: unfold_standardize(part.predictor, part.variables, first_rows[part.site]) for name, part in heads.items()
     }
-    rest()
+    pause()
     learning = Static(tuple((name, Part(p.site, unfolded[name][0], p.selector)) for name, p in heads.items()))
-    # Copied: a step donates its state, and these arrays may be those of a cascade that is being served.
+    # Copied, because a step donates its state, and these arrays may belong to a cascade that is being served.
     params = {name: jax.tree.map(jnp.copy, variables["params"]) for name, (_, variables) in unfolded.items()}
     constants = {name: {k: v for k, v in tree.items() if k != "params"} for name, (_, tree) in unfolded.items()}
     total = jnp.asarray(len(images) // config.batch * config.epochs, jnp.int32)
 
-    def step(state: LoopState, logits: np.ndarray, *activations: np.ndarray) -> tuple[LoopState, Float[Array, ""]]:
-        sites = dict(zip(kept.activations, activations, strict=True))
+    def step(state: LoopState, logits: np.ndarray, *rows: np.ndarray) -> tuple[LoopState, Float[Array, ""]]:
+        sites = dict(zip(activations, rows, strict=True))
         done = _step(constants, total, sites, logits, state=state, parts=learning, config=config)
         jax.block_until_ready(done)
-        rest()
+        pause()
         return done
 
     first = LoopState(jnp.zeros((), jnp.int32), params, optimizer_of(config, total).init(params))
     loop = LoopConfig(epochs=config.epochs, batch=config.batch, seed=config.seed)
-    arrays = (kept.logits, *kept.activations.values())
+    arrays = (base_logits, *activations.values())
     params = run_loop(step, first, arrays, loop, progress=False, description="refitting").params
     check_finite(params)
     learned = merge(params, constants)
@@ -126,13 +107,16 @@ def _train(
     return {name: Part(p.site, p.predictor, p.selector, learned[name]) for name, p in heads.items()}
 
 
-def _keep(chain: Chain, images: np.ndarray, sites: list[int], config: FitConfig, rest: Pause) -> _Kept:
+def _run_base(
+    chain: Chain, images: np.ndarray, sites: list[int], config: FitConfig, pause: Pause
+) -> tuple[Float[np.ndarray, "n classes"], dict[int, Float[np.ndarray, "n ..."]]]:
+    """Return the base's logits and its activations by site."""
     parts = []
     for rows in full_batches(len(images), config.batch):
         parts.append(jax.tree.map(np.asarray, _forward(chain, images[rows], sites=tuple(sites))))
-        rest()
+        pause()
     logits, *activations = (np.concatenate(column)[: len(images)] for column in zip(*parts, strict=True))
-    return _Kept(logits, dict(zip(sites, activations, strict=True)))
+    return logits, dict(zip(sites, activations, strict=True))
 
 
 @functools.partial(jax.jit, static_argnames="sites")
@@ -153,7 +137,3 @@ def _step(
     config: FitConfig,
 ) -> tuple[LoopState, Float[Array, ""]]:
     return advance(dict(parts.values), config, constants, total, state=state, sites=sites, base_logits=logits)
-
-
-def _nothing() -> None:
-    pass

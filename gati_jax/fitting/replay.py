@@ -1,7 +1,7 @@
-"""Replay: what the base and all candidates say to every request, in the float32 reference arithmetic."""
+"""Replay: the outputs of the base and of all candidates for every request, in the float32 reference arithmetic."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from gati_jax.planning import ReplayTable
 from gati_jax.pytrees import call
 
 from .fit import Candidates
+from .loop import Pause, no_pause
 
 
 def replay(
@@ -27,27 +28,25 @@ def replay(
     *,
     labels: Int[np.ndarray, " n"] | None = None,
     batch: int = 128,
-    pause: Callable[[], None] | None = None,
+    pause: Pause | None = None,
 ) -> ReplayTable:
     """Run the base and every candidate over ``images``.
 
-    Rows that a selector was fitted on are recognised by content and scored out of fold: by the selector of the fold
-    that has not seen them.
+    Select rows of a fit are recognised by their content and scored out of fold: by the selector that was fitted without
+    them.
 
     Args:
         chain: The base.
-        candidates: A fit's, or single ones (whose scores are then never out of fold).
-        images: uint8 or prepared inputs.
+        candidates: A fit's, or single ones, whose final selectors then score all rows.
+        images: uint8 or prepared inputs[n, ...].
         labels: Ground truth, if there is any.
         batch: Images in a step.
-        pause: Called after every step: whoever replays in the background rests there.
+        pause: Called after every step.
 
     Raises:
         InputError: Images that the chain does not take, or that the predictors were fitted on.
     """
-    images = check_images(chain, images)
-    items = tuple(candidates)
-    _check_batch(batch)
+    images, items = check_images(chain, images), tuple(candidates)
     if len(images) == 0:
         raise InputError("images: expected at least one, got none")
     rows = row_digests(images)
@@ -57,16 +56,15 @@ def replay(
         check_distinct_rows(rows, candidates.fit_rows, names=("images", "fit"))
         selectors, fold = candidates.fold_selectors, _unseen_fold(candidates, rows)
     else:
-        selectors = tuple(jax.tree.map(lambda v: v[None], item.params["selector"]) for item in items)
-        fold = np.zeros(len(rows), np.int32)
-    answers, classes, scores, _ = _outputs(chain, items, selectors, images, fold, batch=batch, pause=pause)
+        selectors, fold = _final_selectors(items), np.zeros(len(rows), np.int32)
+    outputs = _outputs(chain, items, selectors, images, fold, batch=batch, pause=pause)
     return ReplayTable(
         names=tuple(c.name for c in items),
         sites=tuple(c.site for c in items),
         depth=len(chain),
-        answers=answers,
-        classes=classes,
-        scores=scores,
+        answers=outputs.answers,
+        classes=outputs.classes,
+        scores=outputs.scores,
         rows=rows,
         labels=None if labels is None else np.asarray(labels),
         source=replay_source(chain, items, str(images.dtype)),
@@ -74,7 +72,7 @@ def replay(
 
 
 class Outputs(NamedTuple):
-    """What the base and some candidates say to requests."""
+    """The outputs of the base and of candidates for n requests."""
 
     answers: Int[np.ndarray, " n"]
     classes: Int[np.ndarray, "candidates n"]
@@ -88,14 +86,14 @@ def evaluate(
     images: Shaped[np.ndarray, "n ..."],
     *,
     batch: int = 128,
-    pause: Callable[[], None] | None = None,
+    pause: Pause | None = None,
 ) -> Outputs:
-    """Return the columns of a replay alone: for requests that come in small parts, one after another.
+    """Return the columns of a replay without a table: for requests that arrive in small parts.
 
     Args:
         chain: The base.
-        candidates: Whose final selectors score.
-        images: uint8 or prepared inputs, at least one.
+        candidates: The caches, scored by their final selectors.
+        images: uint8 or prepared inputs[n, ...], at least one.
         batch: Images in a step.
         pause: As for ``replay``.
 
@@ -103,9 +101,8 @@ def evaluate(
         InputError: As ``replay``.
     """
     images, items = check_images(chain, images), tuple(candidates)
-    _check_batch(batch)
-    selectors = tuple(jax.tree.map(lambda v: v[None], item.params["selector"]) for item in items)
-    return _outputs(chain, items, selectors, images, np.zeros(len(images), np.int32), batch=batch, pause=pause)
+    fold = np.zeros(len(images), np.int32)
+    return _outputs(chain, items, _final_selectors(items), images, fold, batch=batch, pause=pause)
 
 
 def _outputs(
@@ -116,20 +113,24 @@ def _outputs(
     fold: Int[np.ndarray, " n"],
     *,
     batch: int,
-    pause: Callable[[], None] | None,
+    pause: Pause | None,
 ) -> Outputs:
-    parts = []
+    _check_batch(batch)
+    pause, parts = pause or no_pause, []
     for rows in full_batches(len(images), batch):
         part = _replay_batch(chain, items, selectors, images[rows], fold[rows])
         parts.append([np.asarray(column) for column in part])
-        if pause is not None:
-            pause()
+        pause()
     n = len(images)
     return Outputs(*(np.concatenate(columns, axis=-1)[..., :n] for columns in zip(*parts, strict=True)))
 
 
+def _final_selectors(items: tuple[Candidate, ...]) -> tuple[PyTree, ...]:
+    return tuple(jax.tree.map(lambda v: v[None], item.params["selector"]) for item in items)
+
+
 def _unseen_fold(candidates: Candidates, rows: np.ndarray) -> Int[np.ndarray, " n"]:
-    """Return for each row a selector that has not seen it: its fold's, or the last, fitted on all, for new rows."""
+    """Return for each row a selector that has not seen it: its fold's, or for a new row the last, fitted on all."""
     order = np.argsort(candidates.select_rows)
     known = candidates.select_rows[order]
     at = np.minimum(np.searchsorted(known, rows), len(known) - 1)
@@ -141,12 +142,12 @@ def _unseen_fold(candidates: Candidates, rows: np.ndarray) -> Int[np.ndarray, " 
 def replay_logits(
     chain: Chain, candidates: Iterable[Candidate], images: Shaped[np.ndarray, "n ..."], *, batch: int = 128
 ) -> Float[np.ndarray, "candidates n classes"]:
-    """Return the logits of every candidate's predictor: what other rules than its selector's would leave by.
+    """Return the logits of every candidate's predictor, for exit rules other than its selector's.
 
     Args:
         chain: The base.
-        candidates: Whose.
-        images: uint8 or prepared inputs.
+        candidates: The caches.
+        images: uint8 or prepared inputs[n, ...].
         batch: Images in a step.
 
     Raises:
@@ -165,15 +166,21 @@ def _check_batch(batch: int) -> None:
         raise InputError(f"batch: expected 1 or more, got {batch}")
 
 
+def _forward(
+    chain: Chain, items: tuple[Candidate, ...], images: Array
+) -> tuple[Float[Array, "batch classes"], dict[str, Float[Array, "batch classes"]]]:
+    """Return the base's logits, and every predictor's by name."""
+    sites, base_logits = chain.activations(chain.prepare(images))
+    variables = {item.name: item.params["predictor"] for item in items}
+    return base_logits, predict_all({item.name: item for item in items}, variables, sites)
+
+
 @jax.jit
 @reference
 def _logits_batch(
     chain: Chain, items: tuple[Candidate, ...], images: Array
 ) -> Float[Array, "candidates batch classes"]:
-    sites, _ = chain.activations(chain.prepare(images))
-    by_name = {item.name: item for item in items}
-    logits = predict_all(by_name, {name: item.params["predictor"] for name, item in by_name.items()}, sites)
-    return jnp.stack(list(logits.values()))
+    return jnp.stack(list(_forward(chain, items, images)[1].values()))
 
 
 @jax.jit
@@ -186,22 +193,18 @@ def _replay_batch(
     Float[Array, "candidates batch"],
     Float[Array, "classes batch"],
 ]:
-    sites, logits = chain.activations(chain.prepare(images))
-    classes, scores = [], []
-    by_name = {item.name: item for item in items}
-    logits_of = predict_all(by_name, {name: item.params["predictor"] for name, item in by_name.items()}, sites)
-    for item, selector in zip(items, selectors, strict=True):
-        said = logits_of[item.name]
-        classes.append(jnp.argmax(said, -1))
-        if not jax.tree.leaves(selector):  # nothing was fitted
-            scores.append(call(item.selector, selector, said))
+    """Return one batch's columns of ``Outputs``; ``fold`` chooses each row's selector."""
+    base_logits, logits = _forward(chain, items, images)
+    answers = jnp.argmax(base_logits, -1)
+    if not items:
+        none = jnp.zeros((0, len(images)))
+        return answers, none.astype(jnp.int32), none, base_logits.T
+    scores = []
+    for item, variables in zip(items, selectors, strict=True):
+        if not jax.tree.leaves(variables):  # a selector without parameters
+            scores.append(call(item.selector, variables, logits[item.name]))
             continue
-        by_fold = jax.vmap(functools.partial(call, item.selector), (0, None))(selector, said)  # float[folds + 1, batch]
-        scores.append(jnp.take_along_axis(by_fold, fold[None], axis=0)[0])
-    none = jnp.zeros((0, len(images)))
-    return (
-        jnp.argmax(logits, -1),
-        jnp.stack(classes) if items else none.astype(jnp.int32),
-        jnp.stack(scores) if items else none,
-        logits.T,
-    )
+        by_fold = jax.vmap(functools.partial(call, item.selector), (0, None))(variables, logits[item.name])
+        scores.append(jnp.take_along_axis(by_fold, fold[None], axis=0)[0])  # of float[folds + 1, batch]
+    classes = jnp.stack([jnp.argmax(logits[item.name], -1) for item in items])
+    return answers, classes, jnp.stack(scores), base_logits.T

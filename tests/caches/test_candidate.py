@@ -96,12 +96,9 @@ def test_new_parameters_do_not_trace_again():
     assert len(traces) == 1
 
 
-def test_choose_keeps_the_asked_order():
+def test_choose_keeps_the_order_of_the_names_and_names_what_is_missing():
     candidates = [build(name) for name in "abc"]
     assert choose(candidates, ["c", "a"]) == (candidates[2], candidates[0])
     assert choose(iter(candidates), []) == ()
-
-
-def test_choose_names_what_is_missing():
     with pytest.raises(InputError, match=r"candidates: expected x, y among them, got a, b"):
         choose([build("a"), build("b")], ["x", "a", "y"])

@@ -1,18 +1,15 @@
-"""Neighbour caches against plain NumPy: distances, votes, centres, and a ring of points."""
+"""Neighbour caches against plain NumPy: distances, votes, centres, memory."""
 
-import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter, ValidationError
 
 from gati_jax import Candidate, InputError, caches
-from gati_jax.caches import Centres, Confidence, Neighbours, extend, keys_of, lookup
+from gati_jax.caches import Centres, Confidence, Neighbours, key_features, lookup
 
 CLASSES, UNITS, SITE = 4, 6, (4, 4, 3)
 
@@ -23,11 +20,13 @@ def hidden(features: int, units=UNITS) -> dict[str, Any]:
     return {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(rng.standard_normal(units).astype(np.float32))}
 
 
-def knn(keys, labels, *, capacity=None, k=3, features=48, cells=None) -> Candidate:
-    """A cache of points whose keys are given."""
-    capacity = capacity or len(keys)
-    predictor = Neighbours(CLASSES, points=capacity, k=k, units=keys.shape[1], cells=cells)
-    points = caches.stored_points(keys, labels, capacity)
+def knn(keys, labels, *, empty=0, k=3, features=48, cells=None) -> Candidate:
+    """A cache of points whose keys are given, with some rows without a point, as bundles may hold them."""
+    predictor = Neighbours(CLASSES, points=len(keys) + empty, k=k, units=keys.shape[1], cells=cells)
+    points = caches.stored_points(
+        np.concatenate([keys, np.zeros((empty, keys.shape[1]), np.float32)]),
+        np.concatenate([labels, np.full(empty, -1, np.int32)]),
+    )
     params = {"params": {"hidden": hidden(features, keys.shape[1])}, "points": points}
     return Candidate("knn@1", 1, predictor, Confidence(), {"predictor": params, "selector": {}})
 
@@ -60,11 +59,11 @@ def reference_scores(keys, points, labels, k):
 
 
 @settings(max_examples=15, deadline=None)
-@given(n=st.integers(1, 40), k=st.integers(1, 40), seed=st.integers(0, 99), spare=st.integers(0, 3))
-def test_scores_are_the_papers(n, k, seed, spare):
+@given(n=st.integers(1, 40), k=st.integers(1, 40), seed=st.integers(0, 99), empty=st.integers(0, 3))
+def test_scores_are_the_papers(n, k, seed, empty):
     keys, labels = random_points(n, seed)
     k, x = min(n, k), activations()
-    cache = knn(keys, labels, k=k, capacity=n + spare)
+    cache = knn(keys, labels, k=k, empty=empty)
     expected = reference_scores(reference_keys(cache, x), keys, labels, k)
     logits, score = lookup(cache, jnp.asarray(x))
     assert np.isfinite(logits).all()
@@ -117,13 +116,13 @@ def test_ties_go_to_the_first_point_and_the_lowest_class():
     assert int(jnp.argmax(logits[0])) == 1
 
 
-def test_rows_without_a_point_are_nobodys_neighbours():
+def test_rows_without_a_point_are_never_neighbours():
     keys, labels = random_points(3)
     far = keys + 1e4  # empty rows hold zeros, which are much nearer
-    logits, _ = lookup(knn(far, labels, capacity=50, k=10), jnp.asarray(activations()))
+    logits, _ = lookup(knn(far, labels, empty=47, k=10), jnp.asarray(activations()))
     full, _ = lookup(knn(far, labels, k=3), jnp.asarray(activations()))
     np.testing.assert_allclose(logits, np.where(full > -60, full + np.log(3 / 10), full), atol=1e-4)
-    empty, score = lookup(knn(keys[:0], labels[:0], capacity=5, k=5), jnp.asarray(activations()))
+    empty, score = lookup(knn(keys[:0], labels[:0], empty=5, k=5), jnp.asarray(activations()))
     assert np.isfinite(empty).all()
     assert (score == score.min()).all()
 
@@ -141,7 +140,7 @@ def test_a_pooled_key_averages_fields():
     own = cache.params["predictor"]["params"]["hidden"]
     means = x.reshape(5, 2, 2, 2, 2, 3).mean((2, 4)).reshape(5, 12)
     expected = np.maximum(means @ np.asarray(own["kernel"]) + np.asarray(own["bias"]), 0)
-    np.testing.assert_allclose(keys_of(cache, jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(key_features(jnp.asarray(x), 2), means, rtol=1e-5, atol=1e-6)
     scores = reference_scores(expected, keys, labels, 3)
     np.testing.assert_allclose(np.exp(lookup(cache, jnp.asarray(x))[0]), scores, rtol=1e-3, atol=1e-6)
 
@@ -159,109 +158,15 @@ def test_the_nearest_centre_answers_with_its_share_over_the_distance():
     assert np.array_equal(logits.argmax(1), labels[at])
     np.testing.assert_allclose(score, np.log(share[at] / distance.min(1)), atol=1e-4)
     assert np.isfinite(logits).all()
-    with pytest.raises(InputError, match="expected a k-NN cache, got kmeans@1, a Centres"):
-        extend(cache, keys, labels)
-
-
-@settings(max_examples=12, deadline=None)
-@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=5), capacity=st.integers(1, 12))
-def test_new_points_fill_empty_rows_and_then_replace_the_oldest(sizes, capacity):
-    rng, cache, everything = np.random.default_rng(0), knn(*random_points(0), capacity=capacity, k=1), []
-    for size in sizes:
-        keys, labels = random_points(size, seed=int(rng.integers(1000)))
-        before = jax.tree.map(np.asarray, cache.params)
-        grown = extend(cache, keys, labels)
-        assert jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.asarray, cache.params)))  # pure
-        cache = grown
-        everything += [(*key, label) for key, label in zip(keys.tolist(), labels.tolist(), strict=True)]
-    points = cache.params["predictor"]["points"]
-    taken = np.asarray(points["labels"]) >= 0
-    stored = [
-        (*key, label)
-        for key, label in zip(points["keys"][taken].tolist(), points["labels"][taken].tolist(), strict=True)
-    ]
-    assert sorted(stored) == sorted(everything[-capacity:])
-    assert int(points["count"]) == len(everything)
-    assert np.array_equal(np.isinf(points["norms"]), ~taken)
-
-
-def test_the_count_of_points_starts_over_before_it_overflows():
-    cache = knn(*random_points(6), capacity=6, k=1)
-    predictor = cache.params["predictor"]
-    points = {**predictor["points"], "count": jnp.int32(2**31 - 2)}  # the next goes to row 0
-    cache = dataclasses.replace(cache, params={**cache.params, "predictor": {**predictor, "points": points}})
-    for value in range(9):
-        cache = extend(cache, np.full((1, UNITS), value, np.float32), np.zeros(1, np.int32))
-    points = cache.params["predictor"]["points"]
-    assert (2**31 - 2) % 6 == 0
-    assert points["keys"][:, 0].tolist() == [6, 7, 8, 3, 4, 5]
-    assert 6 <= int(points["count"]) < 2**31
-
-
-def test_an_extended_cache_answers_what_it_was_told_without_another_program():
-    keys, labels = random_points(10)
-    cache = knn(keys, labels, capacity=16, k=2)
-    traces = []
-
-    @jax.jit
-    def run(cache, x):
-        traces.append(1)
-        return lookup(cache, x)
-
-    x = jnp.asarray(activations(3))
-    before, _ = run(cache, x)
-    told = np.asarray((before.argmax(1) + 1) % CLASSES).astype(np.int32)
-    after, _ = run(extend(cache, keys_of(cache, x), told), x)
-    assert after.argmax(1).tolist() == told.tolist()
-    assert len(traces) == 1
-
-
-@pytest.mark.parametrize(
-    ("keys", "labels", "message"),
-    [
-        (np.zeros((2, UNITS + 1), np.float32), np.zeros(2, np.int32), r"keys: expected \[n, 6\] and n labels"),
-        (np.zeros((2, UNITS), np.float32), np.zeros(3, np.int32), r"got .* and labels of shape \[3\]"),
-        (np.full((1, UNITS), np.nan, np.float32), np.zeros(1, np.int32), "keys: expected values with a finite sum"),
-        (np.full((1, UNITS), 1e30, np.float32), np.zeros(1, np.int32), "keys: expected values with a finite sum"),
-        (
-            np.zeros((1, UNITS), np.float32),
-            np.full(1, CLASSES, np.int32),
-            r"labels: expected classes 0 to 3, got \[4\]",
-        ),
-        (np.zeros((1, UNITS), np.float32), np.full(1, -1, np.int32), r"got \[-1\]"),
-    ],
-    ids=["units", "number", "NaN", "a norm that overflows", "class", "no class"],
-)
-def test_points_that_cannot_be_are_refused(keys, labels, message):
-    with pytest.raises(InputError, match=message):
-        extend(knn(*random_points(5)), keys, labels)
-
-
-def test_a_manifest_may_name_them_in_bounds():
-    predictors: TypeAdapter[Any] = TypeAdapter(caches.PredictorSpec)
-    for predictor in (Neighbours(CLASSES, points=70, k=7, units=9, cells=2), Centres(CLASSES, centres=8, units=9)):
-        spec = caches.describe_predictor(predictor)
-        assert caches.build_predictor(predictors.validate_json(spec.model_dump_json()), CLASSES) == predictor
-    assert caches.build_selector(caches.describe_selector(Confidence())) == Confidence()
-    for name, value in (("points", 65_537), ("k", 0), ("units", 10**9), ("cells", -1)):
-        with pytest.raises(ValidationError):
-            predictors.validate_python({"kind": "knn", "points": 100, name: value})
 
 
 def test_memory_is_counted_with_the_key_network():
-    cache = knn(*random_points(20), capacity=30)
+    cache = knn(*random_points(20), empty=10)
     (row,) = caches.memory_report([cache])
     assert (row.name, row.site) == ("knn@1", 1)
     assert row.key_network == 4 * (48 * UNITS + UNITS)
     assert row.points == 30 * caches.point_bytes(UNITS) + 4  # the count of points
     assert row.total == cache.bytes
-
-
-def test_the_papers_memory_comes_out_of_the_arithmetic_but_for_its_k_means():
-    resnet18 = [shape for shape in ((32, 32, 64), (16, 16, 128), (8, 8, 256), (4, 4, 512)) for _ in range(2)]
-    rows = {row.what: row for row in caches.published_memory(resnet18)}
-    for what in ("raw k-NN", "reduced k-NN"):
-        assert rows[what].mb == rows[what].published_mb
-    for what in ("k-means", "k-means, ResNet-50"):
-        assert 2 * rows[what].mb == rows[what].published_mb
-    assert rows["key networks"].mb == 960  # which the paper does not count
+    head = Candidate("fc@1", 1, caches.FullyConnected(CLASSES), Confidence(), {})
+    with pytest.raises(InputError, match="expected neighbour caches, got fc@1, a FullyConnected"):
+        caches.memory_report([head])

@@ -1,4 +1,4 @@
-"""A small network as a cache at site 0: it says what it says alone, in a fit, in a bundle and tuned."""
+"""A small network as a cache at site 0: the same logits as by itself, in a fit, in a bundle and tuned."""
 
 import importlib
 import os
@@ -15,10 +15,7 @@ import gati_jax
 from gati_jax import Normalization
 from gati_jax.caches import (
     Grid,
-    Network,
-    NetworkSpec,
     SortedSelector,
-    build_predictor,
     describe_predictor,
     import_network,
     network_with_algorithms,
@@ -68,7 +65,7 @@ def alone(small, pixels) -> np.ndarray:
     return np.asarray(network(network.prepare(pixels)))
 
 
-def test_it_says_behind_the_base_s_normalization_what_it_says_alone(small, pixels, alone):
+def test_its_logits_behind_the_base_s_normalization_are_those_by_itself(small, pixels, alone):
     predictor, own = import_network(SMALL, small, trained=OF_SMALL, base=OF_BASE)
     found = call(predictor, own, OF_BASE(pixels))
     np.testing.assert_allclose(found, alone, atol=1e-4 * np.ptp(alone))
@@ -89,15 +86,7 @@ def test_other_algorithms_change_the_last_digits_only(small, pixels, alone, algo
         describe_predictor(tuned)
 
 
-def test_it_can_be_described_and_rebuilt():
-    predictor = Network(classes=5, network=SMALL)
-    spec = describe_predictor(predictor)
-    assert build_predictor(NetworkSpec.model_validate_json(spec.model_dump_json()), 5) == predictor
-    with pytest.raises(gati_jax.InputError, match="expected one of 7 classes, got 5"):
-        build_predictor(spec, 7)
-
-
-def test_it_wants_the_input(small):
+def test_it_needs_a_site_of_the_input_s_shape(small):
     predictor, own = import_network(SMALL, small, trained=OF_SMALL, base=OF_BASE)
     with pytest.raises(gati_jax.InputError, match=r"network: expected a site .*\[8, 8, 3\], got \[4, 4, 3\]"):
         predictor.apply(own, jnp.zeros((1, 4, 4, 3)))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gati_jax.caches import LinearSelector, Selector, SortedSelector, build_selector, describe_selector
+from gati_jax.caches import LinearSelector, SortedSelector
 
 SELECTORS: dict[str, Any] = {
     "linear": LinearSelector(),
@@ -131,11 +131,3 @@ def test_selectors_are_pure_and_rows_independent(selector):
     np.testing.assert_allclose(poisoned[1:], scores[1:], rtol=1e-6)
     for i in range(5):
         np.testing.assert_allclose(apply(selector, variables, logits[i : i + 1]), scores[i : i + 1], rtol=1e-5)
-
-
-@every_selector
-def test_description_round_trip(selector):
-    spec = describe_selector(selector)
-    assert build_selector(spec) == selector
-    assert isinstance(build_selector(spec), Selector)
-    assert build_selector(type(spec).model_validate_json(spec.model_dump_json())) == selector

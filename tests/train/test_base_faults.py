@@ -255,7 +255,7 @@ def test_what_a_small_network_s_file_says_it_has_seen_counts_too(tmp_path, monke
     weights = tampered(tmp_path, trained_on='["all[:1497]"]')
     config = bare(tmp_path, weights)
     section = {"name": "small", "network": "resnet20", "trained_on": ["all[:897]"]}
-    fit = build(Fit, {"networks": [section | {"weights": str(weights)}]})
+    fit = Fit(networks=(Network(**section, weights=weights),))
 
     monkeypatch.setattr(caches, "import_state_dict", lambda *_: ())
     monkeypatch.setattr(caches, "network_head", lambda *_, **__: None)

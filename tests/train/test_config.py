@@ -4,6 +4,8 @@ import dataclasses
 import math
 from pathlib import Path
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
@@ -257,7 +259,7 @@ def test_every_key_in_the_help_can_be_set_to_the_default_that_stands_there(file)
 )  # fmt: skip
 def test_an_option_has_one_bound_and_one_help(file, record, section, options):
     """As a Python keyword and as a flag: the same message; and each is described."""
-    given = {"mean": (0.5,), "std": (0.5,)} if record is Normalization else {}
+    given: dict[str, Any] = {"mean": (0.5,), "std": (0.5,)} if record is Normalization else {}
     for name, bad in options.items():
         with pytest.raises(InputError) as keyword:
             record(**given | {name: bad})

@@ -16,7 +16,7 @@ import numpy as np
 
 import gati_jax
 from gati_jax import Chain, FitConfig, FreezeConfig, Head, ReplayTable, data
-from gati_jax.caches import MIB, Conv, FullyConnected, LinearSelector, Pool, memory_report, published_memory
+from gati_jax.caches import MIB, Conv, FullyConnected, LinearSelector, Pool, memory_report
 from gati_jax.fitting import Candidates
 from gati_jax.planning import replay_plan
 from train import cli, zoo
@@ -24,6 +24,7 @@ from train.caches import read_base
 
 from . import published, results
 from .freeze_config import FreezeExperiment
+from .memory import published_memory
 from .policies import zero_error_thresholds
 
 EXAMPLE = (

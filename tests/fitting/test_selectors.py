@@ -1,4 +1,4 @@
-"""Selectors: what they learn, and that no select row is scored by one that has seen it."""
+"""Selectors: what they learn, and that no select row is scored by one that was fitted on it."""
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +16,28 @@ SELECTORS = [LinearSelector(), SortedSelector()]
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(0, 300), st.integers(1, 12), st.integers(0, 9))
-def test_folds_are_dealt_evenly(n, folds, seed):
-    fold = deal_folds(n, folds, seed)
-    counts = np.bincount(fold, minlength=folds)
+@given(st.integers(2, 300), st.integers(2, 12), st.integers(0, 9), st.integers(0, 40))
+def test_distinct_rows_are_dealt_evenly_and_copies_together(n, folds, seed, copies):
+    config = gati_jax.FitConfig(folds=folds, seed=seed)
+    distinct = np.arange(n, dtype=np.uint64)
+    rows = np.concatenate([distinct, distinct[:copies]])
+    if n < folds:
+        with pytest.raises(gati_jax.InputError, match=f"at least one distinct row for each of {folds} folds, got {n}"):
+            deal_folds(rows, config)
+        return
+    fold = deal_folds(rows, config)
+    counts = np.bincount(fold[:n], minlength=folds)
     assert len(counts) == folds
     assert counts.max() - counts.min() <= 1
-    np.testing.assert_array_equal(fold, deal_folds(n, folds, seed))
+    np.testing.assert_array_equal(fold[n:], fold[:copies])
+    np.testing.assert_array_equal(fold, deal_folds(rows, config))
 
 
 def test_folds_are_shuffled():
-    fold = deal_folds(100, 5, 0)
+    rows = np.arange(100, dtype=np.uint64)
+    fold = deal_folds(rows, gati_jax.FitConfig())
     assert not np.array_equal(fold, np.arange(100) % 5)
-    assert not np.array_equal(fold, deal_folds(100, 5, 1))
+    assert not np.array_equal(fold, deal_folds(rows, gati_jax.FitConfig(seed=1)))
 
 
 def toy(seed, n=300):
