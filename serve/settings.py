@@ -23,7 +23,7 @@ examples:
 _LEVELS = ("debug", "info", "warning", "error")
 _DIGITS = 12
 _DAY = 86400
-_LAYERS = ("points", "repeats", "refit")
+_LAYERS = ("exact", "nearest", "refit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Replay a trace through a bundle that adapts to it: what it would have saved, and how often it would have been wrong.
 
-Nothing is served and no time is measured but the front's: the cost table says what computation takes. Stages:
+Nothing is served and no time is measured but the controller's: the cost table says what computation takes. Stages:
 simulate each set of mechanisms -> summarise over windows -> adaptation.json and a figure over time.
 """
 
@@ -18,26 +18,26 @@ from rich.progress import Progress
 import gati_jax
 from gati_jax import InputError
 from gati_jax.adaptation import (
-    POINTS,
-    REPEATED,
+    EXACT,
+    NEAREST,
     ControllerConfig,
     ExactCacheConfig,
     Mechanisms,
     MonitorConfig,
     NearestCacheConfig,
     RecoveryConfig,
+    ReplayCache,
     Replayed,
     Trace,
     TrialConfig,
     load_trace,
     simulate,
 )
-from gati_jax.adaptation.simulate import ReplayCache
 from train import adaptation_figure, cli
 
-EXAMPLE = "python -m train.adapt --bundle runs/r56/bundle --trace runs/blur.npz --out runs/blur"
+EXAMPLE = "python -m train.adapt --bundle runs/r56/bundle --trace runs/blur.safetensors --out runs/blur"
 WINDOW = 1000  # requests in which disagreement is counted
-LAYERS = ("repeats", "points", "refit")
+LAYERS = ("exact", "nearest", "refit")
 
 
 class Named(NamedTuple):
@@ -58,12 +58,14 @@ def main(argv: list[str] | None = None) -> None:
     epsilon = arguments.epsilon or bundle.certificate.epsilon
 
     # --- Simulate ---------------------------------------------------------------------------------------------------
-    heard = ReplayCache(bundle.chain, trace.images)
+    replay_cache = ReplayCache(bundle.chain, trace.images)
     folder = arguments.out / "versions"
     runs = {}
     for named in chosen(arguments, epsilon):
         served = bundle if named.site_0 else without_site_0(bundle)
-        runs[named.name] = replayed(served, trace, named, folder=folder, heard=heard, quiet=arguments.json)
+        runs[named.name] = replayed(
+            served, trace, named, folder=folder, replay_cache=replay_cache, quiet=arguments.json
+        )
 
     # --- Result -----------------------------------------------------------------------------------------------------
     *_, last = runs.values()
@@ -112,38 +114,38 @@ def chosen(arguments: Any, epsilon: float) -> list[Named]:  # noqa: ANN401 (a na
     """Return the sets of mechanisms, each with one more than the one before."""
     on = [layer for layer in LAYERS if layer not in arguments.without]
 
-    def keeper(*layers: str) -> ControllerConfig:
+    def controller(*layers: str) -> ControllerConfig:
         return ControllerConfig(
             monitor=MonitorConfig(epsilon=epsilon, delta=arguments.delta),
-            repeats=ExactCacheConfig() if "repeats" in layers else None,
-            points=NearestCacheConfig() if "points" in layers else None,
+            exact=ExactCacheConfig() if "exact" in layers else None,
+            nearest=NearestCacheConfig() if "nearest" in layers else None,
             seed=arguments.seed,
         )
 
     trial = TrialConfig(epsilon=epsilon, delta=arguments.delta)
     whole = Mechanisms(
-        keeper=keeper(*on), background=RecoveryConfig(trial=trial, refit="refit" in on), share=arguments.share
+        controller=controller(*on), recovery=RecoveryConfig(trial=trial, refit="refit" in on), share=arguments.share
     )
     every = Named("everything", site_0=True, mechanisms=whole)
     if arguments.one:
         return [every]
 
     def watched(*layers: str) -> Mechanisms:
-        home = RecoveryConfig(trial=trial, refit=False)
-        return Mechanisms(keeper=keeper(*layers), background=home, share=arguments.share)
+        certified = RecoveryConfig(trial=trial, refit=False)
+        return Mechanisms(controller=controller(*layers), recovery=certified, share=arguments.share)
 
     table = [
-        Named("static caches behind the first block", site_0=False, mechanisms=Mechanisms(keeper=None)),
-        Named("+ site 0", site_0=True, mechanisms=Mechanisms(keeper=None)),
+        Named("static caches behind the first block", site_0=False, mechanisms=Mechanisms(controller=None)),
+        Named("+ site 0", site_0=True, mechanisms=Mechanisms(controller=None)),
         Named("+ monitor and trials", site_0=True, mechanisms=watched()),
     ]
-    if "points" in on:
-        table.append(Named("+ stored points", site_0=True, mechanisms=watched("points")))
+    if "nearest" in on:
+        table.append(Named("+ nearest cache", site_0=True, mechanisms=watched("nearest")))
     if "refit" in on:
-        refit = dataclasses.replace(whole, keeper=keeper(*(layer for layer in on if layer != "repeats")))
+        refit = dataclasses.replace(whole, controller=controller(*(layer for layer in on if layer != "exact")))
         table.append(Named("+ refitted heads", site_0=True, mechanisms=refit))
-    if "repeats" in on:
-        table.append(Named("+ exact repeats", site_0=True, mechanisms=whole))
+    if "exact" in on:
+        table.append(Named("+ exact cache", site_0=True, mechanisms=whole))
     return table
 
 
@@ -155,7 +157,7 @@ def without_site_0(bundle: gati_jax.Bundle) -> gati_jax.Bundle:
 
 
 def replayed(
-    bundle: gati_jax.Bundle, trace: Trace, named: Named, *, folder: Path, heard: ReplayCache, quiet: bool
+    bundle: gati_jax.Bundle, trace: Trace, named: Named, *, folder: Path, replay_cache: ReplayCache, quiet: bool
 ) -> Replayed:
     """Simulate one set of mechanisms; versions of the last one are what stays in the folder."""
     console = Console(stderr=True)
@@ -166,7 +168,7 @@ def replayed(
             trace,
             named.mechanisms,
             folder=folder,
-            heard=heard,
+            replay_cache=replay_cache,
             progress=lambda done: bar.update(task, completed=done),
         )
 
@@ -180,10 +182,10 @@ def summary(name: str, run: Replayed) -> dict[str, Any]:
         "disagreement": float(run.wrong.mean()),
         "worst_window": worst,
         "shadow_share": float(run.shadow.mean()),
-        "front_ms": run.front_ms,
+        "controller_ms": run.controller_ms,
         "full_ms": run.full_ms,
-        "with_background": run.full_ms / (float(run.ms.mean()) + 1e3 * run.background_seconds / len(run.ms)),
-        "background_seconds": run.background_seconds,
+        "with_recovery": run.full_ms / (float(run.ms.mean()) + 1e3 * run.recovery_seconds / len(run.ms)),
+        "recovery_seconds": run.recovery_seconds,
         "alarms": sum(event.kind == "alarm" for event in run.events),
         "swaps": sum(event.kind == "swap" for event in run.events),
     }
@@ -219,7 +221,7 @@ def windows(trace: Trace, run: Replayed, depth: int) -> list[dict[str, Any]]:
 
 def exit_name(exit_: int, depth: int) -> str:
     """Return what an exit is called."""
-    return {POINTS: "points", REPEATED: "repeats", depth: "base"}.get(exit_, f"site {exit_}")
+    return {NEAREST: "nearest", EXACT: "exact", depth: "base"}.get(exit_, f"site {exit_}")
 
 
 def phases(trace: Trace, run: Replayed) -> list[dict[str, Any]]:
@@ -236,7 +238,7 @@ def phases(trace: Trace, run: Replayed) -> list[dict[str, Any]]:
 
 def show(result: Mapping[str, Any]) -> None:
     """Print the tables."""
-    keys = ("computation", "with_background", "disagreement", "worst_window", "shadow_share", "alarms", "swaps")
+    keys = ("computation", "with_recovery", "disagreement", "worst_window", "shadow_share", "alarms", "swaps")
     rows: list[Sequence[Any]] = [
         (
             row["name"],

@@ -48,7 +48,7 @@ def _held(values: Any) -> np.ndarray:  # noqa: ANN401 (a list, or rows of them)
 
 
 def _order(name: str) -> tuple[int, int]:
-    """Points and repeats first, then sites by number, the base last."""
+    """The input cache's layers first, then sites by number, the base last."""
     if name.startswith("site "):
         return 1, int(name[5:])
     return (2, 0) if name == "base" else (0, len(name))
