@@ -17,7 +17,7 @@ from serve.protocol.service import Backend, Service
 
 from .engine import routes
 from .lifecycle import Parts
-from .metrics import AdaptiveGauges, Gauges, Metrics
+from .metrics import Gauges, Metrics
 from .settings import Settings
 
 _DIGITS = 12
@@ -61,7 +61,7 @@ def assemble(settings: Settings) -> Parts:
         if begun is None:
             engine.start()
             return Backend(engine, functools.partial(choose, engine, routes.default(engine.routes)))
-        metrics.registry.register(AdaptiveGauges(begun.adapting, begun.worker))
+        metrics.registry.register(adaptive.AdaptiveGauges(begun.adapting, begun.worker))
         begun.serve(engine, runner)
         return Backend(begun.adapting, functools.partial(choose, engine, 0), begun.adapting.notes)
 

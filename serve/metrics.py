@@ -20,13 +20,10 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 
-from gati_jax.adaptation import EVENT_KINDS
-from serve.adaptive.engine import LAYERS, STATES, AdaptiveEngine
-from serve.adaptive.worker import Worker
 from serve.engine.records import Answer, Job, Route, Statistics, Step
 from serve.protocol.model import Tally
 
@@ -137,68 +134,3 @@ class Gauges(Collector):
         yield InfoMetricFamily(
             "gati_bundle", "The bundle that is served", value={"model": self.model, "version": self.version}
         )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class AdaptiveGauges(Collector):
-    """What is asked of adaptation when Prometheus asks.
-
-    gati_adaptation_state{state}                1 for the present one: open, part, safe or failed
-    gati_adaptation_version                     of what is served; counts from 1
-    gati_adaptation_q                           share of hits that are shadowed
-    gati_adaptation_disagreement{bound}         "estimate" and "upper", of the present version
-    gati_adaptation_watched_total               requests that the monitor has observed
-    gati_adaptation_shadows{exit}               shadowed hits of the present version
-    gati_adaptation_shadow_disagreements        those that disagreed
-    gati_adaptation_input_cache_total{layer}    answers of the input cache: "exact" and "nearest"
-    gati_adaptation_nearest_entries             entries of the nearest cache
-    gati_adaptation_events_total{kind}          see ``EVENT_KINDS``; each is a line of the log, too
-    gati_adaptation_recovery_seconds_total      that trials and refits have taken
-    gati_adaptation_recovery_failures_total     pieces of them that failed
-    """
-
-    adapting: AdaptiveEngine
-    worker: Worker
-
-    def collect(self) -> Iterator[Metric]:
-        """Read it."""
-        adapting, state = self.adapting, self.adapting.state
-        now, watched, counts = adapting.read(lambda c: (c.monitor.report, c.monitor.watched, c.event_counts.copy()))
-        nearest = adapting.controller.input_cache.nearest
-        yield _gauge("state", "1 for the present state", "state", {one: float(one == state) for one in STATES})
-        yield _gauge("version", "Of what is served", value=now.version)
-        yield _gauge("q", "Share of hits that are shadowed", value=now.q)
-        bounds = {"estimate": now.estimate, "upper": now.upper}
-        yield _gauge("disagreement", "Of the present version", "bound", bounds)
-        yield _counter("watched", "Requests that the monitor has observed", value=watched)
-        shadows = {str(exit_): float(count) for exit_, count in now.shadows.items()}
-        yield _gauge("shadows", "Shadowed hits of the present version", "exit", shadows)
-        yield _gauge("shadow_disagreements", "Shadowed hits that disagreed", value=now.disagreements)
-        layers = {layer: float(adapting.cache_answers[layer]) for layer in LAYERS.values()}
-        yield _counter("input_cache", "Answers of the input cache", "layer", layers)
-        yield _gauge("nearest_entries", "Entries of the nearest cache", value=0 if nearest is None else len(nearest))
-        yield _counter("events", "Events of adaptation", "kind", {kind: float(counts[kind]) for kind in EVENT_KINDS})
-        yield _counter("recovery_seconds", "That trials and refits have taken", value=self.worker.seconds)
-        yield _counter("recovery_failures", "Pieces of recovery that failed", value=self.worker.failures)
-
-
-def _gauge(
-    name: str, text: str, label: str = "", values: dict[str, float] | None = None, *, value: float | None = None
-) -> Metric:
-    return _filled(GaugeMetricFamily(f"gati_adaptation_{name}", text, labels=[label] if label else []), values, value)
-
-
-def _counter(
-    name: str, text: str, label: str = "", values: dict[str, float] | None = None, *, value: float | None = None
-) -> Metric:
-    return _filled(CounterMetricFamily(f"gati_adaptation_{name}", text, labels=[label] if label else []), values, value)
-
-
-def _filled(
-    family: GaugeMetricFamily | CounterMetricFamily, values: dict[str, float] | None, value: float | None
-) -> Metric:
-    if value is not None:
-        family.add_metric([], value)
-    for label, number in (values or {}).items():
-        family.add_metric([label], number)
-    return family

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 from gati_jax.bundle.record import Bundle, certified_only, costs_of
 from gati_jax.caches import Candidate, choose
@@ -60,9 +60,9 @@ class Served(NamedTuple):
     thresholds: Float[np.ndarray, " caches"]
     """Infinite where a cache is closed."""
 
-    def closed(self, which: Iterable[bool] | None = None) -> "Served":
+    def closed(self, which: Bool[np.ndarray, " caches"] | None = None) -> "Served":
         """Return the same with these caches closed; all unless given."""
-        off = np.ones(len(self.caches), bool) if which is None else np.asarray(which, bool)
+        off = True if which is None else which
         return Served(self.caches, np.where(off, np.float32(np.inf), self.thresholds))
 
 

@@ -342,7 +342,7 @@ class InputCache:
 
     def keys(self, images: Shaped[np.ndarray, "n ..."]) -> list[bytes]:
         """Return the images' hashes; empty ones without an exact cache."""
-        return [self.exact.key(image) if self.exact else b"" for image in images]
+        return [b"" if self.exact is None else self.exact.key(image) for image in images]
 
     def ask_exact(self, ticket: Ticket, now: float) -> None:
         """Look a request up in the exact cache; sets ``cached`` or ``frequent``.

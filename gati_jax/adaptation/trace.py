@@ -21,6 +21,7 @@ import json
 import math
 import struct
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -44,6 +45,7 @@ _MOST_HEADER_BYTES = 2**20
 _MOST_ARRAY_HEADER = 1000  # characters, of a version 1 member
 _CHUNK = 2**20  # bytes read at once
 _DAMAGED = (ValueError, EOFError, zlib.error, zipfile.BadZipFile, safetensors.SafetensorError)
+_DAMAGED += (SyntaxError, tokenize.TokenError)  # from NumPy's reader of an array's header
 _Arrays = dict[str, Shaped[np.ndarray, "..."]]
 _FORMS = {"item": ("I32", "<i4", 1), "seconds": ("F64", "<f8", 1), "phase": ("I16", "<i2", 1)}
 _FORMS |= {"source": ("I16", "<i2", 1), "images": ("U8", "|u1", 4), "header": ("U8", "|u1", 1)}

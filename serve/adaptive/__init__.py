@@ -18,4 +18,5 @@ from .build import AdaptiveOptions as AdaptiveOptions
 from .build import AdaptiveParts as AdaptiveParts
 from .build import build as build
 from .engine import AdaptiveEngine as AdaptiveEngine
+from .gauges import AdaptiveGauges as AdaptiveGauges
 from .worker import Worker as Worker
