@@ -35,7 +35,7 @@ class Worker:
 
     def __init__(self, recovery: Works, share: float) -> None:
         """Prepare."""
-        self._recovery = recovery
+        self.recovery = recovery
         self._stopping = threading.Event()
         self._throttle = Throttle(share, sleep=self._sleep)
         self._thread = threading.Thread(target=self._run, name="adaptation", daemon=True)
@@ -67,7 +67,7 @@ class Worker:
         wait = _RETRY[0]
         while not self._stopping.is_set():
             try:
-                if self._recovery.work(self._throttle.start()):
+                if self.recovery.work(self._throttle.start()):
                     self._throttle()
                 else:
                     self._sleep(_IDLE)

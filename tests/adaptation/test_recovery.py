@@ -235,6 +235,7 @@ def test_recovery_outlives_traffic_that_overtakes_it(tmp_path, monkeypatch):
     """The log is full and the cursor at its end; a request comes between a look at the log and the copy."""
     controller, recovery = beside(world.bundle(), tmp_path, recent=256, refit=False)
     images, log = world.images(1000, 51), controller.request_log
+    assert not recovery.work(), "it waits for requests"
     for image in images:
         log.add(image)
     kept = log.kept
@@ -254,6 +255,7 @@ def test_a_refit_whose_rows_are_overwritten_fails_and_recovery_goes_on(tmp_path,
         world.bundle(), tmp_path, recent=120, trial=trial, piece=8, update=update, fit_rows=60, select_rows=30
     )
     log, bright = controller.request_log, world.images(200, 52, bright=True)
+    assert not recovery.work(), "it waits for requests"
     for image in bright:
         log.add(image)
     recovery.work()
