@@ -1,17 +1,19 @@
 """What Prometheus reads of adaptation at /metrics.
 
-gati_adaptation_state{state}                1 for the present one: open, part, safe or failed
-gati_adaptation_version                     of what is served; counts from 1
-gati_adaptation_q                           share of hits that are shadowed
-gati_adaptation_disagreement{bound}         "estimate" and "upper", of the present version
-gati_adaptation_watched_total               requests that the monitor has observed
-gati_adaptation_shadows{exit}               shadowed hits of the present version
-gati_adaptation_shadow_disagreements        those that disagreed
-gati_adaptation_input_cache_total{layer}    answers of the input cache: "exact" and "nearest"
-gati_adaptation_nearest_entries             entries of the nearest cache
-gati_adaptation_events_total{kind}          see ``EVENT_KINDS``; each is a line of the log, too
-gati_adaptation_recovery_seconds_total      that trials and refits have taken
-gati_adaptation_recovery_failures_total     pieces of them that failed
+    gati_adaptation_state{state}                1 for the present one: open, part, safe or failed
+    gati_adaptation_version                     of what is served; counts from 1
+    gati_adaptation_q                           share of hits that are shadowed
+    gati_adaptation_disagreement{bound}         "estimate" and "upper", of the present version
+    gati_adaptation_watched_total               requests that the monitor has observed
+    gati_adaptation_shadows{exit}               shadowed hits of the present version
+    gati_adaptation_shadow_disagreements        those that disagreed
+    gati_adaptation_input_cache_total{layer}    answers of the input cache: "exact" and "nearest"
+    gati_adaptation_nearest_entries             entries of the nearest cache
+    gati_adaptation_events_total{kind}          see ``EVENT_KINDS``; each is a line of the log, too
+    gati_adaptation_recovery_seconds_total      that trials and refits have taken
+    gati_adaptation_recovery_failures_total     pieces of them that failed
+
+Values are read when Prometheus asks.
 """
 
 import dataclasses
