@@ -57,7 +57,8 @@ def test_images_come_from_the_trace_or_from_a_data_set(tmp_path):
     command = ["--url", "u", "--trace"]
     with_images = parser().parse_args([*command, str(tmp_path / "with.safetensors")])
     np.testing.assert_array_equal(images_of(with_images), images)
-    digits = parser().parse_args([*command, str(tmp_path / "without.safetensors"), "--data", "digits", "--split", "all[:5]"])
+    without = str(tmp_path / "without.safetensors")
+    digits = parser().parse_args([*command, without, "--data", "digits", "--split", "all[:5]"])
     assert images_of(digits).shape == (5, 8, 8, 1)
     for given, found in ((["without.safetensors"], "neither"), (["with.safetensors", "--data", "digits"], "both")):
         with pytest.raises(InputError, match=f"--data: expected .* got {found}"):
