@@ -1,8 +1,8 @@
 """What adaptation takes and saves in measured time: a trace, request by request, beside the full network.
 
-Every request is answered as a server with one client would: front, cascade (tuned, where the bundle is), and the base
-once more where the coin asks for a shadow. Every so many requests the same image also goes through the cascade alone
-and through the full network alone, right before or after, so that all three share the machine's moods. Nothing is
+Every request is answered as a server with one client would: input cache, cascade (tuned, where the bundle is), and the
+base once more where the request is shadowed. Every so many requests the same image also goes through the cascade alone
+and through the full network alone, right before or after, so that all three see the same machine load. Nothing is
 refitted; where an alarm closes a cache, the base answers from then on.
 """
 
@@ -30,7 +30,7 @@ from train import cli
 
 from .contenders import without_caches
 
-EXAMPLE = "python -m benchmarks.adapted --bundle runs/r18/bundle --trace runs/zipf.npz --out zipf-time.json"
+EXAMPLE = "python -m benchmarks.adapted --bundle runs/r18/bundle --trace runs/zipf.safetensors --out zipf-time.json"
 PARTS = 10  # of the trace, whose ratios show the spread
 WARM = 5  # uncounted calls of everything
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--trace", type=Path, required=True, metavar="FILE", help="written by benchmarks.traces")
     p.add_argument("--requests", type=cli.positive, metavar="N", help="of the trace, from its start (default: all)")
     p.add_argument("--every", type=cli.positive, default=20, metavar="N", help="requests between two comparisons")
-    p.add_argument("--without", nargs="+", choices=("repeats", "points"), default=[], metavar="LAYER")
+    p.add_argument("--without", nargs="+", choices=("exact", "nearest"), default=[], metavar="LAYER")
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
     arguments = p.parse_args(argv)
     bundle, trace = gati_jax.load_bundle(arguments.bundle), load_trace(arguments.trace)
@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--trace: expected images in {arguments.trace}, got rows of a data set alone")
     config = ControllerConfig(
         monitor=MonitorConfig(epsilon=bundle.certificate.epsilon),
-        repeats=None if "repeats" in arguments.without else ExactCacheConfig(),
-        points=None if "points" in arguments.without else NearestCacheConfig(),
+        exact=None if "exact" in arguments.without else ExactCacheConfig(),
+        nearest=None if "nearest" in arguments.without else NearestCacheConfig(),
     )
     result = measure(bundle, trace, config, requests=arguments.requests or len(trace), every=arguments.every)
     result |= {"trace": arguments.trace.name, "machine": device_name(), "versions": cli.versions()}
@@ -73,7 +73,7 @@ def measure(
     """Return mean milliseconds of a request, adapted, by the cascade alone, and by the full network."""
     assert trace.images is not None  # noqa: S101 (narrows the type)
     base = without_caches(bundle)
-    keeper = AdaptationController(bundle, config, level=lambda: config.monitor.level(1))
+    controller = AdaptationController(bundle, config, level=lambda: config.monitor.level(1))
     for image in trace.images[:WARM]:
         for one in (bundle, base):
             np.asarray(gati_jax.infer(one, image).logits)
@@ -86,7 +86,7 @@ def measure(
         if compared and i % (2 * every):  # by turns before and after
             cascade[i], full[i] = timed(bundle, image)[0], timed(base, image)[0]
         began = time.perf_counter()
-        answer = serve(keeper, bundle, base, image, now)
+        answer = serve(controller, bundle, base, image, now)
         adapted[i] = time.perf_counter() - began
         if compared:
             if not i % (2 * every):
@@ -106,24 +106,24 @@ def measure(
         "cost": float(adapted.mean() / np.nanmean(cascade)),
         "cost_spread": spread(costs),
         "disagreement": float(np.mean(wrong)),
-        "alarms": sum(event.kind == "alarm" for event in keeper.events),
+        "alarms": controller.event_counts["alarm"],
     }
 
 
 def serve(
-    keeper: AdaptationController, bundle: gati_jax.Bundle, base: gati_jax.Bundle, image: np.ndarray, now: float
+    controller: AdaptationController, bundle: gati_jax.Bundle, base: gati_jax.Bundle, image: np.ndarray, now: float
 ) -> int:
     """Answer one request, and compute its shadow where it has one; return the class."""
-    ticket = keeper.ask(image, now)
-    if ticket.early is not None:
-        class_index, look = ticket.early.class_index, keeper.early(ticket)
+    (ticket,) = controller.ask(image[None], now)
+    if ticket.cached is not None:
+        class_index, shadow = ticket.cached.class_index, controller.from_cache(ticket)
     else:
-        safe = ticket.often or not np.isfinite(keeper.served.thresholds).all()  # something is closed, or rests
+        safe = ticket.frequent or not np.isfinite(controller.served.thresholds).all()  # a cache is closed or paused
         p = gati_jax.infer(base if safe else bundle, image)
         exit_, score, logits = int(p.exit), float(p.score), np.asarray(p.logits)
-        class_index, look = int(logits.argmax()), keeper.answered(ticket, exit_, score, logits, now)
-    if look:
-        keeper.shadowed(ticket, np.asarray(gati_jax.infer(base, image).logits), now)
+        class_index, shadow = int(logits.argmax()), controller.answered(ticket, exit_, score, logits, now)
+    if shadow:
+        controller.shadowed(ticket, np.asarray(gati_jax.infer(base, image).logits), now)
     return class_index
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import beta
+from scipy.stats import binomtest
 
 from gati_jax.adaptation import Monitor, MonitorConfig, Observation
 
@@ -44,7 +44,7 @@ class Run(NamedTuple):
     alarm: bool
     shadows: int
     hits: int
-    stirs: int
+    drifts: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Delays:
     median: float
     p95: float
     shadow_share: float
-    """Of all hits up to the alarm, those looked at."""
+    """Share of all hits up to the alarm that were shadowed."""
 
 
 def requests(phases: tuple[Phase, ...], rng: np.random.Generator) -> Iterator[tuple[bool, int, float, bool, float]]:
@@ -85,7 +85,7 @@ def simulate(seed: int, *, config: MonitorConfig, phases: tuple[Phase, ...]) -> 
         if alarm:
             break
     report = monitor.report
-    return Run(report.requests, alarm is not None, sum(report.shadows.values()), report.hits, report.stirs)
+    return Run(report.requests, alarm is not None, sum(report.shadows.values()), report.hits, report.drifts)
 
 
 def delays(runs: list[Run], quiet: int) -> Delays:
@@ -104,15 +104,14 @@ def delays(runs: list[Run], quiet: int) -> Delays:
 
 def interval(alarms: int, streams: int) -> tuple[float, float]:
     """Return Clopper and Pearson's interval for the share of streams with an alarm."""
-    tail = (1 - INTERVAL) / 2
-    low = float(beta.ppf(tail, alarms, streams - alarms + 1)) if alarms else 0.0
-    return low, float(beta.ppf(1 - tail, alarms + 1, streams - alarms)) if alarms < streams else 1.0
+    found = binomtest(alarms, streams).proportion_ci(INTERVAL, "exact")
+    return float(found.low), float(found.high)
 
 
 def microseconds(config: MonitorConfig, count: int = 200_000) -> float:
     """Time `watch` in quiet: the mean, in the best of five parts."""
     phases = (Phase(count, 0.0),)
-    served = [
+    observations = [
         Observation(site, score, 0, config.quiet_q, 0 if coin < config.quiet_q else None)
         if hits
         else Observation(DEPTH, float("inf"), 0, 1.0, 0)
@@ -121,9 +120,9 @@ def microseconds(config: MonitorConfig, count: int = 200_000) -> float:
     monitor, best = Monitor(config, DEPTH), float("inf")
     for part in range(5):
         began = time.perf_counter()
-        for observed in served[part::5]:
-            monitor.watch(observed)
-        best = min(best, (time.perf_counter() - began) / len(served[part::5]))
+        for observation in observations[part::5]:
+            monitor.watch(observation)
+        best = min(best, (time.perf_counter() - began) / len(observations[part::5]))
     return 1e6 * best
 
 
@@ -138,7 +137,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=20_000, help="requests of a stream at epsilon, and after a jump")
     parser.add_argument("--epsilon", type=float, default=0.01)
     parser.add_argument("--delta", type=float, default=0.05)
-    parser.add_argument("--quiet-q", type=float, default=0.02, help="the share of hits looked at in quiet")
+    parser.add_argument("--quiet-q", type=float, default=0.02, help="the share of hits shadowed in quiet")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for alarms.json")
@@ -169,7 +168,7 @@ def main() -> None:
             "shadow_share": sum(r.shadows for r in runs["tolerable"]) / sum(r.hits for r in runs["tolerable"]),
         },
         "microseconds": microseconds(config),
-        "microseconds_without_stir": microseconds(dataclasses.replace(config, stir=False)),
+        "microseconds_without_drift": microseconds(dataclasses.replace(config, drift=False)),
     }
     text = json.dumps(found, indent=2)
     if args.out:

@@ -133,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--slo-ms", type=above_0, metavar="MS", help="what counts as good")
     p.add_argument("--share", type=float, default=0.99, help="of requests within the SLO, for --search (default: 0.99)")
-    p.add_argument("--save-trace", type=Path, metavar="FILE", help="keep the requests as a trace")
+    p.add_argument("--save-trace", type=Path, metavar="FILE", help="keep what is sent, as .safetensors")
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
     return p
 

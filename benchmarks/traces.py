@@ -29,7 +29,7 @@ from train import cli
 
 from .corruptions import CORRUPTIONS, MOST_SEVERE
 
-EXAMPLE = "python -m benchmarks.traces --kind blur --requests 60000 --data ../shared/data --out runs/blur.npz"
+EXAMPLE = "python -m benchmarks.traces --kind blur --requests 60000 --data ../shared/data --out runs/blur.safetensors"
 KINDS = ("independent", "zipf", "classes", *CORRUPTIONS, "video")
 ARRIVALS = ("steady", "poisson", "bursty", "diurnal")
 UNSEEN = "test[5000:]"
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--exponent", type=float, default=1.0, metavar="S", help="of Zipf's law (default: 1)")
     p.add_argument("--arrivals", choices=ARRIVALS, default="poisson", help="a video has times of its own")
     p.add_argument("--rate", type=float, default=100.0, metavar="R", help="requests a second (default: 100)")
-    p.add_argument("--out", type=cli.file, required=True, metavar="FILE", help="an .npz")
+    p.add_argument("--out", type=cli.file, required=True, metavar="FILE", help="a .safetensors file")
     arguments = p.parse_args(argv)
     about = {name: getattr(arguments, name) for name in ("kind", "seed", "split", "exponent", "arrivals", "rate")}
     trace = dataclasses.replace(make(arguments.kind, arguments), about=about)

@@ -20,28 +20,28 @@ from rich.progress import Progress
 import gati_jax
 from gati_jax import InputError
 from gati_jax.adaptation import (
-    POINTS,
-    REPEATED,
+    EXACT,
+    NEAREST,
     ControllerConfig,
     ExactCacheConfig,
     Mechanisms,
     MonitorConfig,
     NearestCacheConfig,
     RecoveryConfig,
+    ReplayCache,
     Replayed,
     Trace,
     TrialConfig,
     load_trace,
     simulate,
 )
-from gati_jax.adaptation.simulate import ReplayCache
 from train import cli
 
 from .results import Adaptation, EventResult, MechanismsResult, PhaseResult, TraceResult, WindowResult
 
-EXAMPLE = "python -m train.adapt --bundle runs/r56/bundle --trace runs/blur.npz --out runs/blur"
+EXAMPLE = "python -m train.adapt --bundle runs/r56/bundle --trace runs/blur.safetensors --out runs/blur"
 WINDOW = 1000  # requests in which disagreement is counted
-LAYERS = ("repeats", "points", "refit")
+LAYERS = ("exact", "nearest", "refit")
 MARKS = {"alarm": "#b91c1c", "swap": "#15803d", "opened": "#15803d"}
 
 
@@ -63,12 +63,14 @@ def main(argv: list[str] | None = None) -> None:
     epsilon = arguments.epsilon or bundle.certificate.epsilon
 
     # --- Simulate ---------------------------------------------------------------------------------------------------
-    heard = ReplayCache(bundle.chain, trace.images)
+    replay_cache = ReplayCache(bundle.chain, trace.images)
     folder = arguments.out / "versions"
     runs = {}
     for named in chosen(arguments, epsilon):
         served = bundle if named.site_0 else without_site_0(bundle)
-        runs[named.name] = replayed(served, trace, named, folder=folder, heard=heard, quiet=arguments.json)
+        runs[named.name] = replayed(
+            served, trace, named, folder=folder, replay_cache=replay_cache, quiet=arguments.json
+        )
 
     # --- Result -----------------------------------------------------------------------------------------------------
     *_, last = runs.values()
@@ -121,38 +123,38 @@ def chosen(arguments: Any, epsilon: float) -> list[Named]:  # noqa: ANN401 (a na
     """Return the rows of the table, each with one mechanism more than the one before."""
     on = [layer for layer in LAYERS if layer not in arguments.without]
 
-    def keeper(*layers: str) -> ControllerConfig:
+    def controller(*layers: str) -> ControllerConfig:
         return ControllerConfig(
             monitor=MonitorConfig(epsilon=epsilon, delta=arguments.delta),
-            repeats=ExactCacheConfig() if "repeats" in layers else None,
-            points=NearestCacheConfig() if "points" in layers else None,
+            exact=ExactCacheConfig() if "exact" in layers else None,
+            nearest=NearestCacheConfig() if "nearest" in layers else None,
             seed=arguments.seed,
         )
 
     trial = TrialConfig(epsilon=epsilon, delta=arguments.delta)
     whole = Mechanisms(
-        keeper=keeper(*on), background=RecoveryConfig(trial=trial, refit="refit" in on), share=arguments.share
+        controller=controller(*on), recovery=RecoveryConfig(trial=trial, refit="refit" in on), share=arguments.share
     )
     every = Named("everything", site_0=True, mechanisms=whole)
     if arguments.one:
         return [every]
 
     def watched(*layers: str) -> Mechanisms:
-        home = RecoveryConfig(trial=trial, refit=False)
-        return Mechanisms(keeper=keeper(*layers), background=home, share=arguments.share)
+        certified = RecoveryConfig(trial=trial, refit=False)
+        return Mechanisms(controller=controller(*layers), recovery=certified, share=arguments.share)
 
     table = [
-        Named("static caches behind the first block", site_0=False, mechanisms=Mechanisms(keeper=None)),
-        Named("+ site 0", site_0=True, mechanisms=Mechanisms(keeper=None)),
+        Named("static caches behind the first block", site_0=False, mechanisms=Mechanisms(controller=None)),
+        Named("+ site 0", site_0=True, mechanisms=Mechanisms(controller=None)),
         Named("+ monitor and trials", site_0=True, mechanisms=watched()),
     ]
-    if "points" in on:
-        table.append(Named("+ stored points", site_0=True, mechanisms=watched("points")))
+    if "nearest" in on:
+        table.append(Named("+ nearest cache", site_0=True, mechanisms=watched("nearest")))
     if "refit" in on:
-        refit = dataclasses.replace(whole, keeper=keeper(*(layer for layer in on if layer != "repeats")))
+        refit = dataclasses.replace(whole, controller=controller(*(layer for layer in on if layer != "exact")))
         table.append(Named("+ refitted heads", site_0=True, mechanisms=refit))
-    if "repeats" in on:
-        table.append(Named("+ exact repeats", site_0=True, mechanisms=whole))
+    if "exact" in on:
+        table.append(Named("+ exact cache", site_0=True, mechanisms=whole))
     return table
 
 
@@ -164,7 +166,7 @@ def without_site_0(bundle: gati_jax.Bundle) -> gati_jax.Bundle:
 
 
 def replayed(
-    bundle: gati_jax.Bundle, trace: Trace, named: Named, *, folder: Path, heard: ReplayCache, quiet: bool
+    bundle: gati_jax.Bundle, trace: Trace, named: Named, *, folder: Path, replay_cache: ReplayCache, quiet: bool
 ) -> Replayed:
     """Simulate one set of mechanisms; the folder keeps the versions of the last one."""
     console = Console(stderr=True)
@@ -175,7 +177,7 @@ def replayed(
             trace,
             named.mechanisms,
             folder=folder,
-            heard=heard,
+            replay_cache=replay_cache,
             progress=lambda done: bar.update(task, completed=done),
         )
 
@@ -189,10 +191,10 @@ def summary(name: str, run: Replayed) -> MechanismsResult:
         disagreement=float(run.wrong.mean()),
         worst_window=worst_window(run.wrong),
         shadow_share=float(run.shadow.mean()),
-        controller_ms=run.front_ms,
+        controller_ms=run.controller_ms,
         full_ms=run.full_ms,
-        with_recovery=run.full_ms / (mean_ms + 1e3 * run.background_seconds / len(run.ms)),
-        recovery_seconds=run.background_seconds,
+        with_recovery=run.full_ms / (mean_ms + 1e3 * run.recovery_seconds / len(run.ms)),
+        recovery_seconds=run.recovery_seconds,
         alarms=sum(event.kind == "alarm" for event in run.events),
         swaps=sum(event.kind == "swap" for event in run.events),
     )
@@ -225,7 +227,7 @@ def windows(trace: Trace, run: Replayed, depth: int) -> Iterator[WindowResult]:
 
 def exit_name(exit_: int, depth: int) -> str:
     """Return the name of an exit."""
-    return {POINTS: "points", REPEATED: "repeats", depth: "base"}.get(exit_, f"site {exit_}")
+    return {NEAREST: "nearest", EXACT: "exact", depth: "base"}.get(exit_, f"site {exit_}")
 
 
 def phases(trace: Trace, run: Replayed) -> Iterator[PhaseResult]:

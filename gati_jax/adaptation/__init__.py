@@ -1,41 +1,43 @@
-"""Adaptation: what keeps a served bundle true to its traffic."""
+"""Adaptation: keeps the disagreement of a served bundle within its promise as the traffic changes."""
 
 from gati_jax.bundle.record import costs_of as costs_of
 
+from .controller import EVENT_KINDS as EVENT_KINDS
 from .controller import AdaptationController as AdaptationController
 from .controller import ControllerConfig as ControllerConfig
 from .controller import Event as Event
+from .controller import EventKind as EventKind
 from .controller import Served as Served
+from .controller import served_by as served_by
 from .cost_guard import CostGuardConfig as CostGuardConfig
 from .input_cache import ExactCache as ExactCache
 from .input_cache import ExactCacheConfig as ExactCacheConfig
 from .input_cache import InputCache as InputCache
 from .input_cache import Known as Known
+from .input_cache import Match as Match
+from .input_cache import NearestCache as NearestCache
+from .input_cache import NearestCacheConfig as NearestCacheConfig
 from .input_cache import Ticket as Ticket
 from .monitor import Alarm as Alarm
 from .monitor import Monitor as Monitor
 from .monitor import MonitorConfig as MonitorConfig
 from .monitor import Watched as Watched
-from .nearest_cache import Match as Match
-from .nearest_cache import NearestCache as NearestCache
-from .nearest_cache import NearestCacheConfig as NearestCacheConfig
-from .nearest_cache import threshold_for as threshold_for
 from .recovery import Recovery as Recovery
 from .recovery import RecoveryConfig as RecoveryConfig
 from .recovery import UpdateConfig as UpdateConfig
 from .recovery import examine as examine
 from .recovery import refit_caches as refit_caches
 from .recovery import replan as replan
-from .recovery import standing_cascade as standing_cascade
 from .recovery import updated as updated
-from .request_log import POINTS as POINTS
-from .request_log import REPEATED as REPEATED
+from .request_log import EXACT as EXACT
+from .request_log import NEAREST as NEAREST
 from .request_log import UNKNOWN as UNKNOWN
 from .request_log import Block as Block
 from .request_log import Observation as Observation
 from .request_log import RequestLog as RequestLog
 from .request_log import RequestLogConfig as RequestLogConfig
 from .simulate import Mechanisms as Mechanisms
+from .simulate import ReplayCache as ReplayCache
 from .simulate import Replayed as Replayed
 from .simulate import simulate as simulate
 from .trace import Trace as Trace
@@ -45,3 +47,4 @@ from .trials import NearestTrialConfig as NearestTrialConfig
 from .trials import Trial as Trial
 from .trials import TrialConfig as TrialConfig
 from .trials import Verdict as Verdict
+from .trials import threshold_for as threshold_for

@@ -1,38 +1,42 @@
-"""Keeps a served bundle true to its traffic: every request goes through here, before and after it is answered.
+"""The controller: every request passes through it, before and after it is answered.
 
-    ask        -> number, coin, exact repeats, points       (before the network)
-    answered   -> the cascade has answered                  (a miss says what the base says)
-    shadowed   -> the base has, behind a hit
-    in order   -> window, monitor, trial of the points      (a request whose base answer is still to come holds back
-                                                             those behind it)
+    ask         -> a ticket: number, coin, exact cache, nearest cache  (before the network)
+    from_cache  -> the input cache has answered
+    answered    -> the cascade has answered                            (after a miss, with the base's answer)
+    shadowed    -> the base has answered, too, behind a hit
+    in order    -> request log, monitor, cost guard, trial of the nearest cache
+                   (a request whose base answer is still to come holds back those behind it)
 
-An alarm closes the guilty at once: thresholds go to infinity, or points stop to answer. Caches open again only by a
-trial on later traffic (``background.py``), points by one of their own. What is served changes in ``adopt`` and
-``_close`` alone; each change is a new version for the monitor, and is told to ``changed``.
+An alarm closes at once what it names: thresholds become infinite, or the nearest cache stops answering. Caches open
+again only by a trial on later traffic (``recovery``), the nearest cache by one of its own. What is served changes in
+``_serve`` and ``_close_nearest`` alone; each change is a new version for the monitor, or follows one.
 
-No threads, no clock, no device: callers bring them. Calls are short; whoever has several threads holds a lock.
+No threads, clock or device: the caller brings them. Calls are short; with several threads, hold a lock (the functions
+that need none say so).
 """
 
+import collections
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 
-from gati_jax.adaptation.request_log import POINTS, REPEATED, Observation
 from gati_jax.bundle.record import Bundle, certified_only, costs_of
 from gati_jax.caches import Candidate, choose
 from gati_jax.errors import InputError
-from gati_jax.pytrees import tree_digest
 
 from .cost_guard import CostGuard, CostGuardConfig, exit_ms
-from .input_cache import ExactCache, ExactCacheConfig, InputCache, Ticket
+from .input_cache import ExactCache, ExactCacheConfig, InputCache, Match, NearestCache, NearestCacheConfig, Ticket
 from .monitor import Alarm, Monitor, MonitorConfig
-from .nearest_cache import NearestCache, NearestCacheConfig
-from .request_log import UNKNOWN, RequestLog, RequestLogConfig
+from .request_log import EXACT, NEAREST, UNKNOWN, Observation, RequestLog, RequestLogConfig
 from .trials import NearestTrial, NearestTrialConfig, Seen
+
+EventKind = Literal["alarm", "closed", "opened", "trial", "inconclusive", "refit", "swap", "paused", "resumed"]
+EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
+_RECENT_EVENTS = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,31 +44,40 @@ class ControllerConfig:
     """What is promised and kept; None switches a layer off."""
 
     monitor: MonitorConfig
-    window: RequestLogConfig = dataclasses.field(default_factory=RequestLogConfig)
-    repeats: ExactCacheConfig | None = dataclasses.field(default_factory=ExactCacheConfig)
-    points: NearestCacheConfig | None = dataclasses.field(default_factory=NearestCacheConfig)
-    thrift: CostGuardConfig | None = dataclasses.field(default_factory=CostGuardConfig)
-    """Needs measured costs; without them caches never rest."""
-    points_trial: NearestTrialConfig = dataclasses.field(default_factory=NearestTrialConfig)
+    request_log: RequestLogConfig = dataclasses.field(default_factory=RequestLogConfig)
+    exact: ExactCacheConfig | None = dataclasses.field(default_factory=ExactCacheConfig)
+    nearest: NearestCacheConfig | None = dataclasses.field(default_factory=NearestCacheConfig)
+    cost_guard: CostGuardConfig | None = dataclasses.field(default_factory=CostGuardConfig)
+    """Needs measured costs; without them caches are never paused."""
+    nearest_trial: NearestTrialConfig = dataclasses.field(default_factory=NearestTrialConfig)
     seed: int = 0
 
 
 class Served(NamedTuple):
-    """What the network's caches do now."""
+    """The caches in the network as they are served."""
 
     caches: tuple[Candidate, ...]
     thresholds: Float[np.ndarray, " caches"]
     """Infinite where a cache is closed."""
 
+    def closed(self, which: Bool[np.ndarray, " caches"] | None = None) -> "Served":
+        """Return the same with these caches closed; all unless given."""
+        off = True if which is None else which
+        return Served(self.caches, np.where(off, np.float32(np.inf), self.thresholds))
+
 
 class Event(NamedTuple):
-    """Something that an operator wants to know."""
+    """A change that an operator wants to know of."""
 
     number: int
-    """Requests watched before it."""
-    kind: str
-    """alarm, closed, opened, trial, empirical, refit, swap, resting, woken."""
+    """Requests monitored before it."""
+    kind: EventKind
     text: str
+
+
+class _Paused(NamedTuple):
+    served: Served  # to be resumed
+    until: int  # order number
 
 
 @dataclasses.dataclass(slots=True)
@@ -78,7 +91,7 @@ class _Pending:
 
 
 class AdaptationController:
-    """See the module."""
+    """Adapts one bundle to its traffic; see the module."""
 
     def __init__(
         self,
@@ -86,75 +99,105 @@ class AdaptationController:
         config: ControllerConfig,
         *,
         level: Callable[[], float],
-        changed: Callable[["Served"], None] = lambda _: None,
-        told: Callable[[Event], None] = lambda _: None,
+        on_change: Callable[["Served"], None] = lambda _: None,
+        on_event: Callable[[Event], None] = lambda _: None,
     ) -> None:
         """Serve the bundle's default plan.
 
         Args:
             bundle: Certified for at most ``config.monitor.epsilon``, or its caches begin closed.
             config: See ``ControllerConfig``.
-            level: Returns the part of delta of the trial that begins now, see ``planning.trial_level``.
-            changed: Is told whenever other caches or thresholds are to be served, before the next request is asked.
-            told: Is told of events.
+            level: Returns the part of delta of a trial of the nearest cache that begins, see ``trial_level``.
+            on_change: Called with what is to be served whenever that changes, before the next request is asked.
+            on_event: Called with every event.
 
         Raises:
-            InputError: Images that are not uint8 pixels of height, width and channels.
+            InputError: Inputs that are not uint8 images of height, width and channels.
         """
         shape = tuple(bundle.chain.input_spec.shape)
         if bundle.chain.normalization is None or len(shape) != 3:  # noqa: PLR2004 (height, width, channels)
             raise InputError(f"bundle: expected a base of uint8 images [h, w, c], got inputs of {list(shape)}")
         self.config, self.depth = config, len(bundle.chain)
-        self.base = str(tree_digest(bundle.chain.params))
         self.monitor = Monitor(config.monitor, self.depth)
-        self.window = RequestLog(shape, config.window)
-        repeats = ExactCache(self.base, config.repeats) if config.repeats else None
-        points = NearestCache(shape, self.base, config.points) if config.points else None
-        self.front = InputCache(repeats, points)
-        self.trial = NearestTrial(config.monitor.epsilon, config.points_trial)
-        self.events: list[Event] = []
-        self._level, self._changed, self._told = level, changed, told
+        self.request_log = RequestLog(shape, config.request_log)
+        self.input_cache = InputCache(
+            ExactCache(config.exact) if config.exact else None,
+            NearestCache(shape, config.nearest) if config.nearest else None,
+        )
+        self.trial = NearestTrial(config.monitor.epsilon, config.nearest_trial)
+        self.events: collections.deque[Event] = collections.deque(maxlen=_RECENT_EVENTS)
+        """The latest ones."""
+        self.event_counts: collections.Counter[EventKind] = collections.Counter()
+        """Of all events, by kind."""
+        self._level, self._on_change, self._on_event = level, on_change, on_event
         self._random = np.random.default_rng(config.seed)
         self._numbers = 0
         self._pending: dict[int, _Pending | None] = {}
         self._next = 0
-        self.served = standing(certified_only(bundle))
-        self._resting: tuple[Served, int] | None = None  # what wakes up, and at which request
-        self._thrift = None
-        if config.thrift is not None and bundle.costs:
+        self.served = served_by(certified_only(bundle))
+        self._paused: _Paused | None = None
+        self._cost_guard = None
+        if config.cost_guard is not None and bundle.costs:
             self._costs = costs_of(bundle)
-            self._thrift = CostGuard(config.thrift, self._costs.full_ms)
+            self._cost_guard = CostGuard(config.cost_guard, self._costs.full_ms)
         self.epoch = 0
-        """Counts changes of what is served, points included."""
+        """Counts changes of what is served, the nearest cache included."""
         self.closed_at: int | None = None
-        """Requests watched when a cache was last closed; None while all that were certified are open."""
+        """Requests logged when a cache was last closed; None while all that were certified are open."""
         if not (bundle.certificate.certified and bundle.certificate.epsilon <= config.monitor.epsilon):
             self._close(range(self.depth), "no certificate for this epsilon")
 
-    # Requests
+    # --- Requests -----------------------------------------------------------------------------------------------------
 
-    def ask(self, image: Shaped[np.ndarray, "h w c"], now: float) -> Ticket:
-        """Take a request, before it is answered; ``early`` of the ticket is the answer, if the front has one.
+    def ask(self, images: Shaped[np.ndarray, "n h w c"], now: float) -> list[Ticket]:
+        """Take requests before they are answered; a ticket's ``cached`` is the answer, if the input cache has one.
+
+        With several threads, call the four parts one by one, the first and the third without the lock.
 
         Args:
-            image: uint8; not to be changed.
-            now: Seconds of a clock that never falls.
+            images: uint8; not to be changed.
+            now: Seconds of a monotonic clock.
         """
-        q = self.monitor.q
-        ticket = Ticket(
-            self._numbers, image, q, look=bool(q >= 1 or self._random.random() < q), version=self.monitor.version
-        )
-        self._numbers += 1
-        self._pending[ticket.number] = None
-        lookups = self.trial.lookups
-        self.front.ask(ticket, now, points=lookups >= 1 or self._random.random() < lookups)
-        return ticket
+        tickets = self.admit(images, self.keys(images), now)
+        self.resolve(tickets, self.search(tickets))
+        return tickets
 
-    def early(self, ticket: Ticket) -> bool:
-        """Take note that the front has answered; say whether the base is to be asked all the same (``shadowed``)."""
-        assert ticket.early is not None  # noqa: S101 (narrows the type)
-        exit_, class_index, score = ticket.early
-        if exit_ == REPEATED:  # the base's own answer
+    def keys(self, images: Shaped[np.ndarray, "n h w c"]) -> list[bytes]:
+        """Return the images' keys in the exact cache. Needs no lock."""
+        return self.input_cache.keys(images)
+
+    def admit(self, images: Shaped[np.ndarray, "n h w c"], keys: list[bytes], now: float) -> list[Ticket]:
+        """Number the requests, toss their coins and ask the exact cache."""
+        q, lookups, tickets = self.monitor.q, self.trial.lookups, list[Ticket]()
+        for image, key in zip(images, keys, strict=True):
+            ticket = Ticket(
+                number=self._numbers,
+                image=image,
+                q=q,
+                shadow=bool(q >= 1 or self._random.random() < q),
+                search=bool(lookups >= 1 or self._random.random() < lookups),
+                version=self.monitor.version,
+                key=key,
+            )
+            self._numbers += 1
+            self._pending[ticket.number] = None
+            tickets.append(ticket)
+            self.input_cache.ask_exact(ticket, now)
+        return tickets
+
+    def search(self, tickets: Sequence[Ticket]) -> Match | None:
+        """Look admitted requests up in the nearest cache. Needs no lock."""
+        return self.input_cache.search(tickets)
+
+    def resolve(self, tickets: Sequence[Ticket], found: Match | None) -> None:
+        """Take what ``search`` returned."""
+        self.input_cache.resolve(tickets, found)
+
+    def from_cache(self, ticket: Ticket) -> bool:
+        """Take note that the input cache has answered; return whether to shadow the request."""
+        assert ticket.cached is not None  # noqa: S101 (narrows the type)
+        exit_, class_index, score = ticket.cached
+        if exit_ == EXACT:  # the base's own answer
             self._settle(ticket, exit_, class_index, score, class_index)
             return False
         return self._hit(ticket, exit_, class_index, score)
@@ -167,33 +210,32 @@ class AdaptationController:
         logits: Float[np.ndarray, " classes"],
         now: float,
     ) -> bool:
-        """Take note of what the network has answered; say whether the base is to be asked all the same.
+        """Take the network's answer; return whether to shadow the request.
 
         Args:
             ticket: The request.
             exit_: The site, or the depth for the base.
             score: Of the selector.
-            logits: Of whoever answered.
+            logits: Of the cache or the base that answered.
             now: Seconds.
         """
         class_index = int(np.argmax(logits))
         if exit_ == self.depth:
-            store = self.trial.would_miss(ticket.point_score)  # on trial points are to be as far away as in service
-            self.front.learn(ticket, logits, now, base=self.base, store=store)
+            self._learn(ticket, logits, now)
             self._settle(ticket, exit_, class_index, math.inf, class_index)
             return False
         return self._hit(ticket, exit_, class_index, score)
 
     def shadowed(self, ticket: Ticket, logits: Float[np.ndarray, " classes"], now: float) -> None:
         """Take the base's answer to a request that a cache has answered already."""
-        self.front.learn(ticket, logits, now, base=self.base, store=self.trial.would_miss(ticket.point_score))
+        self._learn(ticket, logits, now)
         pending = self._pending[ticket.number]
         assert pending is not None  # noqa: S101 (narrows the type)
         pending.base_class, pending.complete = int(np.argmax(logits)), True
         self._advance()
 
     def lost(self, ticket: Ticket) -> None:
-        """Give up on a request that was never answered, or on its base answer, as if nobody had looked."""
+        """Give up on a request that was never answered; or on its base answer, as if it had not been shadowed."""
         pending = self._pending[ticket.number]
         if pending is None:
             del self._pending[ticket.number]
@@ -201,17 +243,22 @@ class AdaptationController:
             pending.complete = True
         self._advance()
 
+    def _learn(self, ticket: Ticket, logits: Float[np.ndarray, " classes"], now: float) -> None:
+        # During a trial entries must be as far away as in service, so an input that would have hit is not stored.
+        store_nearest = self.trial.would_miss(ticket.nearest_score)
+        self.input_cache.learn(ticket, logits, now, store_nearest=store_nearest)
+
     def _hit(self, ticket: Ticket, exit_: int, class_index: int, score: float) -> bool:
-        self._pending[ticket.number] = _Pending(ticket, exit_, class_index, score, None, complete=not ticket.look)
+        self._pending[ticket.number] = _Pending(ticket, exit_, class_index, score, None, complete=not ticket.shadow)
         self._advance()
-        return ticket.look
+        return ticket.shadow
 
     def _settle(self, ticket: Ticket, exit_: int, class_index: int, score: float, base_class: int) -> None:
         self._pending[ticket.number] = _Pending(ticket, exit_, class_index, score, base_class, complete=True)
         self._advance()
 
     def _advance(self) -> None:
-        """Watch what is complete, in order."""
+        """Observe the requests that are complete, in order."""
         while self._next < self._numbers:
             pending = self._pending.get(self._next)
             if self._next in self._pending and (pending is None or not pending.complete):
@@ -219,134 +266,131 @@ class AdaptationController:
             self._pending.pop(self._next, None)
             self._next += 1
             if pending is not None:
-                self._watch(pending)
+                self._observe(pending)
 
-    def _watch(self, p: _Pending) -> None:
+    def _observe(self, p: _Pending) -> None:
         ticket, known = p.ticket, p.base_class is not None
-        self.window.add(
-            ticket.image,
-            UNKNOWN if p.base_class is None else p.base_class,
-            p.class_index if p.exit < 0 else UNKNOWN,
-        )
-        q = 1.0 if p.exit in (self.depth, REPEATED) else ticket.q
+        self.request_log.add(ticket.image, p.class_index if p.exit < 0 else UNKNOWN)
+        q = 1.0 if p.exit in (self.depth, EXACT) else ticket.q
         if ticket.version == self.monitor.version:
             alarm = self.monitor.watch(Observation(p.exit, p.score, p.class_index, q, p.base_class))
             if alarm is not None:
-                self._alarm(alarm)
-        self._rest(p)
-        if self.front.points is not None and p.exit != REPEATED:
+                self.on_alarm(alarm)
+        self._guard_costs(p)
+        if self.input_cache.nearest is not None and p.exit != EXACT:
             wrong = known and p.base_class != p.class_index
-            seen = Seen(ticket.point_score, known and p.base_class != ticket.point_class, wrong, q, known)
-            self._try_points(ticket.number, seen)
+            seen = Seen(ticket.nearest_score, known and p.base_class != ticket.nearest_class, wrong, q, known)
+            self._try_nearest(ticket.number, seen)
 
-    # Changes
+    # --- Changes ------------------------------------------------------------------------------------------------------
 
-    def _alarm(self, alarm: Alarm) -> None:
-        self._tell("alarm", f"disagreement above {self.config.monitor.epsilon:.2%}")
-        if POINTS in alarm.guilty and self.trial.state == "open":
-            self._close_points()
-        self._close(alarm.guilty, "alarm")
+    def on_alarm(self, alarm: Alarm) -> None:
+        """Close what an alarm names, and go on with the monitor's next version."""
+        self.emit("alarm", f"disagreement above {self.config.monitor.epsilon:.2%}")
+        if NEAREST in alarm.sites and self.trial.state == "open":
+            self._close_nearest()
+        self._close(alarm.sites, "alarm")
         self.monitor.next_version()
 
-    def _close_points(self) -> None:
+    def _close_nearest(self) -> None:
         self.trial.close()
-        self.front.threshold = math.inf
+        self.input_cache.threshold = math.inf
         self.epoch += 1
-        self._tell("closed", "points")
+        self.emit("closed", "nearest cache")
 
-    def _close(self, sites: "tuple[int, ...] | range", why: str) -> None:
-        resting = self._resting
-        standing_ = self.served if resting is None else resting[0]  # what is open, or will be when it wakes
-        guilty = np.isin([cache.site for cache in standing_.caches], list(sites))
-        closing = guilty & np.isfinite(standing_.thresholds)
+    def _close(self, sites: Iterable[int], why: str) -> None:
+        served = self._paused.served if self._paused else self.served  # what is open, or will be when it is resumed
+        named = np.isin([cache.site for cache in served.caches], list(sites))
+        closing = named & np.isfinite(served.thresholds)
         if not closing.any():
             return
-        left = Served(standing_.caches, np.where(guilty, np.float32(np.inf), standing_.thresholds))
-        names = [cache.name for cache, off in zip(standing_.caches, closing, strict=True) if off]
-        self.closed_at = self.window.count
-        self._tell("closed", f"{', '.join(names)}: {why}")
-        if resting is None:
-            self._serve(left)
+        names = [cache.name for cache, off in zip(served.caches, closing, strict=True) if off]
+        self.closed_at = self.request_log.count
+        self.emit("closed", f"{', '.join(names)}: {why}")
+        if self._paused is None:
+            self._serve(served.closed(named))
         else:
-            self._resting = left, resting[1]
+            self._paused = self._paused._replace(served=served.closed(named))
             self.epoch += 1
 
     def _serve(self, served: Served) -> None:
-        """Change what is served: whoever is trying something tries it beside what is served no longer."""
+        """Change what is served; a trial of the nearest cache beside what was served before is over."""
         self.served = served
         self.epoch += 1
         if self.trial.state == "trial":
-            self.monitor.look_closely(at_all=False)
+            self.monitor.shadow_all(on=False)
             self.trial.close()
-            self._tell("empirical", "points: other caches are served from now on, the trial is over")
-        self._changed(served)
+            self.emit("inconclusive", "nearest cache: other caches are served from now on, the trial is over")
+        self._on_change(served)
 
     def adopt(self, served: Served, text: str, epoch: int | None = None) -> None:
-        """Serve other caches or thresholds from the next request on; certified by a trial.
+        """Serve other caches or thresholds, certified by a trial, from the next request on.
 
         Args:
-            served: These.
+            served: The caches and thresholds.
             text: For the operator.
-            epoch: The keeper's, as the trial began: what it has certified beside something else opens nothing.
+            epoch: The controller's when the trial began: a certificate beside something else opens nothing.
         """
         if epoch is not None and epoch != self.epoch:
-            self._tell("empirical", f"{text}: something else is served meanwhile")
+            self.emit("inconclusive", f"{text}: what is served has changed meanwhile")
             return
-        self.closed_at, self._resting = None, None
+        self.closed_at, self._paused = None, None
         self.monitor.next_version()
-        self._tell("swap", text)
+        self.emit("swap", text)
         self._serve(served)
 
-    def _rest(self, p: _Pending) -> None:
-        """Let caches rest that cost more than they save, and wake them again."""
-        if self._thrift is None:
+    def _guard_costs(self, p: _Pending) -> None:
+        """Pause caches that cost more than they save, and resume them."""
+        guard = self._cost_guard
+        if guard is None:
             return
-        if self._resting is not None:
-            served, until = self._resting
-            if self.window.count >= until and self.trial.state != "trial":
-                self._resting = None
-                if self.trial.state == "open":  # certified with the base behind them: both together need a trial
-                    self.closed_at = self.window.count
-                    self._tell("closed", "caches that rested, until a trial beside the points")
-                else:
-                    self._tell("woken", "caches")
-                    self._serve(served)
-        elif p.exit >= 0 and not p.ticket.often and np.isfinite(self.served.thresholds).any():
+        if self._paused is not None:
+            if self.request_log.count >= self._paused.until and self.trial.state != "trial":
+                self._resume(self._paused.served)
+        elif p.exit >= 0 and not p.ticket.frequent and np.isfinite(self.served.thresholds).any():
             ms = exit_ms(self.served.caches, self._costs)[p.exit]
-            if self._thrift.add(ms):
-                self._resting = self.served, self.window.count + self._thrift.rest
-                self._tell("resting", f"caches cost more than they save: closed for {self._thrift.rest} requests")
-                self._thrift.rested()
-                self._serve(Served(self.served.caches, np.full_like(self.served.thresholds, np.inf)))
+            if guard.add(ms):
+                self._paused = _Paused(self.served, self.request_log.count + guard.pause)
+                self.emit("paused", f"caches cost more than they save: closed for {guard.pause} requests")
+                guard.lengthen()
+                self._serve(self.served.closed())
 
-    def _try_points(self, number: int, seen: Seen) -> None:
+    def _resume(self, served: Served) -> None:
+        self._paused = None
+        if self.trial.state == "open":  # certified with the base behind it: beside the caches it needs another trial
+            self.closed_at = self.request_log.count
+            self.emit("closed", "caches that were paused, until a trial beside the nearest cache")
+        else:
+            self.emit("resumed", "caches")
+            self._serve(served)
+
+    def _try_nearest(self, number: int, seen: Seen) -> None:
         before, state = self.trial.state, self.trial.add(number, seen)
         if state == "open" and before == "trial":
-            self.front.threshold = self.trial.threshold
+            threshold, n = self.trial.threshold, self.trial.n
+            self.input_cache.threshold = threshold
             self.epoch += 1
-            self.monitor.look_closely(at_all=False)
+            self.monitor.shadow_all(on=False)
             self.monitor.next_version()
-            self._tell("opened", f"points, from a score of {self.trial.threshold:.2f}, after {self.trial.n} requests")
-        elif state == "empirical":
-            self.monitor.look_closely(at_all=False)
-            self._tell("empirical", f"points stay closed after {self.trial.n} requests")
+            self.emit("opened", f"nearest cache, from a score of {threshold:.2f}, after {n} requests")
+        elif state == "inconclusive":
+            self.monitor.shadow_all(on=False)
+            self.emit("inconclusive", f"nearest cache stays closed after {self.trial.n} requests")
             self.trial.watch_again()
         elif state == "watching" and self.trial.wants_trial:
             self.trial.begin(self._level(), self._numbers - 1)
-            self.monitor.look_closely(at_all=True)
-            self._tell("trial", "points: the base is asked about every request")
+            self.monitor.shadow_all(on=True)
+            self.emit("trial", "nearest cache: every request is shadowed")
 
-    def _tell(self, kind: str, text: str) -> None:
+    def emit(self, kind: EventKind, text: str) -> None:
+        """Record an event, and pass it on to ``on_event``."""
         event = Event(self.monitor.watched, kind, text)
         self.events.append(event)
-        self._told(event)
-
-    def tell(self, kind: str, text: str) -> None:
-        """Let the background say what it does."""
-        self._tell(kind, text)
+        self.event_counts[kind] += 1
+        self._on_event(event)
 
 
-def standing(bundle: Bundle) -> Served:
+def served_by(bundle: Bundle) -> Served:
     """Return what a bundle's default plan serves; closed caches stay in, for all versions are of one structure."""
     thresholds = np.asarray(bundle.plan.thresholds(bundle.certificate.step), np.float32)
     return Served(choose(bundle.caches, bundle.plan.names), thresholds)

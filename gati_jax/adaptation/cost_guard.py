@@ -1,8 +1,8 @@
-"""Whether the caches pay: where requests cost more with them than without, they rest for a while.
+"""The cost guard: pauses the caches for a while where requests cost more with them than without.
 
-A cascade certified on pictures may answer next to no frame of a video, and then every request pays for lookups, or for
-a small network, on top of the whole base. Closing caches for that reason opens nothing and so needs no certificate;
-neither does waking them: they are as certified as before, and the monitor never stopped.
+A cascade certified on photographs may answer next to no frame of a video; every request then pays for lookups on top of
+the whole base. Pausing caches opens nothing and so needs no certificate. Nor does resuming them: they are as certified
+as before, and the monitor never stopped.
 """
 
 import dataclasses
@@ -15,45 +15,46 @@ from gati_jax.planning import CostTable
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CostGuardConfig:
-    """When to rest, and for how long."""
+    """When to pause, and for how long."""
 
     requests: int = 200
-    """Answered by the network, over which what they cost is compared with the base alone."""
-    rest: int = 1000
-    """Requests to rest for at first; each further rest in a row is twice as long."""
+    """Requests answered by the network over which their cost is compared with the base's."""
+    pause: int = 1000
+    """Requests of the first pause; each further one in a row is twice as long."""
     longest: int = 16_000
+    """Requests of the longest pause."""
 
     def __post_init__(self) -> None:
-        """Check it.
+        """Check the ranges.
 
         Raises:
-            InputError: A number is out of its bounds.
+            InputError: A number is out of range.
         """
-        if not (self.requests >= 1 and 1 <= self.rest <= self.longest):
-            got = f"{self.requests}, {self.rest} and {self.longest}"
-            raise InputError(f"requests, rest, longest: expected 1 or more, rest at most longest, got {got}")
+        if not (self.requests >= 1 and 1 <= self.pause <= self.longest):
+            got = f"{self.requests}, {self.pause} and {self.longest}"
+            raise InputError(f"requests, pause, longest: expected 1 or more, pause at most longest, got {got}")
 
 
 class CostGuard:
-    """Counts what requests cost, window by window."""
+    """Adds up what requests cost, a fixed number of requests at a time."""
 
     def __init__(self, config: CostGuardConfig, full_ms: float) -> None:
-        """Count nothing yet.
+        """Start with no request counted.
 
         Args:
             config: See ``CostGuardConfig``.
-            full_ms: Of the base alone.
+            full_ms: Milliseconds of the base alone.
         """
         self.config, self._full_ms = config, full_ms
-        self.rest = config.rest
-        """Requests that the next rest takes."""
+        self.pause = config.pause
+        """Requests of the next pause."""
         self._n, self._spent = 0, 0.0
 
     def add(self, ms: float) -> bool:
-        """Take a request that the network answered; say whether it is time to rest.
+        """Count a request that the network answered; return whether to pause the caches.
 
         Args:
-            ms: Until the exit where it left, lookups included.
+            ms: Milliseconds until the exit where it left, lookups included.
         """
         self._n += 1
         self._spent += ms
@@ -62,12 +63,12 @@ class CostGuard:
         wasteful = self._spent > self._n * self._full_ms
         self._n, self._spent = 0, 0.0
         if not wasteful:
-            self.rest = self.config.rest
+            self.pause = self.config.pause
         return wasteful
 
-    def rested(self) -> None:
-        """Make the next rest, if it comes at once, twice as long."""
-        self.rest = min(2 * self.rest, self.config.longest)
+    def lengthen(self) -> None:
+        """Make the next pause, if it follows at once, twice as long."""
+        self.pause = min(2 * self.pause, self.config.longest)
 
 
 def exit_ms(caches: tuple[Candidate, ...], costs: CostTable) -> Mapping[int, float]:

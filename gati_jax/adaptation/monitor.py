@@ -1,58 +1,66 @@
-"""The monitor: watches served requests and says when their disagreement is no longer at most epsilon.
+"""The monitor: raises an alarm when the disagreement of served requests is no longer at most epsilon.
 
-What it guarantees: while, given the past, the mean disagreement of the next served request is at most epsilon, version
-j of the cascade raises an alarm with probability at most delta_j = 6 delta / (pi^2 j^2), however long it is served
-(`wealth.py`); all versions together with at most delta, for the delta_j add up to it. Served requests are all: misses
-count 0.
+Guarantee: while the mean disagreement of the next served request, given the past, is at most epsilon, version j of the
+cascade raises an alarm with probability at most delta_j = 6 delta / (pi^2 j^2), however long it is served (see
+``certification.betting``). The delta_j add up to delta, so all versions together do with probability at most delta.
+Served requests are all requests: a miss counts as no disagreement.
 
-What that asks of who serves:
+Conditions on the caller:
 
-- Whether a hit is looked at is decided by a coin of its own, with the probability ``q`` as it stood when the request
-  came. The score, the class or the client may not sway it.
-- Requests are watched in an order that does not depend on what was seen of them: that of their answers, say. A
+- Whether a hit is shadowed (the base's answer is computed, too) is decided by an independent coin with the probability
+  ``q`` as it stood when the request came. Score, class and client must not influence it.
+- Requests are observed in an order that does not depend on what their shadows showed: that of the requests, say. A
   shadowed hit whose base answer is still being computed holds back those behind it. ``in_flight`` requests may be
-  answered under an older q than the monitor's; until they are through, it bets as in quiet.
-- After ``next_version``, requests that the cascade before still answered are not watched.
+  answered under an older q than the monitor's; until they are through, the monitor bets with ``quiet_q``.
+- After ``next_version``, requests that the cascade before it answered are not observed.
 
-Attention: in quiet a share ``quiet_q`` of the hits is looked at. Once one of them is seen to disagree, or the traffic
-stirs, every hit is, until ``attention`` requests in a row showed nothing. That decides how soon an alarm comes, not
-how often a false one does: q may depend on all that is past.
+Attention: in quiet a share ``quiet_q`` of the hits is shadowed. Once a shadow disagrees, or the traffic drifts, every
+hit is, until ``attention`` requests in a row showed nothing. That decides how soon an alarm comes, not how often one is
+false: q may depend on the whole past.
 
-An alarm names the sites to close: all that cannot be cleared. Its wealth is spent: go on with ``next_version``, with
+Drift is detected without labels, by ADWIN on the scores of hits and on exits (Bifet and Gavalda, "Learning from
+time-changing data with adaptive windowing", 2007): it keeps a window of the latest numbers and drops its older part
+whenever the means of both parts differ by more than chance. No guarantee rests on it.
+
+An alarm names the sites to close: all that cannot be cleared. Its e-process is spent: go on with ``next_version`` and
 what remains open. Bursts of disagreement, on video say, are violations: the mean given the past is what is bounded.
 """
 
 import dataclasses
+import importlib
 import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from scipy.stats import beta
+from scipy.stats import binomtest
 
 from gati_jax.certification.betting import Count, EProcess, mean_disagreement, upper_bound
 from gati_jax.errors import InputError
 
-from .drift import DriftDetector
-from .request_log import POINTS, REPEATED, Observation
+from .request_log import EXACT, NEAREST, Observation
+
+_ADWIN_DELTA = 0.002  # ADWIN's default: roughly, the chance per window that it finds a change where there is none
+_SCORE_RANGE = 50.0  # scores are clipped to it: beyond it a selector is certain, and one wild score fills no window
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
-    """What is promised, and what may be spent on watching it."""
+    """What is promised, and what may be spent on checking it."""
 
     epsilon: float = 0.01
     """The mean disagreement, given the past, that served requests may have."""
     delta: float = 0.05
     """The risk of ever raising a false alarm, all versions together."""
     quiet_q: float = 0.02
-    """The share of hits that are looked at in quiet."""
+    """The share of hits that are shadowed in quiet."""
     attention: int | None = None
-    """Requests without anything seen after which it is quiet again; None: 1 / epsilon, in which a tolerable cascade
+    """Requests without a disagreement after which it is quiet again; None: 1 / epsilon, in which a tolerable cascade
     disagrees about once, and one that disagrees five times as often goes unseen in 7 of 1,000 cases."""
     in_flight: int = 0
     """The most requests that are served at a time: as many may still carry an older q."""
-    stir: bool = True
-    """Whether changes of scores and exits raise q; needs river."""
+    drift: bool = True
+    """Whether changes of scores and exits raise q; needs the package river."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -70,7 +78,7 @@ class MonitorConfig:
 
     @property
     def hold(self) -> int:
-        """Requests for which q stays up after something was seen."""
+        """Requests for which q stays up after a disagreement or a drift."""
         return math.ceil(1 / self.epsilon) if self.attention is None else self.attention
 
     def level(self, version: int) -> float:
@@ -81,11 +89,9 @@ class MonitorConfig:
 class Alarm(NamedTuple):
     """The cascade disagrees more often than it may."""
 
-    guilty: tuple[int, ...]
-    """Sites to close, in order: those that cannot be cleared."""
-    wealth: float
-    when: int
-    """Requests watched in all, the one that gave the alarm included."""
+    sites: tuple[int, ...]
+    """Exits to close, in order: those that cannot be cleared."""
+    e_value: float
     version: int
 
 
@@ -96,29 +102,89 @@ class Watched(NamedTuple):
     requests: int
     hits: int
     shadows: dict[int, int]
-    """Hits that were looked at, by exit; the rest of the base behind that site is what each has cost."""
+    """Hits whose base answer is known, by the exits that have any."""
     disagreements: int
-    """Those seen."""
+    """Of the shadows."""
     estimate: float
     """Of the share of requests that disagree."""
     upper: float
-    """At any time, with confidence 1 - delta: of the running mean of conditional risks, see `estimate.py`."""
-    wealth: float
+    """Anytime-valid bound, with confidence 1 - delta, on the running mean of conditional risks."""
+    e_value: float
     q: float
-    stirs: int
+    drifts: int
+    """Changes that the drift detector found."""
     alarmed: bool
 
 
-class Monitor:
-    """Watches one served bundle, version after version."""
+@runtime_checkable
+class ChangeTest(Protocol):
+    """A test for changes of a mean, as river's are."""
 
-    def __init__(self, config: MonitorConfig, depth: int, stir: DriftDetector | None = None) -> None:
-        """Watch version 1 from its first request on.
+    @property
+    def drift_detected(self) -> bool:
+        """Whether the latest number showed a change."""
+        ...
+
+    def update(self, x: float) -> None:
+        """Take the next number."""
+
+
+def adwin() -> ChangeTest:
+    """Return river's ADWIN.
+
+    Raises:
+        InputError: river is not installed.
+    """
+    try:
+        drift = importlib.import_module("river.drift")
+    except ImportError as error:
+        raise InputError(
+            'drift: expected the package river for ADWIN (pip install "gati-jax[adapt]"), got none; or drift=False'
+        ) from error
+    return drift.ADWIN(delta=_ADWIN_DELTA)
+
+
+class DriftDetector:
+    """Two change tests: one on the scores of requests that hit, one on the exits of all."""
+
+    __slots__ = ("_depth", "_exits", "_scores", "count")
+
+    def __init__(self, depth: int, make: Callable[[], ChangeTest] = adwin) -> None:
+        """Start without a past.
+
+        Args:
+            depth: Of the base; exits are taken as shares of it.
+            make: Returns a new change test.
+
+        Raises:
+            InputError: As ``make`` does.
+        """
+        self._depth = depth
+        self._scores, self._exits = make(), make()
+        self.count = 0
+        """Changes found so far."""
+
+    def update(self, observation: Observation) -> bool:
+        """Take one request; return whether it shows that the traffic has changed."""
+        self._exits.update(observation.exit / self._depth)
+        found = self._exits.drift_detected
+        if math.isfinite(observation.score):
+            self._scores.update(min(max(observation.score, -_SCORE_RANGE), _SCORE_RANGE))
+            found = found or self._scores.drift_detected
+        self.count += found
+        return found
+
+
+class Monitor:
+    """Monitors one served bundle, version after version."""
+
+    def __init__(self, config: MonitorConfig, depth: int, drift: DriftDetector | None = None) -> None:
+        """Start with version 1.
 
         Args:
             config: What to promise.
             depth: Of the base: the exit of requests that missed everywhere.
-            stir: In place of ADWIN on scores and exits.
+            drift: In place of ADWIN on scores and exits.
 
         Raises:
             InputError: A depth below 1; river is needed and not installed.
@@ -128,119 +194,119 @@ class Monitor:
         self.config, self.depth = config, depth
         self.watched, self.version = 0, 0
         self.q = config.quiet_q
-        """The probability with which the next hit is to be looked at."""
-        self._stir = stir or (DriftDetector(depth) if config.stir else None)
+        """The probability with which the next hit is to be shadowed."""
+        self._drift = drift or (DriftDetector(depth) if config.drift else None)
         self._attentive = 0  # requests for which q stays up
-        self._raised = 0  # requests watched since it went up
-        self._closely = False
+        self._raised = 0  # requests observed since q went up
+        self._shadow_all = False
         self.next_version()
 
     def next_version(self) -> None:
-        """Start anew for another cascade: fresh wealth, at a smaller delta."""
+        """Start anew for another cascade: a fresh e-process, at a smaller delta."""
         self.version += 1
         self._needed = 1 / self.config.level(self.version)
-        self._wealth, self._alarmed = EProcess(self.config.epsilon), False
+        self._e_process, self._alarmed = EProcess(self.config.epsilon), False
         self._counts: dict[float, list[int]] = {}  # requests and disagreements seen, by the q that was bet on
-        self._hits = [0] * (self.depth + 2)  # by exit; the last two places are those of POINTS and REPEATED
+        self._hits = [0] * (self.depth + 2)  # by exit; the last two places are those of NEAREST and EXACT
         self._shadows = [0] * (self.depth + 2)
         self._bounded = True
         self._begin_episode()
 
-    def watch(self, observed: Observation) -> Alarm | None:
+    def watch(self, observation: Observation) -> Alarm | None:
         """Take one served request.
 
         Returns:
             An alarm, at most one for each version.
         """
-        site, _, class_index, q, base_class = observed
+        site, _, class_index, q, base_class = observation
         self.watched += 1
-        hit, seen = site != self.depth, False
+        hit, disagrees = site != self.depth, False
         if hit:
             self._hits[site] += 1
             if base_class is not None:
-                self._shadows[site] += site != REPEATED  # whose answer is the base's, at no cost
-                seen = base_class != class_index
-        roused = seen
-        if self._stir is not None and self._stir.stirred(observed):
-            roused = True
+                self._shadows[site] += site != EXACT  # whose answer is the base's, at no cost
+                disagrees = base_class != class_index
+        alert = disagrees
+        if self._drift is not None and self._drift.update(observation):
+            alert = True
         probability = self.q if self._raised >= self.config.in_flight else self.config.quiet_q
         count = self._counts.get(probability) or self._counts.setdefault(probability, [0, 0])
         count[0] += 1
-        if roused or self.q > self.config.quiet_q:
-            self._attend(roused=roused)
+        if alert or self.q > self.config.quiet_q:
+            self._attend(alert=alert)
             self._episode += 1
             if hit and base_class is None:
                 self._unknown[site] += 1
-        if seen:
+        if disagrees:
             count[1] += 1
-            self._blamed.add(site)
+            self._disagreed.add(site)
             self._bounded = self._bounded and q >= probability
         if self._alarmed:
             return None
-        wealth = self._wealth.bet(1 / q if seen else 0.0, probability)
-        if wealth < self._needed:
+        e_value = self._e_process.bet(1 / q if disagrees else 0.0, probability)
+        if e_value < self._needed:
             return None
         self._alarmed = True
-        return Alarm(self._guilty(), wealth, self.watched, self.version)
+        return Alarm(self._suspects(), e_value, self.version)
 
     @property
     def report(self) -> Watched:
         """What the version has shown so far."""
         counts = {q: Count(*count) for q, count in self._counts.items()}
-        sites = [*range(self.depth), POINTS, REPEATED]
+        exits = [*range(self.depth), NEAREST, EXACT]
         return Watched(
             version=self.version,
             requests=sum(c.requests for c in counts.values()),
             hits=sum(self._hits),
-            shadows={site: self._shadows[site] for site in sites if self._shadows[site]},
+            shadows={exit_: self._shadows[exit_] for exit_ in exits if self._shadows[exit_]},
             disagreements=sum(c.seen for c in counts.values()),
             estimate=mean_disagreement(counts),
             upper=upper_bound(counts, self.config.delta) if self._bounded else 1.0,
-            wealth=self._wealth.total,
+            e_value=self._e_process.total,
             q=self.q,
-            stirs=self._stir.count if self._stir else 0,
+            drifts=self._drift.count if self._drift else 0,
             alarmed=self._alarmed,
         )
 
-    def _attend(self, *, roused: bool) -> None:
+    def _attend(self, *, alert: bool) -> None:
         """Set q for requests to come."""
         if self.q == self.config.quiet_q:
             self._begin_episode()
-            self._raised = -1  # this one came before
+            self._raised = -1  # the present request came before q went up
         self._raised += 1
-        self._attentive = self.config.hold if roused else max(0, self._attentive - 1)
-        self.q = 1.0 if self._attentive or self._closely else self.config.quiet_q
+        self._attentive = self.config.hold if alert else max(0, self._attentive - 1)
+        self.q = 1.0 if self._attentive or self._shadow_all else self.config.quiet_q
 
-    def look_closely(self, *, at_all: bool) -> None:
-        """Look at every hit from the next request on, as a trial asks; or no longer."""
-        if at_all and self.q < 1:
+    def shadow_all(self, *, on: bool) -> None:
+        """Shadow every hit from the next request on, as a trial of the nearest cache asks; or no longer."""
+        if on and self.q < 1:
             self._begin_episode()
             self._raised = 0
-        self._closely = at_all
-        self.q = 1.0 if self._attentive or at_all else self.config.quiet_q
+        self._shadow_all = on
+        self.q = 1.0 if self._attentive or on else self.config.quiet_q
 
     def _begin_episode(self) -> None:
         self._episode = 0  # requests since q went up
-        self._unknown = [0] * (self.depth + 2)  # of those, by exit: hits that were not looked at
-        self._blamed: set[int] = set()  # exits that were seen to disagree
+        self._unknown = [0] * (self.depth + 2)  # of those, by exit: hits that were not shadowed
+        self._disagreed: set[int] = set()  # exits with a disagreement
 
-    def _guilty(self) -> tuple[int, ...]:
-        """Return the sites that cannot be cleared.
+    def _suspects(self) -> tuple[int, ...]:
+        """Return the exits that cannot be cleared.
 
-        Those that were seen to disagree since q went up cannot: an alarm comes with one of them, so it names one. Of
-        the others, those are cleared that together, at their worst, disagree by epsilon at most. A site's worst is the
-        upper confidence bound on the share of requests that leave there unseen. Few requests clear nothing. This says
-        whom to blame; the guarantee does not rest on it, for what stays open is watched on.
+        Those that disagreed since q went up cannot: an alarm comes with one of them, so it names one. Of the others,
+        those are cleared that together, at their worst, disagree by epsilon at most. An exit's worst is the upper
+        confidence bound (Clopper and Pearson) on the share of requests that leave there unshadowed. Few requests clear
+        nothing. The guarantee does not rest on this choice, for what stays open is monitored on.
         """
-        places = [POINTS, *range(self.depth)]
-        n, risk = self._episode, self.config.delta / len(places)
+        places = [NEAREST, *range(self.depth)]
+        confidence = 1 - self.config.delta / len(places)
         worst = {
-            site: float(beta.ppf(1 - risk, self._unknown[site] + 1, n - self._unknown[site]))
-            if self._unknown[site] < n
-            else 1.0
-            for site in places
-            if site not in self._blamed
+            exit_: float(
+                binomtest(self._unknown[exit_], self._episode, alternative="less").proportion_ci(confidence).high
+            )
+            for exit_ in places
+            if exit_ not in self._disagreed
         }
         order = sorted(worst, key=worst.__getitem__)
         cleared = sum(total <= self.config.epsilon for total in itertools.accumulate(worst[site] for site in order))
-        return tuple(sorted(self._blamed.union(order[cleared:])))
+        return tuple(sorted(self._disagreed.union(order[cleared:])))

@@ -1,12 +1,12 @@
-"""What happens beside serving: closed caches are tried again, as they were or refitted, until a trial opens them.
+"""Recovery: closed caches are tried again in the background, as they were or refitted, until a trial opens them.
 
-    closed -> trial of the home plan -> certified: swap
-                                     -> empirical -> refit on what has come since -> trial -> certified: swap
-                                                                                           -> empirical -> home ...
+    closed -> trial of the certified plan -> certified: swap
+                -> inconclusive -> refit on what has come since -> trial -> certified: swap
+                                                                  -> inconclusive -> the certified plan again ...
 
-The home plan is the bundle's that was given: where a drift goes away, it comes back without any training. Each trial
-spends its part of delta. ``work`` does one bounded piece, and rests in ``pause``; call it from a thread of its own, or
-from a simulation.
+The certified plan is that of the bundle as it was given: where a drift goes away, it comes back without any training.
+Each trial spends its part of delta. ``work`` does one bounded piece and calls ``pause`` in between; call it from a
+thread of its own, or from a simulation.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ import logging
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, Shaped
 
@@ -25,14 +24,14 @@ from gati_jax.data import fingerprint, row_digests
 from gati_jax.errors import InputError
 from gati_jax.fitting import REFIT_CONFIG, Candidates, FitConfig, evaluate, refit, replay
 from gati_jax.planning import Plan, plan
-from gati_jax.runtime import Cascade
 
-from .controller import Served, standing
+from .controller import EventKind, Served, served_by
 from .request_log import RequestLog
 from .trials import Trial, TrialConfig, Verdict
 
 Images = Shaped[np.ndarray, "n ..."]
 Pause = Callable[[], None]
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,10 +48,13 @@ class UpdateConfig:
     least: int = 256
     seconds: float = 5.0
 
+    @property
+    def least_rows(self) -> int:
+        """Rows that each of the two blocks needs: at least one batch."""
+        return max(self.least, self.fit.batch)
+
 
 UPDATE_CONFIG = UpdateConfig()
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,19 +63,33 @@ class RecoveryConfig:
 
     trial: TrialConfig
     refit: bool = True
-    """Whether heads are refitted where the home plan fails."""
+    """Whether heads are refitted where the certified plan's trial is inconclusive."""
     update: UpdateConfig = UPDATE_CONFIG
     fit_rows: int = 2000
-    """Requests since the alarm that heads are refitted on."""
+    """Requests since the alarm that heads are refitted on; fewer where the request log is small."""
     select_rows: int = 1000
-    """Later ones, behind a gap, on which selectors are fitted and the path is planned."""
+    """Later ones, behind a gap, on which selectors are fitted and the path is planned; scaled like ``fit_rows``."""
     piece: int = 64
-    """Requests that are examined at once."""
+    """Requests that a trial takes at once."""
+
+    def rows_within(self, capacity: int) -> tuple[int, int] | None:
+        """Return how many rows a refit is to be fitted and selected on; None where a request log is too small for any.
+
+        A quarter of the log is left to requests that come while the rows are copied.
+
+        Args:
+            capacity: Requests that the log keeps.
+        """
+        room, wanted = capacity * 3 // 4 - self.trial.gap, self.fit_rows + self.select_rows
+        if room >= wanted:
+            return self.fit_rows, self.select_rows
+        select = room * self.select_rows // wanted
+        return (room - select, select) if min(room - select, select) >= self.update.least_rows else None
 
 
 @runtime_checkable
 class ControllerView(Protocol):
-    """What the background needs of a ``AdaptationController``: itself, or what holds a lock before it."""
+    """What recovery needs of an ``AdaptationController``, or of what holds a lock before it."""
 
     @property
     def closed_at(self) -> int | None:
@@ -81,7 +97,7 @@ class ControllerView(Protocol):
         ...
 
     @property
-    def window(self) -> RequestLog:
+    def request_log(self) -> RequestLog:
         """See ``AdaptationController``."""
         ...
 
@@ -94,122 +110,135 @@ class ControllerView(Protocol):
         """Serve what a trial has certified."""
         ...
 
-    def tell(self, kind: str, text: str) -> None:
-        """Hear what the background does."""
+    def emit(self, kind: EventKind, text: str) -> None:
+        """Record an event."""
         ...
 
 
 class Recovery:
     """Brings closed caches back; one thread calls it."""
 
-    def __init__(self, bundle: Bundle, keeper: ControllerView, versions: Versions, config: RecoveryConfig) -> None:
+    def __init__(self, bundle: Bundle, controller: ControllerView, versions: Versions, config: RecoveryConfig) -> None:
         """Wait for something to be closed.
 
         Args:
-            bundle: The home plan's.
-            keeper: Whose caches it brings back.
+            bundle: The one with the certified plan.
+            controller: Whose caches it brings back.
             versions: Counts trials, and keeps what is swapped in.
-            config: See ``RecoveryConfig``.
-
-        Raises:
-            InputError: The window keeps fewer requests than a refit asks for.
+            config: See ``RecoveryConfig``; refits are left out, with a warning, where the request log is too small.
         """
-        needed = config.fit_rows + config.trial.gap + config.select_rows
-        if config.refit and keeper.window.config.recent < needed:
-            got = keeper.window.config.recent
-            raise InputError(f"window.recent: expected at least the {needed} requests of a refit, got {got}")
-        self.home = self.bundle = certified_only(bundle)
-        self.keeper, self.versions, self.config = keeper, versions, config
+        capacity = controller.request_log.capacity
+        self.rows = config.rows_within(capacity) if config.refit else None
+        """Rows that a refit is fitted and selected on; None: there are no refits."""
+        if config.refit and self.rows is None:
+            _log.warning(
+                'adaptation: no refits, as with "--adapt-without refit": the request log has room for %d images, too '
+                "few for blocks of %d rows",
+                capacity,
+                config.update.least_rows,
+            )
+        self.certified = certified_only(bundle)
+        self.controller, self.versions, self.config = controller, versions, config
         self.trial: Trial | None = None
+        self._piece = min(config.piece, capacity)
         self._cursor: int | None = None
-        self._epoch = keeper.epoch
+        self._epoch = controller.epoch
         self._number: int | None = None  # of the version that was swapped in last
         self._refit_next = False
 
     def work(self, pause: Pause | None = None) -> bool:
-        """Do one piece, if there is anything to do; say whether there was.
+        """Do one piece, if there is anything to do; return whether there was.
 
         Args:
             pause: Called in between, see ``Throttle``; what it raises ends the piece.
         """
-        if self.keeper.epoch != self._epoch:  # what is served has changed: evidence from before says nothing of it
-            self._epoch, self.trial = self.keeper.epoch, None
-        if self.keeper.closed_at is None:
+        if self.controller.epoch != self._epoch:  # what is served has changed: evidence from before no longer counts
+            self._epoch, self.trial = self.controller.epoch, None
+        if self.controller.closed_at is None:
             self.trial = None
             return False
-        if self._number is not None:  # an alarm has closed it: nobody is to load it any more
+        if self._number is not None:  # an alarm has closed it: it must not be loaded again
             self.versions.withdraw(self._number)
             self._number = None
         if self.trial is not None and self.trial.verdict == "certified":
             self._swap(self.trial)
             return True
         if self.trial is None:
-            return self._begin(self.keeper.closed_at, pause)
+            return self._begin(self.controller.closed_at, pause)
         return self._examine(self.trial, pause)
 
     def _begin(self, closed_at: int, pause: Pause | None) -> bool:
-        if self._refit_next and self.config.refit:
-            config, count = self.config, self.keeper.window.count
-            needed = config.fit_rows + config.trial.gap + config.select_rows
-            if count - max(closed_at, self.keeper.window.oldest_recent) < needed:
+        log = self.controller.request_log
+        count = log.count
+        if self._refit_next and self.rows is not None:
+            if count - max(closed_at, log.oldest) < sum(self.rows) + self.config.trial.gap:
                 return False
             self._refit_next = False
-            if (found := self._refit(count, pause)) is None:
+            if (found := self._refit(count, self.rows, pause)) is None:
                 return True
             caches, plan = found
         else:
-            caches, plan, count = standing(self.home).caches, self.home.plan, self.keeper.window.count
+            caches, plan = served_by(self.certified).caches, self.certified.plan
             self._refit_next = True
         self._start(Trial(caches, plan, version=self.versions.next_trial(), after=count - 1, config=self.config.trial))
         return True
 
     def _start(self, trial: Trial) -> None:
         self.trial, self._cursor = trial, None
-        what = "home plan" if trial.plan is self.home.plan else "refitted heads"
-        self.keeper.tell("trial", f"{trial.version}: {what}, {len(trial.plan.path) - 1} steps")
+        what = "certified plan" if trial.plan is self.certified.plan else "refitted heads"
+        self.controller.emit("trial", f"{trial.version}: {what}, {len(trial.plan.path) - 1} steps")
 
-    def _refit(self, count: int, pause: Pause | None) -> tuple[tuple[Candidate, ...], Plan] | None:
-        """Refit on what has come up to ``count``; None where that comes to nothing."""
-        config, window = self.config, self.keeper.window
-        later = window.recent(count - config.select_rows, count)
-        until = count - config.select_rows - config.trial.gap
-        older = window.recent(until - config.fit_rows, until)
-        terms = {"epsilon": config.trial.epsilon, "delta": config.trial.delta, "config": config.update, "pause": pause}
+    def _refit(
+        self, count: int, rows: tuple[int, int], pause: Pause | None
+    ) -> tuple[tuple[Candidate, ...], Plan] | None:
+        """Refit on the latest of ``count`` requests; None where that fails or saves nothing."""
+        (fit_rows, select_rows), config, log = rows, self.config, self.controller.request_log
+        until = count - select_rows - config.trial.gap
         try:
-            fitted = refit_caches(self.home, older.images, later.images, config=config.update, pause=pause)
-            plan = replan(self.home, fitted, later.images, **terms)
-        except InputError as error:  # too few distinct rows
-            self.keeper.tell("refit", f"came to nothing: {error}")
+            older = log.recent(until - fit_rows, until)
+            later = log.recent(count - select_rows, count)
+            fitted = refit_caches(self.certified, older.images, later.images, config=config.update, pause=pause)
+            plan = replan(
+                self.certified,
+                fitted,
+                later.images,
+                epsilon=config.trial.epsilon,
+                delta=config.trial.delta,
+                config=config.update,
+                pause=pause,
+            )
+        except InputError as error:  # too few distinct rows, or some were overwritten before they were copied
+            self.controller.emit("refit", f"failed: {error}")
             return None
         steps = len(plan.path) - 1
-        self.keeper.tell("refit", f"on {len(older.order)} requests: {steps} steps" if steps else "nothing pays")
+        self.controller.emit("refit", f"on {fit_rows} requests: {steps} steps" if steps else "no cache saves time")
         return (tuple(fitted), plan) if steps else None
 
     def _examine(self, trial: Trial, pause: Pause | None) -> bool:
-        window = self.keeper.window
+        log = self.controller.request_log
         if self._cursor is None:
-            self._cursor = window.count
-        cursor = max(self._cursor, window.oldest_recent)
-        stop = min(window.count, cursor + self.config.piece)
-        if stop - cursor < self.config.piece:
+            self._cursor = log.count
+        cursor = max(self._cursor, log.oldest)
+        stop = min(log.count, cursor + self._piece)
+        if stop - cursor < self._piece:
             return False
-        block = window.kept(cursor, stop)  # some may have been overwritten meanwhile, whatever they were
+        block = log.kept(cursor, stop)  # some may be overwritten meanwhile, whatever they were
         self._cursor = stop
         verdict = examine(
-            self.home, trial, block.order, block.images, front=block.front, batch=self.config.piece, pause=pause
+            self.certified, trial, block.order, block.images, cached=block.cached, batch=self._piece, pause=pause
         )
-        if verdict == "empirical":
-            self.keeper.tell("empirical", f"trial {trial.version}: nothing certified after {trial.n} requests")
+        if verdict == "inconclusive":
+            self.controller.emit("inconclusive", f"trial {trial.version}: nothing certified after {trial.n} requests")
             self.trial = None
         return True
 
     def _swap(self, trial: Trial) -> None:
-        """Save first, serve then: a kill in between leaves a version that is as good."""
-        bundle = updated(self.home, trial)
+        """Save, then serve: a kill in between leaves a version that is as good."""
+        bundle = updated(self.certified, trial)
         epoch, number = self._epoch, self.versions.save(bundle)
-        self.bundle, self.trial, self._refit_next, self._number = bundle, None, False, number
+        self.trial, self._refit_next, self._number = None, False, number
         text = f"version {number}: step {trial.step} of {len(trial.plan.path) - 1} after {trial.n} requests"
-        self.keeper.adopt(Served(trial.caches, standing(bundle).thresholds), text, epoch)
+        self.controller.adopt(Served(trial.caches, served_by(bundle).thresholds), text, epoch)
 
 
 def refit_caches(
@@ -223,7 +252,7 @@ def refit_caches(
     """Refit the caches of the bundle's default plan: heads on the older block, selectors on the later one.
 
     Args:
-        bundle: The one that is served.
+        bundle: With the caches to start from.
         images: The older block.
         later: Requests behind it, and behind a gap. Those that equal one of ``images`` are left out: what is planned
             on them must be new to the heads.
@@ -235,9 +264,9 @@ def refit_caches(
     """
     fresh = later[~np.isin(row_digests(later), row_digests(images))]
     for name, rows in (("images", images), ("later", fresh)):
-        if len(rows) < max(config.least, config.fit.batch):
-            msg = f"{name}: expected at least {max(config.least, config.fit.batch)} rows, got {len(rows)}"
-            raise InputError(f"{msg} that the older block has not" if name == "later" else msg)
+        if len(rows) < config.least_rows:
+            new = " that the older block has not" if name == "later" else ""
+            raise InputError(f"{name}: expected at least {config.least_rows} rows{new}, got {len(rows)}")
     whole = len(fresh) // config.fit.batch * config.fit.batch  # few sizes, few programs
     caches = choose(bundle.caches, bundle.plan.names)
     return refit(bundle.chain, caches, images, select=fresh[-whole:], config=config.fit, pause=pause)
@@ -285,18 +314,18 @@ def examine(
     orders: Int[np.ndarray, " n"],
     images: Images,
     *,
-    front: Int[np.ndarray, " n"] | None = None,
+    cached: Int[np.ndarray, " n"] | None = None,
     batch: int = 64,
     pause: Pause | None = None,
 ) -> Verdict:
-    """Let the base and the caches on trial look at further requests, batch by batch, until it is decided.
+    """Run the base and the caches on trial on further requests, batch by batch, until the trial is decided.
 
     Args:
         bundle: Whose base.
         trial: Takes them.
         orders: Order numbers, rising.
         images: The requests, in order: all that came, or those that an independent coin picked.
-        front: See ``Trial.add``.
+        cached: See ``Trial.add``.
         batch: Images in a step.
         pause: See ``replay``.
 
@@ -307,9 +336,9 @@ def examine(
         if trial.verdict != "open":
             break
         part = images[start : start + batch]
-        said = evaluate(bundle.chain, trial.caches, part, batch=batch, pause=pause)
-        ahead = None if front is None else front[start : start + batch]
-        trial.add(orders[start : start + batch], row_digests(part), said, ahead)
+        outputs = evaluate(bundle.chain, trial.caches, part, batch=batch, pause=pause)
+        answers = None if cached is None else cached[start : start + batch]
+        trial.add(orders[start : start + batch], row_digests(part), outputs, answers)
     return trial.verdict
 
 
@@ -322,7 +351,7 @@ def updated(bundle: Bundle, trial: Trial, *, created: str = "") -> Bundle:
         created: When, for the provenance.
 
     Raises:
-        InputError: Nothing was certified: the result is empirical, and opens no cache.
+        InputError: Nothing was certified.
     """
     certificate = trial.certificate(bundle.certificate.name)
     if not certificate.certified:
@@ -337,10 +366,3 @@ def updated(bundle: Bundle, trial: Trial, *, created: str = "") -> Bundle:
     return dataclasses.replace(
         bundle, caches=trial.caches, plan=trial.plan, certificate=certificate, also=(), provenance=provenance
     )
-
-
-def standing_cascade(bundle: Bundle) -> Cascade:
-    """Return the default plan's cascade with closed caches left in: of one structure in every version."""
-    thresholds = bundle.plan.thresholds(bundle.certificate.step)
-    caches = choose(bundle.caches, bundle.plan.names)
-    return Cascade(bundle.chain, caches, jnp.asarray(thresholds, jnp.float32))

@@ -1,7 +1,7 @@
-"""Replay a trace through front, cascade, monitor and background, offline: every answer and every decision.
+"""Replay a trace through input cache, cascade, monitor and recovery, offline: every answer and every decision.
 
-Which of the caches answers is decided request by request, as a server would, one at a time. Time is the trace's; the
-background may work while its share of that time allows, by the seconds that its pieces took here.
+Requests are answered one at a time, as a server with one client would. Time is the trace's; recovery may work while its
+share of that time allows, by the seconds that its pieces took here.
 """
 
 import dataclasses
@@ -23,70 +23,65 @@ from gati_jax.fitting import evaluate
 from gati_jax.models import Chain
 from gati_jax.planning import CostTable
 
-from .controller import AdaptationController, ControllerConfig, Event, standing
+from .controller import AdaptationController, ControllerConfig, Event, served_by
 from .cost_guard import exit_ms
 from .recovery import Recovery, RecoveryConfig
 from .trace import Trace
 
+_BATCH = 64
+_CHUNK = 512  # requests evaluated at once
+_EVERY = 100  # requests between two readings of the monitor's bound
+
 
 class ReplayCache:
-    """By set of caches; the reference arithmetic."""
+    """Outputs of the base and of sets of caches on a trace's images, computed once, in the reference arithmetic."""
 
     def __init__(self, chain: Chain, images: Shaped[np.ndarray, "items ..."]) -> None:
-        """Know nothing yet.
+        """Start empty.
 
         Args:
             chain: The base.
             images: Of the trace.
         """
         self._chain, self._images = chain, images
-        self._by_caches: dict[tuple[int, ...], Column] = {}  # by the caches' identities: who serves may regroup them
+        self._by_caches: dict[tuple[int, ...], Column] = {}  # by the caches' identities: adaptation may regroup them
 
     def of(self, caches: tuple[Candidate, ...], items: Int[np.ndarray, " m"]) -> "Column":
-        """Return what is said to these items, and to others that were asked for before."""
+        """Return the outputs for these items, and for others that were asked for before."""
         key = tuple(id(cache) for cache in caches)
         column = self._by_caches.get(key)
         if column is None:
             column = self._by_caches[key] = Column(caches, len(self._images), self._chain.classes)
         missing = np.unique(items[~column.known[items]])
         if len(missing):
-            said = evaluate(self._chain, caches, self._images[missing], batch=BATCH)
-            column.logits[missing], column.known[missing] = said.logits.T, True
-            column.classes[:, missing], column.scores[:, missing] = said.classes, said.scores
+            outputs = evaluate(self._chain, caches, self._images[missing], batch=_BATCH)
+            column.logits[missing], column.known[missing] = outputs.logits.T, True
+            column.classes[:, missing], column.scores[:, missing] = outputs.classes, outputs.scores
         return column
 
 
-@dataclasses.dataclass(eq=False)
 class Column:
-    """What one set of caches, and the base, say to items; only those that are known."""
+    """Outputs of the base and of one set of caches, item by item, where they are known."""
 
-    caches: tuple[Candidate, ...]
-    """Kept, so that their identities are nobody else's."""
-    items: int
-    outputs: int
-
-    def __post_init__(self) -> None:
-        """Make room."""
-        self.known = np.zeros(self.items, bool)
-        self.logits: Float[np.ndarray, "items classes"] = np.zeros((self.items, self.outputs), np.float32)
-        self.classes: Int[np.ndarray, "caches items"] = np.zeros((len(self.caches), self.items), np.int32)
-        self.scores: Float[np.ndarray, "caches items"] = np.zeros((len(self.caches), self.items), np.float32)
-
-
-_CHUNK = 512  # requests heard at once
-_EVERY = 100  # requests between two readings of the monitor's bound
+    def __init__(self, caches: tuple[Candidate, ...], items: int, classes: int) -> None:
+        """Allocate for so many items."""
+        self.caches = caches  # referenced, so that their identities are not used again
+        self.known = np.zeros(items, bool)
+        self.logits: Float[np.ndarray, "items classes"] = np.zeros((items, classes), np.float32)
+        self.classes: Int[np.ndarray, "caches items"] = np.zeros((len(caches), items), np.int32)
+        self.scores: Float[np.ndarray, "caches items"] = np.zeros((len(caches), items), np.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mechanisms:
-    """What is switched on."""
+    """Which parts of adaptation are on."""
 
-    keeper: ControllerConfig | None
-    """None: caches as they are, and nobody looks."""
-    background: RecoveryConfig | None = None
+    controller: ControllerConfig | None
+    """None: static caches, without a monitor."""
+    recovery: RecoveryConfig | None = None
     """None: what is closed stays closed."""
     share: float = 0.1
-    """Of the time, for the background."""
+    """Of the time, for recovery."""
 
 
 class Replayed(NamedTuple):
@@ -101,12 +96,13 @@ class Replayed(NamedTuple):
     upper: Float[np.ndarray, " n"]
     """The monitor's bound on the mean disagreement under its present version; NaN where none was read."""
     ms: Float[np.ndarray, " n"]
-    """Of computation, by the cost table, and of the front: spans, lookups, shadows."""
+    """Of computation, by the cost table, and of the controller: spans, lookups, shadows."""
     full_ms: float
-    front_ms: float
-    """Mean, measured: what ``AdaptationController`` takes for a request."""
+    """Of the base alone."""
+    controller_ms: float
+    """Measured mean of what ``AdaptationController`` takes for a request."""
     events: tuple[Event, ...]
-    background_seconds: float
+    recovery_seconds: float
     """That trials and refits took here."""
 
 
@@ -116,7 +112,7 @@ def simulate(
     mechanisms: Mechanisms,
     *,
     folder: Path | str,
-    heard: ReplayCache | None = None,
+    replay_cache: ReplayCache | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Replayed:
     """Replay a trace.
@@ -125,17 +121,17 @@ def simulate(
         bundle: With measured costs; its default plan is served.
         trace: With images.
         mechanisms: What is on.
-        folder: Where versions are kept; what a simulation before has left there is deleted.
-        heard: What the same base says to the same images, to be shared between simulations.
-        progress: Is told how many requests have been replayed.
+        folder: For versions; those of an earlier simulation are deleted.
+        replay_cache: Of the same base and images, to be shared between simulations.
+        progress: Called with the number of requests replayed so far.
 
     Raises:
         InputError: A trace without images, or of others than the bundle takes; a bundle without costs.
     """
     if trace.images is None:
         raise InputError("trace: expected one with images, got rows of a data set alone")
-    heard = heard or ReplayCache(bundle.chain, trace.images)
-    shutil.rmtree(folder, ignore_errors=True)  # of another simulation
+    replay_cache = replay_cache or ReplayCache(bundle.chain, trace.images)
+    shutil.rmtree(folder, ignore_errors=True)
     run = _Run(bundle, trace.images, mechanisms, Versions(folder), costs_of(bundle))
     n = len(trace)
     exits, wrong, shadow = np.zeros(n, np.int32), np.zeros(n, bool), np.zeros(n, bool)
@@ -144,30 +140,27 @@ def simulate(
         items = trace.item[start : start + _CHUNK]
         for i, item in enumerate(items.tolist(), start):
             now = float(trace.seconds[i])
-            run.work(now)
-            column = heard.of(run.served.caches, items[i - start :])
-            done = run.serve(item, column, now)
-            exits[i], wrong[i], shadow[i], ms[i] = done
-            if run.keeper is not None and i % _EVERY == 0:
-                upper[i] = run.keeper.monitor.report.upper
+            run.recover(now)
+            column = replay_cache.of(run.served.caches, items[i - start :])
+            exits[i], wrong[i], shadow[i], ms[i] = run.serve(item, column, now)
+            if run.controller is not None and i % _EVERY == 0:
+                upper[i] = run.controller.monitor.report.upper
         progress(min(n, start + _CHUNK))
-    front_ms = run.front_seconds / n * 1e3
+    controller_ms = run.controller_seconds / n * 1e3
     return Replayed(
         exit=exits,
         wrong=wrong,
         shadow=shadow,
         upper=upper,
-        ms=ms + front_ms,
+        ms=ms + controller_ms,
         full_ms=run.full_ms,
-        front_ms=front_ms,
-        events=tuple(run.keeper.events) if run.keeper else (),
-        background_seconds=run.background_seconds,
+        controller_ms=controller_ms,
+        events=tuple(run.events),
+        recovery_seconds=run.recovery_seconds,
     )
 
 
-class Done(NamedTuple):
-    """One request."""
-
+class _Done(NamedTuple):
     exit: int
     wrong: bool
     shadow: bool
@@ -182,60 +175,62 @@ class _Run:
     ) -> None:
         self._images, self._costs, self._share = images, costs, mechanisms.share
         self._depth, self.full_ms = len(bundle.chain), costs.full_ms
-        self.keeper, self.background = None, None
-        if mechanisms.keeper is not None:
-            delta = mechanisms.keeper.monitor.delta
-            self.keeper = AdaptationController(
+        self.events: list[Event] = []
+        self.controller, self.recovery = None, None
+        if mechanisms.controller is not None:
+            delta = mechanisms.controller.monitor.delta
+            self.controller = AdaptationController(
                 bundle,
-                mechanisms.keeper,
+                mechanisms.controller,
                 level=lambda: trial_level(delta, versions.next_trial()),
-                changed=lambda served: setattr(self, "served", served),
+                on_change=lambda served: setattr(self, "served", served),
+                on_event=self.events.append,
             )
-            if mechanisms.background is not None:
-                self.background = Recovery(bundle, self.keeper, versions, mechanisms.background)
-        self.served = self.keeper.served if self.keeper else standing(certified_only(bundle))
-        self.background_seconds, self.front_seconds = 0.0, 0.0
-        self._free_at = 0.0  # when the background may go on
+            if mechanisms.recovery is not None:
+                self.recovery = Recovery(bundle, self.controller, versions, mechanisms.recovery)
+        self.served = self.controller.served if self.controller else served_by(certified_only(bundle))
+        self.recovery_seconds, self.controller_seconds = 0.0, 0.0
+        self._free_at = 0.0  # when recovery may go on
 
-    def work(self, now: float) -> None:
-        """Let the background do what its share of the time allows."""
-        if self.background is None:
+    def recover(self, now: float) -> None:
+        """Let recovery do what its share of the time allows."""
+        if self.recovery is None:
             return
         while self._free_at <= now:
             began = time.perf_counter()
-            if not self.background.work():
+            if not self.recovery.work():
                 return
             took = time.perf_counter() - began
-            self.background_seconds += took
+            self.recovery_seconds += took
             self._free_at = max(self._free_at, now) + took / self._share
 
-    def serve(self, item: int, column: Column, now: float) -> Done:
+    def serve(self, item: int, column: Column, now: float) -> _Done:
         """Answer a request."""
         base = int(np.argmax(column.logits[item]))
-        if self.keeper is None:
+        if self.controller is None:
             exit_, class_index, _ = self._cascade(item, column)
-            return Done(exit_, class_index != base, shadow=False, ms=self._ms(exit_))
+            return _Done(exit_, class_index != base, shadow=False, ms=self._ms(exit_))
         began = time.thread_time()
-        ticket = self.keeper.ask(self._images[item], now)
-        if ticket.early is not None:
-            exit_, class_index, ms = ticket.early.exit, ticket.early.class_index, 0.0
-            look = self.keeper.early(ticket)
+        (ticket,) = self.controller.ask(self._images[item][None], now)
+        if ticket.cached is not None:
+            exit_, class_index, ms = ticket.cached.exit, ticket.cached.class_index, 0.0
+            shadow = self.controller.from_cache(ticket)
         else:
-            exit_, class_index, score = (self._depth, base, np.inf) if ticket.often else self._cascade(item, column)
-            ms = self.full_ms if ticket.often else self._ms(exit_)
+            exit_, class_index, score = (self._depth, base, np.inf) if ticket.frequent else self._cascade(item, column)
+            ms = self.full_ms if ticket.frequent else self._ms(exit_)
             logits = column.logits[item]
             if exit_ != self._depth:
                 logits = np.zeros_like(logits)
                 logits[class_index] = 1.0
-            look = self.keeper.answered(ticket, exit_, score, logits, now)
-        if look:
-            self.keeper.shadowed(ticket, column.logits[item], now)
+            shadow = self.controller.answered(ticket, exit_, score, logits, now)
+        if shadow:
+            self.controller.shadowed(ticket, column.logits[item], now)
             ms = self.full_ms if exit_ < 0 else self._ms(self._depth)
-        self.front_seconds += time.thread_time() - began
-        return Done(exit_, class_index != base, look, ms)
+        self.controller_seconds += time.thread_time() - began
+        return _Done(exit_, class_index != base, shadow, ms)
 
     def _cascade(self, item: int, column: Column) -> tuple[int, int, float]:
-        """Return who answers: exit, class and score."""
+        """Return the exit, the class and the score of the cascade's answer."""
         scores = column.scores[:, item]
         hits = np.flatnonzero(scores >= self.served.thresholds)
         if not len(hits):
@@ -248,6 +243,3 @@ class _Run:
         if not np.isfinite(self.served.thresholds).any():
             return self.full_ms
         return exit_ms(self.served.caches, self._costs)[exit_]
-
-
-BATCH = 64

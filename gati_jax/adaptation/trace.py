@@ -1,56 +1,61 @@
-"""Recorded workloads: which image was asked for, when, through which camera, in which phase of a drift.
+"""Traces, recorded workloads: which image was asked for, when, by which client, in which phase of a drift.
 
-One ``.npz`` file, never unpickled, of these members:
+A ``.safetensors`` file of these tensors:
 
-    header   uint8[bytes]              JSON: {"format_version": 1, "phases": ["quiet", "blur 3"], "about": {...}}
-    item     int32[n]                  the image of each request
-    seconds  float64[n]                when it came, from the start; never falling
-    phase    int16[n]                  which of "phases"; may be left out: all are of the first
-    source   int16[n]                  the camera or client; may be left out: all came from one
-    images   uint8[items, h, w, c]     may be left out: items are then rows of a data set that whoever replays it names
+    item     I32[n]               the image of each request
+    seconds  F64[n]               its arrival, from the start; never falling
+    phase    I16[n]               which of the header's phases; optional: all are of the first
+    source   I16[n]               the camera or client; optional: all came from one
+    images   U8[items, h, w, c]   optional: items are then rows of a data set that the user names
 
-"about" says where the workload comes from; nothing reads it. A file is not trusted: every member's type and shape is
-read, bounded and compared with its size before a byte of it is unpacked.
+The metadata entry "trace" holds a header in JSON: {"format_version": 2, "phases": ["quiet", "blur 3"], "about": {...}}.
+"about" says where the workload comes from; nothing reads it. Files are not trusted: every tensor's type and shape is
+checked and bounded before it is read.
+
+Files of version 1, ``.npz`` archives with the same arrays and the header as uint8[bytes], are still read; never
+unpickled, and no member is unpacked before its declared size has been found to be its size, and within bounds.
 """
 
 import dataclasses
 import json
 import math
-import re
+import struct
 import tempfile
+import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
+import safetensors
+import safetensors.numpy
 from jaxtyping import Float64, Int16, Int32, Shaped, UInt8
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from gati_jax.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SUFFIX = ".safetensors"
 MOST_REQUESTS = 10_000_000
 LONGEST_SECONDS = 366 * 24 * 3600.0
 MOST_BYTES = 4 * 2**30  # of images
 _MOST_HEADER_BYTES = 2**20
+_MOST_ARRAY_HEADER = 1000  # characters, of a version 1 member
 _CHUNK = 2**20  # bytes read at once
-_MAGIC = b"\x93NUMPY\x01\x00"
-_ARRAY_HEADER = re.compile(
-    rb"\{'descr': '([!-&(-~]{1,20})', 'fortran_order': False, 'shape': \(([\d, ]{0,100})\), \} {0,100}\n"
-)
-_DAMAGED = (ValueError, EOFError, zlib.error, zipfile.BadZipFile)
-_UNREADABLE = (OSError, RuntimeError)  # offsets nowhere; an encrypted member, or one packed in an unknown way
-_FORMS = {"header": ("|u1", 1), "item": ("<i4", 1), "seconds": ("<f8", 1), "phase": ("<i2", 1), "source": ("<i2", 1)}
-_FORMS["images"] = ("|u1", 4)
-_REQUIRED = ("header", "item", "seconds")
+_DAMAGED = (ValueError, EOFError, zlib.error, zipfile.BadZipFile, safetensors.SafetensorError)
+_DAMAGED += (SyntaxError, tokenize.TokenError)  # from NumPy's reader of an array's header
+_Arrays = dict[str, Shaped[np.ndarray, "..."]]
+_FORMS = {"item": ("I32", "<i4", 1), "seconds": ("F64", "<f8", 1), "phase": ("I16", "<i2", 1)}
+_FORMS |= {"source": ("I16", "<i2", 1), "images": ("U8", "|u1", 4), "header": ("U8", "|u1", 1)}
+_REQUIRED = {"item", "seconds"}
 
 
 class _Header(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     phases: Annotated[list[Annotated[str, Field(max_length=200)]], Field(min_length=1, max_length=10_000)]
     about: dict[str, JsonValue] = {}
 
@@ -124,33 +129,32 @@ def save_trace(path: Path | str, trace: Trace) -> None:
     """Write a trace; a reader sees the old file or the new one, and equal traces make equal files.
 
     Raises:
-        InputError: The name does not end in .npz.
+        InputError: The name does not end in .safetensors.
     """
     path = Path(path)
-    if path.suffix != ".npz":
-        raise InputError(f"trace: expected a file named *.npz, got {path}")
+    if path.suffix != SUFFIX:
+        raise InputError(f"trace: expected a file named *{SUFFIX}, got {path}")
     header = {"format_version": FORMAT_VERSION, "phases": list(trace.phases), "about": dict(trace.about)}
-    members: dict[str, Any] = {name: getattr(trace, name) for name in ("item", "seconds", "phase", "source")}
-    members["header"] = np.frombuffer(json.dumps(header, sort_keys=True).encode(), np.uint8)
-    if trace.images is not None:
-        members["images"] = trace.images
+    arrays = {name: getattr(trace, name) for name in ("item", "seconds", "phase", "source", "images")}
+    tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            np.savez_compressed(file, **members)
-        except BaseException:
-            Path(file.name).unlink()
-            raise
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)
+        temporary = Path(file.name)
+    try:
+        safetensors.numpy.save_file(tensors, temporary, {"trace": json.dumps(header, sort_keys=True)})
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load_trace(path: Path | str, *, most_bytes: int = MOST_BYTES) -> Trace:
     """Read a trace.
 
     Args:
-        path: An .npz file.
-        most_bytes: As large may its images be, unpacked.
+        path: A .safetensors file, or an .npz one of version 1.
+        most_bytes: Largest size of its images.
 
     Raises:
         InputError: It is no trace, is damaged, or is too large.
@@ -159,60 +163,83 @@ def load_trace(path: Path | str, *, most_bytes: int = MOST_BYTES) -> Trace:
     if not path.is_file():
         raise InputError(f"trace: expected a file, got {path}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = {name: _member(archive, name, most_bytes) for name in _members(archive)}
-        header = _Header.model_validate_json(members.pop("header").tobytes())
+        with path.open("rb") as file:
+            read = _read_npz if file.read(2) == b"PK" else _read_safetensors
+        text, arrays = read(path, most_bytes)
+        header = _Header.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the JSON"
         raise InputError(f"trace: the header of {path} is damaged: {where}: {first['msg']}") from error
-    except (*_DAMAGED, *_UNREADABLE) as error:
+    except (OSError, RuntimeError, *_DAMAGED) as error:  # RuntimeError: an encrypted member of an archive
         raise InputError(f"trace: expected what gati_jax/adaptation/trace.py says, got {path}: {error}") from error
-    if len({len(values) for name, values in members.items() if name != "images"}) > 1:
-        lengths = ", ".join(f"{name}[{len(values)}]" for name, values in members.items() if name != "images")
-        raise InputError(f"trace: expected members of one length in {path}, got {lengths}")
-    return Trace(**members, phases=tuple(header.phases), about=header.about)
+    if len({len(values) for name, values in arrays.items() if name != "images"}) > 1:
+        lengths = ", ".join(f"{name}[{len(values)}]" for name, values in arrays.items() if name != "images")
+        raise InputError(f"trace: expected arrays of one length in {path}, got {lengths}")
+    return Trace(**arrays, phases=tuple(header.phases), about=header.about)
 
 
-def _members(archive: zipfile.ZipFile) -> list[str]:
-    names = [name.removesuffix(".npy") if name.endswith(".npy") else f"{name}?" for name in archive.namelist()]
-    missing, unexpected = set(_REQUIRED) - set(names), set(names) - set(_FORMS)
+def _read_safetensors(path: Path, most_bytes: int) -> tuple[str | bytes, _Arrays]:
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+    if size > _MOST_HEADER_BYTES:  # the library itself allows 100 MB
+        raise ValueError(f"the file's header has {size} bytes, over {_MOST_HEADER_BYTES}")
+    with safetensors.safe_open(path, "numpy") as file:
+        names = _checked_names(list(file.keys()), _REQUIRED, set(_FORMS) - {"header"})
+        for name in names:
+            tensor = file.get_slice(name)
+            _check_form(name, tensor.get_dtype(), tuple(tensor.get_shape()), most_bytes, expected=_FORMS[name][0])
+        text = (file.metadata() or {}).get("trace", "")
+        return text, {name: file.get_tensor(name) for name in names}
+
+
+def _checked_names(names: list[str], required: set[str], known: set[str]) -> list[str]:
+    missing, unexpected = required - set(names), set(names) - known
     if missing or unexpected or len(set(names)) < len(names):
-        raise ValueError(f"missing {sorted(missing)}, unexpected {sorted(unexpected)[:5]} of {len(names)} members")
+        raise ValueError(f"missing {sorted(missing)}, unexpected {sorted(unexpected)[:5]} of {len(names)} arrays")
     return names
+
+
+def _check_form(name: str, dtype: str, shape: tuple[int, ...], most_bytes: int, *, expected: str) -> int:
+    """Check an array's declared type, dimensions and size; return its bytes."""
+    ndim, itemsize = _FORMS[name][2], np.dtype(_FORMS[name][1]).itemsize
+    if dtype != expected or len(shape) != ndim:
+        raise ValueError(f"{name} is {dtype}{list(shape)}, not {expected} of {ndim} dimensions")
+    size = math.prod(shape) * itemsize
+    most = {"images": most_bytes, "header": _MOST_HEADER_BYTES}.get(name, MOST_REQUESTS * itemsize)
+    if size > most:
+        raise ValueError(f"{name} has {size} bytes, over {most}")
+    return size
+
+
+# --- Version 1 --------------------------------------------------------------------------------------------------------
+
+
+def _read_npz(path: Path, most_bytes: int) -> tuple[str | bytes, _Arrays]:
+    with zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") if name.endswith(".npy") else f"{name}?" for name in archive.namelist()]
+        _checked_names(names, _REQUIRED | {"header"}, set(_FORMS))
+        arrays = {name: _member(archive, name, most_bytes) for name in names}
+    return arrays.pop("header").tobytes(), arrays
 
 
 def _member(archive: zipfile.ZipFile, name: str, most_bytes: int) -> Shaped[np.ndarray, "..."]:
     """Unpack one member, once its declared shape has been found to be its size, and within bounds."""
-    dtype, ndim = _FORMS[name]
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is packed in another way than NumPy packs")
     with archive.open(info) as file:
-        found, shape = _array_header(file.read)
-        if found != dtype or len(shape) != ndim:
-            raise ValueError(f"{name} is {found}{list(shape)}, not {dtype} of {ndim} dimensions")
-        expected = np.dtype(dtype)
-        size = math.prod(shape) * expected.itemsize
-        most = {"images": most_bytes, "header": _MOST_HEADER_BYTES}.get(name, MOST_REQUESTS * expected.itemsize)
-        if size > most:
-            raise ValueError(f"{name} has {size} bytes, over {most}")
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{name} is not in NumPy's format 1.0")
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=_MOST_ARRAY_HEADER)
+        if by_columns:
+            raise ValueError(f"{name} is stored columns first, not rows first")
+        size = _check_form(name, dtype.str, shape, most_bytes, expected=_FORMS[name][1])
         if info.file_size - file.tell() != size:
             raise ValueError(f"{name} has {info.file_size - file.tell()} bytes, not the {size} of {list(shape)}")
         content = bytearray(size)
         into = memoryview(content)
         for start in range(0, size, _CHUNK):
-            into[start : start + _CHUNK] = file.read(min(_CHUNK, size - start))  # refuses to be given less
+            into[start : start + _CHUNK] = file.read(min(_CHUNK, size - start))  # a short read raises ValueError
         file.read()  # to the end, where the checksum is compared
-    return np.frombuffer(content, expected).reshape(shape)
-
-
-def _array_header(read: Callable[[int], bytes]) -> tuple[str, tuple[int, ...]]:
-    """Return type and shape; NumPy's own reader would evaluate the text."""
-    if read(len(_MAGIC)) != _MAGIC:
-        raise ValueError("a member is no array of NumPy's format 1.0")
-    length = int.from_bytes(read(2), "little")
-    match = _ARRAY_HEADER.fullmatch(read(length))
-    if match is None:
-        raise ValueError("an array's header is not as NumPy writes it, rows before columns")
-    return match[1].decode("ascii"), tuple(int(one) for one in match[2].split(b",") if one.strip())
+    return np.frombuffer(content, dtype).reshape(shape)

@@ -1,12 +1,13 @@
-"""A plan on trial: later traffic, request by request, says how far along its path it may go.
+"""Trials: later traffic shows how far along its path a plan may go, or whether the nearest cache may answer.
 
-Caches that are refitted, or that an alarm has closed, open again only by a trial. It takes every request of the traffic
-behind those that they were fitted and planned on (and behind a gap, for neighbours in time are alike), or those that a
-coin picked which knows nothing of them; never just the misses, which are other requests than the hits.
+**Plans.** Caches that were refitted, or that an alarm closed, open again only by a trial. It takes every request behind
+those that they were fitted and planned on (and behind a gap, for neighbours in time are alike), or those picked by an
+independent coin; never the misses alone, which differ from the hits. Every step of the path is tested on the same
+requests, strict to loose, at the trial's own part of delta: to certify a step that is not good enough, the first such
+step must be certified. The test is anytime-valid: it may stop as soon as enough is certified, or go on, and needs no
+number of requests fixed before.
 
-Every step of the path is tested on the same requests, strict to loose, at the trial's own part of delta: a mistake is
-certifying a step that is not good enough, and the first of these must be certified for one to happen. The test holds at
-any time: it may stop as soon as enough is certified, or go on, and needs no number of requests fixed before.
+**The nearest cache** is tried at one threshold, on requests that are all shadowed.
 """
 
 import collections
@@ -15,7 +16,7 @@ import math
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt64
+from jaxtyping import Bool, Float, Int, UInt64
 
 from gati_jax.caches import Candidate
 from gati_jax.certification import SEQUENTIAL, Certificate, trial_level
@@ -25,16 +26,18 @@ from gati_jax.errors import InputError
 from gati_jax.fitting import Outputs
 from gati_jax.planning import Plan, ReplayTable, replay_plan
 
-from .nearest_cache import threshold_for
-
 _HOPELESS = 0.01  # of the capital that a trial begins with
-Verdict = Literal["open", "certified", "empirical"]
+_RECENT = 50  # lookups from which it is judged whether entries are near
+Verdict = Literal["open", "certified", "inconclusive"]
 """Still under way; some step is certified; the requests are used up and none is, which opens no cache."""
+
+
+# --- Plans ------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrialConfig:
-    """What a trial is to show.
+    """What a trial has to show.
 
     Args:
         epsilon: The disagreement to certify.
@@ -51,7 +54,7 @@ class TrialConfig:
     gap: int = 100
 
     def __post_init__(self) -> None:
-        """Refuse what could not be shown.
+        """Check the ranges.
 
         Raises:
             InputError: Names the field.
@@ -65,7 +68,7 @@ class TrialConfig:
 
 
 class Trial:
-    """One plan's trial."""
+    """The trial of one plan."""
 
     def __init__(
         self,
@@ -76,7 +79,7 @@ class Trial:
         after: int,
         config: TrialConfig,
     ) -> None:
-        """Begin.
+        """Start without any request.
 
         Args:
             caches: The plan's.
@@ -97,7 +100,7 @@ class Trial:
         """Requests taken."""
         self.step = 0
         """The farthest certified step; 0 is the base."""
-        self._last = after + config.gap  # of the orders; what is not behind it is left out
+        self._last = after + config.gap  # order numbers up to this one are left out
         level = trial_level(config.delta, version)
         steps = len(plan.path) - 1  # all but the first, which is the base
         self._certifier = SequentialCertifier(steps, config.epsilon, level, maximum=config.most)
@@ -108,46 +111,42 @@ class Trial:
 
     @property
     def verdict(self) -> Verdict:
-        """How it stands."""
-        if self.step < self._enough and self.n < self.config.most and not self._hopeless:
+        """The state of the trial."""
+        hopeless = not self.step and bool(self._certifier.log_capital()[0] < math.log(_HOPELESS))
+        if self.step < self._enough and self.n < self.config.most and not hopeless:
             return "open"
-        return "certified" if self.step else "empirical"
+        return "certified" if self.step else "inconclusive"
 
     def add(
         self,
         orders: Int[np.ndarray, " n"],
         rows: UInt64[np.ndarray, " n"],
-        said: Outputs,
-        front: Int[np.ndarray, " n"] | None = None,
+        outputs: Outputs,
+        cached: Int[np.ndarray, " n"] | None = None,
     ) -> Verdict:
-        """Take requests, until it is decided; those that came before the gap's end are left out.
+        """Take requests until the trial is decided; those before the gap's end are left out.
 
         Args:
             orders: Order numbers, rising from call to call.
             rows: Digests of the images.
-            said: What the base and the caches, in the plan's order, say.
-            front: What was answered in front of the network, whatever the caches say; negative where nothing was.
+            outputs: Of the base and of the caches, in the plan's order.
+            cached: The input cache's answers, which count whatever the caches say; negative where there was none.
 
         Raises:
             InputError: Orders that do not rise.
         """
         if len(orders) and (np.any(np.diff(orders) <= 0) or (self.n and orders[0] <= self._last)):
             raise InputError(f"orders: expected rising numbers behind {self._last}, got {orders[0]} to {orders[-1]}")
-        disagrees = self._disagrees(rows, said)
-        if front is not None:
-            disagrees = np.where(front[:, None] >= 0, (front != said.answers)[:, None], disagrees)
+        disagrees = self._disagrees(rows, outputs)
+        if cached is not None:
+            disagrees = np.where(cached[:, None] >= 0, (cached != outputs.answers)[:, None], disagrees)
         for order, row, losses in zip(orders.tolist(), rows.tolist(), disagrees, strict=True):
             if order > self._last and self.verdict == "open":
                 self._take(order, row, losses)
         return self.verdict
 
-    @property
-    def _hopeless(self) -> bool:
-        """Whether the strictest step has lost nearly all: a trial may end at any time, and this one had better."""
-        return not self.step and bool(self._certifier.log_capital()[0] < math.log(_HOPELESS))
-
     def certificate(self, name: str = "default") -> Certificate:
-        """Return what is known: nothing is certified where no step is, however the requests went."""
+        """Return what is certified; where no step is, a certificate of nothing."""
         n, wrong = self._at_step if self.step else (self.n, 0)
         return Certificate(
             name=name,
@@ -175,11 +174,11 @@ class Trial:
         if (step := self._certifier.certified + 1) > self.step:
             self.step, self._at_step = step, (self.n, int(self._disagreements[step]))
 
-    def _disagrees(self, rows: UInt64[np.ndarray, " n"], said: Outputs) -> Bool[np.ndarray, "n steps"]:
+    def _disagrees(self, rows: UInt64[np.ndarray, " n"], outputs: Outputs) -> Bool[np.ndarray, "n steps"]:
         plan = self.plan
         table = ReplayTable(
-            names=plan.names, sites=plan.sites, depth=plan.depth, answers=said.answers, classes=said.classes,
-            scores=said.scores, rows=rows,
+            names=plan.names, sites=plan.sites, depth=plan.depth, answers=outputs.answers, classes=outputs.classes,
+            scores=outputs.scores, rows=rows,
         )  # fmt: skip
         return np.stack([replay_plan(table, thresholds).disagrees for thresholds in plan.path], axis=1)
 
@@ -199,54 +198,56 @@ def _first_step_with(plan: Plan, share: float) -> int:
     return max(1, int(np.argmax(saved >= share * saved[-1] - 1e-12)))
 
 
-_RECENT = 50  # lookups by which it is judged whether points are near
-State = Literal["watching", "trial", "open", "empirical"]
+# --- The nearest cache ------------------------------------------------------------------------------------------------
+
+
+State = Literal["watching", "trial", "open", "inconclusive"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NearestTrialConfig:
-    """How points are opened."""
+    """How the nearest cache is opened."""
 
     known: int = 200
     """Requests with a known base answer from which thresholds are read."""
     every: int = 100
-    """Requests between two looks at whether a trial would be worth it."""
+    """Requests between two checks whether a trial would be worth it."""
     share: float = 0.05
-    """Of the requests, that points must be expected to answer for a trial to begin."""
+    """Of the requests, that the cache must be expected to answer for a trial to begin."""
     risk: float = 0.25
     """Over epsilon, for which the threshold is read."""
     most: int = 4000
-    """Requests of a trial, and to wait for the next after the first that came to nothing."""
+    """Requests of a trial, and the wait for the next after the first inconclusive one."""
     gap: int = 10
     """Requests left out before it."""
     lookups: float = 0.1
-    """Share of requests for which points are asked while hardly any has a point near it: a look at 2,000 points takes
-    0.15 ms, for nothing where requests do not repeat."""
+    """Share of requests for which the cache is asked while hardly any has an entry near it: a lookup among 2,000
+    entries takes 0.15 ms, for nothing where requests do not repeat."""
 
 
 class Seen(NamedTuple):
-    """A served request, as points see it."""
+    """A served request, as the nearest cache's trial sees it."""
 
     score: float
-    """Of the nearest point; -inf where there was none, NaN where points were not asked."""
-    point_wrong: bool
-    """Whether the point disagrees with the base; only where that is known."""
+    """Of the nearest entry; -inf where there was none, NaN where the cache was not asked."""
+    nearest_wrong: bool
+    """Whether the nearest entry disagrees with the base; only where that is known."""
     served_wrong: bool
-    """Whether what was served does, as far as is known."""
+    """Whether the served answer does, as far as is known."""
     q: float
     """The probability with which the base's answer was to be known."""
     known: bool
 
 
 class NearestTrial:
-    """Decides when points are open; state only, no points."""
+    """Decides when the nearest cache is open; holds no entries."""
 
     def __init__(self, epsilon: float, config: NearestTrialConfig | None = None) -> None:
-        """Watch."""
+        """Start to watch."""
         self.config, self.epsilon = config or NearestTrialConfig(), epsilon
         self.state: State = "watching"
         self.threshold = np.inf
-        """From which on points may answer; infinite but when open."""
+        """From which on the cache may answer; infinite unless open."""
         self.n = 0
         """Requests of the present trial."""
         self._proposed, self._wait = np.inf, self.config.every
@@ -255,49 +256,46 @@ class NearestTrial:
     def _begin_watch(self) -> None:
         self._past: collections.deque[Seen] = collections.deque(maxlen=self.config.known)
         self._since = 0
-        self._would: collections.deque[float] = collections.deque(maxlen=self.config.known)
+        self._scores: collections.deque[float] = collections.deque(maxlen=self.config.known)
         self._near: collections.deque[bool] = collections.deque(maxlen=_RECENT)
 
     @property
     def lookups(self) -> float:
-        """Share of requests for which points are to be asked."""
+        """Share of requests for which the cache is to be asked."""
         some_near = len(self._near) < _RECENT or sum(self._near) >= self.config.share * _RECENT
         return 1.0 if some_near or self.state != "watching" else self.config.lookups
 
     @property
     def wants_trial(self) -> bool:
-        """Whether one would be worth it, as things are; ask after every request, and ``begin`` it."""
+        """Whether a trial would be worth it now; ask after every request, and ``begin`` it."""
         if self.state != "watching" or len(self._past) < self.config.known or self._since < self._wait:
             return False
         self._since = 0
         self._proposed = self._propose()
-        return self._share(self._proposed) >= self.config.share
+        return float(np.mean(np.array(self._scores) >= self._proposed)) >= self.config.share
 
     def would_miss(self, score: float) -> bool:
-        """Whether points would not have answered a request, now or by the threshold on trial; NaN: were not asked."""
+        """Whether the cache would not answer a request, open or by the threshold on trial; NaN: it was not asked."""
         return not score >= {"trial": self._proposed, "open": self.threshold}.get(self.state, np.inf)
 
     def _propose(self) -> float:
         past = self._past
-        scores, wrong = np.array([s.score for s in past]), np.array([s.point_wrong for s in past])
+        scores, wrong = np.array([s.score for s in past]), np.array([s.nearest_wrong for s in past])
         weights = np.array([1 / s.q for s in past])
         found = threshold_for(scores, wrong, weights, risk=self.config.risk * self.epsilon)
         if np.isfinite(found):
             return found
-        # Fewer rows than a risk so small can be read from: the best of what was seen.
+        # Too few rows to read so small a risk from: take the median of the scores above any that was wrong.
         right = scores[~wrong & np.isfinite(scores)]
         above = right[right > scores[wrong].max(initial=-np.inf)]
         return float(np.median(above)) if len(above) else np.inf
-
-    def _share(self, threshold: float) -> float:
-        return float(np.mean(np.array(self._would) >= threshold))
 
     def begin(self, delta: float, now: int) -> None:
         """Begin the trial that was wanted.
 
         Args:
             delta: Its part of the risk.
-            now: Number of the newest request that has come: only later ones count.
+            now: Number of the newest request: only later ones count.
         """
         self.state, self.n = "trial", 0
         self._after = now + self.config.gap
@@ -309,7 +307,7 @@ class NearestTrial:
         self._begin_watch()
 
     def add(self, number: int, seen: Seen) -> State:
-        """Take a served request, in order; says how things stand.
+        """Take a served request, in order; return the new state.
 
         Args:
             number: In the order in which requests came.
@@ -318,14 +316,14 @@ class NearestTrial:
         self._since += 1
         if math.isnan(seen.score):
             return self.state
-        self._would.append(seen.score)
+        self._scores.append(seen.score)
         self._near.append(seen.score > -math.inf)
         if self.state == "watching" and seen.known:
             self._past.append(seen)
         elif self.state == "trial" and number > self._after:
             self.n += 1
-            wrong = seen.point_wrong if seen.score >= self._proposed else seen.served_wrong
-            self._certifier.add(np.array([wrong or not seen.known]), seen.q)  # a base answer that was lost: the worst
+            wrong = seen.nearest_wrong if seen.score >= self._proposed else seen.served_wrong
+            self._certifier.add(np.array([wrong or not seen.known]), seen.q)  # a lost base answer counts as wrong
             self._decide()
         return self.state
 
@@ -334,9 +332,36 @@ class NearestTrial:
         if certifier.certified >= 0:
             self.state, self.threshold, self._wait = "open", self._proposed, self.config.every
         elif certifier.decided or certifier.log_capital()[0] < np.log(_HOPELESS):
-            self.state = "empirical"
+            self.state = "inconclusive"
 
     def watch_again(self) -> None:
-        """After an empirical end: begin anew, and wait twice as long as the last time."""
+        """Start anew after an inconclusive trial, and wait twice as long as the last time."""
         self._wait = max(self.config.most, 2 * self._wait)
         self.close()
+
+
+def threshold_for(
+    scores: Float[np.ndarray, " n"], wrong: Bool[np.ndarray, " n"], weights: Float[np.ndarray, " n"], *, risk: float
+) -> float:
+    """Return the lowest threshold at which the nearest cache would have disagreed on a share ``risk`` of requests.
+
+    The share is of all requests, hits or not, with one more that disagrees at the largest weight added: conformal risk
+    control (Angelopoulos et al., arXiv:2208.02814). It holds on average for requests like these; it is no certificate.
+
+    Args:
+        scores: Of requests whose base answer is known.
+        wrong: Whether the nearest entry disagrees with it.
+        weights: 1 / the probability with which the base answer was to be known: 1 for misses, 1 / q for shadowed hits.
+        risk: At most so large a share.
+
+    Returns:
+        Infinity where none is high enough.
+    """
+    if not len(scores):
+        return np.inf
+    order = np.argsort(-scores, kind="stable")
+    ranked, most = scores[order], weights.max()
+    share = (np.cumsum((weights * wrong)[order]) + most) / (weights.sum() + most)
+    last = np.append(ranked[1:] < ranked[:-1], True)  # equal scores hit together
+    allowed = np.flatnonzero((share <= risk) & last & np.isfinite(ranked))
+    return float(ranked[allowed[-1]]) if len(allowed) else np.inf

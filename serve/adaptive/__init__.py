@@ -6,12 +6,12 @@
     Worker  -> Recovery: trials, refits -> AdaptiveEngine.adopt -> Engine.between_steps
 
 Three threads share the controller behind one lock: the service's, the engine's and the worker's. A thread that holds
-the lock does nothing long and never waits for another one. A change of what is served (``_changed``) is left to the
-engine's thread; until it is made, new requests go to the base, so that no request that counts for the new version is
-answered by the old one.
+the lock does nothing long and never waits for another one; hashes and nearest-cache lookups are computed without it. A
+change of what is served is made by the engine's thread between two steps; until then new requests go to the base, so
+that no request that counts for the new version is answered by the old one.
 
-What may fail: the controller (a bug) - then adaptation is over, the base answers, and metrics say "failed"; a piece of
-background work, which is logged, counted and tried again later; the process, at any moment: see ``Versions``.
+What may fail: the controller (a bug) - adaptation is then over, the base answers, and metrics say "failed"; a piece of
+recovery, which is logged, counted and tried again later; the process, at any moment: see ``Versions``.
 """
 
 from .build import AdaptiveOptions as AdaptiveOptions

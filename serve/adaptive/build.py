@@ -1,4 +1,4 @@
-"""From a bundle, and a folder of versions, to what adapts."""
+"""From a bundle and a folder of versions to the parts of an adaptive server."""
 
 import dataclasses
 import importlib.util
@@ -21,12 +21,10 @@ from gati_jax.adaptation import (
     NearestCacheConfig,
     Recovery,
     RecoveryConfig,
-    RequestLogConfig,
     Served,
     TrialConfig,
-    UpdateConfig,
+    served_by,
 )
-from gati_jax.adaptation.controller import standing
 from gati_jax.bundle import Versions
 from gati_jax.bundle.record import certified_only
 from gati_jax.certification import trial_level
@@ -40,7 +38,7 @@ from serve.engine.runner import JaxRunner, Prepared
 from .engine import AdaptiveEngine, Swap
 from .worker import Worker
 
-_PIECE = 32  # requests that a trial looks at at once: a step may have to wait for them
+_PIECE = 32  # requests that a trial takes at once: a step of the server may have to wait for them
 _log = logging.getLogger(__name__)
 
 
@@ -51,19 +49,19 @@ class AdaptiveOptions:
     folder: Path
     """Of versions."""
     epsilon: float | None = None
-    """To promise; None: what is certified."""
+    """To promise; None: as certified."""
     share: float = 0.1
     """Of the time, for trials and refits."""
     without: Sequence[str] = ()
-    """Of "nearest", "exact", "refit": what to leave out."""
-    keeper: ControllerConfig | None = None
+    """Layers to leave out: "exact", "nearest", "refit"."""
+    controller: ControllerConfig | None = None
     """In place of the defaults."""
-    background: RecoveryConfig | None = None
+    recovery: RecoveryConfig | None = None
     """In place of the defaults."""
 
 
 class AdaptiveParts(NamedTuple):
-    """What adapts, before there is an engine."""
+    """An adaptive server before there is an engine."""
 
     adapting: AdaptiveEngine
     worker: Worker
@@ -71,8 +69,8 @@ class AdaptiveParts(NamedTuple):
     """For the runner: the plan that adapts, and the base."""
 
     def serve(self, engine: Engine, runner: JaxRunner) -> None:
-        """Stand before an engine that this observes; start both."""
-        self.adapting.serve(engine, _preparing(runner, self.sources[0]), end=self.worker.stop)
+        """Start an engine that ``adapting`` observes, and the worker."""
+        self.adapting.serve(engine, swapper(runner, self.sources[0]), end=self.worker.stop)
         engine.start()
         self.worker.start()
 
@@ -80,10 +78,10 @@ class AdaptiveParts(NamedTuple):
 def build(
     bundle: Bundle, options: AdaptiveOptions, *, capacity: int, observer: Observer, reference: bool = False
 ) -> AdaptiveParts:
-    """Prepare to adapt a bundle's default plan; its others are not served, for nobody watches them.
+    """Prepare to adapt a bundle's default plan; its others are not served, for they would not be monitored.
 
     Args:
-        bundle: As it was given; versions in the folder are of the same base, or left alone.
+        bundle: As it was given; versions in the folder are served if they are of the same base.
         options: See ``AdaptiveOptions``.
         capacity: Images on their way at once.
         observer: Of the engine.
@@ -92,57 +90,47 @@ def build(
     Raises:
         InputError: A bundle that cannot adapt, or a folder of something else.
     """
-    home = certified_only(bundle)
-    keeping = options.keeper or _keeper_config(bundle, options, capacity)
-    epsilon, delta = keeping.monitor.epsilon, keeping.monitor.delta
+    certified = certified_only(bundle)
+    config = options.controller or _controller_config(bundle, options, capacity)
+    epsilon, delta = config.monitor.epsilon, config.monitor.delta
     versions = Versions(options.folder, chain=bundle.chain if bundle.chain.network is None else None)
 
-    def keep(changed: Callable[[Served], None], told: Callable[[Event], None]) -> AdaptationController:
+    def controller(on_change: Callable[[Served], None], on_event: Callable[[Event], None]) -> AdaptationController:
         level = lambda: trial_level(delta, versions.next_trial())  # noqa: E731
-        return AdaptationController(bundle, keeping, level=level, changed=changed, told=told)
+        return AdaptationController(bundle, config, level=level, on_change=on_change, on_event=on_event)
 
-    adapting = AdaptiveEngine(keep, observer=observer, base=1, classes=bundle.chain.classes)
-    _go_on(versions, home, adapting, epsilon)
-    config = options.background or RecoveryConfig(
-        trial=TrialConfig(epsilon=epsilon, delta=delta),
-        refit="refit" not in options.without,
-        update=UpdateConfig(),
-        piece=_PIECE,
+    adapting = AdaptiveEngine(controller, observer=observer, base=1, classes=bundle.chain.classes)
+    _resume_version(versions, certified, adapting, epsilon)
+    recovery = options.recovery or RecoveryConfig(
+        trial=TrialConfig(epsilon=epsilon, delta=delta), refit="refit" not in options.without, piece=_PIECE
     )
-    worker = Worker(Recovery(bundle, adapting, versions, config), options.share)
-    plan, base = routes.load(home, reference=reference)
-    served = adapting.keeper.served
-    cascade = Cascade(home.chain, served.caches, jnp.asarray(served.thresholds, jnp.float32))
-    adapted = dataclasses.replace(
-        plan, cascade=cascade, epsilon=epsilon, leave=plan.leave if len(plan.leave) == len(served.caches) + 1 else (
-            *[routes.UNKNOWN] * len(served.caches), 1.0)
-    )  # fmt: skip
-    return AdaptiveParts(adapting, worker, [adapted, base])
+    worker = Worker(Recovery(bundle, adapting, versions, recovery), options.share)
+    plan, base = routes.load(certified, reference=reference)
+    served = adapting.controller.served
+    same = len(plan.leave) == len(served.caches) + 1
+    leave = plan.leave if same else (*[routes.UNKNOWN] * len(served.caches), 1.0)
+    plan = dataclasses.replace(plan, cascade=_cascade(plan, served), epsilon=epsilon, leave=leave)
+    return AdaptiveParts(adapting, worker, [plan, base])
 
 
-def _keeper_config(bundle: Bundle, options: AdaptiveOptions, capacity: int) -> ControllerConfig:
+def _controller_config(bundle: Bundle, options: AdaptiveOptions, capacity: int) -> ControllerConfig:
     certificate = bundle.certificate
     if options.epsilon is None and not certificate.certified:
-        raise InputError("--adapt-epsilon: expected what to promise, for nothing is certified, got none")
-    stir = importlib.util.find_spec("river") is not None
-    if not stir:
+        raise InputError("--adapt-epsilon: expected the disagreement to promise, as nothing is certified, got none")
+    drift = importlib.util.find_spec("river") is not None
+    if not drift:
         _log.warning('adaptation: without the package river (pip install "gati-jax[adapt]"), changes of scores and '
                      "exits raise no attention; alarms come later, and are as sound")  # fmt: skip
-    monitor = MonitorConfig(
-        epsilon=options.epsilon or certificate.epsilon, delta=certificate.delta, in_flight=capacity, stir=stir
-    )
-    window = RequestLogConfig()
-    size = int(np.prod(bundle.chain.input_spec.shape))
-    fitting = min(1.0, window.most_bytes / size / (window.recent + window.old))
     return ControllerConfig(
-        monitor=monitor,
-        window=dataclasses.replace(window, recent=int(window.recent * fitting), old=int(window.old * fitting)),
-        repeats=None if "exact" in options.without else ExactCacheConfig(),
-        points=None if "nearest" in options.without else NearestCacheConfig(),
+        monitor=MonitorConfig(
+            epsilon=options.epsilon or certificate.epsilon, delta=certificate.delta, in_flight=capacity, drift=drift
+        ),
+        exact=None if "exact" in options.without else ExactCacheConfig(),
+        nearest=None if "nearest" in options.without else NearestCacheConfig(),
     )
 
 
-def _go_on(versions: Versions, home: Bundle, adapting: AdaptiveEngine, epsilon: float) -> None:
+def _resume_version(versions: Versions, certified: Bundle, adapting: AdaptiveEngine, epsilon: float) -> None:
     """Serve the folder's current version, if it fits."""
     if not versions.history:
         return
@@ -151,17 +139,17 @@ def _go_on(versions: Versions, home: Bundle, adapting: AdaptiveEngine, epsilon: 
     except BundleError as error:
         _log.warning("adaptation: the bundle is served as it was given", extra={"why": str(error)})
         return
-    here, there = standing(home), standing(bundle)
+    given, current = served_by(certified), served_by(bundle)
     why = (
-        "it is of another base" if not _same(home.chain.params, bundle.chain.params, values=True)
-        else "its caches are of another structure" if not _same(here.caches, there.caches, values=False)
+        "it is of another base" if not _same(certified.chain.params, bundle.chain.params, values=True)
+        else "its caches are of another structure" if not _same(given.caches, current.caches, values=False)
         else "it promises less" if not (bundle.certificate.certified and bundle.certificate.epsilon <= epsilon)
         else ""
     )  # fmt: skip
     if why:
-        _log.warning("adaptation: a version is left alone", extra={"version": number, "why": why})
+        _log.warning("adaptation: a version is not served", extra={"version": number, "why": why})
         return
-    adapting.adopt(there, f"version {number}, of {versions.folder}")
+    adapting.adopt(current, f"version {number}, of {versions.folder}")
 
 
 def _same(one: object, other: object, *, values: bool) -> bool:
@@ -171,16 +159,22 @@ def _same(one: object, other: object, *, values: bool) -> bool:
     return all(a.shape == b.shape and a.dtype == b.dtype and (not values or np.array_equal(a, b)) for a, b in pairs)
 
 
-def _preparing(runner: JaxRunner, source: CascadeRoute) -> Callable[[Served], Swap]:
-    """Return how a runner comes to serve other caches; where they stay the same, only thresholds change."""
+def _cascade(source: CascadeRoute, served: Served) -> Cascade:
+    return Cascade(source.cascade.chain, served.caches, jnp.asarray(served.thresholds, jnp.float32))
+
+
+def swapper(runner: JaxRunner, source: CascadeRoute) -> Callable[[Served], Swap]:
+    """Return how a runner comes to serve other caches: a function that prepares, and returns the swap itself.
+
+    Where the caches stay the same, only thresholds change.
+    """
     running = source.cascade.caches  # changes in the engine's thread alone
 
     def prepare(served: Served) -> Swap:
         def parameters() -> Prepared | None:
             if all(new is old for new, old in zip(served.caches, running, strict=True)):
                 return None
-            cascade = Cascade(source.cascade.chain, served.caches, jnp.asarray(served.thresholds, jnp.float32))
-            return runner.prepare({0: dataclasses.replace(source, cascade=cascade)})
+            return runner.prepare({0: dataclasses.replace(source, cascade=_cascade(source, served))})
 
         ahead = parameters()
 

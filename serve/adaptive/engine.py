@@ -1,6 +1,7 @@
-"""The engine as the service sees it, with the keeper before and behind it."""
+"""The engine as the service sees it under ``--adapt``, with the controller before and behind it."""
 
 import collections
+import contextlib
 import logging
 import threading
 import time
@@ -11,27 +12,28 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Shaped
 
-from gati_jax.adaptation import POINTS, REPEATED, AdaptationController, Event, RequestLog, Served, Ticket
+from gati_jax.adaptation import EXACT, NEAREST, AdaptationController, Event, EventKind, RequestLog, Served, Ticket
 from serve.engine.engine import Engine
 from serve.engine.records import Answer, Job, Observer, ServeError, Statistics, Step
 
 T = TypeVar("T")
 Swap = Callable[[], None]
+Build = Callable[[Callable[[Served], None], Callable[[Event], None]], AdaptationController]
 SAFE, PART, OPEN, FAILED = STATES = ("safe", "part", "open", "failed")
 """All caches closed, some of them, none; adaptation has failed. In the first and the last, the base answers."""
-_ENDING = 5.0  # seconds that the background is given to end behind its present piece
-_SURE = 30.0  # logits of answers from in front of the network, where only the class is known
-_LAYERS = {POINTS: "points", REPEATED: "repeats"}
-_WARNINGS = {"alarm", "closed", "empirical"}
+LAYERS = {EXACT: "exact", NEAREST: "nearest"}
+_ENDING = 5.0  # seconds for the worker to end behind its present piece
+_SURE = 30.0  # logits of answers from the input cache, where only the class is known
+_WARNINGS = {"alarm", "closed", "inconclusive"}
 _log = logging.getLogger(__name__)
 
 
 class AdaptiveEngine:
-    """Answers by an engine, and adapts. Also the engine's observer.
+    """Answers by an engine, and adapts. Also the engine's observer, and the controller as recovery sees it.
 
     Args:
-        keep: Makes the keeper, which tells what it serves and what happens to the two functions that it is given.
-        observer: Is told what the engine says, too.
+        build: Makes the controller, given its ``on_change`` and its ``on_event``.
+        observer: Called with all that the engine reports.
         adapted: The route of the plan that adapts.
         base: The base's route.
         classes: Of the network.
@@ -40,7 +42,7 @@ class AdaptiveEngine:
 
     def __init__(
         self,
-        keep: Callable[[Callable[[Served], None], Callable[[Event], None]], AdaptationController],
+        build: Build,
         *,
         observer: Observer,
         adapted: int = 0,
@@ -48,20 +50,20 @@ class AdaptiveEngine:
         classes: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepare; ``serve`` begins."""
-        self.events: collections.Counter[str] = collections.Counter()
-        self.answered_in_front: collections.Counter[str] = collections.Counter()
+        """Prepare; ``serve`` starts."""
+        self.cache_answers: collections.Counter[str] = collections.Counter()
+        """Answers of the input cache, by layer."""
         self.failed = False
         self._lock = threading.Lock()
         self._engine: Engine | None = None
         self._prepare: Callable[[Served], Swap] | None = None
         self._prepared: tuple[Served, Swap] | None = None
-        self._noted: dict[str, str] = {}
+        self._notes: dict[str, str] = {}
         self._swapping = 0  # changes that the engine has still to make
         self._observer, self._clock = observer, clock
         self._adapted, self._base = adapted, base
         self._logits = np.eye(classes, dtype=np.float32) * np.float32(_SURE)
-        self.keeper = keep(self._changed, self._told)
+        self.controller = build(self._on_change, self._on_event)
 
     def serve(
         self,
@@ -70,16 +72,16 @@ class AdaptiveEngine:
         *,
         end: Callable[[float | None], bool] = lambda _: True,
     ) -> None:
-        """Stand before an engine, which serves what the keeper wants served.
+        """Take an engine that is to serve what the controller decides.
 
         Args:
             engine: Not started; this is its observer.
             prepare: Brings caches to the device, in any thread, and returns what is to be done between two steps.
-            end: Ends the background, in so many seconds at most.
+            end: Ends the worker, in so many seconds at most.
         """
         self._engine, self._prepare, self._end = engine, prepare, end
 
-    # What the service asks
+    # --- For the service, see its protocol ``Engine`` -----------------------------------------------------------------
 
     def submit(
         self,
@@ -89,21 +91,19 @@ class AdaptiveEngine:
         deadline: float | None = None,
         request_id: str = "",
     ) -> Sequence[Future[Answer]]:
-        """Put images on their way, all or none; see ``Engine.submit``. Only uint8 ones of the plan's route adapt."""
-        tickets: list[Ticket] = []
-        if route == self._adapted and images.dtype == np.uint8:
-            now = self._clock()
-            tickets = self._keep(lambda: [self.keeper.ask(image, now) for image in images], [])
-        closed, points = self._closed, any(ticket.early and ticket.early.exit == POINTS for ticket in tickets)
-        self._noted = {"adaptation": SAFE if closed and not points else str(self.keeper.monitor.version)}
+        """Admit images, all or none; see ``Engine.submit``. Only uint8 ones of the plan's route adapt."""
+        tickets = self._ask(images) if route == self._adapted and images.dtype == np.uint8 else []
+        closed = self._closed
+        nearest = any(ticket.cached and ticket.cached.exit == NEAREST for ticket in tickets)
+        self._notes = {"adaptation": SAFE if closed and not nearest else str(self.controller.monitor.version)}
         if not tickets:
             route = self._base if route == self._adapted and closed else route
             return self.engine.submit(images, route=route, deadline=deadline, request_id=request_id)
-        asked = [ticket for ticket in tickets if ticket.early is None]
+        asked = [ticket for ticket in tickets if ticket.cached is None]
         try:
             answers = self.engine.submit(
-                images if len(asked) == len(images) else images[[ticket.early is None for ticket in tickets]],
-                route=[self._base if closed or ticket.often else self._adapted for ticket in asked],
+                images if len(asked) == len(images) else images[[ticket.cached is None for ticket in tickets]],
+                route=[self._base if closed or ticket.frequent else self._adapted for ticket in asked],
                 deadline=deadline,
                 request_id=request_id,
                 marks=asked,
@@ -114,28 +114,28 @@ class AdaptiveEngine:
             raise
         for ticket, answer in zip(asked, answers, strict=True):
             answer.add_done_callback(lambda done, ticket=ticket: self._ended(done, ticket))
-        later = iter(answers)
-        return [next(later) if ticket.early is None else self._early(ticket) for ticket in tickets]
+        network = iter(answers)
+        return [next(network) if ticket.cached is None else self._from_cache(ticket) for ticket in tickets]
 
     def abandon(self, futures: Sequence[Future[Answer]]) -> None:
-        """Nobody waits for these any more."""
+        """Give up on these answers."""
         self.engine.abandon(futures)
 
     def statistics(self) -> Statistics:
-        """Return how the engine stands."""
+        """Return the engine's."""
         return self.engine.statistics()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Finish what was admitted; False if time ran out."""
+        """Finish what was admitted; return False if time ran out."""
         self._end(0.0)
         finished = self.engine.stop(timeout)
         if not self._end(_ENDING):
-            _log.warning("adaptation's background was left in the middle of a piece")
+            _log.warning("adaptation: recovery was stopped in the middle of a piece")
         return finished
 
     def notes(self, route: int) -> dict[str, str]:
-        """Return what a response is to say of the request that was submitted last: the version, or "safe"."""
-        return self._noted if route == self._adapted else {}
+        """Return a response's parameters for the request that was submitted last: the version, or "safe"."""
+        return self._notes if route == self._adapted else {}
 
     @property
     def engine(self) -> Engine:
@@ -146,79 +146,79 @@ class AdaptiveEngine:
     @property
     def state(self) -> str:
         """One of ``STATES``."""
-        closed = np.isinf(self.keeper.served.thresholds)
+        closed = np.isinf(self.controller.served.thresholds)
         return FAILED if self.failed else SAFE if closed.all() else PART if closed.any() else OPEN
 
-    def look(self, read: Callable[[AdaptationController], T]) -> T:
-        """Read from the keeper."""
+    def read(self, get: Callable[[AdaptationController], T]) -> T:
+        """Read from the controller, under the lock."""
         with self._lock:
-            return read(self.keeper)
+            return get(self.controller)
 
-    # What the engine says, see Observer
+    # --- For the engine, see ``Observer`` -----------------------------------------------------------------------------
 
     def shadow(self, job: Job, answer: Answer) -> bool:
-        """Take note of a cache's answer; say whether the base is to be asked, too."""
+        """Take a cache's answer; return whether to shadow the request."""
         ticket = job.mark
-        return isinstance(ticket, Ticket) and self._keep(lambda: self._answered(ticket, answer), otherwise=False)
+        return isinstance(ticket, Ticket) and self._guarded(lambda: self._answered(ticket, answer), otherwise=False)
 
     def step(self, step: Step, seconds: float, *, failed: bool) -> None:
         """Pass it on."""
         self._observer.step(step, seconds, failed=failed)
 
     def answered(self, job: Job, answer: Answer, seconds: float) -> None:
-        """Take note of the base's answer; of a cache's, ``shadow`` has."""
+        """Take the base's answer; ``shadow`` has taken a cache's."""
         ticket = job.mark
-        if isinstance(ticket, Ticket) and answer.exit == self.keeper.depth:
-            self._keep(lambda: self._answered(ticket, answer), otherwise=False)
+        if isinstance(ticket, Ticket) and answer.exit == self.controller.depth:
+            self._guarded(lambda: self._answered(ticket, answer), otherwise=False)
         self._observer.answered(job, answer, seconds)
 
     def shadowed(self, job: Job, answer: Answer | None) -> None:
-        """Take note of what the base says to who has been answered."""
+        """Take the base's answer to a request that a cache has answered."""
         ticket = job.mark
         if not isinstance(ticket, Ticket):
             return
         if answer is None:
             self._lose(ticket)
         else:
-            self._keep(lambda: self.keeper.shadowed(ticket, answer.logits, self._clock()), None)
+            self._guarded(lambda: self.controller.shadowed(ticket, answer.logits, self._clock()), None)
         self._observer.shadowed(job, answer)
 
     def refused(self, reason: str) -> None:
         """Pass it on."""
         self._observer.refused(reason)
 
-    # What the background wants, see ``background.Kept``
+    # --- For recovery, see ``ControllerView`` -------------------------------------------------------------------------
 
     @property
     def closed_at(self) -> int | None:
         """See ``AdaptationController``."""
-        return None if self.failed else self.keeper.closed_at
+        return None if self.failed else self.controller.closed_at
 
     @property
-    def window(self) -> RequestLog:
+    def request_log(self) -> RequestLog:
         """See ``AdaptationController``; it has a lock of its own."""
-        return self.keeper.window
+        return self.controller.request_log
 
     @property
     def epoch(self) -> int:
         """See ``AdaptationController``."""
-        return self.keeper.epoch
+        return self.controller.epoch
 
     def adopt(self, served: Served, text: str, epoch: int | None = None) -> None:
         """Serve what a trial has certified, from the next request on."""
         if self._prepare is not None:
             self._prepared = served, self._prepare(served)
-        self._keep(lambda: self.keeper.adopt(served, text, epoch), None)
+        self._guarded(lambda: self.controller.adopt(served, text, epoch), None)
 
-    def tell(self, kind: str, text: str) -> None:
-        """Let the background say what it does."""
-        self._keep(lambda: self.keeper.tell(kind, text), None)
+    def emit(self, kind: EventKind, text: str) -> None:
+        """Record an event."""
+        self._guarded(lambda: self.controller.emit(kind, text), None)
 
-    # The keeper
+    # --- The controller -----------------------------------------------------------------------------------------------
 
-    def _keep(self, work: Callable[[], T], otherwise: T) -> T:
-        """Do something with the keeper, unless that has failed once."""
-        with self._lock:
+    def _guarded(self, work: Callable[[], T], otherwise: T, *, locked: bool = True) -> T:
+        """Do something with the controller, unless that has failed once."""
+        with self._lock if locked else contextlib.nullcontext():
             if self.failed:
                 return otherwise
             try:
@@ -228,21 +228,33 @@ class AdaptiveEngine:
                 _log.exception("adaptation has failed; from now on the base answers")
                 return otherwise
 
+    def _ask(self, images: Shaped[np.ndarray, "images h w c"]) -> list[Ticket]:
+        """Ask the input cache about a request, all images at once; what takes long without the lock.
+
+        It stays on the caller's thread, the event loop: whether a request is admitted, and where, is decided at once.
+        """
+        one, now = self.controller, self._clock()
+        keys = self._guarded(lambda: one.keys(images), [], locked=False)
+        tickets = self._guarded(lambda: one.admit(images, keys, now), [])
+        found = self._guarded(lambda: one.search(tickets), None, locked=False)
+        self._guarded(lambda: one.resolve(tickets, found), None)
+        return tickets
+
     @property
     def _closed(self) -> bool:
         """Whether requests that come now are the base's."""
-        return self.failed or self._swapping > 0 or not np.isfinite(self.keeper.served.thresholds).any()
+        return self.failed or self._swapping > 0 or not np.isfinite(self.controller.served.thresholds).any()
 
     def _answered(self, ticket: Ticket, answer: Answer) -> bool:
-        return self.keeper.answered(ticket, answer.exit, answer.score, answer.logits, self._clock())
+        return self.controller.answered(ticket, answer.exit, answer.score, answer.logits, self._clock())
 
-    def _early(self, ticket: Ticket) -> Future[Answer]:
-        assert ticket.early is not None  # noqa: S101 (narrows the type)
-        exit_, index, score = ticket.early
-        self.answered_in_front[_LAYERS[exit_]] += 1
+    def _from_cache(self, ticket: Ticket) -> Future[Answer]:
+        assert ticket.cached is not None  # noqa: S101 (narrows the type)
+        exit_, index, score = ticket.cached
+        self.cache_answers[LAYERS[exit_]] += 1
         done: Future[Answer] = Future()
         done.set_result(Answer(index, exit_, score, self._logits[index]))
-        if self._keep(lambda: self.keeper.early(ticket), otherwise=False):
+        if self._guarded(lambda: self.controller.from_cache(ticket), otherwise=False):
             try:
                 self.engine.submit_shadow(ticket.image, route=self._base, mark=ticket)
             except ServeError:
@@ -254,9 +266,9 @@ class AdaptiveEngine:
             self._lose(ticket)
 
     def _lose(self, ticket: Ticket) -> None:
-        self._keep(lambda: self.keeper.lost(ticket), None)
+        self._guarded(lambda: self.controller.lost(ticket), None)
 
-    def _changed(self, served: Served) -> None:
+    def _on_change(self, served: Served) -> None:
         """Have the engine serve this between two steps. The lock is held."""
         if self._engine is None or self._prepare is None:
             return
@@ -273,7 +285,6 @@ class AdaptiveEngine:
 
         self._engine.between_steps(work)
 
-    def _told(self, event: Event) -> None:
-        self.events[event.kind] += 1
+    def _on_event(self, event: Event) -> None:
         level = logging.WARNING if event.kind in _WARNINGS else logging.INFO
         _log.log(level, "adaptation: %s", event.kind, extra={"what": event.text, "requests": event.number})

@@ -1,4 +1,20 @@
-"""The metrics of adaptation, read at each scrape."""
+"""What Prometheus reads of adaptation at /metrics.
+
+    gati_adaptation_state{state}                1 for the present one: open, part, safe or failed
+    gati_adaptation_version                     of what is served; counts from 1
+    gati_adaptation_q                           share of hits that are shadowed
+    gati_adaptation_disagreement{bound}         "estimate" and "upper", of the present version
+    gati_adaptation_watched_total               requests that the monitor has observed
+    gati_adaptation_shadows{exit}               shadowed hits of the present version
+    gati_adaptation_shadow_disagreements        those that disagreed
+    gati_adaptation_input_cache_total{layer}    answers of the input cache: "exact" and "nearest"
+    gati_adaptation_nearest_entries             entries of the nearest cache
+    gati_adaptation_events_total{kind}          see ``EVENT_KINDS``; each is a line of the log, too
+    gati_adaptation_recovery_seconds_total      that trials and refits have taken
+    gati_adaptation_recovery_failures_total     pieces of them that failed
+
+Values are read when Prometheus asks.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -7,59 +23,56 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from .engine import STATES, AdaptiveEngine
-from .worker import Worker
+from gati_jax.adaptation import EVENT_KINDS
 
-KINDS = ("alarm", "closed", "opened", "trial", "empirical", "refit", "swap")
+from .engine import LAYERS, STATES, AdaptiveEngine
+from .worker import Worker
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdaptiveGauges(Collector):
-    """What is asked of adaptation when Prometheus asks."""
+    """Adaptation's metrics, read when Prometheus asks."""
 
     adapting: AdaptiveEngine
     worker: Worker
 
     def collect(self) -> Iterator[Metric]:
         """Read it."""
-        adapting, front = self.adapting, self.adapting.keeper.front
-        now, watched = adapting.look(lambda keeper: (keeper.monitor.report, keeper.monitor.watched))
-        state = adapting.state
-        yield _gauge("state", "1 for the present state", "state", {one: float(one == state) for one in STATES})
-        yield _gauge("version", "Of what is served", value=now.version)
-        yield _gauge("q", "Share of hits that the base is asked about", value=now.q)
+        adapting, state = self.adapting, self.adapting.state
+        now, watched, counts = adapting.read(lambda c: (c.monitor.report, c.monitor.watched, c.event_counts.copy()))
+        nearest = adapting.controller.input_cache.nearest
+        yield _gauge("state", "1 for the present state", {one: float(one == state) for one in STATES}, "state")
+        yield _gauge("version", "Of what is served", now.version)
+        yield _gauge("q", "Share of hits that are shadowed", now.q)
         bounds = {"estimate": now.estimate, "upper": now.upper}
-        yield _gauge("disagreement", "Of the present version", "bound", bounds)
-        yield _counter("watched", "Requests that the monitor has seen", value=watched)
+        yield _gauge("disagreement", "Of the present version", bounds, "bound")
+        yield _counter("watched", "Requests that the monitor has observed", watched)
         shadows = {str(exit_): float(count) for exit_, count in now.shadows.items()}
-        yield _gauge("shadows", "Hits that were looked at", "exit", shadows)
-        yield _gauge("seen", "Those that disagreed", value=now.disagreements)
-        layers = {layer: float(adapting.answered_in_front[layer]) for layer in ("points", "repeats")}
-        yield _counter("front", "Answered in front of the network", "layer", layers)
-        yield _gauge("points", "Points that are stored", value=0 if front.points is None else len(front.points))
-        events = {kind: float(adapting.events[kind]) for kind in KINDS}
-        yield _counter("events", "What has happened", "kind", events)
-        yield _counter("background_seconds", "That trials and refits have taken", value=self.worker.seconds)
-        yield _counter("background_failures", "Pieces that failed", value=self.worker.failures)
+        yield _gauge("shadows", "Shadowed hits of the present version", shadows, "exit")
+        yield _gauge("shadow_disagreements", "Shadowed hits that disagreed", now.disagreements)
+        layers = {layer: float(adapting.cache_answers[layer]) for layer in LAYERS.values()}
+        yield _counter("input_cache", "Answers of the input cache", layers, "layer")
+        yield _gauge("nearest_entries", "Entries of the nearest cache", 0 if nearest is None else len(nearest))
+        yield _counter("events", "Events of adaptation", {kind: float(counts[kind]) for kind in EVENT_KINDS}, "kind")
+        yield _counter("recovery_seconds", "That trials and refits have taken", self.worker.seconds)
+        yield _counter("recovery_failures", "Pieces of recovery that failed", self.worker.failures)
 
 
-def _gauge(
-    name: str, text: str, label: str = "", values: dict[str, float] | None = None, *, value: float | None = None
-) -> Metric:
-    return _filled(GaugeMetricFamily(f"gati_adaptation_{name}", text, labels=[label] if label else []), values, value)
+_Values = float | dict[str, float]
 
 
-def _counter(
-    name: str, text: str, label: str = "", values: dict[str, float] | None = None, *, value: float | None = None
-) -> Metric:
-    return _filled(CounterMetricFamily(f"gati_adaptation_{name}", text, labels=[label] if label else []), values, value)
+def _gauge(name: str, text: str, values: _Values, label: str = "") -> Metric:
+    return _filled(GaugeMetricFamily(f"gati_adaptation_{name}", text, labels=[label] if label else []), values)
 
 
-def _filled(
-    family: GaugeMetricFamily | CounterMetricFamily, values: dict[str, float] | None, value: float | None
-) -> Metric:
-    if value is not None:
-        family.add_metric([], value)
-    for label, number in (values or {}).items():
-        family.add_metric([label], number)
+def _counter(name: str, text: str, values: _Values, label: str = "") -> Metric:
+    return _filled(CounterMetricFamily(f"gati_adaptation_{name}", text, labels=[label] if label else []), values)
+
+
+def _filled(family: GaugeMetricFamily | CounterMetricFamily, values: _Values) -> Metric:
+    if not isinstance(values, dict):
+        family.add_metric([], values)
+        return family
+    for label, value in values.items():
+        family.add_metric([label], value)
     return family

@@ -1,4 +1,4 @@
-"""The background's thread: trials and refits, in a share of the time, until the server stops."""
+"""The worker: runs trials and refits in a thread of its own, in a share of the time, until the server stops."""
 
 import logging
 import threading
@@ -9,35 +9,35 @@ from typing import Protocol
 from gati_jax.errors import InputError
 
 _IDLE = 0.25  # seconds between two looks at whether there is something to do
-_AGAIN = (1.0, 60.0)  # seconds before what has failed is tried again: at first, and at most
+_RETRY = (1.0, 60.0)  # seconds before a piece that failed is tried again: at first, and at most
 _log = logging.getLogger(__name__)
 
 
 class Works(Protocol):
-    """A ``Background``, as far as it matters here."""
+    """What the worker runs: ``Recovery``."""
 
     def work(self, pause: Callable[[], None] | None = None) -> bool:
-        """Do one piece, if there is anything to do; say whether there was."""
+        """Do one piece, if there is anything to do; return whether there was."""
         ...
 
 
-class _EndingError(Exception):
-    """The server stops, in the middle of a piece."""
+class _StoppingError(Exception):
+    """Raised in the middle of a piece when the server stops."""
 
 
 class Worker:
-    """Works in a thread of its own.
+    """Runs pieces of work in a thread of its own.
 
     Args:
-        background: Does a piece at a time, and calls its pause in between.
+        recovery: Does a piece at a time, and calls its pause in between.
         share: Of the time.
     """
 
-    def __init__(self, background: Works, share: float) -> None:
+    def __init__(self, recovery: Works, share: float) -> None:
         """Prepare."""
-        self._background = background
+        self.recovery = recovery
         self._stopping = threading.Event()
-        self._pace = Throttle(share, sleep=self._rest)
+        self._throttle = Throttle(share, sleep=self._sleep)
         self._thread = threading.Thread(target=self._run, name="adaptation", daemon=True)
         self.failures = 0
         """Pieces that failed."""
@@ -45,50 +45,50 @@ class Worker:
     @property
     def seconds(self) -> float:
         """That pieces have taken so far, those that failed left out."""
-        return self._pace.worked
+        return self._throttle.worked
 
     @property
     def longest(self) -> float:
         """Seconds of the longest piece: so long may a step have shared the device with it."""
-        return self._pace.longest
+        return self._throttle.longest
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """End it behind the present piece, and wait for that; say whether there was time enough."""
+        """End the thread behind its present piece; return whether there was time enough."""
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        wait = _AGAIN[0]
+        wait = _RETRY[0]
         while not self._stopping.is_set():
             try:
-                if self._background.work(self._pace.start()):
-                    self._pace()
+                if self.recovery.work(self._throttle.start()):
+                    self._throttle()
                 else:
-                    self._rest(_IDLE)
-                wait = _AGAIN[0]
-            except _EndingError:
+                    self._sleep(_IDLE)
+                wait = _RETRY[0]
+            except _StoppingError:
                 return
             except Exception:  # noqa: BLE001 (the server goes on)
                 self.failures += 1
-                _log.exception("adaptation's background failed; it is tried again", extra={"seconds": wait})
+                _log.exception("adaptation: recovery failed; it is tried again", extra={"seconds": wait})
                 self._stopping.wait(wait)
-                wait = min(2 * wait, _AGAIN[1])
+                wait = min(2 * wait, _RETRY[1])
 
-    def _rest(self, seconds: float) -> None:
+    def _sleep(self, seconds: float) -> None:
         if self._stopping.wait(seconds):
-            raise _EndingError
+            raise _StoppingError
 
 
 class Throttle:
-    """Rests after every piece of work, so long that work takes its share of the time and no more.
+    """Sleeps after every piece of work, so long that work takes its share of the time and no more.
 
-    It is what ``pause`` wants: ``refit(..., pause=pace.start())``. Time between two calls counts as work, whatever the
+    Pass it as ``pause``: ``refit(..., pause=throttle.start())``. Time between two calls counts as work, whatever the
     process did meanwhile; on a CPU, XLA may use several cores for it, so a share of 0.25 is a quarter of the time.
     """
 
@@ -103,19 +103,19 @@ class Throttle:
 
         Args:
             share: Of the time, above 0 and at most 1.
-            clock: Tells the time in seconds.
-            sleep: Rests so many seconds. To end the work between two pieces, let it raise.
+            clock: Returns the time in seconds.
+            sleep: Sleeps so many seconds; may raise to end the work between two pieces.
 
         Raises:
-            InputError: No such share.
+            InputError: The share is out of range.
         """
         if not 0 < share <= 1:
             raise InputError(f"share: expected a number above 0 and at most 1, got {share}")
         self.share, self._clock, self._sleep = share, clock, sleep
         self.worked = 0.0
-        """Seconds, all in all."""
+        """Seconds of all pieces."""
         self.longest = 0.0
-        """Seconds of the longest piece: so long may a step of the server have waited for the device."""
+        """Seconds of the longest piece."""
         self._began = clock()
 
     def start(self) -> "Throttle":
@@ -124,7 +124,7 @@ class Throttle:
         return self
 
     def __call__(self) -> None:
-        """End a piece of work, rest, and begin the next."""
+        """End a piece of work, sleep, and begin the next."""
         worked = self._clock() - self._began
         self.worked += worked
         self.longest = max(self.longest, worked)

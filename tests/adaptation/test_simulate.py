@@ -1,14 +1,18 @@
 """The whole of adaptation on traces whose truth is known: closing, coming back, refitting, repeats."""
 
 import dataclasses
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from benchmarks import adapted
 from gati_jax import FitConfig, InputError
 from gati_jax.adaptation import (
-    POINTS,
-    REPEATED,
+    EXACT,
+    NEAREST,
+    AdaptationController,
     ControllerConfig,
     CostGuardConfig,
     ExactCacheConfig,
@@ -20,14 +24,16 @@ from gati_jax.adaptation import (
     Trace,
     TrialConfig,
     UpdateConfig,
+    recovery,
     simulate,
 )
 from gati_jax.bundle import Versions
 from gati_jax.certification import SEQUENTIAL
 from tests.adaptation import world
+from train import adapt
 
-QUIET = ControllerConfig(monitor=MonitorConfig(epsilon=world.EPSILON, stir=False), repeats=None, points=None)
-BACKGROUND = RecoveryConfig(
+QUIET = ControllerConfig(monitor=MonitorConfig(epsilon=world.EPSILON, drift=False), exact=None, nearest=None)
+RECOVERY = RecoveryConfig(
     trial=TrialConfig(epsilon=world.EPSILON, most=3000, gap=10),
     update=UpdateConfig(fit=FitConfig(epochs=60, batch=64, learning_rate=0.01), least=128, seconds=1.0),
     fit_rows=1024,
@@ -39,9 +45,9 @@ def kinds(replayed):
     return [event.kind for event in replayed.events]
 
 
-def test_without_a_keeper_the_caches_answer_as_they_are(tmp_path):
+def test_without_a_controller_the_caches_answer_as_they_are(tmp_path):
     trace = world.trace(("dim", 2000), ("bright", 500))
-    found = simulate(world.bundle(), trace, Mechanisms(keeper=None), folder=tmp_path)
+    found = simulate(world.bundle(), trace, Mechanisms(controller=None), folder=tmp_path)
     assert not found.events
     assert not found.shadow.any()
     assert found.wrong[:2000].mean() < world.EPSILON < found.wrong[2000:].mean()
@@ -50,7 +56,7 @@ def test_without_a_keeper_the_caches_answer_as_they_are(tmp_path):
 
 def test_a_drift_closes_the_caches_and_its_end_opens_them_again(tmp_path):
     trace = world.trace(("dim", 3000), ("bright", 1500), ("dim again", 6000))
-    mechanisms = Mechanisms(keeper=QUIET, background=dataclasses.replace(BACKGROUND, refit=False), share=1.0)
+    mechanisms = Mechanisms(controller=QUIET, recovery=dataclasses.replace(RECOVERY, refit=False), share=1.0)
     found = simulate(world.bundle(), trace, mechanisms, folder=tmp_path)
     alarm = next(event.number for event in found.events if event.kind == "alarm")
     swap = next(event.number for event in found.events if event.kind == "swap")
@@ -69,7 +75,7 @@ def test_a_drift_closes_the_caches_and_its_end_opens_them_again(tmp_path):
 
 def test_where_the_drift_stays_refitted_heads_take_over(tmp_path):
     trace = world.trace(("dim", 1000), ("bright", 12_000))
-    found = simulate(world.bundle(), trace, Mechanisms(keeper=QUIET, background=BACKGROUND, share=1.0), folder=tmp_path)
+    found = simulate(world.bundle(), trace, Mechanisms(controller=QUIET, recovery=RECOVERY, share=1.0), folder=tmp_path)
     behind = kinds(found)[kinds(found).index("refit") :]
     assert behind[:3] == ["refit", "trial", "swap"]
     swap = next(event.number for event in found.events if event.kind == "swap")
@@ -77,9 +83,9 @@ def test_where_the_drift_stays_refitted_heads_take_over(tmp_path):
     assert found.ms[swap:].mean() < found.full_ms / 1.3
 
 
-def test_a_background_without_a_share_of_the_time_is_slow(tmp_path):
+def test_recovery_without_a_share_of_the_time_is_slow(tmp_path):
     trace = world.trace(("dim", 1000), ("bright", 1000), ("dim again", 1500), rate=10_000.0)
-    mechanisms = Mechanisms(keeper=QUIET, background=BACKGROUND, share=1e-6)
+    mechanisms = Mechanisms(controller=QUIET, recovery=RECOVERY, share=1e-6)
     assert "swap" not in kinds(simulate(world.bundle(), trace, mechanisms, folder=tmp_path))
 
 
@@ -90,10 +96,10 @@ def popular(n: int, items: int = 50) -> Trace:
     )
 
 
-def test_repeats_are_the_bases_own_answers(tmp_path):
-    keeper = dataclasses.replace(QUIET, repeats=ExactCacheConfig(often=2))
-    found = simulate(world.bundle(), popular(2000), Mechanisms(keeper=keeper), folder=tmp_path)
-    repeated = found.exit == REPEATED
+def test_exact_repeats_are_the_bases_own_answers(tmp_path):
+    controller = dataclasses.replace(QUIET, exact=ExactCacheConfig(often=2))
+    found = simulate(world.bundle(), popular(2000), Mechanisms(controller=controller), folder=tmp_path)
+    repeated = found.exit == EXACT
     assert repeated.sum() > 2000 - 3 * 50
     assert not found.wrong[repeated].any()
     # In hindsight: the base answers each item once, at its second asking or, after a miss, at its first.
@@ -112,22 +118,24 @@ def near_repeats(n: int) -> Trace:
     return Trace(item=item, seconds=item / 100.0, images=images)
 
 
-def test_points_open_after_a_trial_and_answer_near_repeats(tmp_path):
+def test_the_nearest_cache_opens_after_a_trial_and_answers_near_repeats(tmp_path):
     trial = NearestTrialConfig(known=60, every=20, most=1500)
-    keeper = dataclasses.replace(QUIET, points=NearestCacheConfig(cells=4, capacity=50), points_trial=trial)
-    found = simulate(world.bundle(), near_repeats(4000), Mechanisms(keeper=keeper), folder=tmp_path)
+    controller = dataclasses.replace(QUIET, nearest=NearestCacheConfig(cells=4, capacity=50), nearest_trial=trial)
+    found = simulate(world.bundle(), near_repeats(4000), Mechanisms(controller=controller), folder=tmp_path)
     assert kinds(found)[:2] == ["trial", "opened"]
     opened = next(event.number for event in found.events if event.kind == "opened")
-    assert not (found.exit[:opened] == POINTS).any()
-    assert (found.exit[opened:] == POINTS).mean() > 0.5
+    assert not (found.exit[:opened] == NEAREST).any()
+    assert (found.exit[opened:] == NEAREST).mean() > 0.5
     assert found.wrong[opened:].mean() < world.EPSILON
 
 
 def test_the_same_trace_and_seed_give_the_same(tmp_path):
     trace = world.trace(("dim", 600), ("bright", 300))
-    keeper = dataclasses.replace(QUIET, monitor=MonitorConfig(epsilon=world.EPSILON, quiet_q=0.3, stir=False), seed=3)
+    controller = dataclasses.replace(
+        QUIET, monitor=MonitorConfig(epsilon=world.EPSILON, quiet_q=0.3, drift=False), seed=3
+    )
     first, second = (
-        simulate(world.bundle(), trace, Mechanisms(keeper=keeper), folder=tmp_path / name) for name in "ab"
+        simulate(world.bundle(), trace, Mechanisms(controller=controller), folder=tmp_path / name) for name in "ab"
     )
     for column in ("exit", "wrong", "shadow"):
         np.testing.assert_array_equal(getattr(first, column), getattr(second, column))
@@ -137,19 +145,71 @@ def test_the_same_trace_and_seed_give_the_same(tmp_path):
 def test_a_trace_of_rows_alone_is_refused(tmp_path):
     trace = Trace(item=np.zeros(3, np.int32), seconds=np.zeros(3))
     with pytest.raises(InputError, match="trace: expected one with images"):
-        simulate(world.bundle(), trace, Mechanisms(keeper=None), folder=tmp_path)
+        simulate(world.bundle(), trace, Mechanisms(controller=None), folder=tmp_path)
 
 
-def test_caches_that_do_not_pay_rest_and_wake(tmp_path):
+def test_caches_that_save_no_time_are_paused_and_resumed(tmp_path):
     """Lookups twice as dear as the whole base: however many hit, requests are better off without."""
     (costs,) = world.bundle().costs
     dear = dataclasses.replace(costs, lookup_ms=dict.fromkeys(costs.lookup_ms, 2 * costs.full_ms))
     bundle = dataclasses.replace(world.bundle(), costs=(dear,))
-    keeper = dataclasses.replace(QUIET, thrift=CostGuardConfig(requests=50, rest=400))
-    found = simulate(bundle, world.trace(("dim", 2000)), Mechanisms(keeper=keeper), folder=tmp_path)
-    assert kinds(found) == ["resting", "woken", "resting", "woken", "resting"]
+    controller = dataclasses.replace(QUIET, cost_guard=CostGuardConfig(requests=50, pause=400))
+    found = simulate(bundle, world.trace(("dim", 2000)), Mechanisms(controller=controller), folder=tmp_path)
+    assert kinds(found) == ["paused", "resumed", "paused", "resumed", "paused"]
     begins, ends, again, later, _ = (event.number for event in found.events)
-    assert (ends - begins, later - again) == (400, 800), "each rest in a row is twice as long"
+    assert (ends - begins, later - again) == (400, 800), "each pause in a row is twice as long"
     assert (found.exit[begins:ends] == 3).all()
-    np.testing.assert_allclose(found.ms[begins:ends], found.full_ms + found.front_ms)
+    np.testing.assert_allclose(found.ms[begins:ends], found.full_ms + found.controller_ms)
     assert (found.exit[ends:again] < 3).any()
+
+
+def test_a_trial_of_refitted_heads_leaves_out_what_came_during_the_refit(tmp_path, monkeypatch):
+    """A refit that takes 20 s of trace time at 100 requests a second: its trial begins 2,000 requests later."""
+    clock = SimpleNamespace(now=0.0)
+    fake = SimpleNamespace(perf_counter=lambda: clock.now, thread_time=lambda: 0.0)
+    monkeypatch.setattr(sys.modules["gati_jax.adaptation.simulate"], "time", fake)
+    refit = recovery.refit_caches
+
+    def slow(*args, **kwargs):
+        clock.now += 20.0
+        return refit(*args, **kwargs)
+
+    monkeypatch.setattr(recovery, "refit_caches", slow)
+    trace = world.trace(("dim", 500), ("bright", 6500))
+    found = simulate(world.bundle(), trace, Mechanisms(controller=QUIET, recovery=RECOVERY, share=1.0), folder=tmp_path)
+    refitted = next(event.number for event in found.events if event.kind == "refit")
+    swap = next(event for event in found.events if event.kind == "swap" and event.number > refitted)
+    taken = int(swap.text.split(" after ")[1].split()[0])
+    assert swap.number - taken >= refitted + 2000, (refitted, swap.number, taken)
+
+
+def test_a_simulation_in_the_same_folder_starts_anew(tmp_path):
+    trace = world.trace(("dim", 500), ("bright", 500))
+    mechanisms = Mechanisms(controller=QUIET, recovery=dataclasses.replace(RECOVERY, refit=False), share=1.0)
+    runs = [simulate(world.bundle(), trace, mechanisms, folder=tmp_path) for _ in range(2)]
+    first, second = ([e.text for e in run.events if e.kind == "trial"] for run in runs)
+    assert first[0] == second[0], "trials are counted from 1 again; when they end is a matter of measured seconds"
+
+
+def test_measured_time_is_that_of_what_is_served(monkeypatch):
+    """While caches are closed or paused, the base answers; the benchmark must not go on with the cascade."""
+    asked, monitor = [], MonitorConfig(epsilon=world.EPSILON / 10, drift=False)  # less than what is certified
+    controller = AdaptationController(world.bundle(), dataclasses.replace(QUIET, monitor=monitor), level=lambda: 0.01)
+
+    def infer(which, _):
+        asked.append(which)
+        return SimpleNamespace(exit=3, score=np.inf, logits=np.zeros(2, np.float32))
+
+    monkeypatch.setattr(adapted.gati_jax, "infer", infer)
+    adapted.serve(controller, "cascade", "base", np.zeros(world.SHAPE, np.uint8), 0.0)  # pyright: ignore[reportArgumentType] (names)
+    assert asked == ["base"]
+
+
+def test_versions_of_the_last_row_are_kept_whatever_is_left_out(tmp_path, monkeypatch):
+    folders = []
+    monkeypatch.setattr(adapt, "simulate", lambda *_, folder, **__: folders.append(folder))
+    command = ["--bundle", "b", "--trace", "t", "--out", str(tmp_path), "--without", "exact"]
+    trace = world.trace(("dim", 2))
+    for named in adapt.chosen(adapt.parser().parse_args(command), 0.01):
+        adapt.replayed(world.bundle(), trace, named, folder=tmp_path / "versions", replay_cache=None, quiet=True)  # pyright: ignore[reportArgumentType] (not used)
+    assert folders[-1] == tmp_path / "versions"

@@ -35,17 +35,21 @@ def images(n: int, seed: int, *, bright: bool = False) -> np.ndarray:
     return rng.integers(low, high, (n, *SHAPE), np.uint8)
 
 
-@functools.cache
-def bundle() -> Bundle:
-    """Caches at both sites, fitted in dim light, certified there."""
+def chain() -> gati_jax.Chain:
     zero = np.zeros((), np.float32)
-    chain = gati_jax.Chain(
+    return gati_jax.Chain(
         (same, same, same),
         contrast,
         [zero] * 4,
         jax.ShapeDtypeStruct(SHAPE, np.dtype("float32")),
         normalization=Normalization(mean=(0.5,), std=(1.0,)),
     )
+
+
+@functools.cache
+def bundle() -> Bundle:
+    """Caches at both sites, fitted in dim light, certified there."""
+    base = chain()
     head = Head(
         name="full",
         predictor=functools.partial(FullyConnected, hidden=16),
@@ -54,14 +58,14 @@ def bundle() -> Bundle:
     )
     config = FitConfig(epochs=40, batch=64, learning_rate=0.01)
     candidates = gati_jax.fit(
-        chain, images(1024, 1), select=images(1024, 2), heads=(head,), config=config, progress=False
+        base, images(1024, 1), select=images(1024, 2), heads=(head,), config=config, progress=False
     )
     costs = CostTable(device="test", batch=1, blocks_ms=(1.0, 4.0, 5.0), lookup_ms={c.name: 0.01 for c in candidates})
-    plan = planning.plan(gati_jax.replay(chain, candidates, images(1024, 2)), costs, epsilon=EPSILON, seconds=2.0)
-    table = gati_jax.replay(chain, gati_jax.caches.choose(candidates, plan.names), images(4000, 3))
+    plan = planning.plan(gati_jax.replay(base, candidates, images(1024, 2)), costs, epsilon=EPSILON, seconds=2.0)
+    table = gati_jax.replay(base, gati_jax.caches.choose(candidates, plan.names), images(4000, 3))
     certificate = gati_jax.certify(plan, table, EPSILON)
     return Bundle(
-        chain=chain,
+        chain=base,
         caches=gati_jax.caches.choose(candidates, plan.names),
         plan=plan,
         certificate=certificate,

@@ -43,8 +43,8 @@ def test_bursts_have_the_stated_mean_rate_and_dispersion():
 
 
 def test_a_trace_may_not_ask_for_what_is_not_there(tmp_path):
-    save_trace(tmp_path / "t.npz", Trace(item=np.array([3], np.int32), seconds=np.zeros(1)))
-    load = Load(kind="trace", trace=str(tmp_path / "t.npz"))
+    save_trace(tmp_path / "t.safetensors", Trace(item=np.array([3], np.int32), seconds=np.zeros(1)))
+    load = Load(kind="trace", trace=str(tmp_path / "t.safetensors"))
     assert make_trace(load, 4).item.tolist() == [3]
     with pytest.raises(InputError, match="expected items below 3, the number of images, got 3"):
         make_trace(load, 3)
@@ -53,13 +53,14 @@ def test_a_trace_may_not_ask_for_what_is_not_there(tmp_path):
 def test_images_come_from_the_trace_or_from_a_data_set(tmp_path):
     images = np.zeros((1, 2, 2, 3), np.uint8)
     for name, own in (("with", images), ("without", None)):
-        save_trace(tmp_path / f"{name}.npz", Trace(item=np.zeros(1, np.int32), seconds=np.zeros(1), images=own))
+        save_trace(tmp_path / f"{name}.safetensors", Trace(item=np.zeros(1, np.int32), seconds=np.zeros(1), images=own))
     command = ["--url", "u", "--trace"]
-    with_images = parser().parse_args([*command, str(tmp_path / "with.npz")])
+    with_images = parser().parse_args([*command, str(tmp_path / "with.safetensors")])
     np.testing.assert_array_equal(images_of(with_images), images)
-    digits = parser().parse_args([*command, str(tmp_path / "without.npz"), "--data", "digits", "--split", "all[:5]"])
+    without = str(tmp_path / "without.safetensors")
+    digits = parser().parse_args([*command, without, "--data", "digits", "--split", "all[:5]"])
     assert images_of(digits).shape == (5, 8, 8, 1)
-    for given, found in ((["without.npz"], "neither"), (["with.npz", "--data", "digits"], "both")):
+    for given, found in ((["without.safetensors"], "neither"), (["with.safetensors", "--data", "digits"], "both")):
         with pytest.raises(InputError, match=f"--data: expected .* got {found}"):
             images_of(parser().parse_args([*command, str(tmp_path / given[0]), *given[1:]]))
 

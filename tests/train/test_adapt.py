@@ -19,7 +19,7 @@ def trace(tmp_path_factory):
     images = data.load("digits", "all[1497:1577]").images
     n = len(images)
     item = np.concatenate([np.tile(np.arange(n), 5), np.arange(n, 2 * n)])
-    path = tmp_path_factory.mktemp("trace") / "digits.npz"
+    path = tmp_path_factory.mktemp("trace") / "digits.safetensors"
     inverted = (16 - images).astype(np.uint8)
     phase = np.repeat([0, 1], [5 * n, n]).astype(np.int16)
     made = Trace(
@@ -43,9 +43,9 @@ def test_every_mechanism_is_a_row_and_the_windows_add_up(run, trace, tmp_path, c
         "static caches behind the first block",
         "+ site 0",
         "+ monitor and trials",
-        "+ stored points",
+        "+ nearest cache",
         "+ refitted heads",
-        "+ exact repeats",
+        "+ exact cache",
     ]
     n = result["trace"]["n"]
     assert sum(count for window in result["windows"] for count in window["exits"].values()) == n == 480
@@ -56,7 +56,7 @@ def test_every_mechanism_is_a_row_and_the_windows_add_up(run, trace, tmp_path, c
     assert last["disagreement"] == pytest.approx(overall)
     svg = (tmp_path / "adaptation.svg").read_text()
     assert "promised" in svg
-    assert "repeats" in svg
+    assert "exact" in svg
     assert Versions(tmp_path / "versions").history == () or last["swaps"]
     adapt.main(
         [
@@ -68,7 +68,7 @@ def test_every_mechanism_is_a_row_and_the_windows_add_up(run, trace, tmp_path, c
             str(tmp_path),
             "--one",
             "--without",
-            "repeats",
+            "exact",
         ]
     )
     said = capsys.readouterr().out
@@ -95,7 +95,7 @@ def test_a_result_in_the_old_words_is_read():
 
 
 def test_a_trace_that_names_rows_alone_is_refused(run, tmp_path):
-    path = tmp_path / "rows.npz"
+    path = tmp_path / "rows.safetensors"
     save_trace(path, Trace(item=np.zeros(3, np.int32), seconds=np.zeros(3)))
     with pytest.raises(InputError, match="--trace: expected images"):
         adapt.main(["--bundle", str(run.folder / "caches" / "bundle"), "--trace", str(path), "--out", str(tmp_path)])

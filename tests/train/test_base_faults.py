@@ -14,7 +14,7 @@ from tests.train.one_pass import DIGITS, ROOT, SMALLEST, small_and_repeatable
 from tests.train.test_tensorboard import events
 from tests.train.test_zoo import TENSORS, bare, entry
 from train import base, caches, zoo
-from train.config import Fit, build
+from train.config import Fit, NetworkSection
 from train.zoo import completed, keep, read_entry
 
 SHORT = [
@@ -255,7 +255,7 @@ def test_what_a_small_network_s_file_says_it_has_seen_counts_too(tmp_path, monke
     weights = tampered(tmp_path, trained_on='["all[:1497]"]')
     config = bare(tmp_path, weights)
     section = {"name": "small", "network": "resnet20", "trained_on": ["all[:897]"]}
-    fit = Fit(networks=(Network(**section, weights=weights),))
+    fit = Fit(networks=(NetworkSection(**section, weights=weights),))
 
     monkeypatch.setattr(caches, "import_state_dict", lambda *_: ())
     monkeypatch.setattr(caches, "network_head", lambda *_, **__: None)

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from pathlib import Path
-
 from typing import Any
 
 import pytest

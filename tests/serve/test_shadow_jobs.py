@@ -16,7 +16,7 @@ PATIENCE = 30  # seconds until a test that hangs fails
 
 
 class Watcher:
-    """An observer that remembers, and shadows whom it is told to."""
+    """An observer that remembers, and shadows what it is asked to."""
 
     def __init__(self, wanted=lambda _: True):
         self.wanted, self.asked, self.answers, self.ghosts, self.steps = wanted, [], [], [], []
@@ -69,22 +69,22 @@ def images(*pairs):
 
 
 def until(watcher, count):
-    """Wait for so many ghosts to be told."""
+    """Wait until so many shadow jobs have been reported."""
     for _ in range(PATIENCE * 1000):
         if len(watcher.ghosts) >= count:
             return
         threading.Event().wait(0.001)
-    pytest.fail(f"expected {count} ghosts, got {watcher.ghosts}")
+    pytest.fail(f"expected {count} shadow jobs, got {watcher.ghosts}")
 
 
 def test_a_hit_is_answered_at_once_and_runs_on_by_hand(make):
-    """Stages of 2, 4 and 8 ms: it hits at the first, would hit at the second, and the third answers its ghost."""
+    """Stages of 2, 4 and 8 ms: it hits at the first, would hit at the second, and the third answers its shadow job."""
     watcher, runner = Watcher(), FakeRunner([route(2.0, 4.0, 8.0)])
     engine = make(runner, watcher)
     (answer,) = (future.result(PATIENCE) for future in engine.submit(images((0, 7)), route=0, marks=["a"]))
     assert (answer.class_index, answer.exit) == (7, 1)
     until(watcher, 1)
-    assert watcher.asked == [("a", 1)], "ghosts hit no more"
+    assert watcher.asked == [("a", 1)], "shadow jobs hit no more"
     assert watcher.answers == [("a", 1, 2.0)]
     assert watcher.ghosts == [("a", (3, 7))]
     assert engine.stop(PATIENCE)
@@ -93,7 +93,7 @@ def test_a_hit_is_answered_at_once_and_runs_on_by_hand(make):
     assert now.leave == ((0.5 + 0.5 / 501, 0.5, 1.0),), "one row has left at the first stage; ghosts teach nothing"
 
 
-def test_the_bases_answers_are_not_shadowed_and_nobody_is_who_is_not_wanted(make):
+def test_the_bases_answers_are_not_shadowed_nor_is_what_is_not_wanted(make):
     watcher, runner = Watcher(lambda mark: mark == "b"), FakeRunner([route(1.0, 1.0)])
     engine = make(runner, watcher)
     futures = engine.submit(images((1, 1), (0, 2), (0, 3)), route=0, marks="cba")
@@ -104,7 +104,7 @@ def test_the_bases_answers_are_not_shadowed_and_nobody_is_who_is_not_wanted(make
     assert watcher.ghosts == [("b", (2, 2))]
 
 
-def test_a_ghost_outlives_its_deadline_and_a_client_who_has_left_leaves_none(make):
+def test_a_shadow_job_outlives_its_deadline_and_a_client_that_has_left_leaves_none(make):
     gate, watcher = Gate(), Watcher()
     runner = FakeRunner([route(2.0, 4.0)], before=gate)
     engine = make(runner, watcher)
@@ -123,7 +123,7 @@ def test_a_ghost_outlives_its_deadline_and_a_client_who_has_left_leaves_none(mak
     assert engine.statistics().expired == 0
 
 
-def test_a_ghost_that_fails_is_told_and_concerns_nobody_else(make):
+def test_a_shadow_job_that_fails_is_reported_and_concerns_no_other(make):
     def before(step):
         if step.stage == 1:
             raise RuntimeError("the device is on fire")
@@ -141,7 +141,7 @@ def test_a_ghost_that_fails_is_told_and_concerns_nobody_else(make):
     assert (now.failed, now.answered, now.shadowed, now.slots_in_use) == (1, 1, 0, 0)
 
 
-def test_a_shadow_that_fails_keeps_nobody_from_an_answer(make):
+def test_a_shadow_that_fails_keeps_no_client_from_an_answer(make):
     def broken(_):
         raise RuntimeError("a bug")
 
@@ -152,7 +152,7 @@ def test_a_shadow_that_fails_keeps_nobody_from_an_answer(make):
     assert (engine.statistics().slots_in_use, watcher.ghosts) == (0, [])
 
 
-def test_ghosts_that_wait_are_dropped_when_the_server_stops(make):
+def test_shadow_jobs_that_wait_are_dropped_when_the_server_stops(make):
     gate, watcher = Gate(), Watcher()
     runner = FakeRunner([route(1.0, 1.0, buckets=(1,))], before=gate)
     engine = make(runner, watcher)
@@ -169,7 +169,7 @@ def test_ghosts_that_wait_are_dropped_when_the_server_stops(make):
     assert engine.statistics().slots_in_use == 0
 
 
-def test_a_ghost_from_the_start_is_answered_by_the_last_stage_only(make):
+def test_a_shadow_job_from_the_start_is_answered_by_the_last_stage_only(make):
     watcher = Watcher()
     engine = make(FakeRunner([route(1.0, 1.0)]), watcher)
     engine.submit_shadow(image(0, 5), route=0, mark="g")
@@ -192,7 +192,7 @@ def client(arrived=0.0, *, route=0, deadline=None):
     return Job(image=image(9), route=route, arrived=arrived, deadline=deadline)
 
 
-def test_no_step_is_run_for_a_ghost_while_a_client_waits_and_it_takes_rows_that_are_free():
+def test_no_step_is_run_for_a_shadow_job_while_a_client_waits_and_it_takes_rows_that_are_free():
     scheduler = Scheduler([route(1.0, buckets=(2,)), route(100.0)], 8)
     first, second, lone, patient = ghost(), ghost(), client(0.1), client(0.1, route=1)
     scheduler.admit([first, second, lone, patient])
@@ -200,7 +200,7 @@ def test_no_step_is_run_for_a_ghost_while_a_client_waits_and_it_takes_rows_that_
     assert [step and step.jobs for step in steps] == [(lone, first), (patient,), (second,)]
 
 
-def test_a_ghost_that_has_waited_long_counts_as_a_client_that_came_later():
+def test_a_shadow_job_that_has_waited_long_counts_as_a_client_that_came_later():
     """It gains 1 / 1 ms against 1 / 100, so once it counts, it goes first; and who came 0.25 s later goes behind it."""
     for now, first in ((0.2, 1), (0.3, 0)):
         scheduler = Scheduler([route(1.0), route(100.0)], 8, max_wait=10.0)
@@ -215,7 +215,7 @@ def test_a_ghost_that_has_waited_long_counts_as_a_client_that_came_later():
     assert [step and step.jobs[0] for step in steps] == [early, waiting, late]
 
 
-def test_a_ghost_at_the_head_hides_no_deadline():
+def test_a_shadow_job_at_the_head_hides_no_deadline():
     scheduler = Scheduler([route(10.0, buckets=(2,)), route(1.0)], 8, max_wait=10.0)
     scheduler.admit([ghost(), client(0.9, deadline=1.4155), client(1.4, route=1)])
     step = scheduler.next_step(1.4)  # 0.5 ms to spare, and the other step takes 1
@@ -236,7 +236,7 @@ ROWS = st.tuples(st.integers(0, 3), st.integers(0, 9), st.booleans(), st.integer
     st.booleans(),
     st.integers(1, 3),
 )
-def test_shadows_change_no_answer_and_every_ghost_is_answered_by_the_base(rows, overlap, ahead):
+def test_shadows_change_no_answer_and_every_shadow_job_is_answered_by_the_base(rows, overlap, ahead):
     routes = [route(1.0, 1.0, 1.0), route(1.0, 1.0, name="other")]
     wanted = {i for i, (_, _, is_wanted, _) in enumerate(rows) if is_wanted}
     watcher = Watcher(lambda mark: mark in wanted)

@@ -115,9 +115,9 @@ def test_a_seed_makes_one_file(tmp_path, capsys, shared):
     for kind in ("zipf", "blur", "video"):
         command = ["--kind", kind, "--requests", "300", "--data", str(shared), "--split", "test[9000:]", "--json"]
         for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-            traces.main([*command, "--seed", str(seed), "--out", str(tmp_path / f"{name}.npz")])
+            traces.main([*command, "--seed", str(seed), "--out", str(tmp_path / f"{name}.safetensors")])
         assert json.loads(capsys.readouterr().out.splitlines()[0])["requests"] == 300
-        one, same, other = ((tmp_path / f"{name}.npz").read_bytes() for name in "abc")
+        one, same, other = ((tmp_path / f"{name}.safetensors").read_bytes() for name in "abc")
         assert one == same != other
-        trace = load_trace(tmp_path / "a.npz")
+        trace = load_trace(tmp_path / "a.safetensors")
         assert (len(trace), trace.about["kind"]) == (300, kind)

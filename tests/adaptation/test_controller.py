@@ -1,0 +1,273 @@
+"""The controller: order, coins, alarms, lost answers, pauses and events; and what may open a cache."""
+
+import dataclasses
+import math
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gati_jax import InputError
+from gati_jax.adaptation import (
+    EVENT_KINDS,
+    EXACT,
+    NEAREST,
+    AdaptationController,
+    Alarm,
+    ControllerConfig,
+    CostGuardConfig,
+    EventKind,
+    ExactCacheConfig,
+    MonitorConfig,
+    NearestCacheConfig,
+    NearestTrialConfig,
+)
+from tests.adaptation import world
+
+DEPTH = 3
+CONFIG = ControllerConfig(
+    monitor=MonitorConfig(epsilon=world.EPSILON, quiet_q=0.5, drift=False), exact=None, nearest=None, seed=5
+)
+QUIET = dataclasses.replace(CONFIG, monitor=MonitorConfig(epsilon=world.EPSILON, drift=False), cost_guard=None)
+IMAGE = np.zeros(world.SHAPE, np.uint8)
+
+
+def controller(config=CONFIG, bundle=None, level=0.01, **callbacks):
+    return AdaptationController(bundle or world.bundle(), config, level=lambda: level, **callbacks)
+
+
+def ask(one, image=IMAGE, now=0.0):
+    (ticket,) = one.ask(image[None], now)
+    return ticket
+
+
+def logits(class_index):
+    return np.eye(2, dtype=np.float32)[class_index]
+
+
+def answer(one, ticket, *, hit=True, class_index=0):
+    return one.answered(ticket, 1 if hit else DEPTH, 2.0, logits(class_index), 0.0)
+
+
+def is_open(one) -> bool:
+    return bool(np.isfinite(one.served.thresholds).any())
+
+
+def state(one) -> str:
+    """The state of the nearest cache's trial; a call, for it changes."""
+    return one.trial.state
+
+
+def dear(bundle):
+    """Return a bundle whose lookups cost twice as much as the whole base, so that its caches never save time."""
+    (costs,) = bundle.costs
+    costs = dataclasses.replace(costs, lookup_ms=dict.fromkeys(costs.lookup_ms, 2 * costs.full_ms))
+    return dataclasses.replace(bundle, costs=(costs,))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    outcomes=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30),
+    order=st.randoms(use_true_random=False),
+)
+def test_the_monitor_does_not_depend_on_the_order_of_answers(outcomes, order):
+    """All are asked, then answered, and their shadows come, in any order: as if one after the other."""
+    one, other = controller(), controller()
+    images = np.stack([np.full(world.SHAPE, i, np.uint8) for i in range(len(outcomes))])
+    tickets, twins = one.ask(images, 0.0), [ask(other, image) for image in images]
+    assert [t.shadow for t in tickets] == [t.shadow for t in twins], "a batch tosses the coins of single requests"
+    for ticket, (hit, agrees) in zip(twins, outcomes, strict=True):
+        if answer(other, ticket, hit=hit):
+            other.shadowed(ticket, logits(0 if agrees else 1), 0.0)
+    to_do = [("answer", i) for i in range(len(outcomes))]
+    while to_do:
+        what, i = to_do.pop(order.randrange(len(to_do)))
+        hit, agrees = outcomes[i]
+        if what == "answer":
+            if answer(one, tickets[i], hit=hit):
+                to_do.append(("shadow", i))
+        else:
+            one.shadowed(tickets[i], logits(0 if agrees else 1), 0.0)
+    assert one.monitor.report == other.monitor.report
+    for log in (one.request_log, other.request_log):
+        np.testing.assert_array_equal(log.recent(0, len(outcomes)).images, images)
+
+
+def test_a_lost_request_holds_back_none_and_a_lost_shadow_counts_as_none():
+    one = controller(dataclasses.replace(CONFIG, monitor=dataclasses.replace(CONFIG.monitor, quiet_q=1.0)))
+    first, second, third, fourth = one.ask(np.stack([IMAGE] * 4), 0.0)
+    answer(one, second, hit=False)
+    answer(one, third, hit=False)
+    assert answer(one, fourth)
+    assert one.request_log.count == 0
+    one.lost(first)
+    assert one.request_log.count == 2
+    one.lost(fourth)
+    assert one.request_log.count == 3
+    assert one.monitor.report.shadows == {}
+
+
+def test_an_alarm_closes_at_once_and_older_answers_are_not_observed():
+    events, changes = [], []
+    one = controller(on_event=events.append, on_change=changes.append)
+    assert is_open(one)
+    late = ask(one)
+    while one.closed_at is None:
+        ticket = ask(one)
+        if answer(one, ticket):
+            one.shadowed(ticket, logits(1), 0.0)
+        if one.request_log.count == 0:  # held back by the first, which is answered now
+            answer(one, late, hit=False)
+    assert [event.kind for event in events] == ["alarm", "closed"]
+    assert "nearest cache" not in events[0].text, "there is none"
+    assert len(changes) == 1
+    assert not is_open(one)
+    assert one.monitor.version == 2
+    watched = one.monitor.watched
+    answer(one, dataclasses.replace(ask(one), version=1), hit=False)
+    assert one.monitor.watched == watched
+
+
+def test_a_bundle_that_promises_less_begins_closed():
+    strict = dataclasses.replace(CONFIG, monitor=dataclasses.replace(CONFIG.monitor, epsilon=world.EPSILON / 10))
+    one = controller(strict)
+    assert not is_open(one)
+    assert one.closed_at == 0
+
+
+def test_inputs_that_are_not_pixels_are_refused():
+    chain = dataclasses.replace(world.bundle().chain, normalization=None)
+    with pytest.raises(InputError, match="bundle: expected a base of uint8 images"):
+        controller(bundle=dataclasses.replace(world.bundle(), chain=chain))
+
+
+def test_events_are_counted_for_ever_and_kept_for_a_while():
+    assert get_args(EventKind) == EVENT_KINDS
+    one = controller()
+    for number in range(5000):
+        one.emit("trial" if number % 5 else "refit", str(number))
+    assert one.event_counts == {"trial": 4000, "refit": 1000}
+    assert len(one.events) <= 1000
+    assert one.events[-1].text == "4999"
+
+
+# --- Input cache ------------------------------------------------------------------------------------------------------
+
+
+def test_frequent_inputs_go_to_the_base_once_and_are_known_then():
+    one = controller(dataclasses.replace(CONFIG, exact=ExactCacheConfig(often=2)))
+    first = ask(one)
+    assert (first.cached, first.frequent) == (None, False)
+    answer(one, first)
+    second = ask(one, now=1.0)
+    assert (second.cached, second.frequent) == (None, True)
+    answer(one, second, hit=False, class_index=1)
+    for now in range(2, 12):
+        third = ask(one, now=float(now))
+        assert third.cached is not None
+        assert (third.cached.exit, third.cached.class_index, third.cached.score) == (EXACT, 1, math.inf)
+        assert not one.from_cache(third), "the base is not asked"
+    assert EXACT not in one.monitor.report.shadows
+
+
+def test_lost_shadows_certify_nothing():
+    """A nearest cache that is always wrong, whose every base answer is lost."""
+    trial = NearestTrialConfig(known=60, every=20, most=500)
+    one = controller(dataclasses.replace(QUIET, nearest=NearestCacheConfig(cells=4), nearest_trial=trial), level=0.05)
+    for number in range(1000):
+        ticket = ask(one, now=float(number))
+        trying = state(one) != "watching"
+        if ticket.cached is not None:
+            shadow = one.from_cache(ticket)
+        else:
+            shadow = one.answered(ticket, 1 if trying else DEPTH, 2.0, logits(int(trying)), 0.0)
+        if shadow:
+            one.lost(ticket)
+        assert state(one) != "open", "not one answer of the base came during the trial"
+    assert one.event_counts["trial"] > 0
+
+
+def near_trial(one):
+    """Ask and miss until the nearest cache is on trial."""
+    while state(one) != "trial":
+        one.answered(ask(one), DEPTH, math.inf, logits(0), 0.0)
+
+
+def test_two_trials_at_once_do_not_add_up_their_risks():
+    """What each trial certifies, it certifies with the other closed: a swap ends the trial of the nearest cache."""
+    trial = NearestTrialConfig(known=60, every=20, most=4000)
+    one = controller(dataclasses.replace(QUIET, nearest=NearestCacheConfig(cells=4), nearest_trial=trial), level=0.05)
+    served = one.served
+    one.on_alarm(Alarm((1,), 100.0, 1))
+    near_trial(one)
+    for _ in range(60):  # with the base behind the nearest cache
+        one.answered(ask(one), DEPTH, math.inf, logits(0), 0.0)
+    assert state(one) == "trial"
+    one.adopt(served, "certified with the nearest cache closed")
+    assert state(one) == "watching"
+    assert [event.kind for event in one.events][-2:] == ["swap", "inconclusive"]
+    near_trial(one)
+    begun, needed = one.request_log.count, math.log(1 / 0.05) / -math.log(1 - world.EPSILON)
+    while state(one) == "trial":
+        one.answered(ask(one), DEPTH, math.inf, logits(0), 0.0)
+    assert one.request_log.count - begun >= needed, "from the beginning"
+
+
+def test_an_alarm_closes_the_nearest_cache():
+    trial = NearestTrialConfig(known=60, every=20)
+    one = controller(dataclasses.replace(QUIET, nearest=NearestCacheConfig(cells=4), nearest_trial=trial), level=0.05)
+    near_trial(one)
+    while state(one) == "trial":
+        one.answered(ask(one), DEPTH, math.inf, logits(0), 0.0)
+    assert state(one) == "open"
+    ticket = ask(one)
+    assert ticket.cached is not None
+    assert ticket.cached.exit == NEAREST
+    one.on_alarm(Alarm((NEAREST,), 100.0, 1))
+    assert ask(one).cached is None
+    assert is_open(one), "the caches in the network were not named"
+
+
+# --- Pauses -----------------------------------------------------------------------------------------------------------
+
+
+def pause(one):
+    """Hit at a loss until the caches are paused."""
+    while one.event_counts["paused"] == 0:
+        answer(one, ask(one))
+    assert not is_open(one)
+
+
+def test_an_alarm_while_caches_are_paused_closes_them_for_good():
+    config = dataclasses.replace(QUIET, cost_guard=CostGuardConfig(requests=1, pause=20))
+    one = controller(config, dear(world.bundle()))
+    pause(one)
+    one.on_alarm(Alarm((1,), 100.0, 1))
+    assert one.closed_at is not None
+    for _ in range(50):
+        answer(one, ask(one), hit=False)
+    assert not is_open(one)
+
+
+def test_paused_caches_get_a_trial_where_the_nearest_cache_has_opened_meanwhile():
+    """It was certified with the base behind it; without a trial of both together, neither may open beside the other."""
+    config = dataclasses.replace(
+        QUIET,
+        nearest=NearestCacheConfig(cells=4),
+        nearest_trial=NearestTrialConfig(known=20, every=10),
+        cost_guard=CostGuardConfig(requests=1, pause=1000),
+    )
+    one = controller(config, dear(world.bundle()), level=0.05)
+    pause(one)
+    near_trial(one)
+    while one.closed_at is None and one.request_log.count < 3000:
+        ticket = ask(one)
+        if ticket.cached is None:
+            one.answered(ticket, DEPTH, math.inf, logits(0), 0.0)
+        elif one.from_cache(ticket):
+            one.shadowed(ticket, logits(0), 0.0)
+    assert state(one) == "open"
+    assert not is_open(one)
+    assert one.closed_at is not None, "so that recovery tries them"
