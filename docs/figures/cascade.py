@@ -24,7 +24,12 @@ WIDTH, HEIGHT = 860, 430
 
 def main() -> None:
     """Write the figure."""
-    (HERE / "cascade.svg").write_text(draw(_exits(), _milliseconds()), encoding="utf-8")
+    (HERE / "cascade.svg").write_text(draw(*read()), encoding="utf-8")
+
+
+def read() -> tuple[dict[int, float], dict[str, dict[int, float]]]:
+    """Return what ``draw`` takes, from the results in the repository."""
+    return _exits(), _milliseconds()
 
 
 def draw(exits: dict[int, float], milliseconds: dict[str, dict[int, float]]) -> str:
