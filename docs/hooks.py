@@ -42,8 +42,8 @@ def _help(module: str) -> str:
 
 
 def _api(package: str) -> str:
-    # What a package passes on from another room is described there, and specs with the config keys.
-    own = [p for p, _ in _exported(package) if p.startswith(f"{package}.") and (package == _SPECS or _SPECS not in p)]
+    # What a package passes on from another room is described there; specs, which are made from the modules, with these.
+    own = [path for path, _ in _exported(package) if path.startswith(f"{package}.") and _SPECS not in path]
     return "\n\n".join(f"::: {path}\n    options:\n      heading_level: 3" for path in own)
 
 

@@ -301,7 +301,7 @@ def neighbours(result: Freeze | None) -> list[list[str]]:
     for kind, name in NAMES.items():
         own = result.memory.get(kind) if result else None
         total = f"{sum(cache.total for cache in own) / MIB:,.0f}" if own else NOT_RUN
-        by, why = link("freeze", result if own else None), "ours with key networks; see [freeze.md](results/freeze.md)"
+        by, why = link("freeze", result if own else None), "ours with key networks; see [freeze.md](freeze.md)"
         rows.append([f"{name}: memory, MB", published.FREEZE_MEMORY[kind], total, by, why])
     return rows
 
