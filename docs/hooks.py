@@ -57,8 +57,8 @@ def _exported(package: str) -> list[tuple[str, str]]:
     module = importlib.import_module(package)
     found = []
     for name in sorted(dir(module), key=str.lower):
-        value = None if name.startswith("_") else getattr(module, name)
-        described = inspect.isclass(value) or inspect.isfunction(value)
+        value: Any = getattr(module, name)
+        described = not name.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value))
         if described and (value.__module__ or "").startswith("gati_jax") and value.__name__ == name:
             found.append((f"{value.__module__}.{name}", (value.__doc__ or "").strip().partition("\n")[0]))
     return found
