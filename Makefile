@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(EXTRAS)
 TESTS ?= -m "not slow"
 
-.PHONY: help setup quickstart serve test lint bench stubs constraints clean
+.PHONY: help setup quickstart serve test lint bench docs stubs constraints clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -39,6 +39,10 @@ bench:  ## Time a bundle beside other runtimes (BUNDLE=runs/r56/bundle ARGS='--r
 	$(MAKE) --no-print-directory setup EXTRAS=train,torch,bench
 	$(PY) -m benchmarks.compare --bundle $(or $(BUNDLE),runs/digits/caches/bundle) $(ARGS)
 
+docs:  ## Build the documentation into site/; needs no network, and fails on a dead link
+	$(MAKE) --no-print-directory setup EXTRAS=train,serve,docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 # A process may also import tritonclient's messages, which bear the same names: ours stay out of the shared pool.
 stubs: $(STAMP)  ## Compile serve/protocol/inference.proto
 	$(PY) -m grpc_tools.protoc -I serve/protocol --python_out=serve/protocol --pyi_out=serve/protocol inference.proto
@@ -48,5 +52,5 @@ constraints: $(STAMP)  ## Resolve all extras together anew
 	$(PY) -m pip install --quiet uv
 	$(VENV)/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --upgrade -o constraints.txt
 
-clean:  ## Remove environments and results
-	rm -rf .venv runs
+clean:  ## Remove environments, results and the built documentation
+	rm -rf .venv runs site

@@ -205,7 +205,8 @@ def test_a_name_with_config_and_version_is_what_tfds_is_asked_for(tmp_path, tfds
     monkeypatch.setattr(tfds, "builder", lambda *given, **options: asked.append((given, options)) or builder)
     (tmp_path / name.partition(":")[0]).mkdir(parents=True)
     labels = data.load(name, "test", tmp_path).labels
-    assert labels is not None and labels.tolist() == [1]
+    assert labels is not None
+    assert labels.tolist() == [1]
     assert asked == [((name,), {"data_dir": tmp_path})]
 
 
