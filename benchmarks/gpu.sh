@@ -8,7 +8,7 @@
 #   DATA=../shared/data BASES="cifar10_resnet18" benchmarks/gpu.sh             one network, minutes
 #
 # runs/gpu/seconds.tsv holds the wall time of every command; python -m benchmarks.trained runs/gpu prints what
-# docs/performance.md is to say: accuracies, images/s, wall times, and the published gains beside ours.
+# docs/results/performance.md is to say: accuracies, images/s, wall times, and the published gains beside ours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${DATA:-../shared/data}

@@ -1,4 +1,4 @@
-"""Print a result of ``benchmarks.compare`` as the Markdown table of docs/performance.md."""
+"""Print a result of ``benchmarks.compare`` as the Markdown table of docs/results/performance.md."""
 
 import argparse
 import json

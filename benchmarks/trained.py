@@ -1,4 +1,4 @@
-"""Print the results of ``benchmarks/gpu.sh`` as the Markdown tables of docs/performance.md.
+"""Print the results of ``benchmarks/gpu.sh`` as the Markdown tables of docs/results/performance.md.
 
 The first has every base's accuracy, images/s and training time, and its bundle's certificate. The second compares gains
 in mean latency on a GPU at 97 % of the base's accuracy with the published ones, where there are any.

@@ -288,7 +288,7 @@ def choose_points(
         size: How many to keep.
         k: Neighbours that the cache looks up; "condensed" looks up as many.
         classes: Of the base.
-        how: See above; docs/freeze.md has a measurement, in which "random" was the best or as good.
+        how: See above; docs/results/freeze.md has a measurement, in which "random" was the best or as good.
         seed: Of all random choices.
 
     Raises:

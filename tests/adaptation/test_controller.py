@@ -209,10 +209,10 @@ def test_two_trials_at_once_do_not_add_up_their_risks():
     assert state(one) == "watching"
     assert [event.kind for event in one.events][-2:] == ["swap", "inconclusive"]
     near_trial(one)
-    begun, needed = one.request_log.count, math.log(1 / 0.05) / -math.log(1 - world.EPSILON)
+    before, needed = one.request_log.count, math.log(1 / 0.05) / -math.log(1 - world.EPSILON)
     while state(one) == "trial":
         one.answered(ask(one), DEPTH, math.inf, logits(0), 0.0)
-    assert one.request_log.count - begun >= needed, "from the beginning"
+    assert one.request_log.count - before >= needed, "from the beginning"
 
 
 def test_an_alarm_closes_the_nearest_cache():

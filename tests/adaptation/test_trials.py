@@ -154,14 +154,14 @@ def test_the_lowest_threshold_within_the_risk(rows, risk):
     assert threshold_for(scores, wrong, weights, risk=risk) == min(lower, default=np.inf)
 
 
-def run_trials(trial, number, begun):
-    """Do what the controller does after every request; return the number of trials begun."""
+def run_trials(trial, number, trials):
+    """Do what the controller does after every request; return the number of trials trials."""
     if trial.state == "inconclusive":
         trial.watch_again()
     elif trial.wants_trial:
-        begun += 1
-        trial.begin(trial_level(0.05, begun), number)
-    return begun
+        trials += 1
+        trial.begin(trial_level(0.05, trials), number)
+    return trials
 
 
 def served_by_nearest(seed, n=8000):
@@ -170,7 +170,7 @@ def served_by_nearest(seed, n=8000):
     The very same traffic throughout. The base answers whatever the cache does not, and what it answers may become an
     entry, as the controller stores them. Returns how often the service is wrong once the cache has opened.
     """
-    random, trial, begun = np.random.default_rng(seed), NearestTrial(0.01), 0
+    random, trial, trials = np.random.default_rng(seed), NearestTrial(0.01), 0
     values, classes, stored = np.zeros(2000), np.zeros(2000, int), 0
     value, way, wrong = 0.0, 1, []
     for number in range(n):
@@ -193,7 +193,7 @@ def served_by_nearest(seed, n=8000):
             values[stored % 2000], classes[stored % 2000], stored = value, base, stored + 1
         if trial.state != "open":
             trial.add(number, Seen(score, answer != base, False, 1.0, True))
-            begun = run_trials(trial, number, begun)
+            trials = run_trials(trial, number, trials)
     return float(np.mean(wrong)) if wrong else None
 
 
@@ -210,12 +210,12 @@ def test_the_nearest_cache_serves_as_it_did_on_trial():
 
 def test_a_cache_that_just_fails_is_tried_ever_more_rarely():
     """Near repeats that disagree at 1.2 epsilon: a trial shadows every request, so trials must get rarer."""
-    random, trial, on_trial, n, begun = np.random.default_rng(0), NearestTrial(0.01), 0, 25_000, 0
+    random, trial, on_trial, n, trials = np.random.default_rng(0), NearestTrial(0.01), 0, 25_000, 0
     for number in range(n):
         on_trial += trial.state == "trial"
         trial.add(number, Seen(3.0, bool(random.random() < 0.012), False, 1.0, True))
         if trial.state == "open":
             trial.close()
-        begun = run_trials(trial, number, begun)
-    assert begun
-    assert on_trial < n / 2, f"{on_trial / n:.0%} of requests were shadowed, in {begun} trials"
+        trials = run_trials(trial, number, trials)
+    assert trials
+    assert on_trial < n / 2, f"{on_trial / n:.0%} of requests were shadowed, in {trials} trials"

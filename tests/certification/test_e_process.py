@@ -34,11 +34,11 @@ def by_hand(epsilon, requests):
 @settings(max_examples=50)
 @given(EPSILONS, st.lists(st.tuples(st.booleans(), PROBABILITIES), max_size=25))
 def test_wealth_is_what_reserve_and_play_come_to(epsilon, requests):
-    wealth = EProcess(epsilon)
+    process = EProcess(epsilon)
     requests = [(seen / probability, probability) for seen, probability in requests]
     for loss, probability in requests:
-        wealth.bet(loss, probability)
-    assert wealth.total == pytest.approx(float(by_hand(epsilon, requests)), rel=1e-9)
+        process.bet(loss, probability)
+    assert process.total == pytest.approx(float(by_hand(epsilon, requests)), rel=1e-9)
 
 
 @pytest.mark.parametrize("epsilon", [0.05, 0.3])
@@ -46,13 +46,13 @@ def test_a_tolerable_cascade_is_a_fair_game_under_any_attention(epsilon):
     """The mean over every course of events is 1, though q depends on what was seen and restarts happen."""
     total, restarted = 0.0, 0
     for course in itertools.product([False, True], repeat=9):
-        wealth, chance, q = EProcess(epsilon), 1.0, 0.8
+        process, chance, q = EProcess(epsilon), 1.0, 0.8
         for seen in course:
             chance *= q * epsilon if seen else 1 - q * epsilon
-            wealth.bet(seen / q, q)
+            process.bet(seen / q, q)
             q = 0.5 if seen else min(1.0, 1.2 * q)
-        total += chance * wealth.total
-        restarted += max(wealth.restarts) > 1
+        total += chance * process.total
+        restarted += max(process.restarts) > 1
     assert total == pytest.approx(1, abs=1e-12)
     assert restarted
 
@@ -61,10 +61,10 @@ def test_a_better_cascade_loses():
     epsilon, q, low = 0.2, 0.5, 0.1
     total = 0.0
     for course in itertools.product([False, True], repeat=8):
-        wealth, seen = EProcess(epsilon), sum(course)
+        process, seen = EProcess(epsilon), sum(course)
         for loss in course:
-            wealth.bet(loss / q, q)
-        total += (q * low) ** seen * (1 - q * low) ** (8 - seen) * wealth.total
+            process.bet(loss / q, q)
+        total += (q * low) ** seen * (1 - q * low) ** (8 - seen) * process.total
     assert total < 0.999
 
 
@@ -88,13 +88,13 @@ def test_stakes_make_likelihood_ratios(epsilon, q):
 
 
 def test_restarts_are_paid_out_of_one_reserve():
-    wealth = EProcess(0.01)
+    process = EProcess(0.01)
     for _ in range(20_000):
-        wealth.bet(0.0, 0.5)
-    assert min(wealth.restarts) > 5
-    placed = [sum(1 / (n * (n + 1)) for n in range(1, count + 1)) for count in wealth.restarts]
-    np.testing.assert_allclose([p + 1 / (n + 1) for p, n in zip(placed, wealth.restarts, strict=True)], 1)
-    for play, n in zip(wealth.playing, wealth.restarts, strict=True):
+        process.bet(0.0, 0.5)
+    assert min(process.restarts) > 5
+    placed = [sum(1 / (n * (n + 1)) for n in range(1, count + 1)) for count in process.restarts]
+    np.testing.assert_allclose([p + 1 / (n + 1) for p, n in zip(placed, process.restarts, strict=True)], 1)
+    for play, n in zip(process.playing, process.restarts, strict=True):
         assert play >= COLLAPSED / ((n + 1) * (n + 2))  # never lost
 
 
@@ -103,13 +103,13 @@ def test_false_alarms_at_exactly_epsilon_under_attention():
     delta, alarms = 0.1, 0
     for seed in range(200):
         rng = np.random.default_rng(seed)
-        wealth, attention = EProcess(0.05), 0
+        process, attention = EProcess(0.05), 0
         wrong, coins = rng.random(800) < 0.05, rng.random(800)
         for disagrees, coin in zip(wrong.tolist(), coins.tolist(), strict=True):
             q = 1.0 if attention else 0.05
             seen = disagrees and coin < q
             attention = 20 if seen else max(0, attention - 1)
-            if wealth.bet(1 / q if seen else 0.0, q) >= 1 / delta:
+            if process.bet(1 / q if seen else 0.0, q) >= 1 / delta:
                 alarms += 1
                 break
     assert alarms <= binom.isf(1e-6, 200, delta)

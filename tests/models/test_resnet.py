@@ -35,7 +35,11 @@ PUBLISHED = {
     "resnet18, 7x7 stem": resnet("resnet18", input_shape=(64, 64, 3), classes=7),
     "resnet50, 3x3 stem": resnet("resnet50"),
 }
-NETWORKS = TINY | {name: PUBLISHED[name] for name in ("resnet20, B", "resnet18, 7x7 stem")}  # the others take minutes
+FAST = {*TINY, "resnet20, B", "resnet18, 7x7 stem"}  # the others take minutes
+NETWORKS = [
+    pytest.param(network, id=name, marks=() if name in FAST else pytest.mark.slow)
+    for name, network in (TINY | PUBLISHED).items()
+]
 
 
 apply = jax.jit(models.apply, static_argnums=0)
@@ -63,7 +67,7 @@ def assert_close(actual, expected, tolerance=1e-4):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+@pytest.mark.parametrize("network", NETWORKS)
 def test_imported_network_gives_the_logits_of_torch(network):
     model = random_network(network)
     variables = models.import_state_dict(network, state_dict(model))

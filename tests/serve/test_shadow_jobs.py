@@ -19,7 +19,7 @@ class Watcher:
     """An observer that remembers, and shadows what it is asked to."""
 
     def __init__(self, wanted=lambda _: True):
-        self.wanted, self.asked, self.answers, self.ghosts, self.steps = wanted, [], [], [], []
+        self.wanted, self.asked, self.answers, self.shadows, self.steps = wanted, [], [], [], []
 
     def shadow(self, job, answer):
         self.asked.append((job.mark, answer.exit))
@@ -32,7 +32,7 @@ class Watcher:
         self.answers.append((job.mark, answer.exit, round(seconds * 1e3, 6)))
 
     def shadowed(self, job, answer):
-        self.ghosts.append((job.mark, None if answer is None else (answer.exit, answer.class_index)))
+        self.shadows.append((job.mark, None if answer is None else (answer.exit, answer.class_index)))
 
     def refused(self, reason):
         pass
@@ -71,10 +71,10 @@ def images(*pairs):
 def until(watcher, count):
     """Wait until so many shadow jobs have been reported."""
     for _ in range(PATIENCE * 1000):
-        if len(watcher.ghosts) >= count:
+        if len(watcher.shadows) >= count:
             return
         threading.Event().wait(0.001)
-    pytest.fail(f"expected {count} shadow jobs, got {watcher.ghosts}")
+    pytest.fail(f"expected {count} shadow jobs, got {watcher.shadows}")
 
 
 def test_a_hit_is_answered_at_once_and_runs_on_by_hand(make):
@@ -86,11 +86,11 @@ def test_a_hit_is_answered_at_once_and_runs_on_by_hand(make):
     until(watcher, 1)
     assert watcher.asked == [("a", 1)], "shadow jobs hit no more"
     assert watcher.answers == [("a", 1, 2.0)]
-    assert watcher.ghosts == [("a", (3, 7))]
+    assert watcher.shadows == [("a", (3, 7))]
     assert engine.stop(PATIENCE)
     now = engine.statistics()
     assert (now.answered, now.shadowed, now.slots_in_use, now.abandoned, now.failed) == (1, 1, 0, 0, 0)
-    assert now.leave == ((0.5 + 0.5 / 501, 0.5, 1.0),), "one row has left at the first stage; ghosts teach nothing"
+    assert now.leave == ((0.5 + 0.5 / 501, 0.5, 1.0),), "one row has left at the first stage; shadow jobs teach nothing"
 
 
 def test_the_bases_answers_are_not_shadowed_nor_is_what_is_not_wanted(make):
@@ -101,7 +101,7 @@ def test_the_bases_answers_are_not_shadowed_nor_is_what_is_not_wanted(make):
     until(watcher, 1)
     assert engine.stop(PATIENCE)
     assert sorted(watcher.asked) == [("a", 1), ("b", 1)]
-    assert watcher.ghosts == [("b", (2, 2))]
+    assert watcher.shadows == [("b", (2, 2))]
 
 
 def test_a_shadow_job_outlives_its_deadline_and_a_client_that_has_left_leaves_none(make):
@@ -116,7 +116,7 @@ def test_a_shadow_job_outlives_its_deadline_and_a_client_that_has_left_leaves_no
     gate.opened.set()
     assert kept.result(PATIENCE).exit == 1
     until(watcher, 1)
-    assert watcher.ghosts == [("kept", (2, 7))]
+    assert watcher.shadows == [("kept", (2, 7))]
     assert runner.clock.now > deadline
     assert engine.stop(PATIENCE)
     assert [mark for mark, _ in watcher.asked] == ["kept"]
@@ -130,12 +130,12 @@ def test_a_shadow_job_that_fails_is_reported_and_concerns_no_other(make):
 
     watcher = Watcher()
     engine = make(FakeRunner([route(1.0, 1.0)], before=before), watcher)
-    futures = engine.submit(images((0, 7), (1, 1)), route=0, marks=["ghost", "client"])
+    futures = engine.submit(images((0, 7), (1, 1)), route=0, marks=["shadow", "client"])
     assert futures[0].result(PATIENCE).class_index == 7
     with pytest.raises(StepError):
         futures[1].result(PATIENCE)
     until(watcher, 1)
-    assert watcher.ghosts == [("ghost", None)]
+    assert watcher.shadows == [("shadow", None)]
     assert engine.stop(PATIENCE)
     now = engine.statistics()
     assert (now.failed, now.answered, now.shadowed, now.slots_in_use) == (1, 1, 0, 0)
@@ -149,7 +149,7 @@ def test_a_shadow_that_fails_keeps_no_client_from_an_answer(make):
     engine = make(FakeRunner([route(1.0, 1.0)]), watcher)
     assert engine.submit(images((0, 7)), route=0)[0].result(PATIENCE).class_index == 7
     assert engine.stop(PATIENCE)
-    assert (engine.statistics().slots_in_use, watcher.ghosts) == (0, [])
+    assert (engine.statistics().slots_in_use, watcher.shadows) == (0, [])
 
 
 def test_shadow_jobs_that_wait_are_dropped_when_the_server_stops(make):
@@ -165,7 +165,7 @@ def test_shadow_jobs_that_wait_are_dropped_when_the_server_stops(make):
     gate.opened.set()
     stopping.join(PATIENCE)
     assert [future.result(0).class_index for future in futures] == [1, 2, 3]
-    assert sorted(watcher.ghosts) == [("a", None), ("b", None)]
+    assert sorted(watcher.shadows) == [("a", None), ("b", None)]
     assert engine.statistics().slots_in_use == 0
 
 
@@ -174,7 +174,7 @@ def test_a_shadow_job_from_the_start_is_answered_by_the_last_stage_only(make):
     engine = make(FakeRunner([route(1.0, 1.0)]), watcher)
     engine.submit_shadow(image(0, 5), route=0, mark="g")
     until(watcher, 1)
-    assert (watcher.ghosts, watcher.answers, watcher.asked) == ([("g", (2, 5))], [], [])
+    assert (watcher.shadows, watcher.answers, watcher.asked) == ([("g", (2, 5))], [], [])
     assert engine.stop(PATIENCE)
     with pytest.raises(StoppingError):
         engine.submit_shadow(image(0, 5), route=0)
@@ -184,7 +184,7 @@ def test_a_shadow_job_from_the_start_is_answered_by_the_last_stage_only(make):
 # Who goes first
 
 
-def ghost(arrived=0.0, *, route=0):
+def shadow(arrived=0.0, *, route=0):
     return Job(image=image(9), route=route, arrived=arrived, is_shadow=True)
 
 
@@ -194,7 +194,7 @@ def client(arrived=0.0, *, route=0, deadline=None):
 
 def test_no_step_is_run_for_a_shadow_job_while_a_client_waits_and_it_takes_rows_that_are_free():
     scheduler = Scheduler([route(1.0, buckets=(2,)), route(100.0)], 8)
-    first, second, lone, patient = ghost(), ghost(), client(0.1), client(0.1, route=1)
+    first, second, lone, patient = shadow(), shadow(), client(0.1), client(0.1, route=1)
     scheduler.admit([first, second, lone, patient])
     steps = [scheduler.next_step(0.2) for _ in range(3)]
     assert [step and step.jobs for step in steps] == [(lone, first), (patient,), (second,)]
@@ -204,12 +204,12 @@ def test_a_shadow_job_that_has_waited_long_counts_as_a_client_that_came_later():
     """It gains 1 / 1 ms against 1 / 100, so once it counts, it goes first; and who came 0.25 s later goes behind it."""
     for now, first in ((0.2, 1), (0.3, 0)):
         scheduler = Scheduler([route(1.0), route(100.0)], 8, max_wait=10.0)
-        scheduler.admit([ghost(), client(0.1, route=1)])
+        scheduler.admit([shadow(), client(0.1, route=1)])
         step = scheduler.next_step(now)
         assert step
         assert step.route == first
     scheduler = Scheduler([route(1.0, buckets=(1,))], 8)
-    early, waiting, late = client(0.2), ghost(), client(0.3)
+    early, waiting, late = client(0.2), shadow(), client(0.3)
     scheduler.admit([early, waiting, late])
     steps = [scheduler.next_step(0.4) for _ in range(3)]
     assert [step and step.jobs[0] for step in steps] == [early, waiting, late]
@@ -217,7 +217,7 @@ def test_a_shadow_job_that_has_waited_long_counts_as_a_client_that_came_later():
 
 def test_a_shadow_job_at_the_head_hides_no_deadline():
     scheduler = Scheduler([route(10.0, buckets=(2,)), route(1.0)], 8, max_wait=10.0)
-    scheduler.admit([ghost(), client(0.9, deadline=1.4155), client(1.4, route=1)])
+    scheduler.admit([shadow(), client(0.9, deadline=1.4155), client(1.4, route=1)])
     step = scheduler.next_step(1.4)  # 0.5 ms to spare, and the other step takes 1
     assert step
     assert step.route == 0
@@ -256,7 +256,7 @@ def test_shadows_change_no_answer_and_every_shadow_job_is_answered_by_the_base(r
     until(watcher, len(hits & wanted))
     assert engine.stop(PATIENCE)
     assert {mark for mark, _ in watcher.asked} == hits
-    assert sorted(watcher.ghosts) == [(i, deepest[i]) for i in sorted(hits & wanted)]
+    assert sorted(watcher.shadows) == [(i, deepest[i]) for i in sorted(hits & wanted)]
     assert sorted(engine._shared.scheduler._free) == list(range(6))
     assert engine._shared.scheduler._shadows == 0
     assert (engine.statistics().answered, engine.statistics().shadowed) == (len(rows), len(hits & wanted))
