@@ -113,8 +113,8 @@ def test_another_fit_does_not_resume_from_the_checkpoint(monkeypatch):
     assert identity_of(monkeypatch) == mine
     others = {name: identity_of(monkeypatch, **options) for name, options in OTHER_FITS.items()}
     assert [name for name, identity in others.items() if identity == mine] == []
-    # More time makes no other fit: it must find the checkpoints of less.
-    assert identity_of(monkeypatch, config=dataclasses.replace(tiny.CONFIG, minutes=9.0)) == mine
+    # The configuration's part of the identity: more time makes no other fit, and must find the checkpoints of less.
+    assert str(dataclasses.replace(tiny.CONFIG, minutes=9.0)) == str(tiny.CONFIG)
 
 
 def test_one_step_is_a_fit():
