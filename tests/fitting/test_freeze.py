@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 import gati_jax
 from gati_jax import CostTable, FreezeConfig, Head, InputError
-from gati_jax.caches import Neighbours, point_bytes
+from gati_jax.caches import Neighbours, choose, point_bytes
 from gati_jax.fitting import choose_points
 from gati_jax.fitting.freeze import labelled_centres
 from gati_jax.planning import replay_plan
 from gati_jax.runtime import Cascade, predict_batch
 from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
 from tests.fitting import tiny
-from train.reproduce import freeze_plan, zero_error_thresholds
+from train.reproduce import zero_error_thresholds
 
 CLASSES = 3
 
@@ -195,28 +195,21 @@ def test_a_cache_that_was_never_wrong_is_always_believed(select):
 @pytest.mark.parametrize("kind", ["knn", "kmeans"])
 def test_replay_plan_certify_bundle_infer(kind, candidates, select, certify_rows, tmp_path):
     chain, chosen = tiny.chain(), of_kind(candidates, kind)
-    plan = freeze_plan(select.take([c.name for c in reversed(chosen.items)]), costs(chosen))
-    assert plan.sites == (1, 2)
-    assert plan.disagreement.tolist() == [0, 0]
+    plan = gati_jax.plan(select.take([c.name for c in chosen.items]), costs(chosen), epsilon=0.3)
     table = gati_jax.replay(chain, chosen, certify_rows)
-    outcome = replay_plan(table, plan.thresholds(1))
-    assert 0 < (outcome.exits < 2).mean() < 1
-    certificate = gati_jax.certify(plan, table, epsilon=0.3, delta=0.1)
+    certificate = gati_jax.certify(plan, table, epsilon=0.5, delta=0.1)
     assert certificate.certified
+    outcome = replay_plan(table.take(plan.names), plan.thresholds(certificate.step))
+    assert (outcome.exits < len(plan.names)).mean() > 0
     gati_jax.save_bundle(tmp_path / "bundle", chain, chosen, plan, certificate)
     bundle = gati_jax.load_bundle(tmp_path / "bundle", chain=chain)
-    assert jax.tree.all(jax.tree.map(np.array_equal, bundle.caches, tuple(chosen)))
+    saved = choose(chosen, [cache.name for cache in bundle.caches])
+    assert jax.tree.all(jax.tree.map(np.array_equal, bundle.caches, saved))
     found = gati_jax.infer_batch(bundle, certify_rows[:100], numerics="reference")
-    assert np.array_equal(found.exit, np.array([1, 2, 3])[outcome.exits[:100]])
+    assert np.array_equal(found.exit, np.array([*plan.sites, 3])[outcome.exits[:100]])
     assert np.array_equal(found.class_index, outcome.classes[:100])
     one = gati_jax.infer(bundle, certify_rows[3])
     assert (int(one.exit), int(one.class_index)) == (int(found.exit[3]), int(found.class_index[3]))
-
-
-def test_they_can_be_composed_into_a_plan(candidates, select, certify_rows):
-    plan = gati_jax.plan(select, costs(candidates), epsilon=0.3)
-    table = gati_jax.replay(tiny.chain(), candidates, certify_rows)
-    assert gati_jax.certify(plan, table, epsilon=0.5).certified
 
 
 @pytest.mark.parametrize("kind", ["knn", "kmeans"])

@@ -2,7 +2,6 @@
 
 from .policies import POLICIES as POLICIES
 from .policies import Score as Score
-from .policies import freeze_plan as freeze_plan
 from .policies import max_probability as max_probability
 from .policies import oracle_exits as oracle_exits
 from .policies import policy_table as policy_table

@@ -126,22 +126,6 @@ def zero_error_thresholds(table: ReplayTable) -> Float[np.ndarray, " candidates"
     return np.maximum(np.nextafter(wrong, np.float32(np.inf)), lowest)
 
 
-def freeze_plan(table: ReplayTable, costs: CostTable) -> Plan:
-    """Return the plan of one step that turns on every candidate at its zero-error threshold.
-
-    Args:
-        table: Replay of the requests that set the thresholds, one candidate at a site.
-        costs: Measured times of the same base and candidates.
-
-    Raises:
-        InputError: The table is empty, or two candidates share a site.
-    """
-    if len(set(table.sites)) < len(table.sites):
-        raise InputError(f"table: expected one candidate at a site, got {table.names} at {table.sites}")
-    table = table.take([table.names[i] for i in np.argsort(table.sites)])
-    return _plan(table, costs, [np.full(len(table.names), np.inf, np.float32), zero_error_thresholds(table)])
-
-
 def oracle_exits(table: ReplayTable) -> Int[np.ndarray, " n"]:
     """Return the earliest site where any candidate agrees with the base; the table's depth where none does."""
     sites = np.asarray(table.sites)[:, None]
