@@ -61,8 +61,8 @@ class Look(_Record):
 class Looks(_Record):
     """looks.json: every look at certify rows."""
 
-    looks: tuple[Look, ...] = ()
-    rows: dict[str, Annotated[str, Field(pattern=r"^([0-9a-f]{16})*$")]] = {}
+    looks: tuple[Look, ...]
+    rows: dict[str, Annotated[str, Field(pattern=r"^([0-9a-f]{16})*$")]]
     """By fingerprint: the digests of the rows."""
 
     @model_validator(mode="after")
@@ -81,7 +81,7 @@ class Looks(_Record):
         try:
             return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError:
-            return cls()
+            return cls(looks=(), rows={})
         except ValidationError as error:
             raise InputError(
                 f"looks: expected a whole looks.json, got {path}: how often the certify data was opened is lost with it"

@@ -132,16 +132,16 @@ def test_candidates_are_named_by_head_and_site_and_know_their_epochs(fitted):
 @pytest.mark.parametrize(
     ("sites", "message"),
     [
-        ((3,), r"sites 0 to 2 for fc, got \[3\]"),
-        ((-1,), r"sites 0 to 2 for fc, got \[-1\]"),
-        ((1, 7), r"sites 0 to 2 for fc, got \[7\]"),
-        ((), "at least one at some site"),
-        ((1, 1), "distinct names"),
+        ((3,), r"heads: expected sites 0 to 2 for fc, got \[3\]"),
+        ((-1,), r"sites\.0: expected a number greater than or equal to 0, got -1"),
+        ((1, 7), r"heads: expected sites 0 to 2 for fc, got \[7\]"),
+        ((), "heads: expected at least one at some site"),
+        ((1, 1), "heads: expected distinct names"),
     ],
     ids=str,
 )
 def test_sites_that_the_chain_does_not_have_or_has_once_are_refused(sites, message):
-    with pytest.raises(InputError, match=f"heads: expected {message}"):
+    with pytest.raises(InputError, match=message):
         tiny.fit(sites=sites)
 
 
@@ -266,7 +266,7 @@ def test_learning_rates_are_positive_numbers(rate):
 
 @pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf")])
 def test_minutes_are_positive_numbers(minutes):
-    with pytest.raises(InputError, match="minutes: expected a positive number, or None, got"):
+    with pytest.raises(InputError, match="minutes: expected a "):
         gati_jax.FitConfig(minutes=minutes)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,7 +98,7 @@ def compilations() -> Iterator[list[str]]:
 
 def test_a_warm_bucket_compiles_nothing_more_for_any_batch_size(cascade, images, monkeypatch, compilations):
     """Not even what cuts the padding off, or puts parts together."""
-    monkeypatch.setattr("gati_jax.profiling.tuned_cascade.LARGEST_BUCKET", 8)
+    monkeypatch.setattr(sys.modules[TunedCascade.__module__], "LARGEST_BUCKET", 8)
     jax.clear_caches()  # another test may have compiled the same
     tuned = TunedCascade(cascade, made_up(1, 2))
     for count in (1, 8):
@@ -118,7 +119,7 @@ def test_no_images_are_refused(cascade, images):
 
 
 def test_more_rows_than_the_largest_bucket_are_answered_in_parts(cascade, images, monkeypatch):
-    monkeypatch.setattr("gati_jax.profiling.tuned_cascade.LARGEST_BUCKET", 4)
+    monkeypatch.setattr(sys.modules[TunedCascade.__module__], "LARGEST_BUCKET", 4)
     tuned = TunedCascade(cascade, made_up(1, 2))
     whole = tuned.predict(images)
     np.testing.assert_array_equal(whole.exit, [int(predict_one(cascade, image).exit) for image in images])

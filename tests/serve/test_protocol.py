@@ -3,6 +3,7 @@
 import http.client
 import json
 import logging
+import time
 from typing import Any
 
 import grpc
@@ -282,4 +283,8 @@ def test_without_the_token_only_health_is_answered(fake):
 def test_debug_logs_report_every_request(sockets, name, caplog):
     with caplog.at_level(logging.DEBUG, "serve"), connect(name, sockets) as client:
         assert client.is_server_live()
-    assert "request" in [record.message for record in caplog.records if record.name == f"serve.{name}"]
+        patience = time.monotonic() + 10  # the line may come after the answer
+        while not (lines := [r.message for r in caplog.records if r.name == f"serve.{name}"]):
+            assert time.monotonic() < patience
+            time.sleep(0.01)
+    assert "request" in lines
