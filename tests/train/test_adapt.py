@@ -51,7 +51,7 @@ def test_every_mechanism_is_a_row_and_the_windows_add_up(run, trace, tmp_path, c
     assert sum(count for window in result["windows"] for count in window["exits"].values()) == n == 480
     assert sum(phase["n"] for phase in result["phases"]) == n
     last = result["mechanisms"][-1]
-    assert last["computation"] > result["mechanisms"][0]["computation"], "most requests are repeats"
+    assert sum(window["exits"].get("exact", 0) for window in result["windows"]) > 0  # computation holds measured times
     overall = sum(p["n"] * p["disagreement"] for p in result["phases"]) / n
     assert last["disagreement"] == pytest.approx(overall)
     svg = (tmp_path / "adaptation.svg").read_text()
