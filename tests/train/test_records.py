@@ -60,7 +60,7 @@ def test_the_same_plan_again_is_no_new_look_and_another_one_pays(run, tmp_path, 
     with pytest.warns(UserWarning, match="look 2 at this certify data"):
         second = json_of(caches.main, *arguments, "--plan.epsilon", "0.05")
     monkeypatch.undo()
-    assert written == [1, 2]  # select, certify: whoever is killed while certifying has looked
+    assert written == [1, 2]  # select, certify: a run that is killed while certifying has looked
     bundle = gati_jax.load_bundle(out / "bundle")
     assert bundle.plan.hash != run.bundle.plan.hash
     assert (second["certificate"]["looks"], bundle.certificate.looks, bundle.certificate.delta) == (2, 2, 0.05)
