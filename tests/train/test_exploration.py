@@ -93,7 +93,7 @@ def test_where_nothing_can_pay_that_is_said_and_nothing_is_fitted(lookups, tmp_p
     said, measured = lookups
     monkeypatch.setattr(gati_jax, "fit", None)  # would raise TypeError
     said |= dict.fromkeys(("fc@1", "fc+linear@1", "fc@2", "fc+linear@2"), 3.0)
-    with pytest.raises(InputError, match=r"fit\.heads: expected at least one that can pay"):
+    with pytest.raises(InputError, match=r"fit\.heads: expected at least one that can save time"):
         explored(tmp_path / "dear", TWO)
     assert len(measured) == 1
     with pytest.raises(InputError, match=r"plan\.memory_share: expected room for .* MB, the smallest"):
