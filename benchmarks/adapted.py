@@ -24,6 +24,7 @@ from gati_jax.adaptation import (
     Trace,
     load_trace,
 )
+from gati_jax.certification import trial_level
 from gati_jax.profiling import device_name
 from gati_jax.profiling.costs import spread
 from train import cli
@@ -73,7 +74,7 @@ def measure(
     """Return mean milliseconds of a request, adapted, by the cascade alone, and by the full network."""
     assert trace.images is not None  # noqa: S101 (narrows the type)
     base = without_caches(bundle)
-    controller = AdaptationController(bundle, config, level=lambda: config.monitor.level(1))
+    controller = AdaptationController(bundle, config, level=lambda: trial_level(config.monitor.delta, 1))
     for image in trace.images[:WARM]:
         for one in (bundle, base):
             np.asarray(gati_jax.infer(one, image).logits)

@@ -1,7 +1,5 @@
 """Adaptation: keeps the disagreement of a served bundle within its promise as the traffic changes."""
 
-from gati_jax.bundle.record import costs_of as costs_of
-
 from .controller import EVENT_KINDS as EVENT_KINDS
 from .controller import AdaptationController as AdaptationController
 from .controller import ControllerConfig as ControllerConfig
@@ -9,7 +7,6 @@ from .controller import Event as Event
 from .controller import EventKind as EventKind
 from .controller import Served as Served
 from .controller import served_by as served_by
-from .cost_guard import CostGuardConfig as CostGuardConfig
 from .input_cache import ExactCache as ExactCache
 from .input_cache import ExactCacheConfig as ExactCacheConfig
 from .input_cache import InputCache as InputCache
@@ -19,6 +16,7 @@ from .input_cache import NearestCache as NearestCache
 from .input_cache import NearestCacheConfig as NearestCacheConfig
 from .input_cache import Ticket as Ticket
 from .monitor import Alarm as Alarm
+from .monitor import CostGuardConfig as CostGuardConfig
 from .monitor import Monitor as Monitor
 from .monitor import MonitorConfig as MonitorConfig
 from .monitor import Watched as Watched

@@ -4,6 +4,7 @@
     from_cache  -> the input cache has answered
     answered    -> the cascade has answered                            (after a miss, with the base's answer)
     shadowed    -> the base has answered, too, behind a hit
+    lost        -> neither will come
     in order    -> request log, monitor, cost guard, trial of the nearest cache
                    (a request whose base answer is still to come holds back those behind it)
 
@@ -18,7 +19,7 @@ that need none say so).
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -28,11 +29,10 @@ from gati_jax.bundle.record import Bundle, certified_only, costs_of
 from gati_jax.caches import Candidate, choose
 from gati_jax.errors import InputError
 
-from .cost_guard import CostGuard, CostGuardConfig, exit_ms
-from .input_cache import ExactCache, ExactCacheConfig, InputCache, Match, NearestCache, NearestCacheConfig, Ticket
-from .monitor import Alarm, Monitor, MonitorConfig
+from .input_cache import ExactCache, ExactCacheConfig, InputCache, NearestCache, NearestCacheConfig, Ticket
+from .monitor import Alarm, CostGuard, CostGuardConfig, Monitor, MonitorConfig, exit_ms
 from .request_log import EXACT, NEAREST, UNKNOWN, Observation, RequestLog, RequestLogConfig
-from .trials import NearestTrial, NearestTrialConfig, Seen
+from .trials import NearestTrial, NearestTrialConfig
 
 EventKind = Literal["alarm", "closed", "opened", "trial", "inconclusive", "refit", "swap", "paused", "resumed"]
 EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
@@ -60,10 +60,14 @@ class Served(NamedTuple):
     thresholds: Float[np.ndarray, " caches"]
     """Infinite where a cache is closed."""
 
-    def closed(self, which: Bool[np.ndarray, " caches"] | None = None) -> "Served":
-        """Return the same with these caches closed; all unless given."""
-        off = True if which is None else which
-        return Served(self.caches, np.where(off, np.float32(np.inf), self.thresholds))
+    @property
+    def is_open(self) -> bool:
+        """Whether any cache may answer."""
+        return bool(np.isfinite(self.thresholds).any())
+
+    def closed(self, which: Bool[np.ndarray, " caches"]) -> "Served":
+        """Return the same with these caches closed."""
+        return Served(self.caches, np.where(which, np.float32(np.inf), self.thresholds))
 
 
 class Event(NamedTuple):
@@ -75,21 +79,6 @@ class Event(NamedTuple):
     text: str
 
 
-class _Paused(NamedTuple):
-    served: Served  # to be resumed
-    until: int  # order number
-
-
-@dataclasses.dataclass(slots=True)
-class _Pending:
-    ticket: Ticket
-    exit: int
-    class_index: int
-    score: float
-    base_class: int | None
-    complete: bool
-
-
 class AdaptationController:
     """Adapts one bundle to its traffic; see the module."""
 
@@ -99,7 +88,7 @@ class AdaptationController:
         config: ControllerConfig,
         *,
         level: Callable[[], float],
-        on_change: Callable[["Served"], None] = lambda _: None,
+        on_change: Callable[[Served], None] = lambda _: None,
         on_event: Callable[[Event], None] = lambda _: None,
     ) -> None:
         """Serve the bundle's default plan.
@@ -131,11 +120,11 @@ class AdaptationController:
         """Of all events, by kind."""
         self._level, self._on_change, self._on_event = level, on_change, on_event
         self._random = np.random.default_rng(config.seed)
-        self._numbers = 0
-        self._pending: dict[int, _Pending | None] = {}
-        self._next = 0
+        self._numbers = 0  # of requests
+        self._waiting: collections.deque[Ticket] = collections.deque()  # requests that are not observed yet, in order
         self.served = served_by(certified_only(bundle))
-        self._paused: _Paused | None = None
+        self._paused: Served | None = None  # to be resumed
+        self._resume_at = 0  # order number
         self._cost_guard = None
         if config.cost_guard is not None and bundle.costs:
             self._costs = costs_of(bundle)
@@ -152,19 +141,12 @@ class AdaptationController:
     def ask(self, images: Shaped[np.ndarray, "n h w c"], now: float) -> list[Ticket]:
         """Take requests before they are answered; a ticket's ``cached`` is the answer, if the input cache has one.
 
-        With several threads, call the four parts one by one, the first and the third without the lock.
-
-        Args:
-            images: uint8; not to be changed.
-            now: Seconds of a monotonic clock.
+        With several threads, call the parts one by one, the input cache's ``keys`` and ``search`` without the lock.
+        Images are uint8 and must not change; ``now`` is in seconds of a monotonic clock.
         """
-        tickets = self.admit(images, self.keys(images), now)
-        self.resolve(tickets, self.search(tickets))
+        tickets = self.admit(images, self.input_cache.keys(images), now)
+        self.input_cache.resolve(tickets, self.input_cache.search(tickets))
         return tickets
-
-    def keys(self, images: Shaped[np.ndarray, "n h w c"]) -> list[bytes]:
-        """Return the images' keys in the exact cache. Needs no lock."""
-        return self.input_cache.keys(images)
 
     def admit(self, images: Shaped[np.ndarray, "n h w c"], keys: list[bytes], now: float) -> list[Ticket]:
         """Number the requests, toss their coins and ask the exact cache."""
@@ -180,35 +162,18 @@ class AdaptationController:
                 key=key,
             )
             self._numbers += 1
-            self._pending[ticket.number] = None
             tickets.append(ticket)
             self.input_cache.ask_exact(ticket, now)
+        self._waiting.extend(tickets)
         return tickets
-
-    def search(self, tickets: Sequence[Ticket]) -> Match | None:
-        """Look admitted requests up in the nearest cache. Needs no lock."""
-        return self.input_cache.search(tickets)
-
-    def resolve(self, tickets: Sequence[Ticket], found: Match | None) -> None:
-        """Take what ``search`` returned."""
-        self.input_cache.resolve(tickets, found)
 
     def from_cache(self, ticket: Ticket) -> bool:
         """Take note that the input cache has answered; return whether to shadow the request."""
         assert ticket.cached is not None  # noqa: S101 (narrows the type)
-        exit_, class_index, score = ticket.cached
-        if exit_ == EXACT:  # the base's own answer
-            self._settle(ticket, exit_, class_index, score, class_index)
-            return False
-        return self._hit(ticket, exit_, class_index, score)
+        return self._take(ticket, ticket.cached)
 
     def answered(
-        self,
-        ticket: Ticket,
-        exit_: int,
-        score: float,
-        logits: Float[np.ndarray, " classes"],
-        now: float,
+        self, ticket: Ticket, exit_: int, score: float, logits: Float[np.ndarray, " classes"], now: float
     ) -> bool:
         """Take the network's answer; return whether to shadow the request.
 
@@ -222,25 +187,20 @@ class AdaptationController:
         class_index = int(np.argmax(logits))
         if exit_ == self.depth:
             self._learn(ticket, logits, now)
-            self._settle(ticket, exit_, class_index, math.inf, class_index)
-            return False
-        return self._hit(ticket, exit_, class_index, score)
+            return self._take(ticket, Observation(exit_, math.inf, class_index, 1.0, class_index))
+        return self._take(ticket, Observation(exit_, score, class_index, ticket.q, None))
 
     def shadowed(self, ticket: Ticket, logits: Float[np.ndarray, " classes"], now: float) -> None:
         """Take the base's answer to a request that a cache has answered already."""
         self._learn(ticket, logits, now)
-        pending = self._pending[ticket.number]
-        assert pending is not None  # noqa: S101 (narrows the type)
-        pending.base_class, pending.complete = int(np.argmax(logits)), True
+        assert ticket.observation is not None  # noqa: S101 (narrows the type)
+        ticket.observation = ticket.observation._replace(base_class=int(np.argmax(logits)))
+        ticket.complete = True
         self._advance()
 
     def lost(self, ticket: Ticket) -> None:
         """Give up on a request that was never answered; or on its base answer, as if it had not been shadowed."""
-        pending = self._pending[ticket.number]
-        if pending is None:
-            del self._pending[ticket.number]
-        else:
-            pending.complete = True
+        ticket.complete = True
         self._advance()
 
     def _learn(self, ticket: Ticket, logits: Float[np.ndarray, " classes"], now: float) -> None:
@@ -248,39 +208,29 @@ class AdaptationController:
         store_nearest = self.trial.would_miss(ticket.nearest_score)
         self.input_cache.learn(ticket, logits, now, store_nearest=store_nearest)
 
-    def _hit(self, ticket: Ticket, exit_: int, class_index: int, score: float) -> bool:
-        self._pending[ticket.number] = _Pending(ticket, exit_, class_index, score, None, complete=not ticket.shadow)
+    def _take(self, ticket: Ticket, observation: Observation) -> bool:
+        shadow = ticket.shadow and observation.base_class is None
+        ticket.observation, ticket.complete = observation, not shadow
         self._advance()
-        return ticket.shadow
-
-    def _settle(self, ticket: Ticket, exit_: int, class_index: int, score: float, base_class: int) -> None:
-        self._pending[ticket.number] = _Pending(ticket, exit_, class_index, score, base_class, complete=True)
-        self._advance()
+        return shadow
 
     def _advance(self) -> None:
-        """Observe the requests that are complete, in order."""
-        while self._next < self._numbers:
-            pending = self._pending.get(self._next)
-            if self._next in self._pending and (pending is None or not pending.complete):
-                return
-            self._pending.pop(self._next, None)
-            self._next += 1
-            if pending is not None:
-                self._observe(pending)
+        """Observe the requests that are complete, in order; those that were never answered are left out."""
+        while self._waiting and self._waiting[0].complete:
+            ticket = self._waiting.popleft()
+            if ticket.observation is not None:
+                self._observe(ticket, ticket.observation)
 
-    def _observe(self, p: _Pending) -> None:
-        ticket, known = p.ticket, p.base_class is not None
-        self.request_log.add(ticket.image, p.class_index if p.exit < 0 else UNKNOWN)
-        q = 1.0 if p.exit in (self.depth, EXACT) else ticket.q
+    def _observe(self, ticket: Ticket, observation: Observation) -> None:
+        exit_ = observation.exit
+        self.request_log.add(ticket.image, observation.class_index if exit_ < 0 else UNKNOWN)
         if ticket.version == self.monitor.version:
-            alarm = self.monitor.watch(Observation(p.exit, p.score, p.class_index, q, p.base_class))
+            alarm = self.monitor.watch(observation)
             if alarm is not None:
                 self.on_alarm(alarm)
-        self._guard_costs(p)
-        if self.input_cache.nearest is not None and p.exit != EXACT:
-            wrong = known and p.base_class != p.class_index
-            seen = Seen(ticket.nearest_score, known and p.base_class != ticket.nearest_class, wrong, q, known)
-            self._try_nearest(ticket.number, seen)
+        self._guard_costs(exit_, frequent=ticket.frequent)
+        if self.input_cache.nearest is not None and exit_ != EXACT:
+            self._try_nearest(ticket, observation)
 
     # --- Changes ------------------------------------------------------------------------------------------------------
 
@@ -299,7 +249,7 @@ class AdaptationController:
         self.emit("closed", "nearest cache")
 
     def _close(self, sites: Iterable[int], why: str) -> None:
-        served = self._paused.served if self._paused else self.served  # what is open, or will be when it is resumed
+        served = self._paused or self.served  # what is open, or will be when it is resumed
         named = np.isin([cache.site for cache in served.caches], list(sites))
         closing = named & np.isfinite(served.thresholds)
         if not closing.any():
@@ -310,7 +260,7 @@ class AdaptationController:
         if self._paused is None:
             self._serve(served.closed(named))
         else:
-            self._paused = self._paused._replace(served=served.closed(named))
+            self._paused = served.closed(named)
             self.epoch += 1
 
     def _serve(self, served: Served) -> None:
@@ -339,21 +289,20 @@ class AdaptationController:
         self.emit("swap", text)
         self._serve(served)
 
-    def _guard_costs(self, p: _Pending) -> None:
+    def _guard_costs(self, exit_: int, *, frequent: bool) -> None:
         """Pause caches that cost more than they save, and resume them."""
-        guard = self._cost_guard
-        if guard is None:
+        if self._cost_guard is None:
             return
         if self._paused is not None:
-            if self.request_log.count >= self._paused.until and self.trial.state != "trial":
-                self._resume(self._paused.served)
-        elif p.exit >= 0 and not p.ticket.frequent and np.isfinite(self.served.thresholds).any():
-            ms = exit_ms(self.served.caches, self._costs)[p.exit]
-            if guard.add(ms):
-                self._paused = _Paused(self.served, self.request_log.count + guard.pause)
-                self.emit("paused", f"caches cost more than they save: closed for {guard.pause} requests")
-                guard.lengthen()
-                self._serve(self.served.closed())
+            if self.request_log.count >= self._resume_at and self.trial.state != "trial":
+                self._resume(self._paused)
+            return
+        if exit_ < 0 or frequent or not self.served.is_open:
+            return
+        if pause := self._cost_guard.add(exit_ms(self.served.caches, self._costs, exit_)):
+            self._paused, self._resume_at = self.served, self.request_log.count + pause
+            self.emit("paused", f"caches cost more than they save: closed for {pause} requests")
+            self._serve(self.served.closed(np.isfinite(self.served.thresholds)))
 
     def _resume(self, served: Served) -> None:
         self._paused = None
@@ -364,21 +313,21 @@ class AdaptationController:
             self.emit("resumed", "caches")
             self._serve(served)
 
-    def _try_nearest(self, number: int, seen: Seen) -> None:
-        before, state = self.trial.state, self.trial.add(number, seen)
+    def _try_nearest(self, ticket: Ticket, observation: Observation) -> None:
+        before = self.trial.state
+        state = self.trial.add(ticket.number, ticket.nearest_class, ticket.nearest_score, observation)
         if state == "open" and before == "trial":
-            threshold, n = self.trial.threshold, self.trial.n
-            self.input_cache.threshold = threshold
+            self.input_cache.threshold = self.trial.threshold
             self.epoch += 1
             self.monitor.shadow_all(on=False)
             self.monitor.next_version()
-            self.emit("opened", f"nearest cache, from a score of {threshold:.2f}, after {n} requests")
+            what = f"nearest cache, from a score of {self.trial.threshold:.2f}, after {self.trial.n} requests"
+            self.emit("opened", what)
         elif state == "inconclusive":
             self.monitor.shadow_all(on=False)
             self.emit("inconclusive", f"nearest cache stays closed after {self.trial.n} requests")
             self.trial.watch_again()
-        elif state == "watching" and self.trial.wants_trial:
-            self.trial.begin(self._level(), self._numbers - 1)
+        elif self.trial.begin(self._level, self._numbers - 1):
             self.monitor.shadow_all(on=True)
             self.emit("trial", "nearest cache: every request is shadowed")
 

@@ -1,16 +1,14 @@
 """The input cache, in front of the network: exact repeats first, then the nearest stored input.
 
-Both store answers of the base alone, never what a cache answered, so errors do not spread; and both belong to one base,
-whose parameters do not change while it is served. The exact cache needs no trial, for its answers are the base's own.
-The nearest cache answers once a trial has shown from which score on it may (see ``trials.NearestTrial``); until then it
-is only asked and filled.
+Both store answers of the base alone, never what a cache answered, so errors do not spread. The exact cache needs no
+trial, for its answers are the base's own. The nearest cache answers once a trial has shown from which score on it may
+(see ``trials.NearestTrial``); until then it is only asked and filled.
 
 **The nearest cache** is Freeze's: it needs no training and grows with the traffic. An entry is a request that the base
 has answered: its key (the pixels averaged over a grid of cells), the base's class, and the base's margin, by which its
-largest logit led. Logits move with the image, so an entry's answer holds the farther away the larger its margin is, and
-one near a boundary between classes says little about its neighbours: the score is log(margin / distance). On video,
-where requests nearly repeat and the base itself wavers, that finds far more to answer at the same disagreement than the
-distance alone.
+largest logit led. Logits move with the image, so an entry's answer holds the farther away the larger its margin is: the
+score is log(margin / distance). On video, where requests nearly repeat and the base itself wavers, that finds far more
+to answer at the same disagreement than the distance alone.
 """
 
 import collections
@@ -19,14 +17,16 @@ import hashlib
 import math
 import secrets
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, Int32, Int64, Shaped
+from pydantic import Field
 
 from gati_jax.errors import InputError
+from gati_jax.options import Count, check_options
 
-from .request_log import EXACT, NEAREST
+from .request_log import EXACT, NEAREST, Observation
 
 _DIGEST_BYTES = 16
 _NO_CLASS = -1
@@ -43,24 +43,16 @@ _SMALLEST_MARGIN = 1e-6  # logits: a tie
 class ExactCacheConfig:
     """Size and lifetime of the exact cache."""
 
-    capacity: int = 100_000
+    capacity: Count = 100_000
     """Inputs, about 200 bytes each; beyond it, the least recently asked ones are forgotten."""
-    seconds: float = 3600.0
+    seconds: Annotated[float, Field(gt=0)] = 3600.0
     """Lifetime of an answer from when the base gave it, however often it was asked for."""
-    often: int = 2
+    often: Count = 2
     """An unknown input is frequent once asked this many times: the base then answers it, so that it is known."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            InputError: A number is out of range.
-        """
-        if self.capacity < 1 or self.often < 1:
-            found = f"{self.capacity} and {self.often}"
-            raise InputError(f"capacity, often: expected 1 or more of each, got {found}")
-        if not self.seconds > 0:
-            raise InputError(f"seconds: expected more than 0, got {self.seconds}")
+        """Check the ranges."""
+        check_options(self)
 
 
 class Known(NamedTuple):
@@ -88,7 +80,6 @@ class ExactCache:
     def __init__(self, config: ExactCacheConfig | None = None) -> None:
         """Start empty."""
         self.config = config or ExactCacheConfig()
-        self.hits = self.asked = 0
         self._secret = secrets.token_bytes(_DIGEST_BYTES)  # so that no client can prepare a collision
         self._inputs: collections.OrderedDict[bytes, _Input] = collections.OrderedDict()
 
@@ -104,29 +95,16 @@ class ExactCache:
         return digest.digest()
 
     def ask(self, key: bytes, now: float) -> Known:
-        """Return what is known of an input, and count that it was asked for.
-
-        Args:
-            key: See ``key``.
-            now: Seconds of a monotonic clock.
-        """
+        """Return what is known of an input, and count that it was asked for; ``now`` is in seconds of any clock."""
         entry = self._latest(key)
         entry.asked += 1
-        self.asked += 1
         if entry.class_index is not None and now < entry.until:
-            self.hits += 1
             return Known(entry.class_index, frequent=False)
         entry.class_index = None
         return Known(None, frequent=entry.asked >= self.config.often)
 
     def store(self, key: bytes, class_index: int, now: float) -> None:
-        """Store an answer of the base.
-
-        Args:
-            key: See ``key``.
-            class_index: The base's class.
-            now: Seconds of the same clock.
-        """
+        """Store an answer of the base."""
         entry = self._latest(key)
         entry.class_index, entry.until = class_index, now + self.config.seconds
 
@@ -146,26 +124,18 @@ class ExactCache:
 class NearestCacheConfig:
     """Size and keys of the nearest cache."""
 
-    capacity: int = 2000
+    capacity: Count = 2000
     """Entries."""
-    cells: int | None = None
+    cells: Annotated[int | None, Field(ge=1)] = None
     """Keys average pixels over cells x cells fields; fewer are looked up faster and tell less apart. None: as many as
     divide height and width, up to 16."""
-    radius: float = 12.0
+    radius: Annotated[float, Field(gt=0)] = 12.0
     """Grey levels, in root mean square over a key: beyond it no entry answers, whatever its margin. Of 2,000 unrelated
     photographs (CIFAR-10) the nearest is hardly ever nearer than 20."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            InputError: A number is out of range.
-        """
-        if self.capacity < 1 or (self.cells is not None and self.cells < 1):
-            found = f"{self.capacity} and {self.cells}"
-            raise InputError(f"capacity, cells: expected 1 or more of each, got {found}")
-        if not self.radius > 0:
-            raise InputError(f"radius: expected more than 0, got {self.radius}")
+        """Check the ranges."""
+        check_options(self)
 
 
 class Match(NamedTuple):
@@ -187,12 +157,8 @@ class NearestCache:
     def __init__(self, shape: tuple[int, int, int], config: NearestCacheConfig | None = None) -> None:
         """Start empty.
 
-        Args:
-            shape: Of an image: height, width, channels.
-            config: See ``NearestCacheConfig``.
-
         Raises:
-            InputError: The image does not divide into so many cells.
+            InputError: An image of this height, width and channels does not divide into so many cells.
         """
         self.config = config = config or NearestCacheConfig()
         height, width, channels = shape
@@ -215,11 +181,7 @@ class NearestCache:
         return self._size
 
     def keys(self, images: Shaped[np.ndarray, "n h w c"]) -> Float32[np.ndarray, "n features"]:
-        """Return the keys of images; of equal scale whatever the number of cells.
-
-        Args:
-            images: uint8, or of any other dtype in grey levels.
-        """
+        """Return the keys of images in grey levels; of equal scale whatever the number of cells."""
         n, (height, width, channels), cells = len(images), self._shape, self._cells
         fields = images.reshape(n, cells, height // cells, cells, width // cells, channels)
         means = fields.mean((2, 4), dtype=np.float32).reshape(n, cells * cells * channels)
@@ -248,20 +210,11 @@ class NearestCache:
         return found if found.changes == self.changes else self.ask(keys)
 
     def used(self, entry: int) -> None:
-        """Count an answer of an entry: it outlives others that are not asked.
-
-        Args:
-            entry: See ``Match``.
-        """
+        """Count an answer of an entry: it outlives others that are not asked."""
         self._chances[entry] = min(_MOST_CHANCES, self._chances[entry] + 1)
 
     def add(self, key: Float32[np.ndarray, " features"], logits: Float[np.ndarray, " classes"]) -> None:
-        """Store an answer of the base, unless it is not finite.
-
-        Args:
-            key: Of the request.
-            logits: Of the base.
-        """
+        """Store the base's logits for a key, unless either is not finite."""
         if not np.isfinite(key).all() or not np.isfinite(logits).all():
             return
         self.changes += 1
@@ -275,13 +228,10 @@ class NearestCache:
         self.changes += 1
 
     def _row(self) -> int:
-        """Return an empty row, or that of the oldest entry without a chance (the clock algorithm).
-
-        The hand takes a chance from each entry that it passes, and so goes round at most ``_MOST_CHANCES`` times.
-        """
+        """Return an empty row, or that of the oldest entry without a chance (the clock algorithm)."""
         if self._size < self.config.capacity:
             return self._size
-        while self._chances[self._hand]:
+        while self._chances[self._hand]:  # goes round at most _MOST_CHANCES times
             self._chances[self._hand] -= 1
             self._hand = (self._hand + 1) % self._size
         row = self._hand
@@ -290,15 +240,6 @@ class NearestCache:
 
 
 # --- Both -------------------------------------------------------------------------------------------------------------
-
-
-class CachedAnswer(NamedTuple):
-    """An answer from in front of the network."""
-
-    exit: int
-    """``EXACT`` or ``NEAREST``."""
-    class_index: int
-    score: float
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -316,13 +257,17 @@ class Ticket:
     """Whether the nearest cache is asked, too; what the base answers is stored all the same."""
     version: int
     """The monitor's as it came: what an older cascade has answered says nothing about the present one."""
+    observation: Observation | None = None
+    """The answer that the client got, once there is one."""
+    complete: bool = False
+    """Whether there is no more to come: an answer, with the base's where it is shadowed, or the request is lost."""
     key: bytes = b""
     features: Float32[np.ndarray, " features"] | None = None
     nearest_class: int = _NO_CLASS
     nearest_score: float = math.nan
     """NaN where the nearest cache was not asked."""
-    cached: CachedAnswer | None = None
-    """The answer, if the input cache has one."""
+    cached: Observation | None = None
+    """The answer, if the input cache has one; its exit is ``EXACT`` or ``NEAREST``."""
     frequent: bool = False
     """Whether the base is to answer, see ``Known``."""
 
@@ -345,17 +290,12 @@ class InputCache:
         return [b"" if self.exact is None else self.exact.key(image) for image in images]
 
     def ask_exact(self, ticket: Ticket, now: float) -> None:
-        """Look a request up in the exact cache; sets ``cached`` or ``frequent``.
-
-        Args:
-            ticket: With its key.
-            now: Seconds of a monotonic clock.
-        """
+        """Look a request up in the exact cache by its key; sets ``cached`` or ``frequent``."""
         if self.exact is not None:
             known = self.exact.ask(ticket.key, now)
             ticket.frequent = known.frequent
             if known.class_index is not None:
-                ticket.cached = CachedAnswer(EXACT, known.class_index, math.inf)
+                ticket.cached = Observation(EXACT, math.inf, known.class_index, 1.0, known.class_index)
 
     def search(self, tickets: Sequence[Ticket]) -> Match | None:
         """Look up the nearest entries of the requests that the exact cache has not answered; sets ``features``."""
@@ -378,20 +318,13 @@ class InputCache:
         for (ticket, _), class_index, score, entry in zip(asked, *columns, strict=True):
             ticket.nearest_class, ticket.nearest_score = class_index, score
             if score >= self.threshold and not ticket.frequent:
-                ticket.cached = CachedAnswer(NEAREST, class_index, score)
+                ticket.cached = Observation(NEAREST, score, class_index, ticket.q, None)
                 self.nearest.used(entry)
 
     def learn(
         self, ticket: Ticket, logits: Float[np.ndarray, " classes"], now: float, *, store_nearest: bool = True
     ) -> None:
-        """Take an answer of the base.
-
-        Args:
-            ticket: The request.
-            logits: Of the base.
-            now: Seconds.
-            store_nearest: Whether it becomes an entry of the nearest cache.
-        """
+        """Take an answer of the base; it becomes an entry of the nearest cache if ``store_nearest``."""
         if self.exact is not None:
             self.exact.store(ticket.key, int(np.argmax(logits)), now)
         if self.nearest is not None and ticket.features is not None and store_nearest:

@@ -24,19 +24,31 @@ whenever the means of both parts differ by more than chance. No guarantee rests 
 
 An alarm names the sites to close: all that cannot be cleared. Its e-process is spent: go on with ``next_version`` and
 what remains open. Bursts of disagreement, on video say, are violations: the mean given the past is what is bounded.
+
+The cost guard watches what requests cost: a cascade certified on photographs may answer next to no frame of a video,
+and every request then pays for lookups on top of the whole base. Pausing the caches for a while opens nothing and so
+needs no certificate. Nor does resuming them: they are as certified as before, and the monitor never stopped.
 """
 
+import collections
 import dataclasses
 import importlib
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, NamedTuple
 
+from pydantic import Field
 from scipy.stats import binomtest
 
+from gati_jax.caches import Candidate
+from gati_jax.certification import trial_level
 from gati_jax.certification.betting import Count, EProcess, mean_disagreement, upper_bound
+from gati_jax.checks import check_positive
 from gati_jax.errors import InputError
+from gati_jax.options import Count as AtLeastOne
+from gati_jax.options import check_options
+from gati_jax.planning import CostTable
 
 from .request_log import EXACT, NEAREST, Observation
 
@@ -48,42 +60,28 @@ _SCORE_RANGE = 50.0  # scores are clipped to it: beyond it a selector is certain
 class MonitorConfig:
     """What is promised, and what may be spent on checking it."""
 
-    epsilon: float = 0.01
+    epsilon: Annotated[float, Field(gt=0, le=0.5)] = 0.01
     """The mean disagreement, given the past, that served requests may have."""
-    delta: float = 0.05
+    delta: Annotated[float, Field(gt=0, le=1)] = 0.05
     """The risk of ever raising a false alarm, all versions together."""
-    quiet_q: float = 0.02
+    quiet_q: Annotated[float, Field(gt=0, le=1)] = 0.02
     """The share of hits that are shadowed in quiet."""
-    attention: int | None = None
+    attention: Annotated[int | None, Field(ge=1, lt=2**31)] = None
     """Requests without a disagreement after which it is quiet again; None: 1 / epsilon, in which a tolerable cascade
     disagrees about once, and one that disagrees five times as often goes unseen in 7 of 1,000 cases."""
-    in_flight: int = 0
+    in_flight: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """The most requests that are served at a time: as many may still carry an older q."""
     drift: bool = True
     """Whether changes of scores and exits raise q; needs the package river."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            InputError: Names the field.
-        """
-        for name, largest in (("epsilon", 0.5), ("delta", 1.0), ("quiet_q", 1.0)):
-            value = getattr(self, name)
-            if not 0 < value <= largest:
-                raise InputError(f"{name}: expected a number in (0, {largest:g}], got {value}")
-        if not 0 < self.hold < 2**31 or not 0 <= self.in_flight < 2**31:
-            got = f"{self.attention} and {self.in_flight}"
-            raise InputError(f"attention, in_flight: expected 1 or more requests and 0 or more, got {got}")
+        """Check the ranges."""
+        check_options(self)
 
     @property
     def hold(self) -> int:
         """Requests for which q stays up after a disagreement or a drift."""
         return math.ceil(1 / self.epsilon) if self.attention is None else self.attention
-
-    def level(self, version: int) -> float:
-        """Return delta_j, version j's part of delta; versions count from 1."""
-        return 6 * self.delta / (math.pi * version) ** 2
 
 
 class Alarm(NamedTuple):
@@ -116,49 +114,31 @@ class Watched(NamedTuple):
     alarmed: bool
 
 
-@runtime_checkable
-class ChangeTest(Protocol):
-    """A test for changes of a mean, as river's are."""
-
-    @property
-    def drift_detected(self) -> bool:
-        """Whether the latest number showed a change."""
-        ...
-
-    def update(self, x: float) -> None:
-        """Take the next number."""
+ChangeTest = Callable[[float], bool]
+"""Takes the next number; returns whether it shows that the mean has changed."""
 
 
-def adwin() -> ChangeTest:
-    """Return river's ADWIN.
-
-    Raises:
-        InputError: river is not installed.
-    """
+def _adwin() -> ChangeTest:
     try:
         drift = importlib.import_module("river.drift")
     except ImportError as error:
         raise InputError(
             'drift: expected the package river for ADWIN (pip install "gati-jax[adapt]"), got none; or drift=False'
         ) from error
-    return drift.ADWIN(delta=_ADWIN_DELTA)
+    adwin = drift.ADWIN(delta=_ADWIN_DELTA)
+
+    def changed(x: float) -> bool:
+        adwin.update(x)
+        return bool(adwin.drift_detected)
+
+    return changed
 
 
 class DriftDetector:
     """Two change tests: one on the scores of requests that hit, one on the exits of all."""
 
-    __slots__ = ("_depth", "_exits", "_scores", "count")
-
-    def __init__(self, depth: int, make: Callable[[], ChangeTest] = adwin) -> None:
-        """Start without a past.
-
-        Args:
-            depth: Of the base; exits are taken as shares of it.
-            make: Returns a new change test.
-
-        Raises:
-            InputError: As ``make`` does.
-        """
+    def __init__(self, depth: int, make: Callable[[], ChangeTest] = _adwin) -> None:
+        """Start without a past; ``make`` returns a new change test, and exits are taken as shares of the depth."""
         self._depth = depth
         self._scores, self._exits = make(), make()
         self.count = 0
@@ -166,11 +146,9 @@ class DriftDetector:
 
     def update(self, observation: Observation) -> bool:
         """Take one request; return whether it shows that the traffic has changed."""
-        self._exits.update(observation.exit / self._depth)
-        found = self._exits.drift_detected
+        found = self._exits(observation.exit / self._depth)
         if math.isfinite(observation.score):
-            self._scores.update(min(max(observation.score, -_SCORE_RANGE), _SCORE_RANGE))
-            found = found or self._scores.drift_detected
+            found = self._scores(min(max(observation.score, -_SCORE_RANGE), _SCORE_RANGE)) or found
         self.count += found
         return found
 
@@ -189,8 +167,7 @@ class Monitor:
         Raises:
             InputError: A depth below 1; river is needed and not installed.
         """
-        if depth < 1:
-            raise InputError(f"depth: expected 1 or more, got {depth}")
+        check_positive("depth", depth)
         self.config, self.depth = config, depth
         self.watched, self.version = 0, 0
         self.q = config.quiet_q
@@ -204,11 +181,11 @@ class Monitor:
     def next_version(self) -> None:
         """Start anew for another cascade: a fresh e-process, at a smaller delta."""
         self.version += 1
-        self._needed = 1 / self.config.level(self.version)
+        self._needed = 1 / trial_level(self.config.delta, self.version)
         self._e_process, self._alarmed = EProcess(self.config.epsilon), False
         self._counts: dict[float, list[int]] = {}  # requests and disagreements seen, by the q that was bet on
-        self._hits = [0] * (self.depth + 2)  # by exit; the last two places are those of NEAREST and EXACT
-        self._shadows = [0] * (self.depth + 2)
+        self._hits = 0
+        self._shadows = collections.Counter[int]()  # by exit
         self._bounded = True
         self._begin_episode()
 
@@ -222,13 +199,13 @@ class Monitor:
         self.watched += 1
         hit, disagrees = site != self.depth, False
         if hit:
-            self._hits[site] += 1
+            self._hits += 1
             if base_class is not None:
-                self._shadows[site] += site != EXACT  # whose answer is the base's, at no cost
+                if site != EXACT:  # whose answer is the base's, at no cost
+                    self._shadows[site] += 1
                 disagrees = base_class != class_index
-        alert = disagrees
-        if self._drift is not None and self._drift.update(observation):
-            alert = True
+        drifted = self._drift is not None and self._drift.update(observation)
+        alert = disagrees or drifted
         probability = self.q if self._raised >= self.config.in_flight else self.config.quiet_q
         count = self._counts.get(probability) or self._counts.setdefault(probability, [0, 0])
         count[0] += 1
@@ -253,12 +230,11 @@ class Monitor:
     def report(self) -> Watched:
         """What the version has shown so far."""
         counts = {q: Count(*count) for q, count in self._counts.items()}
-        exits = [*range(self.depth), NEAREST, EXACT]
         return Watched(
             version=self.version,
             requests=sum(c.requests for c in counts.values()),
-            hits=sum(self._hits),
-            shadows={exit_: self._shadows[exit_] for exit_ in exits if self._shadows[exit_]},
+            hits=self._hits,
+            shadows=dict(sorted(self._shadows.items())),
             disagreements=sum(c.seen for c in counts.values()),
             estimate=mean_disagreement(counts),
             upper=upper_bound(counts, self.config.delta) if self._bounded else 1.0,
@@ -287,7 +263,7 @@ class Monitor:
 
     def _begin_episode(self) -> None:
         self._episode = 0  # requests since q went up
-        self._unknown = [0] * (self.depth + 2)  # of those, by exit: hits that were not shadowed
+        self._unknown = collections.Counter[int]()  # of those, by exit: hits that were not shadowed
         self._disagreed: set[int] = set()  # exits with a disagreement
 
     def _suspects(self) -> tuple[int, ...]:
@@ -298,15 +274,59 @@ class Monitor:
         confidence bound (Clopper and Pearson) on the share of requests that leave there unshadowed. Few requests clear
         nothing. The guarantee does not rest on this choice, for what stays open is monitored on.
         """
-        places = [NEAREST, *range(self.depth)]
-        confidence = 1 - self.config.delta / len(places)
-        worst = {
-            exit_: float(
-                binomtest(self._unknown[exit_], self._episode, alternative="less").proportion_ci(confidence).high
-            )
-            for exit_ in places
-            if exit_ not in self._disagreed
-        }
+        confidence = 1 - self.config.delta / (self.depth + 1)
+        worst: dict[int, float] = {}
+        for exit_ in sorted({NEAREST, *range(self.depth)} - self._disagreed):
+            test = binomtest(self._unknown[exit_], self._episode, alternative="less")
+            worst[exit_] = float(test.proportion_ci(confidence).high)
         order = sorted(worst, key=worst.__getitem__)
         cleared = sum(total <= self.config.epsilon for total in itertools.accumulate(worst[site] for site in order))
         return tuple(sorted(self._disagreed.union(order[cleared:])))
+
+
+# --- Cost guard -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CostGuardConfig:
+    """When to pause, and for how long."""
+
+    requests: AtLeastOne = 200
+    """Requests answered by the network over which their cost is compared with the base's."""
+    pause: AtLeastOne = 1000
+    """Requests of the first pause; each further one in a row is twice as long."""
+    longest: int = 16_000
+    """Requests of the longest pause."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_options(self)
+        if self.pause > self.longest:
+            raise InputError(f"pause, longest: expected a pause at most longest, got {self.pause} and {self.longest}")
+
+
+class CostGuard:
+    """Adds up what requests cost, a fixed number of requests at a time."""
+
+    def __init__(self, config: CostGuardConfig, full_ms: float) -> None:
+        """Start with no request counted; the base alone takes ``full_ms`` milliseconds."""
+        self.config, self._full_ms = config, full_ms
+        self._next = config.pause
+        self._n, self._spent = 0, 0.0
+
+    def add(self, ms: float) -> int:
+        """Count the milliseconds of a request that the network answered; return for how many to pause the caches."""
+        self._n += 1
+        self._spent += ms
+        if self._n < self.config.requests:
+            return 0
+        wasteful = self._spent > self._n * self._full_ms
+        self._n, self._spent = 0, 0.0
+        pause = self._next if wasteful else 0
+        self._next = min(2 * pause, self.config.longest) if wasteful else self.config.pause
+        return pause
+
+
+def exit_ms(caches: tuple[Candidate, ...], costs: CostTable, exit_: int) -> float:
+    """Return milliseconds until an exit of a cascade, lookups included; the base's is the depth."""
+    return costs.until(exit_) + sum(costs.lookup_ms[cache.name] for cache in caches if cache.site <= exit_)

@@ -36,17 +36,13 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UpdateConfig:
-    """How heads are refitted and a path is planned.
-
-    Args:
-        fit: See ``refit``.
-        least: Rows that each of the two blocks needs.
-        seconds: For planning's search.
-    """
+    """How heads are refitted and a path is planned."""
 
     fit: FitConfig = REFIT_CONFIG
+    """See ``refit``."""
     least: int = 256
     seconds: float = 5.0
+    """For planning's search."""
 
     @property
     def least_rows(self) -> int:
@@ -75,10 +71,7 @@ class RecoveryConfig:
     def rows_within(self, capacity: int) -> tuple[int, int] | None:
         """Return how many rows a refit is to be fitted and selected on; None where a request log is too small for any.
 
-        A quarter of the log is left to requests that come while the rows are copied.
-
-        Args:
-            capacity: Requests that the log keeps.
+        A quarter of the log, which keeps ``capacity`` requests, is left to those that come while the rows are copied.
         """
         room, wanted = capacity * 3 // 4 - self.trial.gap, self.fit_rows + self.select_rows
         if room >= wanted:
@@ -94,7 +87,6 @@ class ControllerView(Protocol):
     @property
     def closed_at(self) -> int | None:
         """See ``AdaptationController``."""
-        ...
 
     @property
     def request_log(self) -> RequestLog:
@@ -108,11 +100,9 @@ class ControllerView(Protocol):
 
     def adopt(self, served: Served, text: str, epoch: int | None = None) -> None:
         """Serve what a trial has certified."""
-        ...
 
     def emit(self, kind: EventKind, text: str) -> None:
         """Record an event."""
-        ...
 
 
 class Recovery:
@@ -147,11 +137,7 @@ class Recovery:
         self._refit_next = False
 
     def work(self, pause: Pause | None = None) -> bool:
-        """Do one piece, if there is anything to do; return whether there was.
-
-        Args:
-            pause: Called in between, see ``Throttle``; what it raises ends the piece.
-        """
+        """Do one piece, if there is anything to do, calling ``pause`` in between; return whether there was."""
         if self.controller.epoch != self._epoch:  # what is served has changed: evidence from before no longer counts
             self._epoch, self.trial = self.controller.epoch, None
         if self.controller.closed_at is None:
@@ -168,44 +154,35 @@ class Recovery:
         return self._examine(self.trial, pause)
 
     def _begin(self, closed_at: int, pause: Pause | None) -> bool:
-        log = self.controller.request_log
+        log, config = self.controller.request_log, self.config.trial
         count = log.count
+        caches, plan, what = served_by(self.certified).caches, self.certified.plan, "certified plan"
         if self._refit_next and self.rows is not None:
-            if count - max(closed_at, log.oldest) < sum(self.rows) + self.config.trial.gap:
+            if count - max(closed_at, log.oldest) < sum(self.rows) + config.gap:
                 return False
             self._refit_next = False
-            if (found := self._refit(count, self.rows, pause)) is None:
+            if (found := self._refit(count, *self.rows, pause)) is None:
                 return True
-            caches, plan = found
+            (caches, plan), what = found, "refitted heads"
         else:
-            caches, plan = served_by(self.certified).caches, self.certified.plan
             self._refit_next = True
-        self._start(Trial(caches, plan, version=self.versions.next_trial(), after=count - 1, config=self.config.trial))
+        self.trial = Trial(caches, plan, version=self.versions.next_trial(), after=count - 1, config=config)
+        self._cursor = None
+        self.controller.emit("trial", f"{self.trial.version}: {what}, {len(plan.path) - 1} steps")
         return True
 
-    def _start(self, trial: Trial) -> None:
-        self.trial, self._cursor = trial, None
-        what = "certified plan" if trial.plan is self.certified.plan else "refitted heads"
-        self.controller.emit("trial", f"{trial.version}: {what}, {len(trial.plan.path) - 1} steps")
-
     def _refit(
-        self, count: int, rows: tuple[int, int], pause: Pause | None
+        self, count: int, fit_rows: int, select_rows: int, pause: Pause | None
     ) -> tuple[tuple[Candidate, ...], Plan] | None:
         """Refit on the latest of ``count`` requests; None where that fails or saves nothing."""
-        (fit_rows, select_rows), config, log = rows, self.config, self.controller.request_log
-        until = count - select_rows - config.trial.gap
+        trial, update, log = self.config.trial, self.config.update, self.controller.request_log
+        until = count - select_rows - trial.gap
         try:
-            older = log.recent(until - fit_rows, until)
-            later = log.recent(count - select_rows, count)
-            fitted = refit_caches(self.certified, older.images, later.images, config=config.update, pause=pause)
+            older = log.recent(until - fit_rows, until).images
+            later = log.recent(count - select_rows, count).images
+            fitted = refit_caches(self.certified, older, later, config=update, pause=pause)
             plan = replan(
-                self.certified,
-                fitted,
-                later.images,
-                epsilon=config.trial.epsilon,
-                delta=config.trial.delta,
-                config=config.update,
-                pause=pause,
+                self.certified, fitted, later, epsilon=trial.epsilon, delta=trial.delta, config=update, pause=pause
             )
         except InputError as error:  # too few distinct rows, or some were overwritten before they were copied
             self.controller.emit("refit", f"failed: {error}")
@@ -342,13 +319,8 @@ def examine(
     return trial.verdict
 
 
-def updated(bundle: Bundle, trial: Trial, *, created: str = "") -> Bundle:
-    """Return the bundle with the caches, the plan and the certificate of a trial; its other plans are left out.
-
-    Args:
-        bundle: The one that the trial began from.
-        trial: Certified.
-        created: When, for the provenance.
+def updated(bundle: Bundle, trial: Trial) -> Bundle:
+    """Return the bundle that a trial began from with the trial's caches, plan and certificate; without other plans.
 
     Raises:
         InputError: Nothing was certified.
@@ -356,13 +328,9 @@ def updated(bundle: Bundle, trial: Trial, *, created: str = "") -> Bundle:
     certificate = trial.certificate(bundle.certificate.name)
     if not certificate.certified:
         raise InputError(f"trial: expected a certified one, got {trial.verdict} after {trial.n} requests")
-    prints = {"select": fingerprint(trial.plan.rows), "certify": certificate.data_fingerprint}
-    provenance = bundle.provenance.model_copy(
-        update={
-            "created": created or bundle.provenance.created,
-            "data_fingerprints": {**bundle.provenance.data_fingerprints, **prints},
-        }
-    )
+    prints = dict(bundle.provenance.data_fingerprints)
+    prints |= {"select": fingerprint(trial.plan.rows), "certify": certificate.data_fingerprint}
+    provenance = bundle.provenance.model_copy(update={"data_fingerprints": prints})
     return dataclasses.replace(
         bundle, caches=trial.caches, plan=trial.plan, certificate=certificate, also=(), provenance=provenance
     )

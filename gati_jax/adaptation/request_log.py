@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 
 from gati_jax.errors import InputError
+from gati_jax.options import Count, check_options
 
 EXACT = -1
 """The exit of requests that the exact cache answered, in front of the network."""
@@ -39,19 +40,14 @@ class Observation(NamedTuple):
 class RequestLogConfig:
     """How many requests are kept."""
 
-    recent: int = 20_000
+    recent: Count = 20_000
     """The latest requests; fewer where their images would take more than ``most_bytes``."""
     most_bytes: int = 512 * 2**20
     """Memory for images."""
 
     def __post_init__(self) -> None:
-        """Check the range.
-
-        Raises:
-            InputError: ``recent`` is below 1.
-        """
-        if self.recent < 1:
-            raise InputError(f"recent: expected at least 1, got {self.recent}")
+        """Check the range."""
+        check_options(self)
 
 
 class Block(NamedTuple):
@@ -99,12 +95,7 @@ class RequestLog:
         return max(0, self._count - self.capacity)
 
     def add(self, image: UInt8[np.ndarray, "..."], cached: int = UNKNOWN) -> int:
-        """Log a request and return its order number.
-
-        Args:
-            image: The request.
-            cached: The class that the input cache answered, if it did.
-        """
+        """Log a request, with the class that the input cache answered, if it did; return its order number."""
         with self._lock:
             order, row = self._count, self._count % self.capacity
             self._images[row], self._cached[row] = image, cached

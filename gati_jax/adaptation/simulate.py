@@ -24,7 +24,7 @@ from gati_jax.models import Chain
 from gati_jax.planning import CostTable
 
 from .controller import AdaptationController, ControllerConfig, Event, served_by
-from .cost_guard import exit_ms
+from .monitor import exit_ms
 from .recovery import Recovery, RecoveryConfig
 from .trace import Trace
 
@@ -37,12 +37,7 @@ class ReplayCache:
     """Outputs of the base and of sets of caches on a trace's images, computed once, in the reference arithmetic."""
 
     def __init__(self, chain: Chain, images: Shaped[np.ndarray, "items ..."]) -> None:
-        """Start empty.
-
-        Args:
-            chain: The base.
-            images: Of the trace.
-        """
+        """Start empty."""
         self._chain, self._images = chain, images
         self._by_caches: dict[tuple[int, ...], Column] = {}  # by the caches' identities: adaptation may regroup them
 
@@ -51,7 +46,10 @@ class ReplayCache:
         key = tuple(id(cache) for cache in caches)
         column = self._by_caches.get(key)
         if column is None:
-            column = self._by_caches[key] = Column(caches, len(self._images), self._chain.classes)
+            n, form = len(self._images), (len(caches), len(self._images))
+            logits = np.zeros((n, self._chain.classes), np.float32)
+            column = Column(caches, np.zeros(n, bool), logits, np.zeros(form, np.int32), np.zeros(form, np.float32))
+            self._by_caches[key] = column
         missing = np.unique(items[~column.known[items]])
         if len(missing):
             outputs = evaluate(self._chain, caches, self._images[missing], batch=_BATCH)
@@ -60,16 +58,14 @@ class ReplayCache:
         return column
 
 
-class Column:
+class Column(NamedTuple):
     """Outputs of the base and of one set of caches, item by item, where they are known."""
 
-    def __init__(self, caches: tuple[Candidate, ...], items: int, classes: int) -> None:
-        """Allocate for so many items."""
-        self.caches = caches  # referenced, so that their identities are not used again
-        self.known = np.zeros(items, bool)
-        self.logits: Float[np.ndarray, "items classes"] = np.zeros((items, classes), np.float32)
-        self.classes: Int[np.ndarray, "caches items"] = np.zeros((len(caches), items), np.int32)
-        self.scores: Float[np.ndarray, "caches items"] = np.zeros((len(caches), items), np.float32)
+    caches: tuple[Candidate, ...]  # referenced, so that their identities are not used again
+    known: Bool[np.ndarray, " items"]
+    logits: Float[np.ndarray, "items classes"]  # of the base
+    classes: Int[np.ndarray, "caches items"]
+    scores: Float[np.ndarray, "caches items"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,39 +128,24 @@ def simulate(
         raise InputError("trace: expected one with images, got rows of a data set alone")
     replay_cache = replay_cache or ReplayCache(bundle.chain, trace.images)
     shutil.rmtree(folder, ignore_errors=True)
-    run = _Run(bundle, trace.images, mechanisms, Versions(folder), costs_of(bundle))
-    n = len(trace)
+    costs, n = costs_of(bundle), len(trace)
+    run = _Run(bundle, trace.images, mechanisms, Versions(folder), costs)
     exits, wrong, shadow = np.zeros(n, np.int32), np.zeros(n, bool), np.zeros(n, bool)
     ms, upper = np.zeros(n), np.full(n, np.nan)
-    for start in range(0, n, _CHUNK):
-        items = trace.item[start : start + _CHUNK]
-        for i, item in enumerate(items.tolist(), start):
-            now = float(trace.seconds[i])
-            run.recover(now)
-            column = replay_cache.of(run.served.caches, items[i - start :])
-            exits[i], wrong[i], shadow[i], ms[i] = run.serve(item, column, now)
-            if run.controller is not None and i % _EVERY == 0:
-                upper[i] = run.controller.monitor.report.upper
-        progress(min(n, start + _CHUNK))
+    for i, item in enumerate(trace.item.tolist()):
+        now = float(trace.seconds[i])
+        run.recover(now)
+        column = replay_cache.of(run.served.caches, trace.item[i : i - i % _CHUNK + _CHUNK])
+        exits[i], wrong[i], shadow[i], ms[i] = run.serve(item, column, now)
+        if run.controller is not None and i % _EVERY == 0:
+            upper[i] = run.controller.monitor.report.upper
+        if (i + 1) % _CHUNK == 0 or i + 1 == n:
+            progress(i + 1)
     controller_ms = run.controller_seconds / n * 1e3
     return Replayed(
-        exit=exits,
-        wrong=wrong,
-        shadow=shadow,
-        upper=upper,
-        ms=ms + controller_ms,
-        full_ms=run.full_ms,
-        controller_ms=controller_ms,
-        events=tuple(run.events),
-        recovery_seconds=run.recovery_seconds,
-    )
-
-
-class _Done(NamedTuple):
-    exit: int
-    wrong: bool
-    shadow: bool
-    ms: float
+        exit=exits, wrong=wrong, shadow=shadow, upper=upper, ms=ms + controller_ms, full_ms=costs.full_ms,
+        controller_ms=controller_ms, events=tuple(run.events), recovery_seconds=run.recovery_seconds,
+    )  # fmt: skip
 
 
 class _Run:
@@ -174,7 +155,7 @@ class _Run:
         self, bundle: Bundle, images: np.ndarray, mechanisms: Mechanisms, versions: Versions, costs: CostTable
     ) -> None:
         self._images, self._costs, self._share = images, costs, mechanisms.share
-        self._depth, self.full_ms = len(bundle.chain), costs.full_ms
+        self._depth = len(bundle.chain)
         self.events: list[Event] = []
         self.controller, self.recovery = None, None
         if mechanisms.controller is not None:
@@ -204,42 +185,36 @@ class _Run:
             self.recovery_seconds += took
             self._free_at = max(self._free_at, now) + took / self._share
 
-    def serve(self, item: int, column: Column, now: float) -> _Done:
-        """Answer a request."""
-        base = int(np.argmax(column.logits[item]))
+    def serve(self, item: int, column: Column, now: float) -> tuple[int, bool, bool, float]:
+        """Answer a request; return its exit, whether the answer differs, whether it is shadowed, and milliseconds."""
+        logits = column.logits[item]
+        base = int(np.argmax(logits))
         if self.controller is None:
-            exit_, class_index, _ = self._cascade(item, column)
-            return _Done(exit_, class_index != base, shadow=False, ms=self._ms(exit_))
+            exit_, class_index, _, ms = self._network(item, column, base, base_only=False)
+            return exit_, class_index != base, False, ms
         began = time.thread_time()
         (ticket,) = self.controller.ask(self._images[item][None], now)
         if ticket.cached is not None:
             exit_, class_index, ms = ticket.cached.exit, ticket.cached.class_index, 0.0
             shadow = self.controller.from_cache(ticket)
         else:
-            exit_, class_index, score = (self._depth, base, np.inf) if ticket.frequent else self._cascade(item, column)
-            ms = self.full_ms if ticket.frequent else self._ms(exit_)
-            logits = column.logits[item]
-            if exit_ != self._depth:
-                logits = np.zeros_like(logits)
-                logits[class_index] = 1.0
-            shadow = self.controller.answered(ticket, exit_, score, logits, now)
+            exit_, class_index, score, ms = self._network(item, column, base, base_only=ticket.frequent)
+            said = logits if exit_ == self._depth else np.eye(len(logits), dtype=np.float32)[class_index]
+            shadow = self.controller.answered(ticket, exit_, score, said, now)
         if shadow:
-            self.controller.shadowed(ticket, column.logits[item], now)
-            ms = self.full_ms if exit_ < 0 else self._ms(self._depth)
+            ms = self._costs.full_ms if exit_ < 0 else exit_ms(self.served.caches, self._costs, self._depth)
+            self.controller.shadowed(ticket, logits, now)
         self.controller_seconds += time.thread_time() - began
-        return _Done(exit_, class_index != base, shadow, ms)
+        return exit_, class_index != base, shadow, ms
 
-    def _cascade(self, item: int, column: Column) -> tuple[int, int, float]:
-        """Return the exit, the class and the score of the cascade's answer."""
-        scores = column.scores[:, item]
-        hits = np.flatnonzero(scores >= self.served.thresholds)
-        if not len(hits):
-            return self._depth, int(np.argmax(column.logits[item])), np.inf
-        first = int(hits[0])
-        return self.served.caches[first].site, int(column.classes[first, item]), float(scores[first])
-
-    def _ms(self, exit_: int) -> float:
-        """Return the time up to an exit with all lookups before it; with nothing open, requests go to the base."""
-        if not np.isfinite(self.served.thresholds).any():
-            return self.full_ms
-        return exit_ms(self.served.caches, self._costs)[exit_]
+    def _network(self, item: int, column: Column, base: int, *, base_only: bool) -> tuple[int, int, float, float]:
+        """Return exit, class, score and milliseconds of the network's answer; with nothing open, it is the base's."""
+        if base_only or not self.served.is_open:
+            return self._depth, base, np.inf, self._costs.full_ms
+        exit_, class_index, score = self._depth, base, np.inf
+        hits = np.flatnonzero(column.scores[:, item] >= self.served.thresholds)
+        if len(hits):
+            first = int(hits[0])
+            exit_, class_index = self.served.caches[first].site, int(column.classes[first, item])
+            score = float(column.scores[first, item])
+        return exit_, class_index, score, exit_ms(self.served.caches, self._costs, exit_)

@@ -20,7 +20,6 @@ import dataclasses
 import json
 import math
 import struct
-import tempfile
 import tokenize
 import zipfile
 import zlib
@@ -34,6 +33,7 @@ import safetensors.numpy
 from jaxtyping import Float64, Int16, Int32, Shaped, UInt8
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from gati_jax.checks import write_atomically
 from gati_jax.errors import InputError
 
 FORMAT_VERSION = 2
@@ -95,34 +95,27 @@ class Trace:
             raise InputError(f"trace: expected item, seconds, phase and source of one length, got {shapes}")
         if not 0 < n <= MOST_REQUESTS:
             raise InputError(f"trace: expected 1 .. {MOST_REQUESTS} requests, got {n}")
-        _check_seconds(self.seconds)
+        self._check_seconds()
         if self.images is not None and not self.images.size:
             raise InputError(f"trace: expected images of at least one value, got shape {list(self.images.shape)}")
-        items = 2**31 if self.images is None else len(self.images)
-        _check_range("item", self.item, items)
-        _check_range("phase", self.phase, len(self.phases))
-        _check_range("source", self.source, 2**15)
+        stops = {"item": 2**31 if self.images is None else len(self.images), "phase": len(self.phases), "source": 2**15}
+        for name, stop in stops.items():
+            values = getattr(self, name)
+            for bad in values[(values < 0) | (values >= stop)][:1]:
+                raise InputError(f"trace: expected {name} in 0 .. {stop - 1}, got {bad}")
+
+    def _check_seconds(self) -> None:
+        seconds = self.seconds
+        bounded = (seconds >= 0) & (seconds <= LONGEST_SECONDS)  # false for NaN
+        for i in np.flatnonzero(~bounded)[:1]:
+            raise InputError(f"trace: expected seconds in 0 .. {LONGEST_SECONDS:g}, got seconds[{i}] = {seconds[i]}")
+        for i in np.flatnonzero(np.diff(seconds) < 0)[:1]:
+            pair = f"seconds[{i}] = {seconds[i]} before seconds[{i + 1}] = {seconds[i + 1]}"
+            raise InputError(f"trace: expected seconds that never fall, got {pair}")
 
     def __len__(self) -> int:
         """Return n."""
         return len(self.item)
-
-
-def _check_range(name: str, values: Shaped[np.ndarray, " n"], stop: int) -> None:
-    if values.min() < 0 or values.max() >= stop:
-        bad = values.min() if values.min() < 0 else values.max()
-        raise InputError(f"trace: expected {name} in 0 .. {stop - 1}, got {bad}")
-
-
-def _check_seconds(seconds: Float64[np.ndarray, " n"]) -> None:
-    bounded = (seconds >= 0) & (seconds <= LONGEST_SECONDS)  # false for NaN
-    if not bounded.all():
-        i = int(np.flatnonzero(~bounded)[0])
-        raise InputError(f"trace: expected seconds in 0 .. {LONGEST_SECONDS:g}, got seconds[{i}] = {seconds[i]}")
-    if (falls := np.flatnonzero(np.diff(seconds) < 0)).size:
-        i = int(falls[0])
-        pair = f"seconds[{i}] = {seconds[i]} before seconds[{i + 1}] = {seconds[i + 1]}"
-        raise InputError(f"trace: expected seconds that never fall, got {pair}")
 
 
 def save_trace(path: Path | str, trace: Trace) -> None:
@@ -137,16 +130,7 @@ def save_trace(path: Path | str, trace: Trace) -> None:
     header = {"format_version": FORMAT_VERSION, "phases": list(trace.phases), "about": dict(trace.about)}
     arrays = {name: getattr(trace, name) for name in ("item", "seconds", "phase", "source", "images")}
     tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        temporary = Path(file.name)
-    try:
-        safetensors.numpy.save_file(tensors, temporary, {"trace": json.dumps(header, sort_keys=True)})
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_atomically(path, safetensors.numpy.save(tensors, {"trace": json.dumps(header, sort_keys=True)}))
 
 
 def load_trace(path: Path | str, *, most_bytes: int = MOST_BYTES) -> Trace:
@@ -237,9 +221,5 @@ def _member(archive: zipfile.ZipFile, name: str, most_bytes: int) -> Shaped[np.n
         size = _check_form(name, dtype.str, shape, most_bytes, expected=_FORMS[name][1])
         if info.file_size - file.tell() != size:
             raise ValueError(f"{name} has {info.file_size - file.tell()} bytes, not the {size} of {list(shape)}")
-        content = bytearray(size)
-        into = memoryview(content)
-        for start in range(0, size, _CHUNK):
-            into[start : start + _CHUNK] = file.read(min(_CHUNK, size - start))  # a short read raises ValueError
-        file.read()  # to the end, where the checksum is compared
+        content = b"".join(iter(lambda: file.read(_CHUNK), b""))  # to the end, where the checksum is compared
     return np.frombuffer(content, dtype).reshape(shape)

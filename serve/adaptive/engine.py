@@ -233,24 +233,24 @@ class AdaptiveEngine:
 
         It stays on the caller's thread, the event loop: whether a request is admitted, and where, is decided at once.
         """
-        one, now = self.controller, self._clock()
-        keys = self._guarded(lambda: one.keys(images), [], locked=False)
+        one, cache, now = self.controller, self.controller.input_cache, self._clock()
+        keys = self._guarded(lambda: cache.keys(images), [], locked=False)
         tickets = self._guarded(lambda: one.admit(images, keys, now), [])
-        found = self._guarded(lambda: one.search(tickets), None, locked=False)
-        self._guarded(lambda: one.resolve(tickets, found), None)
+        found = self._guarded(lambda: cache.search(tickets), None, locked=False)
+        self._guarded(lambda: cache.resolve(tickets, found), None)
         return tickets
 
     @property
     def _closed(self) -> bool:
         """Whether requests that come now are the base's."""
-        return self.failed or self._swapping > 0 or not np.isfinite(self.controller.served.thresholds).any()
+        return self.failed or self._swapping > 0 or not self.controller.served.is_open
 
     def _answered(self, ticket: Ticket, answer: Answer) -> bool:
         return self.controller.answered(ticket, answer.exit, answer.score, answer.logits, self._clock())
 
     def _from_cache(self, ticket: Ticket) -> Future[Answer]:
         assert ticket.cached is not None  # noqa: S101 (narrows the type)
-        exit_, index, score = ticket.cached
+        exit_, score, index, _, _ = ticket.cached
         self.cache_answers[LAYERS[exit_]] += 1
         done: Future[Answer] = Future()
         done.set_result(Answer(index, exit_, score, self._logits[index]))

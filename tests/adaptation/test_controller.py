@@ -23,19 +23,30 @@ from gati_jax.adaptation import (
     MonitorConfig,
     NearestCacheConfig,
     NearestTrialConfig,
+    RequestLogConfig,
+    TrialConfig,
 )
 from tests.adaptation import world
 
 DEPTH = 3
-CONFIG = ControllerConfig(
-    monitor=MonitorConfig(epsilon=world.EPSILON, quiet_q=0.5, drift=False), exact=None, nearest=None, seed=5
-)
-QUIET = dataclasses.replace(CONFIG, monitor=MonitorConfig(epsilon=world.EPSILON, drift=False), cost_guard=None)
+MONITOR = MonitorConfig(epsilon=world.EPSILON, drift=False)
+QUIET = ControllerConfig(monitor=MONITOR, exact=None, nearest=None, cost_guard=None)
 IMAGE = np.zeros(world.SHAPE, np.uint8)
 
 
-def controller(config=CONFIG, bundle=None, level=0.01, **callbacks):
-    return AdaptationController(bundle or world.bundle(), config, level=lambda: level, **callbacks)
+def controller(bundle=None, level=0.05, on_event=lambda _: None, on_change=lambda _: None, **config):
+    config = dataclasses.replace(QUIET, seed=5, **config)
+    bundle = bundle or world.bundle()
+    return AdaptationController(bundle, config, level=lambda: level, on_event=on_event, on_change=on_change)
+
+
+def shadowing(q):
+    return dataclasses.replace(MONITOR, quiet_q=q)
+
+
+def with_nearest(bundle=None, known=60, every=20, **config):
+    trial = NearestTrialConfig(known=known, every=every)
+    return controller(bundle, nearest=NearestCacheConfig(cells=4), nearest_trial=trial, **config)
 
 
 def ask(one, image=IMAGE, now=0.0):
@@ -51,13 +62,15 @@ def answer(one, ticket, *, hit=True, class_index=0):
     return one.answered(ticket, 1 if hit else DEPTH, 2.0, logits(class_index), 0.0)
 
 
-def is_open(one) -> bool:
-    return bool(np.isfinite(one.served.thresholds).any())
-
-
 def state(one) -> str:
     """The state of the nearest cache's trial; a call, for it changes."""
     return one.trial.state
+
+
+def miss_while(one, wanted):
+    """Ask and miss while the nearest cache is in a state."""
+    while state(one) == wanted:
+        answer(one, ask(one), hit=False)
 
 
 def dear(bundle):
@@ -74,7 +87,7 @@ def dear(bundle):
 )
 def test_the_monitor_does_not_depend_on_the_order_of_answers(outcomes, order):
     """All are asked, then answered, and their shadows come, in any order: as if one after the other."""
-    one, other = controller(), controller()
+    one, other = (controller(monitor=shadowing(0.5)) for _ in range(2))
     images = np.stack([np.full(world.SHAPE, i, np.uint8) for i in range(len(outcomes))])
     tickets, twins = one.ask(images, 0.0), [ask(other, image) for image in images]
     assert [t.shadow for t in tickets] == [t.shadow for t in twins], "a batch tosses the coins of single requests"
@@ -96,23 +109,23 @@ def test_the_monitor_does_not_depend_on_the_order_of_answers(outcomes, order):
 
 
 def test_a_lost_request_holds_back_none_and_a_lost_shadow_counts_as_none():
-    one = controller(dataclasses.replace(CONFIG, monitor=dataclasses.replace(CONFIG.monitor, quiet_q=1.0)))
+    one = controller(monitor=shadowing(1.0))
     first, second, third, fourth = one.ask(np.stack([IMAGE] * 4), 0.0)
     answer(one, second, hit=False)
     answer(one, third, hit=False)
     assert answer(one, fourth)
-    assert one.request_log.count == 0
-    one.lost(first)
-    assert one.request_log.count == 2
-    one.lost(fourth)
-    assert one.request_log.count == 3
+    counts = [one.request_log.count]
+    for ticket in (first, fourth):
+        one.lost(ticket)
+        counts.append(one.request_log.count)
+    assert counts == [0, 2, 3]
     assert one.monitor.report.shadows == {}
 
 
 def test_an_alarm_closes_at_once_and_older_answers_are_not_observed():
     events, changes = [], []
-    one = controller(on_event=events.append, on_change=changes.append)
-    assert is_open(one)
+    one = controller(monitor=shadowing(0.5), on_event=events.append, on_change=changes.append)
+    assert one.served.is_open
     late = ask(one)
     while one.closed_at is None:
         ticket = ask(one)
@@ -123,17 +136,17 @@ def test_an_alarm_closes_at_once_and_older_answers_are_not_observed():
     assert [event.kind for event in events] == ["alarm", "closed"]
     assert "nearest cache" not in events[0].text, "there is none"
     assert len(changes) == 1
-    assert not is_open(one)
+    assert not one.served.is_open
     assert one.monitor.version == 2
-    watched = one.monitor.watched
-    answer(one, dataclasses.replace(ask(one), version=1), hit=False)
+    watched, old = one.monitor.watched, ask(one)
+    old.version = 1
+    answer(one, old, hit=False)
     assert one.monitor.watched == watched
 
 
 def test_a_bundle_that_promises_less_begins_closed():
-    strict = dataclasses.replace(CONFIG, monitor=dataclasses.replace(CONFIG.monitor, epsilon=world.EPSILON / 10))
-    one = controller(strict)
-    assert not is_open(one)
+    one = controller(monitor=dataclasses.replace(MONITOR, epsilon=world.EPSILON / 10))
+    assert not one.served.is_open
     assert one.closed_at == 0
 
 
@@ -153,11 +166,39 @@ def test_events_are_counted_for_ever_and_kept_for_a_while():
     assert one.events[-1].text == "4999"
 
 
+@pytest.mark.parametrize(
+    ("config", "wrong"),
+    [
+        (MonitorConfig, {"epsilon": 0.0}),
+        (MonitorConfig, {"epsilon": 0.6}),
+        (MonitorConfig, {"delta": math.nan}),
+        (MonitorConfig, {"quiet_q": 0.0}),
+        (MonitorConfig, {"attention": 0}),
+        (MonitorConfig, {"in_flight": -1}),
+        (CostGuardConfig, {"requests": 0}),
+        (CostGuardConfig, {"pause": 2, "longest": 1}),
+        (ExactCacheConfig, {"capacity": 0}),
+        (ExactCacheConfig, {"often": 0}),
+        (ExactCacheConfig, {"seconds": 0.0}),
+        (ExactCacheConfig, {"seconds": math.nan}),
+        (NearestCacheConfig, {"capacity": 0}),
+        (NearestCacheConfig, {"cells": 0}),
+        (NearestCacheConfig, {"radius": 0.0}),
+        (RequestLogConfig, {"recent": 0}),
+        (TrialConfig, {"epsilon": 1.0}),
+        (TrialConfig, {"epsilon": 0.1, "enough": 0.0}),
+    ],
+)
+def test_options_out_of_range_are_named(config, wrong):
+    with pytest.raises(InputError, match=f"{list(wrong)[-1]}: expected"):
+        config(**wrong)
+
+
 # --- Input cache ------------------------------------------------------------------------------------------------------
 
 
 def test_frequent_inputs_go_to_the_base_once_and_are_known_then():
-    one = controller(dataclasses.replace(CONFIG, exact=ExactCacheConfig(often=2)))
+    one = controller(exact=ExactCacheConfig(often=2))
     first = ask(one)
     assert (first.cached, first.frequent) == (None, False)
     answer(one, first)
@@ -174,60 +215,41 @@ def test_frequent_inputs_go_to_the_base_once_and_are_known_then():
 
 def test_lost_shadows_certify_nothing():
     """A nearest cache that is always wrong, whose every base answer is lost."""
-    trial = NearestTrialConfig(known=60, every=20, most=500)
-    one = controller(dataclasses.replace(QUIET, nearest=NearestCacheConfig(cells=4), nearest_trial=trial), level=0.05)
+    one = with_nearest()
     for number in range(1000):
-        ticket = ask(one, now=float(number))
-        trying = state(one) != "watching"
+        ticket, trying = ask(one, now=float(number)), state(one) != "watching"
         if ticket.cached is not None:
             shadow = one.from_cache(ticket)
         else:
-            shadow = one.answered(ticket, 1 if trying else DEPTH, 2.0, logits(int(trying)), 0.0)
+            shadow = answer(one, ticket, hit=trying, class_index=int(trying))
         if shadow:
             one.lost(ticket)
         assert state(one) != "open", "not one answer of the base came during the trial"
     assert one.event_counts["trial"] > 0
 
 
-def near_trial(one):
-    """Ask and miss until the nearest cache is on trial."""
-    while state(one) != "trial":
-        one.answered(ask(one), DEPTH, math.inf, logits(0), 0.0)
-
-
 def test_two_trials_at_once_do_not_add_up_their_risks():
     """What each trial certifies, it certifies with the other closed: a swap ends the trial of the nearest cache."""
-    trial = NearestTrialConfig(known=60, every=20, most=4000)
-    one = controller(dataclasses.replace(QUIET, nearest=NearestCacheConfig(cells=4), nearest_trial=trial), level=0.05)
+    one = with_nearest()
     served = one.served
     one.on_alarm(Alarm((1,), 100.0, 1))
-    near_trial(one)
+    miss_while(one, "watching")
     for _ in range(60):  # with the base behind the nearest cache
-        one.answered(ask(one), DEPTH, math.inf, logits(0), 0.0)
+        answer(one, ask(one), hit=False)
     assert state(one) == "trial"
     one.adopt(served, "certified with the nearest cache closed")
     assert state(one) == "watching"
     assert [event.kind for event in one.events][-2:] == ["swap", "inconclusive"]
-    near_trial(one)
+    miss_while(one, "watching")
     before, needed = one.request_log.count, math.log(1 / 0.05) / -math.log(1 - world.EPSILON)
-    while state(one) == "trial":
-        one.answered(ask(one), DEPTH, math.inf, logits(0), 0.0)
+    miss_while(one, "trial")
     assert one.request_log.count - before >= needed, "from the beginning"
-
-
-def test_an_alarm_closes_the_nearest_cache():
-    trial = NearestTrialConfig(known=60, every=20)
-    one = controller(dataclasses.replace(QUIET, nearest=NearestCacheConfig(cells=4), nearest_trial=trial), level=0.05)
-    near_trial(one)
-    while state(one) == "trial":
-        one.answered(ask(one), DEPTH, math.inf, logits(0), 0.0)
-    assert state(one) == "open"
     ticket = ask(one)
     assert ticket.cached is not None
-    assert ticket.cached.exit == NEAREST
+    assert (state(one), ticket.cached.exit) == ("open", NEAREST)
     one.on_alarm(Alarm((NEAREST,), 100.0, 1))
     assert ask(one).cached is None
-    assert is_open(one), "the caches in the network were not named"
+    assert one.served.is_open, "the caches in the network were not named"
 
 
 # --- Pauses -----------------------------------------------------------------------------------------------------------
@@ -237,37 +259,31 @@ def pause(one):
     """Hit at a loss until the caches are paused."""
     while one.event_counts["paused"] == 0:
         answer(one, ask(one))
-    assert not is_open(one)
+    assert not one.served.is_open
 
 
 def test_an_alarm_while_caches_are_paused_closes_them_for_good():
-    config = dataclasses.replace(QUIET, cost_guard=CostGuardConfig(requests=1, pause=20))
-    one = controller(config, dear(world.bundle()))
+    one = controller(dear(world.bundle()), cost_guard=CostGuardConfig(requests=1, pause=20))
     pause(one)
     one.on_alarm(Alarm((1,), 100.0, 1))
     assert one.closed_at is not None
     for _ in range(50):
         answer(one, ask(one), hit=False)
-    assert not is_open(one)
+    assert not one.served.is_open
 
 
 def test_paused_caches_get_a_trial_where_the_nearest_cache_has_opened_meanwhile():
     """It was certified with the base behind it; without a trial of both together, neither may open beside the other."""
-    config = dataclasses.replace(
-        QUIET,
-        nearest=NearestCacheConfig(cells=4),
-        nearest_trial=NearestTrialConfig(known=20, every=10),
-        cost_guard=CostGuardConfig(requests=1, pause=1000),
-    )
-    one = controller(config, dear(world.bundle()), level=0.05)
+    guard = CostGuardConfig(requests=1, pause=1000)
+    one = with_nearest(dear(world.bundle()), known=20, every=10, cost_guard=guard)
     pause(one)
-    near_trial(one)
+    miss_while(one, "watching")
     while one.closed_at is None and one.request_log.count < 3000:
         ticket = ask(one)
         if ticket.cached is None:
-            one.answered(ticket, DEPTH, math.inf, logits(0), 0.0)
+            answer(one, ticket, hit=False)
         elif one.from_cache(ticket):
             one.shadowed(ticket, logits(0), 0.0)
     assert state(one) == "open"
-    assert not is_open(one)
+    assert not one.served.is_open
     assert one.closed_at is not None, "so that recovery tries them"

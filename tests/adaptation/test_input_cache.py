@@ -95,15 +95,6 @@ def test_the_nearest_entry_is_found(seed, stored, cells):
     np.testing.assert_array_equal(found.class_index, logits.argmax(1)[found.entry])
 
 
-def test_a_score_falls_with_the_distance_and_rises_with_the_margin():
-    cache = cache_of(flat([0, 100]), logits_of([1, 2], [4.0, 1.0]))
-    found = cache.ask(cache.keys(flat([0, 10, 20, 90])))
-    assert found.class_index.tolist() == [1, 1, 1, 2]
-    np.testing.assert_allclose(np.exp(found.score), [4 / 0.01, 4 / 10.01, 4 / 20.01, 1 / 10.01], rtol=1e-4)
-    tie = cache_of(flat([7]), np.ones((1, 3), np.float32))
-    assert tie.ask(tie.keys(flat([7]))).score[0] < np.log(1e-3)
-
-
 def test_beyond_the_radius_and_without_entries_nothing_is_found():
     cache = cache_of(flat([100]), logits_of([1], [1e9]), radius=20.0)
     near = np.isfinite(cache.ask(cache.keys(flat([79, 80, 100, 120, 121]))).score)
@@ -111,6 +102,8 @@ def test_beyond_the_radius_and_without_entries_nothing_is_found():
     found = cache_of(flat([]), []).ask(np.zeros((3, 16), np.float32))
     assert found.class_index.tolist() == [-1] * 3
     assert (found.score == -np.inf).all()
+    tie = cache_of(flat([7]), np.ones((1, 3), np.float32))
+    assert tie.ask(tie.keys(flat([7]))).score[0] < np.log(1e-3)
 
 
 @given(actions=st.lists(st.booleans() | st.integers(0, 9), max_size=60), capacity=st.integers(1, 5))
@@ -146,22 +139,9 @@ def test_answers_that_are_not_finite_are_not_stored():
     assert len(cache) == 1
 
 
-@pytest.mark.parametrize(
-    ("config", "wrong"),
-    [
-        (ExactCacheConfig, {"capacity": 0}),
-        (ExactCacheConfig, {"often": 0}),
-        (ExactCacheConfig, {"seconds": 0.0}),
-        (ExactCacheConfig, {"seconds": float("nan")}),
-        (NearestCacheConfig, {"capacity": 0}),
-        (NearestCacheConfig, {"cells": 0}),
-        (NearestCacheConfig, {"radius": 0.0}),
-        (lambda cells: NearestCache(SHAPE, NearestCacheConfig(cells=cells)), {"cells": 3}),
-    ],
-)
-def test_settings_out_of_range_are_named(config, wrong):
-    with pytest.raises(InputError, match=f"{next(iter(wrong))}.*: expected"):
-        config(**wrong)
+def test_cells_divide_the_image():
+    with pytest.raises(InputError, match="cells: expected a divisor of 4 and 4, got 3"):
+        cache_of(flat([]), [], cells=3)
 
 
 # --- Both -------------------------------------------------------------------------------------------------------------
@@ -188,11 +168,15 @@ def said(made):
     return [(t.cached, t.frequent, t.nearest_class, t.nearest_score, t.features is None) for t in made]
 
 
-def test_a_batch_is_answered_as_its_images_one_by_one():
+def test_a_batch_is_answered_as_its_images_one_by_one_by_one_lookup(monkeypatch):
     images, search = flat([10, 100, 101, 200, 101, 10, 100]), [True, True, True, True, True, True, False]
-    batch, single = layered(), layered()
+    batch, single, asked = layered(), layered(), []
+    ask = NearestCache.ask
+    monkeypatch.setattr(NearestCache, "ask", lambda self, keys: asked.append(len(keys)) or ask(self, keys))
     together = tickets(batch, images, search=search)
     batch.resolve(together, batch.search(together))
+    batch.resolve([], batch.search([]))
+    assert asked == [4], "of those that are not answered exactly and are to be looked up"
     alone = []
     for image, wanted in zip(images, search, strict=True):
         (one,) = tickets(single, image[None], search=[wanted])
@@ -202,17 +186,6 @@ def test_a_batch_is_answered_as_its_images_one_by_one():
     exits = [t.cached and t.cached.exit for t in together]
     assert exits == [EXACT, NEAREST, NEAREST, None, None, EXACT, None]
     assert [t.frequent for t in together] == [False] * 4 + [True, False, True], "the base is to answer what comes often"
-
-
-def test_one_lookup_serves_a_whole_batch(monkeypatch):
-    cache, asked = layered(), []
-    ask = NearestCache.ask
-    monkeypatch.setattr(NearestCache, "ask", lambda self, keys: asked.append(len(keys)) or ask(self, keys))
-    made = tickets(cache, flat([10, 100, 101, 200]), search=[True] * 4)
-    cache.resolve(made, cache.search(made))
-    assert asked == [3], "one was answered exactly"
-    cache.resolve([], cache.search([]))
-    assert asked == [3]
 
 
 def test_a_lookup_beside_a_store_is_confirmed():

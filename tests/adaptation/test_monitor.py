@@ -2,73 +2,61 @@
 
 import math
 import sys
+from itertools import chain, cycle, repeat
 
 import numpy as np
 import pytest
-from scipy.stats import beta, binom
+from scipy.stats import binom
 
 import gati_jax
 from gati_jax.adaptation import EXACT, NEAREST, Monitor, MonitorConfig, Observation
 from gati_jax.adaptation.monitor import DriftDetector
+from gati_jax.certification import trial_level
 from gati_jax.certification.betting import EProcess
 
 DEPTH = 4
 MISS = Observation(DEPTH, math.inf, 3, 1.0, 3)
 QUIET = MonitorConfig(drift=False)
+LONG = MonitorConfig(drift=False, epsilon=0.1, attention=10**6)
 
 
 def hit(q, *, site=1, shadowed=False, agrees=True, score=0.5):
     return Observation(site, score, 7, q, (7 if agrees else 2) if shadowed else None)
 
 
-class Scripted:
-    """A change test that fires at the numbers it is scripted to."""
-
-    def __init__(self, *fires):
-        self.fires, self.taken = fires, []
-
-    @property
-    def drift_detected(self):
-        return len(self.taken) - 1 in self.fires
-
-    def update(self, x):
-        self.taken.append(x)
+def wrong(q=1.0, site=1):
+    return hit(q, site=site, shadowed=True, agrees=False)
 
 
-def scripted(scores=(), exits=()):
-    made = [Scripted(*scores), Scripted(*exits)]
-    left = iter(made)
-    return DriftDetector(DEPTH, lambda: next(left)), made
+def first_alarm(monitor, observations):
+    return next(filter(None, map(monitor.watch, observations)), None)
 
 
-def test_quiet_until_a_shadow_disagrees_and_quiet_again_after():
-    monitor = Monitor(QUIET, DEPTH)
+@pytest.mark.parametrize("config", [QUIET, MonitorConfig(drift=False, attention=5, epsilon=0.4)])
+def test_every_disagreement_raises_q_until_attention_has_passed(config):
+    monitor = Monitor(config, DEPTH)
     for observation in [MISS, hit(0.02), hit(0.02, shadowed=True), hit(0.02, site=EXACT)]:
         assert monitor.watch(observation) is None
         assert monitor.q == 0.02
-    monitor.watch(hit(0.02, shadowed=True, agrees=False))
-    for left in range(QUIET.hold, 0, -1):
+    for observation in [wrong(0.02), MISS, MISS, MISS, MISS, wrong()]:
+        monitor.watch(observation)
+    for left in range(config.hold, 0, -1):
         assert monitor.q == 1.0, left
-        monitor.watch(MISS)
-    assert monitor.q == 0.02
-
-
-def test_attention_starts_again_with_every_disagreement():
-    monitor = Monitor(MonitorConfig(drift=False, attention=5, epsilon=0.4), DEPTH)
-    monitor.watch(hit(0.02, shadowed=True, agrees=False))
-    for _ in range(4):
-        monitor.watch(MISS)
-    monitor.watch(hit(1.0, shadowed=True, agrees=False))
-    for _ in range(5):
-        assert monitor.q == 1.0
         monitor.watch(MISS)
     assert monitor.q == 0.02
 
 
 @pytest.mark.parametrize("where", ["scores", "exits"])
 def test_a_drift_raises_q(where):
-    drift, (scores, exits) = scripted(**{where: (2,)})
-    monitor = Monitor(MonitorConfig(), DEPTH, drift)
+    """Change tests, made for scores and for exits in this order, of which one fires at its third number."""
+    taken = {"scores": [], "exits": []}
+    left = iter(taken)
+
+    def make():
+        name = next(left)
+        return lambda x: taken[name].append(x) or (name == where and len(taken[name]) == 3)
+
+    monitor = Monitor(MonitorConfig(), DEPTH, DriftDetector(DEPTH, make))
     for _ in range(2):
         monitor.watch(MISS)
         monitor.watch(hit(0.02, score=1e9))
@@ -77,16 +65,14 @@ def test_a_drift_raises_q(where):
     monitor.watch(hit(0.02))
     assert monitor.q == 1.0
     assert monitor.report.drifts == 1
-    assert scores.taken == [50.0, 50.0, 0.5]  # those of hits, bounded
-    assert exits.taken == [1, 1 / 4, 1, 1 / 4, 1 / 4]
+    assert taken == {"scores": [50.0, 50.0, 0.5], "exits": [1, 1 / 4, 1, 1 / 4, 1 / 4]}, "scores of hits, bounded"
 
 
 def test_the_e_value_is_that_of_the_bets():
     """Under its own q, and as in quiet while requests with an older q may be about."""
     config = MonitorConfig(drift=False, in_flight=3, attention=10, delta=1e-6)
     monitor, e_process = Monitor(config, DEPTH), EProcess(0.01)
-    served = [hit(0.02, shadowed=True, agrees=False), hit(0.02), MISS, hit(0.02, shadowed=True, agrees=False)]
-    served.append(hit(1.0, shadowed=True))
+    served = [wrong(0.02), hit(0.02), MISS, wrong(0.02), hit(1.0, shadowed=True)]
     for observation, probability in zip(served, [0.02, 0.02, 0.02, 0.02, 1.0], strict=True):
         seen = observation.base_class not in (None, observation.class_index)
         e_process.bet(1 / observation.q if seen else 0.0, probability)
@@ -96,73 +82,41 @@ def test_the_e_value_is_that_of_the_bets():
 
 
 def test_one_alarm_a_version_and_the_next_needs_more():
-    monitor, alarms = Monitor(QUIET, DEPTH), []
-    for _ in range(300):
-        alarm = monitor.watch(hit(1.0, shadowed=True, agrees=False))
-        if alarm:
-            alarms.append(alarm)
-    assert [a.version for a in alarms] == [1]
-    assert monitor.report.alarmed
-    assert alarms[0].e_value >= 1 / QUIET.level(1)
-    monitor.next_version()
-    assert monitor.report.e_value == pytest.approx(1)
-    assert (monitor.version, monitor.report.requests, monitor.report.alarmed) == (2, 0, False)
-    while not (alarm := monitor.watch(hit(1.0, shadowed=True, agrees=False))):
-        pass
-    assert alarm.version == 2
-    assert alarm.e_value >= 1 / QUIET.level(2)
+    monitor = Monitor(QUIET, DEPTH)
+    for version in (1, 2):
+        report = monitor.report
+        assert (report.version, report.requests, report.alarmed) == (version, 0, False)
+        assert report.e_value == pytest.approx(1)
+        (alarm,) = filter(None, map(monitor.watch, repeat(wrong(), 300)))
+        assert alarm.version == version
+        assert alarm.e_value >= 1 / trial_level(QUIET.delta, version)
+        assert monitor.report.alarmed
+        monitor.next_version()
 
 
-def test_all_versions_share_delta():
-    levels = [QUIET.level(j) for j in range(1, 20_000)]
-    assert 0.999 * QUIET.delta < sum(levels) < QUIET.delta
-
-
-def test_an_alarm_names_what_cannot_be_cleared():
-    """Site 0 has been shadowed long enough, site 2 disagrees, no request left at 3."""
-    config = MonitorConfig(drift=False, epsilon=0.1, delta=0.05, attention=10**6)
-    monitor = Monitor(config, DEPTH)
-    monitor.watch(hit(0.02, site=2, shadowed=True, agrees=False))
-    alarm = None
-    for i in range(10_000):
-        wrong = i > 600 and i % 3 == 0
-        alarm = monitor.watch(hit(1.0, site=2 if wrong else 0, shadowed=True, agrees=not wrong))
-        if alarm:
-            break
+@pytest.mark.parametrize(
+    ("config", "served", "sites"),
+    [
+        # Site 0 has been shadowed long enough, site 2 disagrees, no request left elsewhere.
+        (LONG, chain([wrong(0.02, 2)], repeat(hit(1.0, site=0, shadowed=True), 600),
+                     cycle([wrong(site=2), *[hit(1.0, site=0, shadowed=True)] * 2])), (2,)),
+        # Those that disagreed, however long they were good.
+        (LONG, chain([wrong(0.02, 0)], (hit(1.0, site=i % 4, shadowed=True) for i in range(3000)),
+                     repeat(wrong(site=3))), (0, 3)),
+        # Few requests clear only the exact cache, unless it disagrees.
+        (QUIET, cycle([hit(1.0, site=EXACT), wrong()]), (NEAREST, 0, 1, 2, 3)),
+        (QUIET, repeat(wrong(site=EXACT)), (NEAREST, EXACT, 0, 1, 2, 3)),
+    ],
+)  # fmt: skip
+def test_an_alarm_names_what_cannot_be_cleared(config, served, sites):
+    alarm = first_alarm(Monitor(config, DEPTH), served)
     assert alarm is not None
-    worst = beta.ppf(1 - 0.05 / DEPTH, 1, monitor.report.requests)
-    assert 3 * worst < 0.1  # the other three, at their worst
-    assert alarm.sites == (2,)
-
-
-def test_an_alarm_names_what_disagreed_however_long_it_was_good():
-    monitor, alarm = Monitor(MonitorConfig(drift=False, epsilon=0.1, attention=10**6), DEPTH), None
-    monitor.watch(hit(0.02, site=0, shadowed=True, agrees=False))
-    for i in range(3000):
-        monitor.watch(hit(1.0, site=i % 4, shadowed=True))
-    while not alarm:
-        alarm = monitor.watch(hit(1.0, site=3, shadowed=True, agrees=False))
-    assert alarm.sites == (0, 3)
-
-
-def test_few_requests_clear_only_the_exact_cache():
-    monitor, alarm = Monitor(QUIET, DEPTH), None
-    while not alarm:
-        monitor.watch(hit(1.0, site=EXACT))
-        alarm = monitor.watch(hit(1.0, shadowed=True, agrees=False))
-    assert alarm.sites == (NEAREST, 0, 1, 2, 3)
-
-
-def test_an_alarm_names_the_exact_cache_if_it_disagrees():
-    monitor, alarm = Monitor(QUIET, DEPTH), None
-    while not alarm:
-        alarm = monitor.watch(hit(1.0, site=EXACT, shadowed=True, agrees=False))
-    assert EXACT in alarm.sites
+    assert alarm.sites == sites
 
 
 def test_counters():
     monitor = Monitor(MonitorConfig(drift=False, attention=2), DEPTH)
-    for observation in [MISS, hit(0.02), hit(0.02, site=0, shadowed=True), hit(0.02, shadowed=True, agrees=False)]:
+    for observation in [MISS, hit(0.02), hit(0.02, site=0, shadowed=True), wrong(0.02)]:
         monitor.watch(observation)
     monitor.watch(hit(1.0, site=3, shadowed=True))
     report = monitor.report
@@ -174,10 +128,9 @@ def test_counters():
 
 def test_the_bound_is_given_up_where_q_was_smaller_than_promised():
     monitor = Monitor(QUIET, DEPTH)
-    for _ in range(5000):
-        monitor.watch(MISS)
+    assert first_alarm(monitor, repeat(MISS, 5000)) is None
     assert monitor.report.upper < 0.1
-    monitor.watch(hit(0.001, shadowed=True, agrees=False))
+    monitor.watch(wrong(0.001))
     assert monitor.report.upper == 1
 
 
@@ -201,66 +154,38 @@ def test_false_alarms_at_exactly_epsilon(in_flight):
 
 
 def test_a_jump_is_caught():
+    def served(monitor, rng):
+        for t in range(6000):
+            q, risk = monitor.q, 0.01 if t < 3000 else 0.25
+            yield hit(q, shadowed=rng.random() < q, agrees=rng.random() >= risk)
+
     caught = 0
     for seed in range(20):
-        rng, monitor = (
-            np.random.default_rng(seed),
-            Monitor(MonitorConfig(drift=False, epsilon=0.05, quiet_q=0.05), DEPTH),
-        )
-        alarm = None
-        for t in range(6000):
-            risk = 0.01 if t < 3000 else 0.25
-            q = monitor.q
-            alarm = monitor.watch(hit(q, shadowed=rng.random() < q, agrees=rng.random() >= risk))
-            if alarm:
-                break
+        monitor = Monitor(MonitorConfig(drift=False, epsilon=0.05, quiet_q=0.05), DEPTH)
+        alarm = first_alarm(monitor, served(monitor, np.random.default_rng(seed)))
         caught += alarm is not None and monitor.watched > 3000
     assert caught >= 17
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"epsilon": 0.0},
-        {"epsilon": 0.6},
-        {"delta": float("nan")},
-        {"quiet_q": 0.0},
-        {"attention": 0},
-        {"in_flight": -1},
-    ],
-)
-def test_bad_settings(wrong):
-    with pytest.raises(gati_jax.InputError, match="expected"):
-        MonitorConfig(**wrong)
-
-
-def test_bad_depth():
-    with pytest.raises(gati_jax.InputError, match="depth: expected"):
-        Monitor(QUIET, 0)
-
-
-# --- Drift ------------------------------------------------------------------------------------------------------------
-
-
-def stream(seed, n, *, score=0.0, share=0.7):
-    rng = np.random.default_rng(seed)
-    for hits, value in zip((rng.random(n) < share).tolist(), rng.normal(score, 1, n).tolist(), strict=True):
-        yield hit(0.02, score=value) if hits else MISS
 
 
 @pytest.mark.parametrize("changed", [{"score": -0.7}, {"share": 0.4}])
 def test_adwin_finds_a_change_of_scores_or_exits_and_hardly_any_before(changed):
     pytest.importorskip("river")
     drift = DriftDetector(DEPTH)
-    before = sum([drift.update(observation) for observation in stream(0, 10_000)])
-    after = sum([drift.update(observation) for observation in stream(1, 2000, **changed)])
-    assert before <= 1
-    assert after >= 1
+
+    def drifts(seed, n, *, score=0.0, share=0.7):
+        rng = np.random.default_rng(seed)
+        rows = zip((rng.random(n) < share).tolist(), rng.normal(score, 1, n).tolist(), strict=True)
+        return sum([drift.update(hit(0.02, score=value) if hits else MISS) for hits, value in rows])
+
+    before, after = drifts(0, 10_000), drifts(1, 2000, **changed)
+    assert before <= 1 <= after
     assert drift.count == before + after
 
 
-def test_a_monitor_without_river_says_what_to_install(monkeypatch):
+def test_what_a_monitor_needs_is_named(monkeypatch):
+    with pytest.raises(gati_jax.InputError, match="depth: expected"):
+        Monitor(QUIET, 0)
     monkeypatch.setitem(sys.modules, "river.drift", None)
     with pytest.raises(gati_jax.InputError, match=r"river.*gati-jax\[adapt\].*drift=False"):
         Monitor(MonitorConfig(), DEPTH)
-    Monitor(MonitorConfig(drift=False), DEPTH)
+    Monitor(QUIET, DEPTH)
