@@ -177,12 +177,7 @@ class AdaptationController:
     ) -> bool:
         """Take the network's answer; return whether to shadow the request.
 
-        Args:
-            ticket: The request.
-            exit_: The site, or the depth for the base.
-            score: Of the selector.
-            logits: Of the cache or the base that answered.
-            now: Seconds.
+        The exit is the site, or the depth for the base; score and logits are those of the cache or base that answered.
         """
         class_index = int(np.argmax(logits))
         if exit_ == self.depth:

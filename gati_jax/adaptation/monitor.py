@@ -157,12 +157,7 @@ class Monitor:
     """Monitors one served bundle, version after version."""
 
     def __init__(self, config: MonitorConfig, depth: int, drift: DriftDetector | None = None) -> None:
-        """Start with version 1.
-
-        Args:
-            config: What to promise.
-            depth: Of the base: the exit of requests that missed everywhere.
-            drift: In place of ADWIN on scores and exits.
+        """Start with version 1; the depth is the exit of requests that missed everywhere.
 
         Raises:
             InputError: A depth below 1; river is needed and not installed.
@@ -197,22 +192,20 @@ class Monitor:
         """
         site, _, class_index, q, base_class = observation
         self.watched += 1
-        hit, disagrees = site != self.depth, False
-        if hit:
-            self._hits += 1
-            if base_class is not None:
-                if site != EXACT:  # whose answer is the base's, at no cost
-                    self._shadows[site] += 1
-                disagrees = base_class != class_index
+        hit, known = site != self.depth, base_class is not None
+        disagrees = hit and known and base_class != class_index
+        self._hits += hit
+        if hit and known and site != EXACT:  # whose answer is the base's, at no cost
+            self._shadows[site] += 1
         drifted = self._drift is not None and self._drift.update(observation)
         alert = disagrees or drifted
         probability = self.q if self._raised >= self.config.in_flight else self.config.quiet_q
-        count = self._counts.get(probability) or self._counts.setdefault(probability, [0, 0])
+        count = self._counts.setdefault(probability, [0, 0])
         count[0] += 1
         if alert or self.q > self.config.quiet_q:
             self._attend(alert=alert)
             self._episode += 1
-            if hit and base_class is None:
+            if hit and not known:
                 self._unknown[site] += 1
         if disagrees:
             count[1] += 1

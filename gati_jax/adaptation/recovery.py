@@ -109,13 +109,10 @@ class Recovery:
     """Brings closed caches back; one thread calls it."""
 
     def __init__(self, bundle: Bundle, controller: ControllerView, versions: Versions, config: RecoveryConfig) -> None:
-        """Wait for something to be closed.
+        """Wait for the controller to close a cache of the bundle's certified plan.
 
-        Args:
-            bundle: The one with the certified plan.
-            controller: Whose caches it brings back.
-            versions: Counts trials, and keeps what is swapped in.
-            config: See ``RecoveryConfig``; refits are left out, with a warning, where the request log is too small.
+        Versions count trials and keep what is swapped in. Where the request log is too small there are no refits, and
+        a warning says so.
         """
         capacity = controller.request_log.capacity
         self.rows = config.rows_within(capacity) if config.refit else None
@@ -297,14 +294,8 @@ def examine(
 ) -> Verdict:
     """Run the base and the caches on trial on further requests, batch by batch, until the trial is decided.
 
-    Args:
-        bundle: Whose base.
-        trial: Takes them.
-        orders: Order numbers, rising.
-        images: The requests, in order: all that came, or those that an independent coin picked.
-        cached: See ``Trial.add``.
-        batch: Images in a step.
-        pause: See ``replay``.
+    The images are all requests that came, or those that an independent coin picked, with rising order numbers; what
+    the input cache answered is as ``Trial.add`` takes it.
 
     Raises:
         InputError: Images that the chain does not take, or orders that do not rise.

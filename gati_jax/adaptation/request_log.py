@@ -63,11 +63,7 @@ class RequestLog:
     """A ring buffer of requests."""
 
     def __init__(self, shape: tuple[int, ...], config: RequestLogConfig | None = None) -> None:
-        """Allocate an empty log.
-
-        Args:
-            shape: Of one uint8 image.
-            config: How many requests to keep.
+        """Allocate an empty log of uint8 images of this shape.
 
         Raises:
             InputError: Not even one image fits into ``config.most_bytes``.

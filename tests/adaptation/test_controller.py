@@ -73,13 +73,6 @@ def miss_while(one, wanted):
         answer(one, ask(one), hit=False)
 
 
-def dear(bundle):
-    """Return a bundle whose lookups cost twice as much as the whole base, so that its caches never save time."""
-    (costs,) = bundle.costs
-    costs = dataclasses.replace(costs, lookup_ms=dict.fromkeys(costs.lookup_ms, 2 * costs.full_ms))
-    return dataclasses.replace(bundle, costs=(costs,))
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     outcomes=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30),
@@ -169,26 +162,15 @@ def test_events_are_counted_for_ever_and_kept_for_a_while():
 @pytest.mark.parametrize(
     ("config", "wrong"),
     [
-        (MonitorConfig, {"epsilon": 0.0}),
-        (MonitorConfig, {"epsilon": 0.6}),
-        (MonitorConfig, {"delta": math.nan}),
-        (MonitorConfig, {"quiet_q": 0.0}),
-        (MonitorConfig, {"attention": 0}),
-        (MonitorConfig, {"in_flight": -1}),
-        (CostGuardConfig, {"requests": 0}),
-        (CostGuardConfig, {"pause": 2, "longest": 1}),
-        (ExactCacheConfig, {"capacity": 0}),
-        (ExactCacheConfig, {"often": 0}),
-        (ExactCacheConfig, {"seconds": 0.0}),
-        (ExactCacheConfig, {"seconds": math.nan}),
-        (NearestCacheConfig, {"capacity": 0}),
-        (NearestCacheConfig, {"cells": 0}),
-        (NearestCacheConfig, {"radius": 0.0}),
-        (RequestLogConfig, {"recent": 0}),
-        (TrialConfig, {"epsilon": 1.0}),
-        (TrialConfig, {"epsilon": 0.1, "enough": 0.0}),
+        (MonitorConfig, {"epsilon": 0.0}), (MonitorConfig, {"epsilon": 0.6}), (MonitorConfig, {"delta": math.nan}),
+        (MonitorConfig, {"quiet_q": 0.0}), (MonitorConfig, {"attention": 0}), (MonitorConfig, {"in_flight": -1}),
+        (CostGuardConfig, {"requests": 0}), (CostGuardConfig, {"pause": 2, "longest": 1}),
+        (ExactCacheConfig, {"capacity": 0}), (ExactCacheConfig, {"often": 0}), (ExactCacheConfig, {"seconds": 0.0}),
+        (ExactCacheConfig, {"seconds": math.nan}), (NearestCacheConfig, {"capacity": 0}),
+        (NearestCacheConfig, {"cells": 0}), (NearestCacheConfig, {"radius": 0.0}), (RequestLogConfig, {"recent": 0}),
+        (TrialConfig, {"epsilon": 1.0}), (TrialConfig, {"epsilon": 0.1, "enough": 0.0}),
     ],
-)
+)  # fmt: skip
 def test_options_out_of_range_are_named(config, wrong):
     with pytest.raises(InputError, match=f"{list(wrong)[-1]}: expected"):
         config(**wrong)
@@ -263,7 +245,7 @@ def pause(one):
 
 
 def test_an_alarm_while_caches_are_paused_closes_them_for_good():
-    one = controller(dear(world.bundle()), cost_guard=CostGuardConfig(requests=1, pause=20))
+    one = controller(world.dear(), cost_guard=CostGuardConfig(requests=1, pause=20))
     pause(one)
     one.on_alarm(Alarm((1,), 100.0, 1))
     assert one.closed_at is not None
@@ -275,7 +257,7 @@ def test_an_alarm_while_caches_are_paused_closes_them_for_good():
 def test_paused_caches_get_a_trial_where_the_nearest_cache_has_opened_meanwhile():
     """It was certified with the base behind it; without a trial of both together, neither may open beside the other."""
     guard = CostGuardConfig(requests=1, pause=1000)
-    one = with_nearest(dear(world.bundle()), known=20, every=10, cost_guard=guard)
+    one = with_nearest(world.dear(), known=20, every=10, cost_guard=guard)
     pause(one)
     miss_while(one, "watching")
     while one.closed_at is None and one.request_log.count < 3000:

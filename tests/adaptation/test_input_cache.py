@@ -106,30 +106,19 @@ def test_beyond_the_radius_and_without_entries_nothing_is_found():
     assert tie.ask(tie.keys(flat([7]))).score[0] < np.log(1e-3)
 
 
-@given(actions=st.lists(st.booleans() | st.integers(0, 9), max_size=60), capacity=st.integers(1, 5))
-def test_entries_that_answer_outlive_those_that_do_not(actions, capacity):
-    """The model: rows with their chances, and a hand that takes one from each entry it passes (up to three given)."""
-    cache, rows, chances, hand, new = cache_of(flat([]), [], capacity=capacity), [], [], 0, 0
-    for action in actions:
-        if isinstance(action, bool):
-            if len(rows) < capacity:
-                rows.append(new)
-                chances.append(0)
-            else:
-                while chances[hand]:
-                    chances[hand] -= 1
-                    hand = (hand + 1) % capacity
-                rows[hand], chances[hand], hand = new, 0, (hand + 1) % capacity
-            cache.add(cache.keys(flat([new]))[0], logits_of([0], [1.0])[0])
-            new += 1
-        elif action < len(rows):
-            cache.used(action)
-            chances[action] = min(3, chances[action] + 1)
-        assert len(cache) == len(rows) <= capacity
-    if rows:
-        found = cache.ask(cache.keys(flat(rows)))
-        assert found.entry.tolist() == list(range(len(rows)))
-        np.testing.assert_allclose(found.score, np.log(1 / 0.01), rtol=1e-5)
+@pytest.mark.parametrize(("used", "outlives"), [(0, 0), (1, 2), (3, 6), (9, 6)])
+def test_entries_that_answer_outlive_those_that_do_not(used, outlives):
+    """In three rows: an entry stays a round of the two others longer for each answer, up to three rounds."""
+    cache = cache_of(flat([0, 10, 20]), logits_of([2, 1, 1], [1.0] * 3), capacity=3)
+    for _ in range(used):
+        cache.used(int(cache.ask(cache.keys(flat([0]))).entry[0]))
+    stored = []
+    while cache.ask(cache.keys(flat([0]))).class_index[0] == 2 and len(stored) < 20:
+        stored.append(100 + len(stored))
+        cache.add(cache.keys(flat(stored[-1:]))[0], logits_of([1], [1.0])[0])
+        latest = cache.ask(cache.keys(flat(stored[-1:])))
+        assert (len(cache), latest.class_index[0]) == (3, 1)
+    assert len(stored) == outlives + 1
 
 
 def test_answers_that_are_not_finite_are_not_stored():

@@ -45,9 +45,18 @@ def kinds(replayed):
     return [event.kind for event in replayed.events]
 
 
+def first(replayed, kind, after=-1):
+    return next(event for event in replayed.events if event.kind == kind and event.number > after)
+
+
+def replay(folder, trace, *, bundle=None, controller=QUIET, **mechanisms):
+    chosen = Mechanisms(controller=controller, **mechanisms)
+    return simulate(bundle or world.bundle(), trace, chosen, folder=folder)
+
+
 def test_without_a_controller_the_caches_answer_as_they_are(tmp_path):
     trace = world.trace(("dim", 2000), ("bright", 500))
-    found = simulate(world.bundle(), trace, Mechanisms(controller=None), folder=tmp_path)
+    found = replay(tmp_path, trace, controller=None)
     assert not found.events
     assert not found.shadow.any()
     assert found.wrong[:2000].mean() < world.EPSILON < found.wrong[2000:].mean()
@@ -56,10 +65,8 @@ def test_without_a_controller_the_caches_answer_as_they_are(tmp_path):
 
 def test_a_drift_closes_the_caches_and_its_end_opens_them_again(tmp_path):
     trace = world.trace(("dim", 3000), ("bright", 1500), ("dim again", 6000))
-    mechanisms = Mechanisms(controller=QUIET, recovery=dataclasses.replace(RECOVERY, refit=False), share=1.0)
-    found = simulate(world.bundle(), trace, mechanisms, folder=tmp_path)
-    alarm = next(event.number for event in found.events if event.kind == "alarm")
-    swap = next(event.number for event in found.events if event.kind == "swap")
+    found = replay(tmp_path, trace, recovery=dataclasses.replace(RECOVERY, refit=False), share=1.0)
+    alarm, swap = first(found, "alarm").number, first(found, "swap").number
     assert 3000 < alarm < 3500
     assert swap > 4500, "nothing is certified in bright light"
     assert not found.wrong[alarm:swap].any(), "safe mode is the base"
@@ -75,18 +82,17 @@ def test_a_drift_closes_the_caches_and_its_end_opens_them_again(tmp_path):
 
 def test_where_the_drift_stays_refitted_heads_take_over(tmp_path):
     trace = world.trace(("dim", 1000), ("bright", 12_000))
-    found = simulate(world.bundle(), trace, Mechanisms(controller=QUIET, recovery=RECOVERY, share=1.0), folder=tmp_path)
+    found = replay(tmp_path, trace, recovery=RECOVERY, share=1.0)
     behind = kinds(found)[kinds(found).index("refit") :]
     assert behind[:3] == ["refit", "trial", "swap"]
-    swap = next(event.number for event in found.events if event.kind == "swap")
+    swap = first(found, "swap").number
     assert found.wrong[swap:].mean() < world.EPSILON
     assert found.ms[swap:].mean() < found.full_ms / 1.3
 
 
 def test_recovery_without_a_share_of_the_time_is_slow(tmp_path):
     trace = world.trace(("dim", 1000), ("bright", 1000), ("dim again", 1500), rate=10_000.0)
-    mechanisms = Mechanisms(controller=QUIET, recovery=RECOVERY, share=1e-6)
-    assert "swap" not in kinds(simulate(world.bundle(), trace, mechanisms, folder=tmp_path))
+    assert "swap" not in kinds(replay(tmp_path, trace, recovery=RECOVERY, share=1e-6))
 
 
 def popular(n: int, items: int = 50) -> Trace:
@@ -98,7 +104,7 @@ def popular(n: int, items: int = 50) -> Trace:
 
 def test_exact_repeats_are_the_bases_own_answers(tmp_path):
     controller = dataclasses.replace(QUIET, exact=ExactCacheConfig(often=2))
-    found = simulate(world.bundle(), popular(2000), Mechanisms(controller=controller), folder=tmp_path)
+    found = replay(tmp_path, popular(2000), controller=controller)
     repeated = found.exit == EXACT
     assert repeated.sum() > 2000 - 3 * 50
     assert not found.wrong[repeated].any()
@@ -121,9 +127,9 @@ def near_repeats(n: int) -> Trace:
 def test_the_nearest_cache_opens_after_a_trial_and_answers_near_repeats(tmp_path):
     trial = NearestTrialConfig(known=60, every=20, most=1500)
     controller = dataclasses.replace(QUIET, nearest=NearestCacheConfig(cells=4, capacity=50), nearest_trial=trial)
-    found = simulate(world.bundle(), near_repeats(4000), Mechanisms(controller=controller), folder=tmp_path)
+    found = replay(tmp_path, near_repeats(4000), controller=controller)
     assert kinds(found)[:2] == ["trial", "opened"]
-    opened = next(event.number for event in found.events if event.kind == "opened")
+    opened = first(found, "opened").number
     assert not (found.exit[:opened] == NEAREST).any()
     assert (found.exit[opened:] == NEAREST).mean() > 0.5
     assert found.wrong[opened:].mean() < world.EPSILON
@@ -131,30 +137,24 @@ def test_the_nearest_cache_opens_after_a_trial_and_answers_near_repeats(tmp_path
 
 def test_the_same_trace_and_seed_give_the_same(tmp_path):
     trace = world.trace(("dim", 600), ("bright", 300))
-    controller = dataclasses.replace(
-        QUIET, monitor=MonitorConfig(epsilon=world.EPSILON, quiet_q=0.3, drift=False), seed=3
-    )
-    first, second = (
-        simulate(world.bundle(), trace, Mechanisms(controller=controller), folder=tmp_path / name) for name in "ab"
-    )
+    monitor = MonitorConfig(epsilon=world.EPSILON, quiet_q=0.3, drift=False)
+    controller = dataclasses.replace(QUIET, monitor=monitor, seed=3)
+    one, other = (replay(tmp_path / name, trace, controller=controller) for name in "ab")
     for column in ("exit", "wrong", "shadow"):
-        np.testing.assert_array_equal(getattr(first, column), getattr(second, column))
-    assert first.shadow.any()
+        np.testing.assert_array_equal(getattr(one, column), getattr(other, column))
+    assert one.shadow.any()
 
 
 def test_a_trace_of_rows_alone_is_refused(tmp_path):
     trace = Trace(item=np.zeros(3, np.int32), seconds=np.zeros(3))
     with pytest.raises(InputError, match="trace: expected one with images"):
-        simulate(world.bundle(), trace, Mechanisms(controller=None), folder=tmp_path)
+        replay(tmp_path, trace)
 
 
 def test_caches_that_save_no_time_are_paused_and_resumed(tmp_path):
     """Lookups twice as dear as the whole base: however many hit, requests are better off without."""
-    (costs,) = world.bundle().costs
-    dear = dataclasses.replace(costs, lookup_ms=dict.fromkeys(costs.lookup_ms, 2 * costs.full_ms))
-    bundle = dataclasses.replace(world.bundle(), costs=(dear,))
     controller = dataclasses.replace(QUIET, cost_guard=CostGuardConfig(requests=50, pause=400))
-    found = simulate(bundle, world.trace(("dim", 2000)), Mechanisms(controller=controller), folder=tmp_path)
+    found = replay(tmp_path, world.trace(("dim", 2000)), bundle=world.dear(), controller=controller)
     assert kinds(found) == ["paused", "resumed", "paused", "resumed", "paused"]
     begins, ends, again, later, _ = (event.number for event in found.events)
     assert (ends - begins, later - again) == (400, 800), "each pause in a row is twice as long"
@@ -176,19 +176,18 @@ def test_a_trial_of_refitted_heads_leaves_out_what_came_during_the_refit(tmp_pat
 
     monkeypatch.setattr(recovery, "refit_caches", slow)
     trace = world.trace(("dim", 500), ("bright", 6500))
-    found = simulate(world.bundle(), trace, Mechanisms(controller=QUIET, recovery=RECOVERY, share=1.0), folder=tmp_path)
-    refitted = next(event.number for event in found.events if event.kind == "refit")
-    swap = next(event for event in found.events if event.kind == "swap" and event.number > refitted)
+    found = replay(tmp_path, trace, recovery=RECOVERY, share=1.0)
+    refitted = first(found, "refit").number
+    swap = first(found, "swap", after=refitted)
     taken = int(swap.text.split(" after ")[1].split()[0])
     assert swap.number - taken >= refitted + 2000, (refitted, swap.number, taken)
 
 
 def test_a_simulation_in_the_same_folder_starts_anew(tmp_path):
     trace = world.trace(("dim", 500), ("bright", 500))
-    mechanisms = Mechanisms(controller=QUIET, recovery=dataclasses.replace(RECOVERY, refit=False), share=1.0)
-    runs = [simulate(world.bundle(), trace, mechanisms, folder=tmp_path) for _ in range(2)]
-    first, second = ([e.text for e in run.events if e.kind == "trial"] for run in runs)
-    assert first[0] == second[0], "trials are counted from 1 again; when they end is a matter of measured seconds"
+    certified = dataclasses.replace(RECOVERY, refit=False)
+    one, other = (first(replay(tmp_path, trace, recovery=certified, share=1.0), "trial") for _ in range(2))
+    assert one.text == other.text, "trials are counted from 1 again; when they end is a matter of measured seconds"
 
 
 def test_measured_time_is_that_of_what_is_served(monkeypatch):

@@ -3,6 +3,7 @@
 Images are 4 x 4. The base says whether the left half is lighter than the right, and, in bright light, the opposite.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -71,6 +72,13 @@ def bundle() -> Bundle:
         certificate=certificate,
         costs=(costs,),
     )
+
+
+def dear() -> Bundle:
+    """The same with lookups that cost twice as much as the whole base, so that its caches never save time."""
+    (costs,) = bundle().costs
+    costs = dataclasses.replace(costs, lookup_ms=dict.fromkeys(costs.lookup_ms, 2 * costs.full_ms))
+    return dataclasses.replace(bundle(), costs=(costs,))
 
 
 def trace(*phases: tuple[str, int], rate: float = 100.0) -> Trace:
