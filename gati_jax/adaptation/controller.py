@@ -65,9 +65,10 @@ class Served(NamedTuple):
         """Whether any cache may answer."""
         return bool(np.isfinite(self.thresholds).any())
 
-    def closed(self, which: Bool[np.ndarray, " caches"]) -> "Served":
-        """Return the same with these caches closed."""
-        return Served(self.caches, np.where(which, np.float32(np.inf), self.thresholds))
+    def closed(self, which: Bool[np.ndarray, " caches"] | None = None) -> "Served":
+        """Return the same with these caches closed; all unless given."""
+        off = True if which is None else which
+        return Served(self.caches, np.where(off, np.float32(np.inf), self.thresholds))
 
 
 class Event(NamedTuple):
@@ -297,7 +298,7 @@ class AdaptationController:
         if pause := self._cost_guard.add(exit_ms(self.served.caches, self._costs, exit_)):
             self._paused, self._resume_at = self.served, self.request_log.count + pause
             self.emit("paused", f"caches cost more than they save: closed for {pause} requests")
-            self._serve(self.served.closed(np.isfinite(self.served.thresholds)))
+            self._serve(self.served.closed())
 
     def _resume(self, served: Served) -> None:
         self._paused = None

@@ -49,7 +49,7 @@ def first(replayed, kind, after=-1):
     return next(event for event in replayed.events if event.kind == kind and event.number > after)
 
 
-def replay(folder, trace, *, bundle=None, controller=QUIET, **mechanisms):
+def replay(folder, trace, *, bundle=None, controller: ControllerConfig | None = QUIET, **mechanisms):
     chosen = Mechanisms(controller=controller, **mechanisms)
     return simulate(bundle or world.bundle(), trace, chosen, folder=folder)
 

@@ -310,7 +310,7 @@ def test_requests_that_are_never_answered_hold_none_back(start):
     one.abandon(one.submit(world.images(8, 7), route=0))
     results(one.submit(world.images(4, 8), route=0))
     assert one.engine.stop(PATIENCE)
-    assert one.read(lambda controller: controller._pending) == {}
+    assert one.read(lambda controller: len(controller._waiting)) == 0
 
 
 def test_where_adaptation_fails_the_base_answers(start, caplog):
