@@ -32,6 +32,20 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _looks_of_a_module(tmp_path_factory):
+    """Keep looks of the fixtures out of the ledger of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("GATI_JAX_LEDGER", str(tmp_path_factory.mktemp("looks") / "looks.json"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _looks_of_a_test(tmp_path_factory, monkeypatch):
+    """Count the looks of every test from one on."""
+    monkeypatch.setenv("GATI_JAX_LEDGER", str(tmp_path_factory.mktemp("looks") / "looks.json"))
+
+
 def dense_block(params, x):
     """A block that the library does not know."""
     return jnp.tanh(x @ params["w"] + params["b"].reshape(1, -1))
@@ -118,7 +132,7 @@ def planned(chain, candidates, splits, costs):
     """A plan on ``select`` and its certificate on ``certify``."""
     plan = gati_jax.plan(gati_jax.replay(chain, candidates, splits["select"]), costs, epsilon=0.08)
     table = gati_jax.replay(chain, candidates, splits["certify"])
-    return plan, gati_jax.certify(plan, table, epsilon=0.08, delta=0.1)
+    return plan, gati_jax.certify(plan, table, epsilon=0.08, delta=0.1, ledger=None)
 
 
 @pytest.fixture
