@@ -32,18 +32,16 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _looks_of_a_module(tmp_path_factory):
-    """Keep looks of the fixtures out of the ledger of whoever runs the tests."""
+def _fresh_ledger(tmp_path_factory):
+    """Count looks from one on, and not in the ledger of whoever runs the tests."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("GATI_JAX_LEDGER", str(tmp_path_factory.mktemp("looks") / "looks.json"))
         yield
 
 
-@pytest.fixture(autouse=True)
-def _looks_of_a_test(tmp_path_factory, monkeypatch):
-    """Count the looks of every test from one on."""
-    monkeypatch.setenv("GATI_JAX_LEDGER", str(tmp_path_factory.mktemp("looks") / "looks.json"))
+_of_all = pytest.fixture(_fresh_ledger, autouse=True, scope="session")
+_of_a_module = pytest.fixture(_fresh_ledger, autouse=True, scope="module")
+_of_a_test = pytest.fixture(_fresh_ledger, autouse=True)
 
 
 def dense_block(params, x):

@@ -15,7 +15,7 @@ from gati_jax.certification import Looks, find_ledger
 from tests.planning.reference import OFF, make_plan, make_table
 
 pytestmark = pytest.mark.filterwarnings("ignore:look")
-N, EPSILON, DELTA = 100, 0.1, 0.1
+N, EPSILON, DELTA = 130, 0.1, 0.1
 PLANS = [make_plan([[OFF], [threshold]], depth=2) for threshold in (1.0, 0.9, 0.8, 0.7, 0.6)]
 
 
@@ -57,8 +57,8 @@ def test_a_failed_look_tells_nothing_until_it_is_asked_to():
     assert few == many  # whatever failed, and by however much
     assert "reveal" in few.stays_off[0]
     told = gati_jax.certify(PLANS[0], table(40), EPSILON, ledger=ledger, reveal=True)
-    assert (told.looks, "40.00% of 100 disagree" in told.stays_off[0]) == (1, True)
-    with pytest.raises(InputError, match=r"ledger: expected certify rows that are open, but 100 of 100 are closed"):
+    assert (told.looks, "30.77% of 130 disagree" in told.stays_off[0]) == (1, True)
+    with pytest.raises(InputError, match=r"ledger: expected certify rows that are open, but 130 of 130 are closed"):
         gati_jax.certify(PLANS[1], table(0), EPSILON, ledger=ledger)
 
 
@@ -83,7 +83,7 @@ def test_old_rows_among_fresh_ones_count():
     assert gati_jax.certify(PLANS[0], table(20, first_row=2 * N - 1), EPSILON, ledger=ledger).looks == 3
     assert gati_jax.certify(PLANS[0], table(20, first_row=5 * N), EPSILON, ledger=ledger).looks == 1
     gati_jax.certify(PLANS[0], table(20), EPSILON, ledger=ledger, reveal=True)
-    with pytest.raises(InputError, match="1 of 100 are closed"):
+    with pytest.raises(InputError, match="1 of 130 are closed"):
         gati_jax.certify(PLANS[1], table(0, first_row=N - 1), EPSILON, ledger=ledger)
 
 
@@ -102,10 +102,10 @@ def test_plans_of_one_look_count_once_in_any_order():
 
 
 def test_advice_asks_for_fresh_rows_and_reckons_with_a_first_look():
-    failed = gati_jax.certify(PLANS[0], table(6), EPSILON, DELTA, ledger=Ledger(), reveal=True)
+    failed = gati_jax.certify(PLANS[0], table(8), EPSILON, DELTA, ledger=Ledger(), reveal=True)
     (count,) = re.findall(r"about (\d+) fresh certify rows, without any of these", failed.stays_off[0])
     n = int(count)
-    assert binom.cdf(np.ceil(0.06 * n), n, EPSILON) <= 6 * DELTA / np.pi**2
+    assert binom.cdf(np.ceil(8 / N * n), n, EPSILON) <= 6 * DELTA / np.pi**2
 
 
 def test_the_file_is_shared_and_outlives_a_process(tmp_path):
