@@ -15,10 +15,9 @@ from gati_jax import Ledger
 from gati_jax.certification import accuracy_gap_bound
 from tests.planning.reference import OFF, make_plan, make_table, serve
 
-certify, certify_conditional, certify_together = (
-    functools.partial(one, ledger=None)
-    for one in (gati_jax.certify, gati_jax.certify_conditional, gati_jax.certify_together)
-)
+certify = functools.partial(gati_jax.certify, ledger=None)
+certify_conditional = functools.partial(gati_jax.certify_conditional, ledger=None)
+certify_together = functools.partial(gati_jax.certify_together, ledger=None)
 EPSILON, DELTA, N, DRAWS = 0.1, 0.1, 200, 250
 RISKS = [0.02, 0.06, EPSILON, 0.13]
 NESTED = [[OFF], [-1.0], [-2.0], [-3.0], [-4.0]]

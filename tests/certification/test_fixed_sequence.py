@@ -14,10 +14,9 @@ from gati_jax.certification import tightest
 from gati_jax.planning import ReplaySource
 from tests.planning.reference import OFF, exact_cdf, make_plan, make_table, random_plan, random_tables, serve
 
-certify, certify_conditional, certify_together = (
-    functools.partial(one, ledger=None)
-    for one in (gati_jax.certify, gati_jax.certify_conditional, gati_jax.certify_together)
-)
+certify = functools.partial(gati_jax.certify, ledger=None)
+certify_conditional = functools.partial(gati_jax.certify_conditional, ledger=None)
+certify_together = functools.partial(gati_jax.certify_together, ledger=None)
 SEEDS = st.integers(0, 2**31)
 ONE = make_plan([[OFF], [1.0]], depth=2)
 """The plan of one cache and one step."""

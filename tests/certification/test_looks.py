@@ -158,7 +158,9 @@ def test_a_bundle_carries_its_looks_to_another_ledger(tmp_path, monkeypatch, cha
     certificate = gati_jax.certify(plan, certify, 0.08, 0.1)
     gati_jax.save_bundle(tmp_path / "bundle", chain, candidates, plan, certificate)
     monkeypatch.setenv("GATI_JAX_LEDGER", str(tmp_path / "elsewhere.json"))
-    assert not find_ledger("user").closed(certify.rows)
+    elsewhere = find_ledger("user")
+    assert elsewhere
+    assert not elsewhere.closed(certify.rows)
     gati_jax.load_bundle(tmp_path / "bundle", chain=chain)
     with pytest.raises(InputError, match="350 of 350 are closed"):
         gati_jax.certify(plan, certify, 0.2)

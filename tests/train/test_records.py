@@ -98,11 +98,9 @@ def test_several_plans_are_certified_together_in_one_look(run, tmp_path):
     assert len(looks(out / "bundle")) == 3
     assert len({look["together"] for look in looks(out / "bundle")}) == 1
     assert [result["certificate"]["name"], *(c["certificate"]["name"] for c in result["also"])] == [*certificates]
+    level = 0.05 / 3 * 6 / np.pi**2
     for name, certificate in certificates.items():
-        assert (
-            certificate.step == -1
-            or binom.cdf(certificate.disagreements, 300, certificate.epsilon) <= 0.05 / 3 * 6 / np.pi**2
-        )
+        assert certificate.step == -1 or binom.cdf(certificate.disagreements, 300, certificate.epsilon) <= level
         gap = certificate.accuracy_gap
         assert (gap is not None) == certificate.certified, name
     part = data.load("digits", "all[1197:1497]")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gati_jax import InputError
 from tests.train.one_pass import Run, caches_arguments, json_of, looks_in, small_and_repeatable, strict
 from tests.train.reproduce.written_results import texts
 from train.reproduce import evaluation, page
@@ -75,7 +76,7 @@ def test_the_first_look_at_certify_is_written_down(reproduced):
 def test_what_is_shown_of_every_policy_closes_the_rows(run, reproduced, tmp_path):
     folder, _ = reproduced
     again = shutil.copytree(folder, tmp_path / "again")
-    with pytest.raises(gati_jax.InputError, match="ledger: expected certify rows that are open"):
+    with pytest.raises(InputError, match="ledger: expected certify rows that are open"):
         reproduce_in(again, run, "--plan.epsilon", "0.1")
 
 
