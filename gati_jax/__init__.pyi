@@ -4,6 +4,7 @@ from .bundle import save_bundle as save_bundle
 from .bundle import save_tuning as save_tuning
 from .caches import Candidate as Candidate
 from .certification import Certificate as Certificate
+from .certification import Ledger as Ledger
 from .certification import certify as certify
 from .certification import certify_conditional as certify_conditional
 from .certification import certify_together as certify_together

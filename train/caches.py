@@ -1,21 +1,23 @@
 """Fit, plan and certify caches for a frozen base: DIR/bundle.
 
-The ``certify`` split is opened once the plan, with its whole path of thresholds, is fixed; DIR/looks.json remembers
-every time that happened.
+The ``certify`` split is opened once the plan, with its whole path of thresholds, is fixed; a ledger counts every time
+that happened, whatever the folder (see docs/explanation/certificates.md).
 """
 
 import logging
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt64
 
 import gati_jax
 from gati_jax import Chain, Head, InputError, ReplayTable, data
 from gati_jax.bundle.manifest import Provenance
-from gati_jax.certification import Certificate, count_duplicates, tightest
+from gati_jax.certification import AnyLedger, Certificate, count_duplicates, find_ledger, tightest
 from gati_jax.fitting import network_head
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
 from gati_jax.planning import Composition, CostTable, Plan, cascade_ms
@@ -23,7 +25,6 @@ from train import cli, zoo
 
 from .config import Base, Config
 from .exploration import explore
-from .records import count_looks, record_look
 from .results import Caches, CertificateResult, PlannedCache, PlanResult, Predicted
 
 EXAMPLE = (
@@ -35,16 +36,17 @@ _log = logging.getLogger("train.caches")  # not __name__, which is "__main__"
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    arguments, config = cli.parse(Config, argv, "Fit, plan and certify caches for a frozen base.", EXAMPLE)
+    arguments, config = cli.parse(Config, argv, "Fit, plan and certify caches for a frozen base.", EXAMPLE, looks=True)
     config = zoo.completed(config)
     splits = config.data.splits.model_dump()
     data.check_disjoint(splits)
     saw_certify = base_saw_certify(config)
     chain = read_base(config.base)
     parts = {name: data.load(config.data.name, splits[name], config.data.dir) for name in ("fit", "select", "certify")}
-    count_duplicates(
-        data.row_digests(parts["certify"].images), drawn=config.plan.repeats
-    )  # refused before hours of work
+    # Refused before hours of work.
+    rows = data.row_digests(parts["certify"].images)
+    count_duplicates(rows, drawn=config.plan.repeats)
+    check_open(arguments.ledger, rows, arguments.out)
 
     heads = [*(head.build() for head in config.fit.heads), *small_networks(config)]
     found = explore(config, chain, heads, parts, arguments.out)
@@ -55,11 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     chosen = candidates.take(tuple(dict.fromkeys(name for plan, _ in plans.values() for name in plan.names)))
 
     # From here on nothing may be chosen: the plans are fixed, and the certify split is opened.
-    rows = data.row_digests(parts["certify"].images)
-    looks = record_look(arguments.out / "looks.json", rows, plans, config.plan.delta)
     certify = gati_jax.replay(chain, chosen, parts["certify"].images, labels=parts["certify"].labels)
     certificates = gati_jax.certify_together(
-        plans, certify, config.plan.delta, looks=count_looks(looks), base_saw_data=saw_certify,
+        plans, certify, config.plan.delta, ledger=arguments.ledger, reveal=arguments.reveal, base_saw_data=saw_certify,
         duplicates=True,  # what `count_duplicates` let pass above
     )  # fmt: skip
     default = tightest(certificates)
@@ -73,7 +73,6 @@ def main(argv: list[str] | None = None) -> None:
         versions=cli.versions(),
         seed=config.seed,
         data_fingerprints={name: data.fingerprint(data.row_digests(part.images)) for name, part in parts.items()},
-        looks=tuple(look.entry() for look in looks),
         command=sys.argv,
         config=config.model_dump(mode="json"),
     )
@@ -88,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         class_names=parts["fit"].class_names,
         provenance=provenance,
         costs=[costs],
+        ledger=arguments.ledger,
     )
 
     result = Caches(
@@ -103,6 +103,22 @@ def main(argv: list[str] | None = None) -> None:
     result.write(arguments.out / "caches.json", print_json=arguments.json)
     if not arguments.json:
         show(result, f"Plan for {config.base.network} on {config.data.name}")
+
+
+def check_open(ledger: AnyLedger, rows: UInt64[np.ndarray, " n"], out: Path) -> None:
+    """Check that certify rows are open for another look, unless a run in ``out`` is repeated, which is none.
+
+    A run in a new folder measures costs anew, and so comes to another plan.
+
+    Raises:
+        InputError: They are closed.
+    """
+    counted = find_ledger(ledger)
+    if counted and not (out / "costs.json").exists() and (why := counted.closed(rows)):
+        raise InputError(
+            f"data.splits.certify: expected rows that are open for a look, but {why}; give fresh rows, or --ledger FILE"
+            " for a study that owes nothing to that look"
+        )
 
 
 def base_saw_certify(config: Config) -> bool:
@@ -162,8 +178,8 @@ def show(result: Caches, title: str) -> None:
 def certificate_line(c: CertificateResult) -> str:
     """Describe what was certified."""
     if not c.certified:
-        return f"NOT certified at epsilon {c.epsilon}: every cache stays off, the base answers"
-    together = f", {c.plans} plans together" if c.plans > 1 else ""
+        return f"NOT certified at epsilon {c.epsilon}: every cache stays off, the base answers ({c.basis})"
+    together = (f", {c.plans} plans together" if c.plans > 1 else "") + f", {c.basis}"
     certified = (
         f"certified: at most {c.epsilon:.1%} of requests disagree with the base (confidence {1 - c.delta:.0%}"
         f"{together}; {c.disagreements} of {c.n} certify requests did)"

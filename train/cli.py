@@ -17,7 +17,8 @@ from rich.markup import escape
 from rich.progress import track as rich_track
 from rich.table import Table
 
-from gati_jax import InputError, __version__
+from gati_jax import InputError, Ledger, __version__
+from gati_jax.certification import AnyLedger
 from gati_jax.checks import write_atomically
 from gati_jax.options import describe_options
 
@@ -118,7 +119,31 @@ def parser(description: str, example: str, *, out: bool = True, as_json: bool = 
     return p
 
 
-def parse(model: type[M], argv: Sequence[str] | None, description: str, example: str) -> tuple[argparse.Namespace, M]:
+def add_looks(p: Parser) -> None:
+    """Add the flags of scripts that open the certify split."""
+    p.add_argument(
+        "--ledger",
+        type=ledger,
+        default="user",
+        metavar="FILE",
+        help="where looks at certify rows are counted (default: the user's own, see docs; none: the only look, on your"
+        " word)",
+    )
+    p.add_argument(
+        "--reveal",
+        action="store_true",
+        help="say why nothing was certified; this closes the certify rows for other plans",
+    )
+
+
+def ledger(text: str) -> AnyLedger:
+    """Read where looks are counted."""
+    return None if text == "none" else "user" if text == "user" else Ledger(file(text))
+
+
+def parse(
+    model: type[M], argv: Sequence[str] | None, description: str, example: str, *, looks: bool = False
+) -> tuple[argparse.Namespace, M]:
     """Parse ``--config FILE --out DIR [--section.key value ...]``.
 
     Args:
@@ -126,11 +151,14 @@ def parse(model: type[M], argv: Sequence[str] | None, description: str, example:
         argv: The command line; None for the process's.
         description: What the script does.
         example: A whole command.
+        looks: Whether it opens the certify split.
 
     Raises:
         InputError: See ``Parser.parse_known_args`` and ``load``.
     """
     p = parser(description, example)
+    if looks:
+        add_looks(p)
     p.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file, see configs/")
     p.epilog = f"{p.epilog}\n\n{help_of(model)}"
     p.keys = keys_of(model)

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 import gati_jax
 from gati_jax import Bundle, Certificate, InputError, Prediction, data
-from gati_jax.certification import AccuracyGap
+from gati_jax.certification import AccuracyGap, AnyLedger, find_ledger
 from gati_jax.profiling import measure_speed
 from gati_jax.report import render
 from train import cli, latency
@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = getattr(config.data.splits, arguments.split)
     split = data.load(config.data.name, rows, arguments.data_dir or config.data.dir)
     check_fingerprint(bundle, arguments.split, split)
+    if arguments.split == "certify":
+        close_certify(arguments.ledger, bundle, split, reveal=arguments.reveal)
     if arguments.split == "select":
         _log.warning("the plan was composed on select, with other selectors: its agreement here says little")
 
@@ -94,6 +96,7 @@ def parser() -> cli.Parser:
         default="test",
         help="split of the bundle's config (default: test)",
     )
+    cli.add_looks(p)
     p.add_argument(
         "--data-dir",
         type=Path,
@@ -127,6 +130,24 @@ def fitted_on(bundle: Bundle, path: Path) -> Config:
     if not bundle.provenance.config:
         raise InputError(f"bundle: {path} does not say what it was fitted on; expected one written by train.caches")
     return build_config(bundle.provenance.config)
+
+
+def close_certify(ledger: AnyLedger, bundle: Bundle, split: data.Dataset, *, reveal: bool) -> None:
+    """Check that the certify rows may be shown: they are closed for looks, or are so from now on.
+
+    Raises:
+        InputError: They are open: a plan that is chosen by what they show could not be certified on them.
+    """
+    rows, counted, default = data.row_digests(split.images), find_ledger(ledger), bundle.certificate
+    if counted and not counted.closed(rows):
+        if not reveal:
+            raise InputError(
+                "split: expected test, or certify with --reveal, which closes these rows for other plans: what they"
+                " show could decide what is certified on them next"
+            )
+        plans = {name: (plan, bundle.certificates[name].epsilon) for name, plan in bundle.plans.items()}
+        counted.close(counted.open(rows, plans, default.delta, default.method), "revealed")
+    _log.warning("the certify rows are closed: certify no plan on them that was chosen by what they show")
 
 
 def answers(bundle: Bundle, images: np.ndarray) -> Prediction:
@@ -185,7 +206,7 @@ def show(result: Evaluation) -> None:
     one_by_one, *tuned = cost.measured
     base, cascade = result.base.accuracy, result.cascade.accuracy
     holds = "holds" if certificate.holds else "does NOT hold"
-    bound = f"disagreement <= {certificate.epsilon}, delta {certificate.delta}: {holds} here"
+    bound = f"disagreement <= {certificate.epsilon}, delta {certificate.delta}, {certificate.basis}: {holds} here"
     times = f"{one_by_one.full_ms:.3f} -> {one_by_one.cascade_ms:.3f} ms, spread {one_by_one.spread:.0%}"
     over = f"over the {one_by_one.full} full network"
     over += ", which is faster than the reference one" if one_by_one.full == "tuned" else ""

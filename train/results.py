@@ -57,6 +57,8 @@ class CertificateResult(Record):
     method: str = ""
     numerics: str = "reference"
     looks: int
+    basis: str = ""
+    """What the confidence rests on: which look it is, or the user's word that there is no other."""
     plans: int = 1
     base_saw_data: bool = False
     accuracy_gap: AccuracyGap | None = None

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gati_jax.caches import Candidate, Network, build_predictor, build_selector
+from gati_jax.certification import Looks, find_ledger
 from gati_jax.errors import BundleError, InputError, describe_mismatch
 from gati_jax.models import Architecture, Chain, fold, init, layers, to_chain
 from gati_jax.profiling import Tile, Tuning
@@ -19,7 +20,7 @@ from gati_jax.profiling.tuned_cascade import OPTIONS
 from gati_jax.pytrees import restore_spec
 
 from .files import check_files, present
-from .manifest import CacheEntry, Certificates, DeviceFile, Manifest, Plans, read_json, read_manifest
+from .manifest import LOOKS, CacheEntry, Certificates, DeviceFile, Manifest, Plans, read_json, read_manifest
 from .record import Bundle, CertifiedPlans, check_origin, check_plans, sites_of
 
 
@@ -52,6 +53,8 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
     values = _load_arrays(folder / "arrays", named_arrays(skeleton, caches))
     base = _filled(skeleton, values, "base")
     caches = tuple(_filled(cache, values, f"caches/{cache.name}") for cache in caches)
+    if LOOKS in manifest.files and (ledger := find_ledger("user")):
+        ledger.merge(read_json(folder / LOOKS, Looks))  # certifying on rows of a bundle is never a first look
     devices = _read_devices(folder / "tuning", base, caches)
     try:
         for plan, _ in pairs:

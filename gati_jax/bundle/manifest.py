@@ -19,6 +19,8 @@ from gati_jax.profiling import Tuning
 MAX_PLANS = 4
 FORMAT_VERSION = 1
 MAX_JSON_BYTES = 64 * 2**20
+LOOKS = "looks.json"
+"""All looks at the bundle's certify rows; older bundles have none, but a list in their provenance."""
 
 Site = Annotated[int, Field(ge=0, le=100_000)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -49,7 +51,7 @@ class Provenance(Strict):
     data_fingerprints: dict[str, str] = {}
     """By split: a digest of its rows, in order."""
     looks: tuple[dict[str, str | float], ...] = ()
-    """Every plan that rows of the certify split were used for, the bundle's own included."""
+    """In bundles of older versions; newer ones have a looks.json."""
     command: list[str] = []
     config: dict[str, Any] = {}
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gati_jax.caches import Candidate, choose, describe_predictor, describe_selector
-from gati_jax.certification import Certificate
+from gati_jax.certification import AnyLedger, Certificate, find_ledger
 from gati_jax.errors import InputError
 from gati_jax.models import Architecture, Chain
 from gati_jax.planning import CostTable, Plan
@@ -14,6 +14,7 @@ from .files import digests, present, replacing
 from .load import named_arrays
 from .manifest import (
     FORMAT_VERSION,
+    LOOKS,
     CacheEntry,
     Certificates,
     DeviceFile,
@@ -39,6 +40,7 @@ def save_bundle(
     class_names: tuple[str, ...] = (),
     provenance: Provenance | None = None,
     costs: Iterable[CostTable] = (),
+    ledger: AnyLedger = "user",
 ) -> None:
     """Save a bundle; a bundle at ``path`` is replaced as a whole, or stays as it is if saving fails.
 
@@ -53,6 +55,7 @@ def save_bundle(
         class_names: Names of the classes, in the order of the logits.
         provenance: Versions, seeds, data, config.
         costs: Measured costs.
+        ledger: The one that the certificate was made with: its looks at the certify rows are copied into the bundle.
 
     Raises:
         InputError: A certificate is another plan's, the plans were not certified together or have the same name, a
@@ -81,6 +84,8 @@ def save_bundle(
         ocp.save(str(folder.absolute() / "arrays"), named_arrays(chain, caches))
         write_json(folder / "plans.json", Plans(plans=tuple(PlanEntry.of(one) for one, _ in pairs)))
         write_json(folder / "certificates.json", Certificates(certificates=tuple(c for _, c in pairs)))
+        if (counted := find_ledger(ledger)) and (looks := counted.of(certificate.data_fingerprint)).looks:
+            write_json(folder / LOOKS, looks)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             network=chain.network if isinstance(chain.network, Architecture) else None,

@@ -69,7 +69,9 @@ class Certificate:
     numerics: str = "reference"
     """The arithmetic that was certified: the float32 reference path."""
     looks: int = 1
-    """How often this data has been opened for certificates, this time included."""
+    """j: this is the j-th look at any of these rows."""
+    recorded: bool = False
+    """Whether a ledger counted the looks; if not, that it is the only one rests on the user's word."""
     plans: int = 1
     """Plans that were certified together, in one look: delta is the risk that any of their certificates is wrong."""
     version: int = 0
@@ -124,14 +126,22 @@ class Certificate:
 
     @property
     def level(self) -> float:
-        """What each p-value was compared with: the plans of one look share delta / looks.
+        """What each p-value was compared with.
 
-        This bounds the risk of each look, not of a series of them, whose sum exceeds delta. For sequential trials delta
-        is the risk that any of them all certifies wrongly.
+        The plans of a recorded look share 6 delta / (pi^2 j^2), so that delta is the risk that any of all looks at
+        these rows certifies wrongly; for sequential trials, that any of them does. A look that no ledger counted is
+        tested at delta; certificates of old bundles, with several looks, at delta / looks.
         """
         if self.method == SEQUENTIAL:
             return trial_level(self.delta, self.version)
-        return self.delta / self.looks / self.plans
+        return (trial_level(self.delta, self.looks) if self.recorded else self.delta / self.looks) / self.plans
+
+    @property
+    def basis(self) -> str:
+        """What the confidence rests on, in words."""
+        if self.method == SEQUENTIAL:
+            return f"sequential trial {self.version}"
+        return f"look {self.looks} at these rows" if self.recorded else "a single look, on the user's word"
 
     def _passed(self) -> bool:
         if self.method == MARGINAL:
@@ -152,11 +162,11 @@ class Certificate:
     def _has_gap(self, gap: AccuracyGap) -> bool:
         """Check it: only a request that disagrees is a loss or a gain; the step was chosen among at least so many."""
         possible = gap.n == self.n and gap.losses + gap.gains <= self.disagreements
-        return possible and gap.comparisons >= self.step * self.looks * self.plans
+        return possible and gap.comparisons >= math.floor(self.step * self.delta / self.level)
 
 
 def trial_level(delta: float, version: int) -> float:
-    """Return the j-th trial's part of delta, 6 delta / (pi^2 j^2): the parts of all trials add up to delta.
+    """Return the j-th trial's (or look's) part of delta, 6 delta / (pi^2 j^2): the parts of all add up to delta.
 
     Example:
         >>> round(sum(trial_level(0.05, j) for j in range(1, 100_000)), 4)

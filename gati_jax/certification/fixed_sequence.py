@@ -5,10 +5,11 @@ null hypothesis of a step, "the disagreement exceeds epsilon", is rejected while
 delta; the last step before the first failure is certified. The number of steps needs no correction, because their order
 was fixed before the data was seen. It holds for requests drawn independently from the same distribution as these.
 
-Plans that are certified together share delta: each of m is tested at delta / m.
+Plans that are certified together share delta: each of m is tested at delta / m. See ``looks`` for later looks.
 """
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping
 
@@ -23,7 +24,8 @@ from gati_jax.planning.tables import Outcome, ReplayTable, replay_plan
 from gati_jax.planning.threshold_path import Plan
 
 from .accuracy_gap import AccuracyGap, accuracy_gap_bound
-from .certificate import CONDITIONAL, MARGINAL, Certificate, ExitRate, Method, check_name
+from .certificate import CONDITIONAL, MARGINAL, Certificate, ExitRate, Method, check_name, trial_level
+from .looks import AnyLedger, find_ledger
 
 MOST_DUPLICATES = 0.01  # of the rows, unless they are known to be separate requests
 
@@ -34,7 +36,8 @@ def certify(
     epsilon: float,
     delta: float = 0.05,
     *,
-    looks: int = 1,
+    ledger: AnyLedger = "user",
+    reveal: bool = False,
     base_saw_data: bool = False,
     duplicates: bool = False,
 ) -> Certificate:
@@ -45,19 +48,22 @@ def certify(
         table: Replay of the certify split with the candidates of the plan. If it has labels, the certificate also
             bounds the loss of accuracy, at a delta of its own of the same size.
         epsilon: The disagreement to certify.
-        delta: The risk that the certificate is wrong.
-        looks: How often these rows have been opened for certificates, this time included. A later look is tested at
-            delta / looks, which bounds the risk of each look, not of the whole series of looks.
+        delta: The risk that this or any other look at these rows certifies wrongly; look j is tested at
+            6 delta / (pi^2 j^2).
+        ledger: Where looks are counted: the user's own (see ``user_ledger``), or another. None: nowhere; that this is
+            the only look at these rows is then the caller's word, the test is at delta, and the certificate says so.
+        reveal: Say why caches stay off also where nothing is certified. This closes the rows: any later plan could
+            have been chosen by it.
         base_saw_data: Whether the base was trained on these rows, which makes it (and so its caches) more confident.
         duplicates: Whether equal rows are separate requests, drawn one by one from traffic that repeats itself, and not
             copies. Otherwise more than 1 % of them are an error, and fewer a warning.
 
     Raises:
         InputError: The table is empty, of other parameters than the plan's, lacks a candidate, shares rows with the
-            plan's, or has duplicate rows; epsilon or delta is outside (0, 1).
+            plan's, or has duplicate rows; epsilon or delta is outside (0, 1); some rows are closed, see ``Ledger``.
     """
-    terms = _Terms(delta=delta, looks=looks, base_saw_data=base_saw_data, duplicates=duplicates)
-    return _certify(plan, table, epsilon, terms)
+    terms = _Terms(delta=delta, base_saw_data=base_saw_data, duplicates=duplicates)
+    return _look({"default": (plan, epsilon)}, table, terms, ledger, reveal=reveal)["default"]
 
 
 def certify_together(
@@ -65,11 +71,12 @@ def certify_together(
     table: ReplayTable,
     delta: float = 0.05,
     *,
-    looks: int = 1,
+    ledger: AnyLedger = "user",
+    reveal: bool = False,
     base_saw_data: bool = False,
     duplicates: bool = False,
 ) -> dict[str, Certificate]:
-    """Certify several plans in one look at the data, each at delta divided by their number.
+    """Certify several plans in one look at the data, each at its level divided by their number.
 
     Which of them is used may then be decided at any time.
 
@@ -77,7 +84,8 @@ def certify_together(
         plans: By name, each with its epsilon.
         table: Replay of the certify split with the candidates of all plans.
         delta: The risk that any of the certificates is wrong.
-        looks: As for ``certify``; however many plans, this is one look.
+        ledger: As for ``certify``; however many plans, this is one look, and it passes if any of them does.
+        reveal: As for ``certify``.
         base_saw_data: As for ``certify``.
         duplicates: As for ``certify``.
 
@@ -86,12 +94,10 @@ def certify_together(
     """
     if not plans:
         raise InputError("plans: expected at least one, got none")
-    terms = _Terms(
-        delta=delta, looks=looks, plans=len(plans), base_saw_data=base_saw_data, duplicates=duplicates
-    )  # fmt: skip
     for name in plans:
         check_name(name)
-    return {name: _certify(plan, table, epsilon, terms, name=name) for name, (plan, epsilon) in plans.items()}
+    terms = _Terms(delta=delta, plans=len(plans), base_saw_data=base_saw_data, duplicates=duplicates)
+    return _look(plans, table, terms, ledger, reveal=reveal)
 
 
 def certify_conditional(
@@ -100,9 +106,8 @@ def certify_conditional(
     alpha: float,
     delta: float = 0.05,
     *,
-    name: str = "default",
-    looks: int = 1,
-    plans: int = 1,
+    ledger: AnyLedger = "user",
+    reveal: bool = False,
     base_saw_data: bool = False,
     duplicates: bool = False,
 ) -> Certificate:
@@ -125,10 +130,9 @@ def certify_conditional(
         plan: Composed, and thereby fixed, on other rows.
         table: As for ``certify``.
         alpha: The disagreement to certify at every exit; the certificate's ``epsilon``.
-        delta: The risk that the certificate is wrong.
-        name: The certificate's.
-        looks: As for ``certify``.
-        plans: How many plans are certified in this look, each at delta / plans.
+        delta: As for ``certify``.
+        ledger: As for ``certify``.
+        reveal: As for ``certify``.
         base_saw_data: As for ``certify``.
         duplicates: As for ``certify``.
 
@@ -136,9 +140,8 @@ def certify_conditional(
         InputError: As for ``certify``.
     """
     check_share("alpha", alpha)
-    check_name(name)
-    terms = _Terms(delta=delta, looks=looks, plans=plans, base_saw_data=base_saw_data, duplicates=duplicates)
-    return _certify(plan, table, alpha, terms, method=CONDITIONAL, name=name)
+    terms = _Terms(delta=delta, base_saw_data=base_saw_data, duplicates=duplicates, method=CONDITIONAL)
+    return _look({"default": (plan, alpha)}, table, terms, ledger, reveal=reveal)["default"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,36 +149,60 @@ class _Terms:
     """What all certificates of one look have in common."""
 
     delta: float
-    looks: int
+    looks: int = 1
+    recorded: bool = False
     plans: int = 1
+    method: Method = MARGINAL
     base_saw_data: bool
     duplicates: bool
 
     def __post_init__(self) -> None:
         check_share("delta", self.delta)
-        for name in ("looks", "plans"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-        if self.looks > 1:
-            text = f"look {self.looks} at this certify data: tested at delta / {self.looks}"
-            warnings.warn(text, stacklevel=4)
 
     @property
     def level(self) -> float:
-        return self.delta / self.looks / self.plans
+        return (trial_level(self.delta, self.looks) if self.recorded else self.delta) / self.plans
 
 
-def _certify(
-    plan: Plan, table: ReplayTable, epsilon: float, terms: _Terms, *, method: Method = MARGINAL, name: str = "default"
-) -> Certificate:
-    """Walk the path until a step fails."""
-    check_share("epsilon", epsilon)
-    table = _checked(plan, table)
+def _look(
+    plans: Mapping[str, tuple[Plan, float]], table: ReplayTable, terms: _Terms, ledger: AnyLedger, *, reveal: bool
+) -> dict[str, Certificate]:
+    """Open the rows of a table once, for all plans. Whatever can be refused is refused before that."""
+    for _, epsilon in plans.values():
+        check_share("epsilon", epsilon)
+    tables = {name: _checked(plan, table) for name, (plan, _) in plans.items()}
     repeated = count_duplicates(table.rows, drawn=terms.duplicates)
+    counted = find_ledger(ledger)
+    look = counted and counted.open(table.rows, plans, terms.delta, terms.method)
+    if look is not None:
+        terms = dataclasses.replace(terms, looks=look[0].number, recorded=True)
+        if terms.looks > 1:
+            text = f"look {terms.looks} at this certify data: tested at delta {terms.level * terms.plans:.2g}"
+            warnings.warn(text, stacklevel=3)
+    certificates = {
+        name: _certify(plan, tables[name], epsilon, terms, name=name, repeated=repeated)
+        for name, (plan, epsilon) in plans.items()
+    }
+    if counted is None or look is None:
+        return certificates
+    passed = any(certificate.certified for certificate in certificates.values())
+    if passed or reveal:
+        counted.close(look, "passed" if passed else "revealed")
+        return certificates
+    following = f"look {terms.looks + 1}, tested at delta {trial_level(terms.delta, terms.looks + 1):.2g}"
+    untold = (
+        "every cache stays off; why is told on request (reveal), which closes these rows for other plans; another plan"
+        f" would be {following}"
+    )
+    return {name: dataclasses.replace(one, stays_off=(untold,)) for name, one in certificates.items()}
+
+
+def _certify(plan: Plan, table: ReplayTable, epsilon: float, terms: _Terms, *, name: str, repeated: int) -> Certificate:
+    """Walk the path until a step fails."""
     outcomes = [replay_plan(table, thresholds) for thresholds in plan.path]
     step, p, exits = -1, p_value(0, len(table), epsilon), ()  # the bare base, step 0, never disagrees
     for i in range(1, len(outcomes)):
-        p_step, exits_step = _tested(plan, i, outcomes[i], epsilon, method)
+        p_step, exits_step = _tested(plan, i, outcomes[i], epsilon, terms.method)
         if p_step > terms.level:
             break
         if np.isfinite(plan.path[i]).any():  # a step that opens no cache certifies nothing
@@ -188,8 +215,9 @@ def _certify(
         n=len(table),
         disagreements=int(outcomes[step].disagrees.sum()) if step > 0 else 0,
         p_value=p,
-        method=method,
+        method=terms.method,
         looks=terms.looks,
+        recorded=terms.recorded,
         plans=terms.plans,
         base_saw_data=terms.base_saw_data,
         plan_hash=plan.hash,
@@ -198,7 +226,7 @@ def _certify(
         repeated=repeated,
         exits=exits,
         accuracy_gap=_gap(plan, table, outcomes[step], terms) if step > 0 else None,
-        stays_off=_stays_off(plan, step, outcomes, epsilon, terms.level, method),
+        stays_off=_stays_off(plan, step, outcomes, epsilon, terms),
     )
 
 
@@ -264,34 +292,32 @@ def _gap(plan: Plan, table: ReplayTable, outcome: Outcome, terms: _Terms) -> Acc
     if table.labels is None:
         return None
     base, cascade = table.answers == table.labels, outcome.classes == table.labels
-    comparisons = (len(plan.path) - 1) * terms.looks * terms.plans
+    comparisons = math.ceil((len(plan.path) - 1) * terms.delta / terms.level)
     return accuracy_gap_bound(base, cascade, terms.delta, comparisons=comparisons)
 
 
-def _stays_off(
-    plan: Plan, step: int, outcomes: list[Outcome], epsilon: float, level: float, method: Method
-) -> tuple[str, ...]:
+def _stays_off(plan: Plan, step: int, outcomes: list[Outcome], epsilon: float, terms: _Terms) -> tuple[str, ...]:
     """Say for every cache that is off why the first step that opens it is not certified."""
     off = np.flatnonzero(np.isinf(plan.thresholds(step))).tolist()
     opens = {cache: int(np.argmax(np.isfinite(plan.path[:, cache]))) for cache in off}
     reasons = {
-        i: _failed_exit(plan, outcomes[: i + 1], epsilon, level)
-        if method == CONDITIONAL
-        else _samples_missing(outcomes[: i + 1], epsilon, level)
+        i: _failed_exit(plan, outcomes[: i + 1], epsilon, terms.level)
+        if terms.method == CONDITIONAL
+        else _samples_missing(outcomes[: i + 1], epsilon, dataclasses.replace(terms, looks=1).level)
         for i in set(opens.values())
     }
     return tuple(f"{plan.names[cache]} stays off: {reasons[i]}" for cache, i in opens.items())
 
 
 def _samples_missing(outcomes: list[Outcome], epsilon: float, level: float) -> str:
-    """Say how many samples it would take to certify the last of these steps."""
+    """Say how many fresh rows it would take to certify the last of these steps in a first look; these are closed."""
     rate, n = outcomes[-1].disagreement, len(outcomes[-1].disagrees)
     worst = max(outcome.disagreement for outcome in outcomes)  # all steps before it must pass, too
     needed = samples_needed(worst, epsilon, level)
     more = (
-        f"about {max(1, needed - n)} more certify samples would open it"
+        f"about {needed} fresh certify rows, without any of these, would open it"
         if needed is not None
-        else "no number of samples would open it: collect data or fit a better cache"
+        else "no number of rows would open it: collect data or fit a better cache"
     )
     return f"with it {rate:.2%} of {n} disagree, {epsilon:.2%} is allowed; {more}"
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import multinomial
 
 import gati_jax
+from gati_jax import Ledger
 from gati_jax.certification import AccuracyGap, accuracy_gap_bound
 from gati_jax.certification.accuracy_gap import bet_sizes, gap_bound
 from tests.planning.reference import make_plan, make_table
@@ -167,20 +168,23 @@ def test_certify_bounds_the_loss_for_whichever_step_the_data_chooses():
     labels = np.zeros(n, int)
     labels[:2] = 1  # the cache, which says 1, is right where the base is not
     plan = make_plan([[np.inf], [1.0], [0.0], [-1.0], [-2.0]])
-    assert gati_jax.certify(plan, table, 0.1).accuracy_gap is None
-    certificate = gati_jax.certify(plan, dataclasses.replace(table, labels=labels), 0.1)
+    assert gati_jax.certify(plan, table, 0.1, ledger=None).accuracy_gap is None
+    certificate = gati_jax.certify(plan, dataclasses.replace(table, labels=labels), 0.1, ledger=None)
     gap = certificate.accuracy_gap
     assert isinstance(gap, AccuracyGap)
     assert (certificate.step, gap.n, gap.losses, gap.gains, gap.comparisons) == (4, n, 1, 2, 4)
     assert gap.upper == gap_bound(1, 2, n, 0.05 / 4)
-    with pytest.warns(UserWarning, match="look 3"):
-        later = gati_jax.certify(plan, dataclasses.replace(table, labels=labels), 0.1, looks=3)
+    ledger = Ledger()
+    assert not gati_jax.certify(plan, table, 0.0001, ledger=ledger).certified
+    with pytest.warns(UserWarning, match="look 2"):
+        later = gati_jax.certify(plan, dataclasses.replace(table, labels=labels), 0.1, ledger=ledger)
+    comparisons = 27  # four steps, of which each has 6 / (pi^2 2^2) of delta, so that 26.3 would do
     assert later.accuracy_gap == AccuracyGap(
-        n=n, losses=1, gains=2, upper=gap_bound(1, 2, n, 0.05 / 12), delta=0.05, comparisons=12
+        n=n, losses=1, gains=2, upper=gap_bound(1, 2, n, 0.05 / comparisons), delta=0.05, comparisons=comparisons
     )
     for change in ({"comparisons": 3}, {"n": n + 1}, {"losses": 2, "gains": 2, "upper": 1.0}):
         other = dataclasses.replace(gap, **{"upper": 1.0} | change)
         with pytest.raises(gati_jax.InputError, match="accuracy_gap: expected"):
             dataclasses.replace(certificate, accuracy_gap=other)
-    nothing = gati_jax.certify(plan, dataclasses.replace(table, labels=labels), 0.001)
+    nothing = gati_jax.certify(plan, dataclasses.replace(table, labels=labels), 0.001, ledger=None)
     assert (nothing.certified, nothing.accuracy_gap) == (False, None)

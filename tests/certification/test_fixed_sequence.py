@@ -1,7 +1,7 @@
 """Fixed-sequence testing against a plain loop, for one plan and several, and what certificates say and refuse."""
 
-import contextlib
 import dataclasses
+import functools
 import re
 
 import numpy as np
@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gati_jax
-from gati_jax import certify, certify_conditional, certify_together
 from gati_jax.certification import tightest
 from gati_jax.planning import ReplaySource
 from tests.planning.reference import OFF, exact_cdf, make_plan, make_table, random_plan, random_tables, serve
 
+certify = functools.partial(gati_jax.certify, ledger=None)
+certify_conditional = functools.partial(gati_jax.certify_conditional, ledger=None)
+certify_together = functools.partial(gati_jax.certify_together, ledger=None)
 SEEDS = st.integers(0, 2**31)
 ONE = make_plan([[OFF], [1.0]], depth=2)
 """The plan of one cache and one step."""
@@ -52,20 +54,19 @@ def test_certified_step_is_the_last_before_the_first_failure(data, seed):
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.data(), SEEDS, st.integers(1, 4), st.integers(1, 3))
-def test_each_of_several_plans_is_certified_as_alone_at_its_share_of_delta(data, seed, plans, looks):
+@given(st.data(), SEEDS, st.integers(1, 4))
+def test_each_of_several_plans_is_certified_as_alone_at_its_share_of_delta(data, seed, plans):
     rng = np.random.default_rng(seed)
     table, _ = random_tables(seed, 2, 60, agreement=0.95)
     delta = data.draw(st.sampled_from([0.1, 0.5]))
     named = {f"p{i}": (random_plan(rng, table), data.draw(st.sampled_from([0.1, 0.3]))) for i in range(plans)}
-    with pytest.warns() if looks > 1 else contextlib.nullcontext():
-        together = certify_together(named, table, delta, looks=looks)
+    together = certify_together(named, table, delta)
     assert list(together) == list(named)
     for name, (plan, epsilon) in named.items():
-        alone, one = certify(plan, table, epsilon, delta / plans / looks), together[name]
+        alone, one = certify(plan, table, epsilon, delta / plans), together[name]
         assert (one.step, one.disagreements, one.p_value) == (alone.step, alone.disagreements, alone.p_value)
-        assert (one.name, one.plans, one.looks, one.delta) == (name, plans, looks, delta)
-        assert one.level == pytest.approx(delta / plans / looks)
+        assert (one.name, one.plans, one.looks, one.delta) == (name, plans, 1, delta)
+        assert one.level == pytest.approx(delta / plans)
         assert one.stays_off == alone.stays_off
 
 
@@ -99,17 +100,6 @@ def test_a_table_in_another_order_and_with_more_candidates_certifies_the_same():
     assert one.certified
 
 
-@pytest.mark.parametrize(("n", "epsilon", "delta", "looks"), [(100, 0.1, 0.1, 2), (100, 0.2, 0.3, 4)])
-def test_a_later_look_warns_and_is_tested_at_its_share_of_delta(n, epsilon, delta, looks):
-    once, later = most_passing(n, epsilon, delta), most_passing(n, epsilon, delta / looks)
-    assert once > later
-    for wrong in (later, later + 1):
-        assert certify(ONE, one_cache(wrong, n), epsilon, delta).certified
-        with pytest.warns(UserWarning, match=f"look {looks} at this certify data"):
-            certificate = certify(ONE, one_cache(wrong, n), epsilon, delta, looks=looks)
-        assert (certificate.certified, certificate.looks, certificate.delta) == (wrong == later, looks, delta)
-
-
 def test_a_plan_shares_delta_with_those_certified_beside_it():
     table = one_cache(most_passing(100, 0.1, 0.1), 100)
     alone = certify(ONE, table, 0.1, 0.1)
@@ -119,12 +109,6 @@ def test_a_plan_shares_delta_with_those_certified_beside_it():
     assert (two["tight"].certified, two["loose"].certified) == (False, True)
     with pytest.raises(gati_jax.InputError, match="do not certify step 1"):
         dataclasses.replace(alone, plans=2)  # nor can the same counts claim to have been certified beside another
-
-
-def test_several_plans_are_one_look():
-    with pytest.warns(UserWarning, match="look 2") as warned:
-        certify_together({"a": (ONE, 0.1), "b": (ONE, 0.2), "c": (ONE, 0.3)}, one_cache(0, 100), looks=2)
-    assert len(warned) == 1
 
 
 def test_the_tightest_certified_plan_comes_first():
@@ -180,8 +164,8 @@ def test_duplicates_count_as_often_as_they_came():
     assert not certify(ONE, with_duplicates(one_cache(27, 300), 26), 0.05, duplicates=True).certified
 
 
-def more_samples(sentence):
-    match = re.search(r"about (\d+) more certify samples would open it", sentence)
+def fresh_rows(sentence):
+    match = re.search(r"about (\d+) fresh certify rows, without any of these, would open it", sentence)
     assert match, sentence
     return int(match[1])
 
@@ -195,23 +179,15 @@ def test_stays_off_says_how_many_samples_suffice(wrong):
         return
     (sentence,) = certificate.stays_off
     assert sentence.startswith(f"c0 stays off: with it {wrong:.2f}% of 100 disagree, 10.00% is allowed")
-    larger = n + more_samples(sentence)
+    larger = fresh_rows(sentence)
     assert exact_cdf(-(-wrong * larger // n), larger, epsilon) <= delta
-
-
-def test_stays_off_counts_samples_at_the_level_of_a_second_look():
-    n, wrong, epsilon, delta = 100, 5, 0.1, 0.1
-    with pytest.warns(UserWarning, match="look 2"):
-        certificate = certify(ONE, one_cache(wrong, n), epsilon, delta, looks=2)
-    larger = n + more_samples(certificate.stays_off[0])
-    assert exact_cdf(-(-wrong * larger // n), larger, epsilon) <= delta / 2
 
 
 @pytest.mark.parametrize(("wrong", "n", "epsilon"), [(10, 100, 0.1), (50, 2500, 1 - 0.98)])
 def test_stays_off_says_that_no_number_of_samples_helps(wrong, n, epsilon):  # a rate on epsilon, or a hair below
     certificate = certify(ONE, one_cache(wrong, n), epsilon)
     assert not certificate.certified
-    assert "no number of samples would open it" in certificate.stays_off[0]
+    assert "no number of rows would open it" in certificate.stays_off[0]
 
 
 def test_stays_off_names_the_caches_that_are_off_and_no_other():
@@ -236,7 +212,7 @@ def test_stays_off_reckons_with_the_steps_before_the_opening_one():
     certificate = certify(plan, make_table(classes, np.ones((2, n))), epsilon, delta)
     assert (certificate.step, len(certificate.stays_off)) == (-1, 2)
     for sentence in certificate.stays_off:
-        larger = n + more_samples(sentence)
+        larger = fresh_rows(sentence)
         assert exact_cdf(-(-wrong * larger // n), larger, epsilon) <= delta, sentence
 
 
@@ -251,18 +227,10 @@ def test_rates_outside_0_to_1_are_refused(value):
         certify_together({"a": (ONE, 0.1), "b": (ONE, value)}, table)
 
 
-@pytest.mark.parametrize("looks", [0, -1])
-def test_there_is_no_look_before_the_first(looks):
-    with pytest.raises(gati_jax.InputError, match="looks: expected"):
-        certify(ONE, one_cache(0, 50), 0.1, looks=looks)
-
-
 @pytest.mark.parametrize("name", ["", "a b", "x" * 41, "a/b", "<b>", "a\n"])
 def test_a_name_is_one_plain_word(name):
     with pytest.raises(gati_jax.InputError, match="name: expected"):
         certify_together({name: (ONE, 0.1)}, one_cache(0, 99))
-    with pytest.raises(gati_jax.InputError, match="name: expected"):
-        certify_conditional(ONE, one_cache(0, 99), 0.1, name=name)
 
 
 def test_no_plans_are_refused():

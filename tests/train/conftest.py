@@ -17,6 +17,7 @@ from tests.train.one_pass import (
     caches_arguments,
     evaluate_arguments,
     json_of,
+    looks_in,
     small_and_repeatable,
 )
 from train import base, caches, evaluate
@@ -42,7 +43,9 @@ def run(tmp_path_factory) -> Run:
         trained = json_of(base.main, *DIGITS, *SPLITS, "--out", base_out, "--base.training.epochs", "6")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(data, "load", recording)
-            fitted = json_of(caches.main, *caches_arguments(folder), "--out", str(folder / "caches"))
+            fitted = json_of(
+                caches.main, *caches_arguments(folder), *looks_in(folder / "caches"), "--out", str(folder / "caches")
+            )
     evaluated = json_of(evaluate.main, *evaluate_arguments(folder, folder / "eval"), "--timed", str(TESTED))
     return Run(folder, trained, fitted, evaluated, loaded)
 

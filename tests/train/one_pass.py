@@ -110,5 +110,9 @@ def caches_arguments(folder: Path) -> list[str]:
     return [*DIGITS, *SPLITS, *FIT, "--base.weights", str(folder / "base" / "base.safetensors")]
 
 
+def looks_in(folder: Path) -> list[str]:
+    return ["--ledger", str(folder / "looks.json")]
+
+
 def evaluate_arguments(folder: Path, out: Path) -> list[str]:
     return ["--bundle", str(folder / "caches" / "bundle"), "--out", str(out)]

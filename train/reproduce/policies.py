@@ -15,8 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import log_softmax, logsumexp
 
-import gati_jax
-from gati_jax import Candidate, Certificate, CostTable, InputError, Plan, ReplayTable
+from gati_jax import Candidate, CostTable, InputError, Plan, ReplayTable
 from gati_jax.fitting import Candidates, replay_logits
 from gati_jax.models import Chain
 from gati_jax.planning import cascade_ms, replay_plan
@@ -213,20 +212,6 @@ def _policy_heads(candidates: Candidates) -> list[tuple[str, list[str], Score | 
 
 
 # --- Steps ----------------------------------------------------------------------------------------------------------
-
-
-def certify_policy(
-    policy: PlannedPolicy, epsilon: float, delta: float, *, looks: int, base_saw_data: bool, duplicates: bool
-) -> Certificate:
-    """Certify a policy's plan on the certify split as if it were the only one of this look.
-
-    That is what a user of this policy alone would do. Of all these certificates only the default plan's is valid,
-    because it was fixed beforehand.
-    """
-    table = policy.tables["certify"]
-    return gati_jax.certify(
-        policy.plan, table, epsilon, delta, looks=looks, base_saw_data=base_saw_data, duplicates=duplicates
-    )
 
 
 def step_at_accuracy(policy: PlannedPolicy, share: float) -> int:

@@ -1,0 +1,241 @@
+"""Looks: which certify rows were opened, for which plans, and whether they may be opened again.
+
+Each test on the same rows spends some of delta, and a plan that was chosen by what an earlier test showed spends all of
+it: no count of looks can pay for that. Hence two rules. Look j at any of the same rows is tested at
+6 delta / (pi^2 j^2), and these parts add up to delta. And a look tells nothing but "failed" until its rows are closed,
+by a plan that passed or on request (``reveal``). Before look j there is then only one history, "all failed", so that
+the j-th plan is as good as fixed in advance, and a union bound over the looks holds whoever chose the plans.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import warnings
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from jaxtyping import UInt64
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gati_jax.checks import write_atomically
+from gati_jax.data import fingerprint
+from gati_jax.errors import InputError
+from gati_jax.planning.threshold_path import Plan
+
+from .certificate import MARGINAL, Method
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes that certify at the same moment may miss each other's look
+    fcntl = None
+
+Closed = Literal["", "passed", "revealed"]
+
+
+class Look(BaseModel):
+    """A plan that was tested on certify rows, alone or with others in one look."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    plan_hash: str
+    data_fingerprint: str
+    epsilon: float
+    delta: float
+    together: str = ""
+    """The same for all plans that were certified together; empty for a plan alone."""
+    method: Method = MARGINAL
+    number: Annotated[int, Field(ge=1, lt=2**53)] = 1
+    """j: the look was tested at 6 delta / (pi^2 j^2)."""
+    closed: Closed = "revealed"
+    """How the rows were closed by this look, if they were. Files of older versions had told all counts."""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes it the same look if it is repeated."""
+        return self.plan_hash, self.data_fingerprint, self.epsilon, self.delta, self.together, self.method
+
+
+class Looks(BaseModel):
+    """A file of looks, ``looks.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    looks: tuple[Look, ...]
+    rows: dict[str, Annotated[str, Field(pattern=r"^([0-9a-f]{16})*$")]]
+    """By fingerprint: the digests of the rows."""
+
+    @model_validator(mode="after")
+    def _rows_are_known(self) -> "Looks":
+        if missing := {look.data_fingerprint for look in self.looks} - self.rows.keys():
+            raise ValueError(f"rows: {', '.join(missing)} is missing")
+        return self
+
+    def at(self, rows: UInt64[np.ndarray, " n"]) -> "Looks":
+        """Return the looks that opened any of the rows of these digests."""
+        digests = {name: np.frombuffer(bytes.fromhex(text), "<u8") for name, text in self.rows.items()}
+        shared = {name: self.rows[name] for name, others in digests.items() if np.isin(others, rows).any()}
+        return Looks(looks=tuple(look for look in self.looks if look.data_fingerprint in shared), rows=shared)
+
+    def merged(self, other: "Looks") -> "Looks":
+        """Return the looks of both; what either knows to be closed is closed."""
+        looks = {look.key: look for look in self.looks}
+        for look in other.looks:
+            if look.key not in looks or (look.closed and not looks[look.key].closed):
+                looks[look.key] = look
+        return Looks(looks=tuple(looks.values()), rows={**self.rows, **other.rows})
+
+
+NO_LOOKS = Looks(looks=(), rows={})
+
+
+class Ledger:
+    """Remembers looks, in a file that several runs and processes share, or in memory alone."""
+
+    def __init__(self, path: Path | str | None = None) -> None:
+        """Use the file at ``path``, which need not exist yet; None keeps the looks in memory."""
+        self.path = None if path is None else Path(path)
+        self._memory = NO_LOOKS
+
+    def read(self) -> Looks:
+        """Return all looks.
+
+        Raises:
+            InputError: The file is damaged.
+        """
+        try:
+            content = b"" if self.path is None else self.path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            content = b""
+        try:
+            return Looks.model_validate_json(content).merged(self._memory) if content else self._memory
+        except ValidationError as error:
+            got = f"got {self.path}: how often the certify data was opened is lost with it"
+            raise InputError(f"looks: expected a whole looks.json, {got}") from error
+
+    def merge(self, looks: Looks) -> None:
+        """Take note of looks elsewhere, such as those of a bundle; the next look writes them into the file."""
+        self._memory = self._memory.merged(looks)
+
+    def of(self, data_fingerprint: str) -> Looks:
+        """Return the looks at the rows of a fingerprint, and at any part of them; none if it is unknown."""
+        known = self.read()
+        hexadecimal = known.rows.get(data_fingerprint, "")
+        return known.at(np.frombuffer(bytes.fromhex(hexadecimal), "<u8"))
+
+    def closed(self, rows: UInt64[np.ndarray, " n"]) -> str:
+        """Return why these rows must not be opened again; empty if they may be.
+
+        Args:
+            rows: Digests of certify rows.
+        """
+        known = self.read().at(rows)
+        look = next((look for look in known.looks if look.closed), None)
+        if look is None:
+            return ""
+        shared = int(np.isin(rows, np.frombuffer(bytes.fromhex(known.rows[look.data_fingerprint]), "<u8")).sum())
+        how = "a plan was certified on them" if look.closed == "passed" else "what a look at them showed was told"
+        return (
+            f"{shared} of {len(rows)} are closed since {how} (plan {look.plan_hash[:12]}, in {self.path or 'memory'})"
+        )
+
+    def open(
+        self, rows: UInt64[np.ndarray, " n"], plans: Mapping[str, tuple[Plan, float]], delta: float, method: Method
+    ) -> tuple[Look, ...]:
+        """Record, before it happens, that these rows are opened to certify these plans.
+
+        The same look again tells nothing new, so it keeps its number, and is allowed on closed rows.
+
+        Args:
+            rows: Digests of the certify rows.
+            plans: To be certified together, by name, each with its epsilon.
+            delta: The risk of error of all together.
+            method: Of the test.
+
+        Returns:
+            The look, an entry a plan; all have the same number.
+
+        Raises:
+            InputError: The rows are closed, or the file is damaged.
+        """
+        tested = sorted((plan.hash, epsilon) for plan, epsilon in plans.values())
+        together = hashlib.sha256(repr((tested, delta)).encode()).hexdigest()[:32] if len(tested) > 1 else ""
+        name = fingerprint(rows)
+        with self._locked():
+            known = self.read()
+            before = known.at(rows).looks
+            others = {(look.data_fingerprint, look.together or look.key) for look in before}
+            number = 1 + max(len(others), *(look.number for look in before)) if before else 1
+            looks = tuple(
+                Look(
+                    plan_hash=plan, data_fingerprint=name, epsilon=epsilon, delta=delta, together=together,
+                    method=method, number=number, closed="",
+                )
+                for plan, epsilon in tested
+            )  # fmt: skip
+            repeated = {look.key: look for look in before}
+            if all(look.key in repeated for look in looks):
+                return tuple(repeated[look.key] for look in looks)
+            if why := self.closed(rows):
+                raise InputError(
+                    f"ledger: expected certify rows that are open, but {why}; certify on fresh rows alone, or, for a"
+                    " study that owes nothing to that look, with a ledger of its own"
+                )
+            hexadecimal = rows.astype("<u8").tobytes().hex()
+            self._write(known.merged(Looks(looks=looks, rows={name: hexadecimal})))
+        return looks
+
+    def close(self, looks: tuple[Look, ...], how: Closed) -> None:
+        """Close the rows of a look for every other look.
+
+        Args:
+            looks: What ``open`` returned.
+            how: Why.
+        """
+        with self._locked():
+            known = self.read()
+            closed = tuple(look.model_copy(update={"closed": look.closed or how}) for look in looks)
+            self._write(known.merged(Looks(looks=closed, rows=known.rows)))
+
+    def _write(self, looks: Looks) -> None:
+        self._memory = looks
+        if self.path is None:
+            return
+        try:
+            write_atomically(self.path, looks.model_dump_json(indent=1) + "\n")
+        except OSError as error:
+            if self.path != user_path():
+                raise
+            warnings.warn(f"looks: cannot write {self.path} ({error}): only this process counts them", stacklevel=2)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Generator[None]:
+        """Keep other processes from writing between a read and a write."""
+        with contextlib.ExitStack() as stack:
+            if self.path is not None and fcntl is not None:
+                with contextlib.suppress(OSError):  # a folder that cannot be written to is reported by the write
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    lock = stack.enter_context(self.path.with_name(f".{self.path.name}.lock").open("w"))
+                    fcntl.flock(lock, fcntl.LOCK_EX)  # released with the file
+            yield
+
+
+AnyLedger = Ledger | Literal["user"] | None
+
+
+def find_ledger(ledger: AnyLedger) -> Ledger | None:
+    """Return a ledger, or this user's, which is the same object throughout a process."""
+    return _ledger_at(user_path()) if ledger == "user" else ledger
+
+
+def user_path() -> Path:
+    """Return where this user's looks are kept: $GATI_JAX_LEDGER, or a file in the user's state folder."""
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return Path(os.environ.get("GATI_JAX_LEDGER") or state / "gati-jax" / "looks.json")
+
+
+@functools.cache
+def _ledger_at(path: Path) -> Ledger:
+    return Ledger(path)

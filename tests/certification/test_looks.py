@@ -1,0 +1,166 @@
+"""Looks at certify rows: what a series of them may certify, tells, and remembers."""
+
+import functools
+import json
+import multiprocessing
+import re
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+import gati_jax
+from gati_jax import InputError, Ledger
+from gati_jax.certification import Looks, find_ledger
+from tests.planning.reference import OFF, make_plan, make_table
+
+pytestmark = pytest.mark.filterwarnings("ignore:look")
+N, EPSILON, DELTA = 130, 0.1, 0.1
+PLANS = [make_plan([[OFF], [threshold]], depth=2) for threshold in (1.0, 0.9, 0.8, 0.7, 0.6)]
+
+
+def table(wrong, *, n=N, first_row=0):
+    """All n requests hit at every threshold; ``wrong`` of them disagree."""
+    return make_table([np.arange(n) < wrong], np.ones((1, n)), depth=2, first_row=first_row)
+
+
+def most_passing(level, n=N):
+    return max(k for k in range(n) if binom.cdf(k, n, EPSILON) <= level)
+
+
+def test_look_j_is_tested_at_its_part_of_delta():
+    for wrong in range(12):
+        ledger = Ledger()
+        for j, plan in enumerate(PLANS, 1):
+            level = 6 * DELTA / (np.pi * j) ** 2
+            passes = wrong <= most_passing(level)
+            certificate = gati_jax.certify(plan, table(wrong), EPSILON, DELTA, ledger=ledger)
+            assert (certificate.certified, certificate.looks, certificate.recorded) == (passes, j, True)
+            assert certificate.level == pytest.approx(level)
+            if passes:
+                break
+
+
+def test_a_look_on_the_user_s_word_is_tested_at_delta_and_says_so():
+    wrong = most_passing(DELTA)
+    assert wrong > most_passing(6 * DELTA / np.pi**2)
+    certificate = gati_jax.certify(PLANS[0], table(wrong), EPSILON, DELTA, ledger=None)
+    assert (certificate.certified, certificate.recorded, certificate.looks) == (True, False, 1)
+    assert "user's word" in certificate.basis
+    assert not gati_jax.certify(PLANS[0], table(wrong), EPSILON, DELTA).certified  # the user's own ledger counts it
+
+
+def test_a_failed_look_tells_nothing_until_it_is_asked_to():
+    ledger = Ledger()
+    few = gati_jax.certify(PLANS[0], table(40), EPSILON, ledger=ledger)
+    many = gati_jax.certify(PLANS[0], table(60), EPSILON, ledger=Ledger())
+    assert few == many  # whatever failed, and by however much
+    assert "reveal" in few.stays_off[0]
+    told = gati_jax.certify(PLANS[0], table(40), EPSILON, ledger=ledger, reveal=True)
+    assert (told.looks, "30.77% of 130 disagree" in told.stays_off[0]) == (1, True)
+    with pytest.raises(InputError, match=r"ledger: expected certify rows that are open, but 130 of 130 are closed"):
+        gati_jax.certify(PLANS[1], table(0), EPSILON, ledger=ledger)
+
+
+def test_a_look_that_passed_ends_the_series_and_keeps_its_answer():
+    ledger = Ledger()
+    first = gati_jax.certify(PLANS[0], table(0), EPSILON, ledger=ledger)
+    assert first.certified
+    for again in (PLANS[1], make_plan([[OFF], [1.0], [0.5]], depth=2)):
+        with pytest.raises(InputError, match="closed since a plan was certified on them"):
+            gati_jax.certify(again, table(0), EPSILON, ledger=ledger)
+    with pytest.raises(InputError, match="closed"):
+        gati_jax.certify(PLANS[0], table(0), 0.2, ledger=ledger)  # nor at another epsilon
+    assert gati_jax.certify(PLANS[0], table(0), EPSILON, ledger=ledger) == first
+    assert gati_jax.certify(PLANS[1], table(0, first_row=N), EPSILON, ledger=ledger).looks == 1  # fresh rows
+
+
+def test_old_rows_among_fresh_ones_count():
+    """Adding rows to those that failed is a look at the old ones, too."""
+    ledger = Ledger()
+    gati_jax.certify(PLANS[0], table(20), EPSILON, ledger=ledger)
+    assert gati_jax.certify(PLANS[0], table(20, n=2 * N), EPSILON, ledger=ledger).looks == 2
+    assert gati_jax.certify(PLANS[0], table(20, first_row=2 * N - 1), EPSILON, ledger=ledger).looks == 3
+    assert gati_jax.certify(PLANS[0], table(20, first_row=5 * N), EPSILON, ledger=ledger).looks == 1
+    gati_jax.certify(PLANS[0], table(20), EPSILON, ledger=ledger, reveal=True)
+    with pytest.raises(InputError, match="1 of 130 are closed"):
+        gati_jax.certify(PLANS[1], table(0, first_row=N - 1), EPSILON, ledger=ledger)
+
+
+def test_plans_of_one_look_count_once_in_any_order():
+    ledger = Ledger()
+    two = {"tight": (PLANS[0], 0.1), "loose": (PLANS[1], 0.2)}
+    first = gati_jax.certify_together(two, table(90), ledger=ledger)
+    again = gati_jax.certify_together(dict(reversed(two.items())), table(90), ledger=ledger)
+    assert first == again
+    assert {c.looks for c in first.values()} == {1}
+    assert (
+        gati_jax.certify(*two["tight"][:1], table(90), 0.1, ledger=ledger).looks == 2
+    )  # alone it has all of the level
+    assert gati_jax.certify_together(two, table(90), 0.2, ledger=ledger)["tight"].looks == 3
+    assert gati_jax.certify_conditional(PLANS[0], table(90), 0.1, ledger=ledger).looks == 4
+
+
+def test_advice_asks_for_fresh_rows_and_reckons_with_a_first_look():
+    failed = gati_jax.certify(PLANS[0], table(8), EPSILON, DELTA, ledger=Ledger(), reveal=True)
+    (count,) = re.findall(r"about (\d+) fresh certify rows, without any of these", failed.stays_off[0])
+    n = int(count)
+    assert binom.cdf(np.ceil(8 / N * n), n, EPSILON) <= 6 * DELTA / np.pi**2
+
+
+def test_the_file_is_shared_and_outlives_a_process(tmp_path):
+    path = tmp_path / "state" / "looks.json"
+    gati_jax.certify(PLANS[0], table(40), EPSILON, ledger=Ledger(path))
+    assert gati_jax.certify(PLANS[1], table(40), EPSILON, ledger=Ledger(path)).looks == 2
+    written = json.loads(path.read_text())
+    assert [(look["number"], look["closed"]) for look in written["looks"]] == [(1, ""), (2, "")]
+    text = path.read_text()
+    for damaged in ("{", "[]", "{}", '{"looks": [1], "rows": {}}', text.replace('"rows"', '"row"'), text[:-20]):
+        path.write_text(damaged)
+        with pytest.raises(InputError, match=r"looks: expected a whole looks\.json"):
+            gati_jax.certify(PLANS[2], table(40), EPSILON, ledger=Ledger(path))
+        assert path.read_text() == damaged
+
+
+def test_without_its_file_a_process_still_remembers(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GATI_JAX_LEDGER", str(tmp_path / "file" / "looks.json"))  # cannot be written
+    with pytest.warns(UserWarning, match="only this process counts them"):
+        gati_jax.certify(PLANS[0], table(40), EPSILON)
+    with pytest.warns(UserWarning, match="only this process counts them"):
+        assert gati_jax.certify(PLANS[1], table(40), EPSILON).looks == 2
+
+
+def test_files_of_older_versions_are_read_as_closed(tmp_path):
+    """Those had told the counts of every look."""
+    path, rows = tmp_path / "looks.json", np.arange(N, dtype="<u8")
+    old = {"plan_hash": "p", "data_fingerprint": "f", "epsilon": 0.1, "delta": 0.05}
+    path.write_text(json.dumps({"looks": [old], "rows": {"f": rows.tobytes().hex()}}))
+    with pytest.raises(InputError, match="closed"):
+        gati_jax.certify(PLANS[0], table(0), EPSILON, ledger=Ledger(path))
+
+
+def _look(path, i):
+    gati_jax.certify(PLANS[i], table(40), EPSILON, ledger=Ledger(path))
+
+
+def test_processes_do_not_lose_each_other_s_looks(tmp_path):
+    path = tmp_path / "looks.json"
+    with multiprocessing.get_context("fork").Pool(5) as pool:
+        pool.map(functools.partial(_look, path), range(5))
+    looks = Looks.model_validate_json(path.read_bytes()).looks
+    assert sorted(look.number for look in looks) == [1, 2, 3, 4, 5]
+
+
+def test_a_bundle_carries_its_looks_to_another_ledger(tmp_path, monkeypatch, chain, candidates, splits, costs):
+    plan = gati_jax.plan(gati_jax.replay(chain, candidates, splits["select"]), costs, epsilon=0.08)
+    certify = gati_jax.replay(chain, candidates, splits["certify"])
+    certificate = gati_jax.certify(plan, certify, 0.08, 0.1)
+    gati_jax.save_bundle(tmp_path / "bundle", chain, candidates, plan, certificate)
+    monkeypatch.setenv("GATI_JAX_LEDGER", str(tmp_path / "elsewhere.json"))
+    elsewhere = find_ledger("user")
+    assert elsewhere
+    assert not elsewhere.closed(certify.rows)
+    gati_jax.load_bundle(tmp_path / "bundle", chain=chain)
+    with pytest.raises(InputError, match="350 of 350 are closed"):
+        gati_jax.certify(plan, certify, 0.2)
