@@ -73,9 +73,9 @@ def default(routes: Sequence[Route]) -> int:
 
 def choose_route(
     routes: Sequence[Route],
-    *,
     epsilon: float | None = None,
     deadline_ms: float | None = None,
+    *,
     default: int = 0,
     backlog_ms: Callable[[], float] = lambda: 0.0,
 ) -> int:

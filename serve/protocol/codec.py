@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
-from starlette.types import Receive
 
-from .messages import EncodingError, Parameter, RequestError, RequestInput, TooLargeError, parse_request
+from .messages import Parameter, RequestError, RequestInput, parse_request
 from .model import INPUT, Model
 
 DTYPES = {"UINT8": np.dtype("u1"), "INT32": np.dtype("<i4"), "FP32": np.dtype("<f4")}
@@ -139,40 +138,6 @@ def _number(parameters: Mapping[str, Parameter], name: str, low: float, high: fl
 
 
 # HTTP bodies
-
-
-class GoneError(Exception):
-    """The client left while it was sending."""
-
-
-async def read(receive: Receive, length: str | None, encoding: str | None, limit: int) -> bytes:
-    """Read a body of at most ``limit`` bytes.
-
-    Args:
-        receive: ASGI's.
-        length: The Content-Length header; a larger one is refused before anything is read.
-        encoding: The Content-Encoding header.
-        limit: Bytes.
-
-    Raises:
-        TooLargeError: The body is larger.
-        EncodingError: It is compressed: a small body of zeros could fill the memory.
-        GoneError: The client left.
-    """
-    if encoding not in {None, "", "identity"}:
-        raise EncodingError(f"Content-Encoding: expected none, got {encoding!r}")
-    if length is not None and length.isdecimal() and int(length[:20]) > limit:
-        raise TooLargeError(f"Content-Length: expected at most {limit} bytes, got {length[:20]}")
-    chunks, size, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise GoneError
-        chunk, more = message.get("body", b""), message.get("more_body", False)
-        if (size := size + len(chunk)) > limit:
-            raise TooLargeError(f"body: expected at most {limit} bytes, got more")
-        chunks.append(chunk)
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def decode(

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from serve.engine.records import Step
 
@@ -72,8 +72,8 @@ class Model:
             "score": ("FP32", ()),
         }
 
-    def check(self, name: str, version: str = "") -> None:
-        """Check a request's model.
+    def check(self, name: str, version: str = "") -> Self:
+        """Return the model, if it is the one that a request names.
 
         Raises:
             UnknownModelError: It is another model or version.
@@ -82,6 +82,7 @@ class Model:
             raise UnknownModelError(f"model: expected {self.name!r}, got {name[:100]!r}")
         if version not in {"", self.version}:
             raise UnknownModelError(f"version: expected {self.version!r}, got {version[:100]!r}")
+        return self
 
     def metadata(self) -> ModelMetadata:
         """Describe inputs and outputs."""

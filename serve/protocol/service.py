@@ -24,7 +24,6 @@ from serve.engine.records import Answer, DeadlineError, Statistics, StepError, S
 
 from .codec import DTYPES, Outgoing, Request, images_of, limits_of, outputs_of
 from .messages import (
-    ModelReady,
     ModelStatistics,
     NotReadyError,
     Parameters,
@@ -61,23 +60,12 @@ class InferenceEngine(Protocol):
         ...
 
 
-class ChooseRoute(Protocol):
-    """The choice of a request's route, see ``serve.engine.routes.choose_route``."""
-
-    def __call__(self, *, epsilon: float | None, deadline_ms: float | None) -> int:
-        """Return a route's number.
-
-        Raises:
-            ValueError: No such route; the message names the field.
-        """
-        ...
-
-
 class Backend(NamedTuple):
     """What answers requests, once it is warmed up."""
 
     engine: InferenceEngine
-    choose_route: ChooseRoute
+    choose_route: Callable[[float | None, float | None], int]
+    """Returns a route's number for ``epsilon`` and ``deadline_ms``, see ``serve.engine.routes.choose_route``."""
     notes: Callable[[int], Mapping[str, str]] = lambda _: {}
     """Further parameters of the response to the request that was submitted last, given its route."""
 
@@ -146,17 +134,6 @@ class Service:
         if not self.ready:
             raise NotReadyError(_WARMING_UP if self._backend is None else "the server is stopping")
 
-    def model_ready(self, name: str, version: str = "") -> ModelReady:
-        """Check that the server takes new requests to a model.
-
-        Raises:
-            UnknownModelError: There is no such model.
-            NotReadyError: It is warming up or stopping.
-        """
-        self.model.check(name, version)
-        self.check_ready()
-        return ModelReady(name=name, ready=True)
-
     def metadata(self) -> ServerMetadata:
         """Describe the server."""
         return ServerMetadata(name=NAME, version=__version__, extensions=EXTENSIONS)
@@ -208,7 +185,7 @@ class Service:
         seconds = min(seconds, self.timeout, math.inf if remaining is None else remaining)
         decoded = self._clock()
         try:
-            route = choose_route(epsilon=epsilon, deadline_ms=deadline_ms)
+            route = choose_route(epsilon, deadline_ms)
             futures = engine.submit(images, route=route, deadline=started + seconds, request_id=request_id)
             noted = notes(route)
         except ValueError as error:
@@ -223,28 +200,18 @@ class Service:
             if pending := [future for future in futures if not future.done()]:
                 engine.abandon(pending)
         answered = self._clock()
-        response = self._respond(request, route, answers, outputs, noted)
-        now = self._clock()
-        computing = min(max(answer.computed for answer in answers), answered - decoded)
-        return response, len(images), Times(now - started, decoded - started, computing, now - answered)
-
-    def _respond(
-        self,
-        request: Request,
-        route: int,
-        answers: Sequence[Answer],
-        outputs: Mapping[str, bool],
-        noted: Mapping[str, str],
-    ) -> Response:
         plan = self.model.plans[route]
         bound = self.model.bounds.get(plan)
-        return Response(
+        response = Response(
             model=self.model.name,
             version=self.model.version,
             id=request.id,
             parameters={"plan": plan, **({} if bound is None else bound._asdict()), **noted},
             outputs=[self._output(name, answers, binary=binary) for name, binary in outputs.items()],
         )
+        now = self._clock()
+        computing = min(max(answer.computed for answer in answers), answered - decoded)
+        return response, len(images), Times(now - started, decoded - started, computing, now - answered)
 
     def _output(self, name: str, answers: Sequence[Answer], *, binary: bool) -> Outgoing:
         datatype, shape = self.model.outputs[name]
@@ -284,22 +251,17 @@ async def _gather(futures: Sequence["Future[Answer]"]) -> list[Answer]:
     Raises:
         ServeError: One of them failed; others may still be in flight.
     """
-    loop = asyncio.get_running_loop()
-    woken = loop.create_future()
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
     missing = itertools.count(len(futures) - 1, -1)
-
-    def wake() -> None:
-        if not woken.done():
-            woken.set_result(None)
 
     def one(future: "Future[Answer]") -> None:
         if next(missing) == 0 or future.cancelled() or future.exception() is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(wake)
+                loop.call_soon_threadsafe(ended.set)
 
     for future in futures:
         future.add_done_callback(one)
-    await woken
+    await ended.wait()
     try:
         for future in futures:
             if future.done():  # where one has failed, others may not be, and would block

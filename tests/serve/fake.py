@@ -50,7 +50,7 @@ def answer(value: float) -> Answer:
     return Answer(index, EXITS[index], float("inf") if index == 2 else value / 2, logits, computed=1e-6)
 
 
-def choose_route(*, epsilon, deadline_ms):
+def choose_route(epsilon, deadline_ms):
     del deadline_ms
     if epsilon is None:
         return 0
