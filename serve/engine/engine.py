@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -25,14 +25,11 @@ class Engine:
     Args:
         runner: Owned by the engine's thread from ``start`` on.
         max_wait_ms: See ``Scheduler``.
-        admitted: The most images in flight; by default, the runner's capacity.
         clock: Seconds.
         observer: Receives the engine's events.
         shadow: Called for every answer of a cache: whether the base's answer is wanted as well. If so, the client is
             answered at once, and its job continues as a shadow job: it keeps its slot, only the last stage answers it,
             and the observer gets the result (``shadowed``). Clients go before shadow jobs, see ``scheduler``.
-        ahead: Steps dispatched and not finished, at most. 2 keep a device busy that the host is slow to feed, but each
-            step is chosen among fewer rows, without those of the running one.
         overlap: Whether the next stage may be dispatched before it is known who leaves, see ``Scheduler.overlap``.
     """
 
@@ -41,11 +38,9 @@ class Engine:
         runner: Runner,
         *,
         max_wait_ms: float = 2.0,
-        admitted: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         observer: Observer | None = None,
         shadow: Shadow | None = None,
-        ahead: int = 1,
         overlap: bool = False,
     ) -> None:
         """Prepare; nothing runs before ``start``."""
@@ -55,9 +50,8 @@ class Engine:
             clock=clock,
             observer=observer,
             shadow=shadow,
-            ahead=ahead,
             overlap=overlap,
-            scheduler=Scheduler(self.routes, runner.capacity, max_wait=max_wait_ms / 1e3, admitted=admitted),
+            scheduler=Scheduler(self.routes, runner.capacity, max_wait=max_wait_ms / 1e3),
         )
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
@@ -120,7 +114,7 @@ class Engine:
     def between_steps(self, work: Callable[[], None]) -> Future[None]:
         """Run something in the engine's thread between two steps, for example a swap of parameters.
 
-        Steps that are on the device already, see ``ahead``, are not affected.
+        With ``overlap``, a step that is on the device already is not affected.
 
         Returns:
             Done when ``work`` has run; fails as it does, or with StoppingError if no step will follow.
@@ -133,11 +127,6 @@ class Engine:
                 self._loop.between.append(item)
                 self._loop.wake.notify()
         return item.done
-
-    def abandon(self, futures: Iterable[Future[Answer]]) -> None:
-        """Cancel answers whose client has left; images that have not run yet are dropped."""
-        for future in futures:
-            future.cancel()
 
     def stop(self, timeout: float | None = None) -> bool:
         """Admit nothing more, finish what was admitted and end the thread; return whether that was done in time."""
@@ -155,7 +144,7 @@ class Engine:
             return Statistics(
                 waiting=scheduler.waiting,
                 slots_in_use=scheduler.in_use,
-                admitted=scheduler.admitted,
+                admitted=scheduler.capacity,
                 backlog_ms=scheduler.backlog_ms,
                 leave=scheduler.leave,
                 running=self._thread.is_alive(),

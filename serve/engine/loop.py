@@ -53,7 +53,6 @@ class Loop:
     clock: Callable[[], float]
     observer: Observer | None
     shadow: Shadow | None
-    ahead: int
     overlap: bool
     scheduler: Scheduler
     wake: threading.Condition = dataclasses.field(default_factory=threading.Condition)
@@ -74,10 +73,9 @@ class Loop:
                     running.append(self._run(step))
                 elif not running:
                     return
-                if self.overlap and len(running) <= self.ahead:
+                if self.overlap and len(running) == 1:
                     self._run_ahead(running)
-                if step is None or len(running) >= self.ahead:
-                    self._postprocess(running)
+                self._postprocess(running)
         except Exception:  # noqa: BLE001 (the last resort)
             _log.critical("the engine's thread ends", exc_info=True)
             self._fail_all(running)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import gc
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -23,8 +24,7 @@ SCORE, LOGITS = 0, 1  # columns of a program's output
 THREADS = min(4, os.cpu_count() or 1)  # a compiler takes some hundred MB
 
 Key = tuple[int, int, int]  # route, stage, bucket
-Progress = Callable[[int, int], None]
-"""Called with the number of programs that are ready, and the number of all."""
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,16 +36,8 @@ class Program:
     leaves: list[Array]
     structure: Any
 
-    def __call__(
-        self, source: PyTree, slots: Int[np.ndarray, " bucket"], after: Array | None
-    ) -> tuple[Float[Array, "bucket columns"], Any]:
-        """Start it; return its output, and the slab that it wrote (None for the last stage)."""
-        return self.run(self.leaves, source, slots, after)
 
-
-def build(
-    wanted: Mapping[Key, tuple[Cascade, CompilerOptions]], *, capacity: int, progress: Progress | None = None
-) -> dict[Key, Program]:
+def build(wanted: Mapping[Key, tuple[Cascade, CompilerOptions]], *, capacity: int) -> dict[Key, Program]:
     """Compile programs; those of one structure share one.
 
     They are traced here, one after another, and compiled in threads: the compiler does not hold Python's lock.
@@ -53,7 +45,6 @@ def build(
     Args:
         wanted: By route, stage and bucket, the cascade and compiler options.
         capacity: Rows of slabs.
-        progress: Called after each compilation; programs that are shared count once.
     """
     lowered: dict[Any, Lowered] = {}
     parts: dict[Key, tuple[Any, list[Array], Any]] = {}
@@ -72,8 +63,7 @@ def build(
         compiling = {pool.submit(one.compile): same for same, one in lowered.items()}
         for done in as_completed(compiling):
             ready[compiling[done]] = done.result()
-            if progress is not None:
-                progress(len(ready), len(lowered))
+            _log.debug("warming up", extra={"ready": len(ready), "programs": len(lowered)})
     return {
         key: Program(run=ready[same], leaves=leaves, structure=structure)
         for key, (same, leaves, structure) in parts.items()

@@ -8,7 +8,7 @@ arrived.
 
 import bisect
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from . import policy
@@ -39,30 +39,21 @@ class Waiting(NamedTuple):
         return not self.job.is_shadow or self.since <= now
 
 
-def is_expired(job: Job, now: float) -> bool:
-    """Whether no client waits for its answer any more: it was abandoned, or its deadline has passed."""
-    return job.abandoned or (job.deadline is not None and job.deadline <= now)
-
-
 class Scheduler:
     """Queues, slots, and the choice of the next step.
 
     Args:
         routes: The runner's routes, with their measured times.
-        capacity: Slots of the runner.
+        capacity: Slots of the runner: the most jobs in flight.
         max_wait: Seconds of age that count as much as the whole gain of a step, see ``next_step``.
-        admitted: The most jobs in flight; by default, as many as there are slots.
     """
 
-    def __init__(
-        self, routes: Sequence[Route], capacity: int, *, max_wait: float = 0.002, admitted: int | None = None
-    ) -> None:
+    def __init__(self, routes: Sequence[Route], capacity: int, *, max_wait: float = 0.002) -> None:
         """Start empty."""
         self.routes = tuple(routes)
-        self.admitted = capacity if admitted is None else min(admitted, capacity)
+        self.capacity = capacity
         self._max_wait = max(max_wait, 1e-6)  # as good as first come, first served
         self._free = list(range(capacity))[::-1]  # the lowest is taken first, so that slabs stay warm
-        self._capacity = capacity
         self._queues: dict[_Key, list[Waiting]] = {}
         self._shadows = 0  # in flight
         self._running: list[Step] = []
@@ -74,7 +65,7 @@ class Scheduler:
     @property
     def in_use(self) -> int:
         """Slots that are taken."""
-        return self._capacity - len(self._free)
+        return self.capacity - len(self._free)
 
     @property
     def waiting(self) -> dict[tuple[int, int], int]:
@@ -106,12 +97,12 @@ class Scheduler:
             OverloadedError: There are not enough free slots; says when to try again.
             ValueError: There can never be enough.
         """
-        if len(jobs) > self.admitted:
-            raise ValueError(f"images: expected at most {self.admitted} at once, got {len(jobs)}")
-        if (missing := self.in_use + len(jobs) - self.admitted) > 0:
+        if len(jobs) > self.capacity:
+            raise ValueError(f"images: expected at most {self.capacity} at once, got {len(jobs)}")
+        if (missing := self.in_use + len(jobs) - self.capacity) > 0:
             retry = max(self._max_wait, missing * self.backlog_ms / 1e3 / self.in_use)  # at an even pace
             raise OverloadedError(
-                f"overloaded: {self.in_use} of {self.admitted} places are taken; try again in {retry:.3f} s", retry
+                f"overloaded: {self.in_use} of {self.capacity} places are taken; try again in {retry:.3f} s", retry
             )
         for job in jobs:
             job.slot = self._free.pop()
@@ -119,34 +110,16 @@ class Scheduler:
             self._queue(job, 0)
 
     def drop(self, now: float) -> list[Job]:
-        """Remove, and return, the waiting jobs that are expired."""
-        dropped: list[Job] = []
-        for key, queue in list(self._queues.items()):
-            parts: tuple[list[Waiting], list[Waiting]] = [], []  # a client may leave at any moment: ask once
-            for waiting in queue:
-                parts[is_expired(waiting.job, now)].append(waiting)
-            rest, expired = parts
-            if expired:
-                self._keep(key, rest)
-                dropped += [waiting.job for waiting in expired]
-        self._release(dropped)
-        return dropped
+        """Remove, and return, the waiting jobs that no client waits for: abandoned, or too late."""
+        return self._remove(lambda job: job.abandoned or (job.deadline is not None and job.deadline <= now))
 
     def drop_shadows(self) -> list[Job]:
         """Remove, and return, the waiting shadow jobs, when the server stops."""
-        dropped = [waiting.job for queue in self._queues.values() for waiting in queue if waiting.job.is_shadow]
-        if dropped:
-            for key, queue in list(self._queues.items()):
-                self._keep(key, [waiting for waiting in queue if not waiting.job.is_shadow])
-            self._release(dropped)
-        return dropped
+        return self._remove(lambda job: job.is_shadow)
 
     def clear(self) -> list[Job]:
         """Remove, and return, all waiting jobs."""
-        jobs = [waiting.job for queue in self._queues.values() for waiting in queue]
-        self._queues.clear()
-        self._release(jobs)
-        return jobs
+        return self._remove(lambda _: True)
 
     # Steps
 
@@ -237,6 +210,19 @@ class Scheduler:
     def _queue(self, job: Job, stage: int) -> None:
         job.stage = stage
         bisect.insort(self._queues.setdefault((job.route, stage), []), Waiting.of(job, next(self._numbers)))
+
+    def _remove(self, goes: Callable[[Job], bool]) -> list[Job]:
+        removed: list[Job] = []
+        for key, queue in list(self._queues.items()):
+            parts: tuple[list[Waiting], list[Waiting]] = [], []  # a client may leave at any moment: ask once
+            for waiting in queue:
+                parts[goes(waiting.job)].append(waiting)
+            rest, gone = parts
+            if gone:
+                self._keep(key, rest)
+                removed += [waiting.job for waiting in gone]
+        self._release(removed)
+        return removed
 
     def _keep(self, key: _Key, rest: list[Waiting]) -> None:
         if rest:

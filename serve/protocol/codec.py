@@ -250,33 +250,25 @@ def _from_bytes(tensor: Incoming, raw: bytes | memoryview) -> Shaped[np.ndarray,
 
 
 def _from_numbers(tensor: Incoming) -> Shaped[np.ndarray, "..."]:
-    dtype, field = DTYPES[tensor.datatype], f"{tensor.field}.data"
-    if isinstance(tensor.numbers, list) and not _are_numbers(tensor.numbers, max(1, len(tensor.shape))):
-        what = "numbers" if dtype.kind == "f" else "whole numbers"
-        raise RequestError(
-            f"{field}: expected {what} for {tensor.datatype}, flat or nested as the shape {list(tensor.shape)} says"
-        )
+    dtype, field, shape = DTYPES[tensor.datatype], f"{tensor.field}.data", list(tensor.shape)
+    what = "numbers" if dtype.kind == "f" else "whole numbers"
+    expected = f"{field}: expected {what} for {tensor.datatype}, flat or nested as the shape {shape} says"
+    if isinstance(tensor.numbers, list) and not _are_numbers(tensor.numbers, max(1, len(shape))):
+        raise RequestError(expected)
     try:
         array = np.asarray(tensor.numbers)
     except (ValueError, TypeError, OverflowError, RecursionError):
-        raise RequestError(
-            f"{field}: expected numbers, flat or nested as the shape {list(tensor.shape)} says, got a ragged list"
-        ) from None
-    if array.shape not in {tensor.shape, (math.prod(tensor.shape),)}:
+        raise RequestError(f"{expected}, got a ragged list") from None
+    if array.shape not in {tensor.shape, (math.prod(shape),)}:
         got = "nothing" if tensor.numbers is None else f"shape {list(array.shape)}"
-        raise RequestError(
-            f"{field}: expected {math.prod(tensor.shape)} numbers of shape {list(tensor.shape)}, got {got}"
-        )
+        raise RequestError(f"{field}: expected {math.prod(shape)} numbers of shape {shape}, got {got}")
     if not array.size:
         return array.astype(dtype)
     if array.dtype.kind not in ("iuf" if dtype.kind == "f" else "iu"):
-        raise RequestError(
-            f"{field}: expected {'numbers' if dtype.kind == 'f' else 'whole numbers'} for {tensor.datatype}"
-        )
+        raise RequestError(expected)
     if dtype.kind != "f" and not np.iinfo(dtype).min <= array.min() <= array.max() <= np.iinfo(dtype).max:
-        raise RequestError(
-            f"{field}: expected {np.iinfo(dtype).min} to {np.iinfo(dtype).max} for {tensor.datatype}, got others"
-        )
+        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+        raise RequestError(f"{field}: expected {low} to {high} for {tensor.datatype}, got others")
     with np.errstate(over="ignore"):  # an infinity results, and is refused
         return array.astype(dtype)
 

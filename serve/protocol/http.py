@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -65,21 +64,23 @@ def create_app(service: Service, metrics: Metrics, *, limit: int, token: str | N
     app = FastAPI(title="GATI-JAX", version=__version__, description=_DESCRIPTION)
     app.openapi = lambda: _describe(app)  # as FastAPI's documentation extends it
     handlers = _Handlers(service, metrics, limit)
-    app.get("/v2", response_model=messages.ServerMetadata)(handlers.server)
-    app.get(HEALTH[0], response_model=messages.Live)(handlers.live)
-    app.get(HEALTH[1], response_model=messages.Ready, responses=_errors(503))(handlers.ready)
-    app.get("/v2/models/stats", response_model=messages.ModelStatistics)(handlers.all_statistics)
+    for where, endpoint, codes in (
+        ("/v2", handlers.server, ()),
+        (HEALTH[0], handlers.live, ()),
+        (HEALTH[1], handlers.ready, (503,)),
+        ("/v2/models/stats", handlers.all_statistics, ()),
+    ):
+        app.get(where, responses=_errors(*codes))(endpoint)
     app.get("/metrics", response_class=Response)(handlers.metrics)
     for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-        path: dict[str, Any] = {"parameters": [_path(name) for name in ("model", "version") if f"{{{name}}}" in model]}
-
-        def get(end: str, reply: type[BaseModel], *codes: int, at: str = model, path: dict[str, Any] = path) -> Any:  # noqa: ANN401
-            return app.get(at + end, response_model=reply, openapi_extra=path, responses=_errors(404, *codes))
-
-        get("", messages.ModelMetadata)(handlers.model)
-        get("/ready", messages.ModelReady, 503)(handlers.model_ready)
-        get("/config", messages.ModelConfig)(handlers.config)
-        get("/stats", messages.ModelStatistics)(handlers.statistics)
+        path = {"parameters": [_path(name) for name in ("model", "version") if f"{{{name}}}" in model]}
+        for end, endpoint, codes in (
+            ("", handlers.model, (404,)),
+            ("/ready", handlers.model_ready, (404, 503)),
+            ("/config", handlers.config, (404,)),
+            ("/stats", handlers.statistics, (404,)),
+        ):
+            app.get(f"{model}{end}", openapi_extra=path, responses=_errors(*codes))(endpoint)
         app.post(
             f"{model}/infer",
             response_class=Response,

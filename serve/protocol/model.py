@@ -167,11 +167,15 @@ class Tally:
         with self._lock:
             times, answered, steps = self._times, self._answered, dict(self._steps)
             failed, images, last_ms = Duration(count=self._failed, ns=_ns(self._failing)), self._images, self._last_ms
-        parts = [_ns(seconds) for seconds in (times.decoding, times.computing, times.encoding)]
-        total = max(_ns(times.total), sum(parts))
-        decoding, computing, encoding, waiting, whole = (
-            Duration(count=answered, ns=ns) for ns in (*parts, total - sum(parts), total)
-        )
+        decoding, computing, encoding = _ns(times.decoding), _ns(times.computing), _ns(times.encoding)
+        total = max(_ns(times.total), decoding + computing + encoding)
+        parts = {
+            "success": total,
+            "queue": total - decoding - computing - encoding,
+            "compute_input": decoding,
+            "compute_infer": computing,
+            "compute_output": encoding,
+        }
         one = Statistics(
             name=name,
             version=version,
@@ -179,12 +183,7 @@ class Tally:
             inference_count=images,
             execution_count=sum(count for count, _ in steps.values()),
             inference_stats=InferStatistics(
-                success=whole,
-                fail=failed,
-                queue=waiting,
-                compute_input=decoding,
-                compute_infer=computing,
-                compute_output=encoding,
+                fail=failed, **{part: Duration(count=answered, ns=ns) for part, ns in parts.items()}
             ),
             batch_stats=[
                 BatchStatistics(batch_size=rows, compute_infer=Duration(count=count, ns=_ns(seconds)))

@@ -48,9 +48,6 @@ class InferenceEngine(Protocol):
         """Admit all images or none."""
         ...
 
-    def abandon(self, futures: "Sequence[Future[Answer]]") -> None:
-        """Cancel answers whose client has left."""
-
     def statistics(self) -> Statistics:
         """Return a snapshot of the queues and counters."""
         ...
@@ -84,28 +81,20 @@ class Response:
 class Service:
     """Answers requests for one model; used from the event loop's thread only."""
 
-    def __init__(
-        self,
-        model: Model,
-        *,
-        tally: Tally,
-        timeout: float = 60.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, model: Model, *, tally: Tally, timeout: float = 60.0) -> None:
         """Prepare; it is ready after ``warmed_up``.
 
         Args:
             model: The served model.
             tally: Counts requests.
             timeout: Seconds that a request may take.
-            clock: The engine's, in seconds.
         """
         self.model = model
         self.timeout = timeout
         self.draining = False
         self._backend: Backend | None = None
         self._closed = False
-        self._tally, self._clock = tally, clock
+        self._tally = tally
         self._names = [name.encode() for name in model.class_names] or [str(i).encode() for i in range(model.classes)]
 
     def warmed_up(self, backend: Backend) -> None:
@@ -159,11 +148,11 @@ class Service:
         Raises:
             ServeError: Why there is no answer.
         """
-        started = self._clock()
+        started = time.monotonic()
         try:
             response, rows, times = await self._infer(request, started, remaining, request_id)
         except BaseException as error:
-            self._tally.failed(self._clock() - started)
+            self._tally.failed(time.monotonic() - started)
             if isinstance(error, StepError):
                 _log.exception("a request was lost with its step")
             raise
@@ -183,7 +172,7 @@ class Service:
         outputs = outputs_of(request, self.model)
         images = images_of(request, self.model)
         seconds = min(seconds, self.timeout, math.inf if remaining is None else remaining)
-        decoded = self._clock()
+        decoded = time.monotonic()
         try:
             route = choose_route(epsilon, deadline_ms)
             futures = engine.submit(images, route=route, deadline=started + seconds, request_id=request_id)
@@ -197,9 +186,9 @@ class Service:
         except TimeoutError:
             raise DeadlineError(f"the deadline passed: no answer within {seconds * 1000:.3g} ms") from None
         finally:
-            if pending := [future for future in futures if not future.done()]:
-                engine.abandon(pending)
-        answered = self._clock()
+            for future in futures:  # those that are not done: their images are abandoned
+                future.cancel()
+        answered = time.monotonic()
         plan = self.model.plans[route]
         bound = self.model.bounds.get(plan)
         response = Response(
@@ -209,7 +198,7 @@ class Service:
             parameters={"plan": plan, **({} if bound is None else bound._asdict()), **noted},
             outputs=[self._output(name, answers, binary=binary) for name, binary in outputs.items()],
         )
-        now = self._clock()
+        now = time.monotonic()
         computing = min(max(answer.computed for answer in answers), answered - decoded)
         return response, len(images), Times(now - started, decoded - started, computing, now - answered)
 

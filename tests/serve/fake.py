@@ -15,7 +15,7 @@ import numpy as np
 import uvicorn
 
 from serve.engine.records import Answer, Job, Route, Statistics, Step
-from serve.metrics import Gauges, Metrics
+from serve.metrics import Metrics
 from serve.protocol.grpc import create_server
 from serve.protocol.http import create_app
 from serve.protocol.model import Bound, Model, Tally
@@ -120,10 +120,7 @@ class Front:
         self.metrics = Metrics(tally)
         self.engine.observer = self.metrics
         self.service = Service(MODEL, tally=tally, timeout=timeout)
-        ready_now = lambda: self.service.ready  # noqa: E731
-        self.metrics.watch(
-            Gauges(routes=ROUTES, statistics=self.engine.statistics, ready=ready_now, model="gati", version="v7")
-        )
+        self.metrics.watch(ROUTES, self.engine.statistics, self.service)
         self.token = token
         self.app = create_app(self.service, self.metrics, limit=LIMIT, token=token)
         if ready:
