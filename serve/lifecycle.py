@@ -21,7 +21,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator
-from typing import TypeVar
 
 import grpc
 import grpc.aio
@@ -38,7 +37,6 @@ from .settings import Settings
 _log = logging.getLogger("serve")
 _REFUSING = 0.2  # seconds between the last admitted request and the closing of the sockets
 _ENDING = 1.0  # seconds for an idle thread to end
-T = TypeVar("T")
 
 try:  # half the time of asyncio's own event loop
     from uvloop import new_event_loop
@@ -162,9 +160,9 @@ def _leave(code: int, message: str) -> None:
     os._exit(code)
 
 
-def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
+def _in_thread(work: Callable[[], Backend]) -> asyncio.Future[Backend]:
     """Run something in a daemon thread, for which the process does not wait when it exits."""
-    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+    done: concurrent.futures.Future[Backend] = concurrent.futures.Future()
 
     def body() -> None:
         try:

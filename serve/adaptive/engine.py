@@ -66,12 +66,10 @@ class AdaptiveEngine:
         *,
         end: Callable[[float | None], bool] = lambda _: True,
     ) -> None:
-        """Take an engine that is to serve what the controller decides.
+        """Take an engine, not started, that is to serve what the controller decides; this is its observer.
 
-        Args:
-            engine: Not started; this is its observer.
-            prepare: Brings caches to the device, in any thread, and returns what is to be done between two steps.
-            end: Ends the worker, in so many seconds at most.
+        ``prepare`` brings caches to the device, in any thread, and returns what is to be done between two steps;
+        ``end`` ends the worker, in so many seconds at most.
         """
         self._engine, self._prepare, self._end = engine, prepare, end
 

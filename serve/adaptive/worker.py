@@ -26,12 +26,7 @@ class _StoppingError(Exception):
 
 
 class Worker:
-    """Runs pieces of work in a thread of its own.
-
-    Args:
-        recovery: Does a piece at a time, and calls its pause in between.
-        share: Of the time.
-    """
+    """Runs pieces of work in a thread of its own, in a share of the time."""
 
     def __init__(self, recovery: Works, share: float) -> None:
         """Prepare."""

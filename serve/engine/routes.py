@@ -35,9 +35,7 @@ class CascadeRoute:
 def load(bundle: Bundle, *, reference: bool = False) -> list[CascadeRoute]:
     """Return the routes of a bundle: its plans, the default one first, and the base.
 
-    Args:
-        bundle: See ``gati_jax.load_bundle``.
-        reference: Whether to ignore the tuning for this device and run the certified arithmetic.
+    With ``reference``, the tuning for this device is ignored, and the certified arithmetic runs.
     """
     tuned = None if reference else bundle.tuned
     tuning = tuned.tuning if tuned else None

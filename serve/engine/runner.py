@@ -225,11 +225,7 @@ def _thresholds(caches: Shaped[np.ndarray | Array, " caches"]) -> Shaped[np.ndar
 
 
 def _tiles(sources: Sequence[CascadeRoute], buckets: Sequence[int] | None) -> dict[int, Tile | None]:
-    """Return the buckets, each with its tile of the tuning.
-
-    Raises:
-        InputError: Buckets without a tile in the tuning, or too many of them.
-    """
+    """Return the buckets, each with its tile of the tuning."""
     tuning, stages = sources[0].tuning, max(len(source.cascade.sites) + 1 for source in sources)
     tiles: dict[int, Tile | None] = dict.fromkeys(BUCKETS) if tuning is None else {t.size: t for t in tuning.tiles}
     if buckets is None:

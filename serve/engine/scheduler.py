@@ -144,13 +144,7 @@ class Scheduler:
     def finish(self, step: Step, left: Sequence[bool], shadows: Collection[Job] = ()) -> list[Job]:
         """Free the slots of the jobs that left; queue the others for the next stage.
 
-        Args:
-            step: What ran.
-            left: By job, whether it left; at the last stage, all do.
-            shadows: Jobs that left and continue as shadow jobs.
-
-        Returns:
-            The jobs that did not leave but were abandoned; they are not queued.
+        Some of the jobs that left may continue as shadow jobs. Returns those that were abandoned instead of queued.
         """
         self._running.remove(step)
         followed = self._is_followed(step)
@@ -181,11 +175,8 @@ class Scheduler:
         """Return the stage after that of a running step, for all its jobs: to dispatch before its hits are known.
 
         The paper's overlapped lookups: survivors need not wait for the host, and what is computed for the jobs that
-        leave is discarded. None if any other job waits, or if the waste is expected to outweigh the saving.
-
-        Args:
-            step: Running, and chosen by ``next_step`` (or narrowed): a step that itself ran ahead is not followed.
-            turnaround_ms: Measured idle time of the device between a result and the step after it.
+        leave is discarded. None if any other job waits, if the step itself ran ahead, or if the waste is expected to
+        outweigh the saving: ``turnaround_ms``, in which the device idles between a result and the step after it.
         """
         route, stage = self.routes[step.route], step.stage + 1
         if self._queues or not step.jobs or step.follows is not None or stage > len(route.sites):

@@ -199,15 +199,7 @@ def _incoming(field: str, tensor: RequestInput, rest: memoryview) -> tuple[Incom
 
 
 def encode(head: Mapping[str, object], outputs: Sequence[Outgoing]) -> tuple[bytes, int | None]:
-    """Encode an answer.
-
-    Args:
-        head: The response without its outputs.
-        outputs: Its outputs.
-
-    Returns:
-        The body, and the bytes of its JSON if tensors follow.
-    """
+    """Encode an answer, whose ``head`` is all but its outputs; return the bytes of its JSON, too, if tensors follow."""
     described, parts = [], []
     for tensor in outputs:
         one = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}

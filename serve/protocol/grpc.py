@@ -41,11 +41,7 @@ Method = Callable[[Any, Context], Awaitable[Message]]
 def create_server(service: Service, metrics: Metrics, *, limit: int, token: str | None = None) -> grpc.aio.Server:
     """Return the gRPC side of a service, without a port.
 
-    Args:
-        service: Answers the requests.
-        metrics: Counts them.
-        limit: The most bytes of a message; larger ones get RESOURCE_EXHAUSTED.
-        token: The bearer token that clients must send, as the metadata ``authorization``, to all methods but health.
+    See ``serve.protocol.http.create_app`` for the arguments; the token comes as the metadata ``authorization``.
     """
     server = grpc.aio.server(
         options=(
@@ -103,11 +99,7 @@ def _replying(reply: Callable[[Any], dict[str, Any]], name: str) -> Method:
 
 
 def decode(message: pb.ModelInferRequest, most_numbers: int = MOST_NUMBERS) -> Request:
-    """Decode a message.
-
-    Args:
-        message: The request's message.
-        most_numbers: The most numbers in the contents of a tensor.
+    """Decode a message, with at most ``most_numbers`` numbers in the contents of a tensor.
 
     Raises:
         RequestError: Its parts do not fit together.

@@ -73,7 +73,13 @@ def create_app(service: Service, metrics: Metrics, *, limit: int, token: str | N
         app.get(where, responses=_errors(*codes))(endpoint)
     app.get("/metrics", response_class=Response)(handlers.metrics)
     for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-        path = {"parameters": [_path(name) for name in ("model", "version") if f"{{{name}}}" in model]}
+        path = {
+            "parameters": [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for name in ("model", "version")
+                if f"{{{name}}}" in model
+            ]
+        }
         for end, endpoint, codes in (
             ("", handlers.model, (404,)),
             ("/ready", handlers.model_ready, (404, 503)),
@@ -211,10 +217,6 @@ def _explain(error: Exception, headers: dict[str, str] | None = None) -> JSONRes
     status, message, retry_after = refusal(error)
     retry = {} if retry_after is None else {"retry-after": str(max(1, math.ceil(retry_after)))}  # whole seconds
     return JSONResponse({"error": message}, status, headers=retry | (headers or {}))
-
-
-def _path(name: str) -> dict[str, Any]:
-    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
 
 
 def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:

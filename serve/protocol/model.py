@@ -99,12 +99,8 @@ class Model:
 
     def config(self) -> ModelConfig:
         """Describe the model as perf_analyzer reads it; parameters hold what the protocol has no field for."""
-        facts = {
-            "datatypes": ",".join(self.datatypes),
-            "plans": json.dumps(
-                {plan: self.bounds[plan]._asdict() if plan in self.bounds else None for plan in self.plans}
-            ),
-        }
+        bounds = {plan: self.bounds[plan]._asdict() if plan in self.bounds else None for plan in self.plans}
+        facts = {"datatypes": ",".join(self.datatypes), "plans": json.dumps(bounds)}
         return ModelConfig(
             name=self.name,
             platform=PLATFORM,

@@ -82,13 +82,7 @@ class Service:
     """Answers requests for one model; used from the event loop's thread only."""
 
     def __init__(self, model: Model, *, tally: Tally, timeout: float = 60.0) -> None:
-        """Prepare; it is ready after ``warmed_up``.
-
-        Args:
-            model: The served model.
-            tally: Counts requests.
-            timeout: Seconds that a request may take.
-        """
+        """Prepare; it is ready after ``warmed_up``. A request may take ``timeout`` seconds."""
         self.model = model
         self.timeout = timeout
         self.draining = False
@@ -138,12 +132,7 @@ class Service:
         return self._tally.snapshot(self.model.name, self.model.version)
 
     async def infer(self, request: Request, *, remaining: float | None = None, request_id: str = "") -> Response:
-        """Answer a request; if this is cancelled, its images are abandoned.
-
-        Args:
-            request: The decoded request.
-            remaining: Seconds until the client's own deadline.
-            request_id: For logs.
+        """Answer a request within ``remaining`` seconds; if this is cancelled, its images are abandoned.
 
         Raises:
             ServeError: Why there is no answer.
