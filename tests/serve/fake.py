@@ -81,6 +81,8 @@ class FakeEngine:
         jobs = [Job(image=image, route=route, arrived=0.0) for image in images]
         if not self.silent:
             self._pool.submit(self._run, jobs, route)
+        for job in jobs:
+            job.done.add_done_callback(lambda done: self.abandoned.set() if done.cancelled() else None)
         self.submitted.set()
         return [job.done for job in jobs]
 
@@ -97,11 +99,6 @@ class FakeEngine:
                 if self.observer:
                     self.observer.answered(job, one, 0.003)
                 job.done.set_result(one)
-
-    def abandon(self, futures):
-        for future in futures:
-            future.cancel()
-        self.abandoned.set()
 
     def stop(self, timeout: float | None = None) -> bool:
         del timeout
