@@ -35,10 +35,7 @@ def assemble(settings: Settings) -> Parts:
     metrics = Metrics(tally)
     adaptive = _adapt(bundle, settings, metrics) if settings.adapt else None
     sources = adaptive.sources if adaptive else routes.load(bundle, reference=settings.reference)
-    model = describe(
-        bundle, sources, name=settings.name, version=version_of(settings.bundle), max_rows=settings.capacity
-    )
-    service = Service(model, tally=tally, timeout=settings.timeout)
+    service = Service(_describe(bundle, sources, settings), tally=tally, timeout=settings.timeout)
 
     def start() -> Backend:
         runner = JaxRunner(sources, capacity=settings.capacity)
@@ -83,10 +80,7 @@ def _adapt(bundle: gati_jax.Bundle, settings: Settings, metrics: Metrics) -> "Ad
     return parts
 
 
-def describe(
-    bundle: gati_jax.Bundle, sources: Sequence[routes.CascadeRoute], *, name: str, version: str, max_rows: int
-) -> Model:
-    """Return a bundle's description for clients."""
+def _describe(bundle: gati_jax.Bundle, sources: Sequence[routes.CascadeRoute], settings: Settings) -> Model:
     certificates = bundle.certificates
     bounds = {  # the base, which has no certificate, agrees with itself
         source.name: Bound(source.epsilon, certificates[source.name].delta if source.name in certificates else 0.0)
@@ -94,15 +88,15 @@ def describe(
         if source.epsilon is not None
     }
     return Model(
-        name=name,
-        version=version,
+        name=settings.name,
+        version=version_of(settings.bundle),
         input_shape=tuple(bundle.chain.input_spec.shape),
         datatypes=("FP32",) if bundle.chain.normalization is None else ("UINT8", "FP32"),
         classes=bundle.chain.classes,
         class_names=bundle.class_names,
         plans=tuple(source.name for source in sources),
         bounds=bounds,
-        max_rows=max_rows,
+        max_rows=settings.capacity,
     )
 
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gati_jax import Bundle, BundleError, InputError
 from gati_jax.adaptation import (
@@ -28,6 +27,7 @@ from gati_jax.adaptation import (
 from gati_jax.bundle import Versions
 from gati_jax.bundle.record import certified_only
 from gati_jax.certification import trial_level
+from gati_jax.pytrees import tree_digest
 from gati_jax.runtime import Cascade
 from serve.engine import routes
 from serve.engine.engine import Engine
@@ -137,8 +137,8 @@ def _resume_version(versions: Versions, certified: Bundle, adapting: AdaptiveEng
         return
     given, current = served_by(certified), served_by(bundle)
     why = (
-        "it is of another base" if not _same(certified.chain.params, bundle.chain.params, values=True)
-        else "its caches are of another structure" if not _same(given.caches, current.caches, values=False)
+        "it is of another base" if tree_digest(certified.chain.params) != tree_digest(bundle.chain.params)
+        else "its caches are of another structure" if _structure(given.caches) != _structure(current.caches)
         else "it promises less" if not (bundle.certificate.certified and bundle.certificate.epsilon <= epsilon)
         else ""
     )  # fmt: skip
@@ -148,11 +148,8 @@ def _resume_version(versions: Versions, certified: Bundle, adapting: AdaptiveEng
     adapting.adopt(current, f"version {number}, of {versions.folder}")
 
 
-def _same(one: object, other: object, *, values: bool) -> bool:
-    if jax.tree.structure(one) != jax.tree.structure(other):
-        return False
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    return all(a.shape == b.shape and a.dtype == b.dtype and (not values or np.array_equal(a, b)) for a, b in pairs)
+def _structure(caches: object) -> tuple[object, ...]:
+    return jax.tree.structure(caches), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(caches)]
 
 
 def _cascade(source: CascadeRoute, served: Served) -> Cascade:

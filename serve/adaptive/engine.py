@@ -38,13 +38,7 @@ class AdaptiveEngine:
         classes: Of the network.
     """
 
-    def __init__(
-        self,
-        build: Build,
-        *,
-        observer: Observer,
-        classes: int,
-    ) -> None:
+    def __init__(self, build: Build, *, observer: Observer, classes: int) -> None:
         """Prepare; ``serve`` starts."""
         self.cache_answers: collections.Counter[str] = collections.Counter()
         """Answers of the input cache, by layer."""
@@ -60,11 +54,7 @@ class AdaptiveEngine:
         self.controller = build(self._on_change, self._on_event)
 
     def serve(
-        self,
-        engine: Engine,
-        prepare: Callable[[Served], Swap],
-        *,
-        end: Callable[[float | None], bool] = lambda _: True,
+        self, engine: Engine, prepare: Callable[[Served], Swap], *, end: Callable[[float | None], bool] = lambda _: True
     ) -> None:
         """Take an engine, not started, that is to serve what the controller decides; this is its observer.
 

@@ -54,11 +54,7 @@ class JaxRunner:
     """
 
     def __init__(
-        self,
-        sources: Sequence[CascadeRoute],
-        *,
-        capacity: int = 256,
-        buckets: Sequence[int] | None = None,
+        self, sources: Sequence[CascadeRoute], *, capacity: int = 256, buckets: Sequence[int] | None = None
     ) -> None:
         """Compile, run and measure every program."""
         started = time.perf_counter()

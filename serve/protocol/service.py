@@ -23,14 +23,7 @@ from gati_jax import __version__
 from serve.engine.records import Answer, DeadlineError, Statistics, StepError, StoppingError
 
 from .codec import DTYPES, Outgoing, Request, images_of, limits_of, outputs_of
-from .messages import (
-    ModelStatistics,
-    NotReadyError,
-    Parameters,
-    RequestError,
-    ServerMetadata,
-    UnauthorizedError,
-)
+from .messages import ModelStatistics, NotReadyError, Parameters, RequestError, ServerMetadata, UnauthorizedError
 from .model import Model, Tally, Times
 
 NAME = "gati-jax"
