@@ -61,7 +61,7 @@ class Metrics:
             for stage, exit_ in enumerate(route.exits):
                 self._of_exit(route.name, exit_)
                 self._failed.labels(route.name, stage)
-        self.registry.register(_Gauges(self._routes, statistics, service))
+        self.registry.register(Gauges(self._routes, statistics, service))
 
     def request(self, protocol: str, method: str, code: int) -> None:
         """Count a request."""
@@ -109,7 +109,7 @@ class Metrics:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Gauges(Collector):
+class Gauges(Collector):
     """The state of an engine, read at each scrape."""
 
     routes: Sequence[Route]

@@ -160,35 +160,33 @@ def test_any_steps_give_the_bundles_answers(residual, runner, slots, seed, float
     check(serve(runner, sent, steps, number), predict_batch(cascade, images))
 
 
-def through_engine(runner, images):
-    engine = Engine(runner)
+def through_engine(runner, images, *, one_by_one=False, **options):
+    engine = Engine(runner, **options)
     engine.start()
-    futures = [future for image in images for future in engine.submit(image[None], route=0)]
+    futures = []
+    for image in images:
+        futures += engine.submit(image[None], route=0)
+        if one_by_one:
+            futures[-1].result(60)
     answers = [future.result(60) for future in futures]
     assert engine.stop(60)
     return answers
 
 
-def test_served_digits_are_answered_as_by_the_library(dense, splits):
-    runner = JaxRunner(routes.load(dense), capacity=300)
-    images = splits["test"][:256]
+@pytest.mark.parametrize("overlap", [False, True])
+def test_served_digits_are_answered_as_by_the_library(dense, splits, monkeypatch, overlap):
+    """One by one no other job waits, so each next stage can be dispatched early, and discarded for every hit."""
+    monkeypatch.setattr(policy, "overlap_pays", lambda *_: True)
+    runner, images = (
+        JaxRunner(routes.load(dense), capacity=300, buckets=(1,) if overlap else None),
+        splits["test"][:256],
+    )
+    early, dispatch = [], runner.dispatch
+    monkeypatch.setattr(runner, "dispatch", lambda step: (early.append(step.follows is not None), dispatch(step))[1])
     expected = gati_jax.infer_batch(dense, images, numerics="reference")
     assert set(np.asarray(expected.exit).tolist()) == {1, 2, 3, 4, 5}
-    check(through_engine(runner, images), expected)
-
-
-def test_every_stage_may_be_overlapped(dense, splits, monkeypatch):
-    """One by one no other job waits, so each next stage is dispatched early, and discarded for every hit."""
-    monkeypatch.setattr(policy, "overlap_pays", lambda *_: True)
-    runner, images = JaxRunner(routes.load(dense), capacity=3, buckets=(1,)), splits["test"][:100]
-    stages, dispatch = [], runner.dispatch
-    monkeypatch.setattr(runner, "dispatch", lambda step: (stages.append(step.follows is not None), dispatch(step))[1])
-    engine = Engine(runner, overlap=True)
-    engine.start()
-    answers = [engine.submit(image[None], route=0)[0].result(60) for image in images]
-    assert engine.stop(60)
-    check(answers, gati_jax.infer_batch(dense, images, numerics="reference"))
-    assert sum(stages) >= len(images)
+    check(through_engine(runner, images, one_by_one=overlap, overlap=overlap), expected)
+    assert (sum(early) >= len(images)) == overlap
 
 
 @pytest.mark.parametrize("thresholds", [(-INF, -INF), (INF, INF), (INF, -INF)], ids=["all hit", "all miss", "second"])
