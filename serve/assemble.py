@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,14 +15,13 @@ from serve.protocol.model import Bound, Model, Tally
 from serve.protocol.service import Backend, Service
 
 from .lifecycle import Parts
-from .metrics import Gauges, Metrics
+from .metrics import Metrics
 from .settings import Settings
 
 if TYPE_CHECKING:
     from .adaptive import AdaptiveParts
 
 _DIGITS = 12
-_log = logging.getLogger("serve")
 
 
 def assemble(settings: Settings) -> Parts:
@@ -37,13 +35,10 @@ def assemble(settings: Settings) -> Parts:
     metrics = Metrics(tally)
     adaptive = _adapt(bundle, settings, metrics) if settings.adapt else None
     sources = adaptive.sources if adaptive else routes.load(bundle, reference=settings.reference)
-    model = describe(
-        bundle, sources, name=settings.name, version=version_of(settings.bundle), max_rows=settings.capacity
-    )
-    service = Service(model, tally=tally, timeout=settings.timeout)
+    service = Service(_describe(bundle, sources, settings), tally=tally, timeout=settings.timeout)
 
     def start() -> Backend:
-        runner = JaxRunner(sources, capacity=settings.capacity, progress=_log_progress)
+        runner = JaxRunner(sources, capacity=settings.capacity)
         engine = Engine(
             runner,
             max_wait_ms=settings.max_wait_ms,
@@ -51,15 +46,7 @@ def assemble(settings: Settings) -> Parts:
             shadow=adaptive.adapting.shadow if adaptive else None,
             overlap=settings.overlap,
         )
-        metrics.watch(
-            Gauges(
-                routes=runner.routes,
-                statistics=engine.statistics,
-                ready=lambda: service.ready,
-                model=model.name,
-                version=model.version,
-            )
-        )
+        metrics.watch(runner.routes, engine.statistics, service)
         settle()
         choose_route = functools.partial(
             routes.choose_route,
@@ -79,21 +66,21 @@ def assemble(settings: Settings) -> Parts:
 def _adapt(bundle: gati_jax.Bundle, settings: Settings, metrics: Metrics) -> "AdaptiveParts":
     from . import adaptive  # noqa: PLC0415 (a server that does not adapt needs none of what fitting imports)
 
-    options = adaptive.AdaptiveOptions(
-        folder=settings.versions,
+    parts = adaptive.build(
+        bundle,
+        settings.versions,
+        capacity=settings.capacity,
+        observer=metrics,
         epsilon=settings.adapt_epsilon,
         share=settings.adapt_share,
         without=settings.adapt_without,
+        reference=settings.reference,
     )
-    parts = adaptive.build(bundle, options, capacity=settings.capacity, observer=metrics, reference=settings.reference)
     metrics.registry.register(adaptive.AdaptiveGauges(parts.adapting, parts.worker))
     return parts
 
 
-def describe(
-    bundle: gati_jax.Bundle, sources: Sequence[routes.CascadeRoute], *, name: str, version: str, max_rows: int
-) -> Model:
-    """Return a bundle's description for clients."""
+def _describe(bundle: gati_jax.Bundle, sources: Sequence[routes.CascadeRoute], settings: Settings) -> Model:
     certificates = bundle.certificates
     bounds = {  # the base, which has no certificate, agrees with itself
         source.name: Bound(source.epsilon, certificates[source.name].delta if source.name in certificates else 0.0)
@@ -101,22 +88,18 @@ def describe(
         if source.epsilon is not None
     }
     return Model(
-        name=name,
-        version=version,
+        name=settings.name,
+        version=version_of(settings.bundle),
         input_shape=tuple(bundle.chain.input_spec.shape),
         datatypes=("FP32",) if bundle.chain.normalization is None else ("UINT8", "FP32"),
         classes=bundle.chain.classes,
         class_names=bundle.class_names,
         plans=tuple(source.name for source in sources),
         bounds=bounds,
-        max_rows=max_rows,
+        max_rows=settings.capacity,
     )
 
 
 def version_of(folder: Path) -> str:
     """Return a bundle's version: the digest of its manifest, which lists the digests of all its files."""
     return hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:_DIGITS]
-
-
-def _log_progress(ready: int, programs: int) -> None:
-    _log.debug("warming up", extra={"ready": ready, "programs": programs})

@@ -21,12 +21,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator
-from typing import NamedTuple, TypeVar
 
 import grpc
 import grpc.aio
 import uvicorn
-from starlette.types import ASGIApp
 
 from gati_jax import InputError
 from serve.protocol.grpc import create_server
@@ -39,7 +37,6 @@ from .settings import Settings
 _log = logging.getLogger("serve")
 _REFUSING = 0.2  # seconds between the last admitted request and the closing of the sockets
 _ENDING = 1.0  # seconds for an idle thread to end
-T = TypeVar("T")
 
 try:  # half the time of asyncio's own event loop
     from uvloop import new_event_loop
@@ -80,7 +77,21 @@ async def _serve(settings: Settings, parts: Parts) -> int:
     stop = _on_signals()
     listener = _listen(settings, settings.http_port, "--http-port")
     app = create_app(parts.service, parts.metrics, limit=settings.max_body, token=settings.token)
-    http = _HttpServer(_http_config(settings, app))
+    http = _HttpServer(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=math.ceil(settings.drain),
+            ssl_certfile=settings.tls_cert,
+            ssl_keyfile=settings.tls_key,
+        )
+    )
     rpc = create_server(parts.service, parts.metrics, limit=settings.max_body, token=settings.token)
     grpc_port = _bind(rpc, settings)
     await rpc.start()
@@ -97,25 +108,15 @@ async def _serve(settings: Settings, parts: Parts) -> int:
     parts.service.warmed_up(backend)
     _log.info("ready", extra={"model": parts.service.model.name, "version": parts.service.model.version})
     await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
-    return await _drain(settings, parts.service, backend, _Sockets(http, rpc, serving))
-
-
-class _Sockets(NamedTuple):
-    http: _HttpServer
-    rpc: grpc.aio.Server
-    serving: asyncio.Task[None]  # http's
-
-
-async def _drain(settings: Settings, service: Service, backend: Backend, sockets: _Sockets) -> int:
-    service.drain()
+    parts.service.drain()
     _log.info("stopping", extra={"grace": settings.grace, "drain": settings.drain})
     await asyncio.sleep(settings.grace)
-    service.close()
+    parts.service.close()
     await asyncio.sleep(_REFUSING)
     until = time.monotonic() + settings.drain
-    sockets.http.should_exit = True
-    hanging_up = asyncio.create_task(_hang_up(sockets.http))
-    await asyncio.gather(sockets.serving, sockets.rpc.stop(settings.drain))
+    http.should_exit = True
+    hanging_up = asyncio.create_task(_hang_up(http))
+    await asyncio.gather(serving, rpc.stop(settings.drain))
     hanging_up.cancel()
     finished = await asyncio.to_thread(backend.engine.stop, max(_ENDING, until - time.monotonic()))
     if not finished:
@@ -159,9 +160,9 @@ def _leave(code: int, message: str) -> None:
     os._exit(code)
 
 
-def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
+def _in_thread(work: Callable[[], Backend]) -> asyncio.Future[Backend]:
     """Run something in a daemon thread, for which the process does not wait when it exits."""
-    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+    done: concurrent.futures.Future[Backend] = concurrent.futures.Future()
 
     def body() -> None:
         try:
@@ -193,22 +194,6 @@ def _bind(server: grpc.aio.Server, settings: Settings) -> int:
         return server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
     except RuntimeError:
         raise InputError(f"--grpc-port: cannot listen at {address}") from None
-
-
-def _http_config(settings: Settings, app: ASGIApp) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=math.ceil(settings.drain),
-        ssl_certfile=settings.tls_cert,
-        ssl_keyfile=settings.tls_key,
-    )
 
 
 def _announce(settings: Settings, http_port: int, grpc_port: int) -> None:

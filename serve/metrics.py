@@ -26,6 +26,7 @@ from prometheus_client.registry import Collector
 
 from serve.engine.records import Answer, Job, Route, Statistics, Step
 from serve.protocol.model import Tally
+from serve.protocol.service import Service
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -53,14 +54,14 @@ class Metrics:
         for reason in ("overloaded", "stopping", "too_large", "deadline"):
             self._refused.labels(reason)
 
-    def watch(self, gauges: "Gauges") -> None:
+    def watch(self, routes: Sequence[Route], statistics: Callable[[], Statistics], service: Service) -> None:
         """Report an engine's gauges; called before it starts."""
-        self._routes = tuple(gauges.routes)
+        self._routes = tuple(routes)
         for route in self._routes:  # series exist from the start, so that rates are defined
             for stage, exit_ in enumerate(route.exits):
                 self._of_exit(route.name, exit_)
                 self._failed.labels(route.name, stage)
-        self.registry.register(gauges)
+        self.registry.register(Gauges(self._routes, statistics, service))
 
     def request(self, protocol: str, method: str, code: int) -> None:
         """Count a request."""
@@ -107,15 +108,13 @@ class Metrics:
         return self._latency.labels(plan, exit_), self._left.labels(plan, exit_)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Gauges(Collector):
     """The state of an engine, read at each scrape."""
 
     routes: Sequence[Route]
     statistics: Callable[[], Statistics]
-    ready: Callable[[], bool]
-    model: str
-    version: str
+    service: Service
 
     def collect(self) -> Iterator[GaugeMetricFamily | InfoMetricFamily]:
         """Return the gauges."""
@@ -130,5 +129,6 @@ class Gauges(Collector):
         yield depth
         yield slots
         yield GaugeMetricFamily("gati_backlog_seconds", "Work for the images in flight", value=now.backlog_ms / 1e3)
-        yield GaugeMetricFamily("gati_ready", "1 while the server takes requests", value=float(self.ready()))
-        yield InfoMetricFamily("gati_bundle", "The served bundle", value={"model": self.model, "version": self.version})
+        yield GaugeMetricFamily("gati_ready", "1 while the server takes requests", value=float(self.service.ready))
+        bundle = {"model": self.service.model.name, "version": self.service.model.version}
+        yield InfoMetricFamily("gati_bundle", "The served bundle", value=bundle)

@@ -14,7 +14,6 @@ What may fail: the controller (a bug) - adaptation is then over, the base answer
 recovery, which is logged, counted and tried again later; the process, at any moment: see ``Versions``.
 """
 
-from .build import AdaptiveOptions as AdaptiveOptions
 from .build import AdaptiveParts as AdaptiveParts
 from .build import build as build
 from .engine import AdaptiveEngine as AdaptiveEngine

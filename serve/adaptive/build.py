@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gati_jax import Bundle, BundleError, InputError
 from gati_jax.adaptation import (
@@ -28,6 +27,7 @@ from gati_jax.adaptation import (
 from gati_jax.bundle import Versions
 from gati_jax.bundle.record import certified_only
 from gati_jax.certification import trial_level
+from gati_jax.pytrees import tree_digest
 from gati_jax.runtime import Cascade
 from serve.engine import routes
 from serve.engine.engine import Engine
@@ -40,24 +40,6 @@ from .worker import Worker
 
 _PIECE = 32  # requests that a trial takes at once: a step of the server may have to wait for them
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaptiveOptions:
-    """How to adapt."""
-
-    folder: Path
-    """Of versions."""
-    epsilon: float | None = None
-    """To promise; None: as certified."""
-    share: float = 0.1
-    """Of the time, for trials and refits."""
-    without: Sequence[str] = ()
-    """Layers to leave out: "exact", "nearest", "refit"."""
-    controller: ControllerConfig | None = None
-    """In place of the defaults."""
-    recovery: RecoveryConfig | None = None
-    """In place of the defaults."""
 
 
 class AdaptiveParts(NamedTuple):
@@ -76,35 +58,47 @@ class AdaptiveParts(NamedTuple):
 
 
 def build(
-    bundle: Bundle, options: AdaptiveOptions, *, capacity: int, observer: Observer, reference: bool = False
+    bundle: Bundle,
+    folder: Path,
+    *,
+    capacity: int,
+    observer: Observer,
+    epsilon: float | None = None,
+    share: float = 0.1,
+    without: Sequence[str] = (),
+    reference: bool = False,
+    config: ControllerConfig | None = None,
 ) -> AdaptiveParts:
     """Prepare to adapt a bundle's default plan; its others are not served, for they would not be monitored.
 
     Args:
-        bundle: As it was given; versions in the folder are served if they are of the same base.
-        options: See ``AdaptiveOptions``.
+        bundle: As it was given.
+        folder: Of versions, which are served if they are of the same base.
         capacity: Images on their way at once.
         observer: Of the engine.
+        epsilon: The disagreement to promise; None: as certified.
+        share: Of the time, for trials and refits.
+        without: Layers to leave out: "exact", "nearest", "refit".
         reference: See ``routes.load``.
+        config: The controller's, in place of one that follows from ``epsilon`` and ``without``.
 
     Raises:
         InputError: A bundle that cannot adapt, or a folder of something else.
     """
     certified = certified_only(bundle)
-    config = options.controller or _controller_config(bundle, options, capacity)
+    config = config or _controller_config(bundle, epsilon, without, capacity)
     epsilon, delta = config.monitor.epsilon, config.monitor.delta
-    versions = Versions(options.folder, chain=bundle.chain if bundle.chain.network is None else None)
+    versions = Versions(folder, chain=bundle.chain if bundle.chain.network is None else None)
 
     def controller(on_change: Callable[[Served], None], on_event: Callable[[Event], None]) -> AdaptationController:
         level = lambda: trial_level(delta, versions.next_trial())  # noqa: E731
         return AdaptationController(bundle, config, level=level, on_change=on_change, on_event=on_event)
 
-    adapting = AdaptiveEngine(controller, observer=observer, base=1, classes=bundle.chain.classes)
+    adapting = AdaptiveEngine(controller, observer=observer, classes=bundle.chain.classes)
     _resume_version(versions, certified, adapting, epsilon)
-    recovery = options.recovery or RecoveryConfig(
-        trial=TrialConfig(epsilon=epsilon, delta=delta), refit="refit" not in options.without, piece=_PIECE
-    )
-    worker = Worker(Recovery(bundle, adapting, versions, recovery), options.share)
+    trial = TrialConfig(epsilon=epsilon, delta=delta)
+    recovery = RecoveryConfig(trial=trial, refit="refit" not in without, piece=_PIECE)
+    worker = Worker(Recovery(bundle, adapting, versions, recovery), share)
     plan, base = routes.load(certified, reference=reference)
     served = adapting.controller.served
     same = len(plan.leave) == len(served.caches) + 1
@@ -113,9 +107,11 @@ def build(
     return AdaptiveParts(adapting, worker, [plan, base])
 
 
-def _controller_config(bundle: Bundle, options: AdaptiveOptions, capacity: int) -> ControllerConfig:
+def _controller_config(
+    bundle: Bundle, epsilon: float | None, without: Sequence[str], capacity: int
+) -> ControllerConfig:
     certificate = bundle.certificate
-    if options.epsilon is None and not certificate.certified:
+    if epsilon is None and not certificate.certified:
         raise InputError("--adapt-epsilon: expected the disagreement to promise, as nothing is certified, got none")
     drift = importlib.util.find_spec("river") is not None
     if not drift:
@@ -123,10 +119,10 @@ def _controller_config(bundle: Bundle, options: AdaptiveOptions, capacity: int) 
                      "exits raise no attention; alarms come later, and are as sound")  # fmt: skip
     return ControllerConfig(
         monitor=MonitorConfig(
-            epsilon=options.epsilon or certificate.epsilon, delta=certificate.delta, in_flight=capacity, drift=drift
+            epsilon=epsilon or certificate.epsilon, delta=certificate.delta, in_flight=capacity, drift=drift
         ),
-        exact=None if "exact" in options.without else ExactCacheConfig(),
-        nearest=None if "nearest" in options.without else NearestCacheConfig(),
+        exact=None if "exact" in without else ExactCacheConfig(),
+        nearest=None if "nearest" in without else NearestCacheConfig(),
     )
 
 
@@ -141,8 +137,8 @@ def _resume_version(versions: Versions, certified: Bundle, adapting: AdaptiveEng
         return
     given, current = served_by(certified), served_by(bundle)
     why = (
-        "it is of another base" if not _same(certified.chain.params, bundle.chain.params, values=True)
-        else "its caches are of another structure" if not _same(given.caches, current.caches, values=False)
+        "it is of another base" if tree_digest(certified.chain.params) != tree_digest(bundle.chain.params)
+        else "its caches are of another structure" if _structure(given.caches) != _structure(current.caches)
         else "it promises less" if not (bundle.certificate.certified and bundle.certificate.epsilon <= epsilon)
         else ""
     )  # fmt: skip
@@ -152,11 +148,8 @@ def _resume_version(versions: Versions, certified: Bundle, adapting: AdaptiveEng
     adapting.adopt(current, f"version {number}, of {versions.folder}")
 
 
-def _same(one: object, other: object, *, values: bool) -> bool:
-    if jax.tree.structure(one) != jax.tree.structure(other):
-        return False
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    return all(a.shape == b.shape and a.dtype == b.dtype and (not values or np.array_equal(a, b)) for a, b in pairs)
+def _structure(caches: object) -> tuple[object, ...]:
+    return jax.tree.structure(caches), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(caches)]
 
 
 def _cascade(source: CascadeRoute, served: Served) -> Cascade:

@@ -19,6 +19,7 @@ from serve.engine.records import Answer, Job, Observer, ServeError, Statistics, 
 T = TypeVar("T")
 Swap = Callable[[], None]
 Build = Callable[[Callable[[Served], None], Callable[[Event], None]], AdaptationController]
+ADAPTED, BASE = 0, 1  # routes: of the plan that adapts, and of the base
 SAFE, PART, OPEN, FAILED = STATES = ("safe", "part", "open", "failed")
 """All caches closed, some of them, none; adaptation has failed. In the first and the last, the base answers."""
 LAYERS = {EXACT: "exact", NEAREST: "nearest"}
@@ -34,22 +35,10 @@ class AdaptiveEngine:
     Args:
         build: Makes the controller, given its ``on_change`` and its ``on_event``.
         observer: Called with all that the engine reports.
-        adapted: The route of the plan that adapts.
-        base: The base's route.
         classes: Of the network.
-        clock: The engine's.
     """
 
-    def __init__(
-        self,
-        build: Build,
-        *,
-        observer: Observer,
-        adapted: int = 0,
-        base: int,
-        classes: int,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, build: Build, *, observer: Observer, classes: int) -> None:
         """Prepare; ``serve`` starts."""
         self.cache_answers: collections.Counter[str] = collections.Counter()
         """Answers of the input cache, by layer."""
@@ -60,24 +49,17 @@ class AdaptiveEngine:
         self._prepared: tuple[Served, Swap] | None = None
         self._notes: dict[str, str] = {}
         self._swapping = 0  # changes that the engine has still to make
-        self._observer, self._clock = observer, clock
-        self._adapted, self._base = adapted, base
+        self._observer = observer
         self._logits = np.eye(classes, dtype=np.float32) * np.float32(_SURE)
         self.controller = build(self._on_change, self._on_event)
 
     def serve(
-        self,
-        engine: Engine,
-        prepare: Callable[[Served], Swap],
-        *,
-        end: Callable[[float | None], bool] = lambda _: True,
+        self, engine: Engine, prepare: Callable[[Served], Swap], *, end: Callable[[float | None], bool] = lambda _: True
     ) -> None:
-        """Take an engine that is to serve what the controller decides.
+        """Take an engine, not started, that is to serve what the controller decides; this is its observer.
 
-        Args:
-            engine: Not started; this is its observer.
-            prepare: Brings caches to the device, in any thread, and returns what is to be done between two steps.
-            end: Ends the worker, in so many seconds at most.
+        ``prepare`` brings caches to the device, in any thread, and returns what is to be done between two steps;
+        ``end`` ends the worker, in so many seconds at most.
         """
         self._engine, self._prepare, self._end = engine, prepare, end
 
@@ -92,18 +74,18 @@ class AdaptiveEngine:
         request_id: str = "",
     ) -> Sequence[Future[Answer]]:
         """Admit images, all or none; see ``Engine.submit``. Only uint8 ones of the plan's route adapt."""
-        tickets = self._ask(images) if route == self._adapted and images.dtype == np.uint8 else []
+        tickets = self._ask(images) if route == ADAPTED and images.dtype == np.uint8 else []
         closed = self._closed
         nearest = any(ticket.cached and ticket.cached.exit == NEAREST for ticket in tickets)
         self._notes = {"adaptation": SAFE if closed and not nearest else str(self.controller.monitor.version)}
         if not tickets:
-            route = self._base if route == self._adapted and closed else route
+            route = BASE if route == ADAPTED and closed else route
             return self.engine.submit(images, route=route, deadline=deadline, request_id=request_id)
         asked = [ticket for ticket in tickets if ticket.cached is None]
         try:
             answers = self.engine.submit(
                 images if len(asked) == len(images) else images[[ticket.cached is None for ticket in tickets]],
-                route=[self._base if closed or ticket.frequent else self._adapted for ticket in asked],
+                route=[BASE if closed or ticket.frequent else ADAPTED for ticket in asked],
                 deadline=deadline,
                 request_id=request_id,
                 marks=asked,
@@ -116,10 +98,6 @@ class AdaptiveEngine:
             answer.add_done_callback(lambda done, ticket=ticket: self._ended(done, ticket))
         network = iter(answers)
         return [next(network) if ticket.cached is None else self._from_cache(ticket) for ticket in tickets]
-
-    def abandon(self, futures: Sequence[Future[Answer]]) -> None:
-        """Give up on these answers."""
-        self.engine.abandon(futures)
 
     def statistics(self) -> Statistics:
         """Return the engine's."""
@@ -135,7 +113,7 @@ class AdaptiveEngine:
 
     def notes(self, route: int) -> dict[str, str]:
         """Return a response's parameters for the request that was submitted last: the version, or "safe"."""
-        return self._notes if route == self._adapted else {}
+        return self._notes if route == ADAPTED else {}
 
     @property
     def engine(self) -> Engine:
@@ -180,7 +158,7 @@ class AdaptiveEngine:
         if answer is None:
             self._lose(ticket)
         else:
-            self._guarded(lambda: self.controller.shadowed(ticket, answer.logits, self._clock()), None)
+            self._guarded(lambda: self.controller.shadowed(ticket, answer.logits, time.monotonic()), None)
         self._observer.shadowed(job, answer)
 
     def refused(self, reason: str) -> None:
@@ -233,7 +211,7 @@ class AdaptiveEngine:
 
         It stays on the caller's thread, the event loop: whether a request is admitted, and where, is decided at once.
         """
-        one, cache, now = self.controller, self.controller.input_cache, self._clock()
+        one, cache, now = self.controller, self.controller.input_cache, time.monotonic()
         keys = self._guarded(lambda: cache.keys(images), [], locked=False)
         tickets = self._guarded(lambda: one.admit(images, keys, now), [])
         found = self._guarded(lambda: cache.search(tickets), None, locked=False)
@@ -246,7 +224,7 @@ class AdaptiveEngine:
         return self.failed or self._swapping > 0 or not self.controller.served.is_open
 
     def _answered(self, ticket: Ticket, answer: Answer) -> bool:
-        return self.controller.answered(ticket, answer.exit, answer.score, answer.logits, self._clock())
+        return self.controller.answered(ticket, answer.exit, answer.score, answer.logits, time.monotonic())
 
     def _from_cache(self, ticket: Ticket) -> Future[Answer]:
         assert ticket.cached is not None  # noqa: S101 (narrows the type)
@@ -256,7 +234,7 @@ class AdaptiveEngine:
         done.set_result(Answer(index, exit_, score, self._logits[index]))
         if self._guarded(lambda: self.controller.from_cache(ticket), otherwise=False):
             try:
-                self.engine.submit_shadow(ticket.image, route=self._base, mark=ticket)
+                self.engine.submit_shadow(ticket.image, route=BASE, mark=ticket)
             except ServeError:
                 self._lose(ticket)
         return done

@@ -17,7 +17,9 @@ Values are read when Prometheus asks.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
+from typing import TypeVar
 
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -27,6 +29,8 @@ from gati_jax.adaptation import EVENT_KINDS
 
 from .engine import LAYERS, STATES, AdaptiveEngine
 from .worker import Worker
+
+Family = TypeVar("Family", GaugeMetricFamily, CounterMetricFamily)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,25 +58,16 @@ class AdaptiveGauges(Collector):
         yield _counter("input_cache", "Answers of the input cache", layers, "layer")
         yield _gauge("nearest_entries", "Entries of the nearest cache", 0 if nearest is None else len(nearest))
         yield _counter("events", "Events of adaptation", {kind: float(counts[kind]) for kind in EVENT_KINDS}, "kind")
-        yield _counter("recovery_seconds", "That trials and refits have taken", self.worker.seconds)
+        yield _counter("recovery_seconds", "That trials and refits have taken", self.worker.throttle.worked)
         yield _counter("recovery_failures", "Pieces of recovery that failed", self.worker.failures)
 
 
-_Values = float | dict[str, float]
-
-
-def _gauge(name: str, text: str, values: _Values, label: str = "") -> Metric:
-    return _filled(GaugeMetricFamily(f"gati_adaptation_{name}", text, labels=[label] if label else []), values)
-
-
-def _counter(name: str, text: str, values: _Values, label: str = "") -> Metric:
-    return _filled(CounterMetricFamily(f"gati_adaptation_{name}", text, labels=[label] if label else []), values)
-
-
-def _filled(family: GaugeMetricFamily | CounterMetricFamily, values: _Values) -> Metric:
-    if not isinstance(values, dict):
-        family.add_metric([], values)
-        return family
-    for label, value in values.items():
-        family.add_metric([label], value)
+def _family(kind: type[Family], name: str, text: str, values: float | dict[str, float], label: str = "") -> Family:
+    family = kind(f"gati_adaptation_{name}", text, labels=[label] if label else [])
+    for labels, value in [((), values)] if not isinstance(values, dict) else [((k,), v) for k, v in values.items()]:
+        family.add_metric(labels, value)
     return family
+
+
+_gauge = functools.partial(_family, GaugeMetricFamily)
+_counter = functools.partial(_family, CounterMetricFamily)

@@ -26,31 +26,16 @@ class _StoppingError(Exception):
 
 
 class Worker:
-    """Runs pieces of work in a thread of its own.
-
-    Args:
-        recovery: Does a piece at a time, and calls its pause in between.
-        share: Of the time.
-    """
+    """Runs pieces of work in a thread of its own, in a share of the time."""
 
     def __init__(self, recovery: Works, share: float) -> None:
         """Prepare."""
         self.recovery = recovery
         self._stopping = threading.Event()
-        self._throttle = Throttle(share, sleep=self._sleep)
+        self.throttle = Throttle(share, sleep=self._sleep)
         self._thread = threading.Thread(target=self._run, name="adaptation", daemon=True)
         self.failures = 0
         """Pieces that failed."""
-
-    @property
-    def seconds(self) -> float:
-        """That pieces have taken so far, those that failed left out."""
-        return self._throttle.worked
-
-    @property
-    def longest(self) -> float:
-        """Seconds of the longest piece: so long may a step have shared the device with it."""
-        return self._throttle.longest
 
     def start(self) -> None:
         """Start the thread."""
@@ -67,8 +52,8 @@ class Worker:
         wait = _RETRY[0]
         while not self._stopping.is_set():
             try:
-                if self.recovery.work(self._throttle.start()):
-                    self._throttle()
+                if self.recovery.work(self.throttle.start()):
+                    self.throttle()
                 else:
                     self._sleep(_IDLE)
                 wait = _RETRY[0]
@@ -99,23 +84,12 @@ class Throttle:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Begin a piece of work now.
-
-        Args:
-            share: Of the time, above 0 and at most 1.
-            clock: Returns the time in seconds.
-            sleep: Sleeps so many seconds; may raise to end the work between two pieces.
-
-        Raises:
-            InputError: The share is out of range.
-        """
+        """Begin a piece of work now; ``sleep`` may raise to end the work between two pieces."""
         if not 0 < share <= 1:
             raise InputError(f"share: expected a number above 0 and at most 1, got {share}")
         self.share, self._clock, self._sleep = share, clock, sleep
         self.worked = 0.0
-        """Seconds of all pieces."""
-        self.longest = 0.0
-        """Seconds of the longest piece."""
+        """Seconds of all pieces, those that failed left out."""
         self._began = clock()
 
     def start(self) -> "Throttle":
@@ -127,7 +101,6 @@ class Throttle:
         """End a piece of work, sleep, and begin the next."""
         worked = self._clock() - self._began
         self.worked += worked
-        self.longest = max(self.longest, worked)
         if self.share < 1:
             self._sleep(worked * (1 / self.share - 1))
         self._began = self._clock()

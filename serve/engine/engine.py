@@ -1,19 +1,17 @@
 """Images in, answers out: the part of the engine that any thread may call. ``loop`` is its own thread."""
 
-import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import numpy as np
 from jaxtyping import Shaped
 
-from .loop import BetweenSteps, Loop, Shadow, Shared
+from .loop import BetweenSteps, Loop, Shadow
 from .records import Answer, Job, Observer, OverloadedError, Runner, Statistics, StoppingError
 from .scheduler import Scheduler
 
-_log = logging.getLogger(__name__)
 _LEAST = 0.1  # seconds: an idle thread needs microseconds to end, but the machine may be busy
 _REASONS = {OverloadedError: "overloaded", StoppingError: "stopping", ValueError: "too_large"}
 
@@ -27,14 +25,11 @@ class Engine:
     Args:
         runner: Owned by the engine's thread from ``start`` on.
         max_wait_ms: See ``Scheduler``.
-        admitted: The most images in flight; by default, the runner's capacity.
         clock: Seconds.
         observer: Receives the engine's events.
         shadow: Called for every answer of a cache: whether the base's answer is wanted as well. If so, the client is
             answered at once, and its job continues as a shadow job: it keeps its slot, only the last stage answers it,
             and the observer gets the result (``shadowed``). Clients go before shadow jobs, see ``scheduler``.
-        ahead: Steps dispatched and not finished, at most. 2 keep a device busy that the host is slow to feed, but each
-            step is chosen among fewer rows, without those of the running one.
         overlap: Whether the next stage may be dispatched before it is known who leaves, see ``Scheduler.overlap``.
     """
 
@@ -43,21 +38,22 @@ class Engine:
         runner: Runner,
         *,
         max_wait_ms: float = 2.0,
-        admitted: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         observer: Observer | None = None,
         shadow: Shadow | None = None,
-        ahead: int = 1,
         overlap: bool = False,
     ) -> None:
         """Prepare; nothing runs before ``start``."""
         self.routes = tuple(runner.routes)
-        scheduler = Scheduler(self.routes, runner.capacity, max_wait=max_wait_ms / 1e3, admitted=admitted)
-        self._shared = Shared(scheduler=scheduler)
-        self._clock = clock
-        self._observer = observer
-        loop = Loop(runner, self._shared, clock=clock, notify=self._notify, shadow=shadow, ahead=ahead, overlap=overlap)
-        self._thread = threading.Thread(target=loop, name="engine", daemon=True)
+        self._loop = Loop(
+            runner=runner,
+            clock=clock,
+            observer=observer,
+            shadow=shadow,
+            overlap=overlap,
+            scheduler=Scheduler(self.routes, runner.capacity, max_wait=max_wait_ms / 1e3),
+        )
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
@@ -89,7 +85,7 @@ class Engine:
             StoppingError: The engine is stopping, or its thread has ended.
             ValueError: No such route, or more images than can ever be admitted.
         """
-        now, numbers = self._clock(), [route] * len(images) if isinstance(route, int) else route
+        now, numbers = self._loop.clock(), [route] * len(images) if isinstance(route, int) else route
         if not all(0 <= number < len(self.routes) for number in numbers):
             raise ValueError(f"route: expected 0 to {len(self.routes) - 1}, got {route}")
         jobs = [
@@ -99,7 +95,10 @@ class Engine:
         try:
             self._admit(jobs)
         except (OverloadedError, StoppingError, ValueError) as error:
-            self._refuse(len(jobs), _REASONS[type(error)])
+            reason = _REASONS[type(error)]
+            with self._loop.wake:
+                self._loop.count["refused"] += len(jobs)
+            self._loop.notify(lambda observer: observer.refused(reason))
             raise
         return [job.done for job in jobs]
 
@@ -110,69 +109,51 @@ class Engine:
             OverloadedError: Too many images are in flight.
             StoppingError: The engine is stopping, or its thread has ended.
         """
-        self._admit([Job(image=image, route=route, arrived=self._clock(), mark=mark, is_shadow=True)])
+        self._admit([Job(image=image, route=route, arrived=self._loop.clock(), mark=mark, is_shadow=True)])
 
     def between_steps(self, work: Callable[[], None]) -> Future[None]:
         """Run something in the engine's thread between two steps, for example a swap of parameters.
 
-        Steps that are on the device already, see ``ahead``, are not affected.
+        With ``overlap``, a step that is on the device already is not affected.
 
         Returns:
             Done when ``work`` has run; fails as it does, or with StoppingError if no step will follow.
         """
         item = BetweenSteps(work, Future())
-        with self._shared.wake:
-            if self._shared.stopping:
+        with self._loop.wake:
+            if self._loop.stopping:
                 item.done.set_exception(StoppingError("stopping: nothing is changed any more"))
             else:
-                self._shared.between.append(item)
-                self._shared.wake.notify()
+                self._loop.between.append(item)
+                self._loop.wake.notify()
         return item.done
-
-    def abandon(self, futures: Iterable[Future[Answer]]) -> None:
-        """Cancel answers whose client has left; images that have not run yet are dropped."""
-        for future in futures:
-            future.cancel()
 
     def stop(self, timeout: float | None = None) -> bool:
         """Admit nothing more, finish what was admitted and end the thread; return whether that was done in time."""
-        with self._shared.wake:
-            self._shared.stopping = True
-            self._shared.wake.notify()
+        with self._loop.wake:
+            self._loop.stopping = True
+            self._loop.wake.notify()
         if self._thread.ident is not None:
             self._thread.join(None if timeout is None else max(timeout, _LEAST))
         return not self._thread.is_alive()
 
     def statistics(self) -> Statistics:
         """Return a snapshot of the queues and counters."""
-        with self._shared.wake:
-            scheduler = self._shared.scheduler
+        with self._loop.wake:
+            scheduler = self._loop.scheduler
             return Statistics(
                 waiting=scheduler.waiting,
                 slots_in_use=scheduler.in_use,
-                admitted=scheduler.admitted,
+                admitted=scheduler.capacity,
                 backlog_ms=scheduler.backlog_ms,
                 leave=scheduler.leave,
                 running=self._thread.is_alive(),
-                **self._shared.count,
+                **self._loop.count,
             )
 
     def _admit(self, jobs: Sequence[Job]) -> None:
-        with self._shared.wake:
-            if self._shared.stopping:
+        with self._loop.wake:
+            if self._loop.stopping:
                 raise StoppingError("stopping: the server admits nothing more")
-            self._shared.scheduler.admit(jobs)
-            self._shared.wake.notify()
-
-    def _refuse(self, images: int, reason: str) -> None:
-        with self._shared.wake:
-            self._shared.count["refused"] += images
-        self._notify(lambda observer: observer.refused(reason))
-
-    def _notify(self, event: Callable[[Observer], None]) -> None:
-        """Pass an event to the observer, whose failures concern nothing else."""
-        if self._observer is not None:
-            try:
-                event(self._observer)
-            except Exception:  # noqa: BLE001
-                _log.exception("the observer failed")
+            self._loop.scheduler.admit(jobs)
+            self._loop.wake.notify()

@@ -34,27 +34,6 @@ class BetweenSteps(NamedTuple):
                 self.done.set_result(None)
 
 
-@dataclasses.dataclass(kw_only=True)
-class Shared:
-    """The state that the engine's thread shares with all others; guarded by ``wake``, which is notified of arrivals."""
-
-    scheduler: Scheduler
-    wake: threading.Condition = dataclasses.field(default_factory=threading.Condition)
-    stopping: bool = False
-    count: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    between: collections.deque[BetweenSteps] = dataclasses.field(default_factory=collections.deque)
-
-    def claim(self, jobs: Sequence[Job]) -> list[Job]:
-        """Return the jobs whose clients still wait, and count the others; from now on these clients cannot cancel.
-
-        Shadow jobs have no client.
-        """
-        clients = [job for job in jobs if not job.is_shadow]
-        claimed = [job for job in clients if job.done.set_running_or_notify_cancel()]
-        self.count["abandoned"] += len(clients) - len(claimed)
-        return claimed
-
-
 class _Dispatched(NamedTuple):
     step: Step
     running: Running
@@ -63,31 +42,26 @@ class _Dispatched(NamedTuple):
     """Rows of the runner's result that belong to the step's jobs; None for all of them."""
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Loop:
-    """The body of the engine's thread; see ``Engine`` for the arguments."""
+    """The body of the engine's thread, and the state that it shares with all others; see ``Engine`` for the options.
 
-    def __init__(
-        self,
-        runner: Runner,
-        shared: Shared,
-        *,
-        clock: Callable[[], float],
-        notify: Callable[[Callable[[Observer], None]], None],
-        shadow: Shadow | None,
-        ahead: int,
-        overlap: bool,
-    ) -> None:
-        """Prepare."""
-        self._runner = runner
-        self._shared = shared
-        self._scheduler = shared.scheduler
-        self._clock = clock
-        self._notify = notify
-        self._shadow = shadow
-        self._ahead = ahead
-        self._overlap = overlap
-        self._turnaround = 0.0  # mean seconds from a result to the next dispatch, in which the device idles
-        self._result_at: float | None = None
+    ``wake`` guards the scheduler and the fields below it, and is notified of arrivals.
+    """
+
+    runner: Runner
+    clock: Callable[[], float]
+    observer: Observer | None
+    shadow: Shadow | None
+    overlap: bool
+    scheduler: Scheduler
+    wake: threading.Condition = dataclasses.field(default_factory=threading.Condition)
+    stopping: bool = False
+    count: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    between: collections.deque[BetweenSteps] = dataclasses.field(default_factory=collections.deque)
+    turnaround: float = 0.0
+    """Mean seconds from a result to the next dispatch, in which the device idles."""
+    _result_at: float | None = None
 
     def __call__(self) -> None:
         """Run until stopped and empty; an error outside of any step is a bug, and fails every job in flight."""
@@ -99,10 +73,9 @@ class Loop:
                     running.append(self._run(step))
                 elif not running:
                     return
-                if self._overlap and len(running) <= self._ahead:
+                if self.overlap and len(running) == 1:
                     self._run_ahead(running)
-                if step is None or len(running) >= self._ahead:
-                    self._postprocess(running)
+                self._postprocess(running)
         except Exception:  # noqa: BLE001 (the last resort)
             _log.critical("the engine's thread ends", exc_info=True)
             self._fail_all(running)
@@ -113,41 +86,43 @@ class Loop:
         There is no timeout: the scheduler never delays a job for a fuller step, so if any job waits, there is a step.
         """
         while True:
-            while self._shared.between:  # only this thread removes items
-                self._shared.between.popleft().run()
-            with self._shared.wake:
-                now, stopping = self._clock(), self._shared.stopping
-                dropped = self._scheduler.drop(now)
-                lost = self._scheduler.drop_shadows() if stopping else []
-                step = self._scheduler.next_step(now)
-                if not (dropped or lost or step or busy or stopping or self._shared.between):
+            while self.between:  # only this thread removes items
+                self.between.popleft().run()
+            with self.wake:
+                now, stopping = self.clock(), self.stopping
+                dropped = self.scheduler.drop(now)
+                lost = self.scheduler.drop_shadows() if stopping else []
+                step = self.scheduler.next_step(now)
+                if not (dropped or lost or step or busy or stopping or self.between):
                     self._result_at = None  # the device idles for want of requests, which is no turnaround
-                    self._shared.wake.wait()
+                    self.wake.wait()
                     continue
-                expired = self._shared.claim(dropped)
-                self._shared.count["expired"] += len(expired)
+                expired = self.claim(dropped)
+                self.count["expired"] += len(expired)
             self._report_lost(lost)
             for job in expired:
                 job.done.set_exception(DeadlineError(f"deadline: it passed after {now - job.arrived:.3f} s"))
-                self._notify(lambda observer: observer.refused("deadline"))
-            if step or busy or (stopping and not self._shared.between):
+                self.notify(lambda observer: observer.refused("deadline"))
+            if step or busy or (stopping and not self.between):
                 return step
 
     def _run(self, step: Step) -> _Dispatched:
-        since = self._clock()
+        since = self.clock()
         try:
-            dispatched = _Dispatched(step, self._runner.dispatch(step), since)
+            dispatched = _Dispatched(step, self.runner.dispatch(step), since)
         except Exception as error:  # noqa: BLE001 (any error fails the step, not the thread)
-            return _Dispatched(step, _Failed(error), since)
+            failed: Future[StageResult] = Future()
+            failed.set_exception(error)
+            return _Dispatched(step, failed, since)
         if self._result_at is not None:
-            self._turnaround += _MEMORY * (self._clock() - self._result_at - self._turnaround)
+            self.turnaround += _MEMORY * (self.clock() - self._result_at - self.turnaround)
             self._result_at = None
         return dispatched
 
     def _run_ahead(self, running: collections.deque[_Dispatched]) -> None:
         """Dispatch the next stage of the last step before its hits are known, where that is expected to pay."""
-        with self._shared.wake:
-            further = self._scheduler.overlap(running[-1].step, self._turnaround * 1e3)
+        with self.wake:
+            further = self.scheduler.overlap(running[-1].step, self.turnaround * 1e3)
         if further is not None:
             self._result_at = None  # the device does not idle: there is no turnaround to measure
             running.append(self._run(further))
@@ -157,7 +132,7 @@ class Loop:
         step, device, since, rows = running[0]
         try:
             result = device.result()
-            now = self._result_at = self._clock()
+            now = self._result_at = self.clock()
             for job in step.jobs:
                 job.computed += now - since
             answers = self._answers(step, result if rows is None else result.take(rows))
@@ -168,22 +143,22 @@ class Loop:
             return
         leaving = [(job, answer) for job, answer in zip(step.jobs, answers, strict=True) if answer is not None]
         shadowed = [(job, answer) for job, answer in leaving if job.is_shadow]
-        with self._shared.wake:
-            claimed = set(self._shared.claim([job for job, _ in leaving]))
+        with self.wake:
+            claimed = set(self.claim([job for job, _ in leaving]))
         answered = [(job, answer) for job, answer in leaving if job in claimed]
         shadows = self._choose_shadows(step, answered)
-        with self._shared.wake:
-            abandoned = self._scheduler.finish(step, [answer is not None for answer in answers], shadows)
-            self._shared.claim(abandoned)
-            self._shared.count.update(answered=len(answered), shadowed=len(shadowed), steps=1)
+        with self.wake:
+            abandoned = self.scheduler.finish(step, [answer is not None for answer in answers], shadows)
+            self.claim(abandoned)
+            self.count.update(answered=len(answered), shadowed=len(shadowed), steps=1)
             self._narrow(running, now)
         if step.jobs:  # a step that ran ahead may have none left
-            self._notify(lambda observer: observer.step(step, now - since, failed=False))
+            self.notify(lambda observer: observer.step(step, now - since, failed=False))
         for job, answer in answered:
             job.done.set_result(answer)
-            self._notify(lambda observer, job=job, answer=answer: observer.answered(job, answer, now - job.arrived))
+            self.notify(lambda observer, job=job, answer=answer: observer.answered(job, answer, now - job.arrived))
         for job, answer in shadowed:
-            self._notify(lambda observer, job=job, answer=answer: observer.shadowed(job, answer))
+            self.notify(lambda observer, job=job, answer=answer: observer.shadowed(job, answer))
 
     def _answers(self, step: Step, result: StageResult) -> list[Answer | None]:
         """Return the answers of the jobs that leave, None for the others; shadow jobs leave at the last stage only.
@@ -191,7 +166,7 @@ class Loop:
         Raises:
             ValueError: The runner's result is for another number of jobs.
         """
-        route = self._scheduler.routes[step.route]
+        route = self.scheduler.routes[step.route]
         exit_, last = route.exits[step.stage], step.stage == len(route.sites)
         rows = zip(result.hit.tolist(), result.class_index.tolist(), result.score.tolist(), result.logits, strict=True)
         if len(result.hit) != len(step.jobs):
@@ -203,10 +178,10 @@ class Loop:
 
     def _choose_shadows(self, step: Step, answered: Sequence[tuple[Job, Answer]]) -> set[Job]:
         """Return the jobs, answered by a cache, that continue as shadow jobs."""
-        if self._shadow is None or step.stage == len(self._scheduler.routes[step.route].sites):
+        if self.shadow is None or step.stage == len(self.scheduler.routes[step.route].sites):
             return set()
         try:
-            return {job for job, answer in answered if self._shadow(job, answer)}
+            return {job for job, answer in answered if self.shadow(job, answer)}
         except Exception:  # noqa: BLE001 (clients get their answers all the same)
             _log.exception("the choice of shadow jobs failed")
             return set()
@@ -217,25 +192,43 @@ class Loop:
         for i, (step, device, _, _) in enumerate(running):
             if step.follows is done:
                 alive = [row for row, job in enumerate(step.jobs) if job.slot >= 0]
-                running[i] = _Dispatched(self._scheduler.narrow(step), device, now, alive)
+                running[i] = _Dispatched(self.scheduler.narrow(step), device, now, alive)
+
+    def claim(self, jobs: Sequence[Job]) -> list[Job]:
+        """Return the jobs whose clients still wait, and count the others; from now on these clients cannot cancel.
+
+        Shadow jobs have no client.
+        """
+        clients = [job for job in jobs if not job.is_shadow]
+        claimed = [job for job in clients if job.done.set_running_or_notify_cancel()]
+        self.count["abandoned"] += len(clients) - len(claimed)
+        return claimed
+
+    def notify(self, event: Callable[[Observer], None]) -> None:
+        """Pass an event to the observer, whose failures concern nothing else."""
+        if self.observer is not None:
+            try:
+                event(self.observer)
+            except Exception:  # noqa: BLE001
+                _log.exception("the observer failed")
 
     # Failures
 
     def _fail(self, running: collections.deque[_Dispatched], error: Exception) -> None:
         """Fail the jobs of the oldest step."""
         step, _, since, _ = running[0]
-        with self._shared.wake:
-            self._scheduler.fail(step)
-            claimed = self._shared.claim(step.jobs)
-            now = self._clock()
+        with self.wake:
+            self.scheduler.fail(step)
+            claimed = self.claim(step.jobs)
+            now = self.clock()
             if step.jobs:  # otherwise its jobs have failed or left already
-                self._shared.count.update(failed=len(claimed), steps=1, failed_steps=1)
+                self.count.update(failed=len(claimed), steps=1, failed_steps=1)
             self._narrow(running, now)
         if not step.jobs:
             return
-        self._notify(lambda observer: observer.step(step, now - since, failed=True))
+        self.notify(lambda observer: observer.step(step, now - since, failed=True))
         self._report_lost(step.jobs)
-        exit_ = self._scheduler.routes[step.route].exits[step.stage]
+        exit_ = self.scheduler.routes[step.route].exits[step.stage]
         for job in claimed:
             failure = StepError(f"failed: {type(error).__name__} on the way to exit {exit_}")
             failure.__cause__ = error
@@ -243,10 +236,10 @@ class Loop:
 
     def _fail_all(self, running: collections.deque[_Dispatched]) -> None:
         """Stop the engine and fail every job in flight."""
-        with self._shared.wake:
-            self._shared.stopping = True
-            lost = self._scheduler.clear()
-            between = list(self._shared.between)
+        with self.wake:
+            self.stopping = True
+            lost = self.scheduler.clear()
+            between = list(self.between)
         lost += [job for dispatched in running for job in dispatched.step.jobs]
         self._report_lost(lost)
         for item in between:
@@ -259,14 +252,4 @@ class Loop:
         """Tell the observer which shadow jobs will have no answer."""
         for job in jobs:
             if job.is_shadow:
-                self._notify(lambda observer, job=job: observer.shadowed(job, None))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Failed:
-    """A step that could not be started."""
-
-    error: Exception
-
-    def result(self) -> StageResult:
-        raise self.error
+                self.notify(lambda observer, job=job: observer.shadowed(job, None))

@@ -94,12 +94,9 @@ class Shares:
         return self._choices[key]
 
     def learn(self, step: Step, rows: int, left: int) -> None:
-        """Update the running mean; cached choices are dropped once it has moved by ``MOVED``.
+        """Update the running mean by a finished step; cached choices are dropped once it has moved by ``MOVED``.
 
-        Args:
-            step: A finished step.
-            rows: Its jobs that clients wait for. Shadow jobs leave at the end only, whatever the traffic is.
-            left: The number of these that left.
+        ``rows`` are its clients' jobs, of which ``left`` left. Shadow jobs teach nothing: they leave at the end only.
         """
         seen, used = self._seen[step.route], self._used[step.route]
         seen[step.stage] += (left - rows * seen[step.stage]) / (rows + WINDOW)

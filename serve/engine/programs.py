@@ -2,8 +2,9 @@
 
 import dataclasses
 import gc
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -23,8 +24,7 @@ SCORE, LOGITS = 0, 1  # columns of a program's output
 THREADS = min(4, os.cpu_count() or 1)  # a compiler takes some hundred MB
 
 Key = tuple[int, int, int]  # route, stage, bucket
-Progress = Callable[[int, int], None]
-"""Called with the number of programs that are ready, and the number of all."""
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,24 +36,12 @@ class Program:
     leaves: list[Array]
     structure: Any
 
-    def __call__(
-        self, source: PyTree, slots: Int[np.ndarray, " bucket"], after: Array | None
-    ) -> tuple[Float[Array, "bucket columns"], Any]:
-        """Start it; return its output, and the slab that it wrote (None for the last stage)."""
-        return self.run(self.leaves, source, slots, after)
 
-
-def build(
-    wanted: Mapping[Key, tuple[Cascade, CompilerOptions]], *, capacity: int, progress: Progress | None = None
-) -> dict[Key, Program]:
+def build(wanted: Mapping[Key, tuple[Cascade, CompilerOptions]], *, capacity: int) -> dict[Key, Program]:
     """Compile programs; those of one structure share one.
 
     They are traced here, one after another, and compiled in threads: the compiler does not hold Python's lock.
-
-    Args:
-        wanted: By route, stage and bucket, the cascade and compiler options.
-        capacity: Rows of slabs.
-        progress: Called after each compilation; programs that are shared count once.
+    ``capacity`` is the rows of slabs.
     """
     lowered: dict[Any, Lowered] = {}
     parts: dict[Key, tuple[Any, list[Array], Any]] = {}
@@ -64,7 +52,8 @@ def build(
         if same not in lowered:
             program = compiled(_run, options, static=("structure", "stage"), donate=("after",))
             slots = jax.ShapeDtypeStruct((bucket,), jnp.int32)
-            source = before(cascade, stage, bucket, capacity)
+            images = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in to_source(cascade.chain, (), bucket)]
+            source = slab(cascade, stage - 1, capacity) if stage else images
             after = slab(cascade, stage, capacity) if stage < len(cascade.caches) else None
             lowered[same] = program.lower(leaves, source, slots, after, structure=structure, stage=stage)
     ready: dict[Any, Any] = {}
@@ -72,8 +61,7 @@ def build(
         compiling = {pool.submit(one.compile): same for same, one in lowered.items()}
         for done in as_completed(compiling):
             ready[compiling[done]] = done.result()
-            if progress is not None:
-                progress(len(ready), len(lowered))
+            _log.debug("warming up", extra={"ready": len(ready), "programs": len(lowered)})
     return {
         key: Program(run=ready[same], leaves=leaves, structure=structure)
         for key, (same, leaves, structure) in parts.items()
@@ -91,30 +79,18 @@ def settle() -> None:
 
 
 def leaves_of(cascade: Cascade, stage: int) -> tuple[list[Array], Any]:
-    """Return the arrays that a stage takes, packed, and their structure."""
-    return jax.tree.flatten(pack(only(cascade, stage)))
-
-
-def only(cascade: Cascade, stage: int) -> Cascade:
-    """Return the cascade with the parameters of one stage only, because unread arguments also cost time."""
+    """Return the arrays that one stage takes, packed, and their structure; unread arguments would also cost time."""
     chain, last = cascade.chain, stage == len(cascade.caches)
     start, stop = ((0, *cascade.sites)[stage], len(chain) + 1 if last else cascade.sites[stage])
     params = tuple(block if start <= i < stop else () for i, block in enumerate(chain.params))
     caches = tuple(c if i == stage else dataclasses.replace(c, params={}) for i, c in enumerate(cascade.caches))
-    return Cascade(dataclasses.replace(chain, params=params), caches, cascade.thresholds)
+    return jax.tree.flatten(pack(Cascade(dataclasses.replace(chain, params=params), caches, cascade.thresholds)))
 
 
 def slab(cascade: Cascade, stage: int, capacity: int) -> jax.ShapeDtypeStruct:
     """Return the shape of the slab that a stage (not the last) writes: one row for each slot."""
     spec = cascade.chain.site_specs[cascade.sites[stage]]
     return jax.ShapeDtypeStruct((capacity, *spec.shape), spec.dtype)
-
-
-def before(cascade: Cascade, stage: int, bucket: int, capacity: int) -> PyTree:
-    """Return the shapes that a stage reads: images for the first, the previous site's slab for the others."""
-    if stage:
-        return slab(cascade, stage - 1, capacity)
-    return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in to_source(cascade.chain, (), bucket)]
 
 
 def to_source(chain: Chain, images: Sequence[Shaped[np.ndarray, "*input"]], bucket: int) -> list[np.ndarray]:

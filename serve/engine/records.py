@@ -138,9 +138,8 @@ class Observer(Protocol):
     def refused(self, reason: str) -> None:
         """Take the reason of a refusal.
 
-        Args:
-            reason: Of a request "overloaded", "stopping" or "too_large" (from the thread that submitted it); of a job
-                "deadline" (from the engine's thread).
+        Of a request: "overloaded", "stopping" or "too_large", from the thread that submitted it; of a job: "deadline",
+        from the engine's thread.
         """
 
 

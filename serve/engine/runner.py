@@ -17,7 +17,7 @@ from gati_jax.runtime import Cascade
 from gati_jax.runtime.compilation import CompilerOptions
 
 from . import programs
-from .programs import LOGITS, SCORE, Key, Program, Progress
+from .programs import LOGITS, SCORE, Key, Program
 from .records import Route, StageResult, Step
 from .routes import CascadeRoute
 
@@ -48,41 +48,30 @@ class JaxRunner:
         sources: The routes, see ``routes.load``; they share a base.
         capacity: Slots. Memory: capacity x the sizes of all activations at sites of caches.
         buckets: Rows that a program takes; by default, the tuning's tiles up to ``LARGEST``, or ``BUCKETS``.
-        progress: See ``programs.build``.
 
     Raises:
         InputError: Buckets that the tuning does not know, or too many of them.
     """
 
     def __init__(
-        self,
-        sources: Sequence[CascadeRoute],
-        *,
-        capacity: int = 256,
-        buckets: Sequence[int] | None = None,
-        progress: Progress | None = None,
+        self, sources: Sequence[CascadeRoute], *, capacity: int = 256, buckets: Sequence[int] | None = None
     ) -> None:
         """Compile, run and measure every program."""
         started = time.perf_counter()
         self.capacity = capacity
         self._tiles = _tiles(sources, buckets)
-        self._slabs = {
-            source.cascade.sites[stage]: _zeros(programs.slab(source.cascade, stage, capacity))
-            for source in sources
-            for stage in range(len(source.cascade.sites))
-        }
+        self._chain = sources[0].cascade.chain
+        specs = {site: self._chain.site_specs[site] for source in sources for site in source.cascade.sites}
+        self._slabs = {site: jnp.zeros((capacity, *spec.shape), spec.dtype) for site, spec in specs.items()}
         self._lost: dict[int, set[int]] = {site: set() for site in self._slabs}
         """By site: slots whose rows were lost with the slab that was donated to a failed step."""
         self._sites = [source.cascade.sites for source in sources]
         self._thresholds = {number: _thresholds(source.cascade.thresholds) for number, source in enumerate(sources)}
         """By route and stage: the least score of a row that leaves there."""
-        self._chain = sources[0].cascade.chain
-        every = dict(enumerate(sources))
-        self._programs = programs.build(
-            {key: (cascade, self._options(key[2])) for key, cascade in self._cascades(every).items()},
-            capacity=capacity,
-            progress=progress,
-        )
+        options: dict[int, CompilerOptions] = {size: tile.options if tile else () for size, tile in self._tiles.items()}
+        cascades = self._cascades(dict(enumerate(sources)))
+        wanted = {key: (cascade, options[key[2]]) for key, cascade in cascades.items()}
+        self._programs = programs.build(wanted, capacity=capacity)
         self.routes = tuple(self._route(number, source) for number, source in enumerate(sources))
         count = len({id(program.run) for program in self._programs.values()})
         _log.info("warm-up: %d programs in %.1f s", count, time.perf_counter() - started)
@@ -146,12 +135,13 @@ class JaxRunner:
         route, stage, bucket = key
         sites = self._sites[route]
         source = self._slabs[sites[stage - 1]] if stage else programs.to_source(self._chain, images, bucket)
+        program = self._programs[key]
         if stage == len(sites):
-            return self._programs[key](source, slots, None)[0]
+            return program.run(program.leaves, source, slots, None)[0]
         site = sites[stage]
         after = self._slabs[site]
         try:
-            output, self._slabs[site] = self._programs[key](source, slots, after)
+            output, self._slabs[site] = program.run(program.leaves, source, slots, after)
         except Exception:
             if after.is_deleted():
                 self.lose(site)
@@ -160,10 +150,6 @@ class JaxRunner:
         return output
 
     # Warm-up
-
-    def _options(self, bucket: int) -> CompilerOptions:
-        tile = self._tiles[bucket]
-        return tile.options if tile else ()
 
     def _cascades(self, sources: Mapping[int, CascadeRoute]) -> dict[Key, Cascade]:
         """Return, for every program, the cascade with its bucket's algorithms; routes share one chain a bucket."""
@@ -234,16 +220,8 @@ def _thresholds(caches: Shaped[np.ndarray | Array, " caches"]) -> Shaped[np.ndar
     return np.append(np.asarray(caches, np.float32), np.float32(-np.inf))
 
 
-def _zeros(spec: jax.ShapeDtypeStruct) -> Array:
-    return jnp.zeros(spec.shape, spec.dtype)
-
-
 def _tiles(sources: Sequence[CascadeRoute], buckets: Sequence[int] | None) -> dict[int, Tile | None]:
-    """Return the buckets, each with its tile of the tuning.
-
-    Raises:
-        InputError: Buckets without a tile in the tuning, or too many of them.
-    """
+    """Return the buckets, each with its tile of the tuning."""
     tuning, stages = sources[0].tuning, max(len(source.cascade.sites) + 1 for source in sources)
     tiles: dict[int, Tile | None] = dict.fromkeys(BUCKETS) if tuning is None else {t.size: t for t in tuning.tiles}
     if buckets is None:

@@ -8,7 +8,7 @@ arrived.
 
 import bisect
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from . import policy
@@ -39,30 +39,21 @@ class Waiting(NamedTuple):
         return not self.job.is_shadow or self.since <= now
 
 
-def is_expired(job: Job, now: float) -> bool:
-    """Whether no client waits for its answer any more: it was abandoned, or its deadline has passed."""
-    return job.abandoned or (job.deadline is not None and job.deadline <= now)
-
-
 class Scheduler:
     """Queues, slots, and the choice of the next step.
 
     Args:
         routes: The runner's routes, with their measured times.
-        capacity: Slots of the runner.
+        capacity: Slots of the runner: the most jobs in flight.
         max_wait: Seconds of age that count as much as the whole gain of a step, see ``next_step``.
-        admitted: The most jobs in flight; by default, as many as there are slots.
     """
 
-    def __init__(
-        self, routes: Sequence[Route], capacity: int, *, max_wait: float = 0.002, admitted: int | None = None
-    ) -> None:
+    def __init__(self, routes: Sequence[Route], capacity: int, *, max_wait: float = 0.002) -> None:
         """Start empty."""
         self.routes = tuple(routes)
-        self.admitted = capacity if admitted is None else min(admitted, capacity)
+        self.capacity = capacity
         self._max_wait = max(max_wait, 1e-6)  # as good as first come, first served
         self._free = list(range(capacity))[::-1]  # the lowest is taken first, so that slabs stay warm
-        self._capacity = capacity
         self._queues: dict[_Key, list[Waiting]] = {}
         self._shadows = 0  # in flight
         self._running: list[Step] = []
@@ -74,7 +65,7 @@ class Scheduler:
     @property
     def in_use(self) -> int:
         """Slots that are taken."""
-        return self._capacity - len(self._free)
+        return self.capacity - len(self._free)
 
     @property
     def waiting(self) -> dict[tuple[int, int], int]:
@@ -106,12 +97,12 @@ class Scheduler:
             OverloadedError: There are not enough free slots; says when to try again.
             ValueError: There can never be enough.
         """
-        if len(jobs) > self.admitted:
-            raise ValueError(f"images: expected at most {self.admitted} at once, got {len(jobs)}")
-        if (missing := self.in_use + len(jobs) - self.admitted) > 0:
+        if len(jobs) > self.capacity:
+            raise ValueError(f"images: expected at most {self.capacity} at once, got {len(jobs)}")
+        if (missing := self.in_use + len(jobs) - self.capacity) > 0:
             retry = max(self._max_wait, missing * self.backlog_ms / 1e3 / self.in_use)  # at an even pace
             raise OverloadedError(
-                f"overloaded: {self.in_use} of {self.admitted} places are taken; try again in {retry:.3f} s", retry
+                f"overloaded: {self.in_use} of {self.capacity} places are taken; try again in {retry:.3f} s", retry
             )
         for job in jobs:
             job.slot = self._free.pop()
@@ -119,34 +110,16 @@ class Scheduler:
             self._queue(job, 0)
 
     def drop(self, now: float) -> list[Job]:
-        """Remove, and return, the waiting jobs that are expired."""
-        dropped: list[Job] = []
-        for key, queue in list(self._queues.items()):
-            parts: tuple[list[Waiting], list[Waiting]] = [], []  # a client may leave at any moment: ask once
-            for waiting in queue:
-                parts[is_expired(waiting.job, now)].append(waiting)
-            rest, expired = parts
-            if expired:
-                self._keep(key, rest)
-                dropped += [waiting.job for waiting in expired]
-        self._release(dropped)
-        return dropped
+        """Remove, and return, the waiting jobs that no client waits for: abandoned, or too late."""
+        return self._remove(lambda job: job.abandoned or (job.deadline is not None and job.deadline <= now))
 
     def drop_shadows(self) -> list[Job]:
         """Remove, and return, the waiting shadow jobs, when the server stops."""
-        dropped = [waiting.job for queue in self._queues.values() for waiting in queue if waiting.job.is_shadow]
-        if dropped:
-            for key, queue in list(self._queues.items()):
-                self._keep(key, [waiting for waiting in queue if not waiting.job.is_shadow])
-            self._release(dropped)
-        return dropped
+        return self._remove(lambda job: job.is_shadow)
 
     def clear(self) -> list[Job]:
         """Remove, and return, all waiting jobs."""
-        jobs = [waiting.job for queue in self._queues.values() for waiting in queue]
-        self._queues.clear()
-        self._release(jobs)
-        return jobs
+        return self._remove(lambda _: True)
 
     # Steps
 
@@ -171,13 +144,7 @@ class Scheduler:
     def finish(self, step: Step, left: Sequence[bool], shadows: Collection[Job] = ()) -> list[Job]:
         """Free the slots of the jobs that left; queue the others for the next stage.
 
-        Args:
-            step: What ran.
-            left: By job, whether it left; at the last stage, all do.
-            shadows: Jobs that left and continue as shadow jobs.
-
-        Returns:
-            The jobs that did not leave but were abandoned; they are not queued.
+        Some of the jobs that left may continue as shadow jobs. Returns those that were abandoned instead of queued.
         """
         self._running.remove(step)
         followed = self._is_followed(step)
@@ -208,11 +175,8 @@ class Scheduler:
         """Return the stage after that of a running step, for all its jobs: to dispatch before its hits are known.
 
         The paper's overlapped lookups: survivors need not wait for the host, and what is computed for the jobs that
-        leave is discarded. None if any other job waits, or if the waste is expected to outweigh the saving.
-
-        Args:
-            step: Running, and chosen by ``next_step`` (or narrowed): a step that itself ran ahead is not followed.
-            turnaround_ms: Measured idle time of the device between a result and the step after it.
+        leave is discarded. None if any other job waits, if the step itself ran ahead, or if the waste is expected to
+        outweigh the saving: ``turnaround_ms``, in which the device idles between a result and the step after it.
         """
         route, stage = self.routes[step.route], step.stage + 1
         if self._queues or not step.jobs or step.follows is not None or stage > len(route.sites):
@@ -237,6 +201,19 @@ class Scheduler:
     def _queue(self, job: Job, stage: int) -> None:
         job.stage = stage
         bisect.insort(self._queues.setdefault((job.route, stage), []), Waiting.of(job, next(self._numbers)))
+
+    def _remove(self, goes: Callable[[Job], bool]) -> list[Job]:
+        removed: list[Job] = []
+        for key, queue in list(self._queues.items()):
+            parts: tuple[list[Waiting], list[Waiting]] = [], []  # a client may leave at any moment: ask once
+            for waiting in queue:
+                parts[goes(waiting.job)].append(waiting)
+            rest, gone = parts
+            if gone:
+                self._keep(key, rest)
+                removed += [waiting.job for waiting in gone]
+        self._release(removed)
+        return removed
 
     def _keep(self, key: _Key, rest: list[Waiting]) -> None:
         if rest:

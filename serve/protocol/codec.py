@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
-from starlette.types import Receive
 
-from .messages import EncodingError, Parameter, RequestError, RequestInput, TooLargeError, parse_request
+from .messages import Parameter, RequestError, RequestInput, parse_request
 from .model import INPUT, Model
 
 DTYPES = {"UINT8": np.dtype("u1"), "INT32": np.dtype("<i4"), "FP32": np.dtype("<f4")}
@@ -141,40 +140,6 @@ def _number(parameters: Mapping[str, Parameter], name: str, low: float, high: fl
 # HTTP bodies
 
 
-class GoneError(Exception):
-    """The client left while it was sending."""
-
-
-async def read(receive: Receive, length: str | None, encoding: str | None, limit: int) -> bytes:
-    """Read a body of at most ``limit`` bytes.
-
-    Args:
-        receive: ASGI's.
-        length: The Content-Length header; a larger one is refused before anything is read.
-        encoding: The Content-Encoding header.
-        limit: Bytes.
-
-    Raises:
-        TooLargeError: The body is larger.
-        EncodingError: It is compressed: a small body of zeros could fill the memory.
-        GoneError: The client left.
-    """
-    if encoding not in {None, "", "identity"}:
-        raise EncodingError(f"Content-Encoding: expected none, got {encoding!r}")
-    if length is not None and length.isdecimal() and int(length[:20]) > limit:
-        raise TooLargeError(f"Content-Length: expected at most {limit} bytes, got {length[:20]}")
-    chunks, size, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise GoneError
-        chunk, more = message.get("body", b""), message.get("more_body", False)
-        if (size := size + len(chunk)) > limit:
-            raise TooLargeError(f"body: expected at most {limit} bytes, got more")
-        chunks.append(chunk)
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-
 def decode(
     body: bytes, header_length: str | None, *, model: str, version: str = "", most_numbers: int = MOST_NUMBERS
 ) -> Request:
@@ -234,15 +199,7 @@ def _incoming(field: str, tensor: RequestInput, rest: memoryview) -> tuple[Incom
 
 
 def encode(head: Mapping[str, object], outputs: Sequence[Outgoing]) -> tuple[bytes, int | None]:
-    """Encode an answer.
-
-    Args:
-        head: The response without its outputs.
-        outputs: Its outputs.
-
-    Returns:
-        The body, and the bytes of its JSON if tensors follow.
-    """
+    """Encode an answer, whose ``head`` is all but its outputs; return the bytes of its JSON, too, if tensors follow."""
     described, parts = [], []
     for tensor in outputs:
         one = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
@@ -285,33 +242,25 @@ def _from_bytes(tensor: Incoming, raw: bytes | memoryview) -> Shaped[np.ndarray,
 
 
 def _from_numbers(tensor: Incoming) -> Shaped[np.ndarray, "..."]:
-    dtype, field = DTYPES[tensor.datatype], f"{tensor.field}.data"
-    if isinstance(tensor.numbers, list) and not _are_numbers(tensor.numbers, max(1, len(tensor.shape))):
-        what = "numbers" if dtype.kind == "f" else "whole numbers"
-        raise RequestError(
-            f"{field}: expected {what} for {tensor.datatype}, flat or nested as the shape {list(tensor.shape)} says"
-        )
+    dtype, field, shape = DTYPES[tensor.datatype], f"{tensor.field}.data", list(tensor.shape)
+    what = "numbers" if dtype.kind == "f" else "whole numbers"
+    expected = f"{field}: expected {what} for {tensor.datatype}, flat or nested as the shape {shape} says"
+    if isinstance(tensor.numbers, list) and not _are_numbers(tensor.numbers, max(1, len(shape))):
+        raise RequestError(expected)
     try:
         array = np.asarray(tensor.numbers)
     except (ValueError, TypeError, OverflowError, RecursionError):
-        raise RequestError(
-            f"{field}: expected numbers, flat or nested as the shape {list(tensor.shape)} says, got a ragged list"
-        ) from None
-    if array.shape not in {tensor.shape, (math.prod(tensor.shape),)}:
+        raise RequestError(f"{expected}, got a ragged list") from None
+    if array.shape not in {tensor.shape, (math.prod(shape),)}:
         got = "nothing" if tensor.numbers is None else f"shape {list(array.shape)}"
-        raise RequestError(
-            f"{field}: expected {math.prod(tensor.shape)} numbers of shape {list(tensor.shape)}, got {got}"
-        )
+        raise RequestError(f"{field}: expected {math.prod(shape)} numbers of shape {shape}, got {got}")
     if not array.size:
         return array.astype(dtype)
     if array.dtype.kind not in ("iuf" if dtype.kind == "f" else "iu"):
-        raise RequestError(
-            f"{field}: expected {'numbers' if dtype.kind == 'f' else 'whole numbers'} for {tensor.datatype}"
-        )
+        raise RequestError(expected)
     if dtype.kind != "f" and not np.iinfo(dtype).min <= array.min() <= array.max() <= np.iinfo(dtype).max:
-        raise RequestError(
-            f"{field}: expected {np.iinfo(dtype).min} to {np.iinfo(dtype).max} for {tensor.datatype}, got others"
-        )
+        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+        raise RequestError(f"{field}: expected {low} to {high} for {tensor.datatype}, got others")
     with np.errstate(over="ignore"):  # an infinity results, and is refused
         return array.astype(dtype)
 

@@ -9,7 +9,6 @@ import grpc
 import grpc.aio
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError, Message
-from pydantic import BaseModel
 
 from serve import logs
 from serve.engine.records import ServeError
@@ -17,7 +16,7 @@ from serve.metrics import Metrics
 
 from . import inference_pb2 as pb
 from .codec import MOST_NUMBERS, Incoming, Request, to_bytes
-from .messages import Live, NotReadyError, Parameter, Parameters, Ready, RequestError, refusal
+from .messages import Parameter, Parameters, RequestError, refusal
 from .service import Response, Service, check_token
 
 HEALTH = ("ServerLive", "ServerReady")
@@ -42,11 +41,7 @@ Method = Callable[[Any, Context], Awaitable[Message]]
 def create_server(service: Service, metrics: Metrics, *, limit: int, token: str | None = None) -> grpc.aio.Server:
     """Return the gRPC side of a service, without a port.
 
-    Args:
-        service: Answers the requests.
-        metrics: Counts them.
-        limit: The most bytes of a message; larger ones get RESOURCE_EXHAUSTED.
-        token: The bearer token that clients must send, as the metadata ``authorization``, to all methods but health.
+    See ``serve.protocol.http.create_app`` for the arguments; the token comes as the metadata ``authorization``.
     """
     server = grpc.aio.server(
         options=(
@@ -55,72 +50,56 @@ def create_server(service: Service, metrics: Metrics, *, limit: int, token: str 
             ("grpc.max_send_message_length", -1),
         )
     )
-    methods = _Methods(service)
-    handlers = {}
-    for method in _SERVICE.methods:
-        guarded = _guard(
-            method.name,
-            getattr(pb, method.input_type.name),
-            getattr(methods, method.name),
-            metrics,
-            None if method.name in HEALTH else token,
-        )
-        # Messages are parsed by the handler: here, a message that cannot be parsed would be an internal error.
-        handlers[method.name] = grpc.unary_unary_rpc_method_handler(
-            guarded,
+    handlers = {
+        # Messages are parsed by the method: here, a message that cannot be parsed would be an internal error.
+        name: grpc.unary_unary_rpc_method_handler(
+            _guard(name, method, metrics, None if name in HEALTH else token),
             request_deserializer=None,
-            response_serializer=getattr(pb, method.output_type.name).SerializeToString,
+            response_serializer=getattr(pb, f"{name}Response").SerializeToString,
         )
+        for name, method in _methods(service).items()
+    }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers),))
     return server
 
 
-class _Methods:
-    """One coroutine for each method of the protocol, under its name."""
+def _methods(service: Service) -> dict[str, Method]:
+    """Return what answers each method of the protocol; JSON's replies have the fields of gRPC's messages."""
+    model = service.model
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
-    async def ServerLive(self, _: Message, __: Context) -> Message:  # noqa: N802
-        return _message(Live(live=True), pb.ServerLiveResponse())
-
-    async def ServerReady(self, _: Message, __: Context) -> Message:  # noqa: N802
-        return _message(Ready(ready=self._service.ready), pb.ServerReadyResponse())
-
-    async def ModelReady(self, request: pb.ModelReadyRequest, _: Context) -> Message:  # noqa: N802
-        try:
-            return _message(self._service.model_ready(request.name, request.version), pb.ModelReadyResponse())
-        except NotReadyError:
-            return pb.ModelReadyResponse(ready=False)
-
-    async def ServerMetadata(self, _: Message, __: Context) -> Message:  # noqa: N802
-        return _message(self._service.metadata(), pb.ServerMetadataResponse())
-
-    async def ModelMetadata(self, request: pb.ModelMetadataRequest, _: Context) -> Message:  # noqa: N802
-        self._service.model.check(request.name, request.version)
-        return _message(self._service.model.metadata(), pb.ModelMetadataResponse())
-
-    async def ModelConfig(self, request: pb.ModelConfigRequest, _: Context) -> Message:  # noqa: N802
-        self._service.model.check(request.name, request.version)
-        return pb.ModelConfigResponse(config=_message(self._service.model.config(), pb.ModelConfig()))
-
-    async def ModelStatistics(self, request: pb.ModelStatisticsRequest, _: Context) -> Message:  # noqa: N802
-        return _message(self._service.statistics(request.name, request.version), pb.ModelStatisticsResponse())
-
-    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> Message:  # noqa: N802
+    async def infer(request: pb.ModelInferRequest, context: Context) -> Message:
         # If the client leaves, grpc cancels this coroutine, and the service abandons the images.
-        self._service.model.check(request.model_name, request.model_version)
+        model.check(request.model_name, request.model_version)
         remaining, request_id = context.time_remaining(), logs.request_id.get()
-        decoded = decode(request, self._service.model.most_numbers)
-        return encode(await self._service.infer(decoded, remaining=remaining, request_id=request_id))
+        decoded = decode(request, model.most_numbers)
+        return encode(await service.infer(decoded, remaining=remaining, request_id=request_id))
+
+    def model_ready(request: pb.ModelReadyRequest) -> dict[str, Any]:
+        model.check(request.name, request.version)
+        return {"ready": service.ready}
+
+    replies: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "ServerLive": lambda _: {"live": True},
+        "ServerReady": lambda _: {"ready": service.ready},
+        "ServerMetadata": lambda _: service.metadata().model_dump(),
+        "ModelReady": model_ready,
+        "ModelMetadata": lambda request: model.check(request.name, request.version).metadata().model_dump(),
+        "ModelConfig": lambda request: {"config": model.check(request.name, request.version).config().model_dump()},
+        "ModelStatistics": lambda request: service.statistics(request.name, request.version).model_dump(),
+    }
+    return {"ModelInfer": infer, **{name: _replying(reply, name) for name, reply in replies.items()}}
+
+
+def _replying(reply: Callable[[Any], dict[str, Any]], name: str) -> Method:
+    async def method(request: Message, _: Context) -> Message:
+        message = getattr(pb, f"{name}Response")()
+        return json_format.ParseDict(reply(request), message, ignore_unknown_fields=True)
+
+    return method
 
 
 def decode(message: pb.ModelInferRequest, most_numbers: int = MOST_NUMBERS) -> Request:
-    """Decode a message.
-
-    Args:
-        message: The request's message.
-        most_numbers: The most numbers in the contents of a tensor.
+    """Decode a message, with at most ``most_numbers`` numbers in the contents of a tensor.
 
     Raises:
         RequestError: Its parts do not fit together.
@@ -182,15 +161,11 @@ def _parameters(field: str, given: Mapping[str, pb.InferParameter]) -> Parameter
     return parameters
 
 
-def _message(reply: BaseModel, message: Message) -> Any:  # noqa: ANN401 (the same type as ``message``)
-    """Return a JSON reply as a gRPC message, which has the same fields."""
-    return json_format.ParseDict(reply.model_dump(), message, ignore_unknown_fields=True)
-
-
 def _guard(
-    name: str, kind: type[Message], method: Method, metrics: Metrics, token: str | None
+    name: str, method: Method, metrics: Metrics, token: str | None
 ) -> Callable[[bytes, Context], Awaitable[Message]]:
     """Wrap a method: token, request id, counts, and errors as status codes."""
+    kind = getattr(pb, f"{name}Request")
 
     async def call(body: bytes, context: Context) -> Message:
         given = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}

@@ -4,14 +4,14 @@ import asyncio
 import logging
 import math
 import time
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,13 +21,14 @@ from serve.engine.records import ServeError
 from serve.metrics import CONTENT_TYPE, Metrics
 
 from . import codec, messages
-from .messages import SlowBodyError, UnauthorizedError, refusal
+from .messages import EncodingError, SlowBodyError, TooLargeError, UnauthorizedError, refusal
 from .service import Service, check_token
 
 HEALTH = ("/v2/health/live", "/v2/health/ready")
 _REFS = "#/components/schemas/{model}"
 _GONE = 499  # nginx's "client closed request", for /metrics only
 _log = logging.getLogger("serve.http")
+T = TypeVar("T")
 _DESCRIPTION = (
     "Classifies images, each answered at the first exit that is confident enough. Speaks the Open Inference Protocol "
     "(KServe v2); tensors are JSON, or bytes after the JSON."
@@ -63,21 +64,29 @@ def create_app(service: Service, metrics: Metrics, *, limit: int, token: str | N
     app = FastAPI(title="GATI-JAX", version=__version__, description=_DESCRIPTION)
     app.openapi = lambda: _describe(app)  # as FastAPI's documentation extends it
     handlers = _Handlers(service, metrics, limit)
-    app.get("/v2", response_model=messages.ServerMetadata)(handlers.server)
-    app.get(HEALTH[0], response_model=messages.Live)(handlers.live)
-    app.get(HEALTH[1], response_model=messages.Ready, responses=_errors(503))(handlers.ready)
-    app.get("/v2/models/stats", response_model=messages.ModelStatistics)(handlers.all_statistics)
+    for where, endpoint, codes in (
+        ("/v2", handlers.server, ()),
+        (HEALTH[0], handlers.live, ()),
+        (HEALTH[1], handlers.ready, (503,)),
+        ("/v2/models/stats", handlers.all_statistics, ()),
+    ):
+        app.get(where, responses=_errors(*codes))(endpoint)
     app.get("/metrics", response_class=Response)(handlers.metrics)
     for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-        path: dict[str, Any] = {"parameters": [_path(name) for name in ("model", "version") if f"{{{name}}}" in model]}
-
-        def get(end: str, reply: type[BaseModel], *codes: int, at: str = model, path: dict[str, Any] = path) -> Any:  # noqa: ANN401
-            return app.get(at + end, response_model=reply, openapi_extra=path, responses=_errors(404, *codes))
-
-        get("", messages.ModelMetadata)(handlers.model)
-        get("/ready", messages.ModelReady, 503)(handlers.model_ready)
-        get("/config", messages.ModelConfig)(handlers.config)
-        get("/stats", messages.ModelStatistics)(handlers.statistics)
+        path = {
+            "parameters": [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for name in ("model", "version")
+                if f"{{{name}}}" in model
+            ]
+        }
+        for end, endpoint, codes in (
+            ("", handlers.model, (404,)),
+            ("/ready", handlers.model_ready, (404, 503)),
+            ("/config", handlers.config, (404,)),
+            ("/stats", handlers.statistics, (404,)),
+        ):
+            app.get(f"{model}{end}", openapi_extra=path, responses=_errors(*codes))(endpoint)
         app.post(
             f"{model}/infer",
             response_class=Response,
@@ -119,17 +128,17 @@ class _Handlers:
 
     async def model(self, request: Request) -> messages.ModelMetadata:
         """Describe the model's inputs and outputs."""
-        self._service.model.check(*_model_of(request))
-        return self._service.model.metadata()
+        return self._service.model.check(*_model_of(request)).metadata()
 
     async def model_ready(self, request: Request) -> messages.ModelReady:
         """Return whether the server takes new requests to the model."""
-        return self._service.model_ready(*_model_of(request))
+        name = self._service.model.check(*_model_of(request)).name
+        self._service.check_ready()
+        return messages.ModelReady(name=name, ready=True)
 
     async def config(self, request: Request) -> messages.ModelConfig:
         """Describe the model as perf_analyzer reads it."""
-        self._service.model.check(*_model_of(request))
-        return self._service.model.config()
+        return self._service.model.check(*_model_of(request)).config()
 
     async def statistics(self, request: Request) -> messages.ModelStatistics:
         """Return the model's statistics."""
@@ -137,16 +146,15 @@ class _Handlers:
 
     async def infer(self, request: Request) -> Response:
         """Classify images."""
-        headers, receive = request.headers, request.receive
         try:
-            body = await self._read(receive, headers.get("content-length"), headers.get("content-encoding"))
+            body = await self._read(request)
             model, version = _model_of(request)
             self._service.model.check(model, version)
-            most, header = self._service.model.most_numbers, headers.get(codec.HEADER_LENGTH)
+            most, header = self._service.model.most_numbers, request.headers.get(codec.HEADER_LENGTH)
             decoded = codec.decode(body, header, model=model, version=version, most_numbers=most)
-            async with _WhileConnected(receive):
-                answer = await self._service.infer(decoded, request_id=logs.request_id.get())
-        except codec.GoneError:
+            answering = self._service.infer(decoded, request_id=logs.request_id.get())
+            answer = await _while_connected(request.receive, answering)
+        except ClientDisconnect:
             return Response(status_code=_GONE)
         head = {"model_name": answer.model, "model_version": answer.version, "parameters": answer.parameters}
         if answer.id:
@@ -156,40 +164,42 @@ class _Handlers:
             return Response(body, media_type="application/json")
         return Response(body, media_type="application/octet-stream", headers={codec.HEADER_LENGTH: str(json_bytes)})
 
-    async def _read(self, receive: Receive, length: str | None, encoding: str | None) -> bytes:
-        seconds = self._service.timeout
+    async def _read(self, request: Request) -> bytes:
+        """Read a body; one that is too large is refused before it is read, if its length is announced."""
+        length, encoding = (request.headers.get(name, "") for name in ("content-length", "content-encoding"))
+        if encoding not in {"", "identity"}:  # a small body of zeros could fill the memory
+            raise EncodingError(f"Content-Encoding: expected none, got {encoding!r}")
+        if length.isdecimal() and int(length[:20]) > self._limit:
+            raise TooLargeError(f"Content-Length: expected at most {self._limit} bytes, got {length[:20]}")
+        seconds, chunks, size = self._service.timeout, [], 0
         try:
             async with asyncio.timeout(seconds):
-                return await codec.read(receive, length, encoding, self._limit)
+                async for chunk in request.stream():
+                    if (size := size + len(chunk)) > self._limit:
+                        raise TooLargeError(f"body: expected at most {self._limit} bytes, got more")
+                    if chunk:  # starlette ends with an empty one
+                        chunks.append(chunk)
         except TimeoutError:
             raise SlowBodyError(f"body: expected all of it within {seconds:g} s") from None
+        return b"".join(chunks)  # no copy of a single one
 
 
-class _WhileConnected:
-    """Cancels its block and raises ``GoneError`` if the client leaves, as ``asyncio.timeout`` does for time."""
+async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of ``work``; cancel it if the client leaves.
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive, self._gone = receive, False
-
-    async def __aenter__(self) -> Self:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 (every request has one)
-        self._task, self._cancelling = task, task.cancelling()
-        self._watch = asyncio.ensure_future(self._receive())  # after the body, only "http.disconnect" follows
-        self._watch.add_done_callback(self._leave)
-        return self
-
-    def _leave(self, _: object) -> None:
-        self._gone = True
-        self._task.cancel()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._watch.remove_done_callback(self._leave)
-        self._watch.cancel()
-        if self._gone and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
-            raise codec.GoneError from error
+    Raises:
+        ClientDisconnect: The client has left.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(receive())  # after the body, only "http.disconnect" follows
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        leaving.cancel()
+        working.cancel()
 
 
 def _model_of(request: Request) -> tuple[str, str]:
@@ -207,10 +217,6 @@ def _explain(error: Exception, headers: dict[str, str] | None = None) -> JSONRes
     status, message, retry_after = refusal(error)
     retry = {} if retry_after is None else {"retry-after": str(max(1, math.ceil(retry_after)))}  # whole seconds
     return JSONResponse({"error": message}, status, headers=retry | (headers or {}))
-
-
-def _path(name: str) -> dict[str, Any]:
-    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
 
 
 def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from serve.engine.records import Step
 
@@ -72,8 +72,8 @@ class Model:
             "score": ("FP32", ()),
         }
 
-    def check(self, name: str, version: str = "") -> None:
-        """Check a request's model.
+    def check(self, name: str, version: str = "") -> Self:
+        """Return the model, if it is the one that a request names.
 
         Raises:
             UnknownModelError: It is another model or version.
@@ -82,6 +82,7 @@ class Model:
             raise UnknownModelError(f"model: expected {self.name!r}, got {name[:100]!r}")
         if version not in {"", self.version}:
             raise UnknownModelError(f"version: expected {self.version!r}, got {version[:100]!r}")
+        return self
 
     def metadata(self) -> ModelMetadata:
         """Describe inputs and outputs."""
@@ -98,12 +99,8 @@ class Model:
 
     def config(self) -> ModelConfig:
         """Describe the model as perf_analyzer reads it; parameters hold what the protocol has no field for."""
-        facts = {
-            "datatypes": ",".join(self.datatypes),
-            "plans": json.dumps(
-                {plan: self.bounds[plan]._asdict() if plan in self.bounds else None for plan in self.plans}
-            ),
-        }
+        bounds = {plan: self.bounds[plan]._asdict() if plan in self.bounds else None for plan in self.plans}
+        facts = {"datatypes": ",".join(self.datatypes), "plans": json.dumps(bounds)}
         return ModelConfig(
             name=self.name,
             platform=PLATFORM,
@@ -166,11 +163,15 @@ class Tally:
         with self._lock:
             times, answered, steps = self._times, self._answered, dict(self._steps)
             failed, images, last_ms = Duration(count=self._failed, ns=_ns(self._failing)), self._images, self._last_ms
-        parts = [_ns(seconds) for seconds in (times.decoding, times.computing, times.encoding)]
-        total = max(_ns(times.total), sum(parts))
-        decoding, computing, encoding, waiting, whole = (
-            Duration(count=answered, ns=ns) for ns in (*parts, total - sum(parts), total)
-        )
+        decoding, computing, encoding = _ns(times.decoding), _ns(times.computing), _ns(times.encoding)
+        total = max(_ns(times.total), decoding + computing + encoding)
+        parts = {
+            "success": total,
+            "queue": total - decoding - computing - encoding,
+            "compute_input": decoding,
+            "compute_infer": computing,
+            "compute_output": encoding,
+        }
         one = Statistics(
             name=name,
             version=version,
@@ -178,12 +179,7 @@ class Tally:
             inference_count=images,
             execution_count=sum(count for count, _ in steps.values()),
             inference_stats=InferStatistics(
-                success=whole,
-                fail=failed,
-                queue=waiting,
-                compute_input=decoding,
-                compute_infer=computing,
-                compute_output=encoding,
+                fail=failed, **{part: Duration(count=answered, ns=ns) for part, ns in parts.items()}
             ),
             batch_stats=[
                 BatchStatistics(batch_size=rows, compute_infer=Duration(count=count, ns=_ns(seconds)))

@@ -23,15 +23,7 @@ from gati_jax import __version__
 from serve.engine.records import Answer, DeadlineError, Statistics, StepError, StoppingError
 
 from .codec import DTYPES, Outgoing, Request, images_of, limits_of, outputs_of
-from .messages import (
-    ModelReady,
-    ModelStatistics,
-    NotReadyError,
-    Parameters,
-    RequestError,
-    ServerMetadata,
-    UnauthorizedError,
-)
+from .messages import ModelStatistics, NotReadyError, Parameters, RequestError, ServerMetadata, UnauthorizedError
 from .model import Model, Tally, Times
 
 NAME = "gati-jax"
@@ -49,9 +41,6 @@ class InferenceEngine(Protocol):
         """Admit all images or none."""
         ...
 
-    def abandon(self, futures: "Sequence[Future[Answer]]") -> None:
-        """Cancel answers whose client has left."""
-
     def statistics(self) -> Statistics:
         """Return a snapshot of the queues and counters."""
         ...
@@ -61,23 +50,12 @@ class InferenceEngine(Protocol):
         ...
 
 
-class ChooseRoute(Protocol):
-    """The choice of a request's route, see ``serve.engine.routes.choose_route``."""
-
-    def __call__(self, *, epsilon: float | None, deadline_ms: float | None) -> int:
-        """Return a route's number.
-
-        Raises:
-            ValueError: No such route; the message names the field.
-        """
-        ...
-
-
 class Backend(NamedTuple):
     """What answers requests, once it is warmed up."""
 
     engine: InferenceEngine
-    choose_route: ChooseRoute
+    choose_route: Callable[[float | None, float | None], int]
+    """Returns a route's number for ``epsilon`` and ``deadline_ms``, see ``serve.engine.routes.choose_route``."""
     notes: Callable[[int], Mapping[str, str]] = lambda _: {}
     """Further parameters of the response to the request that was submitted last, given its route."""
 
@@ -96,28 +74,14 @@ class Response:
 class Service:
     """Answers requests for one model; used from the event loop's thread only."""
 
-    def __init__(
-        self,
-        model: Model,
-        *,
-        tally: Tally,
-        timeout: float = 60.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Prepare; it is ready after ``warmed_up``.
-
-        Args:
-            model: The served model.
-            tally: Counts requests.
-            timeout: Seconds that a request may take.
-            clock: The engine's, in seconds.
-        """
+    def __init__(self, model: Model, *, tally: Tally, timeout: float = 60.0) -> None:
+        """Prepare; it is ready after ``warmed_up``. A request may take ``timeout`` seconds."""
         self.model = model
         self.timeout = timeout
         self.draining = False
         self._backend: Backend | None = None
         self._closed = False
-        self._tally, self._clock = tally, clock
+        self._tally = tally
         self._names = [name.encode() for name in model.class_names] or [str(i).encode() for i in range(model.classes)]
 
     def warmed_up(self, backend: Backend) -> None:
@@ -146,17 +110,6 @@ class Service:
         if not self.ready:
             raise NotReadyError(_WARMING_UP if self._backend is None else "the server is stopping")
 
-    def model_ready(self, name: str, version: str = "") -> ModelReady:
-        """Check that the server takes new requests to a model.
-
-        Raises:
-            UnknownModelError: There is no such model.
-            NotReadyError: It is warming up or stopping.
-        """
-        self.model.check(name, version)
-        self.check_ready()
-        return ModelReady(name=name, ready=True)
-
     def metadata(self) -> ServerMetadata:
         """Describe the server."""
         return ServerMetadata(name=NAME, version=__version__, extensions=EXTENSIONS)
@@ -172,21 +125,16 @@ class Service:
         return self._tally.snapshot(self.model.name, self.model.version)
 
     async def infer(self, request: Request, *, remaining: float | None = None, request_id: str = "") -> Response:
-        """Answer a request; if this is cancelled, its images are abandoned.
-
-        Args:
-            request: The decoded request.
-            remaining: Seconds until the client's own deadline.
-            request_id: For logs.
+        """Answer a request within ``remaining`` seconds; if this is cancelled, its images are abandoned.
 
         Raises:
             ServeError: Why there is no answer.
         """
-        started = self._clock()
+        started = time.monotonic()
         try:
             response, rows, times = await self._infer(request, started, remaining, request_id)
         except BaseException as error:
-            self._tally.failed(self._clock() - started)
+            self._tally.failed(time.monotonic() - started)
             if isinstance(error, StepError):
                 _log.exception("a request was lost with its step")
             raise
@@ -206,9 +154,9 @@ class Service:
         outputs = outputs_of(request, self.model)
         images = images_of(request, self.model)
         seconds = min(seconds, self.timeout, math.inf if remaining is None else remaining)
-        decoded = self._clock()
+        decoded = time.monotonic()
         try:
-            route = choose_route(epsilon=epsilon, deadline_ms=deadline_ms)
+            route = choose_route(epsilon, deadline_ms)
             futures = engine.submit(images, route=route, deadline=started + seconds, request_id=request_id)
             noted = notes(route)
         except ValueError as error:
@@ -220,31 +168,21 @@ class Service:
         except TimeoutError:
             raise DeadlineError(f"the deadline passed: no answer within {seconds * 1000:.3g} ms") from None
         finally:
-            if pending := [future for future in futures if not future.done()]:
-                engine.abandon(pending)
-        answered = self._clock()
-        response = self._respond(request, route, answers, outputs, noted)
-        now = self._clock()
-        computing = min(max(answer.computed for answer in answers), answered - decoded)
-        return response, len(images), Times(now - started, decoded - started, computing, now - answered)
-
-    def _respond(
-        self,
-        request: Request,
-        route: int,
-        answers: Sequence[Answer],
-        outputs: Mapping[str, bool],
-        noted: Mapping[str, str],
-    ) -> Response:
+            for future in futures:  # those that are not done: their images are abandoned
+                future.cancel()
+        answered = time.monotonic()
         plan = self.model.plans[route]
         bound = self.model.bounds.get(plan)
-        return Response(
+        response = Response(
             model=self.model.name,
             version=self.model.version,
             id=request.id,
             parameters={"plan": plan, **({} if bound is None else bound._asdict()), **noted},
             outputs=[self._output(name, answers, binary=binary) for name, binary in outputs.items()],
         )
+        now = time.monotonic()
+        computing = min(max(answer.computed for answer in answers), answered - decoded)
+        return response, len(images), Times(now - started, decoded - started, computing, now - answered)
 
     def _output(self, name: str, answers: Sequence[Answer], *, binary: bool) -> Outgoing:
         datatype, shape = self.model.outputs[name]
@@ -284,22 +222,17 @@ async def _gather(futures: Sequence["Future[Answer]"]) -> list[Answer]:
     Raises:
         ServeError: One of them failed; others may still be in flight.
     """
-    loop = asyncio.get_running_loop()
-    woken = loop.create_future()
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
     missing = itertools.count(len(futures) - 1, -1)
-
-    def wake() -> None:
-        if not woken.done():
-            woken.set_result(None)
 
     def one(future: "Future[Answer]") -> None:
         if next(missing) == 0 or future.cancelled() or future.exception() is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(wake)
+                loop.call_soon_threadsafe(ended.set)
 
     for future in futures:
         future.add_done_callback(one)
-    await woken
+    await ended.wait()
     try:
         for future in futures:
             if future.done():  # where one has failed, others may not be, and would block

@@ -13,7 +13,7 @@ from gati_jax import Candidate, Normalization, Plan
 from gati_jax.caches import Grid, LinearSelector, SortedSelector
 from gati_jax.models import ResNet, fold, init, to_chain
 from tests.bundle.made import drawn, make_certificate
-from tests.serve import fake as fake_engine
+from tests.serve import fake
 from tests.serve.fake_runner import pixels
 
 
@@ -59,14 +59,8 @@ def half_hit(chain, caches, images) -> gati_jax.Bundle:
     return gati_jax.Bundle(chain=chain, caches=caches, plan=plan, certificate=make_certificate(plan, step=1))
 
 
-@pytest.fixture(scope="session")
-def fake():
-    """The module of the fake engine."""
-    return fake_engine
-
-
 @pytest.fixture
-def front(fake):
+def front():
     """A service that is ready, in front of a fake engine."""
     made = fake.Front()
     yield made

@@ -15,7 +15,7 @@ import numpy as np
 import uvicorn
 
 from serve.engine.records import Answer, Job, Route, Statistics, Step
-from serve.metrics import Gauges, Metrics
+from serve.metrics import Metrics
 from serve.protocol.grpc import create_server
 from serve.protocol.http import create_app
 from serve.protocol.model import Bound, Model, Tally
@@ -50,7 +50,7 @@ def answer(value: float) -> Answer:
     return Answer(index, EXITS[index], float("inf") if index == 2 else value / 2, logits, computed=1e-6)
 
 
-def choose_route(*, epsilon, deadline_ms):
+def choose_route(epsilon, deadline_ms):
     del deadline_ms
     if epsilon is None:
         return 0
@@ -81,6 +81,8 @@ class FakeEngine:
         jobs = [Job(image=image, route=route, arrived=0.0) for image in images]
         if not self.silent:
             self._pool.submit(self._run, jobs, route)
+        for job in jobs:
+            job.done.add_done_callback(lambda done: self.abandoned.set() if done.cancelled() else None)
         self.submitted.set()
         return [job.done for job in jobs]
 
@@ -97,11 +99,6 @@ class FakeEngine:
                 if self.observer:
                     self.observer.answered(job, one, 0.003)
                 job.done.set_result(one)
-
-    def abandon(self, futures):
-        for future in futures:
-            future.cancel()
-        self.abandoned.set()
 
     def stop(self, timeout: float | None = None) -> bool:
         del timeout
@@ -120,10 +117,7 @@ class Front:
         self.metrics = Metrics(tally)
         self.engine.observer = self.metrics
         self.service = Service(MODEL, tally=tally, timeout=timeout)
-        ready_now = lambda: self.service.ready  # noqa: E731
-        self.metrics.watch(
-            Gauges(routes=ROUTES, statistics=self.engine.statistics, ready=ready_now, model="gati", version="v7")
-        )
+        self.metrics.watch(ROUTES, self.engine.statistics, self.service)
         self.token = token
         self.app = create_app(self.service, self.metrics, limit=LIMIT, token=token)
         if ready:

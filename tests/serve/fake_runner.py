@@ -5,6 +5,8 @@ logits are zero but for a one at the class. Nothing waits: a step moves the cloc
 """
 
 import dataclasses
+import threading
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,6 +14,7 @@ import numpy as np
 from serve.engine.records import Route, StageResult, Step
 
 CLASSES = 10
+PATIENCE = 30  # seconds until a test that hangs fails
 
 
 def route(
@@ -31,6 +34,10 @@ def route(
 
 def image(leaves_at: int, class_index: int = 0) -> np.ndarray:
     return np.array([leaves_at, class_index], np.float32)
+
+
+def images(*pairs: tuple[int, int]) -> np.ndarray:
+    return np.stack([image(*pair) for pair in pairs])
 
 
 def pixels(n: int, seed: int = 0) -> np.ndarray:
@@ -55,13 +62,18 @@ class FakeRunner:
     routes: Sequence[Route]
     capacity: int = 8
     clock: FakeClock = dataclasses.field(default_factory=FakeClock)
+    starting: Callable[[Step], None] = lambda _: None
+    """Called at dispatch; may raise."""
     before: Callable[[Step], None] = lambda _: None
     """Called before each step runs; may raise, or block."""
+    altered: Callable[[Step, StageResult], StageResult] = lambda _, result: result
+    """Returns the result in place of the right one."""
     steps: list[Step] = dataclasses.field(default_factory=list)
     reached: dict[int, int] = dataclasses.field(default_factory=dict)
     """By slot, the stage whose activation it holds: a step must find what the last one left."""
 
     def dispatch(self, step: Step) -> "FakeRunning":
+        self.starting(step)
         return FakeRunning(self, step)
 
 
@@ -86,9 +98,51 @@ class FakeRunning:
         runner.clock.now += runner.routes[route_].stage_ms[bucket][stage] / 1e3
         rows = np.stack([job.image for job in jobs])
         classes = rows[:, 1].astype(int)
-        return StageResult(
+        result = StageResult(
             hit=rows[:, 0] <= stage,
             class_index=classes,
             score=np.full(len(jobs), stage + 1.0, np.float32),
             logits=np.eye(CLASSES, dtype=np.float32)[classes],
         )
+        return runner.altered(self.step, result)
+
+
+class Watcher:
+    """An observer that remembers, and shadows what it is asked to."""
+
+    def __init__(self, wanted=lambda _: False):
+        self.wanted, self.asked, self.steps, self.answers, self.shadows, self.reasons = wanted, [], [], [], [], []
+
+    def shadow(self, job, answer):
+        self.asked.append((job.mark, answer.exit))
+        return self.wanted(job.mark)
+
+    def step(self, step, seconds, *, failed):
+        self.steps.append((step.stage, len(step.jobs), round(seconds * 1e3, 6), failed))
+
+    def answered(self, job, answer, seconds):
+        self.answers.append((job.mark, answer.exit, round(seconds * 1e3, 6)))
+
+    def shadowed(self, job, answer):
+        self.shadows.append((job.mark, None if answer is None else (answer.exit, answer.class_index)))
+
+    def refused(self, reason):
+        self.reasons.append(reason)
+
+    def until(self, shadows):
+        """Wait until so many shadow jobs have been reported."""
+        patience = time.monotonic() + PATIENCE
+        while len(self.shadows) < shadows:
+            assert time.monotonic() < patience, self.shadows
+            time.sleep(0.001)
+
+
+class Gate:
+    """Holds steps until it is opened, and says when one has come."""
+
+    def __init__(self):
+        self.entered, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self, _):
+        self.entered.set()
+        assert self.opened.wait(PATIENCE)

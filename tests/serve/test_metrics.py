@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import serve.metrics
 from serve.engine.records import Job, Step
 from serve.protocol.model import Tally, Times
+from tests.serve import fake
 
 
 def jobs(count, route=0):
@@ -22,7 +23,7 @@ def samples(front):
     return lambda name, **labels: found[name, *sorted((key, str(value)) for key, value in labels.items())]
 
 
-def test_everything_that_happens_is_counted(front, fake):
+def test_everything_that_happens_is_counted(front):
     metrics = front.metrics
     for rows in (1, 3, 4):
         metrics.step(Step(1, 0, 4, jobs(rows)), 0.003, failed=False)
@@ -45,8 +46,11 @@ def test_everything_that_happens_is_counted(front, fake):
     assert got("gati_requests_total", protocol="http", method="infer", code=429) == 1
 
 
-def test_gauges_are_read_at_each_scrape(front):
+def test_series_are_there_before_anything_happens_and_gauges_are_read_at_each_scrape(front):
     got = samples(front)
+    assert got("gati_left_total", plan="base", exit=4) == 0
+    assert got("gati_failed_steps_total", plan="tight", stage=1) == 0
+    assert got("gati_refused_total", reason="stopping") == 0
     assert got("gati_queue_depth", plan="loose", stage=2) == 5
     assert got("gati_queue_depth", plan="tight", stage=0) == 0
     assert (got("gati_slots", state="used"), got("gati_slots", state="admitted")) == (3, 16)
@@ -55,13 +59,6 @@ def test_gauges_are_read_at_each_scrape(front):
     assert got("gati_ready") == 1
     front.service.drain()
     assert samples(front)("gati_ready") == 0
-
-
-def test_series_are_there_before_anything_happens(front):
-    got = samples(front)
-    assert got("gati_left_total", plan="base", exit=4) == 0
-    assert got("gati_failed_steps_total", plan="tight", stage=1) == 0
-    assert got("gati_refused_total", reason="stopping") == 0
 
 
 def test_the_documentation_names_every_metric_and_no_other(front):
@@ -77,26 +74,20 @@ def test_the_documentation_names_every_metric_and_no_other(front):
 # The protocol's own statistics
 
 
-def test_the_parts_add_up_to_the_whole():
+def test_times_add_up_and_steps_are_counted_by_their_rows():
     tally = Tally()
     tally.answered(2, Times(total=0.010, decoding=0.001, computing=0.004, encoding=0.002))
     tally.answered(1, Times(total=0.001, decoding=0.0, computing=0.002, encoding=0.0))  # clocks differ
     tally.failed(0.5)
-    (one,) = tally.snapshot("m", "1").model_stats
-    stats = one.inference_stats
-    assert (stats.success.count, stats.success.ns) == (2, 11_000_000)
-    assert stats.queue.ns + stats.compute_input.ns + stats.compute_infer.ns + stats.compute_output.ns == 11_000_000
-    assert (stats.fail.count, stats.fail.ns) == (1, 500_000_000)
-    assert one.inference_count == 3
-
-
-def test_steps_are_counted_by_their_rows():
-    tally = Tally()
     for rows in (3, 1, 3):
         tally.step(Step(0, 0, 4, jobs(rows)), 0.25)
     (one,) = tally.snapshot("m", "1").model_stats
-    assert one.execution_count == 3
-    assert [(b.batch_size, b.compute_infer.count, b.compute_infer.ns) for b in one.batch_stats] == [
-        (1, 1, 250_000_000),
-        (3, 2, 500_000_000),
-    ]
+    stats, steps = (
+        one.inference_stats,
+        [(b.batch_size, b.compute_infer.count, b.compute_infer.ns) for b in one.batch_stats],
+    )
+    assert (stats.success.count, stats.success.ns) == (2, 11_000_000)
+    assert stats.queue.ns + stats.compute_input.ns + stats.compute_infer.ns + stats.compute_output.ns == 11_000_000
+    assert (stats.fail.count, stats.fail.ns) == (1, 500_000_000)
+    assert (one.inference_count, one.execution_count) == (3, 3)
+    assert steps == [(1, 1, 250_000_000), (3, 2, 500_000_000)]

@@ -1,9 +1,14 @@
 """What clients get over either transport, and which errors they see."""
 
 import http.client
+import importlib.util
 import json
 import logging
+import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,9 +16,11 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+from tritonclient.grpc import service_pb2
 
 from serve.engine.records import DeadlineError, OverloadedError, StepError, StoppingError
 from serve.protocol import inference_pb2 as pb
+from tests.serve import fake
 from tests.serve.transports import INFER, Grpc, Http, ask, call, images, tensor
 
 P, Q = np.exp(2) / (np.exp(2) + 2), 1 / (np.exp(2) + 2)
@@ -211,10 +218,8 @@ def test_a_step_that_hangs_does_not_keep_the_client(front, transport):
 
 def test_the_clients_own_grpc_deadline_abandons_its_images(sockets, front):
     front.engine.silent = True
-    message = pb.ModelInferRequest(model_name="gati", raw_input_contents=[bytes(6)])
-    message.inputs.add(name="images", datatype="UINT8", shape=[1, 2, 3, 1])
     with pytest.raises(grpc.RpcError) as caught:
-        call(sockets[1], "ModelInfer", message, timeout=0.05)
+        call(sockets[1], "ModelInfer", request(), timeout=0.05)
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     if front.engine.submitted.wait(0.5):  # on a slow machine the request may never have come so far
         assert front.engine.abandoned.wait(30)
@@ -241,7 +246,7 @@ def test_a_client_that_leaves_abandons_its_images(front, sockets, name):
 # Readiness, tokens, logs
 
 
-def test_nothing_is_answered_before_the_warm_up(fake):
+def test_nothing_is_answered_before_the_warm_up():
     front = fake.Front(ready=False)
     with front.sockets() as ports:
         for transport in (Http(front), Grpc(ports[1])):
@@ -260,7 +265,7 @@ def test_nothing_is_answered_before_the_warm_up(fake):
     assert ask(front, json={"inputs": [tensor()]}).headers["connection"] == "close"  # and their connection closed
 
 
-def test_without_the_token_only_health_is_answered(fake):
+def test_without_the_token_only_health_is_answered():
     front, good = fake.Front(token="secret"), {"authorization": "Bearer secret"}
     message = {"inputs": [tensor()]}
     with front.sockets() as ports:
@@ -288,3 +293,77 @@ def test_debug_logs_report_every_request(sockets, name, caplog):
             assert time.monotonic() < patience
             time.sleep(0.01)
     assert "request" in lines
+
+
+# gRPC's own messages: the same as Triton's, and what their parts may be
+
+
+FOLDER = Path(pb.__file__).parent
+
+
+def same(ours, theirs):
+    for field in ours.fields:
+        other = theirs.fields_by_name[field.name]
+        for fact in ("number", "type", "is_repeated"):
+            assert getattr(field, fact) == getattr(other, fact), (ours.full_name, field.name, fact)
+        oneofs = [f.containing_oneof and f.containing_oneof.name for f in (field, other)]
+        assert oneofs[0] == oneofs[1]
+        if field.message_type:
+            assert field.message_type.full_name == other.message_type.full_name
+            same(field.message_type, other.message_type)
+        if field.enum_type:
+            pairs = [{v.name: v.number for v in f.enum_type.values} for f in (field, other)]
+            assert pairs[0] == pairs[1]
+
+
+def test_messages_have_the_names_numbers_and_types_of_tritonclients():
+    assert pb.DESCRIPTOR.package == service_pb2.DESCRIPTOR.package
+    ours, theirs = (m.DESCRIPTOR.services_by_name["GRPCInferenceService"] for m in (pb, service_pb2))
+    assert ours.full_name == theirs.full_name
+    for method in ours.methods:
+        other = theirs.methods_by_name[method.name]
+        for message in ("input_type", "output_type"):
+            assert getattr(method, message).full_name == getattr(other, message).full_name
+            same(getattr(method, message), getattr(other, message))
+
+
+def test_the_compiled_messages_are_those_of_the_proto_file(tmp_path):
+    if importlib.util.find_spec("grpc_tools") is None:
+        pytest.skip("needs grpcio-tools")
+    compiler = (sys.executable, "-m", "grpc_tools.protoc", f"-I{FOLDER}", f"--python_out={tmp_path}")
+    subprocess.run((*compiler, "inference.proto"), check=True)
+    written, committed = ((folder / "inference_pb2.py").read_text() for folder in (tmp_path, FOLDER))
+    descriptors = [re.search(r"AddSerializedFile\((.*)\)", text) for text in (written, committed)]
+    assert descriptors[0]
+    assert descriptors[1]
+    assert descriptors[0][1] == descriptors[1][1]
+
+
+def request(tensor=None, **changes):
+    inputs = [{"name": "images", "datatype": "UINT8", "shape": [1, 2, 3, 1]} | (tensor or {})]
+    return pb.ModelInferRequest(**{"model_name": "gati", "inputs": inputs, "raw_input_contents": [bytes(6)]} | changes)
+
+
+NAN = np.full(6, np.nan, np.float32).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (b"\xff\xff", "message: expected a ModelInferRequest"),
+        (request(inputs=[]), "raw_input_contents: expected one for each of the 0"),
+        (request(raw_input_contents=[bytes(5)]), "inputs[0].data: expected 6 bytes"),
+        (request({"datatype": "BYTES"}), "inputs[0].datatype: expected UINT8 or FP32"),
+        (request({"shape": [2**62, 2, 3, 1]}), "inputs[0].shape: "),
+        (request({"contents": {"uint_contents": [1]}}), "inputs[0].contents: "),
+        (request({"datatype": "FP32"}, raw_input_contents=[NAN]), "inputs[0].data: expected finite"),
+        (request(parameters={"epsilon": {}}), "parameters.epsilon: expected a value"),
+        (request(id="x" * 5000), ""),
+    ],
+)
+def test_grpc_messages_whose_parts_do_not_fit_are_refused(sockets, front, message, words):
+    with pytest.raises(grpc.RpcError) as caught:
+        call(sockets[1], "ModelInfer", message)
+    assert caught.value.code().name == ("INVALID_ARGUMENT" if words else "RESOURCE_EXHAUSTED")
+    assert str(caught.value.details()).startswith(words)
+    assert not front.engine.calls

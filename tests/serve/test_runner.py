@@ -1,6 +1,7 @@
-"""The runner against ``infer_batch``: for any buckets, slots and merges, answers are the bundle's."""
+"""Routes, and the runner against ``infer_batch``: for any buckets, slots and merges, answers are the bundle's."""
 
 import dataclasses
+import functools
 import gc
 
 import jax
@@ -12,17 +13,93 @@ from hypothesis import strategies as st
 
 import gati_jax
 from gati_jax import InputError
+from gati_jax.certification import CONDITIONAL, ExitRate
 from gati_jax.profiling import Tile, Tuning, device_name
 from gati_jax.runtime import Cascade, predict_batch
 from serve.engine import policy, routes
 from serve.engine.engine import Engine
 from serve.engine.programs import settle
-from serve.engine.records import Job, Step
+from serve.engine.records import Answer, Job, Step
 from serve.engine.runner import JaxRunner
-from tests.serve.fake_runner import pixels
+from tests.serve.fake_runner import pixels, route
 
 CAPACITY = 8
 INF = np.inf
+
+
+def made(name, epsilon, *stages, leave=None):
+    buckets = {1: stages, 8: tuple(4 * ms for ms in stages)}
+    return dataclasses.replace(route(*stages, leave=leave, name=name), epsilon=epsilon, stage_ms=buckets)
+
+
+# Alone: 2 + 0.5 * 4 = 4 ms; 2 + 0.2 * 4 = 2.8; 6; 0.5 + 0.5 * 1 = 1
+ROUTES = (
+    made("1%", 0.01, 2.0, 4.0),
+    made("5%", 0.05, 2.0, 4.0, leave=(0.8, 1.0)),
+    made("base", 0.0, 6.0),
+    made("uncertified", None, 0.5, 1.0),
+)
+TIGHT, LOOSE, BASE = 0, 1, 2
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ({}, 7),  # what the server's default is
+        ({"epsilon": 0.05}, LOOSE),
+        ({"epsilon": 1.0}, LOOSE),  # the fastest certified one
+        ({"epsilon": 0.049}, TIGHT),
+        ({"epsilon": 0.001}, BASE),
+        ({"epsilon": 0}, BASE),
+        ({"deadline_ms": 100.0}, BASE),
+        ({"deadline_ms": 5.9}, TIGHT),
+        ({"deadline_ms": 3.9}, LOOSE),
+        ({"deadline_ms": 0.1}, LOOSE),  # too late for all: the fastest
+        ({"deadline_ms": 10.0, "backlog_ms": lambda: 5.0}, TIGHT),
+        ({"deadline_ms": 10.0, "backlog_ms": lambda: 7.0}, LOOSE),
+        ({"deadline_ms": 3.0, "epsilon": 0.01}, TIGHT),  # late, but no looser than allowed
+        ({"deadline_ms": 100.0, "epsilon": 0.05}, BASE),
+    ],
+)
+def test_choices_by_hand(limit, expected):
+    assert [routes.expected_ms(one) for one in ROUTES] == pytest.approx([4.0, 2.8, 6.0, 1.0])
+    assert routes.choose_route(ROUTES, default=7, **limit) == expected
+
+
+@given(epsilon=st.none() | st.floats(0, 1), deadline=st.none() | st.floats(0, 20), backlog=st.floats(0, 10))
+def test_a_choice_is_certified_for_the_requested_epsilon(epsilon, deadline, backlog):
+    chosen = routes.choose_route(ROUTES, epsilon=epsilon, deadline_ms=deadline, default=0, backlog_ms=lambda: backlog)
+    assert ROUTES[chosen].epsilon is not None
+    if epsilon is not None:
+        assert ROUTES[chosen].epsilon <= epsilon
+
+
+def test_an_epsilon_that_nothing_is_certified_for_is_refused():
+    with pytest.raises(ValueError, match=r"epsilon: expected at least 0.01, got 0.001"):
+        routes.choose_route(ROUTES[:2], epsilon=0.001)
+
+
+def test_the_default_is_the_tightest_certified_plan():
+    assert routes.default(ROUTES) == TIGHT
+    assert routes.default(ROUTES[::-1]) == 3
+    assert routes.default(ROUTES[2:]) == 0  # nothing is certified: the base
+
+
+def test_a_bundle_has_its_plans_and_the_base(residual):
+    plan, base = routes.load(residual)
+    assert (plan.name, plan.cascade.sites, plan.epsilon) == ("default", (0, 1), residual.certificate.epsilon)
+    assert plan.leave == (0.5, 0.5, 1.0)  # without a count
+    assert (base.name, base.cascade.sites, base.epsilon, base.leave) == ("base", (), 0.0, (1.0,))
+    certificate = functools.partial(dataclasses.replace, residual.certificate)
+    load = lambda certificate: routes.load(dataclasses.replace(residual, certificate=certificate))  # noqa: E731
+    assert load(certificate(step=-1))[0].epsilon is None
+    assert [one.name for one in load(certificate(name="base"))] == ["base", "base-0"]
+    exits = [ExitRate(site=site, n=n, disagreements=0, p_value=0.0) for site, n in ((0, 400), (1, 700))]
+    counted = certificate(method=CONDITIONAL, exits=tuple(exits), n=1000, disagreements=0, p_value=0.0)
+    assert load(counted)[0].leave == pytest.approx((0.4, 300 / 600, 1.0))
+
+
+# The runner
 
 
 @pytest.fixture(scope="module")
@@ -36,35 +113,34 @@ def with_thresholds(bundle, *thresholds):
     return [dataclasses.replace(plan, cascade=cascade), *rest]
 
 
-def serve(runner, images, steps, *, route=0):
-    """Drive images through by hand: ``steps`` draws which stage runs next, in which bucket, on whom."""
-    jobs = [Job(image=x, route=route, arrived=0.0, slot=slot) for x, slot in images]
-    answers, number = {}, {job: i for i, job in enumerate(jobs)}
-    a_route = runner.routes[route]
-    while jobs:
-        stage = steps.draw(st.sampled_from(sorted({job.stage for job in jobs})))
-        ready = [job for job in jobs if job.stage == stage]
-        bucket = steps.draw(st.sampled_from(sorted(a_route.stage_ms)))
+def serve(runner, images, steps, number):
+    """Drive images, by slot, through a route: ``steps`` draws which stage runs next, in which bucket, on whom."""
+    jobs = [Job(image=x, route=number, arrived=0.0, slot=slot) for slot, x in images.items()]
+    answers, waiting, to = {}, list(jobs), runner.routes[number]
+    while waiting:
+        stage = steps.draw(st.sampled_from(sorted({job.stage for job in waiting})))
+        ready = [job for job in waiting if job.stage == stage]
+        bucket = steps.draw(st.sampled_from(sorted(to.stage_ms)))
         chosen = tuple(steps.draw(st.permutations(ready))[:bucket])
-        result = runner.dispatch(Step(route, stage, bucket, chosen)).result()
+        result = runner.dispatch(Step(number, stage, bucket, chosen)).result()
         assert result.hit.shape == (len(chosen),)
-        for row, job in enumerate(chosen):
-            if result.hit[row]:
-                columns = (result.class_index[row], a_route.exits[stage], result.score[row], result.logits[row])
-                answers[number[job]] = columns
-                jobs.remove(job)
+        for job, hit, class_index, score, logits in zip(chosen, *result, strict=True):
             job.stage += 1
-    return [answers[i] for i in sorted(answers)]
+            if hit:
+                answers[job] = Answer(class_index, to.exits[stage], score, logits)
+                waiting.remove(job)
+    return [answers[job] for job in jobs]
 
 
 def check(answers, expected):
     """Classes and exits are the same; scores and logits of one arithmetic in batches of other sizes."""
-    classes, exits, scores, logits = (np.stack([np.asarray(a[i]) for a in answers]) for i in range(4))
-    np.testing.assert_array_equal(classes, expected.class_index)
-    np.testing.assert_array_equal(exits, expected.exit)
-    for found, wanted in ((scores, np.asarray(expected.score)), (logits, np.asarray(expected.logits))):
-        largest = np.abs(wanted[np.isfinite(wanted)]).max(initial=1.0)
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * largest)
+    for name in ("class_index", "exit", "score", "logits"):
+        found, wanted = np.stack([getattr(one, name) for one in answers]), np.asarray(getattr(expected, name))
+        if name in {"class_index", "exit"}:
+            np.testing.assert_array_equal(found, wanted)
+        else:
+            largest = np.abs(wanted[np.isfinite(wanted)]).max(initial=1.0)
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * largest)
 
 
 @settings(max_examples=40, deadline=None)
@@ -72,51 +148,45 @@ def check(answers, expected):
     slots=st.lists(st.integers(0, CAPACITY - 1), unique=True, min_size=1),
     seed=st.integers(0, 9),
     floats=st.lists(st.booleans(), min_size=CAPACITY, max_size=CAPACITY),
-    route=st.integers(0, 1),
+    number=st.integers(0, 1),
     steps=st.data(),
 )
-def test_any_steps_give_the_bundles_answers(  # noqa: PLR0917 (drawn)
-    residual, runner, slots, seed, floats, route, steps
-):
+def test_any_steps_give_the_bundles_answers(residual, runner, slots, seed, floats, number, steps):  # noqa: PLR0917
     """Any slots, merges, orders and buckets; some images are pixels, others prepared."""
     images = pixels(len(slots), seed)
-    given_ = [
-        np.asarray(residual.chain.normalization(x[None]))[0] if is_float else x
-        for x, is_float in zip(images, floats, strict=False)
-    ]
-    found = serve(runner, list(zip(given_, slots, strict=True)), steps, route=route)
-    check(found, predict_batch((residual.cascade, Cascade(residual.chain, (), jnp.zeros(0)))[route], images))
+    prepared = np.asarray(residual.chain.normalization(images))
+    sent = {slot: (prepared if floats[i] else images)[i] for i, slot in enumerate(slots)}
+    cascade = (residual.cascade, Cascade(residual.chain, (), jnp.zeros(0)))[number]
+    check(serve(runner, sent, steps, number), predict_batch(cascade, images))
 
 
-def through_engine(runner, images, route=0):
-    engine = Engine(runner)
+def through_engine(runner, images, *, one_by_one=False, **options):
+    engine = Engine(runner, **options)
     engine.start()
-    futures = [future for image in images for future in engine.submit(image[None], route=route)]
+    futures = []
+    for image in images:
+        futures += engine.submit(image[None], route=0)
+        if one_by_one:
+            futures[-1].result(60)
     answers = [future.result(60) for future in futures]
     assert engine.stop(60)
     return answers
 
 
-def test_served_digits_are_answered_as_by_the_library(dense, splits):
-    runner = JaxRunner(routes.load(dense), capacity=300)
-    images = splits["test"][:256]
+@pytest.mark.parametrize("overlap", [False, True])
+def test_served_digits_are_answered_as_by_the_library(dense, splits, monkeypatch, overlap):
+    """One by one no other job waits, so each next stage can be dispatched early, and discarded for every hit."""
+    monkeypatch.setattr(policy, "overlap_pays", lambda *_: True)
+    runner, images = (
+        JaxRunner(routes.load(dense), capacity=300, buckets=(1,) if overlap else None),
+        splits["test"][:256],
+    )
+    early, dispatch = [], runner.dispatch
+    monkeypatch.setattr(runner, "dispatch", lambda step: (early.append(step.follows is not None), dispatch(step))[1])
     expected = gati_jax.infer_batch(dense, images, numerics="reference")
     assert set(np.asarray(expected.exit).tolist()) == {1, 2, 3, 4, 5}
-    check(through_engine(runner, images), expected)
-
-
-def test_every_stage_may_be_overlapped(dense, splits, monkeypatch):
-    """One by one no other job waits, so each next stage is dispatched early, and discarded for every hit."""
-    monkeypatch.setattr(policy, "overlap_pays", lambda *_: True)
-    runner, images = JaxRunner(routes.load(dense), capacity=3, buckets=(1,)), splits["test"][:100]
-    stages, dispatch = [], runner.dispatch
-    monkeypatch.setattr(runner, "dispatch", lambda step: (stages.append(step.follows is not None), dispatch(step))[1])
-    engine = Engine(runner, overlap=True)
-    engine.start()
-    answers = [engine.submit(image[None], route=0)[0].result(60) for image in images]
-    assert engine.stop(60)
-    check(answers, gati_jax.infer_batch(dense, images, numerics="reference"))
-    assert sum(stages) >= len(images)
+    check(through_engine(runner, images, one_by_one=overlap, overlap=overlap), expected)
+    assert (sum(early) >= len(images)) == overlap
 
 
 @pytest.mark.parametrize("thresholds", [(-INF, -INF), (INF, INF), (INF, -INF)], ids=["all hit", "all miss", "second"])
@@ -167,15 +237,6 @@ def make_jobs(*slots, stage=0):
     return tuple(Job(image=pixels(1, slot)[0], route=0, arrived=0.0, slot=slot, stage=stage) for slot in slots)
 
 
-def answers(result):
-    return [np.asarray(column) for column in result]
-
-
-def same(one, other):
-    for x, y in zip(answers(one), answers(other), strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
 def test_a_step_writes_the_rows_of_its_jobs_only(residual):
     """Also those of hits, which may continue as shadow jobs; padding writes nothing."""
     jobs = make_jobs(0, 2, 5)
@@ -200,7 +261,8 @@ def test_a_failure_that_spares_the_slab_spares_everyone_else(residual):
     with pytest.raises(ZeroDivisionError):
         runner.dispatch(Step(0, 0, 2, failing))
     runner._programs = whole
-    same(runner.dispatch(Step(0, 1, 2, spared)).result(), expected)
+    for found, wanted in zip(runner.dispatch(Step(0, 1, 2, spared)).result(), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("when", ["at once", "later"])
@@ -253,10 +315,10 @@ def test_a_tuning_decides_on_buckets_programs_and_times(residual):
 
 
 def test_times_are_measured_where_there_is_no_tuning(runner):
-    for route in runner.routes:
-        assert sorted(route.stage_ms) == [1, 2, 4]
-        assert all(ms > 0 for stages in route.stage_ms.values() for ms in stages)
-        assert {len(stages) for stages in route.stage_ms.values()} == {len(route.exits)}
+    for one in runner.routes:
+        assert sorted(one.stage_ms) == [1, 2, 4]
+        assert all(ms > 0 for stages in one.stage_ms.values() for ms in stages)
+        assert {len(stages) for stages in one.stage_ms.values()} == {len(one.exits)}
 
 
 def test_too_many_programs_are_refused(residual):
@@ -264,7 +326,8 @@ def test_too_many_programs_are_refused(residual):
         JaxRunner(routes.load(residual), buckets=range(1, 16))
 
 
-def test_warm_up_reports_its_progress(residual):
-    progress = []
-    JaxRunner(routes.load(residual), capacity=4, buckets=(1,), progress=lambda *now: progress.append(now))
+def test_debug_logs_report_the_progress_of_the_warm_up(residual, caplog):
+    caplog.set_level("DEBUG", "serve.engine")
+    JaxRunner(routes.load(residual), capacity=4, buckets=(1,))
+    progress = [(vars(one)["ready"], vars(one)["programs"]) for one in caplog.records if one.msg == "warming up"]
     assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]

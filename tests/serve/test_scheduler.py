@@ -16,8 +16,8 @@ from serve.engine.scheduler import Scheduler
 from tests.serve.fake_runner import image, route
 
 
-def job(arrived=0.0, *, route=0, deadline=None, leaves_at=0) -> Job:
-    return Job(image=image(leaves_at), route=route, arrived=arrived, deadline=deadline)
+def job(arrived=0.0, *, route=0, deadline=None, leaves_at=0, is_shadow=False) -> Job:
+    return Job(image=image(leaves_at), route=route, arrived=arrived, deadline=deadline, is_shadow=is_shadow)
 
 
 def admit(scheduler, *jobs: Job) -> tuple[Job, ...]:
@@ -39,33 +39,26 @@ def leaves(step):
 # What it costs and gains, by hand: a stage of 2 ms takes 2, 3, 5 ms for 1, 2, 4 images; one of 4 ms 4, 6, 10
 
 
-def test_a_row_counts_at_its_cost_in_the_best_bucket():
-    assert policy.row_ms(route(2.0, 4.0).stage_ms) == (5 / 4, 10 / 4)
-
-
-def test_remaining_stages_are_weighed_by_the_share_that_reaches_them():
-    assert policy.remaining_ms(route(2.0, 4.0).stage_ms, (0.6, 1.0)) == pytest.approx((5 / 4 + 0.4 * 10 / 4, 10 / 4))
-
-
-def test_the_gain_looks_as_far_as_it_pays():
+def test_what_a_row_costs_and_gains():
+    """A row counts at its cost in the best bucket, later stages by the share that reaches them; it looks far enough."""
     stage_ms = route(2.0, 4.0).stage_ms
+    assert policy.row_ms(stage_ms) == (5 / 4, 10 / 4)
+    assert policy.remaining_ms(stage_ms, (0.6, 1.0)) == pytest.approx((5 / 4 + 0.4 * 10 / 4, 10 / 4))
     assert policy.gain(stage_ms, (0.6, 1.0), 0, 2, 2) == pytest.approx(max(1.2 / 3, 2 / (3 + 0.8 * 2.5)))
     assert policy.gain(stage_ms, (0.0, 1.0), 0, 1, 1) == pytest.approx(1 / (2 + 2.5))  # none leaves at first
     assert policy.gain(stage_ms, (0.9, 1.0), 0, 1, 1) == pytest.approx(max(0.9 / 2, 1 / (2 + 0.1 * 2.5)))
 
 
 @pytest.mark.parametrize(
-    ("waiting", "bucket"),
-    [(1, 1), (2, 2), (3, 4), (4, 4), (9, 4)],
+    ("ms", "waiting", "bucket"),
+    [
+        *(((2.0, 2.2, 2.4), waiting, bucket) for waiting, bucket in ((1, 1), (2, 2), (3, 4), (4, 4), (9, 4))),
+        ((2.0, 4.0, 8.0), 3, 1),  # 8 / 3 ms each when padded; 2 ms each in the others, of which the smaller is taken
+    ],
 )
-def test_buckets_are_padded_where_that_is_cheaper(waiting, bucket):
-    # Times 2, 2.2, 2.4 ms for 1, 2, 4 images: a larger bucket is always cheaper for each of its rows
-    assert policy.choose_bucket({1: (2.0,), 2: (2.2,), 4: (2.4,)}, (1.0,), 0, waiting).bucket == bucket
-
-
-def test_no_bucket_is_padded_where_fewer_rows_are_cheaper():
-    # 3 of them in a bucket of 4: 8 / 3 ms each; 2 ms each in the others, of which the smaller is taken
-    assert policy.choose_bucket({1: (2.0,), 2: (4.0,), 4: (8.0,)}, (1.0,), 0, 3).bucket == 1
+def test_buckets_are_padded_only_where_that_is_cheaper(ms, waiting, bucket):
+    stage_ms = {size: (one,) for size, one in zip((1, 2, 4), ms, strict=True)}
+    assert policy.choose_bucket(stage_ms, (1.0,), 0, waiting).bucket == bucket
 
 
 # Steps, by hand
@@ -74,7 +67,6 @@ def test_no_bucket_is_padded_where_fewer_rows_are_cheaper():
 def test_survivors_of_several_arrivals_are_merged():
     scheduler = Scheduler([route(1.0, 1.0)], 8)
     first, second = admit(scheduler, job(0.0, leaves_at=1), job(0.5, leaves_at=1))
-    scheduler.drop(0.5)
     step = take(scheduler, 0.5)
     assert (step.stage, step.bucket, step.jobs) == (0, 2, (first, second))
     scheduler.finish(step, [False, False])
@@ -136,7 +128,7 @@ def test_patience_keeps_deadlines_from_starving_jobs_without_one():
 
 
 def test_all_images_of_a_request_are_admitted_or_none():
-    scheduler = Scheduler([route(2.0)], 8, admitted=3, max_wait=0.001)
+    scheduler = Scheduler([route(2.0)], 3, max_wait=0.001)
     scheduler.admit([job(), job()])
     with pytest.raises(OverloadedError, match="2 of 3 places are taken") as refused:
         scheduler.admit([job(), job()])
@@ -159,33 +151,6 @@ def test_the_backlog_counts_running_steps_and_their_survivors():
     assert scheduler.backlog_ms == pytest.approx(2.5)
 
 
-def test_expired_jobs_are_dropped_before_a_step_and_free_their_slots():
-    scheduler = Scheduler([route(1.0)], 3)
-    expired, gone, kept = admit(scheduler, job(deadline=0.5), job(), job(deadline=0.7))
-    gone.done.cancel()
-    assert scheduler.drop(0.5) == [expired, gone]
-    assert scheduler.in_use == 1
-    assert take(scheduler, 0.5).jobs == (kept,)
-    assert scheduler.drop(9.0) == []  # it is running
-
-
-def test_a_client_that_leaves_during_a_step_is_not_queued_again():
-    scheduler = Scheduler([route(1.0, 1.0)], 3)
-    (gone,) = admit(scheduler, job())
-    step = take(scheduler, 0.0)
-    gone.done.cancel()
-    assert scheduler.in_use == 1  # its row is still being written
-    assert scheduler.finish(step, [False]) == [gone]
-    assert (scheduler.in_use, scheduler.waiting) == (0, {})
-
-
-def test_a_failed_step_gives_back_its_slots_only():
-    scheduler = Scheduler([route(1.0, buckets=(1,))], 3)
-    admit(scheduler, job(), job())
-    scheduler.fail(take(scheduler, 0.0))
-    assert (scheduler.in_use, scheduler.waiting) == (1, {(0, 0): 1})
-
-
 def test_shares_follow_the_traffic():
     scheduler = Scheduler([route(1.0, 1.0, leave=(0.9, 1.0), buckets=(4,))], 8)
     for _ in range(1000):
@@ -195,6 +160,33 @@ def test_shares_follow_the_traffic():
             scheduler.finish(step, [True] * len(step.jobs))
     assert scheduler.leave[0][0] == pytest.approx(0.25, abs=0.01)
     assert scheduler.leave[0][1] == 1.0
+
+
+# Shadow jobs
+
+
+def test_no_step_is_run_for_a_shadow_job_while_a_client_waits_and_it_takes_rows_that_are_free():
+    scheduler = Scheduler([route(1.0, buckets=(2,)), route(100.0)], 8)
+    first, second = admit(scheduler, job(is_shadow=True), job(is_shadow=True))
+    lone, patient = admit(scheduler, job(0.1), job(0.1, route=1))
+    assert [take(scheduler, 0.2).jobs for _ in range(3)] == [(lone, first), (patient,), (second,)]
+
+
+def test_a_shadow_job_that_has_waited_long_counts_as_a_client_that_came_later():
+    """It gains 1 / 1 ms against 1 / 100, so once it counts, it goes first; and who came 0.25 s later goes behind it."""
+    for now, first in ((0.2, 1), (0.3, 0)):
+        scheduler = Scheduler([route(1.0), route(100.0)], 8, max_wait=10.0)
+        admit(scheduler, job(is_shadow=True), job(0.1, route=1))
+        assert take(scheduler, now).route == first
+    scheduler = Scheduler([route(1.0, buckets=(1,))], 8)
+    early, waiting, late = admit(scheduler, job(0.2), job(is_shadow=True), job(0.3))
+    assert [take(scheduler, 0.4).jobs[0] for _ in range(3)] == [early, waiting, late]
+
+
+def test_a_shadow_job_at_the_head_hides_no_deadline():
+    scheduler = Scheduler([route(10.0, buckets=(2,)), route(1.0)], 8, max_wait=10.0)
+    admit(scheduler, job(is_shadow=True), job(0.9, deadline=1.4155), job(1.4, route=1))
+    assert take(scheduler, 1.4).route == 0  # 0.5 ms to spare, and the other step takes 1
 
 
 # Properties
@@ -211,6 +203,9 @@ class Anything(RuleBasedStateMachine):
         self.scheduler = Scheduler(self.routes, self.CAPACITY)
         self.now = 0.0
         self.on_their_way, self.ended, self.running = [], collections.Counter(), collections.deque()
+
+    def is_expired(self, each):
+        return each.abandoned or (each.deadline or math.inf) <= self.now
 
     def end(self, jobs):
         for each in jobs:
@@ -242,7 +237,11 @@ class Anything(RuleBasedStateMachine):
     @rule()
     def step(self):
         self.now += 0.25
-        self.end(self.scheduler.drop(self.now))
+        running = [each for step in self.running for each in step.jobs]
+        late = [each for each in self.on_their_way if each not in running and self.is_expired(each)]
+        dropped = self.scheduler.drop(self.now)
+        assert set(dropped) == set(late)
+        self.end(dropped)
         waiting = self.scheduler.waiting
         step = self.scheduler.next_step(self.now)
         assert (step is None) == (not waiting)  # the device is never idle while anyone waits
@@ -250,7 +249,6 @@ class Anything(RuleBasedStateMachine):
             self.running.append(step)
             assert 0 < len(step.jobs) <= min(step.bucket, waiting[step.route, step.stage])
             assert all((each.route, each.stage) == (step.route, step.stage) for each in step.jobs)
-            assert not any(each.abandoned or (each.deadline or math.inf) <= self.now for each in step.jobs)
             due = [(min(each.deadline or math.inf, each.arrived + 1.0), each.arrived) for each in step.jobs]
             assert due == sorted(due)
 
@@ -262,8 +260,9 @@ class Anything(RuleBasedStateMachine):
         if step.stage == len(self.routes[step.route].sites):
             out = [True] * len(out)
         given_up = self.scheduler.finish(step, out)
-        assert all(each.abandoned for each in given_up)
-        self.end([each for each, is_out in zip(step.jobs, out, strict=True) if is_out] + given_up)
+        stayed = [each for each, is_out in zip(step.jobs, out, strict=True) if not is_out]
+        assert given_up == [each for each in stayed if each.abandoned]
+        self.end([each for each in step.jobs if each not in stayed] + given_up)
 
     @precondition(lambda self: self.running)
     @rule()

@@ -12,12 +12,11 @@ import gati_jax
 from gati_jax import InputError
 from serve.assemble import assemble
 from serve.settings import Settings
-
-OUTPUTS = ("class_index", "exit", "score", "logits")
+from tests.serve import fake
 
 
 @pytest.fixture(scope="module")
-def served(residual, fake, tmp_path_factory):
+def served(residual, tmp_path_factory):
     """A bundle, and the ports where it is served."""
     path = tmp_path_factory.mktemp("served") / "bundle"
     gati_jax.save_bundle(path, residual.chain, residual.caches, residual.plan, residual.certificate)
@@ -48,9 +47,8 @@ def test_every_answer_is_that_of_infer_batch(served, transport, prepared):
     for name in ("class_index", "exit"):
         np.testing.assert_array_equal(result.as_numpy(name), getattr(expected, name))
     for name in ("score", "logits"):
-        np.testing.assert_allclose(
-            np.asarray(result.as_numpy(name), float), getattr(expected, name), rtol=1e-4, atol=1e-5
-        )
+        found = np.asarray(result.as_numpy(name), float)
+        np.testing.assert_allclose(found, getattr(expected, name), rtol=1e-4, atol=1e-5)
 
 
 def test_of_many_concurrent_requests_none_is_lost_or_mixed_up(served):
@@ -89,12 +87,8 @@ def test_epsilon_zero_is_answered_by_the_base(served):
         assert result
     np.testing.assert_array_equal(np.asarray(result.as_numpy("exit")), len(bundle.chain))
     assert result.get_response()["parameters"] == {"plan": "base", "epsilon": 0.0, "delta": 0.0}
-    np.testing.assert_allclose(
-        np.asarray(result.as_numpy("logits"), float),
-        bundle.chain(bundle.chain.prepare(pixels(4))),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    logits = bundle.chain(bundle.chain.prepare(pixels(4)))
+    np.testing.assert_allclose(np.asarray(result.as_numpy("logits"), float), logits, rtol=1e-4, atol=1e-5)
 
 
 def test_statistics_and_metrics_know_the_steps(served):

@@ -1,21 +1,29 @@
-"""Adaptation with a real engine: a drift and back over HTTP, swaps under load, and lost requests."""
+"""Adaptation in the server: how it starts, a drift and back over HTTP, swaps under load, lost requests, the worker."""
 
 import collections
 import dataclasses
+import logging
 import math
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 import tritonclient.http as triton
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
 import gati_jax
+from gati_jax import InputError
 from gati_jax.adaptation import (
     EVENT_KINDS,
     EXACT,
@@ -25,14 +33,17 @@ from gati_jax.adaptation import (
     MonitorConfig,
     NearestCache,
     NearestCacheConfig,
+    Recovery,
     Served,
     served_by,
 )
-from gati_jax.bundle import Versions
+from gati_jax.bundle import Versions, save_bundle
 from gati_jax.bundle.record import certified_only
+from gati_jax.pytrees import tree_digest
 from serve import adaptive, assemble
 from serve.adaptive import gauges
 from serve.adaptive.build import swapper
+from serve.adaptive.worker import Throttle, Worker
 from serve.engine import routes
 from serve.engine.engine import Engine
 from serve.engine.records import DeadlineError, OverloadedError
@@ -41,6 +52,7 @@ from serve.metrics import Metrics
 from serve.protocol.model import Tally
 from serve.settings import Settings
 from tests.adaptation import world
+from tests.serve import fake
 from tests.serve.fake_runner import pixels
 
 DEPTH = 3
@@ -48,6 +60,146 @@ PATIENCE = 60
 QUIET = ControllerConfig(
     monitor=MonitorConfig(epsilon=world.EPSILON, drift=False), exact=ExactCacheConfig(often=2), nearest=None
 )
+
+
+def build(folder, bundle=None, *, capacity=8, **options):
+    options = {"config": QUIET, "observer": Metrics(Tally()), **options}
+    return adaptive.build(bundle or world.bundle(), folder, capacity=capacity, **options)
+
+
+# How it starts: from a folder of versions, after a kill, and with large images
+
+
+def certified(*, step=None, epsilon=world.EPSILON):
+    """The certified plan at an earlier step: other thresholds than those that the bundle came with."""
+    bundle = certified_only(world.bundle())
+    step = len(bundle.plan.path) - 2 if step is None else step
+    certificate = dataclasses.replace(bundle.certificate, step=step, plan_hash=bundle.plan.hash, epsilon=epsilon)
+    return dataclasses.replace(bundle, certificate=certificate)
+
+
+def served(folder):
+    """The thresholds that a server with this folder of versions starts with."""
+    return build(folder).adapting.controller.served.thresholds.tolist()
+
+
+def of(bundle):
+    return served_by(bundle).thresholds.tolist()
+
+
+def as_given():
+    return of(certified_only(world.bundle()))
+
+
+def test_without_versions_the_bundle_is_served_as_it_was_given(tmp_path):
+    parts = build(tmp_path)
+    assert parts.adapting.controller.served.thresholds.tolist() == as_given()
+    assert [source.name for source in parts.sources] == ["default", "base"]
+    assert parts.sources[0].epsilon == world.EPSILON
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_current_version_is_served(tmp_path):
+    saved = certified()
+    Versions(tmp_path, chain=saved.chain).save(saved)
+    parts = build(tmp_path)
+    assert served(tmp_path) == of(saved) != as_given()
+    np.testing.assert_array_equal(parts.sources[0].cascade.thresholds, served_by(saved).thresholds)
+    assert parts.adapting.controller.monitor.version == 2
+
+
+def test_a_version_that_does_not_fit_is_not_served(tmp_path, caplog):
+    other = certified()
+    chain = dataclasses.replace(other.chain, params=[np.ones((), np.float32), *other.chain.params[1:]])
+    moved = dataclasses.replace(other, chain=chain)
+    source = dataclasses.replace(moved.plan.source, base=str(tree_digest(chain.params)))
+    plan = dataclasses.replace(moved.plan, source=source)
+    certificate = dataclasses.replace(moved.certificate, plan_hash=plan.hash)
+    Versions(tmp_path / "base", chain=chain).save(dataclasses.replace(moved, plan=plan, certificate=certificate))
+    assert served(tmp_path / "base") == as_given()
+    assert "a version is not served" in caplog.text
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "versions.json").write_text('{"history": [1], "newest": 1}')
+    assert served(tmp_path / "damaged") == as_given()
+    assert "served as it was given" in caplog.text
+
+
+def test_a_promise_that_nothing_certifies_has_to_be_named(tmp_path):
+    bundle = world.bundle()
+    none = dataclasses.replace(bundle, certificate=dataclasses.replace(bundle.certificate, step=-1))
+    with pytest.raises(InputError, match="--adapt-epsilon"):
+        build(tmp_path, none, config=None)
+    assert build(tmp_path, none, config=None, epsilon=0.1).adapting.state == "safe"
+
+
+@pytest.mark.parametrize(("side", "rows"), [(224, (1716, 858)), (448, None)])
+def test_bundles_of_large_images_are_served(tmp_path, caplog, side, rows):
+    """The log keeps fewer requests, so that its images fit; where a refit finds too few, there are none."""
+    caplog.set_level(logging.WARNING)
+    small = world.bundle()
+    spec = jax.ShapeDtypeStruct((side, side, 3), np.dtype("float32"))
+    large = dataclasses.replace(small, chain=dataclasses.replace(small.chain, input_spec=spec))
+    parts = build(tmp_path, large, config=None)
+    assert parts.adapting.request_log.capacity == 512 * 2**20 // (side * side * 3)
+    assert isinstance(parts.worker.recovery, Recovery)
+    assert parts.worker.recovery.rows == rows
+    said = [record.getMessage() for record in caplog.records if "no refits" in record.getMessage()]
+    assert ["--adapt-without refit" in line for line in said] == [True] * (rows is None)
+    caplog.clear()
+    build(tmp_path, large, config=None, without=("refit",))
+    assert "no refits" not in caplog.text
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from gati_jax import load_bundle
+from gati_jax.bundle import Versions, versions
+from tests.adaptation.world import chain
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def save_half(path, *args, real=versions.save_bundle, **kwargs):
+    real(path, *args, **kwargs)
+    (path / "certificates.json").unlink()
+    kill()
+
+def update(folder, where):
+    bundle = load_bundle(folder / "next", chain=chain())
+    if where == "half":
+        versions.save_bundle = save_half
+    elif where == "saved":
+        Versions._write = kill
+    elif where == "entered":
+        Versions._prune = kill
+    Versions(folder / where, chain=chain()).save(bundle)
+
+for where in sys.argv[2:]:  # one process each, which nothing but the fork slows down: JAX has not started here yet
+    if not (child := os.fork()):
+        update(Path(sys.argv[1]), where)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, where
+"""
+
+
+def test_a_server_killed_in_an_update_resumes_the_last_good_version(tmp_path):
+    """Half a version written; written whole, but not entered; entered, but the old ones not deleted."""
+    old, new = certified(step=1), certified()
+    save_bundle(tmp_path / "next", new.chain, new.caches, new.plan, new.certificate, costs=new.costs)
+    cases = {"half": old, "saved": old, "entered": new}
+    for where in cases:
+        Versions(tmp_path / where, chain=old.chain).save(old)
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), *cases], check=True, cwd=root, env=environment)
+    for where, expected in cases.items():
+        assert served(tmp_path / where) == of(expected), where
+        Versions(tmp_path / where, chain=new.chain).save(new)
+        assert served(tmp_path / where) == of(new), where
+
+
+# Running
 
 
 def right(images, classes):
@@ -62,10 +214,9 @@ def start(tmp_path):
     """Start an adaptive engine without its worker."""
     engines = []
 
-    def build(controller=QUIET, *, capacity=64):
+    def started(config=QUIET, *, capacity=64):
         metrics = Metrics(Tally())
-        options = adaptive.AdaptiveOptions(folder=tmp_path, controller=controller)
-        one = adaptive.build(world.bundle(), options, capacity=capacity, observer=metrics)
+        one = build(tmp_path, config=config, capacity=capacity, observer=metrics)
         runner = JaxRunner(one.sources, capacity=capacity, buckets=(1, 4))
         engine = Engine(runner, observer=one.adapting, shadow=one.adapting.shadow)
         metrics._routes = engine.routes
@@ -74,7 +225,7 @@ def start(tmp_path):
         engines.append(engine)
         return one.adapting
 
-    yield build
+    yield started
     for engine in engines:
         assert engine.stop(PATIENCE)
 
@@ -94,7 +245,7 @@ def settled(one):
 
 
 @pytest.fixture
-def server(tmp_path, fake, monkeypatch):
+def server(tmp_path, monkeypatch):
     monkeypatch.setattr(assemble.gati_jax, "load_bundle", lambda _: world.bundle())
     monkeypatch.setattr(assemble, "version_of", lambda _: "v")
     settings = Settings(bundle=tmp_path / "bundle", capacity=64, adapt=True, adapt_share=0.9, adapt_without=("refit",))
@@ -159,24 +310,14 @@ def test_through_a_drift_and_back(server):
     assert np.mean([agrees for _, _, agrees in back]) > 1 - 2 * world.EPSILON
     assert Versions(folder, chain=world.bundle().chain).load_current().bundle.certificate.certified
     page = parts.metrics.page().decode()
-    for line in (
-        'gati_adaptation_events_total{kind="alarm"} 1.0',
-        'gati_adaptation_events_total{kind="swap"} 1.0',
-        'gati_adaptation_events_total{kind="paused"} 0.0',
-        'gati_adaptation_state{state="open"} 1.0',
-        "gati_adaptation_recovery_failures_total 0.0",
-    ):
-        assert line in page, page
-
-
-def test_every_metric_is_documented_and_every_kind_of_event_counted(server):
-    parts, port, _ = server
-    Client(port).ask(bright=False)
-    families = {family.name: family for family in text_string_to_metric_families(parts.metrics.page().decode())}
+    for line in ('state{state="open"} 1.0', "recovery_failures_total 0.0"):
+        assert f"gati_adaptation_{line}" in page, page
+    families = {family.name: family for family in text_string_to_metric_families(page)}
     documented = set(re.findall(r"^    (gati_\w+)", gauges.__doc__ or "", re.MULTILINE))
     assert {name.removesuffix("_total") for name in documented} == {n for n in families if "adaptation" in n}
-    counted = {sample.labels["kind"] for sample in families["gati_adaptation_events"].samples}
-    assert counted == set(EVENT_KINDS)
+    events = {sample.labels["kind"]: sample.value for sample in families["gati_adaptation_events"].samples}
+    assert events.keys() == set(EVENT_KINDS)
+    assert (events["alarm"], events["swap"], events["paused"]) == (1, 1, 0)
 
 
 # Swaps
@@ -260,6 +401,7 @@ def test_repeats_get_the_base_s_answer_from_the_exact_cache(start):
     images = world.images(20, 5)
     results(one.submit(images, route=0))
     second = results(one.submit(images, route=0))  # their second coming: the base is asked
+    settled(one)
     third = results(one.submit(images, route=0))
     assert {answer.exit for answer in second} <= {DEPTH, EXACT}
     assert [answer.exit for answer in third] == [EXACT] * 20
@@ -307,7 +449,8 @@ def test_requests_that_are_never_answered_hold_none_back(start):
         late.result(PATIENCE)
     assert len(results(first)) == 9
     settled(one)
-    one.abandon(one.submit(world.images(8, 7), route=0))
+    for future in one.submit(world.images(8, 7), route=0):
+        future.cancel()
     results(one.submit(world.images(4, 8), route=0))
     assert one.engine.stop(PATIENCE)
     assert one.read(lambda controller: len(controller._waiting)) == 0
@@ -339,24 +482,8 @@ def test_every_hit_is_compared_with_the_base_where_the_monitor_shadows_all(start
     assert one.statistics().shadowed == len(hits)
 
 
-def test_answers_of_the_nearest_cache_are_shadowed(start):
-    """It answers everything: each answer is compared with the base's by a shadow job."""
-    one = start(dataclasses.replace(QUIET, exact=None, nearest=NearestCacheConfig(cells=4, capacity=50)))
-    images = world.images(8, 5)
-    one.read(lambda controller: controller.monitor.shadow_all(on=True))
-    results(one.submit(images, route=0))
-    settled(one)
-    one.controller.input_cache.threshold = -math.inf
-    answers = results(one.submit(images, route=0))
-    settled(one)
-    assert {answer.exit for answer in answers} == {NEAREST}
-    report = one.read(lambda controller: controller.monitor.report)
-    assert report.shadows[NEAREST] == 8
-    assert report.requests == 16
-    assert one.cache_answers["nearest"] == 8
-
-
-def test_a_request_s_images_are_looked_up_at_once_and_without_the_lock(start, monkeypatch):
+def test_answers_of_the_nearest_cache_are_shadowed(start, monkeypatch):
+    """It answers everything, a request at once; each answer is compared with the base's by a shadow job."""
     one = start(dataclasses.replace(QUIET, exact=None, nearest=NearestCacheConfig(cells=4, capacity=50)))
     asked, ask = [], NearestCache.ask
 
@@ -365,5 +492,87 @@ def test_a_request_s_images_are_looked_up_at_once_and_without_the_lock(start, mo
         return ask(cache, keys)
 
     monkeypatch.setattr(NearestCache, "ask", noting)
-    results(one.submit(world.images(16, 5), route=0))
-    assert asked == [(16, False)]
+    images = world.images(8, 5)
+    one.read(lambda controller: controller.monitor.shadow_all(on=True))
+    results(one.submit(images, route=0))
+    settled(one)
+    one.controller.input_cache.threshold = -math.inf
+    answers = results(one.submit(images, route=0))
+    settled(one)
+    assert asked == [(8, False)] * 2  # without the lock
+    assert {answer.exit for answer in answers} == {NEAREST}
+    report = one.read(lambda controller: controller.monitor.report)
+    assert (report.shadows[NEAREST], report.requests, one.cache_answers["nearest"]) == (8, 16, 8)
+
+
+# The worker
+
+
+@given(st.floats(0.01, 1), st.lists(st.floats(0, 10), min_size=1, max_size=20))
+def test_work_takes_its_share_of_the_time(share, pieces):
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    throttle = Throttle(share, clock=lambda: now, sleep=sleep).start()
+    for piece in pieces:
+        now += piece
+        throttle()
+    assert throttle.worked == pytest.approx(sum(pieces))
+    assert throttle.worked == pytest.approx(share * now)
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 1.1, float("nan")])
+def test_no_such_share(share):
+    with pytest.raises(InputError, match="share"):
+        Throttle(share)
+
+
+class Job:
+    """Work that can be counted; the first pieces fail."""
+
+    def __init__(self, failing=0):
+        self.failing, self.done, self.paused = failing, 0, threading.Event()
+
+    def work(self, pause=None):
+        if self.failing:
+            self.failing -= 1
+            raise RuntimeError("a bug")
+        self.done += 1
+        time.sleep(0.002)
+        assert pause
+        pause()
+        self.paused.set()
+        return True
+
+
+def test_work_is_done_in_its_share_of_the_time():
+    job = Job()
+    worker = Worker(job, 0.5)
+    began = time.monotonic()
+    worker.start()
+    assert job.paused.wait(PATIENCE)
+    time.sleep(0.05)
+    assert worker.stop(PATIENCE)
+    assert 0 < worker.throttle.worked < 0.75 * (time.monotonic() - began)
+
+
+def test_a_long_pause_ends_when_the_server_stops():
+    assert Worker(Job(), 0.5).stop(0.1), "it never started"
+    worker = Worker(job := Job(), 1e-6)  # sleeps for half an hour
+    worker.start()
+    while not job.done:
+        time.sleep(0.001)
+    assert worker.stop(PATIENCE)
+
+
+def test_a_piece_that_fails_is_counted_and_tried_again(monkeypatch, caplog):
+    monkeypatch.setattr("serve.adaptive.worker._RETRY", (0.001, 0.002))
+    worker = Worker(job := Job(failing=3), 0.9)
+    worker.start()
+    assert job.paused.wait(PATIENCE)
+    assert worker.stop(PATIENCE)
+    assert worker.failures == 3
+    assert "recovery failed" in caplog.text
