@@ -92,13 +92,9 @@ def evaluate(
     group: str,
     found: Explored,
 ) -> tuple[PolicyResult, ...]:
-    """Evaluate each policy on the test split at its step; the others are compared with the first.
+    """Evaluate each policy on the test split, with the caches that are on at its step, beside the first.
 
-    Args:
-        policies: With the caches that are on at their steps.
-        ms: See ``exit_times``; the names there begin with the group's.
-        group: The operating point.
-        found: The exploration, for what blocks cost.
+    Times are those of ``exit_times``, under names that begin with the group's, the operating point.
     """
     rows, first = [], None
     for policy, on in policies:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import gati_jax
-from gati_jax import Chain, InputError, Plan, ReplayTable, data
+from gati_jax import Chain, InputError, ReplayTable, data
 from gati_jax.certification import count_duplicates
 from train import cli, zoo
 from train.caches import base_saw_certify, composition_entry, read_base, small_networks
@@ -27,7 +27,6 @@ from .figures import draw
 from .policies import (
     PlannedPolicy,
     accuracy,
-    certify_policy,
     last_step_on_test,
     logits_of,
     oracle_exits,
@@ -74,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     # --- Comparison -------------------------------------------------------------------------------------------------
     images = {name: part.images for name, part in parts.items()}
     result = results.Reproduction(
-        **results.describe_run(config.data, config.base),
+        **results.describe_run(config.data.name, config.base.network, splits),
         base=results.BaseResult(accuracy=accuracy(tables["test"].answers, tables["test"])),
         explored=results.Exploration(
             epochs=found.candidates.epochs,
@@ -85,13 +84,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     path, drawings = arguments.out / "reproduction.json", arguments.out / "figures"
     draw(result, drawings)
-
-    def show_all(_: cli.Result) -> None:
+    result.write(path, print_json=arguments.json)
+    if not arguments.json:
         found.show(f"{config.base.network} on {config.data.name}: candidates", config.plan.epsilon)
         show(result)
         print(f"written: {path}, {drawings}")
-
-    cli.report(result.model_dump(mode="json"), show_all, out=path, as_json=arguments.json)
 
 
 def compare(
@@ -102,15 +99,10 @@ def compare(
     images: Mapping[str, np.ndarray],
     out: Path,
 ) -> results.Comparison:
-    """Compose, certify and time the default plan and every policy.
+    """Compose, certify and time the default plan and every policy; ``out`` has looks.json.
 
-    Args:
-        config: The experiment's.
-        chain: The base.
-        found: The exploration.
-        tables: Replays of all candidates by split: "select", "certify", "test".
-        images: By split.
-        out: Folder of looks.json.
+    Every policy's plan is certified as if it were the only one of this look, as a user of it alone would do. Of all
+    these certificates only the default plan's is valid, because it was fixed beforehand.
     """
     epsilon, delta = config.plan.epsilon, config.plan.delta
 
@@ -121,7 +113,12 @@ def compare(
     logits = logits_of(chain, found.candidates, {name: images[name] for name in tables})
     planned = {
         group: [
-            _default_policy(default, tables),
+            PlannedPolicy(
+                name=DEFAULT,
+                heads="composed",
+                plan=default,
+                tables={name: table.take(default.names) for name, table in tables.items()},
+            ),
             *plan_policies(found.candidates, tables, logits, found.costs, default_sites=default.sites, epsilon=largest),
         ]
         for group, default, largest in (("certified", plan, epsilon), ("accurate", loose, LARGEST_DISAGREEMENT))
@@ -129,7 +126,10 @@ def compare(
 
     # --- Steps ------------------------------------------------------------------------------------------------------
     options = {"looks": looks, "base_saw_data": base_saw_certify(config), "duplicates": True}  # main has checked them
-    certificates = {one.name: certify_policy(one, epsilon, delta, **options) for one in planned["certified"]}
+    certificates = {
+        one.name: gati_jax.certify(one.plan, one.tables["certify"], epsilon, delta, **options)
+        for one in planned["certified"]
+    }
     steps = {
         "certified": [certificates[one.name].step for one in planned["certified"]],
         "accurate": [step_at_accuracy(one, ACCURACY_SHARE) for one in planned["accurate"]],
@@ -165,11 +165,6 @@ def compare(
             read_off_test=measure_latency(chain, found, read_off_test, images["test"]),
         ),
     )
-
-
-def _default_policy(plan: Plan, tables: Mapping[str, ReplayTable]) -> PlannedPolicy:
-    own = {name: table.take(plan.names) for name, table in tables.items()}
-    return PlannedPolicy(name=DEFAULT, heads="composed", plan=plan, tables=own)
 
 
 def show(result: results.Reproduction) -> None:
