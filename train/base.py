@@ -100,11 +100,7 @@ def identity(config: Config, images: np.ndarray, labels: np.ndarray) -> str:
 
 
 def finite(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Check that weights are finite.
-
-    Raises:
-        InputError: Some are not.
-    """
+    """Check that weights are finite."""
     if broken := [name for name, array in weights.items() if not np.isfinite(array).all()]:
         raise InputError(
             f"base.training: expected finite weights, got others in {broken[0]}; try a smaller learning_rate"
@@ -113,12 +109,7 @@ def finite(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def load_data(config: Config) -> tuple[np.ndarray, np.ndarray, data.Dataset]:
-    """Return the images and labels to train on, and the test split.
-
-    Raises:
-        InputError: Nothing to train on, test rows among it, no labels, or images and labels that the network does not
-            take.
-    """
+    """Return the images and labels to train on, and the test split; check that the network takes them."""
     if not config.data.base_trained_on:
         raise InputError("data.base_trained_on: expected at least one part of the data to train on, got none")
     trained_on = {f"base_trained_on {i}": part for i, part in enumerate(config.data.base_trained_on)}
@@ -148,12 +139,9 @@ class Scalars:
         self._writer: SummaryWriter | None = None
 
     def write(self, epoch: int, values: Mapping[str, float], *, hides: bool = True) -> None:
-        """Write one value for every name; the first also hides what earlier runs wrote of later epochs.
+        """Write one value for every name; the first call also hides what earlier runs wrote of later epochs.
 
-        Args:
-            epoch: 1 is the first.
-            values: By name.
-            hides: Whether it also hides what they wrote of this epoch.
+        With ``hides``, it also hides what they wrote of this epoch, 1 the first.
         """
         if self._writer is None:
             purge = epoch if hides else epoch + 1
@@ -168,16 +156,12 @@ class Scalars:
 
 
 def report(writer: Scalars, recipe: Recipe, batch: int, seconds: list[float], record: EpochRecord) -> None:
-    """Log an epoch, write its scalars and remember its time.
-
-    Raises:
-        InputError: Its loss is not finite: training has diverged, and nothing of it is saved.
-    """
+    """Log an epoch, write its scalars and remember its time; a loss that is not finite ends the training unsaved."""
     seconds.append(record.seconds)
     means = {name: float(np.mean(values)) for name, values in record.metrics.items()}
     if not np.isfinite(means["loss"]):
-        msg = f"base.training: expected a finite loss, got {means['loss']} in epoch {record.epoch}"
-        raise InputError(f"{msg}; try a smaller learning_rate")
+        where = f"{means['loss']} in epoch {record.epoch}"
+        raise InputError(f"base.training: expected a finite loss, got {where}; try a smaller learning_rate")
     steps = len(record.metrics["loss"])
     speed = steps * batch / record.seconds
     _log.info(
@@ -200,13 +184,7 @@ def evaluate(
 ) -> float:
     """Return the accuracy on a split, by running statistics in true float32.
 
-    Args:
-        network: Whose.
-        normalization: What it was trained with.
-        variables: Its weights.
-        split: Images with labels.
-        flips: Whether to add up the logits of every image and of its mirror image.
-        batch: Images at once.
+    With ``flips``, the logits of every image and of its mirror image are added up.
     """
 
     @jax.jit

@@ -187,26 +187,18 @@ def small_networks(config: Config) -> list[Head]:
 
 
 def check_unseen(name: str, trained_on: Sequence[str], config: Config) -> None:
-    """Check that a small network was trained on none of the rows on which it is evaluated: it would look too good.
-
-    Raises:
-        InputError: It was.
-    """
+    """Check that a small network was trained on none of the rows on which it is evaluated: it would look too good."""
     for split in ("select", "certify", "test"):
-        rows = data.Rows.parse(getattr(config.data.splits, split))
+        where = getattr(config.data.splits, split)
+        rows = data.Rows.parse(where)
         if seen := [part for part in trained_on if rows.overlaps(data.Rows.parse(part))]:
-            where = getattr(config.data.splits, split)
             raise InputError(
                 f"fit.networks: expected {name} to be trained on other rows than {split} ({where}), got {seen}"
             )
 
 
 def read_base(base: Base) -> Chain:
-    """Read the base's weights into its inference chain.
-
-    Raises:
-        InputError: No weights are named, or they are another network's.
-    """
+    """Read the base's weights into its inference chain."""
     if base.weights is None:
         raise InputError(
             "base.weights: expected a .safetensors file (train one with python -m train.base), got nothing"

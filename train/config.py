@@ -103,11 +103,7 @@ class Base(Section):
         return self
 
     def architecture(self) -> Architecture:
-        """Return the network's configuration.
-
-        Raises:
-            InputError: Neither the config nor the weights' metadata name it, or there is none of that name.
-        """
+        """Return the network's configuration."""
         if not self.network:
             raise InputError(
                 f"base.network: expected a name, or weights whose metadata say it, got neither ({self.weights})"
@@ -115,11 +111,7 @@ class Base(Section):
         return architecture(self.network, classes=self.classes, input_shape=self.input_shape, shortcut=self.shortcut)
 
     def normalize(self) -> Normalization:
-        """Return how inputs are normalised.
-
-        Raises:
-            InputError: Neither the config nor the weights' metadata say it.
-        """
+        """Return how inputs are normalised."""
         if self.normalization is None:
             raise InputError(
                 "base.normalization: expected mean and std, or weights whose metadata say them, got neither"
@@ -242,12 +234,7 @@ class Config(Experiment):
 
 
 def load(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
-    """Read a TOML file and apply ``--section.key value`` overrides.
-
-    Args:
-        model: What the file may say.
-        path: The file.
-        overrides: What the command line says.
+    """Read a TOML file, which may say what ``model`` does, and apply ``--section.key value`` overrides.
 
     Raises:
         InputError: The file cannot be read, or a key or a value is not right; names the nearest key.
@@ -262,11 +249,7 @@ def load(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
 
 
 def build(model: type[M], values: Mapping[str, Any]) -> M:
-    """Check a nested dictionary.
-
-    Raises:
-        InputError: See ``load``.
-    """
+    """Check a nested dictionary; raises as ``load`` does."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -281,11 +264,7 @@ def build(model: type[M], values: Mapping[str, Any]) -> M:
 
 
 def build_config(values: Mapping[str, Any]) -> Config:
-    """Check the nested dictionary of an experiment with caches, such as a bundle's provenance holds.
-
-    Raises:
-        InputError: See ``load``.
-    """
+    """Check the nested dictionary of an experiment with caches, such as a bundle's provenance holds."""
     return build(Config, values)
 
 
@@ -295,13 +274,7 @@ def keys_of(model: type[Section]) -> list[str]:
 
 
 def did_you_mean(name: str, known: Sequence[str], *, always: bool = False) -> str:
-    """Suggest what was meant: the same name in another section, or else the most similar one.
-
-    Args:
-        name: What was given, a key or a flag.
-        known: All there are.
-        always: Whether to suggest something where nothing is similar.
-    """
+    """Suggest what was meant: the same name in another section, or else the nearest, ``always`` or if it is similar."""
     leaf = name.strip("-").rpartition(".")[2]
     same = [key for key in known if key.strip("-").rpartition(".")[2] == leaf]
     near = same or difflib.get_close_matches(name, known, n=1, cutoff=0.0 if always else 0.6)

@@ -19,14 +19,9 @@ _log = logging.getLogger("train.evaluate")
 def measure_tuned(
     bundle: Bundle, images: np.ndarray, exits: np.ndarray, batches: Sequence[int], timed: int
 ) -> list[Measured]:
-    """Time the tuned cascade at every batch size that the split fills.
+    """Time the tuned cascade, if there is one, at every batch size that the split fills.
 
-    Args:
-        bundle: Without tuning for this device, nothing is timed.
-        images: The split.
-        exits: Where each of its requests leaves.
-        batches: Sizes to time.
-        timed: Requests to time, but at least two batches.
+    ``timed`` requests are timed, but at least two batches; ``exits`` says where each request of the split leaves.
     """
     tuned, rows = bundle.tuned, []
     for batch in batches if tuned else ():
@@ -66,14 +61,7 @@ def describe(bundle: Bundle, speed: Speed, *, numerics: Literal["reference", "fa
 
 
 def cost(bundle: Bundle, exits: np.ndarray, speed: Speed, tuned: Sequence[Measured]) -> Cost:
-    """Summarise what the exits save.
-
-    Args:
-        bundle: Its costs say what lookups take.
-        exits: Where each request of the split leaves.
-        speed: Of the timed requests, one at a time.
-        tuned: See ``measure_tuned``.
-    """
+    """Summarise what the exits save: all those of the split ideally, those of the timed requests as measured."""
     ideal_ms = float(np.mean([speed.exit_ms[int(exit_)] for exit_ in exits]))
     lookup_ms = {
         name: ms for table in bundle.costs if table.device == device_name() for name, ms in table.lookup_ms.items()

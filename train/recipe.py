@@ -24,11 +24,10 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 class Weights(NamedTuple):
-    """Trained variables, and their average."""
+    """Trained variables, and their exponential moving average, running statistics included, where one is kept."""
 
     trained: Variables
     average: Variables | None
-    """An exponential moving average of ``trained``, running statistics included; None where none is kept."""
 
     @property
     def final(self) -> Variables:
@@ -77,11 +76,7 @@ def learning_rate(schedule: optax.Schedule, step: int) -> float:
 
 
 def steps_per_epoch(training: BaseTraining, n: int) -> int:
-    """Return the number of whole batches among ``n`` rows.
-
-    Raises:
-        InputError: There is none.
-    """
+    """Return the number of whole batches among ``n`` rows, of which there must be one."""
     if n < training.batch:
         raise InputError(f"images: expected at least one batch of {training.batch} rows, got {n}")
     return n // training.batch
