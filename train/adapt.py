@@ -101,14 +101,8 @@ def parser() -> cli.Parser:
     p.add_argument(
         "--delta", type=cli.share, default=0.05, metavar="D", help="risk that it is exceeded (default: 0.05)"
     )
-    p.add_argument(
-        "--without",
-        nargs="+",
-        choices=LAYERS,
-        default=[],
-        metavar="LAYER",
-        help=f"mechanisms to leave out, of {', '.join(LAYERS)}",
-    )
+    without = f"mechanisms to leave out, of {', '.join(LAYERS)}"
+    p.add_argument("--without", nargs="+", choices=LAYERS, default=[], metavar="LAYER", help=without)
     p.add_argument(
         "--share", type=cli.share, default=0.1, metavar="S", help="of the time, for trials and refits (default: 0.1)"
     )
@@ -218,19 +212,16 @@ def phases(trace: Trace, run: Replayed) -> Iterator[PhaseResult]:
     for number, name in enumerate(trace.phases):
         rows = trace.phase == number
         if rows.any():
-            yield PhaseResult(
-                phase=name,
-                n=int(rows.sum()),
-                computation=run.full_ms / float(run.ms[rows].mean()),
-                disagreement=float(run.wrong[rows].mean()),
-            )
+            computation = run.full_ms / float(run.ms[rows].mean())
+            wrong = float(run.wrong[rows].mean())
+            yield PhaseResult(phase=name, n=int(rows.sum()), computation=computation, disagreement=wrong)
 
 
 def show(result: Adaptation) -> None:
     """Print the tables."""
-    keys = ("computation", "with_recovery", "disagreement", "worst_window", "shadow_share", "alarms", "swaps")
-    formats = dict(zip(keys, ("{:.2f}x", "{:.2f}x", "{:.2%}", "{:.2%}", "{:.2%}", "{}", "{}"), strict=True))
-    rows = [(row.name, *(form.format(getattr(row, key)) for key, form in formats.items())) for row in result.mechanisms]
+    keys = {"computation": "{:.2f}x", "with_recovery": "{:.2f}x", "disagreement": "{:.2%}", "worst_window": "{:.2%}",
+            "shadow_share": "{:.2%}", "alarms": "{}", "swaps": "{}"}  # fmt: skip
+    rows = [(row.name, *(form.format(getattr(row, key)) for key, form in keys.items())) for row in result.mechanisms]
     title = f"{result.trace.file}: computation saved, at a promise of {result.epsilon:.1%}"
     cli.show(title, ("mechanisms", *keys), rows)
     by_phase = [(p.phase, p.n, f"{p.computation:.2f}x", f"{p.disagreement:.2%}") for p in result.phases]

@@ -28,8 +28,8 @@ from gati_jax.profiling import device_name
 from train import cli
 
 from .config import Config
-from .epochs import EpochRecord, run_epochs, scan_epoch
-from .recipe import Recipe, begin, learning_rate, steps_per_epoch, train_step
+from .epochs import EpochRecord, run_epochs, scan_epoch, steps_per_epoch
+from .recipe import Recipe, begin, learning_rate, train_step
 from .zoo import Entry
 
 EXAMPLE = "python -m train.base --config configs/digits.toml --out runs/digits/base --base.training.epochs 20"
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     images, labels, test = load_data(config)
 
     # --- Training ---------------------------------------------------------------------------------------------------
-    recipe, steps = Recipe.of(config, len(images)), steps_per_epoch(training, len(images))
+    recipe, steps = Recipe.of(config, len(images)), steps_per_epoch(len(images), training.batch)
     epoch = scan_epoch(functools.partial(train_step, recipe), n=len(images), batch=training.batch, seed=config.seed)
     checkpoints = arguments.out / "checkpoints"
     seconds: list[float] = []
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             (images, labels),
             steps=steps,
             epochs=training.epochs,
-            report=functools.partial(report, writer, recipe, training.batch, seconds),
+            report=functools.partial(report, writer, recipe, seconds),
             checkpoint=checkpoints,
             checkpoint_seconds=training.checkpoint_seconds,
             identity=identity(config, images, labels),
@@ -155,7 +155,7 @@ class Scalars:
             self._writer.close()
 
 
-def report(writer: Scalars, recipe: Recipe, batch: int, seconds: list[float], record: EpochRecord) -> None:
+def report(writer: Scalars, recipe: Recipe, seconds: list[float], record: EpochRecord) -> None:
     """Log an epoch, write its scalars and remember its time; a loss that is not finite ends the training unsaved."""
     seconds.append(record.seconds)
     means = {name: float(np.mean(values)) for name, values in record.metrics.items()}
@@ -163,7 +163,7 @@ def report(writer: Scalars, recipe: Recipe, batch: int, seconds: list[float], re
         where = f"{means['loss']} in epoch {record.epoch}"
         raise InputError(f"base.training: expected a finite loss, got {where}; try a smaller learning_rate")
     steps = len(record.metrics["loss"])
-    speed = steps * batch / record.seconds
+    speed = steps * recipe.training.batch / record.seconds
     _log.info(
         "epoch %d: loss %.4f, accuracy on batches %.4f, %.0f images/s",
         *(record.epoch, means["loss"], means["accuracy"], speed),

@@ -107,8 +107,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def base_saw_certify(config: Config) -> bool:
     """Return whether the base was trained on rows of the certify split."""
-    certify = data.Rows.parse(config.data.splits.certify)
-    return any(certify.overlaps(data.Rows.parse(part)) for part in config.data.base_trained_on)
+    return bool(overlapping(config.data.splits.certify, config.data.base_trained_on))
+
+
+def overlapping(rows: str, parts: Sequence[str]) -> list[str]:
+    """Return the parts that have any of these rows."""
+    return [part for part in parts if data.Rows.parse(rows).overlaps(data.Rows.parse(part))]
 
 
 def summary(
@@ -190,8 +194,7 @@ def check_unseen(name: str, trained_on: Sequence[str], config: Config) -> None:
     """Check that a small network was trained on none of the rows on which it is evaluated: it would look too good."""
     for split in ("select", "certify", "test"):
         where = getattr(config.data.splits, split)
-        rows = data.Rows.parse(where)
-        if seen := [part for part in trained_on if rows.overlaps(data.Rows.parse(part))]:
+        if seen := overlapping(where, trained_on):
             raise InputError(
                 f"fit.networks: expected {name} to be trained on other rows than {split} ({where}), got {seen}"
             )

@@ -23,6 +23,7 @@ from gati_jax.options import Count, NotNegative, Positive, Seed, Share, describe
 DatasetName = Annotated[str, Field(pattern=f"^{DATASET_NAME}$")]
 Classes = Annotated[int, Field(ge=2, le=100_000)]
 Side = Annotated[int, Field(ge=1, le=4096)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -68,16 +69,12 @@ class BaseTraining(Section):
     learning_rate: Positive = Field(default=0.1, description="at the peak of the one cycle")
     rest_learning_rate: Positive = Field(default=2e-3, description="with muon: Adam's, for all but convolutions")
     warm_up: Share = Field(default=0.2, description="share of the steps up to the peak")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="of either optimizer")
+    momentum: Decay = Field(default=0.9, description="of either optimizer")
     weight_decay: NotNegative = Field(default=5e-4, description="of kernels")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="share spread over all classes"
-    )
+    label_smoothing: Decay = Field(default=0.0, description="share spread over all classes")
     augment: Augment = Augment()
-    cutout: Annotated[int, Field(ge=0, le=256)] = Field(
-        default=0, description="side of a square blanked in every image"
-    )
-    average: Annotated[float, Field(ge=0, lt=1)] = Field(
+    cutout: Annotated[int, Field(ge=0, le=256)] = Field(default=0, description="side of a square blanked in each image")
+    average: Decay = Field(
         default=0.0, description="decay of a moving average of the weights, which is then kept instead of them; 0: none"
     )
     bfloat16: bool = Field(default=False, description="compute in bfloat16; parameters stay float32")
@@ -188,9 +185,7 @@ class Planning(Section):
         default=(), description="further epsilons: a plan for each, named like 2%, all certified together"
     )
     max_sites: Count | None = Field(default=None, description="most caches in a plan; unset: any number")
-    memory_share: Positive | None = Field(
-        default=None, description="bytes of all caches together, as a share of the base's"
-    )
+    memory_share: Positive | None = Field(default=None, description="bytes of all caches, as a share of the base's")
     worst_share: Annotated[float, Field(gt=1)] | None = Field(
         default=None, description="time of a request that no cache answers, as a multiple of the base's"
     )

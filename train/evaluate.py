@@ -87,24 +87,11 @@ def parser() -> cli.Parser:
     """Return the command line's parser."""
     p = cli.parser("Evaluate a saved bundle.", EXAMPLE)
     p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
+    splits = ("select", "certify", "test")
+    p.add_argument("--split", choices=splits, default="test", help="of the bundle's config (default: test)")
+    p.add_argument("--data-dir", type=Path, metavar="DIR", help="TFDS's folder, if not where the bundle was fitted")
     p.add_argument(
-        "--split",
-        choices=("select", "certify", "test"),
-        default="test",
-        help="split of the bundle's config (default: test)",
-    )
-    p.add_argument(
-        "--data-dir",
-        type=Path,
-        metavar="DIR",
-        help="TensorFlow Datasets folder, if it is not where the bundle was fitted",
-    )
-    p.add_argument(
-        "--timed",
-        type=cli.positive,
-        default=150,
-        metavar="N",
-        help="requests to time, from the split's first on (default: 150)",
+        "--timed", type=cli.positive, default=150, metavar="N", help="requests to time, from the first (default: 150)"
     )
     p.add_argument(
         "--batches",

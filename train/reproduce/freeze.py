@@ -23,8 +23,9 @@ from gati_jax.caches import MIB, Conv, FullyConnected, LinearSelector, Pool, mem
 from gati_jax.fitting import Candidates
 from gati_jax.planning import replay_plan
 from train import cli, zoo
-from train.caches import read_base
+from train.caches import overlapping, read_base
 from train.config import Base, Experiment, Section, Source
+from train.evaluate import accuracy
 
 from . import published, results
 from .policies import zero_error_thresholds
@@ -118,7 +119,7 @@ def freeze_protocol(
     protocols = {
         split: results.Protocol(
             **{kind: served(tables[split].take(names[kind]), own[kind], blocks) for kind in names},
-            base_saw_thresholds=base_saw(config, getattr(config.data.splits, split)),
+            base_saw_thresholds=bool(overlapping(getattr(config.data.splits, split), config.data.base_trained_on)),
         )
         for split in THRESHOLD_SPLITS
     }
@@ -132,17 +133,12 @@ def freeze_protocol(
             kind: tuple(results.Memory.model_validate(row) for row in memory_report(candidates.take(those)))
             for kind, those in names.items()
         },
-        base=results.FreezeBase(accuracy=_accuracy(requests.answers, requests), bytes=base.bytes),
+        base=results.FreezeBase(accuracy=accuracy(requests.answers, requests.labels), bytes=base.bytes),
         predictors={} if learned is None else predictor_agreement(base, learned, parts["serve"].images),
         epochs=candidates.epochs,
         fit_seconds=fit_seconds,
         replay_seconds=time.perf_counter() - started,
     )
-
-
-def base_saw(config: FreezeExperiment, rows: str) -> bool:
-    """Return whether the base was trained on any of these rows."""
-    return any(data.Rows.parse(rows).overlaps(data.Rows.parse(part)) for part in config.data.base_trained_on)
 
 
 def fit_caches(
@@ -214,7 +210,7 @@ def served(thresholds_from: ReplayTable, requests: ReplayTable, blocks: int) -> 
         before_last_block_share=float((sites < blocks).mean()),
         before_output_share=float((sites <= blocks).mean()),
         agreement=1 - outcome.disagreement,
-        accuracy=_accuracy(outcome.classes, requests),
+        accuracy=accuracy(outcome.classes, requests.labels),
     )
 
 
@@ -231,10 +227,6 @@ def _exit_sites(requests: ReplayTable, exits: np.ndarray, blocks: int) -> np.nda
 def _half(sites: np.ndarray, blocks: int) -> results.Half:
     mean = float(np.minimum(sites, blocks).mean())
     return results.Half(half_share=float((sites <= blocks / 2).mean()), blocks_mean=mean)
-
-
-def _accuracy(classes: np.ndarray, requests: ReplayTable) -> float | None:
-    return None if requests.labels is None else float((classes == requests.labels).mean())
 
 
 def show(result: results.Freeze) -> None:
