@@ -73,8 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     save_file(weights, path, metadata=entry.metadata())
     result = {"network": entry.network, "dataset": entry.dataset, "accuracy": accuracy, "split": entry.split}
     if training.flips:
-        mirrored = evaluate(recipe.network, recipe.normalization, variables, test, flips=True)
-        result["accuracy_with_flips"] = mirrored
+        result["accuracy_with_flips"] = evaluate(recipe.network, recipe.normalization, variables, test, flips=True)
     result["epochs"] = training.epochs
     if len(seconds) == training.epochs:  # a resumed run knows only the time of its last part
         result["train_seconds"] = sum(seconds)
@@ -101,10 +100,11 @@ def identity(config: Config, images: np.ndarray, labels: np.ndarray) -> str:
 
 def finite(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Check that weights are finite."""
-    if broken := [name for name, array in weights.items() if not np.isfinite(array).all()]:
-        raise InputError(
-            f"base.training: expected finite weights, got others in {broken[0]}; try a smaller learning_rate"
-        )
+    for name, array in weights.items():
+        if not np.isfinite(array).all():
+            raise InputError(
+                f"base.training: expected finite weights, got others in {name}; try a smaller learning_rate"
+            )
     return weights
 
 
@@ -117,9 +117,7 @@ def load_data(config: Config) -> tuple[np.ndarray, np.ndarray, data.Dataset]:
     parts = [data.load(config.data.name, part, config.data.dir) for part in trained_on.values()]
     test = data.load(config.data.name, config.data.splits.test, config.data.dir)
     if any(part.labels is None for part in (*parts, test)):
-        raise InputError(
-            f"data.name: expected images with labels, to train and to test on, got {config.data.name} without labels"
-        )
+        raise InputError(f"data.name: expected images with labels to train and test on, got {config.data.name} without")
     images = np.concatenate([part.images for part in parts])
     labels = np.concatenate([part.labels for part in parts if part.labels is not None])
     network = config.base.architecture()

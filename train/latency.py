@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
@@ -24,29 +24,25 @@ def measure_tuned(
     ``timed`` requests are timed, but at least two batches; ``exits`` says where each request of the split leaves.
     """
     tuned, rows = bundle.tuned, []
-    for batch in batches if tuned else ():
+    if tuned is None:
+        return []
+    for batch in batches:
         requests = images[: max(timed // batch, 2) * batch]
-        if tuned is None or len(requests) < batch:
+        if len(requests) < batch:
             continue
         _log.info("timing %d requests in batches of %d", len(requests), batch)
         speed = measure_batches(tuned, requests, batch=batch)
         costs = tuned.costs(batch)
-        row = describe(bundle, speed, numerics="fast").model_copy(
-            update={
-                "predicted_ms": expected_ms(tuned.cascade, costs, tuned.schedule(batch), exits, batch),
-                "tiles": tuple(costs),
-                "costs_spread": costs[min(costs)].spread,
-            }
-        )
-        rows.append(row)
+        predicted_ms = expected_ms(tuned.cascade, costs, tuned.schedule(batch), exits, batch)
+        of_tiles = {"tiles": tuple(costs), "costs_spread": costs[min(costs)].spread}
+        rows.append(describe(bundle, speed, numerics="fast", predicted_ms=predicted_ms, **of_tiles))
     return rows
 
 
-def describe(bundle: Bundle, speed: Speed, *, numerics: Literal["reference", "fast"]) -> Measured:
+def describe(bundle: Bundle, speed: Speed, **more: Any) -> Measured:  # noqa: ANN401 (fields of the record)
     """Return the record of one timing."""
     return Measured(
         driver="while_loop" if speed.batch == 1 else "tiles",
-        numerics=numerics,
         dtype=str(bundle.chain.input_spec.dtype),
         batch=speed.batch,
         requests=len(speed.exits),
@@ -57,6 +53,7 @@ def describe(bundle: Bundle, speed: Speed, *, numerics: Literal["reference", "fa
         ideal=speed.ideal,
         conversion=speed.conversion,
         spread=speed.spread,
+        **more,
     )
 
 
@@ -70,7 +67,7 @@ def cost(bundle: Bundle, exits: np.ndarray, speed: Speed, tuned: Sequence[Measur
         sum(lookup_ms.get(c.name, 0.0) for c in bundle.cascade.caches if c.site <= exit_) for exit_ in speed.exits
     ]
     share = float(np.mean(lookups)) / speed.cascade_ms if lookup_ms else None
-    one_by_one = describe(bundle, speed, numerics="reference").model_copy(update={"lookup_share": share})
+    one_by_one = describe(bundle, speed, numerics="reference", lookup_share=share)
     return Cost(
         blocks_mean=float(exits.mean()),
         saved_share=1 - ideal_ms / speed.full_ms,

@@ -169,9 +169,8 @@ def keep(weights: Path, folder: Path) -> Path:
     others = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file != path)
     size = others + len(content)
     if size > MAX_BYTES:
-        raise InputError(
-            f"out: expected at most {MAX_BYTES >> 20} MiB in {folder}, got {size / 2**20:.1f} with {path.name}"
-        )
+        got = f"{size / 2**20:.1f} with {path.name}"
+        raise InputError(f"out: expected at most {MAX_BYTES >> 20} MiB in {folder}, got {got}")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
     return path
