@@ -5,7 +5,7 @@ simulate each set of mechanisms -> summarise over windows -> adaptation.json and
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +14,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
-from rich.console import Console
-from rich.progress import Progress
 
 import gati_jax
 from gati_jax import InputError
@@ -35,18 +33,19 @@ from gati_jax.adaptation import (
     load_trace,
     simulate,
 )
+from gati_jax.fitting.loop import progress_bar
 from train import cli
 
 from .results import Adaptation, EventResult, MechanismsResult, PhaseResult, TraceResult, WindowResult
 
 EXAMPLE = "python -m train.adapt --bundle runs/r56/bundle --trace runs/blur.safetensors --out runs/blur"
 WINDOW = 1000  # requests in which disagreement is counted
-LAYERS = ("exact", "nearest", "refit")
+LAYERS = {"nearest": "nearest cache", "refit": "refitted heads", "exact": "exact cache"}  # in the table's order
 MARKS = {"alarm": "#b91c1c", "swap": "#15803d", "opened": "#15803d"}
 
 
 class Named(NamedTuple):
-    """A row of the table."""
+    """A row of the table of results."""
 
     name: str
     site_0: bool
@@ -74,9 +73,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # --- Result -----------------------------------------------------------------------------------------------------
     *_, last = runs.values()
-    described = TraceResult(file=arguments.trace.name, n=len(trace), items=len(trace.images), about=dict(trace.about))
     result = Adaptation(
-        trace=described,
+        trace=TraceResult(file=arguments.trace.name, n=len(trace), items=len(trace.images), about=dict(trace.about)),
         epsilon=epsilon,
         delta=arguments.delta,
         mechanisms=tuple(summary(name, run) for name, run in runs.items()),
@@ -103,14 +101,8 @@ def parser() -> cli.Parser:
     p.add_argument(
         "--delta", type=cli.share, default=0.05, metavar="D", help="risk that it is exceeded (default: 0.05)"
     )
-    p.add_argument(
-        "--without",
-        nargs="+",
-        choices=LAYERS,
-        default=[],
-        metavar="LAYER",
-        help=f"mechanisms to leave out, of {', '.join(LAYERS)}",
-    )
+    without = f"mechanisms to leave out, of {', '.join(LAYERS)}"
+    p.add_argument("--without", nargs="+", choices=LAYERS, default=[], metavar="LAYER", help=without)
     p.add_argument(
         "--share", type=cli.share, default=0.1, metavar="S", help="of the time, for trials and refits (default: 0.1)"
     )
@@ -121,40 +113,29 @@ def parser() -> cli.Parser:
 
 def chosen(arguments: Any, epsilon: float) -> list[Named]:  # noqa: ANN401 (a namespace)
     """Return the rows of the table, each with one mechanism more than the one before."""
-    on = [layer for layer in LAYERS if layer not in arguments.without]
+    on = {layer: name for layer, name in LAYERS.items() if layer not in arguments.without}
 
-    def controller(*layers: str) -> ControllerConfig:
-        return ControllerConfig(
+    def watched(layers: Collection[str]) -> Mechanisms:
+        controller = ControllerConfig(
             monitor=MonitorConfig(epsilon=epsilon, delta=arguments.delta),
             exact=ExactCacheConfig() if "exact" in layers else None,
             nearest=NearestCacheConfig() if "nearest" in layers else None,
             seed=arguments.seed,
         )
+        trial = TrialConfig(epsilon=epsilon, delta=arguments.delta)
+        recovery = RecoveryConfig(trial=trial, refit="refit" in layers)
+        return Mechanisms(controller=controller, recovery=recovery, share=arguments.share)
 
-    trial = TrialConfig(epsilon=epsilon, delta=arguments.delta)
-    whole = Mechanisms(
-        controller=controller(*on), recovery=RecoveryConfig(trial=trial, refit="refit" in on), share=arguments.share
-    )
-    every = Named("everything", site_0=True, mechanisms=whole)
     if arguments.one:
-        return [every]
-
-    def watched(*layers: str) -> Mechanisms:
-        certified = RecoveryConfig(trial=trial, refit=False)
-        return Mechanisms(controller=controller(*layers), recovery=certified, share=arguments.share)
-
+        return [Named("everything", site_0=True, mechanisms=watched(on))]
+    static = Mechanisms(controller=None)
     table = [
-        Named("static caches behind the first block", site_0=False, mechanisms=Mechanisms(controller=None)),
-        Named("+ site 0", site_0=True, mechanisms=Mechanisms(controller=None)),
-        Named("+ monitor and trials", site_0=True, mechanisms=watched()),
+        Named("static caches behind the first block", site_0=False, mechanisms=static),
+        Named("+ site 0", site_0=True, mechanisms=static),
+        Named("+ monitor and trials", site_0=True, mechanisms=watched(())),
     ]
-    if "nearest" in on:
-        table.append(Named("+ nearest cache", site_0=True, mechanisms=watched("nearest")))
-    if "refit" in on:
-        refit = dataclasses.replace(whole, controller=controller(*(layer for layer in on if layer != "exact")))
-        table.append(Named("+ refitted heads", site_0=True, mechanisms=refit))
-    if "exact" in on:
-        table.append(Named("+ exact cache", site_0=True, mechanisms=whole))
+    for i, name in enumerate(on.values()):
+        table.append(Named(f"+ {name}", site_0=True, mechanisms=watched([*on][: i + 1])))
     return table
 
 
@@ -169,8 +150,7 @@ def replayed(
     bundle: gati_jax.Bundle, trace: Trace, named: Named, *, folder: Path, replay_cache: ReplayCache, quiet: bool
 ) -> Replayed:
     """Simulate one set of mechanisms; the folder keeps the versions of the last one."""
-    console = Console(stderr=True)
-    with Progress(console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
+    with progress_bar(not quiet) as bar:
         task = bar.add_task(named.name, total=len(trace))
         return simulate(
             bundle,
@@ -210,9 +190,11 @@ def worst_window(wrong: np.ndarray) -> float:
 def windows(trace: Trace, run: Replayed, depth: int) -> Iterator[WindowResult]:
     """Summarise every WINDOW requests; fewer, where the trace is so short that there would be few windows."""
     size = min(WINDOW, max(50, len(trace) // 30))
+    named = {NEAREST: "nearest", EXACT: "exact", depth: "base"}
     for start in range(0, len(trace), size):
         rows = slice(start, start + size)
         exits, counts = np.unique(run.exit[rows], return_counts=True)
+        names = [named.get(e, f"site {e}") for e in exits.tolist()]
         upper = run.upper[rows][np.isfinite(run.upper[rows])]
         yield WindowResult(
             start=start,
@@ -221,13 +203,8 @@ def windows(trace: Trace, run: Replayed, depth: int) -> Iterator[WindowResult]:
             disagreement=float(run.wrong[rows].mean()),
             bound=float(upper[-1]) if len(upper) else None,
             shadow_share=float(run.shadow[rows].mean()),
-            exits={exit_name(e, depth): int(c) for e, c in zip(exits.tolist(), counts.tolist(), strict=True)},
+            exits=dict(zip(names, counts.tolist(), strict=True)),
         )
-
-
-def exit_name(exit_: int, depth: int) -> str:
-    """Return the name of an exit."""
-    return {NEAREST: "nearest", EXACT: "exact", depth: "base"}.get(exit_, f"site {exit_}")
 
 
 def phases(trace: Trace, run: Replayed) -> Iterator[PhaseResult]:
@@ -242,17 +219,9 @@ def phases(trace: Trace, run: Replayed) -> Iterator[PhaseResult]:
 
 def show(result: Adaptation) -> None:
     """Print the tables."""
-    keys = ("computation", "with_recovery", "disagreement", "worst_window", "shadow_share", "alarms", "swaps")
-    rows: list[Sequence[Any]] = [
-        (
-            row.name,
-            *(f"{getattr(row, key):.2f}x" for key in keys[:2]),
-            *(f"{getattr(row, key):.2%}" for key in keys[2:5]),
-            row.alarms,
-            row.swaps,
-        )
-        for row in result.mechanisms
-    ]
+    keys = {"computation": "{:.2f}x", "with_recovery": "{:.2f}x", "disagreement": "{:.2%}", "worst_window": "{:.2%}",
+            "shadow_share": "{:.2%}", "alarms": "{}", "swaps": "{}"}  # fmt: skip
+    rows = [(row.name, *(form.format(getattr(row, key)) for key, form in keys.items())) for row in result.mechanisms]
     title = f"{result.trace.file}: computation saved, at a promise of {result.epsilon:.1%}"
     cli.show(title, ("mechanisms", *keys), rows)
     by_phase = [(p.phase, p.n, f"{p.computation:.2f}x", f"{p.disagreement:.2%}") for p in result.phases]

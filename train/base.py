@@ -28,8 +28,8 @@ from gati_jax.profiling import device_name
 from train import cli
 
 from .config import Config
-from .epochs import EpochRecord, run_epochs, scan_epoch
-from .recipe import Recipe, begin, learning_rate, steps_per_epoch, train_step
+from .epochs import EpochRecord, run_epochs, scan_epoch, steps_per_epoch
+from .recipe import Recipe, begin, learning_rate, train_step
 from .zoo import Entry
 
 EXAMPLE = "python -m train.base --config configs/digits.toml --out runs/digits/base --base.training.epochs 20"
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     images, labels, test = load_data(config)
 
     # --- Training ---------------------------------------------------------------------------------------------------
-    recipe, steps = Recipe.of(config, len(images)), steps_per_epoch(training, len(images))
+    recipe, steps = Recipe.of(config, len(images)), steps_per_epoch(len(images), training.batch)
     epoch = scan_epoch(functools.partial(train_step, recipe), n=len(images), batch=training.batch, seed=config.seed)
     checkpoints = arguments.out / "checkpoints"
     seconds: list[float] = []
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             (images, labels),
             steps=steps,
             epochs=training.epochs,
-            report=functools.partial(report, writer, recipe, training.batch, seconds),
+            report=functools.partial(report, writer, recipe, seconds),
             checkpoint=checkpoints,
             checkpoint_seconds=training.checkpoint_seconds,
             identity=identity(config, images, labels),
@@ -73,8 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     save_file(weights, path, metadata=entry.metadata())
     result = {"network": entry.network, "dataset": entry.dataset, "accuracy": accuracy, "split": entry.split}
     if training.flips:
-        mirrored = evaluate(recipe.network, recipe.normalization, variables, test, flips=True)
-        result["accuracy_with_flips"] = mirrored
+        result["accuracy_with_flips"] = evaluate(recipe.network, recipe.normalization, variables, test, flips=True)
     result["epochs"] = training.epochs
     if len(seconds) == training.epochs:  # a resumed run knows only the time of its last part
         result["train_seconds"] = sum(seconds)
@@ -100,25 +99,17 @@ def identity(config: Config, images: np.ndarray, labels: np.ndarray) -> str:
 
 
 def finite(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Check that weights are finite.
-
-    Raises:
-        InputError: Some are not.
-    """
-    if broken := [name for name, array in weights.items() if not np.isfinite(array).all()]:
-        raise InputError(
-            f"base.training: expected finite weights, got others in {broken[0]}; try a smaller learning_rate"
-        )
+    """Check that weights are finite."""
+    for name, array in weights.items():
+        if not np.isfinite(array).all():
+            raise InputError(
+                f"base.training: expected finite weights, got others in {name}; try a smaller learning_rate"
+            )
     return weights
 
 
 def load_data(config: Config) -> tuple[np.ndarray, np.ndarray, data.Dataset]:
-    """Return the images and labels to train on, and the test split.
-
-    Raises:
-        InputError: Nothing to train on, test rows among it, no labels, or images and labels that the network does not
-            take.
-    """
+    """Return the images and labels to train on, and the test split; check that the network takes them."""
     if not config.data.base_trained_on:
         raise InputError("data.base_trained_on: expected at least one part of the data to train on, got none")
     trained_on = {f"base_trained_on {i}": part for i, part in enumerate(config.data.base_trained_on)}
@@ -126,9 +117,7 @@ def load_data(config: Config) -> tuple[np.ndarray, np.ndarray, data.Dataset]:
     parts = [data.load(config.data.name, part, config.data.dir) for part in trained_on.values()]
     test = data.load(config.data.name, config.data.splits.test, config.data.dir)
     if any(part.labels is None for part in (*parts, test)):
-        raise InputError(
-            f"data.name: expected images with labels, to train and to test on, got {config.data.name} without labels"
-        )
+        raise InputError(f"data.name: expected images with labels to train and test on, got {config.data.name} without")
     images = np.concatenate([part.images for part in parts])
     labels = np.concatenate([part.labels for part in parts if part.labels is not None])
     network = config.base.architecture()
@@ -148,12 +137,9 @@ class Scalars:
         self._writer: SummaryWriter | None = None
 
     def write(self, epoch: int, values: Mapping[str, float], *, hides: bool = True) -> None:
-        """Write one value for every name; the first also hides what earlier runs wrote of later epochs.
+        """Write one value for every name; the first call also hides what earlier runs wrote of later epochs.
 
-        Args:
-            epoch: 1 is the first.
-            values: By name.
-            hides: Whether it also hides what they wrote of this epoch.
+        With ``hides``, it also hides what they wrote of this epoch, 1 the first.
         """
         if self._writer is None:
             purge = epoch if hides else epoch + 1
@@ -167,19 +153,15 @@ class Scalars:
             self._writer.close()
 
 
-def report(writer: Scalars, recipe: Recipe, batch: int, seconds: list[float], record: EpochRecord) -> None:
-    """Log an epoch, write its scalars and remember its time.
-
-    Raises:
-        InputError: Its loss is not finite: training has diverged, and nothing of it is saved.
-    """
+def report(writer: Scalars, recipe: Recipe, seconds: list[float], record: EpochRecord) -> None:
+    """Log an epoch, write its scalars and remember its time; a loss that is not finite ends the training unsaved."""
     seconds.append(record.seconds)
     means = {name: float(np.mean(values)) for name, values in record.metrics.items()}
     if not np.isfinite(means["loss"]):
-        msg = f"base.training: expected a finite loss, got {means['loss']} in epoch {record.epoch}"
-        raise InputError(f"{msg}; try a smaller learning_rate")
+        where = f"{means['loss']} in epoch {record.epoch}"
+        raise InputError(f"base.training: expected a finite loss, got {where}; try a smaller learning_rate")
     steps = len(record.metrics["loss"])
-    speed = steps * batch / record.seconds
+    speed = steps * recipe.training.batch / record.seconds
     _log.info(
         "epoch %d: loss %.4f, accuracy on batches %.4f, %.0f images/s",
         *(record.epoch, means["loss"], means["accuracy"], speed),
@@ -200,13 +182,7 @@ def evaluate(
 ) -> float:
     """Return the accuracy on a split, by running statistics in true float32.
 
-    Args:
-        network: Whose.
-        normalization: What it was trained with.
-        variables: Its weights.
-        split: Images with labels.
-        flips: Whether to add up the logits of every image and of its mirror image.
-        batch: Images at once.
+    With ``flips``, the logits of every image and of its mirror image are added up.
     """
 
     @jax.jit

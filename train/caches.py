@@ -123,8 +123,12 @@ def check_open(ledger: AnyLedger, rows: UInt64[np.ndarray, " n"], out: Path) -> 
 
 def base_saw_certify(config: Config) -> bool:
     """Return whether the base was trained on rows of the certify split."""
-    certify = data.Rows.parse(config.data.splits.certify)
-    return any(certify.overlaps(data.Rows.parse(part)) for part in config.data.base_trained_on)
+    return bool(overlapping(config.data.splits.certify, config.data.base_trained_on))
+
+
+def overlapping(rows: str, parts: Sequence[str]) -> list[str]:
+    """Return the parts that have any of these rows."""
+    return [part for part in parts if data.Rows.parse(rows).overlaps(data.Rows.parse(part))]
 
 
 def summary(
@@ -203,26 +207,17 @@ def small_networks(config: Config) -> list[Head]:
 
 
 def check_unseen(name: str, trained_on: Sequence[str], config: Config) -> None:
-    """Check that a small network was trained on none of the rows on which it is evaluated: it would look too good.
-
-    Raises:
-        InputError: It was.
-    """
+    """Check that a small network was trained on none of the rows on which it is evaluated: it would look too good."""
     for split in ("select", "certify", "test"):
-        rows = data.Rows.parse(getattr(config.data.splits, split))
-        if seen := [part for part in trained_on if rows.overlaps(data.Rows.parse(part))]:
-            where = getattr(config.data.splits, split)
+        where = getattr(config.data.splits, split)
+        if seen := overlapping(where, trained_on):
             raise InputError(
                 f"fit.networks: expected {name} to be trained on other rows than {split} ({where}), got {seen}"
             )
 
 
 def read_base(base: Base) -> Chain:
-    """Read the base's weights into its inference chain.
-
-    Raises:
-        InputError: No weights are named, or they are another network's.
-    """
+    """Read the base's weights into its inference chain."""
     if base.weights is None:
         raise InputError(
             "base.weights: expected a .safetensors file (train one with python -m train.base), got nothing"

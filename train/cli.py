@@ -31,15 +31,10 @@ T = TypeVar("T")
 class Parser(argparse.ArgumentParser):
     """A parser that reports every error as an ``InputError`` of one line, and suggests a flag for an unknown one."""
 
-    keys: Sequence[str] = ()
-    """Of a config, all of which are flags, too."""
+    keys: Sequence[str] = ()  # of a config, all of which are flags, too
 
     def error(self, message: str) -> NoReturn:
-        """Report an error.
-
-        Raises:
-            InputError: Always.
-        """
+        """Report an error."""
         raise InputError(f"arguments: {message} (see --help)")
 
     def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride] (its overloads)
@@ -47,11 +42,7 @@ class Parser(argparse.ArgumentParser):
         args: Sequence[str] | None = None,
         namespace: Any = None,  # noqa: ANN401 (argparse's own)
     ) -> tuple[Any, list[str]]:
-        """Parse what is known; check first that every flag is, or belongs to a section of ``self.keys``.
-
-        Raises:
-            InputError: A flag is unknown, missing or has a bad value.
-        """
+        """Parse what is known; check first that every flag is, or belongs to a section of ``self.keys``."""
         tokens = sys.argv[1:] if args is None else list(args)
         flags = [*self._option_string_actions, *(f"--{key}" for key in self.keys)]
         sections = {key.partition(".")[0] for key in self.keys}
@@ -97,14 +88,7 @@ def file(text: str) -> Path:
 
 
 def parser(description: str, example: str, *, out: bool = True, as_json: bool = True) -> Parser:
-    """Return a parser with the flags that most scripts have.
-
-    Args:
-        description: What the script does.
-        example: A whole command.
-        out: Whether it has ``--out DIR``.
-        as_json: Whether it has ``--json``.
-    """
+    """Return a parser with the flags that most scripts have, ``--out DIR`` and ``--json``, and a whole command."""
     p = Parser(
         prog=f"python -m {example.split()[2]}",
         description=description,
@@ -121,19 +105,11 @@ def parser(description: str, example: str, *, out: bool = True, as_json: bool = 
 
 def add_looks(p: Parser) -> None:
     """Add the flags of scripts that open the certify split."""
-    p.add_argument(
-        "--ledger",
-        type=ledger,
-        default="user",
-        metavar="FILE",
-        help="where looks at certify rows are counted (default: the user's own, see docs; none: the only look, on your"
-        " word)",
+    counted = (
+        "where looks at certify rows are counted (default: the user's own; none: this is the only one, on your word)"
     )
-    p.add_argument(
-        "--reveal",
-        action="store_true",
-        help="say why nothing was certified; this closes the certify rows for other plans",
-    )
+    p.add_argument("--ledger", type=ledger, default="user", metavar="FILE", help=counted)
+    p.add_argument("--reveal", action="store_true", help="say why a look failed; this closes its rows for other plans")
 
 
 def ledger(text: str) -> AnyLedger:
@@ -144,18 +120,7 @@ def ledger(text: str) -> AnyLedger:
 def parse(
     model: type[M], argv: Sequence[str] | None, description: str, example: str, *, looks: bool = False
 ) -> tuple[argparse.Namespace, M]:
-    """Parse ``--config FILE --out DIR [--section.key value ...]``.
-
-    Args:
-        model: What the file may say.
-        argv: The command line; None for the process's.
-        description: What the script does.
-        example: A whole command.
-        looks: Whether it opens the certify split.
-
-    Raises:
-        InputError: See ``Parser.parse_known_args`` and ``load``.
-    """
+    """Parse ``--config FILE --out DIR [--section.key value ...]``; ``model`` is what the file may say."""
     p = parser(description, example)
     if looks:
         add_looks(p)
@@ -195,10 +160,7 @@ def run(main: Callable[[], None]) -> None:
     logging.captureWarnings(capture=True)
     try:
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

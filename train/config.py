@@ -23,6 +23,7 @@ from gati_jax.options import Count, NotNegative, Positive, Seed, Share, describe
 DatasetName = Annotated[str, Field(pattern=f"^{DATASET_NAME}$")]
 Classes = Annotated[int, Field(ge=2, le=100_000)]
 Side = Annotated[int, Field(ge=1, le=4096)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -68,16 +69,12 @@ class BaseTraining(Section):
     learning_rate: Positive = Field(default=0.1, description="at the peak of the one cycle")
     rest_learning_rate: Positive = Field(default=2e-3, description="with muon: Adam's, for all but convolutions")
     warm_up: Share = Field(default=0.2, description="share of the steps up to the peak")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="of either optimizer")
+    momentum: Decay = Field(default=0.9, description="of either optimizer")
     weight_decay: NotNegative = Field(default=5e-4, description="of kernels")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="share spread over all classes"
-    )
+    label_smoothing: Decay = Field(default=0.0, description="share spread over all classes")
     augment: Augment = Augment()
-    cutout: Annotated[int, Field(ge=0, le=256)] = Field(
-        default=0, description="side of a square blanked in every image"
-    )
-    average: Annotated[float, Field(ge=0, lt=1)] = Field(
+    cutout: Annotated[int, Field(ge=0, le=256)] = Field(default=0, description="side of a square blanked in each image")
+    average: Decay = Field(
         default=0.0, description="decay of a moving average of the weights, which is then kept instead of them; 0: none"
     )
     bfloat16: bool = Field(default=False, description="compute in bfloat16; parameters stay float32")
@@ -103,11 +100,7 @@ class Base(Section):
         return self
 
     def architecture(self) -> Architecture:
-        """Return the network's configuration.
-
-        Raises:
-            InputError: Neither the config nor the weights' metadata name it, or there is none of that name.
-        """
+        """Return the network's configuration."""
         if not self.network:
             raise InputError(
                 f"base.network: expected a name, or weights whose metadata say it, got neither ({self.weights})"
@@ -115,11 +108,7 @@ class Base(Section):
         return architecture(self.network, classes=self.classes, input_shape=self.input_shape, shortcut=self.shortcut)
 
     def normalize(self) -> Normalization:
-        """Return how inputs are normalised.
-
-        Raises:
-            InputError: Neither the config nor the weights' metadata say it.
-        """
+        """Return how inputs are normalised."""
         if self.normalization is None:
             raise InputError(
                 "base.normalization: expected mean and std, or weights whose metadata say them, got neither"
@@ -196,9 +185,7 @@ class Planning(Section):
         default=(), description="further epsilons: a plan for each, named like 2%, all certified together"
     )
     max_sites: Count | None = Field(default=None, description="most caches in a plan; unset: any number")
-    memory_share: Positive | None = Field(
-        default=None, description="bytes of all caches together, as a share of the base's"
-    )
+    memory_share: Positive | None = Field(default=None, description="bytes of all caches, as a share of the base's")
     worst_share: Annotated[float, Field(gt=1)] | None = Field(
         default=None, description="time of a request that no cache answers, as a multiple of the base's"
     )
@@ -242,12 +229,7 @@ class Config(Experiment):
 
 
 def load(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
-    """Read a TOML file and apply ``--section.key value`` overrides.
-
-    Args:
-        model: What the file may say.
-        path: The file.
-        overrides: What the command line says.
+    """Read a TOML file, which may say what ``model`` does, and apply ``--section.key value`` overrides.
 
     Raises:
         InputError: The file cannot be read, or a key or a value is not right; names the nearest key.
@@ -262,11 +244,7 @@ def load(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
 
 
 def build(model: type[M], values: Mapping[str, Any]) -> M:
-    """Check a nested dictionary.
-
-    Raises:
-        InputError: See ``load``.
-    """
+    """Check a nested dictionary; raises as ``load`` does."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -281,11 +259,7 @@ def build(model: type[M], values: Mapping[str, Any]) -> M:
 
 
 def build_config(values: Mapping[str, Any]) -> Config:
-    """Check the nested dictionary of an experiment with caches, such as a bundle's provenance holds.
-
-    Raises:
-        InputError: See ``load``.
-    """
+    """Check the nested dictionary of an experiment with caches, such as a bundle's provenance holds."""
     return build(Config, values)
 
 
@@ -295,13 +269,7 @@ def keys_of(model: type[Section]) -> list[str]:
 
 
 def did_you_mean(name: str, known: Sequence[str], *, always: bool = False) -> str:
-    """Suggest what was meant: the same name in another section, or else the most similar one.
-
-    Args:
-        name: What was given, a key or a flag.
-        known: All there are.
-        always: Whether to suggest something where nothing is similar.
-    """
+    """Suggest what was meant: the same name in another section, or else the nearest, ``always`` or if it is similar."""
     leaf = name.strip("-").rpartition(".")[2]
     same = [key for key in known if key.strip("-").rpartition(".")[2] == leaf]
     near = same or difflib.get_close_matches(name, known, n=1, cutoff=0.0 if always else 0.6)

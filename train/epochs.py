@@ -29,6 +29,13 @@ class EpochRecord(NamedTuple):
     metrics: dict[str, Float[np.ndarray, " steps"]]
 
 
+def steps_per_epoch(n: int, batch: int) -> int:
+    """Return the number of whole batches among ``n`` rows, of which there must be one."""
+    if n < batch:
+        raise InputError(f"images: expected at least one batch of {batch} rows, got {n}")
+    return n // batch
+
+
 def scan_epoch(step: Callable[..., tuple[LoopState, PyTree]], *, n: int, batch: int, seed: int) -> Epoch:
     """Return one epoch over ``n`` rows as a single ``lax.scan``; rows after the last whole batch are left out.
 
@@ -41,9 +48,7 @@ def scan_epoch(step: Callable[..., tuple[LoopState, PyTree]], *, n: int, batch: 
     Raises:
         InputError: Fewer rows than one batch.
     """
-    steps = n // batch
-    if steps == 0:
-        raise InputError(f"images: expected at least one batch of {batch} rows, got {n}")
+    steps = steps_per_epoch(n, batch)
 
     def epoch(state: LoopState, *arrays: Array) -> tuple[LoopState, PyTree]:
         order = epoch_order(seed, state.step // steps, n)[: steps * batch].reshape(steps, batch)

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 import gati_jax
 from gati_jax import Bundle, Certificate, InputError, Prediction, data
-from gati_jax.certification import AccuracyGap, AnyLedger, find_ledger
+from gati_jax.certification import AnyLedger, find_ledger
 from gati_jax.profiling import measure_speed
 from gati_jax.report import render
 from train import cli, latency
@@ -90,25 +90,12 @@ def parser() -> cli.Parser:
     """Return the command line's parser."""
     p = cli.parser("Evaluate a saved bundle.", EXAMPLE)
     p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
-    p.add_argument(
-        "--split",
-        choices=("select", "certify", "test"),
-        default="test",
-        help="split of the bundle's config (default: test)",
-    )
+    splits = ("select", "certify", "test")
+    p.add_argument("--split", choices=splits, default="test", help="of the bundle's config (default: test)")
     cli.add_looks(p)
+    p.add_argument("--data-dir", type=Path, metavar="DIR", help="TFDS's folder, if not where the bundle was fitted")
     p.add_argument(
-        "--data-dir",
-        type=Path,
-        metavar="DIR",
-        help="TensorFlow Datasets folder, if it is not where the bundle was fitted",
-    )
-    p.add_argument(
-        "--timed",
-        type=cli.positive,
-        default=150,
-        metavar="N",
-        help="requests to time, from the split's first on (default: 150)",
+        "--timed", type=cli.positive, default=150, metavar="N", help="requests to time, from the first (default: 150)"
     )
     p.add_argument(
         "--batches",
@@ -122,11 +109,7 @@ def parser() -> cli.Parser:
 
 
 def fitted_on(bundle: Bundle, path: Path) -> Config:
-    """Return the experiment that a bundle comes from.
-
-    Raises:
-        InputError: Its provenance does not hold one.
-    """
+    """Return the experiment that a bundle comes from."""
     if not bundle.provenance.config:
         raise InputError(f"bundle: {path} does not say what it was fitted on; expected one written by train.caches")
     return build_config(bundle.provenance.config)
@@ -158,11 +141,7 @@ def answers(bundle: Bundle, images: np.ndarray) -> Prediction:
 
 
 def check_fingerprint(bundle: Bundle, name: str, split: data.Dataset) -> None:
-    """Check that a split has the rows that the bundle was made with.
-
-    Raises:
-        InputError: It has others.
-    """
+    """Check that a split has the rows that the bundle was made with."""
     then = bundle.provenance.data_fingerprints.get(name)
     now = data.fingerprint(data.row_digests(split.images))
     if then not in {None, now}:
@@ -178,13 +157,7 @@ def evaluated(certificate: Certificate, agreement: float) -> EvaluatedCertificat
 
 
 def exit_of(site: int, here: np.ndarray, agrees: np.ndarray) -> Exit:
-    """Summarise the requests that leave at a site.
-
-    Args:
-        site: The site; N for the base.
-        here: bool[n], which requests leave there.
-        agrees: bool[n], which are answered as by the base.
-    """
+    """Summarise the requests that leave at a site: which do, and which of all agree with the base, are bool[n]."""
     agreement = float(agrees[here].mean()) if here.any() else None
     return Exit(exit=site, hits=int(here.sum()), hit_rate=float(here.mean()), agreement=agreement)
 
@@ -210,10 +183,13 @@ def show(result: Evaluation) -> None:
     times = f"{one_by_one.full_ms:.3f} -> {one_by_one.cascade_ms:.3f} ms, spread {one_by_one.spread:.0%}"
     over = f"over the {one_by_one.full} full network"
     over += ", which is faster than the reference one" if one_by_one.full == "tuned" else ""
+    lost = "no labels, or nothing certified"
+    if gap := certificate.accuracy_gap:
+        lost = f"{gap.upper:.4f}, delta {gap.delta} ({gap.mean:.4f} of {gap.n} certify requests)"
     lines = [
         ("agreement with the base", f"{result.cascade.agreement:.4f} of {result.n} requests"),
         ("accuracy, base -> cascade", "no labels" if base is None else f"{base:.4f} -> {cascade:.4f}"),
-        ("accuracy, lost at most", lost_accuracy(certificate.accuracy_gap)),
+        ("accuracy, lost at most", lost),
         ("certificate", bound if certificate.certified else "nothing certified: the base answers every request"),
         ("ideal speed-up", f"{cost.ideal_speedup:.3f}"),
         ("measured speed-up, batch 1", f"{one_by_one.speedup:.3f} ({times})"),
@@ -226,13 +202,6 @@ def show(result: Evaluation) -> None:
         rows = [(row.batch, row.full, *(f"{getattr(row, key):.3f}" for key in keys)) for row in tuned]
         titles = ("batch", "full", "full ms", "cascade ms", "predicted ms", "speed-up", "ideal", "conversion", "spread")
         cli.show("Tuned for this device", titles, rows)
-
-
-def lost_accuracy(gap: AccuracyGap | None) -> str:
-    """Describe how much accuracy may be lost."""
-    if gap is None:
-        return "no labels, or nothing certified"
-    return f"{gap.upper:.4f}, delta {gap.delta} ({gap.mean:.4f} of {gap.n} certify requests)"
 
 
 if __name__ == "__main__":

@@ -31,24 +31,15 @@ class Explored:
 
     candidates: Candidates
     select: ReplayTable
-    tile: Tile
-    """Algorithms and compiler options for the planned batch, with the costs."""
+    tile: Tile  # algorithms and compiler options for the planned batch, with the costs
     costs: CostTable
-    dropped: dict[str, str]
-    """Candidates that were not fitted, by name, and why."""
-    memory_bytes: int | None
-    """Most bytes of all caches of a plan together."""
+    dropped: dict[str, str]  # candidates that were not fitted, by name, and why
+    memory_bytes: int | None  # most bytes of all caches of a plan together
     fit_seconds: float
-    folder: Path
-    """Where compositions are kept for the next run."""
+    folder: Path  # where compositions are kept for the next run
 
     def plan(self, config: Config, epsilon: float) -> tuple[Plan, Composition]:
-        """Compose a plan within the config's budgets, or take the one that an earlier run composed of the same.
-
-        Args:
-            config: The experiment's.
-            epsilon: The disagreement to plan for.
-        """
+        """Compose a plan within the config's budgets, or take the one that an earlier run composed of the same."""
         alone = [c for c in self.candidates if c.previous is None]  # a cascade cannot run the others
         table = self.select.take([c.name for c in alone])
         worst = config.plan.worst_share
@@ -61,9 +52,8 @@ class Explored:
             "bytes": {c.name: c.bytes for c in alone},
             "seconds": config.plan.seconds,
         }
-        columns = (table.answers, table.classes, table.scores, table.rows)
         digest = hashlib.blake2b(repr((table.names, self.costs, budget)).encode(), digest_size=16)
-        for column in columns:
+        for column in (table.answers, table.classes, table.scores, table.rows):
             digest.update(np.ascontiguousarray(column).tobytes())
         path, identity = self.folder / f"composition-{epsilon:g}.json", digest.hexdigest()
         kept = kept_composition(path, identity)
@@ -104,9 +94,6 @@ def explore(
         heads: The declared search space.
         parts: The splits "fit" and "select".
         out: Folder for costs.json, compositions, and checkpoints from which a killed run resumes.
-
-    Raises:
-        InputError: No candidate fits into the memory budget, or none can save time.
     """
     memory = None if config.plan.memory_share is None else int(config.plan.memory_share * chain.bytes)
     sizes = head_sizes(chain, heads)

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
@@ -19,39 +19,30 @@ _log = logging.getLogger("train.evaluate")
 def measure_tuned(
     bundle: Bundle, images: np.ndarray, exits: np.ndarray, batches: Sequence[int], timed: int
 ) -> list[Measured]:
-    """Time the tuned cascade at every batch size that the split fills.
+    """Time the tuned cascade, if there is one, at every batch size that the split fills.
 
-    Args:
-        bundle: Without tuning for this device, nothing is timed.
-        images: The split.
-        exits: Where each of its requests leaves.
-        batches: Sizes to time.
-        timed: Requests to time, but at least two batches.
+    ``timed`` requests are timed, but at least two batches; ``exits`` says where each request of the split leaves.
     """
     tuned, rows = bundle.tuned, []
-    for batch in batches if tuned else ():
+    if tuned is None:
+        return []
+    for batch in batches:
         requests = images[: max(timed // batch, 2) * batch]
-        if tuned is None or len(requests) < batch:
+        if len(requests) < batch:
             continue
         _log.info("timing %d requests in batches of %d", len(requests), batch)
         speed = measure_batches(tuned, requests, batch=batch)
         costs = tuned.costs(batch)
-        row = describe(bundle, speed, numerics="fast").model_copy(
-            update={
-                "predicted_ms": expected_ms(tuned.cascade, costs, tuned.schedule(batch), exits, batch),
-                "tiles": tuple(costs),
-                "costs_spread": costs[min(costs)].spread,
-            }
-        )
-        rows.append(row)
+        predicted_ms = expected_ms(tuned.cascade, costs, tuned.schedule(batch), exits, batch)
+        of_tiles = {"tiles": tuple(costs), "costs_spread": costs[min(costs)].spread}
+        rows.append(describe(bundle, speed, numerics="fast", predicted_ms=predicted_ms, **of_tiles))
     return rows
 
 
-def describe(bundle: Bundle, speed: Speed, *, numerics: Literal["reference", "fast"]) -> Measured:
+def describe(bundle: Bundle, speed: Speed, **more: Any) -> Measured:  # noqa: ANN401 (fields of the record)
     """Return the record of one timing."""
     return Measured(
         driver="while_loop" if speed.batch == 1 else "tiles",
-        numerics=numerics,
         dtype=str(bundle.chain.input_spec.dtype),
         batch=speed.batch,
         requests=len(speed.exits),
@@ -62,18 +53,12 @@ def describe(bundle: Bundle, speed: Speed, *, numerics: Literal["reference", "fa
         ideal=speed.ideal,
         conversion=speed.conversion,
         spread=speed.spread,
+        **more,
     )
 
 
 def cost(bundle: Bundle, exits: np.ndarray, speed: Speed, tuned: Sequence[Measured]) -> Cost:
-    """Summarise what the exits save.
-
-    Args:
-        bundle: Its costs say what lookups take.
-        exits: Where each request of the split leaves.
-        speed: Of the timed requests, one at a time.
-        tuned: See ``measure_tuned``.
-    """
+    """Summarise what the exits save: all those of the split ideally, those of the timed requests as measured."""
     ideal_ms = float(np.mean([speed.exit_ms[int(exit_)] for exit_ in exits]))
     lookup_ms = {
         name: ms for table in bundle.costs if table.device == device_name() for name, ms in table.lookup_ms.items()
@@ -82,7 +67,7 @@ def cost(bundle: Bundle, exits: np.ndarray, speed: Speed, tuned: Sequence[Measur
         sum(lookup_ms.get(c.name, 0.0) for c in bundle.cascade.caches if c.site <= exit_) for exit_ in speed.exits
     ]
     share = float(np.mean(lookups)) / speed.cascade_ms if lookup_ms else None
-    one_by_one = describe(bundle, speed, numerics="reference").model_copy(update={"lookup_share": share})
+    one_by_one = describe(bundle, speed, numerics="reference", lookup_share=share)
     return Cost(
         blocks_mean=float(exits.mean()),
         saved_share=1 - ideal_ms / speed.full_ms,

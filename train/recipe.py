@@ -14,21 +14,21 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
 
-from gati_jax import Augment, InputError, Normalization
+from gati_jax import Normalization
 from gati_jax.fitting import LoopState, apply_gradients, cutout
 from gati_jax.models import Architecture, Variables, apply_train, init
 
 from .config import BaseTraining, Config
+from .epochs import steps_per_epoch
 
 Metrics = dict[str, Float[Array, ""]]
 
 
 class Weights(NamedTuple):
-    """Trained variables, and their average."""
+    """Trained variables, and their exponential moving average, running statistics included, where one is kept."""
 
     trained: Variables
     average: Variables | None
-    """An exponential moving average of ``trained``, running statistics included; None where none is kept."""
 
     @property
     def final(self) -> Variables:
@@ -42,13 +42,9 @@ class Recipe:
 
     network: Architecture
     normalization: Normalization
-    augment: Augment
-    cutout: int
+    training: BaseTraining
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
-    label_smoothing: float
-    average: float
-    bfloat16: bool
     seed: int
 
     @classmethod
@@ -59,13 +55,9 @@ class Recipe:
         return cls(
             network=config.base.architecture(),
             normalization=config.base.normalize(),
-            augment=training.augment,
-            cutout=training.cutout,
+            training=training,
             optimizer=make_optimizer(training, schedule),
             schedule=schedule,
-            label_smoothing=training.label_smoothing,
-            average=training.average,
-            bfloat16=training.bfloat16,
             seed=config.seed,
         )
 
@@ -76,20 +68,9 @@ def learning_rate(schedule: optax.Schedule, step: int) -> float:
         return float(np.asarray(schedule(step)))
 
 
-def steps_per_epoch(training: BaseTraining, n: int) -> int:
-    """Return the number of whole batches among ``n`` rows.
-
-    Raises:
-        InputError: There is none.
-    """
-    if n < training.batch:
-        raise InputError(f"images: expected at least one batch of {training.batch} rows, got {n}")
-    return n // training.batch
-
-
 def make_schedule(training: BaseTraining, n: int) -> optax.Schedule:
     """Return one cycle: up to the peak, and down by a cosine."""
-    steps = training.epochs * steps_per_epoch(training, n)
+    steps = training.epochs * steps_per_epoch(n, training.batch)
     return optax.cosine_onecycle_schedule(steps, training.learning_rate, pct_start=training.warm_up)
 
 
@@ -124,7 +105,7 @@ def begin(recipe: Recipe, key: PRNGKeyArray) -> LoopState:
     variables = init(recipe.network, key)
     opt_state = recipe.optimizer.init(_params(variables))
     # Copies: a donated state may hold each array only once.
-    weights = Weights(variables, jax.tree.map(jnp.copy, variables) if recipe.average else None)
+    weights = Weights(variables, jax.tree.map(jnp.copy, variables) if recipe.training.average else None)
     return LoopState(jnp.zeros((), jnp.int32), weights, opt_state)
 
 
@@ -133,19 +114,19 @@ def train_step(
 ) -> tuple[LoopState, Metrics]:
     """Take one step; return loss and accuracy on the batch before it."""
     x = augmented(recipe, state.step, images)
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, recipe.network.classes), recipe.label_smoothing)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, recipe.network.classes), recipe.training.label_smoothing)
 
     def loss(params: tuple[Any, ...]) -> tuple[Float[Array, ""], tuple[Variables, Array]]:
         logits, variables = apply_train(recipe.network, _with_params(state.params.trained, params), x)
         return optax.losses.softmax_cross_entropy(logits, targets).mean(), (variables, logits)
 
     # In bfloat16, batch norm and the classifier meet float32 parameters: strict promotion would refuse that.
-    with jax.numpy_dtype_promotion("standard") if recipe.bfloat16 else contextlib.nullcontext():
+    with jax.numpy_dtype_promotion("standard") if recipe.training.bfloat16 else contextlib.nullcontext():
         params = _params(state.params.trained)
         (value, (variables, logits)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
     params, opt_state = apply_gradients(recipe.optimizer, gradients, state.opt_state, params)
     trained = _with_params(variables, params)
-    weights = Weights(trained, advance_average(recipe.average, state.step, state.params.average, trained))
+    weights = Weights(trained, advance_average(recipe.training.average, state.step, state.params.average, trained))
     accuracy = (jnp.argmax(logits, -1) == labels).mean()
     return LoopState(state.step + 1, weights, opt_state), {"loss": value, "accuracy": accuracy}
 
@@ -153,8 +134,9 @@ def train_step(
 def augmented(recipe: Recipe, step: Int[Array, ""] | int, images: UInt8[Array, "batch *input"]) -> Array:
     """Return a step's batch as the network takes it."""
     crop, hole = jax.random.split(jax.random.fold_in(jax.random.key(recipe.seed + 1), step))
-    x = cutout(hole, recipe.normalization(recipe.augment(crop, images)), recipe.cutout)
-    return x.astype(jnp.bfloat16) if recipe.bfloat16 else x
+    training = recipe.training
+    x = cutout(hole, recipe.normalization(training.augment(crop, images)), training.cutout)
+    return x.astype(jnp.bfloat16) if training.bfloat16 else x
 
 
 def advance_average(

@@ -15,6 +15,8 @@ from gati_jax.options import describe_error
 from gati_jax.profiling import device_name
 from train import cli
 
+ERRORS_SHOWN = 3
+
 
 class Record(BaseModel):
     """Part of a result; made from an object with the same attributes, or from keywords."""
@@ -32,8 +34,8 @@ class Record(BaseModel):
             print(json.dumps(self.as_json()))
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read a file that ``write`` has written.
+    def read(cls, path: Path, name: str = "") -> Self:
+        """Read a file that ``write`` has written, of this name if it may since have been given another.
 
         Raises:
             InputError: It is damaged, or another file.
@@ -41,8 +43,11 @@ class Record(BaseModel):
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            first = describe_error(error.errors(include_url=False)[0])
-            raise InputError(f"{path.stem}: expected a whole {path.name}, got {path}: {first}") from error
+            problems = [describe_error(one) for one in error.errors(include_url=False)]
+            if more := problems[ERRORS_SHOWN:]:
+                problems[ERRORS_SHOWN:] = [f"and {len(more)} more"]
+            name = name or path.stem
+            raise InputError(f"{name}: expected a whole {name}.json, got {path}: {'; '.join(problems)}") from error
 
 
 class CertificateResult(Record):
@@ -72,10 +77,8 @@ class PlannedCache(Record):
 
     name: str
     site: int
-    threshold: float | None
-    """None: it is off at the certified step."""
-    agreement: float
-    """With the base, on select."""
+    threshold: float | None  # None: it is off at the certified step
+    agreement: float  # with the base, on select
 
 
 class Predicted(Record):
@@ -90,11 +93,9 @@ class Predicted(Record):
 class PlanResult(Record):
     """A plan with its certificate."""
 
-    candidates: dict[str, float]
-    """All that were fitted, with their agreement with the base on select."""
+    candidates: dict[str, float]  # all that were fitted, with their agreement with the base on select
     plan: tuple[PlannedCache, ...]
-    sites: tuple[int, ...]
-    """Of the caches that are on."""
+    sites: tuple[int, ...]  # of the caches that are on
     certificate: CertificateResult
     predicted: Predicted
 
@@ -106,8 +107,7 @@ class Caches(PlanResult):
     bundle: str
     fit_seconds: float
     epochs: float | None = None
-    dropped: dict[str, str] = {}
-    """Candidates that were not fitted, and why."""
+    dropped: dict[str, str] = {}  # candidates that were not fitted, and why
     ranking: tuple[dict[str, str | int | float], ...] = ()
     composition: dict[str, dict[str, Any]] = {}
     """By plan: how good it is known to be, and why it left the other candidates out."""
@@ -131,8 +131,7 @@ class BaseQuality(Record):
 class CascadeQuality(BaseQuality):
     """The cascade on this split."""
 
-    agreement: float
-    """With the base."""
+    agreement: float  # with the base
 
 
 class Exit(Record):
@@ -141,8 +140,7 @@ class Exit(Record):
     exit: int
     hits: int
     hit_rate: float
-    agreement: float | None
-    """None where no request leaves."""
+    agreement: float | None  # None where no request leaves
 
 
 class Measured(Record):
@@ -154,18 +152,15 @@ class Measured(Record):
     dtype: str
     batch: int
     requests: int
-    full: Literal["reference", "tuned"]
-    """Which full network is the fastest, and so the one that is compared with."""
+    full: Literal["reference", "tuned"]  # which full network is the fastest, and so the one that is compared with
     full_ms: float
     cascade_ms: float
     speedup: float
     ideal: float
     conversion: float
     spread: float
-    lookup_share: float | None = None
-    """Of the cascade's time; None where lookups have not been measured on this device."""
-    predicted_ms: float | None = None
-    """By the costs of the tuned tiles."""
+    lookup_share: float | None = None  # of the cascade's time; None where lookups have not been measured on this device
+    predicted_ms: float | None = None  # by the costs of the tuned tiles
     tiles: tuple[int, ...] | None = None
     costs_spread: float | None = None
 
@@ -228,11 +223,9 @@ class MechanismsResult(Record):
     """A simulation with one set of mechanisms."""
 
     name: str
-    computation: float
-    """Of the full network, over what a request took by the cost table, the controller included."""
+    computation: float  # of the full network, over what a request took by the cost table, the controller included
     disagreement: float
-    worst_window: float
-    """The largest disagreement in any 1,000 requests in a row."""
+    worst_window: float  # The largest disagreement in any 1,000 requests in a row
     shadow_share: float
     controller_ms: float = Field(validation_alias=AliasChoices("controller_ms", "front_ms"))
     full_ms: float
@@ -250,8 +243,7 @@ class WindowResult(Record):
     phase: str
     saved_share: float
     disagreement: float
-    bound: float | None
-    """The monitor's last one; None where it gave none."""
+    bound: float | None  # the monitor's last one; None where it gave none
     shadow_share: float
     exits: dict[str, int]
 

@@ -16,17 +16,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     p = cli.parser("Tune a saved bundle for this device.", EXAMPLE, out=False)
     p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
-    p.add_argument(
-        "--tiles",
-        type=cli.positive,
-        nargs="+",
-        default=[1, 8, 16],
-        metavar="N",
-        help="rows in a tile, to try (default: 1 8 16)",
-    )
-    p.add_argument(
-        "--rounds", type=cli.positive, default=7, metavar="N", help="interleaved repeats of a timing (default: 7)"
-    )
+    sizes, rounds = "rows in a tile, to try (default: 1 8 16)", "interleaved repeats of a timing (default: 7)"
+    p.add_argument("--tiles", type=cli.positive, nargs="+", default=[1, 8, 16], metavar="N", help=sizes)
+    p.add_argument("--rounds", type=cli.positive, default=7, metavar="N", help=rounds)
     arguments = p.parse_args(argv)
     bundle = gati_jax.load_bundle(arguments.bundle)
     tuning = gati_jax.tune(bundle.chain, bundle.caches, sizes=arguments.tiles, rounds=arguments.rounds)

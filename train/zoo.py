@@ -46,8 +46,7 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    gati_jax: Literal[1] = 1
-    """Version of this record."""
+    gati_jax: Literal[1] = 1  # version of this record
     network: Annotated[str, AfterValidator(_known)]
     classes: Classes
     input_shape: tuple[Side, Side, Side]
@@ -55,8 +54,7 @@ class Entry(BaseModel):
     normalization: Normalization
     dataset: DatasetName
     trained_on: tuple[str, ...]
-    split: str
-    """On which the accuracy was measured."""
+    split: str  # on which the accuracy was measured
     accuracy: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
     recipe: dict[str, Scalar | dict[str, Scalar]]
     seed: int
@@ -82,12 +80,7 @@ class Entry(BaseModel):
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str]) -> "Entry":
-        """Read what ``metadata`` returned.
-
-        Raises:
-            ValidationError: It is not an entry.
-            RecursionError: It is nested too deep.
-        """
+        """Read what ``metadata`` returned."""
         return cls.model_validate({key: _value(key, text) for key, text in metadata.items()})
 
 
@@ -164,12 +157,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def keep(weights: Path, folder: Path) -> Path:
-    """Copy a base's weights into ``folder``, every tensor of more than one dimension in float16.
-
-    Raises:
-        InputError: The file has no metadata, kernels do not fit into float16, or the folder would become too large;
-            nothing is written then.
-    """
+    """Copy a base's weights into ``folder``, every tensor of more than one dimension in float16."""
     entry = read_entry(weights)
     if entry is None:
         raise InputError(f"weights: expected a file of python -m train.base, got {weights} without its metadata")
@@ -181,9 +169,8 @@ def keep(weights: Path, folder: Path) -> Path:
     others = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file != path)
     size = others + len(content)
     if size > MAX_BYTES:
-        raise InputError(
-            f"out: expected at most {MAX_BYTES >> 20} MiB in {folder}, got {size / 2**20:.1f} with {path.name}"
-        )
+        got = f"{size / 2**20:.1f} with {path.name}"
+        raise InputError(f"out: expected at most {MAX_BYTES >> 20} MiB in {folder}, got {got}")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
     return path

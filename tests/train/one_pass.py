@@ -43,6 +43,14 @@ key_units = 8
 k = 5
 centres = 20
 """
+BARE = """
+seed = 0
+[data]
+name = "digits"
+base_trained_on = []
+splits = { fit = "all[:897]", select = "all[897:1197]", certify = "all[1197:1497]", test = "all[1497:]" }
+[base]
+"""
 SPLITS = ["--data.splits.test", f"all[1497:{1497 + TESTED}]"]
 KEYS = {
     "": "dataset split n versions seed",

@@ -20,13 +20,11 @@ def trace(tmp_path_factory):
     n = len(images)
     item = np.concatenate([np.tile(np.arange(n), 5), np.arange(n, 2 * n)])
     path = tmp_path_factory.mktemp("trace") / "digits.safetensors"
-    inverted = (16 - images).astype(np.uint8)
-    phase = np.repeat([0, 1], [5 * n, n]).astype(np.int16)
     made = Trace(
         item=item.astype(np.int32),
         seconds=np.arange(len(item)) / 10.0,
-        images=np.concatenate([images, inverted]),
-        phase=phase,
+        images=np.concatenate([images, (16 - images).astype(np.uint8)]),
+        phase=np.repeat([0, 1], [5 * n, n]).astype(np.int16),
         phases=("quiet", "inverted"),
     )
     save_trace(path, made)
@@ -34,9 +32,8 @@ def trace(tmp_path_factory):
 
 
 def test_every_mechanism_is_a_row_and_the_windows_add_up(run, trace, tmp_path, capsys):
-    result = json_of(
-        adapt.main, "--bundle", str(run.folder / "caches" / "bundle"), "--trace", str(trace), "--out", str(tmp_path)
-    )
+    arguments = ["--bundle", str(run.folder / "caches" / "bundle"), "--trace", str(trace), "--out", str(tmp_path)]
+    result = json_of(adapt.main, *arguments)
     written = tmp_path / "adaptation.json"
     assert result == json.loads(written.read_text()) == Adaptation.read(written).as_json()
     assert [row["name"] for row in result["mechanisms"]] == [
@@ -54,43 +51,18 @@ def test_every_mechanism_is_a_row_and_the_windows_add_up(run, trace, tmp_path, c
     assert sum(window["exits"].get("exact", 0) for window in result["windows"]) > 0  # computation holds measured times
     overall = sum(p["n"] * p["disagreement"] for p in result["phases"]) / n
     assert last["disagreement"] == pytest.approx(overall)
-    svg = (tmp_path / "adaptation.svg").read_text()
-    assert "promised" in svg
-    assert "exact" in svg
+    assert all(text in (tmp_path / "adaptation.svg").read_text() for text in ("promised", "exact"))
     assert Versions(tmp_path / "versions").history == () or last["swaps"]
-    adapt.main(
-        [
-            "--bundle",
-            str(run.folder / "caches" / "bundle"),
-            "--trace",
-            str(trace),
-            "--out",
-            str(tmp_path),
-            "--one",
-            "--without",
-            "exact",
-        ]
-    )
+    adapt.main([*arguments, "--one", "--without", "exact"])
     said = capsys.readouterr().out
     assert "everything" in said
     assert "inverted" in said
 
 
 def test_a_result_in_the_old_words_is_read():
-    row = {
-        "name": "all",
-        "computation": 2.0,
-        "disagreement": 0.0,
-        "worst_window": 0.0,
-        "shadow_share": 0.1,
-        "front_ms": 0.5,
-        "full_ms": 3.0,
-        "with_background": 1.5,
-        "background_seconds": 4.0,
-        "alarms": 0,
-        "swaps": 1,
-    }
-    read = MechanismsResult.model_validate(row)
+    same = {"name": "all", "computation": 2.0, "disagreement": 0.0, "worst_window": 0.0, "shadow_share": 0.1,
+            "full_ms": 3.0, "alarms": 0, "swaps": 1}  # fmt: skip
+    read = MechanismsResult.model_validate(same | {"front_ms": 0.5, "with_background": 1.5, "background_seconds": 4.0})
     assert (read.controller_ms, read.with_recovery, read.recovery_seconds) == (0.5, 1.5, 4.0)
 
 

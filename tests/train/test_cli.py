@@ -13,3 +13,9 @@ def test_a_progress_bar_is_drawn_on_a_terminal_only(capsys, monkeypatch, termina
     assert printed.out == ""
     assert ("answering" in printed.err) == terminal
     assert terminal or printed.err == ""
+
+
+def test_brackets_in_names_are_printed(capsys):
+    cli.show("a [bold] title", ("name",), [("[red]cache[/red]",), ("[/]",)])
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("a [bold] title", "[red]cache[/red]", "[/]"))

@@ -34,23 +34,19 @@ def test_contenders_take_turns_on_the_same_images():
 
 
 def test_ratios_are_to_the_first_and_agreement_is_with_the_reference():
-    times = {
-        "ours": {2: np.array([[1.0], [2.0], [3.0]])},
-        "jax.jit full": {2: np.array([[2.0], [2.0], [3.0]])},
-    }
-    answers = {"ours": ([1, 1, 0, 0], 10.0), "jax.jit full": ([1, 1, 1, 0], 20.0)}
-    times["gati-jax cascade"] = {2: np.array([[0.5, 1.5], [0.0, 2.0], [1.0, 1.0]])}
-    answers["gati-jax cascade"] = answers["ours"]
-    result = report(times, answers, np.array([1, 0, 0, 0, 9]), "resnet20", {2: 4.0})
-    ours, full, cascade = result["rows"]
+    rounds = {"ours": [[1.0], [2.0], [3.0]], "jax.jit full": [[2.0], [2.0], [3.0]],
+              "gati-jax cascade": [[0.5, 1.5], [0.0, 2.0], [1.0, 1.0]]}  # fmt: skip
+    classes = ([1, 1, 0, 0], 10.0)
+    answers = {"ours": classes, "jax.jit full": ([1, 1, 1, 0], 20.0), "gati-jax cascade": classes}
+    times = {name: {2: np.array(ms)} for name, ms in rounds.items()}
+    ours, full, cascade = report(times, answers, np.array([1, 0, 0, 0, 9]), "resnet20", {2: 4.0})["rows"]
     assert (cascade["ideal"], cascade["conversion"]) == (4.0, 0.5)  # twice as fast as the full network
     assert "conversion" not in ours
     assert (ours["accuracy"], ours["agreement"], ours["peak_mib"]) == (0.75, 0.75, 10.0)
     assert (full["accuracy"], full["agreement"], full["ratio"]) == (0.5, 1.0, 1.0)
     assert (full["p50_ms"], full["images_per_second"]) == (2.0, 1000.0)
     assert (cascade["mean_ms"], cascade["p50_ms"]) == (1.0, 1.0)
-    assert ours["spread"] == 0.0
-    assert full["spread"] == pytest.approx(0.5)  # ratios 2, 1, 1: quartiles 1 and 1.5
+    assert (ours["spread"], full["spread"]) == (0.0, pytest.approx(0.5))  # ratios 2, 1, 1: quartiles 1 and 1.5
 
 
 @pytest.mark.parametrize("item", ["foo", "=weights", "resnet20="])

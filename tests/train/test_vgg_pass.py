@@ -7,27 +7,17 @@ import pytest
 import gati_jax
 from gati_jax import data
 from gati_jax.models import VGG, apply, import_state_dict, read_weights
-from tests.train.one_pass import DIGITS, FIT, SPLITS, json_of, small_and_repeatable
+from tests.train.one_pass import BARE, DIGITS, FIT, SPLITS, json_of, small_and_repeatable
 from train import base, caches
 
 SMALL = VGG(convolutions=(1, 1, 1), channels=(4, 8, 8), input_shape=(8, 8, 1))
-BARE = """
-[data]
-name = "digits"
-base_trained_on = []
-splits = { fit = "all[:897]", select = "all[897:1197]", certify = "all[1197:1497]", test = "all[1497:]" }
-[base]
-weights = "WEIGHTS"
-[fit]
-batch = 64
-"""
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vgg")
     weights = folder / "base" / "base.safetensors"
-    (folder / "bare.toml").write_text(BARE.replace("WEIGHTS", str(weights)))
+    (folder / "bare.toml").write_text(f'{BARE}weights = "{weights}"\n[fit]\nbatch = 64\n')
     with small_and_repeatable(SMALL):
         json_of(base.main, *DIGITS, *SPLITS, "--out", str(folder / "base"), "--base.training.epochs", "4")
         bare = ["--config", str(folder / "bare.toml"), *SPLITS, *FIT]

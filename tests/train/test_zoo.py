@@ -4,25 +4,17 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from gati_jax import InputError, WeightsError
 from gati_jax.models import read_metadata
-from tests.train.one_pass import ROOT
+from tests.train.one_pass import BARE, ROOT
 from train import base, caches, zoo
 from train.config import Config, load
 from train.zoo import Entry, completed, keep, read_entry
 
-BARE = """
-seed = 0
-[data]
-name = "digits"
-base_trained_on = []
-splits = { fit = "all[:897]", select = "all[897:1197]", certify = "all[1197:1497]", test = "all[1497:]" }
-[base]
-"""
 TENSORS = {"kernel": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)}
 
 
@@ -47,6 +39,7 @@ def bare(tmp_path, weights, more=""):
 
 
 @settings(deadline=None, max_examples=30)
+@example("123", 0.5, [], None)  # reads as JSON
 @given(
     st.from_regex(r"[a-z0-9_]{1,20}(/[A-Za-z0-9]{1,9})?(:1\.\*\.0)?", fullmatch=True),
     st.floats(0, 1),
@@ -54,7 +47,7 @@ def bare(tmp_path, weights, more=""):
     st.sampled_from(["A", "B", None]),
 )
 def test_an_entry_comes_back_from_its_strings(name, accuracy, parts, shortcut):
-    one = entry(dataset=f"0{name}", split=name, accuracy=accuracy, trained_on=tuple(parts), shortcut=shortcut)
+    one = entry(dataset=name, split=name, accuracy=accuracy, trained_on=tuple(parts), shortcut=shortcut)
     strings = one.metadata()
     assert all(isinstance(value, str) for value in strings.values())
     assert Entry.from_metadata(strings) == one
@@ -99,6 +92,24 @@ def test_what_the_base_has_seen_counts_whatever_the_config_says(tmp_path):
     assert not caches.base_saw_certify(completed(bare(tmp_path, elsewhere)))
 
 
+def test_what_a_small_network_has_seen_counts_whatever_the_config_says(tmp_path, monkeypatch):
+    weights = written(tmp_path, trained_on=("all[:1497]",))
+    config = bare(
+        tmp_path,
+        weights,
+        f"""[[fit.networks]]
+        name = "small"
+        network = "resnet20"
+        trained_on = ["all[:897]"]
+        weights = "{weights}"
+    """,
+    )
+    monkeypatch.setattr(caches, "import_state_dict", lambda *_: ())
+    monkeypatch.setattr(caches, "network_head", lambda *_, **__: None)
+    with pytest.raises(InputError, match="other rows than select"):
+        caches.small_networks(completed(config))
+
+
 def test_files_of_others_change_nothing(tmp_path):
     save_file(TENSORS, tmp_path / "other.safetensors", metadata={"network": "resnet20", "classes": "many"})
     for weights in (tmp_path / "other.safetensors", tmp_path / "missing.safetensors"):
@@ -110,12 +121,24 @@ def test_files_of_others_change_nothing(tmp_path):
             config.base.normalize()
 
 
-@pytest.mark.parametrize("key", ["gati_jax", "network", "classes", "input_shape", "normalization", "recipe"])
-def test_damaged_metadata_are_named(tmp_path, key):
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        *((k, "[[]]", k) for k in ("gati_jax", "network", "classes", "input_shape", "normalization", "recipe")),
+        ("input_shape", "[-8, 8, 1]", "input_shape"),
+        ("accuracy", "NaN", "accuracy"),
+        ("recipe", "[" * 100_000, "nested too deep"),
+        ("dataset", "../escaped", "dataset"),  # which the zoo would make part of a path
+        ("dataset", "/escaped", "dataset"),
+    ],
+)
+def test_damaged_metadata_are_named_and_nothing_is_kept(tmp_path, key, value, message):
     path = tmp_path / "weights.safetensors"
-    save_file(TENSORS, path, metadata=entry().metadata() | {key: "[[]]"})
-    with pytest.raises(WeightsError, match=f"the metadata of .* are damaged: {key}"):
-        read_entry(path)
+    save_file(TENSORS, path, metadata=entry().metadata() | {key: value})
+    for read in (read_entry, lambda path: completed(bare(tmp_path, path)), lambda path: keep(path, tmp_path / "zoo")):
+        with pytest.raises(WeightsError, match=f"the metadata of .* are damaged: {message}"):
+            read(path)
+    assert {file.name for file in tmp_path.iterdir()} == {"weights.safetensors", "bare.toml"}
 
 
 def test_keeping_halves_the_kernels_only(tmp_path):
@@ -127,9 +150,11 @@ def test_keeping_halves_the_kernels_only(tmp_path):
     assert keep(written(tmp_path), tmp_path / "zoo") == path  # its own place is no other file's
 
 
-def test_a_zoo_stays_small(tmp_path, monkeypatch):
-    weights = written(tmp_path)
-    monkeypatch.setattr(zoo, "MAX_BYTES", 20)
+@pytest.mark.parametrize(("limit", "recipe"), [(20, {"epochs": 3}), (5000, {"note": "x" * 10_000})])
+def test_a_zoo_stays_small(tmp_path, monkeypatch, limit, recipe):
+    """By what lies there and what is written, metadata included."""
+    weights = written(tmp_path, recipe=recipe)
+    monkeypatch.setattr(zoo, "MAX_BYTES", limit)
     (tmp_path / "zoo").mkdir()
     (tmp_path / "zoo" / "other").write_bytes(bytes(10))
     with pytest.raises(InputError, match="out: expected at most"):

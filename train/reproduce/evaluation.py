@@ -74,15 +74,9 @@ def exit_times(
 def paired_difference(first: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> Difference:
     """Return how much longer the other takes, with a 95 % bootstrap interval; requests are resampled as pairs."""
     difference = other - first
-    interval = bootstrap(
-        (difference,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        batch=AT_A_TIME,
-        confidence_level=0.95,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
+    rng = np.random.default_rng(0)
+    options = {"n_resamples": RESAMPLES, "batch": AT_A_TIME, "confidence_level": 0.95, "method": "percentile"}
+    interval = bootstrap((difference,), np.mean, rng=rng, **options).confidence_interval
     return Difference(mean_ms=float(difference.mean()), low_ms=float(interval.low), high_ms=float(interval.high))
 
 
@@ -92,13 +86,9 @@ def evaluate(
     group: str,
     found: Explored,
 ) -> tuple[PolicyResult, ...]:
-    """Evaluate each policy on the test split at its step; the others are compared with the first.
+    """Evaluate each policy on the test split, with the caches that are on at its step, beside the first.
 
-    Args:
-        policies: With the caches that are on at their steps.
-        ms: See ``exit_times``; the names there begin with the group's.
-        group: The operating point.
-        found: The exploration, for what blocks cost.
+    Times are those of ``exit_times``, under names that begin with the group's, the operating point.
     """
     rows, first = [], None
     for policy, on in policies:

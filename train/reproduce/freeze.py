@@ -7,12 +7,15 @@ networks and points are the same in both, so the results differ by the threshold
 import dataclasses
 import functools
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
+from pydantic import Field
 
 import gati_jax
 from gati_jax import Chain, FitConfig, FreezeConfig, Head, ReplayTable, data
@@ -20,116 +23,95 @@ from gati_jax.caches import MIB, Conv, FullyConnected, LinearSelector, Pool, mem
 from gati_jax.fitting import Candidates
 from gati_jax.planning import replay_plan
 from train import cli, zoo
-from train.caches import read_base
+from train.caches import overlapping, read_base
+from train.config import Base, Experiment, Section, Source
+from train.evaluate import accuracy
 
 from . import published, results
-from .freeze_config import FreezeExperiment
-from .memory import published_memory
 from .policies import zero_error_thresholds
 
 EXAMPLE = (
     "python -m train.reproduce.freeze --config configs/repro_freeze_resnet18.toml --out runs/freeze"
     " --data.dir ../shared/data/tfds --base.weights ../shared/data/weights/resnet18-cifar10.safetensors"
 )
-PAPER_BLOCKS = [(32 // 2**i, 32 // 2**i, 64 * 2**i) for i in range(4) for _ in range(2)]
 THRESHOLD_SPLITS = ("seen", "clean")
 _log = logging.getLogger("train.reproduce.freeze")  # not __name__, which is "__main__"
+
+
+class FreezeSplits(Section):
+    """Disjoint parts of the source, in TFDS's notation."""
+
+    build: str = Field(description="trains key networks, and becomes points")
+    seen: str = Field(description="sets thresholds as published, on images that the base was trained on")
+    clean: str = Field(description="sets thresholds once more, on images that the base has not seen")
+    serve: str = Field(description="requests; nothing is chosen on them")
+
+
+class FreezeData(Source):
+    """Where images come from, and which are for what."""
+
+    splits: FreezeSplits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FreezeCaches(FreezeConfig):
+    """Which neighbour caches are made, and what beside them."""
+
+    predictors: Annotated[bool, Field(description="also train the paper's FC, Pool and Conv")] = False
+    behind_last: Annotated[bool, Field(description="a cache behind the last block, too, as the paper has one")] = True
+
+
+class FreezeExperiment(Experiment):
+    """The published protocol, and the same with clean splits."""
+
+    data: FreezeData
+    base: Base
+    fit: FitConfig = FitConfig()
+    freeze: FreezeCaches = FreezeCaches()
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     arguments, config = cli.parse(FreezeExperiment, argv, "Run Freeze Inference's protocol.", EXAMPLE)
-
-    # --- Data and base ----------------------------------------------------------------------------------------------
     splits = config.data.splits.model_dump()
     data.check_disjoint(splits)
     parts = {name: data.load(config.data.name, rows, config.data.dir) for name, rows in splits.items()}
     config = config.model_copy(update={"base": zoo.completed_base(config.base)})
     chain = read_base(config.base)
-    trained_on = [data.Rows.parse(part) for part in config.data.base_trained_on]
-    base_saw = {
-        name: any(data.Rows.parse(splits[name]).overlaps(part) for part in trained_on) for name in THRESHOLD_SPLITS
-    }
 
-    # --- The protocol -----------------------------------------------------------------------------------------------
     started = time.perf_counter()
-    outcome = freeze_protocol(
-        chain,
-        parts,
-        base_saw,
-        freeze=config.freeze,
-        fit=config.fit,
-        behind_last=config.freeze.behind_last,
-        predictors=config.freeze.predictors,
-        checkpoint=arguments.out / "checkpoints",
-    )
-
-    # --- Result -----------------------------------------------------------------------------------------------------
+    outcome = freeze_protocol(config, chain, parts, arguments.out / "checkpoints")
     result = results.Freeze(
-        **results.describe_run(config.data, config.base),
+        **results.describe_run(config.data.name, config.base.network, splits),
         **dict(outcome),
         seconds=time.perf_counter() - started,
         config=config.model_dump(mode="json"),
     )
     path = arguments.out / "freeze.json"
-
-    def show_all(_: cli.Result) -> None:
+    result.write(path, print_json=arguments.json)
+    if not arguments.json:
         show(result)
         print(f"written: {path}")
 
-    cli.report(result.model_dump(mode="json"), show_all, out=path, as_json=arguments.json)
-
 
 def freeze_protocol(
-    chain: Chain,
-    parts: Mapping[str, data.Dataset],
-    base_saw: Mapping[str, bool],
-    *,
-    freeze: FreezeConfig,
-    fit: FitConfig,
-    behind_last: bool = True,
-    predictors: bool = False,
-    checkpoint: Path | None = None,
+    config: FreezeExperiment, chain: Chain, parts: Mapping[str, data.Dataset], checkpoint: Path
 ) -> results.FreezeOutcome:
-    """Build caches, set thresholds on two splits, and replay the requests under both.
-
-    Args:
-        chain: The base, of N blocks.
-        parts: The splits "build", "seen", "clean" and "serve".
-        base_saw: Whether the base was trained on "seen", and on "clean".
-        freeze: Which caches.
-        fit: How key networks are trained.
-        behind_last: Whether there is a cache behind block N, too.
-        predictors: Whether the paper's FC, Pool and Conv are trained as well; FC's hidden layers are the keys then.
-        checkpoint: Folder for an interrupted fit.
-    """
-    base = with_exit_behind_last(chain) if behind_last else chain
-
-    # --- Fit --------------------------------------------------------------------------------------------------------
+    """Build caches, set thresholds on two splits, and replay the requests under both."""
+    freeze, blocks = config.freeze, len(chain)
+    base = with_exit_behind_last(chain) if freeze.behind_last else chain
     started = time.perf_counter()
-    learned = paper_predictors(base, parts, freeze, fit, checkpoint) if predictors else None
-    heads = None if learned is None else learned.take(_names(learned, "fc"))
-    candidates = gati_jax.fit_freeze(
-        base,
-        parts["build"].images,
-        select=parts["clean"].images,
-        freeze=freeze,
-        config=fit,
-        heads=heads,
-        checkpoint=checkpoint,
-    )
+    learned, candidates = fit_caches(config, base, parts, checkpoint)
     fit_seconds = time.perf_counter() - started
     _log.info("fitted %d caches in %.0f s", len(candidates), fit_seconds)
 
-    # --- Replay -----------------------------------------------------------------------------------------------------
     started = time.perf_counter()
     tables = {}
     for name in (*THRESHOLD_SPLITS, "serve"):
         tables[name] = gati_jax.replay(base, candidates, parts[name].images, labels=parts[name].labels)
         _log.info("%s: replayed %d requests", name, len(tables[name]))
 
-    # --- Results ----------------------------------------------------------------------------------------------------
-    blocks, requests = len(chain), tables["serve"]
+    requests = tables["serve"]
     names: dict[results.Kind, list[str]] = {
         kind: _names(candidates, kind) for kind in results.KINDS if kind in freeze.kinds
     }
@@ -137,7 +119,7 @@ def freeze_protocol(
     protocols = {
         split: results.Protocol(
             **{kind: served(tables[split].take(names[kind]), own[kind], blocks) for kind in names},
-            base_saw_thresholds=base_saw[split],
+            base_saw_thresholds=bool(overlapping(getattr(config.data.splits, split), config.data.base_trained_on)),
         )
         for split in THRESHOLD_SPLITS
     }
@@ -151,7 +133,7 @@ def freeze_protocol(
             kind: tuple(results.Memory.model_validate(row) for row in memory_report(candidates.take(those)))
             for kind, those in names.items()
         },
-        base=results.FreezeBase(accuracy=_accuracy(requests.answers, requests), bytes=base.bytes),
+        base=results.FreezeBase(accuracy=accuracy(requests.answers, requests.labels), bytes=base.bytes),
         predictors={} if learned is None else predictor_agreement(base, learned, parts["serve"].images),
         epochs=candidates.epochs,
         fit_seconds=fit_seconds,
@@ -159,19 +141,24 @@ def freeze_protocol(
     )
 
 
-def paper_predictors(
-    chain: Chain,
-    parts: Mapping[str, data.Dataset],
-    freeze: FreezeConfig,
-    fit: FitConfig,
-    checkpoint: Path | None,
-) -> Candidates:
-    """Train the paper's three predictors at every site, in one pass."""
-    specs = {"fc": functools.partial(FullyConnected, hidden=freeze.key_units), "pool": Pool, "conv": Conv}
-    heads = [Head(name=name, predictor=spec, selector=LinearSelector()) for name, spec in specs.items()]
-    return gati_jax.fit(
-        chain, parts["build"].images, select=parts["clean"].images, heads=heads, config=fit, checkpoint=checkpoint
+def fit_caches(
+    config: FreezeExperiment, chain: Chain, parts: Mapping[str, data.Dataset], checkpoint: Path
+) -> tuple[Candidates | None, Candidates]:
+    """Train the paper's three predictors, where asked for, at every site in one pass; then build neighbour caches.
+
+    The keys are FC's hidden layers where there is one.
+    """
+    images, select, freeze = parts["build"].images, parts["clean"].images, config.freeze
+    learned = heads = None
+    if freeze.predictors:
+        specs = {"fc": functools.partial(FullyConnected, hidden=freeze.key_units), "pool": Pool, "conv": Conv}
+        kinds = [Head(name=name, predictor=spec, selector=LinearSelector()) for name, spec in specs.items()]
+        learned = gati_jax.fit(chain, images, select=select, heads=kinds, config=config.fit, checkpoint=checkpoint)
+        heads = learned.take(_names(learned, "fc"))
+    candidates = gati_jax.fit_freeze(
+        chain, images, select=select, freeze=freeze, config=config.fit, heads=heads, checkpoint=checkpoint
     )
+    return learned, candidates
 
 
 def predictor_agreement(chain: Chain, candidates: Candidates, images: np.ndarray) -> dict[str, dict[int, float]]:
@@ -200,18 +187,10 @@ def _idle(params: object, x: jax.Array) -> jax.Array:
 
 
 def served(thresholds_from: ReplayTable, requests: ReplayTable, blocks: int) -> results.Served:
-    """Set zero-error thresholds on one table, and replay the requests of another under them.
-
-    Args:
-        thresholds_from: Replay of the split that sets them.
-        requests: Replay of the requests, with the same caches.
-        blocks: N; a request that leaves at N / 2 or before has saved half of them.
-    """
+    """Set zero-error thresholds on one table, and replay the requests of another, of the same caches, under them."""
     thresholds = zero_error_thresholds(thresholds_from)
     outcome = replay_plan(requests, thresholds)
-    sites = np.array([*requests.sites, blocks + 1])[
-        outcome.exits
-    ]  # a cache may stand behind block N: the base is N + 1
+    sites = _exit_sites(requests, outcome.exits, blocks)
     exits = []
     for i, (name, threshold) in enumerate(zip((*requests.sites, "base"), (*thresholds, np.inf), strict=True)):
         here = outcome.exits == i
@@ -225,28 +204,29 @@ def served(thresholds_from: ReplayTable, requests: ReplayTable, blocks: int) -> 
             )
         )
     return results.Served(
+        **dict(_half(sites, blocks)),
         n_thresholds=len(thresholds_from),
         exits=tuple(exits),
-        half_share=float((sites <= blocks / 2).mean()),
         before_last_block_share=float((sites < blocks).mean()),
         before_output_share=float((sites <= blocks).mean()),
         agreement=1 - outcome.disagreement,
-        accuracy=_accuracy(outcome.classes, requests),
-        blocks_mean=float(np.minimum(sites, blocks).mean()),
+        accuracy=accuracy(outcome.classes, requests.labels),
     )
 
 
 def oracle(requests: ReplayTable, blocks: int) -> results.Half:
     """Return what a selector that knows when a cache is right would save."""
     right = np.vstack([requests.agrees, np.ones((1, len(requests)), bool)])
-    sites = np.array([*requests.sites, blocks + 1])[right.argmax(0)]
-    return results.Half(
-        half_share=float((sites <= blocks / 2).mean()), blocks_mean=float(np.minimum(sites, blocks).mean())
-    )
+    return _half(_exit_sites(requests, right.argmax(0), blocks), blocks)
 
 
-def _accuracy(classes: np.ndarray, requests: ReplayTable) -> float | None:
-    return None if requests.labels is None else float((classes == requests.labels).mean())
+def _exit_sites(requests: ReplayTable, exits: np.ndarray, blocks: int) -> np.ndarray:
+    return np.array([*requests.sites, blocks + 1])[exits]  # a cache may stand behind block N: the base is N + 1
+
+
+def _half(sites: np.ndarray, blocks: int) -> results.Half:
+    mean = float(np.minimum(sites, blocks).mean())
+    return results.Half(half_share=float((sites <= blocks / 2).mean()), blocks_mean=mean)
 
 
 def show(result: results.Freeze) -> None:
@@ -272,7 +252,15 @@ def show(result: results.Freeze) -> None:
         for kind, own in result.memory.items()
     ]
     cli.show("Memory of all caches, MB of 2^20 bytes", ("cache", "key networks", "points", "total"), memory)
-    rows = [(r.what, r.published_mb or "-", f"{r.mb:.2f}", r.arithmetic) for r in published_memory(PAPER_BLOCKS)]
+    rows = [
+        (
+            what,
+            mb or "-",
+            f"{math.prod(factors.values()) / MIB:.2f}",
+            " x ".join(f"{n:,} {u}" for u, n in factors.items()),
+        )
+        for what, mb, factors in published.MEMORY
+    ]
     cli.show("The paper's memory, MB of 2^20 bytes", ("", "published", "by arithmetic", "which is"), rows)
 
 

@@ -13,7 +13,7 @@ from train import cli
 
 from . import published
 from .figures import FIGURES
-from .results import KINDS, Freeze, Reproduction, read
+from .results import KINDS, Freeze, Reproduction
 
 EXAMPLE = (
     "python -m train.reproduce.page --reproduction runs/repro18/reproduction.json --freeze runs/freeze/freeze.json"
@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--out", type=cli.file, required=True, metavar="FILE", help="Markdown to write")
     arguments = p.parse_args(argv)
     text = render(
-        read(Reproduction, arguments.reproduction, "reproduction") if arguments.reproduction else None,
-        read(Freeze, arguments.freeze, "freeze") if arguments.freeze else None,
+        Reproduction.read(arguments.reproduction, "reproduction") if arguments.reproduction else None,
+        Freeze.read(arguments.freeze, "freeze") if arguments.freeze else None,
         drawings=find_drawings(arguments.figures, arguments.out.parent) if arguments.figures else {},
         remarks=read_remarks(arguments.remarks) if arguments.remarks else None,
     )
@@ -44,14 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def render(
     reproduction: Reproduction | None, freeze: Freeze | None, *, drawings: dict[str, str], remarks: str | None
 ) -> str:
-    """Return the page as Markdown.
-
-    Args:
-        reproduction: None where the experiment was not run.
-        freeze: None where the protocol was not run.
-        drawings: Captions by path, as seen from the page.
-        remarks: Markdown for the end of the page.
-    """
+    """Return the page as Markdown; None stands for what was not run. Drawings are captions by path from the page."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=False,  # noqa: S701 (Markdown, from results of one's own)
@@ -60,7 +53,12 @@ def render(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"command_line": command_line, "percent": percent, "published_share": published_share}
+    environment.filters |= {
+        "command_line": command_line,
+        "percent": lambda share, digits=2: f"{100 * share:.{digits}f} %",
+        # With as many digits as it was published with.
+        "published_share": lambda share: "none" if share is None else f"{100 * share:g} %",
+    }
     on_cpu = reproduction is None or reproduction.device is None or reproduction.device.startswith("cpu")
     return environment.get_template("reproduction.md.jinja").render(
         reproduction=reproduction,
@@ -86,25 +84,8 @@ def command_line(argv: Sequence[str]) -> str:
     return shlex.join(["python", *start, *argv[1:]])
 
 
-def percent(share: float, digits: int = 2) -> str:
-    """Return a share in percent."""
-    return f"{100 * share:.{digits}f} %"
-
-
-def published_share(share: float | None) -> str:
-    """Return a published share in percent, with as many digits as it was published with."""
-    return "none" if share is None else f"{100 * share:g} %"
-
-
 def find_drawings(folder: Path, here: Path) -> dict[str, str]:
-    """Find what ``train.reproduce`` has drawn.
-
-    Args:
-        folder: Of the drawings, as seen from the page.
-        here: The page's folder.
-
-    Returns:
-        Captions by path.
+    """Return captions by path of what ``train.reproduce`` has drawn in a folder, as seen from ``here``.
 
     Raises:
         InputError: A drawing is missing.

@@ -76,7 +76,7 @@ def shared_threshold_plan(table: ReplayTable, costs: CostTable, *, epsilon: floa
 
     Args:
         table: Replay of the select split, one candidate at each site, in order.
-        costs: Measured times.
+        costs: Measured times, in milliseconds.
         epsilon: The disagreement at which the path ends.
     """
     ranked = np.unique(table.scores[table.scores > -np.inf])[::-1]
@@ -88,11 +88,6 @@ def shared_threshold_plan(table: ReplayTable, costs: CostTable, *, epsilon: floa
         if replay_plan(table, thresholds).disagreement > epsilon:
             break
         path.append(thresholds)
-    return _plan(table, costs, path)
-
-
-def _plan(table: ReplayTable, costs: CostTable, path: Sequence[Float[np.ndarray, " candidates"]]) -> Plan:
-    """Return the plan of a path of thresholds."""
     return Plan(
         names=table.names,
         sites=table.sites,
@@ -111,9 +106,6 @@ def zero_error_thresholds(table: ReplayTable) -> Float[np.ndarray, " candidates"
 
     The paper's "hit if the confidence is greater" thereby becomes "at or above", as everywhere here. A candidate
     without a wrong answer always hits: its threshold is the lowest finite float32.
-
-    Args:
-        table: Replay of the requests that set the thresholds.
 
     Raises:
         InputError: The table is empty.
@@ -139,8 +131,7 @@ class PlannedPolicy:
     """A policy, its plan, and its replay tables by split."""
 
     name: str
-    heads: str
-    """The predictors that it uses."""
+    heads: str  # the predictors that it uses
     plan: Plan
     tables: Mapping[str, ReplayTable]
 
@@ -167,18 +158,20 @@ def plan_policies(
 ) -> list[PlannedPolicy]:
     """Plan every policy with the heads and sites that are fastest for it on the select split.
 
-    Args:
-        candidates: All that were explored.
-        tables: Their replays by split: "select", "certify", "test".
-        logits: See ``logits_of``.
-        costs: Measured times.
-        default_sites: The sites of the default plan; a policy is tried with these, and with all sites.
-        epsilon: The largest disagreement of the plans.
+    It is tried with all sites, and with those of the default plan. Replays and logits are by split.
     """
+    heads = sorted({_head(c) for c in candidates})
+    cascaded = sorted({_head(c) for c in candidates if c.previous})
+    single = [head for head in heads if "+" not in head and head not in cascaded]
+    policies: list[tuple[str, list[str], Score | None]] = [
+        *((name, single, score) for name, score in POLICIES.items()),
+        ("ZTW ensemble", cascaded, max_probability),
+        ("the paper's selector", [head for head in heads if head.endswith("+linear")], None),
+    ]
     planned = []
-    for policy, heads, score in _policy_heads(candidates):
+    for policy, usable, score in policies:
         tried = []
-        for head in heads:
+        for head in usable:
             sites = tuple(sorted(c.site for c in candidates if _head(c) == head))
             for chosen in {sites, tuple(site for site in sites if site in default_sites)} - {()}:
                 names = [f"{head}@{site}" for site in chosen]
@@ -197,18 +190,6 @@ def plan_policies(
 
 def _head(candidate: Candidate) -> str:
     return candidate.name.partition("@")[0]
-
-
-def _policy_heads(candidates: Candidates) -> list[tuple[str, list[str], Score | None]]:
-    """Return every policy, the heads that it may use, and its score; None stands for the heads' own selectors."""
-    heads = sorted({_head(c) for c in candidates})
-    cascaded = sorted({_head(c) for c in candidates if c.previous})
-    single = [head for head in heads if "+" not in head and head not in cascaded]
-    return [
-        *((name, single, score) for name, score in POLICIES.items()),
-        ("ZTW ensemble", cascaded, max_probability),
-        ("the paper's selector", [head for head in heads if head.endswith("+linear")], None),
-    ]
 
 
 # --- Steps ----------------------------------------------------------------------------------------------------------

@@ -4,30 +4,23 @@ A field with a default is one that older files may lack. Keys that no record has
 """
 
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, computed_field
+from pydantic import AliasChoices, Field, computed_field
 
-from gati_jax import InputError
+from gati_jax.options import Positive
 from gati_jax.profiling import device_name
-from train import cli
-from train.config import Base, Data
-
-from .freeze_config import FreezeData
+from train import cli, results
 
 Kind = Literal["knn", "kmeans"]
 KINDS: dict[Kind, str] = {"knn": "k-NN", "kmeans": "k-means"}
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-ERRORS_SHOWN = 3
 
 
-class Record(BaseModel):
+class Record(results.Record, allow_inf_nan=False):
     """Part of a result."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", from_attributes=True, allow_inf_nan=False)
 
 
 class Run(Record):
@@ -42,12 +35,12 @@ class Run(Record):
     device: str | None = None
 
 
-def describe_run(source: Data | FreezeData, base: Base) -> dict[str, Any]:
+def describe_run(dataset: str, network: str, splits: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields of ``Run`` for this process."""
     return {
-        "dataset": source.name,
-        "network": base.network,
-        "splits": source.splits.model_dump(),
+        "dataset": dataset,
+        "network": network,
+        "splits": splits,
         "command": tuple(sys.argv),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": cli.versions(),
@@ -70,10 +63,8 @@ class Ranked(Record):
     name: str
     site: int
     agreement: Fraction
-    hits: Fraction
-    """Share of requests that leave at it."""
-    saved: float | None = None
-    """Share of the base's time."""
+    hits: Fraction  # share of requests that leave at it
+    saved: float | None = None  # share of the base's time
     lookup_ms: float | None = None
     bytes: int
 
@@ -83,22 +74,20 @@ class Exploration(Record):
 
     epochs: float | None = None
     ranking: tuple[Ranked, ...]
-    dropped: dict[str, str] = {}
+    dropped: Mapping[str, str] = {}
 
 
 class Exits(Record):
     """Where requests leave, and the share of the base's time that this saves; lookups are left out."""
 
-    exits: tuple[int, ...]
-    """Requests by exit: site 0, ..., the last block."""
+    exits: tuple[int, ...]  # requests by exit: site 0, ..., the last block
     saved_share: float
 
 
 class OracleResult(Exits):
     """Every request leaves at the earliest site where any explored candidate agrees with the base."""
 
-    half_share: Fraction
-    """Share of requests that leave in the first half of the blocks."""
+    half_share: Fraction  # of requests that leave in the first half of the blocks
 
 
 class Difference(Record):
@@ -119,8 +108,7 @@ class PolicyResult(Exits):
     """A policy on the test requests."""
 
     policy: str
-    heads: str
-    """The predictors that it uses."""
+    heads: str  # the predictors that it uses
     caches: tuple[str, ...] = ()
     thresholds: tuple[float, ...] = ()
     mean_ms: float
@@ -157,9 +145,8 @@ class OperatingPoint(Record):
     """All policies at one operating point, the default plan first."""
 
     rows: Annotated[tuple[PolicyResult, ...], Field(min_length=1)]
-    disagreements: dict[str, tuple[int, int]] = {}
-    """By policy: how many certify requests disagreed, and how many there were."""
-    certificates: dict[str, PolicyCertificate] = {}
+    disagreements: Mapping[str, tuple[int, int]] = {}  # by policy: on certify, and of how many requests
+    certificates: Mapping[str, PolicyCertificate] = {}
 
 
 class Latency(Record):
@@ -168,10 +155,8 @@ class Latency(Record):
     full_ms: float | None = None
     cascade_ms: float | None = None
     speedup: Positive
-    ideal: Positive
-    """The speed-up if lookups took no time."""
-    spread: float
-    """Interquartile range over median of the speed-up, over rounds."""
+    ideal: Positive  # the speed-up if lookups took no time
+    spread: float  # interquartile range over median of the speed-up, over rounds
     requests: int | None = None
     cache_bytes: int
     base_bytes: Annotated[int, Field(gt=0)]
@@ -197,7 +182,7 @@ class Comparison(Record):
     epsilon: Fraction
     delta: Fraction
     looks: int | None = None
-    composition: dict[str, Any] = {}
+    composition: Mapping[str, Any] = {}
     candidates: int
     oracle: OracleResult
     certified: OperatingPoint
@@ -223,8 +208,7 @@ class Reproduction(Run, Comparison):
 class FreezeBase(Record):
     """The base network on the requests."""
 
-    accuracy: Fraction | None
-    """None where the data has no labels."""
+    accuracy: Fraction | None  # None where the data has no labels
     bytes: int
 
 
@@ -234,23 +218,26 @@ class ExitResult(Record):
     exit: int | Literal["base"]
     hits: int
     hit_rate: Fraction
-    agreement: Fraction | None
-    """None without hits."""
+    agreement: Fraction | None  # None without hits
     threshold: float | None
 
 
-class Served(Record):
+class Half(Record):
+    """How early requests leave; as an oracle, what a selector that knows when a cache is right would save."""
+
+    half_share: Fraction  # saved half of the blocks
+    blocks_mean: float | None = None
+
+
+class Served(Half):
     """Caches of one kind on the requests, under thresholds from one split."""
 
-    n_thresholds: int | None = None
-    """Images that set the thresholds."""
+    n_thresholds: int | None = None  # images that set the thresholds
     exits: tuple[ExitResult, ...] = ()
-    half_share: Fraction
     before_last_block_share: Fraction | None = None
     before_output_share: Fraction
     agreement: Fraction
     accuracy: Fraction | None = None
-    blocks_mean: float | None = None
 
 
 class Protocol(Record):
@@ -258,8 +245,7 @@ class Protocol(Record):
 
     knn: Served | None = None
     kmeans: Served | None = None
-    base_saw_thresholds: bool
-    """Whether the base was trained on the images that set the thresholds."""
+    base_saw_thresholds: bool  # whether the base was trained on the images that set the thresholds
 
 
 class Protocols(Record):
@@ -267,13 +253,6 @@ class Protocols(Record):
 
     seen: Protocol
     clean: Protocol
-
-
-class Half(Record):
-    """What a selector that knows when a cache is right would save."""
-
-    half_share: Fraction
-    blocks_mean: float | None = None
 
 
 class Memory(Record):
@@ -289,18 +268,15 @@ class Memory(Record):
 class FreezeOutcome(Record):
     """Freeze's protocol under both splits."""
 
-    n: int
-    """Requests."""
+    n: int  # requests
     blocks: int | None = None
     epochs: float | None = None
     base: FreezeBase | None = None
     protocols: Protocols
-    agreement: dict[Kind, dict[int, Fraction]] = {}
-    """Of the caches with the base, by site."""
+    agreement: Mapping[Kind, dict[int, Fraction]] = {}  # of the caches with the base, by site
     oracle: dict[Kind, Half]
     memory: dict[Kind, tuple[Memory, ...]]
-    predictors: dict[str, dict[int, Fraction]] = {}
-    """Agreement, by the paper's name of the predictor and by site."""
+    predictors: Mapping[str, dict[int, Fraction]] = {}  # agreement, by the paper's name of the predictor and by site
     fit_seconds: float | None = None
     replay_seconds: float | None = None
 
@@ -309,27 +285,4 @@ class Freeze(Run, FreezeOutcome):
     """freeze.json."""
 
     seconds: float | None = None
-    config: dict[str, Any] = {}
-
-
-R = TypeVar("R", bound=Run)
-
-
-def read(model: type[R], path: Path, name: str) -> R:
-    """Read a result.
-
-    Args:
-        model: Its record.
-        path: The file.
-        name: Of the argument, for the message.
-
-    Raises:
-        InputError: The file does not hold such a record.
-    """
-    try:
-        return model.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        errors = error.errors(include_url=False, include_input=False)
-        found = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in errors[:ERRORS_SHOWN]]
-        more = f"; and {len(errors) - ERRORS_SHOWN} more" if len(errors) > ERRORS_SHOWN else ""
-        raise InputError(f"{name}: expected a whole {name}.json, got {path}: {'; '.join(found)}{more}") from error
+    config: Mapping[str, Any] = {}

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 import gati_jax
-from gati_jax import Chain, InputError, Ledger, Plan, ReplayTable, data
+from gati_jax import Chain, InputError, Ledger, ReplayTable, data
 from gati_jax.certification import AnyLedger, count_duplicates
 from train import cli, zoo
 from train.caches import base_saw_certify, check_open, composition_entry, read_base, small_networks
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     # --- Comparison -------------------------------------------------------------------------------------------------
     images = {name: part.images for name, part in parts.items()}
     result = results.Reproduction(
-        **results.describe_run(config.data, config.base),
+        **results.describe_run(config.data.name, config.base.network, splits),
         base=results.BaseResult(accuracy=accuracy(tables["test"].answers, tables["test"])),
         explored=results.Exploration(
             epochs=found.candidates.epochs,
@@ -84,13 +84,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     path, drawings = arguments.out / "reproduction.json", arguments.out / "figures"
     draw(result, drawings)
-
-    def show_all(_: cli.Result) -> None:
+    result.write(path, print_json=arguments.json)
+    if not arguments.json:
         found.show(f"{config.base.network} on {config.data.name}: candidates", config.plan.epsilon)
         show(result)
         print(f"written: {path}, {drawings}")
-
-    cli.report(result.model_dump(mode="json"), show_all, out=path, as_json=arguments.json)
 
 
 def compare(
@@ -103,13 +101,9 @@ def compare(
 ) -> results.Comparison:
     """Compose, certify and time the default plan and every policy.
 
-    Args:
-        config: The experiment's.
-        chain: The base.
-        found: The exploration.
-        tables: Replays of all candidates by split: "select", "certify", "test".
-        images: By split.
-        ledger: Counts the look of the default plan, which closes the rows: figures show what they say of every policy.
+    Every policy's plan is certified as a user of it alone would do, in a ledger of its own. Of all these certificates
+    only the default plan's is valid, because it was fixed beforehand; ``ledger`` counts its look, and as the results show
+    what certify rows say of every policy, that look closes them.
     """
     epsilon, delta = config.plan.epsilon, config.plan.delta
 
@@ -119,23 +113,30 @@ def compare(
     logits = logits_of(chain, found.candidates, {name: images[name] for name in tables})
     planned = {
         group: [
-            _default_policy(default, tables),
+            PlannedPolicy(
+                name=DEFAULT,
+                heads="composed",
+                plan=default,
+                tables={name: table.take(default.names) for name, table in tables.items()},
+            ),
             *plan_policies(found.candidates, tables, logits, found.costs, default_sites=default.sites, epsilon=largest),
         ]
         for group, default, largest in (("certified", plan, epsilon), ("accurate", loose, LARGEST_DISAGREEMENT))
     }
 
     # --- Steps ------------------------------------------------------------------------------------------------------
-    options = {"base_saw_data": base_saw_certify(config), "duplicates": True}  # main has checked them
+    options = {"reveal": True, "base_saw_data": base_saw_certify(config), "duplicates": True}  # main has checked them
     certificates = {
-        # Of all these only the default plan's is valid, because it was fixed beforehand. The others are certified as a
-        # user of that policy alone would do it, in a ledger of its own.
         one.name: gati_jax.certify(
-            one.plan, one.tables["certify"], epsilon, delta,
-            ledger=ledger if one.name == DEFAULT else Ledger(), reveal=True, **options,
+            one.plan,
+            one.tables["certify"],
+            epsilon,
+            delta,
+            ledger=ledger if one.name == DEFAULT else Ledger(),
+            **options,
         )
         for one in planned["certified"]
-    }  # fmt: skip
+    }
     steps = {
         "certified": [certificates[one.name].step for one in planned["certified"]],
         "accurate": [step_at_accuracy(one, ACCURACY_SHARE) for one in planned["accurate"]],
@@ -171,11 +172,6 @@ def compare(
             read_off_test=measure_latency(chain, found, read_off_test, images["test"]),
         ),
     )
-
-
-def _default_policy(plan: Plan, tables: Mapping[str, ReplayTable]) -> PlannedPolicy:
-    own = {name: table.take(plan.names) for name, table in tables.items()}
-    return PlannedPolicy(name=DEFAULT, heads="composed", plan=plan, tables=own)
 
 
 def show(result: results.Reproduction) -> None:

@@ -13,22 +13,17 @@ def record(**changes) -> Reproduction:
     return Reproduction.model_validate(reproduction() | changes)
 
 
-def test_every_policy_has_both_its_operating_points():
-    result = record()
-    axes = figures.front(result).axes[0]
-    *policies, base = axes.lines
-    assert [line.get_label() for line in policies] == list(POLICIES)
+@pytest.mark.parametrize("name", ["default plan", "renamed"])
+def test_every_policy_has_both_its_operating_points_and_only_the_default_plan_its_colour(name):
+    changed = reproduction()["certified"]
+    changed["rows"][0]["policy"] = name
+    result = record(certified=changed)
+    *policies, base = figures.front(result).axes[0].lines
+    assert [line.get_label() for line in policies] == [name, *POLICIES[1:]]
+    assert [line.get_label() for line in policies if line.get_color() == figures.OURS] == [name]
     for line, pair in zip(policies, zip(result.certified.rows, result.accurate.rows, strict=True), strict=True):
         assert np.array_equal(line.get_xydata(), [[one.mean_ms, one.accuracy] for one in pair])
     assert np.array_equal(base.get_xydata(), [[12.0, 0.925]])
-
-
-def test_only_the_default_plan_has_its_colour_under_any_name():
-    for name in ("default plan", "renamed"):
-        changed = reproduction()["certified"]
-        changed["rows"][0]["policy"] = name
-        lines = figures.front(record(certified=changed)).axes[0].lines
-        assert [line.get_label() for line in lines if line.get_color() == figures.OURS] == [name]
 
 
 def test_bars_are_the_shares_of_requests():

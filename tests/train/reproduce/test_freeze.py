@@ -1,6 +1,7 @@
 """Freeze Inference's protocol: a table worked out by hand, and the script on the digits."""
 
-from pathlib import Path
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,26 +9,30 @@ import numpy as np
 import pytest
 
 import gati_jax
-from gati_jax import InputError, ReplayTable
+from gati_jax import ReplayTable
+from gati_jax.caches import MIB
 from gati_jax.profiling import device_name
-from tests.train.one_pass import FREEZE, SMALLEST, json_of, small_and_repeatable
+from tests.train.one_pass import FREEZE, ROOT, SMALLEST, json_of, small_and_repeatable
 from train.config import load
-from train.reproduce import freeze, page
-from train.reproduce.freeze_config import FreezeExperiment
+from train.reproduce import freeze, page, published
+from train.reproduce.freeze import FreezeExperiment
 from train.reproduce.results import Freeze
 
-CONFIG = Path(__file__).parents[3] / "configs" / "repro_freeze_resnet18.toml"
+CONFIG = ROOT / "configs" / "repro_freeze_resnet18.toml"
 
 
 def test_the_published_experiment_loads():
     config = load(FreezeExperiment, CONFIG)
     assert (config.freeze.k, config.freeze.key_units, config.freeze.centres) == (50, 1024, 100)
     assert config.base.architecture().classes == 10
-    with pytest.raises(InputError, match=r"unknown key freeze\.neighbours"):
-        load(FreezeExperiment, CONFIG, ["--freeze.neighbours", "3"])
-    for kinds in ("[]", '["knn", "knn"]'):
-        with pytest.raises(InputError, match=r"^config: freeze\.kinds: expected knn, kmeans or both, got \["):
-            load(FreezeExperiment, CONFIG, ["--freeze.kinds", kinds])
+
+
+def test_the_papers_memory_comes_out_of_the_arithmetic_but_for_its_k_means():
+    ours = {what: math.prod(factors.values()) / MIB for what, _, factors in published.MEMORY}
+    theirs = {what: mb for what, mb, _ in published.MEMORY}
+    for what, times in {"raw k-NN": 1, "reduced k-NN": 1, "k-means": 2, "k-means, ResNet-50": 2}.items():
+        assert times * ours[what] == theirs[what]
+    assert (ours["key networks"], theirs["key networks"]) == (960, None)  # which the paper does not count
 
 
 def table(classes, scores):
@@ -80,17 +85,14 @@ def test_the_script_on_the_digits(tmp_path):
     blocks = len(gati_jax.models.to_chain(SMALLEST, params))
     assert Freeze.model_validate(result).model_dump(mode="json") == result
     assert [result["protocols"][s]["base_saw_thresholds"] for s in ("seen", "clean")] == [True, False]
-    for protocol in result["protocols"].values():
-        for kind in ("knn", "kmeans"):
-            exits = protocol[kind]["exits"]
-            assert [e["exit"] for e in exits] == [*range(1, blocks + 1), "base"]
-            assert sum(e["hits"] for e in exits) == result["n"] == 300
-            right = sum(e["hits"] * e["agreement"] for e in exits if e["hits"])
-            assert right == pytest.approx(300 * protocol[kind]["agreement"])
-            assert protocol[kind]["half_share"] <= protocol[kind]["before_output_share"]
-            assert (
-                protocol[kind]["half_share"] <= result["oracle"][kind]["half_share"] + 1 - protocol[kind]["agreement"]
-            )
+    for kind, protocol in itertools.product(("knn", "kmeans"), result["protocols"].values()):
+        own, exits = protocol[kind], protocol[kind]["exits"]
+        assert [e["exit"] for e in exits] == [*range(1, blocks + 1), "base"]
+        assert sum(e["hits"] for e in exits) == result["n"] == 300
+        right = sum(e["hits"] * e["agreement"] for e in exits if e["hits"])
+        assert right == pytest.approx(300 * own["agreement"])
+        assert own["half_share"] <= own["before_output_share"]
+        assert own["half_share"] <= result["oracle"][kind]["half_share"] + 1 - own["agreement"]
     assert all(row["total"] == row["key_network"] + row["points"] for row in result["memory"]["knn"])
     assert result["device"] == device_name()
     page.main(["--freeze", str(tmp_path / "out" / "freeze.json"), "--out", str(tmp_path / "page.md")])

@@ -10,7 +10,7 @@ import pytest
 from tests.train.one_pass import ROOT
 from tests.train.reproduce.written_results import POLICIES, freeze, reproduction
 from train.reproduce import figures, page
-from train.reproduce.results import Freeze, Reproduction, read
+from train.reproduce.results import KINDS, Freeze, Reproduction
 
 LINKS = {"reproduce": "[reproduce](#reproduce)", "freeze": "[freeze](#freeze)"}
 
@@ -41,21 +41,23 @@ def figure(text: str, *parts: str) -> list[str]:
     return found[1:]
 
 
-def test_every_figure_stands_beside_the_published_one_and_its_command(tmp_path):
-    text = write(tmp_path, reproduction=reproduction(), freeze=freeze())
-    by, kept = LINKS["reproduce"], "CPU, batch 1"
-    accurate = [row for row in rows(text, "Published figures") if row[0].endswith(f"base's accuracy, {kept}")]
-    assert [row[1:4] for row in accurate] == [["1.72", "2.62 (spread 4 %, ideal 3.50)", by]]
-    assert "97.30 %" in accurate[0][4]  # 0.9 of 0.925
-    off = figure(text, kept, "read off the test curve")
-    assert off[:3] == ["1.72", "2.93 (spread 4 %, ideal 3.50)", by]
-    assert "chosen on test" in off[3]
-    assert figure(text, "certified at 2 % disagreement")[:3] == ["none", "1.81 (spread 4 %, ideal 3.50)", by]
-    assert "18 of 3000" in figure(text, "certified at 2 %")[3]
-    assert figure(text, "share of the base's bytes")[1] == "2.6 % / 1.8 %"
-    assert figure(text, "oracle over any explored candidate")[:3] == ["91.58 %", "98.61 %", by]
-    assert figure(text, "oracle over k-NN")[:3] == ["91.58 %", "90.12 %", LINKS["freeze"]]
-    assert figure(text, "oracle over k-means")[1] == "80.34 %"
+@pytest.mark.parametrize(
+    ("parts", "cells"),
+    [
+        (("CPU, batch 1", "step chosen on certify"), ("1.72", "2.62 (spread 4 %, ideal 3.50)", "97.30 %")),
+        (("CPU, batch 1", "read off the test"), ("1.72", "2.93 (spread 4 %, ideal 3.50)", "chosen on test")),
+        (("certified at 2 % disagreement",), ("none", "1.81 (spread 4 %, ideal 3.50)", "18 of 3000")),
+        (("share of the base's bytes",), ("22 times them, for FC(1024) behind every block", "2.6 % / 1.8 %", "")),
+        (("oracle over any explored candidate",), ("91.58 %", "98.61 %", "")),
+        (("oracle over k-NN",), ("91.58 %", "90.12 %", "")),
+        (("oracle over k-means",), ("none", "80.34 %", "")),
+    ],
+)
+def test_every_figure_stands_beside_the_published_one_and_its_command(tmp_path, parts, cells):
+    published, ours, command, why = figure(write(tmp_path, reproduction=reproduction(), freeze=freeze()), *parts)
+    assert (published, ours) == cells[:2]
+    assert command == LINKS["freeze" if parts[0].startswith("oracle over k") else "reproduce"]
+    assert cells[2] in why
 
 
 @pytest.mark.parametrize(
@@ -87,12 +89,9 @@ def test_a_kind_of_cache_that_was_left_out_is_not_run(tmp_path, missing):
     result = freeze()
     for part in (*result["protocols"].values(), result["oracle"], result["memory"]):
         del part[missing]
-    names = {"knn": "k-NN", "kmeans": "k-means"}
-    text = write(tmp_path, freeze=result)
-    for kind, name in names.items():
-        own = [
-            row for row in rows(text, "Published figures") if row[0].startswith((f"{name}: ", f"oracle over {name}"))
-        ]
+    found = rows(write(tmp_path, freeze=result), "Published figures")
+    for kind, name in KINDS.items():
+        own = [row for row in found if row[0].startswith((f"{name}: ", f"oracle over {name}"))]
         assert len(own) == 8
         assert {row[2] == "not run" for row in own} == {kind == missing}
         assert {row[3] == "-" for row in own} == {kind == missing}
@@ -120,13 +119,14 @@ def test_networks_that_are_not_here_stand_with_their_published_figures(tmp_path)
         assert {row[2] for row in own} == {"not run"}
 
 
-def test_an_older_result_has_no_gain_read_off_test(tmp_path):
+def test_older_results_lack_the_gain_read_off_test_looks_and_device(tmp_path):
     result = reproduction()
     gain = result["measured"].pop("read_off_test")
-    del result["looks"], result["certified"]["disagreements"]
+    del result["looks"], result["certified"]["disagreements"], result["device"]
     text = write(tmp_path, reproduction=result)
     assert figure(text, "CPU", "read off the test curve")[1:3] == ["not run", "-"]
     assert figure(text, "certified at 2 %")[3] == "delta 0.05"
+    assert "2026-01-02 on a device that was not recorded" in text
     result["measured"]["read off test"] = gain  # the key of older results that have it
     assert figure(write(tmp_path, reproduction=result), "read off the test curve", "CPU")[1].startswith("2.93 ")
 
@@ -149,17 +149,11 @@ def test_commands_can_be_run_again(tmp_path, script, name, module):
     assert "2026-01-02 on cpu-made-up" in found
 
 
-def test_an_older_result_without_a_device_is_dated(tmp_path):
-    result = freeze()
-    del result["device"]
-    assert "2026-01-02 on a device that was not recorded" in write(tmp_path, freeze=result)
-
-
 @pytest.mark.parametrize(("model", "result"), [(Reproduction, reproduction()), (Freeze, freeze())])
 def test_a_record_is_read_back_as_it_was_written(tmp_path, model, result):
     record = model.model_validate(result)
-    (tmp_path / "result.json").write_text(json.dumps(record.model_dump(mode="json")))
-    assert read(model, tmp_path / "result.json", "result") == record
+    record.write(tmp_path / "result.json", print_json=False)
+    assert model.read(tmp_path / "result.json", "result") == record
 
 
 def test_figures_of_another_network_are_marked(tmp_path):
@@ -167,24 +161,18 @@ def test_figures_of_another_network_are_marked(tmp_path):
     assert "another network" in write(tmp_path, reproduction=reproduction() | {"network": "resnet20"})
 
 
-def test_policies_are_slower_faster_or_tie(tmp_path):
-    text = write(tmp_path, reproduction=reproduction())
-    cells = rows(text, "Each certified at 2 % disagreement")
-    assert [row[0] for row in cells] == list(POLICIES)
-    assert [row[3] for row in cells] == [
-        "-", "0.60 [0.50, 0.70]", "0.12 [-0.25, 0.50] ties", "-0.62 [-0.75, -0.50] faster"
-    ]  # fmt: skip
-    assert [row[7] for row in cells] == [f"{18 + i} of 3000" for i in range(4)]
-    assert cells[0][4:7] == ["40.0 % (0.50)", "1.23 %", "97.30 %"]
-    assert "The base takes 12.00 ms" in text
-
-
-def test_certificates_give_the_accuracy_that_may_be_lost(tmp_path):
+def test_policies_are_slower_faster_or_tie_and_bound_the_accuracy_lost(tmp_path):
     result = reproduction()
     certificate = {"epsilon": 0.02, "accuracy_gap": {"upper": 0.0045, "delta": 0.05, "mean": 0.001}}
     result["certified"]["certificates"] = {POLICIES[0]: certificate, POLICIES[1]: {"accuracy_gap": None}}
-    cells = rows(write(tmp_path, reproduction=result), "Each certified at 2 % disagreement")
-    assert [row[8] for row in cells] == ["0.45 % (delta 0.05)", "-", "-", "-"]
+    text = write(tmp_path, reproduction=result)
+    name, _, _, slower, *shares, disagreed, lost = zip(*rows(text, "Each certified at 2 % disagreement"), strict=True)
+    assert name == POLICIES
+    assert slower == ("-", "0.60 [0.50, 0.70]", "0.12 [-0.25, 0.50] ties", "-0.62 [-0.75, -0.50] faster")
+    assert disagreed == tuple(f"{18 + i} of 3000" for i in range(4))
+    assert [share[0] for share in shares] == ["40.0 % (0.50)", "1.23 %", "97.30 %"]
+    assert lost == ("0.45 % (delta 0.05)", "-", "-", "-")
+    assert "The base takes 12.00 ms" in text
 
 
 def test_a_bar_in_a_name_breaks_no_table(tmp_path):

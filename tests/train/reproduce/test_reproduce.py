@@ -52,11 +52,6 @@ def test_every_policy_is_evaluated_on_the_same_requests(reproduced):
     for row in result["certified"]["rows"]:
         assert row["slower_by"]["low_ms"] <= row["slower_by"]["mean_ms"] <= row["slower_by"]["high_ms"]
         assert np.isfinite(row["mean_ms"])
-
-
-def test_no_policy_saves_more_than_the_oracle(reproduced):
-    _, result = reproduced
-    for row in result["certified"]["rows"]:
         assert row["saved_share"] <= result["oracle"]["saved_share"] + row["disagreement"] + 1e-9
 
 
@@ -82,12 +77,11 @@ def test_what_is_shown_of_every_policy_closes_the_rows(run, reproduced, tmp_path
 
 def test_certificates_bound_the_accuracy_that_is_lost(reproduced):
     _, result = reproduced
-    certificates = result["certified"]["certificates"]
-    assert any(one["certified"] for one in certificates.values())
-    for one in certificates.values():
-        assert (one["accuracy_gap"] is not None) == one["certified"]
-        if one["certified"]:
-            assert one["accuracy_gap"]["upper"] < 1
+    certificates = result["certified"]["certificates"].values()
+    assert any(one["certified"] for one in certificates)
+    assert all(
+        one["accuracy_gap"]["upper"] < 1 if one["certified"] else one["accuracy_gap"] is None for one in certificates
+    )
 
 
 def test_the_composition_reports_its_gap_and_why_it_leaves_caches_out(reproduced):
