@@ -150,7 +150,7 @@ def test_no_exchange_of_two_sites_improves_what_the_search_returns(data, seed, c
     sizes = {name: float(size) for name, size in memory.items()}
     problem = read_problem(table, costs, disagreements=most, limits=(60, None, sites), memory=sizes)
     options = [
-        [None, *((c, t) for c in problem.at(s) for t in range(len(problem.thresholds[c])))]
+        [None, *((c, t) for c in problem.at(s).tolist() for t in range(len(problem.thresholds[c])))]
         for s in range(problem.sites)
     ]
 
