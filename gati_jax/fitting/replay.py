@@ -15,6 +15,7 @@ from gati_jax.errors import InputError
 from gati_jax.models import Chain, check_images
 from gati_jax.models.chain import reference
 from gati_jax.planning import ReplayTable
+from gati_jax.planning.tables import NO_ROWS
 from gati_jax.pytrees import call
 
 from .fit import Candidates
@@ -55,8 +56,9 @@ def replay(
             raise InputError(f"images: expected {candidates.dtype}, as in the fit, got {images.dtype}")
         check_distinct_rows(rows, candidates.fit_rows, names=("images", "fit"))
         selectors, fold = candidates.fold_selectors, _unseen_fold(candidates, rows)
+        fitted = np.concatenate([candidates.fit_rows, candidates.select_rows])
     else:
-        selectors, fold = _final_selectors(items), np.zeros(len(rows), np.int32)
+        selectors, fold, fitted = _final_selectors(items), np.zeros(len(rows), np.int32), NO_ROWS
     outputs = _outputs(chain, items, selectors, images, fold, batch=batch, pause=pause)
     return ReplayTable(
         names=tuple(c.name for c in items),
@@ -68,6 +70,7 @@ def replay(
         rows=rows,
         labels=None if labels is None else np.asarray(labels),
         source=replay_source(chain, items, str(images.dtype)),
+        fitted_rows=fitted,
     )
 
 
