@@ -1,4 +1,4 @@
-"""Errors of the public functions; command lines print them as one line and exit with code 2."""
+"""Errors of the public functions, which command lines print as one line, and what several rooms raise them with."""
 
 from collections.abc import Mapping
 
@@ -15,6 +15,16 @@ class BundleError(InputError):
     """A bundle folder is incomplete, damaged, too new, or made for another network."""
 
 
+def check_share(name: str, value: float | int) -> None:  # noqa: PYI041 (beartype tells them apart)
+    """Check that the argument ``name`` lies strictly between 0 and 1.
+
+    Raises:
+        InputError: It is 0 or less, 1 or more, or NaN.
+    """
+    if not 0 < value < 1:
+        raise InputError(f"{name}: expected a number between 0 and 1, got {value}")
+
+
 def describe_mismatch(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
     """List how named tensors differ from those that a network has.
 
@@ -25,12 +35,10 @@ def describe_mismatch(expected: Mapping[str, str], found: Mapping[str, str]) -> 
     Returns:
         Sorted lists of missing, unexpected and misshapen names; empty if there are none.
     """
-    both = sorted(expected.keys() & found.keys())
+    differ = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
     lists = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
-        "misshapen": [
-            f"{name} (expected {expected[name]}, got {found[name]})" for name in both if expected[name] != found[name]
-        ],
+        "misshapen": [f"{name} (expected {expected[name]}, got {found[name]})" for name in differ],
     }
     return "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists.items() if names)

@@ -18,7 +18,7 @@ from rich.progress import track as rich_track
 from rich.table import Table
 
 from gati_jax import InputError, __version__
-from gati_jax.checks import write_atomically
+from gati_jax.bundle.files import write_atomically
 from gati_jax.options import describe_options
 
 from .config import M, Section, did_you_mean, keys_of, load
@@ -179,7 +179,6 @@ def run(main: Callable[[], None]) -> None:
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result as JSON; a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, f"{json.dumps(result, indent=2)}\n".encode())
 
 

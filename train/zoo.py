@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from safetensors.numpy import save
 
 from gati_jax import InputError, Normalization, WeightsError
-from gati_jax.checks import write_atomically
+from gati_jax.bundle.files import write_atomically
 from gati_jax.models import NAMES, read_metadata, read_weights
 from gati_jax.options import describe_error
 from train import cli
@@ -184,7 +184,6 @@ def keep(weights: Path, folder: Path) -> Path:
         raise InputError(
             f"out: expected at most {MAX_BYTES >> 20} MiB in {folder}, got {size / 2**20:.1f} with {path.name}"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
     return path
 

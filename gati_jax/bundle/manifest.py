@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from gati_jax.bundle.files import write_atomically
 from gati_jax.caches import PredictorSpec, SelectorSpec
 from gati_jax.certification import Certificate
-from gati_jax.checks import write_atomically
 from gati_jax.errors import BundleError
 from gati_jax.models import Architecture, Normalization
 from gati_jax.planning import CostTable, Plan, ReplaySource

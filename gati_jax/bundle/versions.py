@@ -17,8 +17,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field, model_validator
 
-from gati_jax.checks import check_positive
-from gati_jax.errors import BundleError
+from gati_jax.errors import BundleError, InputError
 from gati_jax.models import Chain
 
 from .load import load_bundle
@@ -68,7 +67,8 @@ class Versions:
 
     def __init__(self, folder: Path | str, *, keep: int = _KEEP, chain: Chain | None = None) -> None:
         """Check the arguments; nothing is read or written yet."""
-        check_positive("keep", keep)
+        if keep < 1:
+            raise InputError(f"keep: expected 1 or more, got {keep}")
         self.folder, self.keep, self._chain = Path(folder), keep, chain
         self._lock = threading.Lock()
 

@@ -43,8 +43,7 @@ from jaxtyping import Float
 from scipy.optimize import root_scalar
 from scipy.special import xlogy
 
-from gati_jax.checks import check_share
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, check_share
 
 RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0)
 """What the bets of an e-process take for the risk, over epsilon."""

@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-from gati_jax.checks import check_share
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, check_share
 from gati_jax.planning.binomial import p_value
 
 from .accuracy_gap import AccuracyGap

@@ -20,8 +20,7 @@ import math
 import numpy as np
 from jaxtyping import Bool, Float
 
-from gati_jax.checks import check_share
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, check_share
 
 from .betting import SHARES, Count, log_bets, log_capital
 

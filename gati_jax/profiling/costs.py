@@ -22,9 +22,8 @@ from gati_jax.models import Chain
 from gati_jax.models.chain import reference
 from gati_jax.planning import CostTable
 from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
-from gati_jax.runtime.cascade import Cascade, Prediction
+from gati_jax.runtime.cascade import Cascade, Prediction, predict_one
 from gati_jax.runtime.compilation import CompilerOptions, Packed, compiled, pack, unpack
-from gati_jax.runtime.per_sample import predict_one
 
 _log = logging.getLogger(__name__)
 

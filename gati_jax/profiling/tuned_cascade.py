@@ -10,14 +10,12 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from gati_jax.caches import Candidate, Network, network_with_algorithms
-from gati_jax.checks import check_not_empty
 from gati_jax.errors import InputError
 from gati_jax.models import Algorithm, Architecture, Chain, with_algorithms
 from gati_jax.planning import CostTable
 from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
-from gati_jax.runtime.cascade import Cascade, Prediction
+from gati_jax.runtime.cascade import Cascade, Prediction, predict_one, predict_only
 from gati_jax.runtime.compilation import CompilerOptions
-from gati_jax.runtime.per_sample import predict_one, predict_only
 
 from .costs import measure_costs
 
@@ -110,7 +108,8 @@ class TunedCascade:
         Raises:
             InputError: There are no images.
         """
-        check_not_empty("images", images)
+        if len(images) == 0:
+            raise InputError("images: expected at least one, got none")
         parts = [self._bucket(images[i : i + LARGEST_BUCKET]) for i in range(0, len(images), LARGEST_BUCKET)]
         # By NumPy: JAX would compile a program for every number of rows.
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *rows: np.concatenate(rows), *parts)

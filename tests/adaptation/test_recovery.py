@@ -32,7 +32,8 @@ from gati_jax.caches import FullyConnected, unfold_standardize
 from gati_jax.fitting import evaluate
 from gati_jax.planning import Plan
 from gati_jax.pytrees import call
-from gati_jax.runtime import Cascade, per_sample, predict_batch
+from gati_jax.runtime import Cascade, predict_batch
+from gati_jax.runtime import cascade as drivers
 from tests.adaptation import world
 from tests.fitting import tiny
 
@@ -161,9 +162,9 @@ def test_new_versions_run_by_the_old_programs(served, refitted):
     cascade = cascade_of(served)
     predict_batch(cascade, images)
     new = dataclasses.replace(cascade, caches=refitted.items, thresholds=cascade.thresholds - 1)
-    programs = vars(per_sample)["_predict_batch"]._cache_size()
+    programs = vars(drivers)["_predict_batch"]._cache_size()
     jax.block_until_ready(predict_batch(new, images))
-    assert vars(per_sample)["_predict_batch"]._cache_size() == programs
+    assert vars(drivers)["_predict_batch"]._cache_size() == programs
 
 
 # --- Evidence ---------------------------------------------------------------------------------------------------------

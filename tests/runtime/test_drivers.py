@@ -10,7 +10,8 @@ import pytest
 
 import gati_jax
 from gati_jax.caches import FullyConnected, SortedSelector, lookup
-from gati_jax.runtime import Cascade, check_cascade, per_sample, predict_batch, predict_one, predict_stepwise
+from gati_jax.runtime import Cascade, check_cascade, predict_batch, predict_one, predict_stepwise
+from gati_jax.runtime import cascade as drivers
 from gati_jax.runtime.compilation import compiled
 
 INF = float("inf")
@@ -177,7 +178,7 @@ def test_rows_of_a_batch_skip_each_for_itself(counted, caches, looked_up, splits
 
 def program_counts():
     """How many programs the jitted drivers hold."""
-    jitted: tuple[Any, ...] = (compiled(per_sample._predict_one, ()), per_sample._predict_batch)
+    jitted: tuple[Any, ...] = (compiled(drivers._predict_one, ()), drivers._predict_batch)
     return [driver._cache_size() for driver in jitted]
 
 
@@ -289,7 +290,7 @@ def test_reference_products_are_float32_on_every_device(chain, caches, splits):
     """What an accelerator would round, a CPU does not: so look into the programs."""
     cascade = Cascade(chain, (caches[2],), jnp.zeros(1))
     image = jnp.asarray(splits["test"][0])
-    for driver, rows in ((compiled(per_sample._predict_one, ()), image), (per_sample._predict_batch, image[None])):
+    for driver, rows in ((compiled(drivers._predict_one, ()), image), (drivers._predict_batch, image[None])):
         program = str(jax.make_jaxpr(driver)(cascade.packed, rows))
         products = re.findall(r"precision=(.*)", program)
         assert len(products) > 3

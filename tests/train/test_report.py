@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from jinja2 import UndefinedError
 
-from gati_jax.report import render
+from train.evaluate import render
 
 HOSTILE = "<script>alert('x')</script>\"&"
 VOID = {"meta", "br", "hr", "img", "input", "link"}
