@@ -26,14 +26,11 @@ def check_share(name: str, value: float | int) -> None:  # noqa: PYI041 (beartyp
 
 
 def describe_mismatch(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """List how named tensors differ from those that a network has.
+    """Return sorted lists of missing, unexpected and misshapen names of tensors; empty if there are none.
 
     Args:
         expected: Shapes (or dtypes and shapes) of the network's tensors by name.
         found: Those of the given ones.
-
-    Returns:
-        Sorted lists of missing, unexpected and misshapen names; empty if there are none.
     """
     differ = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
     lists = {

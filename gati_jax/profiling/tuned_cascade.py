@@ -52,11 +52,7 @@ class Tile:
     """Of the bundle's blocks and lookups, see ``measure_costs``."""
 
     def __post_init__(self) -> None:
-        """Check the values, for tunings are read from untrusted files.
-
-        Raises:
-            InputError: The size or the time is out of range, or tuning does not try these options.
-        """
+        """Check the values, for tunings are read from untrusted files."""
         if not (1 <= self.size <= MOST_ROWS and 0 < self.milliseconds < np.inf):
             raise InputError(
                 f"tile: expected 1 to {MOST_ROWS} rows in a positive time, got {self.size} in {self.milliseconds}"
@@ -75,11 +71,7 @@ class Tuning:
     """The compiler's version: others may not know these options, or be faster without them."""
 
     def __post_init__(self) -> None:
-        """Check that tiles rise from one for a single request.
-
-        Raises:
-            InputError: They do not, or are too many.
-        """
+        """Check that tiles rise from one for a single request, and are not too many."""
         sizes = [tile.size for tile in self.tiles]
         if sizes[:1] != [1] or sizes != sorted(set(sizes)) or len(sizes) > MOST_TILES:
             raise InputError(
@@ -139,10 +131,9 @@ class TunedCascade:
         """Return the tuning with the costs of every tile's blocks and lookups, measured now."""
         tiles = []
         for tile in self.tuning.tiles:
-            cascade, sites = self._tile(tile.size), self.cascade.sites
-            options, batch = tile.options, tile.size
+            cascade = self._tile(tile.size)
             costs = measure_costs(
-                cascade.chain, cascade.caches, rounds=rounds, batch=batch, options=options, sites=sites
+                cascade.chain, cascade.caches, rounds=rounds, batch=tile.size, options=tile.options, sites=cascade.sites
             )
             tiles.append(dataclasses.replace(tile, costs=costs))
         return dataclasses.replace(self.tuning, tiles=tuple(tiles))
@@ -173,11 +164,12 @@ class TunedCascade:
     @functools.cached_property
     def batched(self) -> Callable[[int], BatchedCascade]:
         """The cascade in its tiles by number of rows, made once for each bucket."""
-        return functools.cache(self._batched)
 
-    def _batched(self, bucket: int) -> BatchedCascade:
-        schedule = self.schedule(bucket)
-        return BatchedCascade(cascades=tuple(self._tile(size) for size in schedule.sizes), schedule=schedule)
+        def build(bucket: int) -> BatchedCascade:
+            schedule = self.schedule(bucket)
+            return BatchedCascade(cascades=tuple(map(self._tile, schedule.sizes)), schedule=schedule)
+
+        return functools.cache(build)
 
 
 def tuned_chain(chain: Chain, tile: Tile) -> Chain:

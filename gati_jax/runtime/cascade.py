@@ -150,21 +150,17 @@ def run_stage(cascade: Cascade, index: int, x: Shaped[Array, "batch *site"]) -> 
 def _run_stage(
     cascade: Cascade, index: int, x: Shaped[Array, "1 *site"], buffer: Float[Array, " buffer"]
 ) -> CascadeState:
-    """Run a stage of one request."""
     outputs = run_stage(cascade, index, x)
+    activation = outputs.activation.reshape(-1)
     last = index == len(cascade.caches)
     return CascadeState(
         stage=jnp.int32(index + 1),
-        activation=buffer if last else _to_buffer(outputs.activation, buffer),
+        activation=buffer if last else buffer.at[: activation.size].set(activation.astype(buffer.dtype)),
         done=jnp.array(True) if last else outputs.score[0] >= cascade.thresholds[index],  # noqa: FBT003
         exit=jnp.int32((*cascade.sites, len(cascade.chain))[index]),
         score=outputs.score[0],
         logits=outputs.logits[0],
     )
-
-
-def _to_buffer(x: Float[Array, "..."], buffer: Float[Array, " buffer"]) -> Float[Array, " buffer"]:
-    return buffer.at[: x.size].set(x.reshape(-1).astype(buffer.dtype))
 
 
 def _from_buffer(buffer: Float[Array, " buffer"], spec: jax.ShapeDtypeStruct) -> Float[Array, "1 ..."]:

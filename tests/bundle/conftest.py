@@ -9,9 +9,10 @@ import pytest
 
 import gati_jax
 from gati_jax import Candidate, Normalization, Plan
+from gati_jax.bundle import Versions
 from gati_jax.caches import Grid, LinearSelector, SortedSelector
 from gati_jax.models import ResNet, fold, init, to_chain
-from tests.bundle.made import COSTS, PIXELS, Parts, cache_shapes, drawn, make, make_certificate, make_plan
+from tests.bundle.made import COSTS, PIXELS, Parts, cache_shapes, drawn, in_memory, make, make_certificate, make_plan
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +20,15 @@ def saved(tmp_path_factory) -> Path:
     """A bundle that no test changes."""
     path = tmp_path_factory.mktemp("saved") / "bundle"
     gati_jax.save_bundle(path, *make(1), costs=[COSTS])
+    return path
+
+
+@pytest.fixture(scope="module")
+def saved_versions(tmp_path_factory) -> Path:
+    """Versions 1 and 2, which no test changes; the bundle of the second is the saved one."""
+    path = tmp_path_factory.mktemp("versions") / "v"
+    for seed in (2, 1):
+        Versions(path, chain=make(77)[0]).save(in_memory(make(seed)))
     return path
 
 

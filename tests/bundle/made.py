@@ -28,8 +28,7 @@ def classify(params, x):
     return x @ params["w"]
 
 
-@functools.cache
-def cache_shapes(predictor: nn.Module, selector: nn.Module, activation: tuple[int, ...] = (WIDTH,)) -> Any:
+def _shapes(predictor: nn.Module, selector: nn.Module, activation: tuple[int, ...] = (WIDTH,)) -> Any:
     """Shapes of a cache's parameters: tracing is enough, so the victim of the kill test starts no device."""
     key, logits = jax.random.key(0), (1, getattr(predictor, "classes"))  # noqa: B009 (of every predictor)
     return jax.eval_shape(
@@ -38,6 +37,9 @@ def cache_shapes(predictor: nn.Module, selector: nn.Module, activation: tuple[in
             "selector": selector.init(key, jnp.zeros(logits)),
         }
     )
+
+
+cache_shapes: Any = functools.cache(_shapes)
 
 
 def drawn(rng: np.random.Generator, shapes: Any) -> Any:
