@@ -30,11 +30,11 @@ def classify(params, x):
 
 def _shapes(predictor: nn.Module, selector: nn.Module, activation: tuple[int, ...] = (WIDTH,)) -> Any:
     """Shapes of a cache's parameters: tracing is enough, so the victim of the kill test starts no device."""
-    key, logits = jax.random.key(0), (1, getattr(predictor, "classes"))  # noqa: B009 (of every predictor)
+    logits = (1, getattr(predictor, "classes"))  # noqa: B009 (of every predictor)
     return jax.eval_shape(
         lambda: {
-            "predictor": predictor.init(key, jnp.zeros((1, *activation))),
-            "selector": selector.init(key, jnp.zeros(logits)),
+            "predictor": predictor.init(jax.random.key(0), jnp.zeros((1, *activation))),
+            "selector": selector.init(jax.random.key(0), jnp.zeros(logits)),
         }
     )
 
