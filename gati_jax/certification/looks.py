@@ -204,7 +204,7 @@ class Ledger:
         if self.path is None:
             return
         try:
-            write_atomically(self.path, looks.model_dump_json(indent=1) + "\n")
+            write_atomically(self.path, looks.model_dump_json(indent=1).encode() + b"\n")
         except OSError as error:
             if self.path != user_path():
                 raise
