@@ -148,6 +148,7 @@ def test_digits_are_those_of_scikit_learn_and_parts_are_slices():
     parts = [("all[:100]", slice(100)), ("all[100:103]", slice(100, 103)), ("all[1790:]", slice(1790, None))]
     for split, part in parts:
         some = data.load("digits", split)
+        assert some.labels is not None
         assert np.array_equal(some.images, loaded.images[part])
         assert np.array_equal(some.labels, loaded.labels[part])
 

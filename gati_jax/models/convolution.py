@@ -101,15 +101,7 @@ def store(kernel: Float[Array | np.ndarray, "height width in out"], algorithm: A
 
 
 def convolve(x: Activation, stored: Float[Array, "..."], algorithm: Algorithm, kernel: int, stride: int) -> Output:
-    """Convolve activations by an algorithm.
-
-    Args:
-        x: Activations.
-        stored: The kernel, as ``store`` returns it.
-        algorithm: The algorithm that it was stored for.
-        kernel: Its height and width.
-        stride: 1 or more; 1 for Winograd's.
-    """
+    """Convolve by the algorithm that a kernel x kernel convolution was stored for, see ``store``."""
     if algorithm == "direct":
         return _direct(x, stored, stride)
     if algorithm == "im2col":

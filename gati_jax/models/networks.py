@@ -23,6 +23,8 @@ from .chain import Chain, Normalization
 from .convolution import Algorithm, Layer, store
 from .modules import EPSILON
 
+Images = Float[Array, "batch height width channels"]
+Logits = Float[Array, "batch classes"]
 Variables = tuple[dict[str, Any], ...]
 _WINOGRAD_CHANNELS = 32  # with fewer, its transforms cost more than they save
 
@@ -37,18 +39,14 @@ def init(network: Architecture, key: PRNGKeyArray) -> Variables:
     return tuple(variables)
 
 
-def apply(
-    network: Architecture, variables: Variables, x: Float[Array, "batch height width channels"]
-) -> Float[Array, "batch classes"]:
+def apply(network: Architecture, variables: Variables, x: Images) -> Logits:
     """Return logits, normalising by running statistics."""
     for module, v in zip(network.modules("running"), variables, strict=True):
         x = call(module, v, x)
     return x
 
 
-def apply_train(
-    network: Architecture, variables: Variables, x: Float[Array, "batch height width channels"]
-) -> tuple[Float[Array, "batch classes"], Variables]:
+def apply_train(network: Architecture, variables: Variables, x: Images) -> tuple[Logits, Variables]:
     """Return logits, normalised by the batch's statistics, and variables with their running statistics advanced."""
     advanced = []
     for module, v in zip(network.modules("batch"), variables, strict=True):
