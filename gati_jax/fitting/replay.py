@@ -91,17 +91,9 @@ def evaluate(
     batch: int = 128,
     pause: Pause | None = None,
 ) -> Outputs:
-    """Return the columns of a replay without a table: for requests that arrive in small parts.
+    """Return the columns of a replay without a table: for requests that arrive in small parts, at least one at a time.
 
-    Args:
-        chain: The base.
-        candidates: The caches, scored by their final selectors.
-        images: uint8 or prepared inputs[n, ...], at least one.
-        batch: Images in a step.
-        pause: As for ``replay``.
-
-    Raises:
-        InputError: As ``replay``.
+    Arguments and errors as for ``replay``; the candidates' final selectors score all rows.
     """
     images, items = check_images(chain, images), tuple(candidates)
     fold = np.zeros(len(images), np.int32)
@@ -121,8 +113,7 @@ def _outputs(
     _check_batch(batch)
     pause, parts = pause or no_pause, []
     for rows in full_batches(len(images), batch):
-        part = _replay_batch(chain, items, selectors, images[rows], fold[rows])
-        parts.append([np.asarray(column) for column in part])
+        parts.append(jax.device_get(_replay_batch(chain, items, selectors, images[rows], fold[rows])))
         pause()
     n = len(images)
     return Outputs(*(np.concatenate(columns, axis=-1)[..., :n] for columns in zip(*parts, strict=True)))
@@ -147,11 +138,7 @@ def replay_logits(
 ) -> Float[np.ndarray, "candidates n classes"]:
     """Return the logits of every candidate's predictor, for exit rules other than its selector's.
 
-    Args:
-        chain: The base.
-        candidates: The caches.
-        images: uint8 or prepared inputs[n, ...].
-        batch: Images in a step.
+    Arguments as for ``replay``.
 
     Raises:
         InputError: No candidates, images that the chain does not take, or a batch of no rows.
@@ -169,9 +156,7 @@ def _check_batch(batch: int) -> None:
         raise InputError(f"batch: expected 1 or more, got {batch}")
 
 
-def _forward(
-    chain: Chain, items: tuple[Candidate, ...], images: Array
-) -> tuple[Float[Array, "batch classes"], dict[str, Float[Array, "batch classes"]]]:
+def _forward(chain: Chain, items: tuple[Candidate, ...], images: Array) -> tuple[Array, dict[str, Array]]:
     """Return the base's logits, and every predictor's by name."""
     sites, base_logits = chain.activations(chain.prepare(images))
     variables = {item.name: item.params["predictor"] for item in items}
@@ -180,9 +165,7 @@ def _forward(
 
 @jax.jit
 @reference
-def _logits_batch(
-    chain: Chain, items: tuple[Candidate, ...], images: Array
-) -> Float[Array, "candidates batch classes"]:
+def _logits_batch(chain: Chain, items: tuple[Candidate, ...], images: Array) -> Float[Array, "candidates n classes"]:
     return jnp.stack(list(_forward(chain, items, images)[1].values()))
 
 
@@ -190,12 +173,7 @@ def _logits_batch(
 @reference
 def _replay_batch(
     chain: Chain, items: tuple[Candidate, ...], selectors: tuple[PyTree, ...], images: Array, fold: Int[Array, " batch"]
-) -> tuple[
-    Int[Array, " batch"],
-    Int[Array, "candidates batch"],
-    Float[Array, "candidates batch"],
-    Float[Array, "classes batch"],
-]:
+) -> tuple[Array, ...]:
     """Return one batch's columns of ``Outputs``; ``fold`` chooses each row's selector."""
     base_logits, logits = _forward(chain, items, images)
     answers = jnp.argmax(base_logits, -1)
