@@ -1,4 +1,4 @@
-"""Looks at certify rows: what a series of them may certify, tells, and remembers."""
+"""Attacks on a series of looks at certify rows, all of which fail: what it may certify, tells, and remembers."""
 
 import functools
 import json
