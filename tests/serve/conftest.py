@@ -23,13 +23,13 @@ def residual() -> gati_jax.Bundle:
     network = ResNet(stages=(1, 1), widths=(4, 8), shortcut="B", classes=5, input_shape=(8, 8, 3))
     normalization = Normalization(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), scale=1 / 256)
     rng = np.random.default_rng(3)
-    chain = to_chain(network, drawn(rng, lambda: fold(init(network, jax.random.key(0)))), normalization)
+    chain = to_chain(network, drawn(rng, jax.eval_shape(lambda: fold(init(network, jax.random.key(0))))), normalization)
     caches = []
     for site, selector in ((0, LinearSelector()), (1, SortedSelector(hidden=3, top=2))):
         predictor, activation = Grid(5, cells=2, hidden=6), jnp.zeros((1, *chain.site_specs[site].shape))
         params = {
-            "predictor": drawn(rng, lambda p=predictor, x=activation: p.init(jax.random.key(0), x)),
-            "selector": drawn(rng, lambda s=selector: s.init(jax.random.key(0), jnp.zeros((1, 5)))),
+            "predictor": drawn(rng, jax.eval_shape(predictor.init, jax.random.key(0), activation)),
+            "selector": drawn(rng, jax.eval_shape(selector.init, jax.random.key(0), jnp.zeros((1, 5)))),
         }
         caches.append(Candidate(f"grid@{site}", site, predictor, selector, params))
     return half_hit(chain, caches, pixels(64))
