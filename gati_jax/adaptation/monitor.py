@@ -235,9 +235,9 @@ class Monitor:
     def state(self) -> MonitorState:
         """What to ``resume`` behind a restart."""
         return MonitorState(
-            version=self.version, watched=self.watched, alarmed=self._alarmed, playing=tuple(self._e_process.playing),
-            restarts=tuple(self._e_process.restarts), counts=tuple((q, n, seen) for q, (n, seen) in self._counts.items()),
-            bounded=self._bounded, hits=self._hits, lost=self._lost, shadows=dict(self._shadows),
+            version=self.version, watched=self.watched, alarmed=self._alarmed, bounded=self._bounded, hits=self._hits,
+            playing=tuple(self._e_process.playing), restarts=tuple(self._e_process.restarts), lost=self._lost,
+            counts=tuple((q, n, seen) for q, (n, seen) in self._counts.items()), shadows=dict(self._shadows),
         )  # fmt: skip
 
     def resume(self, state: MonitorState) -> None:
