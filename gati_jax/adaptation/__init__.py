@@ -3,6 +3,7 @@
 from .controller import EVENT_KINDS as EVENT_KINDS
 from .controller import AdaptationController as AdaptationController
 from .controller import ControllerConfig as ControllerConfig
+from .controller import ControllerState as ControllerState
 from .controller import Event as Event
 from .controller import EventKind as EventKind
 from .controller import Served as Served
@@ -19,6 +20,7 @@ from .monitor import Alarm as Alarm
 from .monitor import CostGuardConfig as CostGuardConfig
 from .monitor import Monitor as Monitor
 from .monitor import MonitorConfig as MonitorConfig
+from .monitor import MonitorState as MonitorState
 from .monitor import Watched as Watched
 from .recovery import Recovery as Recovery
 from .recovery import RecoveryConfig as RecoveryConfig
@@ -28,6 +30,7 @@ from .recovery import refit_caches as refit_caches
 from .recovery import replan as replan
 from .recovery import updated as updated
 from .request_log import EXACT as EXACT
+from .request_log import LOST as LOST
 from .request_log import NEAREST as NEAREST
 from .request_log import UNKNOWN as UNKNOWN
 from .request_log import Block as Block

@@ -4,7 +4,7 @@
     from_cache  -> the input cache has answered
     answered    -> the cascade has answered                            (after a miss, with the base's answer)
     shadowed    -> the base has answered, too, behind a hit
-    lost        -> neither will come
+    lost        -> neither will come; a hit whose base answer is lost counts as wrong
     in order    -> request log, monitor, cost guard, trial of the nearest cache
                    (a request whose base answer is still to come holds back those behind it)
 
@@ -20,18 +20,20 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
+from pydantic import Field
 
+from gati_jax.bundle.manifest import Strict
 from gati_jax.bundle.record import Bundle, certified_only, costs_of
 from gati_jax.caches import Candidate, choose
 from gati_jax.errors import InputError
 
 from .input_cache import ExactCache, ExactCacheConfig, InputCache, NearestCache, NearestCacheConfig, Ticket
-from .monitor import Alarm, CostGuard, CostGuardConfig, Monitor, MonitorConfig, exit_ms
-from .request_log import EXACT, NEAREST, UNKNOWN, Observation, RequestLog, RequestLogConfig
+from .monitor import Alarm, CostGuard, CostGuardConfig, Monitor, MonitorConfig, MonitorState, Natural, exit_ms
+from .request_log import EXACT, LOST, NEAREST, UNKNOWN, Observation, RequestLog, RequestLogConfig
 from .trials import NearestTrial, NearestTrialConfig
 
 EventKind = Literal["alarm", "closed", "opened", "trial", "inconclusive", "refit", "swap", "paused", "resumed"]
@@ -78,6 +80,20 @@ class Event(NamedTuple):
     """Requests monitored before it."""
     kind: EventKind
     text: str
+
+
+class ControllerState(Strict):
+    """What must survive a restart, or each would spend delta anew and open what an alarm has closed."""
+
+    bundle: Annotated[str, Field(max_length=200)]
+    """Digest of the certified plan; with another, all begins closed."""
+    epsilon: float
+    delta: float
+    monitor: MonitorState
+    number: Natural
+    """Of the version in the folder that is served; 0 for the bundle as it was given."""
+    closed: Annotated[tuple[int, ...], Field(max_length=4096)]
+    """Sites of caches that are closed."""
 
 
 class AdaptationController:
@@ -130,6 +146,9 @@ class AdaptationController:
         if config.cost_guard is not None and bundle.costs:
             self._costs = costs_of(bundle)
             self._cost_guard = CostGuard(config.cost_guard, self._costs.full_ms)
+        self._bundle = f"{bundle.plan.hash}:{bundle.certificate.step}"
+        self.number = 0
+        """Of the version that is served, see ``ControllerState``."""
         self.epoch = 0
         """Counts changes of what is served, the nearest cache included."""
         self.closed_at: int | None = None
@@ -195,7 +214,9 @@ class AdaptationController:
         self._advance()
 
     def lost(self, ticket: Ticket) -> None:
-        """Give up on a request that was never answered; or on its base answer, as if it had not been shadowed."""
+        """Give up on a request that was never answered; or on its base answer, which then counts as wrong."""
+        if ticket.observation is not None and not ticket.complete:
+            ticket.observation = ticket.observation._replace(base_class=LOST)
         ticket.complete = True
         self._advance()
 
@@ -232,7 +253,8 @@ class AdaptationController:
 
     def on_alarm(self, alarm: Alarm) -> None:
         """Close what an alarm names, and go on with the monitor's next version."""
-        self.emit("alarm", f"disagreement above {self.config.monitor.epsilon:.2%}")
+        lost = f", {n} lost shadows counted as wrong" if (n := self.monitor.report.lost) else ""
+        self.emit("alarm", f"disagreement above {self.config.monitor.epsilon:.2%}{lost}")
         if NEAREST in alarm.sites and self.trial.state == "open":
             self._close_nearest()
         self._close(alarm.sites, "alarm")
@@ -269,21 +291,58 @@ class AdaptationController:
             self.emit("inconclusive", "nearest cache: other caches are served from now on, the trial is over")
         self._on_change(served)
 
-    def adopt(self, served: Served, text: str, epoch: int | None = None) -> None:
+    def adopt(self, served: Served, text: str, epoch: int | None = None, *, number: int = 0) -> None:
         """Serve other caches or thresholds, certified by a trial, from the next request on.
 
         Args:
             served: The caches and thresholds.
             text: For the operator.
             epoch: The controller's when the trial began: a certificate beside something else opens nothing.
+            number: Of the version in the folder.
         """
         if epoch is not None and epoch != self.epoch:
             self.emit("inconclusive", f"{text}: what is served has changed meanwhile")
             return
-        self.closed_at, self._paused = None, None
+        self.closed_at, self._paused, self.number = None, None, number
         self.monitor.next_version()
         self.emit("swap", text)
         self._serve(served)
+
+    # --- Restarts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> ControllerState:
+        """What to ``resume`` behind a restart; the nearest cache starts empty there, and pauses are over."""
+        config, (caches, thresholds) = self.config.monitor, self._paused or self.served
+        return ControllerState(
+            bundle=self._bundle, epsilon=config.epsilon, delta=config.delta, monitor=self.monitor.state,
+            number=self.number, closed=tuple(caches[i].site for i in np.flatnonzero(np.isinf(thresholds))),
+        )  # fmt: skip
+
+    def resume(self, state: ControllerState, served: Served, number: int) -> None:
+        """Go on where another process stopped, with the version that could be loaded; 0 is the bundle as it was given.
+
+        Another bundle begins closed. So does a version before the one that was served last: it was left because of an
+        alarm. A later one was certified and saved, but the process ended before it was served.
+        """
+        if state.bundle != self._bundle:
+            self.distrust(state.monitor.version + 1, "what is remembered is of another bundle")
+            return
+        self.monitor.resume(state.monitor)
+        if (state.epsilon, state.delta) != (self.config.monitor.epsilon, self.config.monitor.delta):
+            self.monitor.next_version()  # evidence against another hypothesis
+        if number > state.number:
+            self.adopt(served, f"version {number}", number=number)
+            return
+        if number:
+            self.closed_at, self.number = None, number
+            self._serve(served)
+        self._close(state.closed if number == state.number else range(self.depth), "before the restart")
+
+    def distrust(self, version: int, why: str) -> None:
+        """Begin with all caches closed; the version must be one that the monitor cannot have come to before."""
+        self.monitor.next_version(version)
+        self._close(range(self.depth), why)
 
     def _guard_costs(self, exit_: int, *, frequent: bool) -> None:
         """Pause caches that cost more than they save, and resume them."""

@@ -13,6 +13,16 @@ Conditions on the caller:
   shadowed hit whose base answer is still being computed holds back those behind it. ``in_flight`` requests may be
   answered under an older q than the monitor's; until they are through, the monitor bets with ``quiet_q``.
 - After ``next_version``, requests that the cascade before it answered are not observed.
+- A shadow that was lost is observed as ``LOST`` and counts as wrong, in the e-process and in the bound: it could have
+  been. Left out, it would weigh as agreement, because the hits that no coin picked stay in with a loss of 0: where 90 %
+  are lost, a disagreement of 20 % looks like one of 2 %. To weigh the others up instead, the chance of a loss would
+  have to be known beforehand. So the loss that is bet on is "disagrees, or its shadow would be lost", whose mean the
+  coin observes without bias: an alarm is false with probability at most delta where that mean is at most epsilon, and
+  where it is more, the promise cannot be checked and what is open has to close all the same.
+
+A restart of the server takes ``state`` along and ``resume``s it. Its time and the last writing of the state must not be
+chosen by what shadows showed; what is forgotten in between was then never bet on. A fresh monitor at each restart would
+spend delta anew each time, and never gather what an alarm needs.
 
 Attention: in quiet a share ``quiet_q`` of the hits is shadowed. Once a shadow disagrees, or the traffic drifts, every
 hit is, until ``attention`` requests in a row showed nothing. That decides how soon an alarm comes, not how often one is
@@ -38,18 +48,19 @@ import math
 from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy.stats import binomtest
 
+from gati_jax.bundle.manifest import Strict
 from gati_jax.caches import Candidate
 from gati_jax.certification import trial_level
-from gati_jax.certification.betting import Count, EProcess, mean_disagreement, upper_bound
+from gati_jax.certification.betting import RATIOS, Count, EProcess, mean_disagreement, upper_bound
 from gati_jax.errors import InputError
 from gati_jax.options import Count as AtLeastOne
 from gati_jax.options import check_options
 from gati_jax.planning import CostTable
 
-from .request_log import EXACT, NEAREST, Observation
+from .request_log import EXACT, LOST, NEAREST, Observation
 
 _ADWIN_DELTA = 0.002  # ADWIN's default: roughly, the chance per window that it finds a change where there is none
 _SCORE_RANGE = 50.0  # scores are clipped to it: beyond it a selector is certain, and one wild score fills no window
@@ -101,16 +112,47 @@ class Watched(NamedTuple):
     shadows: dict[int, int]
     """Hits whose base answer is known, by the exits that have any."""
     disagreements: int
-    """Of the shadows."""
+    """Of the shadows; those that were lost are among both."""
+    lost: int
+    """Shadows whose base answer never came, see the module."""
     estimate: float
     """Of the share of requests that disagree."""
     upper: float
-    """Anytime-valid bound, with confidence 1 - delta, on the running mean of conditional risks."""
+    """Anytime-valid bound on the running mean of conditional risks; delta is shared out as it is for alarms, so that
+    with confidence 1 - delta no bound of any version is ever wrong."""
     e_value: float
     q: float
     drifts: int
     """Changes that the drift detector found."""
     alarmed: bool
+
+
+Natural = Annotated[int, Field(ge=0, lt=2**53)]
+_Capital = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Stakes = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class MonitorState(Strict):
+    """The evidence of a monitor's present version, for the next process; q starts low there."""
+
+    version: Annotated[int, Field(ge=1, lt=2**31)]
+    watched: Natural
+    alarmed: bool
+    playing: Annotated[tuple[_Capital, ...], Field(min_length=len(RATIOS), max_length=len(RATIOS))]
+    """See ``EProcess``."""
+    restarts: Annotated[tuple[_Stakes, ...], Field(min_length=len(RATIOS), max_length=len(RATIOS))]
+    counts: Annotated[tuple[tuple[Annotated[float, Field(gt=0, le=1)], Natural, Natural], ...], Field(max_length=16)]
+    """q that was bet on, requests, and disagreements seen."""
+    bounded: bool
+    hits: Natural
+    lost: Natural
+    shadows: Annotated[dict[int, Natural], Field(max_length=4096)]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "MonitorState":
+        if any(seen > requests for _, requests, seen in self.counts):
+            raise ValueError("counts: expected at most as many disagreements as requests")
+        return self
 
 
 ChangeTest = Callable[[float], bool]
@@ -173,16 +215,39 @@ class Monitor:
         self._shadow_all = False
         self.next_version()
 
-    def next_version(self) -> None:
-        """Start anew for another cascade: a fresh e-process, at a smaller delta."""
-        self.version += 1
-        self._needed = 1 / trial_level(self.config.delta, self.version)
+    def next_version(self, version: int | None = None) -> None:
+        """Start anew for another cascade, as this version if given: a fresh e-process, at a smaller delta."""
+        self.version = version or self.version + 1
+        self._needed = 1 / self.level
         self._e_process, self._alarmed = EProcess(self.config.epsilon), False
         self._counts: dict[float, list[int]] = {}  # requests and disagreements seen, by the q that was bet on
-        self._hits = 0
+        self._hits = self._lost = 0
         self._shadows = collections.Counter[int]()  # by exit
         self._bounded = True
         self._begin_episode()
+
+    @property
+    def level(self) -> float:
+        """The present version's part of delta."""
+        return trial_level(self.config.delta, self.version)
+
+    @property
+    def state(self) -> MonitorState:
+        """What to ``resume`` behind a restart."""
+        return MonitorState(
+            version=self.version, watched=self.watched, alarmed=self._alarmed, bounded=self._bounded, hits=self._hits,
+            playing=tuple(self._e_process.playing), restarts=tuple(self._e_process.restarts), lost=self._lost,
+            counts=tuple((q, n, seen) for q, (n, seen) in self._counts.items()), shadows=dict(self._shadows),
+        )  # fmt: skip
+
+    def resume(self, state: MonitorState) -> None:
+        """Go on where another process stopped, which promised the same."""
+        self.next_version(state.version)
+        self._e_process.resume(state.playing, state.restarts)
+        self.watched, self._alarmed, self._bounded = state.watched, state.alarmed, state.bounded
+        self._counts = {q: [requests, seen] for q, requests, seen in state.counts}
+        self._hits, self._lost = state.hits, state.lost
+        self._shadows.update(state.shadows)
 
     def watch(self, observation: Observation) -> Alarm | None:
         """Take one served request.
@@ -195,6 +260,7 @@ class Monitor:
         hit, known = site != self.depth, base_class is not None
         disagrees = hit and known and base_class != class_index
         self._hits += hit
+        self._lost += base_class == LOST
         if hit and known and site != EXACT:  # whose answer is the base's, at no cost
             self._shadows[site] += 1
         drifted = self._drift is not None and self._drift.update(observation)
@@ -229,8 +295,9 @@ class Monitor:
             hits=self._hits,
             shadows=dict(sorted(self._shadows.items())),
             disagreements=sum(c.seen for c in counts.values()),
+            lost=self._lost,
             estimate=mean_disagreement(counts),
-            upper=upper_bound(counts, self.config.delta) if self._bounded else 1.0,
+            upper=upper_bound(counts, self.level) if self._bounded else 1.0,
             e_value=self._e_process.total,
             q=self.q,
             drifts=self._drift.count if self._drift else 0,

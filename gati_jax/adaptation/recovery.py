@@ -98,7 +98,7 @@ class ControllerView(Protocol):
         """See ``AdaptationController``."""
         ...
 
-    def adopt(self, served: Served, text: str, epoch: int | None = None) -> None:
+    def adopt(self, served: Served, text: str, epoch: int | None = None, *, number: int = 0) -> None:
         """Serve what a trial has certified."""
 
     def emit(self, kind: EventKind, text: str) -> None:
@@ -108,8 +108,10 @@ class ControllerView(Protocol):
 class Recovery:
     """Brings closed caches back; one thread calls it."""
 
-    def __init__(self, bundle: Bundle, controller: ControllerView, versions: Versions, config: RecoveryConfig) -> None:
-        """Wait for the controller to close a cache of the bundle's certified plan.
+    def __init__(
+        self, bundle: Bundle, controller: ControllerView, versions: Versions, config: RecoveryConfig, *, number: int = 0
+    ) -> None:
+        """Wait for the controller to close a cache of the version that is served; 0 is the bundle's certified plan.
 
         Versions count trials and keep what is swapped in. Where the request log is too small there are no refits, and
         a warning says so.
@@ -130,7 +132,7 @@ class Recovery:
         self._piece = min(config.piece, capacity)
         self._cursor: int | None = None
         self._epoch = controller.epoch
-        self._number: int | None = None  # of the version that was swapped in last
+        self._number = number or None  # of the version that was swapped in, or loaded, last
         self._refit_next = False
 
     def work(self, pause: Pause | None = None) -> bool:
@@ -212,7 +214,7 @@ class Recovery:
         epoch, number = self._epoch, self.versions.save(bundle)
         self.trial, self._refit_next, self._number = None, False, number
         text = f"version {number}: step {trial.step} of {len(trial.plan.path) - 1} after {trial.n} requests"
-        self.controller.adopt(Served(trial.caches, served_by(bundle).thresholds), text, epoch)
+        self.controller.adopt(Served(trial.caches, served_by(bundle).thresholds), text, epoch, number=number)
 
 
 def refit_caches(

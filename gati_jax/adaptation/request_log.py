@@ -18,6 +18,8 @@ EXACT = -1
 NEAREST = -2
 """The exit of requests that the nearest cache answered, in front of the network."""
 UNKNOWN = -1  # a class, where there is none
+LOST = -2
+"""In place of the base's class: the request was to be shadowed, but its shadow was lost."""
 _CHUNK = 512  # rows copied under the lock at once
 
 
@@ -33,7 +35,7 @@ class Observation(NamedTuple):
     q: float
     """Probability, fixed before the request, with which its base answer is computed; 1 for a miss."""
     base_class: int | None
-    """The base's answer where it is known: for every miss and every shadowed hit."""
+    """The base's answer where it is known: for every miss and every shadowed hit; ``LOST`` equals no class."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,11 @@ class Versions:
         """The versions that may be served, the current one last."""
         return self._read().history
 
+    @property
+    def trials(self) -> int:
+        """How many trials there have been."""
+        return self._read().trials
+
     def path(self, number: int) -> Path:
         """Return a version's bundle folder."""
         return self.folder / "versions" / f"{number:06d}"

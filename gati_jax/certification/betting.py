@@ -35,7 +35,7 @@ p_t so far, weighted by s_t (about proportional to q_t), is below the bound.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -142,6 +142,11 @@ class EProcess:
         """What is in play and in reserve, the mean over all bets."""
         parts = itertools.starmap(lambda play, n: play + 1 / (n + 1), zip(self.playing, self.restarts, strict=True))
         return sum(parts) / len(self.playing)
+
+    def resume(self, playing: Sequence[float], restarts: Sequence[int]) -> None:
+        """Go on from what another process had in play, and how many stakes it had put there."""
+        self.playing, self.restarts = list(playing), list(restarts)
+        self._floors = [COLLAPSED / ((n + 1) * (n + 2)) for n in restarts]
 
     def _restart(self, i: int) -> None:
         self.restarts[i] = n = self.restarts[i] + 1

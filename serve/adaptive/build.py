@@ -14,6 +14,7 @@ from gati_jax import Bundle, BundleError, InputError
 from gati_jax.adaptation import (
     AdaptationController,
     ControllerConfig,
+    ControllerState,
     Event,
     ExactCacheConfig,
     MonitorConfig,
@@ -25,6 +26,7 @@ from gati_jax.adaptation import (
     served_by,
 )
 from gati_jax.bundle import Versions
+from gati_jax.bundle.manifest import read_json, write_json
 from gati_jax.bundle.record import certified_only
 from gati_jax.certification import trial_level
 from gati_jax.pytrees import tree_digest
@@ -39,6 +41,9 @@ from .engine import AdaptiveEngine, Swap
 from .worker import Worker
 
 _PIECE = 32  # requests that a trial takes at once: a step of the server may have to wait for them
+STATE = "monitor.json"
+"""What must survive a restart, beside ``versions.json``."""
+_MAX_BYTES = 2**20
 _log = logging.getLogger(__name__)
 
 
@@ -94,11 +99,15 @@ def build(
         level = lambda: trial_level(delta, versions.next_trial())  # noqa: E731
         return AdaptationController(bundle, config, level=level, on_change=on_change, on_event=on_event)
 
-    adapting = AdaptiveEngine(controller, observer=observer, classes=bundle.chain.classes)
-    _resume_version(versions, certified, adapting, epsilon)
+    file = folder / STATE
+    adapting = AdaptiveEngine(
+        controller, observer=observer, classes=bundle.chain.classes, keep=lambda state: _keep(file, state)
+    )
+    number, current = _current_version(versions, certified, epsilon) or (0, served_by(certified))
+    adapting.resume(lambda controller: _resume(controller, file, versions, number, current))
     trial = TrialConfig(epsilon=epsilon, delta=delta)
     recovery = RecoveryConfig(trial=trial, refit="refit" not in without, piece=_PIECE)
-    worker = Worker(Recovery(bundle, adapting, versions, recovery), share)
+    worker = Worker(Recovery(bundle, adapting, versions, recovery, number=number), share, adapting.keep)
     plan, base = routes.load(certified, reference=reference)
     served = adapting.controller.served
     same = len(plan.leave) == len(served.caches) + 1
@@ -126,15 +135,50 @@ def _controller_config(
     )
 
 
-def _resume_version(versions: Versions, certified: Bundle, adapting: AdaptiveEngine, epsilon: float) -> None:
-    """Serve the folder's current version, if it fits."""
+def _resume(controller: AdaptationController, file: Path, versions: Versions, number: int, current: Served) -> None:
+    """Go on where the last server with this folder stopped; where that is not known, begin with all caches closed.
+
+    A monitor's version is unknown then, too. It counts alarms, each of which closes something, and what opens it again,
+    which takes a trial: depth + 2 at most for a trial, and one more for a version that was found at the first start.
+    Trials are counted in another file. So no server before has come to the version that is begun with here.
+    """
+    state, why = None, ""
+    if file.exists():
+        try:
+            state = read_json(file, ControllerState, most_bytes=_MAX_BYTES)
+        except (BundleError, OSError) as error:
+            why = str(error)
+    elif versions.trials:
+        why = f"{file} is missing, although there have been trials"
+    if state is not None:
+        controller.resume(state, current, number)
+        if controller.monitor.version != state.monitor.version:
+            versions.next_trial()  # another promise or bundle: counts for the bound, too
+        why = "" if state.bundle == controller.state.bundle else f"{file} is of another bundle"
+    elif why:
+        controller.distrust((controller.depth + 3) * (versions.trials + 1) + 1, "the monitor's state is unknown")
+    elif number:
+        controller.adopt(current, f"version {number}, of {versions.folder}", number=number)
+    if why:
+        _log.warning("adaptation: all caches begin closed, until a trial opens them", extra={"why": why})
+
+
+def _keep(file: Path, state: ControllerState) -> None:
+    try:
+        write_json(file, state)
+    except OSError as error:
+        _log.error("adaptation: a restart will forget what the monitor has seen", extra={"why": str(error)})
+
+
+def _current_version(versions: Versions, certified: Bundle, epsilon: float) -> tuple[int, Served] | None:
+    """Return the folder's current version, if it fits."""
     if not versions.history:
-        return
+        return None
     try:
         number, bundle = versions.load_current()
     except BundleError as error:
         _log.warning("adaptation: the bundle is served as it was given", extra={"why": str(error)})
-        return
+        return None
     given, current = served_by(certified), served_by(bundle)
     why = (
         "it is of another base" if tree_digest(certified.chain.params) != tree_digest(bundle.chain.params)
@@ -144,8 +188,8 @@ def _resume_version(versions: Versions, certified: Bundle, adapting: AdaptiveEng
     )  # fmt: skip
     if why:
         _log.warning("adaptation: a version is not served", extra={"version": number, "why": why})
-        return
-    adapting.adopt(current, f"version {number}, of {versions.folder}")
+        return None
+    return number, current
 
 
 def _structure(caches: object) -> tuple[object, ...]:

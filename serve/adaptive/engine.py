@@ -12,7 +12,17 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Shaped
 
-from gati_jax.adaptation import EXACT, NEAREST, AdaptationController, Event, EventKind, RequestLog, Served, Ticket
+from gati_jax.adaptation import (
+    EXACT,
+    NEAREST,
+    AdaptationController,
+    ControllerState,
+    Event,
+    EventKind,
+    RequestLog,
+    Served,
+    Ticket,
+)
 from serve.engine.engine import Engine
 from serve.engine.records import Answer, Job, Observer, ServeError, Statistics, Step
 
@@ -20,6 +30,8 @@ T = TypeVar("T")
 Swap = Callable[[], None]
 Build = Callable[[Callable[[Served], None], Callable[[Event], None]], AdaptationController]
 ADAPTED, BASE = 0, 1  # routes: of the plan that adapts, and of the base
+UNWATCHED = "unwatched"
+"""What a response says in place of a version where the monitor has not seen the request."""
 SAFE, PART, OPEN, FAILED = STATES = ("safe", "part", "open", "failed")
 """All caches closed, some of them, none; adaptation has failed. In the first and the last, the base answers."""
 LAYERS = {EXACT: "exact", NEAREST: "nearest"}
@@ -36,14 +48,24 @@ class AdaptiveEngine:
         build: Makes the controller, given its ``on_change`` and its ``on_event``.
         observer: Called with all that the engine reports.
         classes: Of the network.
+        keep: Writes down what must survive a restart: at each change of what is served, and with each ``keep``.
     """
 
-    def __init__(self, build: Build, *, observer: Observer, classes: int) -> None:
+    def __init__(
+        self,
+        build: Build,
+        *,
+        observer: Observer,
+        classes: int,
+        keep: Callable[[ControllerState], None] = lambda _: None,
+    ) -> None:
         """Prepare; ``serve`` starts."""
         self.cache_answers: collections.Counter[str] = collections.Counter()
         """Answers of the input cache, by layer."""
         self.failed = False
-        self._lock = threading.Lock()
+        self._lock, self._writing = threading.Lock(), threading.Lock()  # the second is taken last
+        self._write, self._taken, self._written = keep, 0, 0  # of states: how many were taken, and which was written
+        self._stopping = False
         self._engine: Engine | None = None
         self._prepare: Callable[[Served], Swap] | None = None
         self._prepared: tuple[Served, Swap] | None = None
@@ -52,6 +74,7 @@ class AdaptiveEngine:
         self._observer = observer
         self._logits = np.eye(classes, dtype=np.float32) * np.float32(_SURE)
         self.controller = build(self._on_change, self._on_event)
+        self._kept = self.controller.epoch, self.controller.monitor.version  # at the last change
 
     def serve(
         self, engine: Engine, prepare: Callable[[Served], Swap], *, end: Callable[[float | None], bool] = lambda _: True
@@ -73,40 +96,55 @@ class AdaptiveEngine:
         deadline: float | None = None,
         request_id: str = "",
     ) -> Sequence[Future[Answer]]:
-        """Admit images, all or none; see ``Engine.submit``. Only uint8 ones of the plan's route adapt."""
+        """Admit images, all or none; see ``Engine.submit``. Only uint8 ones of the plan's route adapt.
+
+        A stored point answers only where a place is free for its shadow, whether or not the coin asks for one: if
+        refusals depended on the coin, those that are served would be the ones that nobody compares.
+        """
         tickets = self._ask(images) if route == ADAPTED and images.dtype == np.uint8 else []
         closed = self._closed
-        nearest = any(ticket.cached and ticket.cached.exit == NEAREST for ticket in tickets)
-        self._notes = {"adaptation": SAFE if closed and not nearest else str(self.controller.monitor.version)}
+        asked = [ticket for ticket in tickets if ticket.cached is None]
+        stored = [ticket for ticket in tickets if ticket.cached is not None and ticket.cached.exit == NEAREST]
+        version = str(self.controller.monitor.version) if tickets else UNWATCHED
+        self._notes = {"adaptation": SAFE if closed and not stored else version}
         if not tickets:
             route = BASE if route == ADAPTED and closed else route
-            return self.engine.submit(images, route=route, deadline=deadline, request_id=request_id)
-        asked = [ticket for ticket in tickets if ticket.cached is None]
+            with self._lock:  # see below
+                return self.engine.submit(images, route=route, deadline=deadline, request_id=request_id)
         try:
-            answers = self.engine.submit(
-                images if len(asked) == len(images) else images[[ticket.cached is None for ticket in tickets]],
-                route=[BASE if closed or ticket.frequent else ADAPTED for ticket in asked],
-                deadline=deadline,
-                request_id=request_id,
-                marks=asked,
-            )
+            with self._lock:  # nothing else is admitted until the shadow jobs have taken the spare places
+                answers = self.engine.submit(
+                    images if len(asked) == len(images) else images[[ticket.cached is None for ticket in tickets]],
+                    route=[BASE if closed or ticket.frequent else ADAPTED for ticket in asked],
+                    deadline=deadline,
+                    request_id=request_id,
+                    marks=asked,
+                    spare=len(stored),
+                )
+                cached = [self._from_cache(ticket) for ticket in tickets if ticket.cached is not None]
         except BaseException:
             for ticket in tickets:
                 self._lose(ticket)
             raise
         for ticket, answer in zip(asked, answers, strict=True):
             answer.add_done_callback(lambda done, ticket=ticket: self._ended(done, ticket))
-        network = iter(answers)
-        return [next(network) if ticket.cached is None else self._from_cache(ticket) for ticket in tickets]
+        network, known = iter(answers), iter(cached)
+        return [next(network if ticket.cached is None else known) for ticket in tickets]
 
     def statistics(self) -> Statistics:
         """Return the engine's."""
         return self.engine.statistics()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Finish what was admitted; return False if time ran out."""
+        """Finish what was admitted; return False if time ran out.
+
+        Shadow jobs are given up. That is no sign of disagreement, and must not add up over restarts: the monitor sees
+        no request from the first of them on.
+        """
+        self._stopping = True
         self._end(0.0)
         finished = self.engine.stop(timeout)
+        self.keep()
         if not self._end(_ENDING):
             _log.warning("adaptation: recovery was stopped in the middle of a piece")
         return finished
@@ -155,9 +193,9 @@ class AdaptiveEngine:
         ticket = job.mark
         if not isinstance(ticket, Ticket):
             return
-        if answer is None:
+        if answer is None and not self._stopping:
             self._lose(ticket)
-        else:
+        elif answer is not None:
             self._guarded(lambda: self.controller.shadowed(ticket, answer.logits, time.monotonic()), None)
         self._observer.shadowed(job, answer)
 
@@ -182,29 +220,61 @@ class AdaptiveEngine:
         """See ``AdaptationController``."""
         return self.controller.epoch
 
-    def adopt(self, served: Served, text: str, epoch: int | None = None) -> None:
+    def adopt(self, served: Served, text: str, epoch: int | None = None, *, number: int = 0) -> None:
         """Serve what a trial has certified, from the next request on."""
         if self._prepare is not None:
             self._prepared = served, self._prepare(served)
-        self._guarded(lambda: self.controller.adopt(served, text, epoch), None)
+        self._guarded(lambda: self.controller.adopt(served, text, epoch, number=number), None)
 
     def emit(self, kind: EventKind, text: str) -> None:
         """Record an event."""
         self._guarded(lambda: self.controller.emit(kind, text), None)
 
+    # --- Restarts -----------------------------------------------------------------------------------------------------
+
+    def resume(self, work: Callable[[AdaptationController], None]) -> None:
+        """Have the controller go on where another process stopped, before anything is served."""
+        self._guarded(lambda: work(self.controller), None)
+
+    def keep(self) -> None:
+        """Write down what must survive a restart."""
+        with self._lock:
+            if self.failed:
+                return
+            taken = self._take()
+        self._put(*taken)
+
+    def _take(self) -> tuple[int, ControllerState]:
+        self._taken += 1
+        return self._taken, self.controller.state
+
+    def _put(self, number: int, state: ControllerState) -> None:
+        with self._writing:
+            if number > self._written:  # never an older one over a newer
+                self._write(state)
+                self._written = number
+
     # --- The controller -----------------------------------------------------------------------------------------------
 
-    def _guarded(self, work: Callable[[], T], otherwise: T, *, locked: bool = True) -> T:
-        """Do something with the controller, unless that has failed once."""
-        with self._lock if locked else contextlib.nullcontext():
+    def _guarded(self, work: Callable[[], T], otherwise: T, *, take: bool = True, changes: bool = True) -> T:
+        """Do something with the controller, unless that has failed once; take the lock for it, unless it is held.
+
+        What ``changes`` the controller is written down if that is what is served: an alarm must not be forgotten.
+        """
+        with self._lock if take else contextlib.nullcontext():
             if self.failed:
                 return otherwise
             try:
-                return work()
+                done = work()
+                served = (self.controller.epoch, self.controller.monitor.version)
+                if changes and served != self._kept:
+                    self._kept = served
+                    self._put(*self._take())
             except Exception:  # noqa: BLE001 (clients are answered all the same)
                 self.failed = True
                 _log.exception("adaptation has failed; from now on the base answers")
                 return otherwise
+            return done
 
     def _ask(self, images: Shaped[np.ndarray, "images h w c"]) -> list[Ticket]:
         """Ask the input cache about a request, all images at once; what takes long without the lock.
@@ -212,9 +282,9 @@ class AdaptiveEngine:
         It stays on the caller's thread, the event loop: whether a request is admitted, and where, is decided at once.
         """
         one, cache, now = self.controller, self.controller.input_cache, time.monotonic()
-        keys = self._guarded(lambda: cache.keys(images), [], locked=False)
+        keys = self._guarded(lambda: cache.keys(images), [], take=False, changes=False)
         tickets = self._guarded(lambda: one.admit(images, keys, now), [])
-        found = self._guarded(lambda: cache.search(tickets), None, locked=False)
+        found = self._guarded(lambda: cache.search(tickets), None, take=False, changes=False)
         self._guarded(lambda: cache.resolve(tickets, found), None)
         return tickets
 
@@ -227,16 +297,17 @@ class AdaptiveEngine:
         return self.controller.answered(ticket, answer.exit, answer.score, answer.logits, time.monotonic())
 
     def _from_cache(self, ticket: Ticket) -> Future[Answer]:
+        """Answer, and shadow where the coin asks for it. The lock is held."""
         assert ticket.cached is not None  # noqa: S101 (narrows the type)
         exit_, score, index, _, _ = ticket.cached
         self.cache_answers[LAYERS[exit_]] += 1
         done: Future[Answer] = Future()
         done.set_result(Answer(index, exit_, score, self._logits[index]))
-        if self._guarded(lambda: self.controller.from_cache(ticket), otherwise=False):
+        if self._guarded(lambda: self.controller.from_cache(ticket), otherwise=False, take=False):
             try:
                 self.engine.submit_shadow(ticket.image, route=BASE, mark=ticket)
-            except ServeError:
-                self._lose(ticket)
+            except ServeError:  # the engine's thread has ended meanwhile
+                self._guarded(lambda: self.controller.lost(ticket), None, take=False)
         return done
 
     def _ended(self, done: Future[Answer], ticket: Ticket) -> None:

@@ -6,7 +6,8 @@
     gati_adaptation_disagreement{bound}         "estimate" and "upper", of the present version
     gati_adaptation_watched_total               requests that the monitor has observed
     gati_adaptation_shadows{exit}               shadowed hits of the present version
-    gati_adaptation_shadow_disagreements        those that disagreed
+    gati_adaptation_shadow_disagreements        those that disagreed, lost ones included
+    gati_adaptation_shadows_lost                those whose base answer never came
     gati_adaptation_input_cache_total{layer}    answers of the input cache: "exact" and "nearest"
     gati_adaptation_nearest_entries             entries of the nearest cache
     gati_adaptation_events_total{kind}          see ``EVENT_KINDS``; each is a line of the log, too
@@ -54,6 +55,7 @@ class AdaptiveGauges(Collector):
         shadows = {str(exit_): float(count) for exit_, count in now.shadows.items()}
         yield _gauge("shadows", "Shadowed hits of the present version", shadows, "exit")
         yield _gauge("shadow_disagreements", "Shadowed hits that disagreed", now.disagreements)
+        yield _gauge("shadows_lost", "Shadowed hits whose base answer never came", now.lost)
         layers = {layer: float(adapting.cache_answers[layer]) for layer in LAYERS.values()}
         yield _counter("input_cache", "Answers of the input cache", layers, "layer")
         yield _gauge("nearest_entries", "Entries of the nearest cache", 0 if nearest is None else len(nearest))

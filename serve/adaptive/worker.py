@@ -8,6 +8,7 @@ from typing import Protocol
 
 from gati_jax.errors import InputError
 
+_KEEP = 5.0  # seconds between two calls of ``keep``
 _IDLE = 0.25  # seconds between two looks at whether there is something to do
 _RETRY = (1.0, 60.0)  # seconds before a piece that failed is tried again: at first, and at most
 _log = logging.getLogger(__name__)
@@ -26,11 +27,11 @@ class _StoppingError(Exception):
 
 
 class Worker:
-    """Runs pieces of work in a thread of its own, in a share of the time."""
+    """Runs pieces of work in a thread of its own, in a share of the time, and ``keep`` between them, by the clock."""
 
-    def __init__(self, recovery: Works, share: float) -> None:
+    def __init__(self, recovery: Works, share: float, keep: Callable[[], None] = lambda: None) -> None:
         """Prepare."""
-        self.recovery = recovery
+        self.recovery, self._keep = recovery, keep
         self._stopping = threading.Event()
         self.throttle = Throttle(share, sleep=self._sleep)
         self._thread = threading.Thread(target=self._run, name="adaptation", daemon=True)
@@ -49,9 +50,12 @@ class Worker:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        wait = _RETRY[0]
+        wait, keep_at = _RETRY[0], time.monotonic() + _KEEP
         while not self._stopping.is_set():
             try:
+                if time.monotonic() >= keep_at:
+                    self._keep()
+                    keep_at = time.monotonic() + _KEEP
                 if self.recovery.work(self.throttle.start()):
                     self.throttle()
                 else:

@@ -67,6 +67,7 @@ class Engine:
         deadline: float | None = None,
         request_id: str = "",
         marks: Sequence[object] | None = None,
+        spare: int = 0,
     ) -> list[Future[Answer]]:
         """Admit a request's images, all or none.
 
@@ -76,6 +77,7 @@ class Engine:
             deadline: When answers come too late, by the engine's clock.
             request_id: For logs and metrics.
             marks: By image, see ``Job.mark``.
+            spare: Places that must be free besides, for shadow jobs of images that were answered elsewhere.
 
         Returns:
             A future for each image; fails with DeadlineError or StepError. Cancelling it abandons the image.
@@ -93,11 +95,11 @@ class Engine:
             for image, number, mark in zip(images, numbers, marks or [None] * len(images), strict=True)
         ]
         try:
-            self._admit(jobs)
+            self._admit(jobs, spare)
         except (OverloadedError, StoppingError, ValueError) as error:
             reason = _REASONS[type(error)]
             with self._loop.wake:
-                self._loop.count["refused"] += len(jobs)
+                self._loop.count["refused"] += len(jobs) + spare
             self._loop.notify(lambda observer: observer.refused(reason))
             raise
         return [job.done for job in jobs]
@@ -151,9 +153,9 @@ class Engine:
                 **self._loop.count,
             )
 
-    def _admit(self, jobs: Sequence[Job]) -> None:
+    def _admit(self, jobs: Sequence[Job], spare: int = 0) -> None:
         with self._loop.wake:
             if self._loop.stopping:
                 raise StoppingError("stopping: the server admits nothing more")
-            self._loop.scheduler.admit(jobs)
+            self._loop.scheduler.admit(jobs, spare)
             self._loop.wake.notify()

@@ -90,16 +90,18 @@ class Scheduler:
 
     # Jobs in and out
 
-    def admit(self, jobs: Sequence[Job]) -> None:
+    def admit(self, jobs: Sequence[Job], spare: int = 0) -> None:
         """Give every job a slot and a place in its first queue; all of them or none.
+
+        So many slots must be spare besides, for jobs that may follow.
 
         Raises:
             OverloadedError: There are not enough free slots; says when to try again.
             ValueError: There can never be enough.
         """
-        if len(jobs) > self.capacity:
-            raise ValueError(f"images: expected at most {self.capacity} at once, got {len(jobs)}")
-        if (missing := self.in_use + len(jobs) - self.capacity) > 0:
+        if (needed := len(jobs) + spare) > self.capacity:
+            raise ValueError(f"images: expected at most {self.capacity} at once, got {needed}")
+        if (missing := self.in_use + needed - self.capacity) > 0:
             retry = max(self._max_wait, missing * self.backlog_ms / 1e3 / self.in_use)  # at an even pace
             raise OverloadedError(
                 f"overloaded: {self.in_use} of {self.capacity} places are taken; try again in {retry:.3f} s", retry

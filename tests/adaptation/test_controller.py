@@ -23,6 +23,7 @@ from gati_jax.adaptation import (
     MonitorConfig,
     NearestCacheConfig,
     NearestTrialConfig,
+    Observation,
     RequestLogConfig,
     TrialConfig,
 )
@@ -101,7 +102,7 @@ def test_the_monitor_does_not_depend_on_the_order_of_answers(outcomes, order):
         np.testing.assert_array_equal(log.recent(0, len(outcomes)).images, images)
 
 
-def test_a_lost_request_holds_back_none_and_a_lost_shadow_counts_as_none():
+def test_a_lost_request_holds_back_none_and_a_lost_shadow_counts_as_wrong():
     one = controller(monitor=shadowing(1.0))
     first, second, third, fourth = one.ask(np.stack([IMAGE] * 4), 0.0)
     answer(one, second, hit=False)
@@ -112,7 +113,29 @@ def test_a_lost_request_holds_back_none_and_a_lost_shadow_counts_as_none():
         one.lost(ticket)
         counts.append(one.request_log.count)
     assert counts == [0, 2, 3]
-    assert one.monitor.report.shadows == {}
+    report = one.monitor.report
+    assert (report.shadows, report.disagreements, report.lost) == ({1: 1}, 1, 1)
+
+
+@pytest.mark.parametrize("lost", [0.0, 0.5, 0.9, 1.0])
+def test_stored_points_that_are_wrong_are_closed_however_many_shadows_are_lost(lost):
+    """A nearest cache that answers half of the requests, wrong on a fifth of these."""
+    one, rng = with_nearest(), np.random.default_rng(3)
+    one.trial.state, one.trial.threshold = "open", 0.0
+    for hit, wrong, loses in rng.random((20_000, 3)) < (0.5, 0.2, lost):
+        ticket = ask(one)
+        if not hit:
+            answer(one, ticket, hit=False)
+        else:
+            ticket.cached = Observation(NEAREST, 1.0, 0, ticket.q, None)
+            if one.from_cache(ticket):
+                one.lost(ticket) if loses else one.shadowed(ticket, logits(int(wrong)), 0.0)
+        if one.event_counts["alarm"]:
+            break
+    assert one.event_counts["alarm"] == 1
+    assert state(one) != "open"
+    assert one.monitor.watched < 5000
+    assert ("lost" in next(event.text for event in one.events if event.kind == "alarm")) == (lost > 0)
 
 
 def test_an_alarm_closes_at_once_and_older_answers_are_not_observed():

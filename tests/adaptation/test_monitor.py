@@ -1,5 +1,6 @@
 """The monitor against what it promises: q, episodes, named exits, counters, versions, false alarms, drift."""
 
+import json
 import math
 import sys
 from itertools import chain, cycle, repeat
@@ -9,10 +10,10 @@ import pytest
 from scipy.stats import binom
 
 import gati_jax
-from gati_jax.adaptation import EXACT, NEAREST, Monitor, MonitorConfig, Observation
+from gati_jax.adaptation import EXACT, LOST, NEAREST, Monitor, MonitorConfig, MonitorState, Observation
 from gati_jax.adaptation.monitor import DriftDetector
 from gati_jax.certification import trial_level
-from gati_jax.certification.betting import EProcess
+from gati_jax.certification.betting import Count, EProcess, upper_bound
 
 DEPTH = 4
 MISS = Observation(DEPTH, math.inf, 3, 1.0, 3)
@@ -124,6 +125,74 @@ def test_counters():
     assert report.shadows == {0: 1, 1: 1, 3: 1}
     assert report.estimate == pytest.approx(50 / 5)
     assert 0.9 < report.upper <= 1
+
+
+def test_the_bound_shares_delta_with_those_of_other_versions():
+    monitor = Monitor(QUIET, DEPTH)
+    for version in (1, 2, 3):
+        assert first_alarm(monitor, repeat(MISS, 2000)) is None
+        counts = {QUIET.quiet_q: Count(2000, 0)}
+        assert monitor.report.upper == pytest.approx(upper_bound(counts, trial_level(QUIET.delta, version)))
+        monitor.next_version()
+
+
+def test_a_lost_shadow_is_as_one_that_disagreed():
+    lost, told = Monitor(QUIET, DEPTH), Monitor(QUIET, DEPTH)
+    for observation in [MISS, hit(0.02), wrong(0.02), MISS, wrong()]:
+        told.watch(observation)
+        lost.watch(observation._replace(base_class=LOST) if observation.base_class == 2 else observation)
+    assert lost.report == told.report._replace(lost=2)
+
+
+def resumed(monitor):
+    """As after a restart: what was written down, read by another process."""
+    other = Monitor(monitor.config, DEPTH)
+    other.resume(MonitorState.model_validate_json(monitor.state.model_dump_json()))
+    return other
+
+
+def test_evidence_survives_a_restart():
+    """One that is restarted all the time, and one that never is."""
+    one = other = Monitor(MonitorConfig(drift=False, epsilon=0.1, attention=1, quiet_q=0.5), DEPTH)
+    rng = np.random.default_rng(2)
+    for _ in range(3):  # versions
+        for kind, coin in rng.random((300, 2)):
+            q, agrees = one.q, bool(kind > 0.1)
+            observation = hit(q, shadowed=coin < q, agrees=agrees) if kind < 0.7 else MISS
+            assert (one.watch(observation) is None) == (other.watch(observation) is None)
+            if other.q == 0.5:  # it is quiet: q is no evidence, and starts low
+                other = resumed(other)
+        assert other.report == one.report
+        for monitor in (one, other):
+            monitor.next_version()
+
+
+def test_a_monitor_that_is_restarted_often_alarms_as_if_it_were_not():
+    config = MonitorConfig(drift=False, epsilon=0.01)
+    monitor, count = Monitor(config, DEPTH), 0
+    rng = np.random.default_rng(0)
+    while not monitor.report.alarmed and count < 20_000:
+        q = monitor.q
+        monitor.watch(hit(q, shadowed=rng.random() < q, agrees=rng.random() > 0.1))
+        count += 1
+        if count % 20 == 0:
+            monitor = resumed(monitor)
+    assert count < 5000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 0}, {"version": 2**40}, {"playing": [1.0]}, {"playing": [math.nan] * 5}, {"playing": [-1.0] * 5},
+        {"restarts": [0] * 5}, {"counts": [[0.5, 1, 2]]}, {"counts": [[0.0, 2, 1]]}, {"counts": [[0.5, 2, 1]] * 1000},
+        {"shadows": {str(i): 1 for i in range(10_000)}}, {"watched": -1}, {"more": 1},
+    ],
+)  # fmt: skip
+def test_a_state_that_no_monitor_can_have_is_refused(change):
+    state = json.loads(Monitor(QUIET, DEPTH).state.model_dump_json())
+    MonitorState.model_validate_json(json.dumps(state))
+    with pytest.raises(ValueError, match=next(iter(change))):
+        MonitorState.model_validate_json(json.dumps(state | change))
 
 
 def test_the_bound_is_given_up_where_q_was_smaller_than_promised():

@@ -28,11 +28,13 @@ from gati_jax.adaptation import (
     EVENT_KINDS,
     EXACT,
     NEAREST,
+    Alarm,
     ControllerConfig,
     ExactCacheConfig,
     MonitorConfig,
     NearestCache,
     NearestCacheConfig,
+    Observation,
     Recovery,
     Served,
     served_by,
@@ -421,7 +423,7 @@ def test_other_routes_and_prepared_inputs_pass_it_by(start):
     prepared = np.asarray(world.bundle().chain.prepare(images))
     assert len(results(one.submit(prepared, route=0))) == 8
     assert one.read(lambda controller: controller.request_log.count) == 0
-    assert (one.notes(1), one.notes(0)) == ({}, {"adaptation": "1"})
+    assert (one.notes(1), one.notes(0)) == ({}, {"adaptation": "unwatched"}), "no version: no monitor has seen them"
 
 
 def test_caches_not_certified_for_the_promise_begin_closed(start):
@@ -505,7 +507,166 @@ def test_answers_of_the_nearest_cache_are_shadowed(start, monkeypatch):
     assert (report.shadows[NEAREST], report.requests, one.cache_answers["nearest"]) == (8, 16, 8)
 
 
+def test_a_stored_point_answers_only_where_its_shadow_has_a_place(start):
+    """Under overload its requests are refused, whatever their coins say; none is answered that was not comparable."""
+    one = start(dataclasses.replace(QUIET, exact=None, nearest=NearestCacheConfig(cells=4, capacity=50)), capacity=16)
+    images = world.images(8, 5)
+    one.read(lambda controller: controller.monitor.shadow_all(on=True))
+    results(one.submit(images, route=0))
+    settled(one)
+    one.controller.input_cache.threshold = -math.inf
+    gate = threading.Event()
+    one.engine.between_steps(lambda: gate.wait(PATIENCE) and None)
+    answers = results(one.submit(images, route=0))  # at once; their shadows wait
+    for q in (1.0, 1e-9):
+        one.read(lambda controller, q=q: setattr(controller.monitor, "q", q))
+        with pytest.raises(OverloadedError):
+            one.submit(world.images(9, 6), route=0)
+        with pytest.raises(ValueError, match="at most 16"):
+            one.submit(world.images(17, 6), route=0)
+    prepared = np.asarray(world.bundle().chain.prepare(images))
+    held = one.submit(prepared, route=0)
+    with pytest.raises(OverloadedError):
+        one.submit(images[:1], route=0)
+    gate.set()
+    results(held)
+    settled(one)
+    assert {answer.exit for answer in answers} == {NEAREST}
+    report = one.read(lambda controller: controller.monitor.report)
+    assert (report.shadows[NEAREST], report.requests, report.lost) == (8, 16, 0)
+
+
+def test_shadows_lost_in_a_step_count_as_wrong_but_not_those_given_up_at_a_stop(start):
+    one = start(dataclasses.replace(QUIET, exact=None, nearest=NearestCacheConfig(cells=4, capacity=50)))
+    images = world.images(8, 5)
+    one.read(lambda controller: controller.monitor.shadow_all(on=True))
+    results(one.submit(images, route=0))
+    settled(one)
+    one.controller.input_cache.threshold = -math.inf
+    runner, gate = one.engine._loop.runner, threading.Event()
+    dispatch = runner.dispatch
+    one.engine.between_steps(lambda: setattr(runner, "dispatch", lambda _: 1 / 0)).result(PATIENCE)
+    results(one.submit(images[:1], route=0))
+    settled(one)
+    assert one.read(lambda controller: controller.monitor.report.lost) == 1
+    one.engine.between_steps(lambda: setattr(runner, "dispatch", dispatch)).result(PATIENCE)
+    watched = one.read(lambda controller: controller.monitor.watched)
+    one.engine.between_steps(lambda: gate.wait(PATIENCE) and None)
+    results(one.submit(images, route=0))
+    threading.Timer(0.1, gate.set).start()
+    assert one.stop(PATIENCE)
+    assert one.read(lambda controller: (controller.monitor.report.lost, controller.monitor.watched)) == (1, watched)
+
+
+# Restarts
+
+
+def alarmed(parts):
+    """Have every cache closed by an alarm."""
+    controller = parts.adapting.controller
+    parts.adapting.resume(lambda _: controller.on_alarm(Alarm(tuple(range(DEPTH)), 100.0, controller.monitor.version)))
+
+
+def test_an_alarm_and_its_delta_outlive_the_server(tmp_path):
+    for version in (2, 2, 2):
+        parts = build(tmp_path)
+        controller = parts.adapting.controller
+        if version > controller.monitor.version:
+            assert controller.served.is_open
+            alarmed(parts)
+        assert not controller.served.is_open
+        assert (controller.monitor.version, controller.closed_at) == (version, 0)
+    assert (tmp_path / "monitor.json").stat().st_size < 4096
+    assert as_given() == of(certified_only(world.bundle()))
+
+
+def test_evidence_outlives_the_server(tmp_path):
+    miss = Observation(DEPTH, math.inf, 0, 1.0, 0)
+    wrong = Observation(1, 2.0, 0, 1.0, 1)
+    for number in range(20):
+        parts = build(tmp_path)
+        monitor = parts.adapting.controller.monitor
+        assert (monitor.version, monitor.watched, monitor.report.disagreements) == (1, 50 * number, number)
+        for observation in [miss] * 49 + [wrong]:
+            monitor.watch(observation)
+        parts.adapting.keep()
+
+
+def test_a_version_whose_alarm_has_fired_is_withdrawn(tmp_path):
+    """Loaded at the start, closed by an alarm; the server ends before its worker has done anything, or after."""
+    saved = certified()
+    versions = Versions(tmp_path, chain=saved.chain)
+    number = versions.save(saved)
+    assert build(tmp_path).adapting.controller.served.is_open
+    parts = build(tmp_path)
+    assert parts.adapting.controller.served.is_open
+    alarmed(parts)
+    parts = build(tmp_path)
+    assert (parts.adapting.state, versions.history) == ("safe", (number,))
+    parts.worker.recovery.work()
+    assert versions.history == ()
+    parts = build(tmp_path)
+    assert (parts.adapting.state, parts.adapting.controller.number) == ("safe", 0), "nor the bundle, before a trial"
+    versions.save(saved)  # as a trial does, the server being killed before it could serve it
+    parts = build(tmp_path)
+    assert (parts.adapting.state, parts.adapting.controller.monitor.version) == ("open", 4)
+
+
+DAMAGES = {
+    "empty": lambda _: b"", "no JSON": lambda text: text[:-9], "not UTF-8": lambda _: b"\xff" * 99,
+    "large": lambda text: text + b" " * 2**21, "deep": lambda _: b"[" * 100_000,
+    "another field": lambda text: text.replace(b'"number"', b'"nombre"'),
+    "no number": lambda text: text.replace(b'"watched": 0', b'"watched": NaN'),
+    "another bundle": lambda text: text.replace(b'"bundle": "', b'"bundle": "a'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_cannot_be_trusted_begins_closed_and_with_fresh_numbers(tmp_path, caplog, damage):
+    build(tmp_path).adapting.keep()
+    file = tmp_path / "monitor.json"
+    text = file.read_bytes()
+    file.write_bytes(DAMAGES[damage](text))
+    assert file.read_bytes() != text
+    parts = build(tmp_path)
+    assert parts.adapting.state == "safe"
+    assert parts.adapting.controller.monitor.version > 1
+    (line,) = [record for record in caplog.records if "begin closed" in record.getMessage()]
+    assert len(line.why) < 500
+    assert "monitor.json" in line.why
+    parts.adapting.keep()
+    assert build(tmp_path).adapting.state == "safe", "until a trial"
+
+
+def test_another_promise_shares_delta_and_where_trials_came_before_a_missing_file_is_no_fresh_start(tmp_path):
+    build(tmp_path).adapting.keep()
+    wide = dataclasses.replace(QUIET, monitor=MonitorConfig(epsilon=2 * world.EPSILON, drift=False))
+    controller = build(tmp_path, config=wide).adapting.controller
+    assert (controller.monitor.version, controller.served.is_open) == (2, True)
+    (tmp_path / "monitor.json").unlink()
+    controller = build(tmp_path).adapting.controller
+    assert controller.monitor.version > DEPTH
+    assert not controller.served.is_open
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path, caplog):
+    parts = build(tmp_path)
+    (tmp_path / "monitor.json").mkdir()
+    alarmed(parts)
+    assert "a restart will forget" in caplog.text
+    assert not parts.adapting.failed
+
+
 # The worker
+
+
+def test_the_worker_keeps_what_a_restart_needs(monkeypatch):
+    monkeypatch.setattr("serve.adaptive.worker._KEEP", 0.0)
+    kept = threading.Event()
+    worker = Worker(Job(), 0.9, kept.set)
+    worker.start()
+    assert kept.wait(PATIENCE)
+    assert worker.stop(PATIENCE)
 
 
 @given(st.floats(0.01, 1), st.lists(st.floats(0, 10), min_size=1, max_size=20))
