@@ -1,6 +1,6 @@
 """Errors of the public functions; command lines print them as one line and exit with code 2."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 class InputError(ValueError):
@@ -15,6 +15,23 @@ class BundleError(InputError):
     """A bundle folder is incomplete, damaged, too new, or made for another network."""
 
 
+def printable(text: str, *, most: int = 200) -> str:
+    """Return text of an untrusted file as a message may show it: its start, escaped where it does not print.
+
+    Args:
+        text: A name in the file, or what a library says about it.
+        most: Characters to keep.
+    """
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:most])
+    return shown if len(text) <= most else f"{shown}..."
+
+
+def listed(names: Sequence[str], *, most: int = 100) -> str:
+    """Join names of an untrusted file, at most ``most`` of them, for a message."""
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*(printable(name, most=80) for name in names[:most]), *more])
+
+
 def describe_mismatch(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
     """List how named tensors differ from those that a network has.
 
@@ -23,7 +40,7 @@ def describe_mismatch(expected: Mapping[str, str], found: Mapping[str, str]) -> 
         found: Those of the given ones.
 
     Returns:
-        Sorted lists of missing, unexpected and misshapen names; empty if there are none.
+        Sorted lists of missing, unexpected and misshapen names, the first 100 of each; empty if there are none.
     """
     both = sorted(expected.keys() & found.keys())
     lists = {
@@ -33,4 +50,4 @@ def describe_mismatch(expected: Mapping[str, str], found: Mapping[str, str]) -> 
             f"{name} (expected {expected[name]}, got {found[name]})" for name in both if expected[name] != found[name]
         ],
     }
-    return "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists.items() if names)
+    return "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in lists.items() if names)

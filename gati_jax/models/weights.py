@@ -5,7 +5,9 @@ spellings (``linear``, ``shortcut.0``, a VGG's one ``classifier``, a leading ``m
 from PyTorch's [out, in, h, w] to [h, w, in, out].
 """
 
+import collections
 import contextlib
+import re
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +16,15 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gati_jax.errors import WeightsError, describe_mismatch
+from gati_jax.errors import WeightsError, describe_mismatch, listed, printable
 
 from .networks import Architecture, Variables, init
 from .resnet import ResNet
 from .vgg import VGG
 
 Tensors = Mapping[str, np.ndarray]
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_IN_SAFETENSORS = {"F16", "BF16", "F32", "F64"}
 
 
 class _Entry(NamedTuple):
@@ -106,26 +110,46 @@ def import_state_dict(network: Architecture, tensors: Tensors) -> Variables:
         tensors: Arrays by name; half-precision ones are widened, ``num_batches_tracked`` is ignored.
 
     Raises:
-        WeightsError: Names are missing, unexpected, misshapen or given twice, or values are not finite.
+        WeightsError: Names are missing, unexpected, misshapen or given twice, a tensor is quantised, or values are not
+            finite or a variance is negative.
     """
     entries = _entries(network)
-    given = [name for name in tensors if not name.endswith("num_batches_tracked")]
+    given = [name for name in tensors if not _is_counter(name)]
     found = {_standard_name(name): np.asarray(tensors[name]) for name in given}
     if len(found) < len(given):
-        standard = [_standard_name(name) for name in given]
-        twice = sorted(name for name in given if standard.count(_standard_name(name)) > 1)
-        raise WeightsError(f"weights: expected every tensor once, got {', '.join(twice)}")
+        times = collections.Counter(map(_standard_name, given))
+        twice = sorted(name for name in given if times[_standard_name(name)] > 1)
+        raise WeightsError(f"weights: expected every tensor once, got {listed(twice)}")
     abstract = jax.eval_shape(lambda: init(network, jax.random.key(0)))
     expected = {name: _torch_shape(_leaf(abstract[e.block], e.path).shape, e.axes) for name, e in entries.items()}
     biases = {bias: mean for bias, mean in _absorbed(network).items() if bias in found}
     expected |= {bias: expected[mean] for bias, mean in biases.items()}
     if problems := describe_mismatch(expected, {name: str(list(v.shape)) for name, v in found.items()}):
         raise WeightsError(f"weights: these are not the network's tensors. {problems}")
-    if bad := sorted(name for name, v in found.items() if not np.isfinite(np.asarray(v, np.float32)).all()):
-        raise WeightsError(f"weights: expected finite values, got NaN or infinity in {', '.join(bad)}")
+    for name, v in found.items():
+        if str(v.dtype) not in _DTYPES:
+            raise _other_dtype(name, str(v.dtype))
+    with np.errstate(over="ignore"):  # a float64 beyond float32 is refused as infinity
+        found = {name: np.asarray(v, np.float32) for name, v in found.items()}
+    if bad := sorted(name for name, v in found.items() if not np.isfinite(v).all()):
+        raise WeightsError(f"weights: expected finite values in float32, got NaN or infinity in {listed(bad)}")
+    for name, entry in entries.items():
+        if entry.path[-1] == "var" and found[name].min() < 0:
+            raise WeightsError(f"weights: expected variances of at least 0, got {found[name].min():g} in {name}")
     for bias, mean in biases.items():
-        found[mean] = np.asarray(found[mean], np.float32) - np.asarray(found[bias], np.float32)
+        found[mean] = found[mean] - found[bias]
     return _build(network, {name: found[name] for name in entries}, entries)
+
+
+def _is_counter(name: str) -> bool:
+    return name.endswith("num_batches_tracked")
+
+
+def _other_dtype(name: str, dtype: str) -> WeightsError:
+    """Report a quantised tensor: its codes are not weights without their scales, which no entry is for."""
+    return WeightsError(
+        f"weights: expected {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}, got {dtype} in {printable(name)}"
+    )
 
 
 def _build(network: Architecture, tensors: Tensors, entries: dict[str, _Entry]) -> Variables:
@@ -183,12 +207,16 @@ def _safetensors(path: Path) -> Generator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except SafetensorError as error:
-        raise WeightsError(f"weights: {path} is not a readable safetensors file ({error})") from error
+        raise WeightsError(f"weights: {path} is not a readable safetensors file ({printable(str(error))})") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     with _safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        names = [name for name in file.keys() if not _is_counter(name)]  # noqa: SIM118 (not a mapping)
+        for name in names:
+            if (dtype := file.get_slice(name).get_dtype()) not in _IN_SAFETENSORS:  # NumPy has not all of them
+                raise _other_dtype(name, dtype)
+        return {name: file.get_tensor(name) for name in names}
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
@@ -211,11 +239,23 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise WeightsError(
             f"weights: reading {path.name} needs torch (pip install 'gati-jax[torch]'), or convert it to safetensors"
         ) from error
+    expected = f"weights: expected a state dict of tensors in {path}, got"
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise WeightsError(f"weights: {path} could not be read as weights only ({error})") from error
-    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(v, torch.Tensor) for v in tensors.values()):
-        raise WeightsError(f"weights: {path} does not hold a state dict of tensors")
-    return {str(name): tensor.detach().float().numpy() for name, tensor in tensors.items()}
+    except Exception as error:  # noqa: BLE001 (torch raises many kinds for a damaged file, and advises to unpickle it)
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        got = printable(foreign[1]) if foreign else "a damaged file, or one of another kind"
+        raise WeightsError(f"{expected} {got}") from None
+    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(tensors, dict):
+        raise WeightsError(f"{expected} a {type(tensors).__name__}")
+    found = {str(name): tensor for name, tensor in tensors.items() if not _is_counter(str(name))}
+    for name, tensor in found.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise WeightsError(f"{expected} a {type(tensor).__name__} as {printable(name)}")
+        dtype, layout = (str(kind).removeprefix("torch.") for kind in (tensor.dtype, tensor.layout))
+        if dtype not in _DTYPES or layout != "strided" or tensor.is_meta:
+            raise _other_dtype(name, f"{dtype} ({'meta' if tensor.is_meta else layout})")
+        if tensor.nbytes > path.stat().st_size:  # one number, repeated, may have any shape
+            raise WeightsError(f"{expected} fewer bytes than {printable(name)} has")
+    return {name: tensor.detach().float().numpy() for name, tensor in found.items()}
