@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int, Shaped, UInt8, UInt64
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 from .errors import InputError
 
@@ -193,7 +193,7 @@ def _builder(tfds: Any, name: str, data_dir: Path | str | None) -> Any:  # noqa:
         builder.download_and_prepare()
     elif builder is None or not builder.is_prepared():
         there = sorted(file.parent.name for file in (Path(data_dir) / folder).glob("*/dataset_info.json"))
-        expected = f"{folder} in version {wanted or builder.version}"
+        expected = f"{folder} in version {wanted or getattr(builder, 'version', '')}"
         got = f"{', '.join(there) or 'none'}; a name like {folder}:1.2.3 asks for a version"
         raise InputError(f"data.dir: expected {expected}, got {got}")
     return builder
@@ -276,14 +276,16 @@ def count_near_copies(
     Candidates are nearest neighbours in a coarse grey image of 4x4 cells, in which noise averages out.
     """
     noise = max(int(other.max()), 1) / 100
-    cells, tree = _coarse(one), cKDTree(_coarse(other).reshape(len(other), -1))
+    cells, tree = _coarse(one), KDTree(_coarse(other).reshape(len(other), -1))
     found = np.zeros(len(one), bool)
     for step in (1, -1):  # as it is, and mirrored
         _, nearest = tree.query(
             cells[:, :, ::step].reshape(len(one), -1), p=np.inf, distance_upper_bound=max(noise, 1.0) + 1e-3
         )
-        for i in np.flatnonzero(nearest < len(other)):
-            difference = np.abs(one[i, :, ::step].astype(np.int16) - other[nearest[i]])
+        for i, match in enumerate(np.asarray(nearest)):
+            if match == len(other):  # none is near
+                continue
+            difference = np.abs(one[i, :, ::step].astype(np.int16) - other[match])
             found[i] |= bool(difference.mean() <= noise or difference.max() <= 1)
     return int(found.sum())
 

@@ -49,6 +49,9 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
             raise BundleError(
                 f"chain: expected {plan.depth} blocks, for which {folder} was planned, got {len(skeleton)}"
             )
+    if (named := len(manifest.class_names)) not in {0, skeleton.classes}:
+        expected = f"one for each of {skeleton.classes} logits, or none"
+        raise BundleError(f"bundle: expected class names in {folder}, {expected}, got {named}")
     caches = tuple(_empty_cache(entry, skeleton) for entry in manifest.caches)
     values = _load_arrays(folder / "arrays", named_arrays(skeleton, caches))
     base = _filled(skeleton, values, "base")
