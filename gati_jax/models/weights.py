@@ -127,8 +127,8 @@ def import_state_dict(network: Architecture, tensors: Tensors) -> Variables:
     if problems := describe_mismatch(expected, {name: str(list(v.shape)) for name, v in found.items()}):
         raise WeightsError(f"weights: these are not the network's tensors. {problems}")
     for name, v in found.items():
-        if str(v.dtype) not in _DTYPES:
-            raise _other_dtype(name, str(v.dtype))
+        if v.dtype.name not in _DTYPES:
+            raise _other_dtype(name, v.dtype.name)
     with np.errstate(over="ignore"):  # a float64 beyond float32 is refused as infinity
         found = {name: np.asarray(v, np.float32) for name, v in found.items()}
     if bad := sorted(name for name, v in found.items() if not np.isfinite(v).all()):
