@@ -5,6 +5,7 @@ TensorFlow is not needed: ``tfds.data_source`` reads array_record files with ran
 
 import dataclasses
 import hashlib
+import itertools
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,13 +98,12 @@ def check_disjoint(splits: Mapping[str, str]) -> None:
     Raises:
         InputError: Names the two splits that overlap.
     """
-    rows = [(name, Rows.parse(text)) for name, text in splits.items()]
-    for i, (name, part) in enumerate(rows):
-        for other, other_part in rows[i + 1 :]:
-            if part.overlaps(other_part):
-                raise InputError(
-                    f"splits: expected disjoint splits, got {name}={splits[name]} overlapping {other}={splits[other]}"
-                )
+    rows = {name: Rows.parse(text) for name, text in splits.items()}
+    for one, other in itertools.combinations(rows, 2):
+        if rows[one].overlaps(rows[other]):
+            raise InputError(
+                f"splits: expected disjoint splits, got {one}={splits[one]} overlapping {other}={splits[other]}"
+            )
 
 
 def load(name: str, split: str, data_dir: Path | str | None = None) -> Dataset:
@@ -122,9 +122,7 @@ def load(name: str, split: str, data_dir: Path | str | None = None) -> Dataset:
             or the features are not what ``Dataset`` holds.
     """
     rows = Rows.parse(split)
-    if name == "digits":
-        return _digits(rows)
-    return _tfds(name, rows, data_dir)
+    return _digits(rows) if name == "digits" else _tfds(name, rows, data_dir)
 
 
 def _digits(rows: Rows) -> Dataset:
@@ -249,12 +247,7 @@ def fingerprint(digests: UInt64[np.ndarray, " n"]) -> str:
 def check_distinct_rows(
     one: UInt64[np.ndarray, " n"], other: UInt64[np.ndarray, " m"], *, names: tuple[str, str]
 ) -> None:
-    """Check by content that two splits were not drawn from the same rows; a few duplicates in real data pass.
-
-    Args:
-        one: Digests of a split's rows.
-        other: Digests of another's.
-        names: Of the two splits.
+    """Check by the rows' digests that two splits do not share them; a few duplicates in real data pass.
 
     Raises:
         InputError: More than 1 % of the smaller split's rows are in the other, too.

@@ -5,9 +5,11 @@ spellings (``linear``, ``shortcut.0``, a VGG's one ``classifier``, a leading ``m
 from PyTorch's [out, in, h, w] to [h, w, in, out].
 """
 
-import collections
 import contextlib
+import functools
+import operator
 import re
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +20,8 @@ from safetensors import SafetensorError, safe_open
 
 from gati_jax.errors import WeightsError, describe_mismatch, listed, printable
 
-from .networks import Architecture, Variables, init
-from .resnet import ResNet
-from .vgg import VGG
+from .architectures import VGG, Architecture, ResNet
+from .networks import Variables, init
 
 Tensors = Mapping[str, np.ndarray]
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -80,20 +81,19 @@ def _absorbed(network: Architecture) -> dict[str, str]:
 
 
 def _resnet(network: ResNet) -> dict[str, _Entry]:
-    entries = dict(_conv_norm("conv1", "bn1", 0, ("stem", "conv")))
-    block = 0
-    out = network.widths[0]
-    for stage, (count, width) in enumerate(zip(network.stages, network.widths, strict=True)):
-        for k in range(count):
-            prefix, path = f"layer{stage + 1}.{k}.", () if block else ("block",)
-            for i in range(1, 4 if network.bottleneck else 3):
-                entries |= _conv_norm(f"{prefix}conv{i}", f"{prefix}bn{i}", block, (*path, f"conv{i}"))
-            before, out = out, 4 * width if network.bottleneck else width
-            if network.shortcut == "B" and (before != out or (stage > 0 and k == 0)):
-                entries |= _conv_norm(
-                    f"{prefix}downsample.0", f"{prefix}downsample.1", block, (*path, "shortcut", "projection")
-                )
-            block += 1
+    entries: dict[str, _Entry] = {}
+    prefixes = (f"layer{stage}.{k}." for stage, count in enumerate(network.stages, 1) for k in range(count))
+    for block, (prefix, layers) in enumerate(zip(prefixes, network.layers(), strict=True)):
+        for layer in layers:
+            match layer.path:
+                case ("stem", _):
+                    names = "conv1", "bn1"
+                case (*_, "projection"):
+                    names = f"{prefix}downsample.0", f"{prefix}downsample.1"
+                case _:
+                    conv = layer.path[-1]
+                    names = f"{prefix}{conv}", f"{prefix}{conv.replace('conv', 'bn')}"
+            entries |= _conv_norm(*names, block, layer.path)
     return entries
 
 
@@ -114,11 +114,11 @@ def import_state_dict(network: Architecture, tensors: Tensors) -> Variables:
             finite or a variance is negative.
     """
     entries = _entries(network)
-    given = [name for name in tensors if not _is_counter(name)]
-    found = {_standard_name(name): np.asarray(tensors[name]) for name in given}
+    given = {name: _standard_name(name) for name in tensors if not _is_counter(name)}
+    found = {standard: np.asarray(tensors[name]) for name, standard in given.items()}
     if len(found) < len(given):
-        times = collections.Counter(map(_standard_name, given))
-        twice = sorted(name for name in given if times[_standard_name(name)] > 1)
+        times = Counter(given.values())
+        twice = sorted(name for name, standard in given.items() if times[standard] > 1)
         raise WeightsError(f"weights: expected every tensor once, got {listed(twice)}")
     abstract = jax.eval_shape(lambda: init(network, jax.random.key(0)))
     expected = {name: _torch_shape(_leaf(abstract[e.block], e.path).shape, e.axes) for name, e in entries.items()}
@@ -126,19 +126,31 @@ def import_state_dict(network: Architecture, tensors: Tensors) -> Variables:
     expected |= {bias: expected[mean] for bias, mean in biases.items()}
     if problems := describe_mismatch(expected, {name: str(list(v.shape)) for name, v in found.items()}):
         raise WeightsError(f"weights: these are not the network's tensors. {problems}")
+    found = _float32(found, entries)
+    for bias, mean in biases.items():
+        found[mean] = found[mean] - found[bias]
+    variables: list[dict[str, Any]] = [{} for _ in range(network.depth + 1)]
+    for name, entry in entries.items():
+        node = variables[entry.block]
+        for part in entry.path[:-1]:
+            node = node.setdefault(part, {})
+        node[entry.path[-1]] = np.ascontiguousarray(found[name].transpose(entry.axes), dtype=np.float32)
+    return tuple(variables)
+
+
+def _float32(found: Tensors, entries: Mapping[str, _Entry]) -> dict[str, np.ndarray]:
+    """Return tensors in float32 if they can be a network's weights."""
     for name, v in found.items():
         if v.dtype.name not in _DTYPES:
             raise _other_dtype(name, v.dtype.name)
     with np.errstate(over="ignore"):  # a float64 beyond float32 is refused as infinity
-        found = {name: np.asarray(v, np.float32) for name, v in found.items()}
-    if bad := sorted(name for name, v in found.items() if not np.isfinite(v).all()):
+        values = {name: np.asarray(v, np.float32) for name, v in found.items()}
+    if bad := sorted(name for name, v in values.items() if not np.isfinite(v).all()):
         raise WeightsError(f"weights: expected finite values in float32, got NaN or infinity in {listed(bad)}")
     for name, entry in entries.items():
-        if entry.path[-1] == "var" and found[name].min() < 0:
-            raise WeightsError(f"weights: expected variances of at least 0, got {found[name].min():g} in {name}")
-    for bias, mean in biases.items():
-        found[mean] = found[mean] - found[bias]
-    return _build(network, {name: found[name] for name in entries}, entries)
+        if entry.path[-1] == "var" and values[name].min() < 0:
+            raise WeightsError(f"weights: expected variances of at least 0, got {values[name].min():g} in {name}")
+    return values
 
 
 def _is_counter(name: str) -> bool:
@@ -152,24 +164,12 @@ def _other_dtype(name: str, dtype: str) -> WeightsError:
     )
 
 
-def _build(network: Architecture, tensors: Tensors, entries: dict[str, _Entry]) -> Variables:
-    variables: list[dict[str, Any]] = [{} for _ in range(network.depth + 1)]
-    for name, entry in entries.items():
-        node = variables[entry.block]
-        for part in entry.path[:-1]:
-            node = node.setdefault(part, {})
-        node[entry.path[-1]] = np.ascontiguousarray(tensors[name].transpose(entry.axes), dtype=np.float32)
-    return tuple(variables)
-
-
 def _torch_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
     return str([shape[i] for i in np.argsort(axes)])
 
 
-def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:  # noqa: ANN401
-    for part in path:
-        tree = tree[part]
-    return tree
+def _leaf(tree: Any, path: tuple[str, ...]) -> Any:  # noqa: ANN401
+    return functools.reduce(operator.getitem, path, tree)
 
 
 def export_state_dict(network: Architecture, variables: Variables) -> dict[str, np.ndarray]:
@@ -189,10 +189,24 @@ def read_weights(path: Path | str) -> dict[str, np.ndarray]:
     """
     path = _existing(path)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        with _safetensors(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     if path.suffix in {".pth", ".pt"}:
         return _read_torch(path)
     raise WeightsError(f"weights: expected a .safetensors or .pth file, got {path.name}")
+
+
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """Return a safetensors file's own metadata; empty for other files.
+
+    Raises:
+        WeightsError: The file is missing or damaged.
+    """
+    path = _existing(path)
+    if path.suffix != ".safetensors":
+        return {}
+    with _safetensors(path) as file:
+        return dict(file.metadata() or {})
 
 
 def _existing(path: Path | str) -> Path:
@@ -217,19 +231,6 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             if (dtype := file.get_slice(name).get_dtype()) not in _IN_SAFETENSORS:  # NumPy has not all of them
                 raise _other_dtype(name, dtype)
         return {name: file.get_tensor(name) for name in names}
-
-
-def read_metadata(path: Path | str) -> dict[str, str]:
-    """Return a safetensors file's own metadata; empty for other files.
-
-    Raises:
-        WeightsError: The file is missing or damaged.
-    """
-    path = _existing(path)
-    if path.suffix != ".safetensors":
-        return {}
-    with _safetensors(path) as file:
-        return dict(file.metadata() or {})
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:

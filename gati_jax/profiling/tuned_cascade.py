@@ -10,14 +10,12 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from gati_jax.caches import Candidate, Network, network_with_algorithms
-from gati_jax.checks import check_not_empty
 from gati_jax.errors import InputError
 from gati_jax.models import Algorithm, Architecture, Chain, with_algorithms
 from gati_jax.planning import CostTable
 from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
-from gati_jax.runtime.cascade import Cascade, Prediction
+from gati_jax.runtime.cascade import Cascade, Prediction, predict_one, predict_only
 from gati_jax.runtime.compilation import CompilerOptions
-from gati_jax.runtime.per_sample import predict_one, predict_only
 
 from .costs import measure_costs
 
@@ -54,11 +52,7 @@ class Tile:
     """Of the bundle's blocks and lookups, see ``measure_costs``."""
 
     def __post_init__(self) -> None:
-        """Check the values, for tunings are read from untrusted files.
-
-        Raises:
-            InputError: The size or the time is out of range, or tuning does not try these options.
-        """
+        """Check the values, for tunings are read from untrusted files."""
         if not (1 <= self.size <= MOST_ROWS and 0 < self.milliseconds < np.inf):
             raise InputError(
                 f"tile: expected 1 to {MOST_ROWS} rows in a positive time, got {self.size} in {self.milliseconds}"
@@ -77,11 +71,7 @@ class Tuning:
     """The compiler's version: others may not know these options, or be faster without them."""
 
     def __post_init__(self) -> None:
-        """Check that tiles rise from one for a single request.
-
-        Raises:
-            InputError: They do not, or are too many.
-        """
+        """Check that tiles rise from one for a single request, and are not too many."""
         sizes = [tile.size for tile in self.tiles]
         if sizes[:1] != [1] or sizes != sorted(set(sizes)) or len(sizes) > MOST_TILES:
             raise InputError(
@@ -110,7 +100,8 @@ class TunedCascade:
         Raises:
             InputError: There are no images.
         """
-        check_not_empty("images", images)
+        if len(images) == 0:
+            raise InputError("images: expected at least one, got none")
         parts = [self._bucket(images[i : i + LARGEST_BUCKET]) for i in range(0, len(images), LARGEST_BUCKET)]
         # By NumPy: JAX would compile a program for every number of rows.
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
@@ -140,10 +131,9 @@ class TunedCascade:
         """Return the tuning with the costs of every tile's blocks and lookups, measured now."""
         tiles = []
         for tile in self.tuning.tiles:
-            cascade, sites = self._tile(tile.size), self.cascade.sites
-            options, batch = tile.options, tile.size
+            cascade = self._tile(tile.size)
             costs = measure_costs(
-                cascade.chain, cascade.caches, rounds=rounds, batch=batch, options=options, sites=sites
+                cascade.chain, cascade.caches, rounds=rounds, batch=tile.size, options=tile.options, sites=cascade.sites
             )
             tiles.append(dataclasses.replace(tile, costs=costs))
         return dataclasses.replace(self.tuning, tiles=tuple(tiles))
@@ -174,11 +164,12 @@ class TunedCascade:
     @functools.cached_property
     def batched(self) -> Callable[[int], BatchedCascade]:
         """The cascade in its tiles by number of rows, made once for each bucket."""
-        return functools.cache(self._batched)
 
-    def _batched(self, bucket: int) -> BatchedCascade:
-        schedule = self.schedule(bucket)
-        return BatchedCascade(cascades=tuple(self._tile(size) for size in schedule.sizes), schedule=schedule)
+        def build(bucket: int) -> BatchedCascade:
+            schedule = self.schedule(bucket)
+            return BatchedCascade(cascades=tuple(map(self._tile, schedule.sizes)), schedule=schedule)
+
+        return functools.cache(build)
 
 
 def tuned_chain(chain: Chain, tile: Tile) -> Chain:
