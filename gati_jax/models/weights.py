@@ -189,8 +189,7 @@ def read_weights(path: Path | str) -> dict[str, np.ndarray]:
     """
     path = _existing(path)
     if path.suffix == ".safetensors":
-        with _safetensors(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return _read_safetensors(path)
     if path.suffix in {".pth", ".pt"}:
         return _read_torch(path)
     raise WeightsError(f"weights: expected a .safetensors or .pth file, got {path.name}")
