@@ -8,12 +8,13 @@ import hashlib
 import itertools
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Shaped, UInt64
+from jaxtyping import Float32, Int, Shaped, UInt8, UInt64
+from scipy.spatial import KDTree
 
 from .errors import InputError
 
@@ -34,6 +35,24 @@ class Dataset:
     def __len__(self) -> int:
         """Return n."""
         return len(self.images)
+
+    def check(self, name: str, input_shape: tuple[int, ...], classes: int) -> None:
+        """Check that a network takes the images and has an output for every class.
+
+        Args:
+            name: What the data are called in messages.
+            input_shape: The network's, without the batch.
+            classes: How many the network has.
+
+        Raises:
+            InputError: It does not.
+        """
+        if self.images.shape[1:] != input_shape:
+            raise InputError(f"{name}: the network takes {input_shape}, got images {self.images.shape[1:]}")
+        named, largest = len(self.class_names), -1 if self.labels is None else int(self.labels.max())
+        if named not in {0, classes} or largest >= classes:
+            got = f"{named} class names" if named else f"label {largest}"
+            raise InputError(f"{name}: the network has {classes} classes, got {got}")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -96,10 +115,11 @@ def load(name: str, split: str, data_dir: Path | str | None = None) -> Dataset:
         data_dir: TFDS's folder; None for its default one, into which a missing data set is downloaded.
 
     Returns:
-        Images uint8[n, height, width, channels] with labels int32[n].
+        Images uint8[n, height, width, channels] with labels int32[n], if it has labels.
 
     Raises:
-        InputError: The data set, the folder or the split does not exist.
+        InputError: The data set, the folder, the version or the split does not exist, the files have no random access,
+            or the features are not what ``Dataset`` holds.
     """
     rows = Rows.parse(split)
     return _digits(rows) if name == "digits" else _tfds(name, rows, data_dir)
@@ -126,27 +146,68 @@ def _tfds(name: str, rows: Rows, data_dir: Path | str | None) -> Dataset:
 
     if not re.fullmatch(DATASET_NAME, name):  # "namespace:name" would make TFDS import code, and bundles name data sets
         raise InputError(f"data.name: expected digits or a TensorFlow Datasets name such as cifar10, got {name!r}")
-    folder = name.partition(":")[0]  # the version is a folder below
-    if data_dir is not None and not (Path(data_dir) / folder).is_dir():
-        raise InputError(f"data.dir: expected a TensorFlow Datasets folder with {folder}/ in it, got {data_dir}")
-    try:
-        options: Any = {} if data_dir else {"file_format": "array_record"}
-        builder: Any = tfds.builder(name, data_dir=data_dir, **options)
-    except tfds.core.DatasetNotFoundError as error:
-        raise InputError(f"data.name: expected digits or a TensorFlow Datasets name, got {name!r}") from error
-    if data_dir is None:
-        builder.download_and_prepare()
+    builder = _builder(tfds, name, data_dir)
     if rows.split not in builder.info.splits:
         known = ", ".join(sorted(builder.info.splits))
         raise InputError(f"split: expected one of {known} of {name}, got {rows.split!r}")
+    features = builder.info.features
+    if "image" not in (known := sorted(getattr(features, "keys", tuple)())):
+        raise InputError(f"data.name: expected features image and, if there are labels, label; {name} has {known}")
     stop = _stop(rows, builder.info.splits[rows.split].num_examples)
-    source: Any = builder.as_data_source(split=f"{rows.split}[{rows.start}:{stop}]")
-    images, labels = zip(*((example["image"], example["label"]) for example in source), strict=True)
-    return Dataset(
-        images=np.stack(images),
-        labels=np.asarray(labels, np.int32),
-        class_names=tuple(builder.info.features["label"].names),
-    )
+    try:
+        source: Any = builder.as_data_source(split=f"{rows.split}[{rows.start}:{stop}]")
+    except NotImplementedError as error:
+        got = f"{name} in {builder.info.file_format.value}"
+        raise InputError(f"data.dir: expected files with random access (array_record), got {got}") from error
+    examples = [(np.asarray(example["image"]), example.get("label")) for example in source]
+    images, labels = zip(*examples, strict=True)
+    if len(sizes := {image.shape for image in images}) > 1:
+        one, other = sorted(sizes)[:2]
+        raise InputError(f"data.name: expected images of one size, {name} has {one} and {other}")
+    if images[0].dtype != np.uint8 or images[0].ndim != len("hwc"):
+        got = f"{images[0].dtype}{list(images[0].shape)}"
+        raise InputError(f"data.name: expected images uint8[height, width, channels], {name} has {got}")
+    if "label" not in known:
+        return Dataset(images=np.stack(images))
+    names = getattr(features["label"], "names", None) or ()  # plain integers have none
+    return Dataset(images=np.stack(images), labels=_labels(name, labels), class_names=tuple(names))
+
+
+def _builder(tfds: Any, name: str, data_dir: Path | str | None) -> Any:  # noqa: ANN401 (an optional module)
+    """Return TFDS's builder of a data set that is ready to be read."""
+    folder, _, wanted = name.partition(":")  # the version is a folder below
+    if data_dir is not None and not (Path(data_dir) / folder).is_dir():
+        raise InputError(f"data.dir: expected a TensorFlow Datasets folder with {folder}/ in it, got {data_dir}")
+    builder: Any = None
+    try:
+        options: Any = {} if data_dir else {"file_format": "array_record"}
+        builder = tfds.builder(name, data_dir=data_dir, **options)
+    except tfds.core.DatasetNotFoundError as error:
+        raise InputError(f"data.name: expected digits or a TensorFlow Datasets name, got {name!r}") from error
+    except AssertionError as error:  # how TFDS refuses a version
+        if data_dir is None:
+            raise InputError(f"data.name: expected a version that {folder} has, got {wanted!r}") from error
+    if data_dir is None:
+        builder.download_and_prepare()
+    elif builder is None or not builder.is_prepared():
+        there = sorted(file.parent.name for file in (Path(data_dir) / folder).glob("*/dataset_info.json"))
+        expected = f"{folder} in version {wanted or getattr(builder, 'version', '')}"
+        got = f"{', '.join(there) or 'none'}; a name like {folder}:1.2.3 asks for a version"
+        raise InputError(f"data.dir: expected {expected}, got {got}")
+    return builder
+
+
+def _labels(name: str, given: Sequence[Any]) -> Int[np.ndarray, " n"] | None:
+    """Return labels as integers; None if all are -1, by which TFDS marks splits without."""
+    labels = np.asarray(given)
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise InputError(f"data.name: expected an integer as label, {name} has {labels.dtype}{list(labels.shape[1:])}")
+    if (labels == -1).all():
+        return None
+    least, most = int(labels.min()), int(labels.max())
+    if least < 0 or most > np.iinfo(np.int32).max:
+        raise InputError(f"data.name: expected labels from 0 on, {name} has {least} to {most}")
+    return labels.astype(np.int32)
 
 
 def _stop(rows: Rows, available: int) -> int:
@@ -197,3 +258,40 @@ def check_distinct_rows(
         raise InputError(
             f"splits: expected {name} and {other_name} disjoint, got {shared} rows of {name} in {other_name}"
         )
+
+
+def count_near_copies(
+    one: UInt8[np.ndarray, "n height width channels"], other: UInt8[np.ndarray, "m height width channels"]
+) -> int:
+    """Return how many images of ``one`` are in ``other`` but for a little noise, mirrored or not.
+
+    Two images are near copies if their pixels differ by 1 % of the largest pixel on average, or by one level at most.
+    Candidates are nearest neighbours in a coarse grey image of 4x4 cells, in which noise averages out.
+    """
+    noise = max(int(other.max()), 1) / 100
+    cells, tree = _coarse(one), KDTree(_coarse(other).reshape(len(other), -1))
+    found = np.zeros(len(one), bool)
+    for step in (1, -1):  # as it is, and mirrored
+        _, nearest = tree.query(
+            cells[:, :, ::step].reshape(len(one), -1), p=np.inf, distance_upper_bound=max(noise, 1.0) + 1e-3
+        )
+        for i, match in enumerate(np.asarray(nearest)):
+            if match == len(other):  # none is near
+                continue
+            difference = np.abs(one[i, :, ::step].astype(np.int16) - other[match])
+            found[i] |= bool(difference.mean() <= noise or difference.max() <= 1)
+    return int(found.sum())
+
+
+def _coarse(images: UInt8[np.ndarray, "n height width channels"]) -> Float32[np.ndarray, "n 4 4"]:
+    """Average grey levels over 4x4 cells, which may divide pixels; in parts, for memory."""
+    height, width = (_shares(side) for side in images.shape[1:3])
+    parts = (images[i : i + 1000].mean(-1, dtype=np.float32) for i in range(0, len(images), 1000))
+    return np.concatenate([height @ part @ width.T for part in parts])
+
+
+def _shares(side: int) -> Float32[np.ndarray, "4 side"]:
+    """Return by which shares the pixels of a side lie in each of 4 cells."""
+    edges = np.arange(5)[:, None] * side / 4
+    inside = np.clip(edges - np.arange(side), 0, 1)  # of each pixel, left of an edge
+    return (np.diff(inside, axis=0) * 4 / side).astype(np.float32)

@@ -1,6 +1,6 @@
 """Errors of the public functions, which command lines print as one line, and what several rooms raise them with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 class InputError(ValueError):
@@ -15,8 +15,25 @@ class BundleError(InputError):
     """A bundle folder is incomplete, damaged, too new, or made for another network."""
 
 
+def printable(text: str, *, most: int = 200) -> str:
+    """Return text of an untrusted file as a message may show it: its start, escaped where it does not print.
+
+    Args:
+        text: A name in the file, or what a library says about it.
+        most: Characters to keep.
+    """
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:most])
+    return shown if len(text) <= most else f"{shown}..."
+
+
+def listed(names: Sequence[str], *, most: int = 100) -> str:
+    """Join names of an untrusted file, at most ``most`` of them, for a message."""
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*(printable(name, most=80) for name in names[:most]), *more])
+
+
 def describe_mismatch(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """Return sorted lists of missing, unexpected and misshapen names of tensors; empty if there are none.
+    """Return sorted lists of missing, unexpected and misshapen names, the first 100 of each; empty if there are none.
 
     Args:
         expected: Shapes (or dtypes and shapes) of the network's tensors by name.
@@ -28,4 +45,4 @@ def describe_mismatch(expected: Mapping[str, str], found: Mapping[str, str]) -> 
         "unexpected": sorted(found.keys() - expected.keys()),
         "misshapen": [f"{name} (expected {expected[name]}, got {found[name]})" for name in differ],
     }
-    return "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists.items() if names)
+    return "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in lists.items() if names)

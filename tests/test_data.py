@@ -1,5 +1,6 @@
 """Rows, splits and digests against Python sets; loaded images against their sources."""
 
+import io
 import itertools
 import warnings
 from types import SimpleNamespace
@@ -189,8 +190,9 @@ def test_a_name_with_config_and_version_is_what_tfds_is_asked_for(tmp_path, tfds
     """A stand-in for the builder: one image of class 1."""
     source = [{"image": np.ones((2, 2, 1), np.uint8), "label": 1}]
     splits = {"test": SimpleNamespace(num_examples=1)}
-    info = SimpleNamespace(splits=splits, features={"label": SimpleNamespace(names=["a", "b"])})
-    builder, asked = SimpleNamespace(info=info, as_data_source=lambda split: source[: len(split)]), []
+    info = SimpleNamespace(splits=splits, features={"image": None, "label": SimpleNamespace(names=["a", "b"])})
+    parts = {"as_data_source": lambda split: source[: len(split)], "is_prepared": lambda: True}
+    builder, asked = SimpleNamespace(info=info, **parts), []
     monkeypatch.setattr(tfds, "builder", lambda *given, **options: asked.append((given, options)) or builder)
     (tmp_path / name.partition(":")[0]).mkdir(parents=True)
     labels = data.load(name, "test", tmp_path).labels
@@ -221,6 +223,164 @@ def test_a_folder_without_the_data_set_is_refused(tmp_path, tfds, name, exists):
     for path in (tmp_path,) if exists else (tmp_path, tmp_path / "none"):
         with pytest.raises(InputError, match=None if exists else folder):
             data.load(name, "test", path)
+
+
+# --- Folders that TFDS wrote ------------------------------------------------------------------------------------------
+
+
+def png(height=4, value=0):
+    file = io.BytesIO()
+    pytest.importorskip("PIL.Image").fromarray(np.full((height, 4, 3), value, np.uint8)).save(file, "png")
+    file.seek(0)
+    return file
+
+
+def write(tfds, folder, features, rows, name="pictures"):
+    """Write a data set with TFDS's own writer, as version 1.0.0 with the split test."""
+    features = tfds.features.FeaturesDict(features)
+    with tfds.core.registered.skip_registration():
+
+        class Builder(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self):
+                return tfds.core.DatasetInfo(builder=self, features=features)
+
+            def _split_generators(self, _):
+                return {"test": self._generate_examples()}
+
+            def _generate_examples(self):
+                yield from enumerate(rows)
+
+    Builder.name = name
+    Builder(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
+def load_written(tfds, folder, features, rows):
+    write(tfds, folder, features, rows)
+    return data.load("pictures", "test", folder)
+
+
+def test_images_without_labels_are_loaded(tmp_path, tfds):
+    rows = [{"image": png(value=i)} for i in range(3)]
+    loaded = load_written(tfds, tmp_path, {"image": tfds.features.Image()}, rows)
+    assert sorted(loaded.images[:, 0, 0, 0].tolist()) == [0, 1, 2]
+    assert (loaded.images.shape, loaded.labels, loaded.class_names) == ((3, 4, 4, 3), None, ())
+
+
+def test_a_split_whose_labels_are_withheld_has_none(tmp_path, tfds):
+    rows = [{"image": png(), "label": -1} for _ in range(3)]
+    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["a", "b"])}
+    assert load_written(tfds, tmp_path, features, rows).labels is None
+
+
+def test_plain_integers_are_labels_without_names(tmp_path, tfds):
+    rows = [{"image": png(value=i), "label": 7 - i} for i in range(3)]
+    loaded = load_written(tfds, tmp_path, {"image": tfds.features.Image(), "label": np.int64}, rows)
+    assert loaded.labels is not None
+    assert (loaded.labels + loaded.images[:, 0, 0, 0]).tolist() == [7, 7, 7]
+    assert loaded.class_names == ()
+
+
+OTHER_FEATURES = {
+    "names": ({"picture": "image", "label": np.int64}, "expected features image and, if .*, label; pictures has"),
+    "float labels": ({"image": "image", "label": np.float32}, "expected an integer as label, pictures has float"),
+    "text labels": ({"image": "image", "label": "text"}, "expected an integer as label, pictures has"),
+    "several labels": ({"image": "image", "label": "pair"}, r"expected an integer as label, pictures has int64\[2\]"),
+    "sizes": ({"image": "image of any height"}, r"images of one size, pictures has \(4, 4, 3\) and \(5, 4, 3\)"),
+    "vectors": ({"image": "pair"}, r"expected images uint8\[height, width, channels\], pictures has int64\[2\]"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_FEATURES)
+def test_other_features_are_refused_in_one_line(tmp_path, tfds, case):
+    kinds, message = OTHER_FEATURES[case]
+    known = {
+        "image": (tfds.features.Image(), lambda _: png()),
+        "image of any height": (tfds.features.Image(shape=(None, 4, 3)), lambda i: png(4 + i)),
+        "text": (tfds.features.Text(), str),
+        "pair": (tfds.features.Tensor(shape=(2,), dtype=np.int64), lambda i: np.array([i, i])),
+        np.int64: (np.int64, int),
+        np.float32: (np.float32, float),
+    }
+    rows = [{name: known[kind][1](i) for name, kind in kinds.items()} for i in range(2)]
+    with pytest.raises(InputError, match=rf"data\.name: .*{message}") as caught:
+        load_written(tfds, tmp_path, {name: known[kind][0] for name, kind in kinds.items()}, rows)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("cifar10", r"3\.\d+\.\d+"), ("cifar10:2.0.0", r"2\.0\.0")])
+def test_a_folder_of_another_version_is_refused(tmp_path, tfds, name, expected):
+    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=10)}
+    write(tfds, tmp_path, features, [{"image": png(), "label": 1}], name="cifar10")
+    with pytest.raises(InputError, match=rf"data\.dir: expected cifar10 in version {expected}, got 1\.0\.0;"):
+        data.load(name, "test", tmp_path)
+    assert len(data.load("cifar10:1.0.0", "test", tmp_path)) == 1
+
+
+def test_a_folder_without_random_access_is_refused(tmp_path, tfds):
+    write(tfds, tmp_path, {"image": tfds.features.Image()}, [{"image": png()}])
+    info = tmp_path / "pictures" / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(InputError, match=r"data\.dir: expected .* \(array_record\), got pictures in tfrecord$"):
+        data.load("pictures", "test", tmp_path)
+
+
+# --- What a network takes ---------------------------------------------------------------------------------------------
+
+IMAGES = np.zeros((2, 4, 5, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "message"),
+    [(8, None, "10 classes, got 8 class names"), (11, [0, 1], "got 11 class names"), (0, [0, 10], "got label 10")],
+)
+def test_a_network_without_an_output_for_every_class_is_refused(names, labels, message):
+    given = None if labels is None else np.array(labels, np.int32)
+    dataset = data.Dataset(images=IMAGES, labels=given, class_names=tuple(map(str, range(names))))
+    with pytest.raises(InputError, match=f"data.splits.fit: the network has .*{message}"):
+        dataset.check("data.splits.fit", (4, 5, 3), 10)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (5, 4, 3), (4, 5, 1), (60,)])
+def test_a_network_of_another_layout_is_refused(shape):
+    data.Dataset(images=IMAGES).check("fit", (4, 5, 3), 10)
+    with pytest.raises(InputError, match=r"fit: the network takes .*, got images \(4, 5, 3\)"):
+        data.Dataset(images=IMAGES).check("fit", shape, 10)
+
+
+# --- Near copies ------------------------------------------------------------------------------------------------------
+
+NOISE = {
+    "one level": lambda images: np.minimum(images, 254) + 1,
+    "random levels": lambda images: images ^ np.random.default_rng(1).integers(0, 2, images.shape, np.uint8),
+    "recompressed": lambda images: (images // 4 * 4 + 2).astype(np.uint8),
+}
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("noise", NOISE)
+@pytest.mark.parametrize("shape", [(8, 8, 1), (9, 7, 3), (3, 2, 1)])
+def test_near_copies_are_counted(noise, mirrored, shape):
+    """13 of 50 images are among 200 others, but for noise; two of the 13 are the same."""
+    rng = np.random.default_rng(0)
+    other, fresh = (rng.integers(0, 256, (n, *shape), np.uint8) for n in (200, 37))
+    taken = other[[*range(20, 32), 20]]
+    copies = NOISE[noise](taken[:, :, ::-1] if mirrored else taken)
+    assert data.count_near_copies(np.concatenate([fresh, copies]), other) == 13
+    assert data.count_near_copies(fresh, other) == 0
+
+
+def test_digits_have_no_near_copies():
+    images = data.load("digits", "all").images
+    assert data.count_near_copies(images[:900], images[900:]) == 0
+    assert data.count_near_copies(np.minimum(images[:50] + 1, 16)[:, :, ::-1], images) == 50
+
+
+def test_few_images_of_cifar10_are_near_copies(shared):
+    """Real ones: the same picture, recompressed."""
+    train, test = (data.load("cifar10", split, shared / "tfds").images for split in ("train[:2000]", "test[:2000]"))
+    assert data.count_near_copies(test, train) <= 1
 
 
 @pytest.mark.parametrize(

@@ -118,13 +118,11 @@ def load_data(config: Config) -> tuple[np.ndarray, np.ndarray, data.Dataset]:
     test = data.load(config.data.name, config.data.splits.test, config.data.dir)
     if any(part.labels is None for part in (*parts, test)):
         raise InputError(f"data.name: expected images with labels to train and test on, got {config.data.name} without")
+    network = config.base.architecture()
+    for part in (*parts, test):
+        part.check(f"data.name {config.data.name}", network.input_shape, network.classes)
     images = np.concatenate([part.images for part in parts])
     labels = np.concatenate([part.labels for part in parts if part.labels is not None])
-    network = config.base.architecture()
-    got, largest = images.shape[1:], int(labels.max())
-    if got != network.input_shape or largest >= network.classes:
-        expected = f"{network.input_shape} and {network.classes} classes"
-        raise InputError(f"base: the network takes {expected}, {config.data.name} has {got} and {largest + 1}")
     return images, labels, test
 
 

@@ -4,9 +4,10 @@ The ``certify`` split is opened once the plan, with its whole path of thresholds
 that happened, whatever the folder (see docs/explanation/certificates.md).
 """
 
+import itertools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from jaxtyping import UInt64
 import gati_jax
 from gati_jax import Chain, Head, InputError, ReplayTable, data
 from gati_jax.bundle.manifest import Provenance
+from gati_jax.bundle.save import check_free
 from gati_jax.certification import AnyLedger, Certificate, count_duplicates, find_ledger, tightest
 from gati_jax.fitting import network_head
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
 from gati_jax.planning import Composition, CostTable, Plan, cascade_ms
 from train import cli, zoo
 
-from .config import Base, Config
+from .config import Base, Config, Source
 from .exploration import explore
 from .results import Caches, CertificateResult, PlannedCache, PlanResult, Predicted
 
@@ -41,9 +43,11 @@ def main(argv: list[str] | None = None) -> None:
     splits = config.data.splits.model_dump()
     data.check_disjoint(splits)
     saw_certify = base_saw_certify(config)
-    chain = read_base(config.base)
-    parts = {name: data.load(config.data.name, splits[name], config.data.dir) for name in ("fit", "select", "certify")}
     # Refused before hours of work.
+    path = arguments.out / "bundle"
+    check_free(path)
+    chain = read_base(config.base)
+    parts = load_parts(config.data, {name: splits[name] for name in ("fit", "select", "certify")}, chain)
     rows = data.row_digests(parts["certify"].images)
     count_duplicates(rows, drawn=config.plan.repeats)
     check_open(arguments.ledger, rows, arguments.out)
@@ -76,7 +80,6 @@ def main(argv: list[str] | None = None) -> None:
         command=sys.argv,
         config=config.model_dump(mode="json"),
     )
-    path = arguments.out / "bundle"
     gati_jax.save_bundle(
         path,
         chain,
@@ -103,6 +106,28 @@ def main(argv: list[str] | None = None) -> None:
     result.write(arguments.out / "caches.json", print_json=arguments.json)
     if not arguments.json:
         show(result, f"Plan for {config.base.network} on {config.data.name}")
+
+
+def load_parts(source: Source, splits: Mapping[str, str], chain: Chain) -> dict[str, data.Dataset]:
+    """Load splits that a base takes and that share no rows; warn of near copies among them.
+
+    Raises:
+        InputError: A split has other images or classes than the base, or rows of another split.
+    """
+    parts = {name: data.load(source.name, rows, source.dir) for name, rows in splits.items()}
+    for name, part in parts.items():
+        part.check(f"data.splits.{name}", chain.input_spec.shape, chain.classes)
+    rows = {name: data.row_digests(part.images) for name, part in parts.items()}
+    for one, other in itertools.combinations(parts, 2):
+        data.check_distinct_rows(rows[one], rows[other], names=(one, other))
+        pixels = parts[one].images.dtype == np.uint8 and parts[one].images.ndim == len("nhwc")
+        if pixels and (near := data.count_near_copies(parts[other].images, parts[one].images)):
+            _log.warning(
+                "%d of %d rows of %s are near copies of rows of %s (a little noise, or mirrored): leave them out unless"
+                " requests repeat themselves like this",
+                *(near, len(parts[other]), other, one),
+            )
+    return parts
 
 
 def check_open(ledger: AnyLedger, rows: UInt64[np.ndarray, " n"], out: Path) -> None:

@@ -14,6 +14,7 @@ import gati_jax
 from gati_jax import Chain, CostTable, Head, InputError, Plan, ReplayTable, data
 from gati_jax.caches import on_its_own
 from gati_jax.fitting import Candidates, head_sizes, untrained
+from gati_jax.fitting.fit import deal_folds
 from gati_jax.planning import Composition, compose_plan, prunable, rank
 from gati_jax.profiling import Tile
 from train import cli
@@ -95,6 +96,9 @@ def explore(
         parts: The splits "fit" and "select".
         out: Folder for costs.json, compositions, and checkpoints from which a killed run resumes.
     """
+    if config.fit.batch > (n := len(parts["fit"])):
+        raise InputError(f"fit.batch: expected at most the {n} rows of data.splits.fit, got {config.fit.batch}")
+    deal_folds(data.row_digests(parts["select"].images), config.fit)  # refuses too few rows for them
     memory = None if config.plan.memory_share is None else int(config.plan.memory_share * chain.bytes)
     sizes = head_sizes(chain, heads)
     small = within(chain, heads, {name for name, size in sizes.items() if memory is None or size <= memory})

@@ -55,6 +55,9 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
     skeleton = _skeleton(manifest, chain)
     if depths := {plan.depth for plan, _ in pairs} - {len(skeleton)}:
         raise BundleError(f"chain: expected {depths.pop()} blocks, for which {folder} was planned, got {len(skeleton)}")
+    if (named := len(manifest.class_names)) not in {0, skeleton.classes}:
+        expected = f"one for each of {skeleton.classes} logits, or none"
+        raise BundleError(f"bundle: expected class names in {folder}, {expected}, got {named}")
     caches = tuple(_empty_cache(entry, skeleton) for entry in manifest.caches)
     values = _load_arrays(folder / "arrays", named_arrays(skeleton, caches))
     base = _filled(skeleton, values, "base")

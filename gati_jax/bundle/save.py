@@ -52,21 +52,25 @@ def save_bundle(
         certificate: The certificate of ``plan``.
         also: Up to three more plans, each with its certificate, under other names. All of them must have been certified
             together.
-        class_names: Names of the classes, in the order of the logits.
+        class_names: Names of all classes, in the order of the logits, or none.
         provenance: Versions, seeds, data, config.
         costs: Measured costs.
         ledger: The one that the certificate was made with: its looks at the certify rows are copied into the bundle.
 
     Raises:
         InputError: A certificate is another plan's, the plans were not certified together or have the same name, a
-            cache is of a kind that no bundle can hold, or ``path`` is something else than a bundle.
+            cache is of a kind that no bundle can hold, there are other class names than logits, or ``path`` is
+            something else than a bundle.
     """
     from orbax.checkpoint import v1 as ocp  # noqa: PLC0415 (takes seconds to import, and answering does without)
 
     path, pairs = Path(path), ((plan, certificate), *also)
     names = tuple(check_plans(pairs))
-    if path.exists() and not (path.is_dir() and ((path / "manifest.json").is_file() or not any(path.iterdir()))):
-        raise InputError(f"path: expected a bundle or nothing at {path}, got something else, which is left alone")
+    check_free(path)
+    if len(class_names) not in {0, chain.classes}:
+        raise InputError(
+            f"class_names: expected one for each of {chain.classes} logits, or none, got {len(class_names)}"
+        )
     caches = choose(candidates, names)
     for one, _ in pairs:
         sites = tuple(c.site for c in choose(caches, one.names))
@@ -102,6 +106,16 @@ def save_bundle(
         for device in sorted({table.device for table in tables}):
             of_device = DeviceFile(costs=tuple(table for table in tables if table.device == device))
             write_json(folder / "tuning" / f"{device}.json", of_device)
+
+
+def check_free(path: Path) -> None:
+    """Check that a bundle may be written: there is one, an empty folder, or nothing.
+
+    Raises:
+        InputError: There is something else.
+    """
+    if path.exists() and not (path.is_dir() and ((path / "manifest.json").is_file() or not any(path.iterdir()))):
+        raise InputError(f"path: expected a bundle or nothing at {path}, got something else, which is left alone")
 
 
 def save_tuning(path: Path | str, tuning: Tuning) -> None:

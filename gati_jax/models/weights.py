@@ -8,6 +8,7 @@ from PyTorch's [out, in, h, w] to [h, w, in, out].
 import contextlib
 import functools
 import operator
+import re
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
@@ -17,12 +18,14 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gati_jax.errors import WeightsError, describe_mismatch
+from gati_jax.errors import WeightsError, describe_mismatch, listed, printable
 
 from .architectures import VGG, Architecture, ResNet
 from .networks import Variables, init
 
 Tensors = Mapping[str, np.ndarray]
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_IN_SAFETENSORS = {"F16", "BF16", "F32", "F64"}
 
 
 class _Entry(NamedTuple):
@@ -107,25 +110,25 @@ def import_state_dict(network: Architecture, tensors: Tensors) -> Variables:
         tensors: Arrays by name; half-precision ones are widened, ``num_batches_tracked`` is ignored.
 
     Raises:
-        WeightsError: Names are missing, unexpected, misshapen or given twice, or values are not finite.
+        WeightsError: Names are missing, unexpected, misshapen or given twice, a tensor is quantised, or values are not
+            finite or a variance is negative.
     """
     entries = _entries(network)
-    given = {name: _standard_name(name) for name in tensors if not name.endswith("num_batches_tracked")}
+    given = {name: _standard_name(name) for name in tensors if not _is_counter(name)}
     found = {standard: np.asarray(tensors[name]) for name, standard in given.items()}
     if len(found) < len(given):
         times = Counter(given.values())
         twice = sorted(name for name, standard in given.items() if times[standard] > 1)
-        raise WeightsError(f"weights: expected every tensor once, got {', '.join(twice)}")
+        raise WeightsError(f"weights: expected every tensor once, got {listed(twice)}")
     abstract = jax.eval_shape(lambda: init(network, jax.random.key(0)))
     expected = {name: _torch_shape(_leaf(abstract[e.block], e.path).shape, e.axes) for name, e in entries.items()}
     biases = {bias: mean for bias, mean in _absorbed(network).items() if bias in found}
     expected |= {bias: expected[mean] for bias, mean in biases.items()}
     if problems := describe_mismatch(expected, {name: str(list(v.shape)) for name, v in found.items()}):
         raise WeightsError(f"weights: these are not the network's tensors. {problems}")
-    if bad := sorted(name for name, v in found.items() if not np.isfinite(np.asarray(v, np.float32)).all()):
-        raise WeightsError(f"weights: expected finite values, got NaN or infinity in {', '.join(bad)}")
+    found = _float32(found, entries)
     for bias, mean in biases.items():
-        found[mean] = np.asarray(found[mean], np.float32) - np.asarray(found[bias], np.float32)
+        found[mean] = found[mean] - found[bias]
     variables: list[dict[str, Any]] = [{} for _ in range(network.depth + 1)]
     for name, entry in entries.items():
         node = variables[entry.block]
@@ -133,6 +136,32 @@ def import_state_dict(network: Architecture, tensors: Tensors) -> Variables:
             node = node.setdefault(part, {})
         node[entry.path[-1]] = np.ascontiguousarray(found[name].transpose(entry.axes), dtype=np.float32)
     return tuple(variables)
+
+
+def _float32(found: Tensors, entries: Mapping[str, _Entry]) -> dict[str, np.ndarray]:
+    """Return tensors in float32 if they can be a network's weights."""
+    for name, v in found.items():
+        if v.dtype.name not in _DTYPES:
+            raise _other_dtype(name, v.dtype.name)
+    with np.errstate(over="ignore"):  # a float64 beyond float32 is refused as infinity
+        values = {name: np.asarray(v, np.float32) for name, v in found.items()}
+    if bad := sorted(name for name, v in values.items() if not np.isfinite(v).all()):
+        raise WeightsError(f"weights: expected finite values in float32, got NaN or infinity in {listed(bad)}")
+    for name, entry in entries.items():
+        if entry.path[-1] == "var" and values[name].min() < 0:
+            raise WeightsError(f"weights: expected variances of at least 0, got {values[name].min():g} in {name}")
+    return values
+
+
+def _is_counter(name: str) -> bool:
+    return name.endswith("num_batches_tracked")
+
+
+def _other_dtype(name: str, dtype: str) -> WeightsError:
+    """Report a quantised tensor: its codes are not weights without their scales, which no entry is for."""
+    return WeightsError(
+        f"weights: expected {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}, got {dtype} in {printable(name)}"
+    )
 
 
 def _torch_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
@@ -160,8 +189,7 @@ def read_weights(path: Path | str) -> dict[str, np.ndarray]:
     """
     path = _existing(path)
     if path.suffix == ".safetensors":
-        with _safetensors(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return _read_safetensors(path)
     if path.suffix in {".pth", ".pt"}:
         return _read_torch(path)
     raise WeightsError(f"weights: expected a .safetensors or .pth file, got {path.name}")
@@ -192,7 +220,16 @@ def _safetensors(path: Path) -> Generator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except SafetensorError as error:
-        raise WeightsError(f"weights: {path} is not a readable safetensors file ({error})") from error
+        raise WeightsError(f"weights: {path} is not a readable safetensors file ({printable(str(error))})") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    with _safetensors(path) as file:
+        names = [name for name in file.keys() if not _is_counter(name)]  # noqa: SIM118 (not a mapping)
+        for name in names:
+            if (dtype := file.get_slice(name).get_dtype()) not in _IN_SAFETENSORS:  # NumPy has not all of them
+                raise _other_dtype(name, dtype)
+        return {name: file.get_tensor(name) for name in names}
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
@@ -202,11 +239,23 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise WeightsError(
             f"weights: reading {path.name} needs torch (pip install 'gati-jax[torch]'), or convert it to safetensors"
         ) from error
+    expected = f"weights: expected a state dict of tensors in {path}, got"
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise WeightsError(f"weights: {path} could not be read as weights only ({error})") from error
-    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(v, torch.Tensor) for v in tensors.values()):
-        raise WeightsError(f"weights: {path} does not hold a state dict of tensors")
-    return {str(name): tensor.detach().float().numpy() for name, tensor in tensors.items()}
+    except Exception as error:  # noqa: BLE001 (torch raises many kinds for a damaged file, and advises to unpickle it)
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        got = printable(foreign[1]) if foreign else "a damaged file, or one of another kind"
+        raise WeightsError(f"{expected} {got}") from None
+    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(tensors, dict):
+        raise WeightsError(f"{expected} a {type(tensors).__name__}")
+    found = {str(name): tensor for name, tensor in tensors.items() if not _is_counter(str(name))}
+    for name, tensor in found.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise WeightsError(f"{expected} a {type(tensor).__name__} as {printable(name)}")
+        dtype, layout = (str(kind).removeprefix("torch.") for kind in (tensor.dtype, tensor.layout))
+        if dtype not in _DTYPES or layout != "strided" or tensor.is_meta:
+            raise _other_dtype(name, f"{dtype} ({'meta' if tensor.is_meta else layout})")
+        if tensor.nbytes > path.stat().st_size:  # one number, repeated, may have any shape
+            raise WeightsError(f"{expected} fewer bytes than {printable(name)} has")
+    return {name: tensor.detach().float().numpy() for name, tensor in found.items()}

@@ -8,10 +8,22 @@ import numpy as np
 import pytest
 
 import gati_jax
-from gati_jax import CostTable, InputError
+from gati_jax import BundleError, CostTable, InputError
 from gati_jax.caches import FullyConnected
 from gati_jax.planning import ReplaySource
-from tests.bundle.made import CLASSES, answers, in_memory, load, make, make_certificate, make_plan, sign
+from tests.bundle.made import CLASSES, answers, edit, in_memory, load, make, make_certificate, make_plan, sign
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("a", "b", "c", "d")])
+def test_other_class_names_than_logits_are_refused(tmp_path, names):
+    """The server would have no name for an answer, or the wrong one."""
+    with pytest.raises(InputError, match=rf"class_names: expected .* {CLASSES} logits, or none, got {len(names)}"):
+        gati_jax.save_bundle(tmp_path / "b", *make(1), class_names=names)
+    assert not list(tmp_path.iterdir())
+    gati_jax.save_bundle(tmp_path / "b", *make(1), class_names=("a", "b", "c"))
+    edit(tmp_path / "b" / "manifest.json", lambda manifest: manifest.update(class_names=names))
+    with pytest.raises(BundleError, match=rf"class names in .* {CLASSES} logits, or none, got {len(names)}"):
+        load(tmp_path / "b")
 
 
 class Odd(FullyConnected):

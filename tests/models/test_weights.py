@@ -1,5 +1,7 @@
 """State dicts in and out, from files that may be damaged or hostile."""
 
+import json
+import math
 import os
 import pickle
 import sys
@@ -126,6 +128,59 @@ def test_weights_that_are_not_the_networks_are_refused(network, changed, message
         models.import_state_dict(network, TENSORS | changed)
 
 
+def test_a_negative_running_variance_is_refused():
+    """Its square root would be NaN, or, if it is small, too large a scale."""
+    damaged = TENSORS | {"layer1.0.bn2.running_var": TENSORS["layer1.0.bn2.running_var"] - 2}
+    with pytest.raises(WeightsError, match=r"variances of at least 0, got -[0-9.]+ in layer1\.0\.bn2\.running_var"):
+        models.import_state_dict(BASIC, damaged)
+
+
+FLOAT8 = (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
+COUNTER = {"bn1.num_batches_tracked": np.asarray(7)}
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, bool, np.complex64, *FLOAT8], ids=lambda d: d.__name__)
+def test_quantised_weights_are_refused(dtype):
+    """Codes without their scales are other weights, of the right shape."""
+    with pytest.raises(WeightsError, match=f"float64, got {np.dtype(dtype).name} in fc.weight"):
+        models.import_state_dict(BASIC, TENSORS | {"fc.weight": np.ones(TENSORS["fc.weight"].shape, dtype)})
+
+
+@pytest.mark.parametrize(("code", "size"), [("I8", 1), ("U8", 1), ("F8_E4M3", 1), ("F8_E5M2", 1), ("I64", 8)])
+def test_a_file_with_quantised_weights_is_refused(tmp_path, code, size):
+    path, shape = tmp_path / "net.safetensors", TENSORS["fc.weight"].shape
+    save_file({name: tensor for name, tensor in (TENSORS | COUNTER).items() if name != "fc.weight"}, path)
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    end = len(data) + size * math.prod(shape)
+    header["fc.weight"] = {"dtype": code, "shape": shape, "data_offsets": [len(data), end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data + bytes(end - len(data)))
+    with pytest.raises(WeightsError, match=r"expected float16, bfloat16, float32 or float64, got \w+ in fc\.weight"):
+        models.import_state_dict(BASIC, models.read_weights(path))
+
+
+@pytest.mark.parametrize(
+    "name", ["a\n\x1b[2Jerror: all is well", "\u202egnp.exe", "x" * 10**6], ids=["line", "bidi", "long"]
+)
+def test_a_hostile_name_stays_within_one_line(name):
+    for damaged in (TENSORS | {name: TENSORS["fc.bias"]}, {f"{name}{i}": TENSORS["fc.bias"] for i in range(500)}):
+        with pytest.raises(WeightsError) as caught:
+            models.import_state_dict(BASIC, damaged)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 10_000
+
+
+def test_a_hostile_header_stays_within_one_line(tmp_path):
+    path, text = tmp_path / "net.safetensors", json.dumps({"a\n\x1b[2J" * 1000: {"dtype": "\x1b[2J"}}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(WeightsError) as caught:
+        models.read_weights(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
 def test_safetensors_file_and_its_metadata(tmp_path):
     path = tmp_path / "net.safetensors"
     save_file(TENSORS, path, metadata={"source": "here"})
@@ -206,8 +261,8 @@ class Creator:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("save", ["torch", "pickle"])
-def test_code_in_a_pth_file_never_runs(torch, pth, tmp_path, save):
+@pytest.mark.parametrize(("save", "got"), [("torch", r"\w+\.mkdir$"), ("pickle", "a damaged file, or one of another")])
+def test_code_in_a_pth_file_never_runs(torch, pth, tmp_path, save, got):
     proof, created = tmp_path / "proof", tmp_path / "created"
     pickle.loads(pickle.dumps(Creator(proof)))
     assert proof.exists()  # the trap works where it is sprung
@@ -215,9 +270,37 @@ def test_code_in_a_pth_file_never_runs(torch, pth, tmp_path, save):
         torch.save({"fc.bias": Creator(created)}, pth)
     else:
         pth.write_bytes(pickle.dumps({"fc.bias": Creator(created)}))
-    with pytest.raises(WeightsError, match="could not be read as weights only"):
+    with pytest.raises(WeightsError, match=rf"expected a state dict of tensors in .*, got {got}") as caught:
         models.read_weights(pth)
+    assert "weights_only" not in str(caught.value)
+    assert str(caught.value).isprintable()
     assert not created.exists()
+
+
+OTHER_TENSORS = {
+    "int8": lambda torch, shape: torch.ones(shape, dtype=torch.int8),
+    "qint8": lambda torch, shape: torch.quantize_per_tensor(torch.ones(shape), 0.1, 0, torch.qint8),
+    "float8_e4m3fn": lambda torch, shape: torch.ones(shape).to(torch.float8_e4m3fn),
+    "complex64": lambda torch, shape: torch.ones(shape, dtype=torch.complex64),
+    "sparse": lambda torch, shape: torch.ones(shape).to_sparse(),
+    "meta": lambda torch, shape: torch.ones(shape, device="meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch deprecates quantised tensors; files with them remain
+@pytest.mark.parametrize("what", OTHER_TENSORS)
+def test_a_pth_file_with_other_tensors_is_refused(torch, pth, what):
+    state = {name: torch.from_numpy(tensor) for name, tensor in (TENSORS | COUNTER).items()}
+    torch.save(state | {"fc.weight": OTHER_TENSORS[what](torch, state["fc.weight"].shape)}, pth)
+    with pytest.raises(WeightsError, match=rf"expected float16, .*, got .*{what}.* in fc\.weight"):
+        models.import_state_dict(BASIC, models.read_weights(pth))
+
+
+def test_a_small_pth_file_does_not_become_a_large_array(torch, pth):
+    one = torch.ones(1, dtype=torch.bfloat16)
+    torch.save({"fc.bias": one.expand(2**20, 2**20)}, pth)
+    with pytest.raises(WeightsError, match=r"fc\.bias"):
+        models.read_weights(pth)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 50, b"PK\x03\x04", [1, 2], {"fc.bias": 1.0}, {"state_dict": 5}])
@@ -226,8 +309,8 @@ def test_damaged_pth_file_or_one_without_tensors_is_refused(torch, pth, content)
         pth.write_bytes(content)
     else:
         torch.save(content, pth)
-    message = "could not be read" if isinstance(content, bytes) else "does not hold a state dict of tensors"
-    with pytest.raises(WeightsError, match=rf"net\.pth {message}"):
+    got = "a damaged file" if isinstance(content, bytes) else "a (list|dict|float|int)"
+    with pytest.raises(WeightsError, match=rf"expected a state dict of tensors in .*net\.pth, got {got}"):
         models.read_weights(pth)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+import gati_jax
 from gati_jax import data
 from gati_jax.models import export_state_dict, init, resnet
 from tests.train.one_pass import DIGITS, FREEZE, SPLITS, evaluate_arguments
@@ -94,8 +96,8 @@ def test_a_bad_config_is_one_line(capsys, monkeypatch, tmp_path, zeros, case):
     lines = Path(DIGITS[1]).read_text().splitlines()
     Path("unnamed.toml").write_text("\n".join(line for line in lines if not line.startswith("weights")))
     if "--config" not in arguments:
-        named = ["--config", "freeze.toml"] if main is freeze.main else [*DIGITS, "--base.weights", str(zeros)]
-        arguments = [*named, *arguments]
+        weights = ["--base.weights", str(zeros)] if arguments or main is not freeze.main else []
+        arguments = [*(["--config", "freeze.toml"] if main is freeze.main else DIGITS), *weights, *arguments]
     said = refuse(capsys, main, *arguments, "--out", "out")
     assert all(message in said for message in messages)
     assert main is not freeze.main or "base_trained_on" not in said  # nobody wants to read the whole config
@@ -124,6 +126,86 @@ def test_policies_are_not_compared_without_labels(capsys, monkeypatch, tmp_path,
     arguments = [*DIGITS, "--base.weights", str(zeros), "--out", str(tmp_path / "out")]
     assert "expected labels" in refuse(capsys, run.main, *arguments)
     assert not (tmp_path / "out").exists()
+
+
+def other_data(monkeypatch: pytest.MonkeyPatch, change: Callable[[data.Dataset], data.Dataset], of: str = "") -> None:
+    """Change what is loaded, or only that of one part."""
+    load = data.load
+    changed = lambda name, rows, folder: change(load(name, rows, folder)) if of in {"", rows} else load(name, rows)  # noqa: E731
+    monkeypatch.setattr(data, "load", changed)
+
+
+def is_too_late(*_: object, **__: object) -> None:
+    raise AssertionError
+
+
+CERTIFY = "all[1197:1497]"
+FITTED_ON = data.load("digits", "all[:300]")
+SMALL = '[{name = "s", weights = "none.safetensors", network = "resnet20", trained_on = []}]'
+UNFIT_DATA: dict[str, tuple[Callable[[data.Dataset], data.Dataset], str, str]] = {
+    "few names": (lambda d: dataclasses.replace(d, class_names=tuple("12345678")), "", "10 classes, got 8 class names"),
+    "many classes": (
+        lambda d: dataclasses.replace(d, class_names=(), labels=np.arange(len(d), dtype=np.int32) % 12),
+        "",
+        "10 classes, got label 11",
+    ),
+    "channels first": (
+        lambda d: dataclasses.replace(d, images=d.images.transpose(0, 3, 1, 2)),
+        CERTIFY,
+        "data.splits.certify: the network takes (8, 8, 1), got images (1, 8, 8)",
+    ),
+    "rows of fit": (lambda _: FITTED_ON, CERTIFY, "expected certify and fit disjoint, got 300 rows of certify in fit"),
+    "duplicates": (
+        lambda d: dataclasses.replace(d, images=d.images[[0] * 300]),
+        CERTIFY,
+        "expected distinct rows, got 299",
+    ),
+}
+UNFIT_OPTIONS = {
+    "batch": (["--fit.batch", "898"], "fit.batch: expected at most the 897 rows of data.splits.fit, got 898"),
+    "folds": (["--data.splits.select", "all[897:898]"], "select: expected at least one distinct row for each of"),
+    "base": (["--base.input_shape", "[16, 16, 1]"], "the network takes (16, 16, 1), got images (8, 8, 1)"),
+    "networks": (["--fit.networks", SMALL], "no such file"),
+}
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch) -> None:
+    for name in ("fit", "replay", "measure_costs", "certify", "certify_together"):
+        monkeypatch.setattr(gati_jax, name, is_too_late)
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize("main", [caches.main, run.main])
+@pytest.mark.parametrize("case", [*UNFIT_DATA, *UNFIT_OPTIONS])
+def test_what_cannot_be_certified_is_refused_before_anything_runs(capsys, monkeypatch, tmp_path, zeros, main, case):
+    options, message = UNFIT_OPTIONS.get(case, ([], ""))
+    if case in UNFIT_DATA:
+        change, of, message = UNFIT_DATA[case]
+        other_data(monkeypatch, change, of)
+    arguments = [*DIGITS, "--base.weights", str(zeros), "--out", str(tmp_path / "out"), *options]
+    assert message in refuse(capsys, main, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_bundle_that_could_not_be_saved_is_not_fitted(capsys, tmp_path, zeros):
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "thesis.txt").write_text("years of work")
+    arguments = [*DIGITS, "--base.weights", str(zeros), "--out", str(tmp_path)]
+    assert "path: expected a bundle or nothing at" in refuse(capsys, caches.main, *arguments)
+
+
+def test_near_copies_are_warned_of(monkeypatch, caplog, tmp_path, zeros):
+    """Of 300 certify rows, 20 are mirrored select rows, one level brighter: as bytes, they are equal to none."""
+    copies = np.minimum(data.load("digits", "all[900:920]").images[:, :, ::-1] + 1, 16)
+    other_data(monkeypatch, lambda d: dataclasses.replace(d, images=np.concatenate([copies, d.images[20:]])), CERTIFY)
+    monkeypatch.setattr(caches, "explore", is_too_late)
+    arguments = [*DIGITS, "--base.weights", str(zeros), "--out", str(tmp_path / "out")]
+    with caplog.at_level(logging.WARNING, logger="train"), pytest.raises(AssertionError):
+        caches.main(arguments)
+    (said,) = (record.getMessage() for record in caplog.records if "near copies" in record.getMessage())
+    assert said.startswith("20 of 300 rows of certify are near copies of rows of select")
 
 
 # --- Bundles --------------------------------------------------------------------------------------------------------

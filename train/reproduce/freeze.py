@@ -23,7 +23,7 @@ from gati_jax.caches import MIB, Conv, FullyConnected, LinearSelector, Pool, mem
 from gati_jax.fitting import Candidates
 from gati_jax.planning import replay_plan
 from train import cli, zoo
-from train.caches import overlapping, read_base
+from train.caches import load_parts, overlapping, read_base
 from train.config import Base, Experiment, Section, Source
 from train.evaluate import accuracy
 
@@ -75,9 +75,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments, config = cli.parse(FreezeExperiment, argv, "Run Freeze Inference's protocol.", EXAMPLE)
     splits = config.data.splits.model_dump()
     data.check_disjoint(splits)
-    parts = {name: data.load(config.data.name, rows, config.data.dir) for name, rows in splits.items()}
     config = config.model_copy(update={"base": zoo.completed_base(config.base)})
     chain = read_base(config.base)
+    parts = load_parts(config.data, splits, chain)
 
     started = time.perf_counter()
     outcome = freeze_protocol(config, chain, parts, arguments.out / "checkpoints")

@@ -15,7 +15,7 @@ import gati_jax
 from gati_jax import Chain, InputError, Ledger, ReplayTable, data
 from gati_jax.certification import AnyLedger, count_duplicates
 from train import cli, zoo
-from train.caches import base_saw_certify, check_open, composition_entry, read_base, small_networks
+from train.caches import base_saw_certify, check_open, composition_entry, load_parts, read_base, small_networks
 from train.config import Config
 from train.exploration import Explored, explore
 
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     splits = config.data.splits.model_dump()
     data.check_disjoint(splits)
     chain = read_base(config.base)
-    parts = {name: data.load(config.data.name, rows, config.data.dir) for name, rows in splits.items()}
+    parts = load_parts(config.data, splits, chain)
     if any(part.labels is None for part in parts.values()):
         raise InputError(f"data: expected labels, for accuracies are compared, got none in {config.data.name}")
     # Refused before hours of fitting.
