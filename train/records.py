@@ -82,7 +82,7 @@ def measured_tile(path: Path, chain: Chain, candidates: Iterable[Candidate], con
         "jax": cli.versions()["jax"],
     }
     saved = _read(Costs, path)
-    if saved and saved.identity == identity and saved.tile.costs:
+    if saved and saved.identity == identity and saved.tile.costs and not unsteady(saved.tile.costs):
         _log.info("costs as measured before (remove %s to measure anew)", path)
         return saved.tile, saved.tile.costs
     tile = Tile(size=config.plan.batch, milliseconds=1.0, options=(), algorithms={})

@@ -113,7 +113,7 @@ def unsteady(costs: CostTable) -> str:
     if costs.spread > MOST_SPREAD:
         return f"the base's times spread by {costs.spread:.0%}, where {MOST_SPREAD:.0%} are allowed"
     if 0.0 in costs.blocks_ms:  # measure_costs makes them so where a prefix took no longer than a shorter one
-        return f"the base up to block {costs.blocks_ms.index(0.0)} took no less time than with that block"
+        return f"the base up to block {costs.blocks_ms.index(0.0)} took no less time than with it"
     return ""
 
 

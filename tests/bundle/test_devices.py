@@ -193,6 +193,7 @@ def test_what_a_checked_tuning_promises_holds_the_rows_that_differ(named, monkey
     upper = bound.check.upper
     assert binom.cdf(differ, N, upper) == pytest.approx(0.02 * 6 / np.pi**2 / 2)
     assert bound.epsilon == pytest.approx(certificate.epsilon + upper)
+    assert bound.epsilon is not None
     assert 0.1 < bound.epsilon < 1
     assert bound.delta == pytest.approx(certificate.delta + 0.02)
     for part in (f"{bound.epsilon:.4g}", "0.93", f"{differ} of {N}"):

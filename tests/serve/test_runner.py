@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import gati_jax
 from gati_jax import InputError
-from gati_jax.certification import CONDITIONAL, ExitRate
+from gati_jax.certification import CONDITIONAL, ArithmeticCheck, ExitRate
 from gati_jax.profiling import Tile, Tuning, device_name
 from gati_jax.runtime import Cascade, predict_batch
 from serve.engine import policy, routes
