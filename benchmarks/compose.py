@@ -69,12 +69,13 @@ def main() -> None:
     parser.add_argument("--variants", type=int, default=6, help="candidates a site")
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--share", type=float, default=0.01, help="of requests that may disagree")
+    parser.add_argument("--max-sites", type=int, help="at most so many caches")
     parser.add_argument("--thresholds", type=int, default=16, help="a candidate, in the proof")
     parser.add_argument("--seeds", type=int, default=3, help="tables of each size")
     parser.add_argument("--seconds", type=float, default=60.0, help="of CPU time, a table")
     parser.add_argument("--independent", action="store_true", help="all blur is each head's own")
     args = parser.parse_args()
-    budget = Budget(disagreements=int(args.share * args.requests))
+    budget = Budget(disagreements=int(args.share * args.requests), sites=args.max_sites)
     print("sites heads requests seed  may disagree   mean ms  bound ms     gap    nodes  CPU s")
     for sites in args.sites:
         for seed in range(args.seeds):

@@ -1,8 +1,7 @@
-"""Checks of arguments that several packages share, and the one way in which a file is written."""
+"""What every room may use: the check of a share, and the one way in which a file is written."""
 
 import os
 import tempfile
-from collections.abc import Sized
 from pathlib import Path
 
 from .errors import InputError
@@ -22,35 +21,7 @@ def check_share(name: str, value: float | int) -> None:  # noqa: PYI041 (beartyp
         raise InputError(f"{name}: expected a number between 0 and 1, got {value}")
 
 
-def check_positive(name: str, value: int) -> None:
-    """Check that a count is 1 or more.
-
-    Args:
-        name: The argument, for the message.
-        value: What was given for it.
-
-    Raises:
-        InputError: It is 0 or less.
-    """
-    if value < 1:
-        raise InputError(f"{name}: expected 1 or more, got {value}")
-
-
-def check_not_empty(name: str, values: Sized) -> None:
-    """Check that there is at least one image, row or record.
-
-    Args:
-        name: The argument, for the message.
-        values: What was given for it.
-
-    Raises:
-        InputError: There is none.
-    """
-    if len(values) == 0:
-        raise InputError(f"{name}: expected at least one, got none")
-
-
-def write_atomically(path: Path, content: bytes | str) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Write a file as a whole: a reader, or a process killed half-way, finds the old content or the new one.
 
     The content goes to a hidden file ``.<name>.<random>`` in the same folder, reaches the disk, and is then renamed
@@ -58,7 +29,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
     Args:
         path: The file to create or replace.
-        content: Bytes, or text that is written as UTF-8.
+        content: Its bytes.
 
     Raises:
         OSError: The file cannot be written; what was there stays as it is.
@@ -67,7 +38,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         temporary = Path(file.name)
         try:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
             temporary.chmod(0o644)  # temporary files are private

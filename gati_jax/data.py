@@ -5,6 +5,7 @@ TensorFlow is not needed: ``tfds.data_source`` reads array_record files with ran
 
 import dataclasses
 import hashlib
+import itertools
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -78,13 +79,12 @@ def check_disjoint(splits: Mapping[str, str]) -> None:
     Raises:
         InputError: Names the two splits that overlap.
     """
-    rows = [(name, Rows.parse(text)) for name, text in splits.items()]
-    for i, (name, part) in enumerate(rows):
-        for other, other_part in rows[i + 1 :]:
-            if part.overlaps(other_part):
-                raise InputError(
-                    f"splits: expected disjoint splits, got {name}={splits[name]} overlapping {other}={splits[other]}"
-                )
+    rows = {name: Rows.parse(text) for name, text in splits.items()}
+    for one, other in itertools.combinations(rows, 2):
+        if rows[one].overlaps(rows[other]):
+            raise InputError(
+                f"splits: expected disjoint splits, got {one}={splits[one]} overlapping {other}={splits[other]}"
+            )
 
 
 def load(name: str, split: str, data_dir: Path | str | None = None) -> Dataset:
@@ -102,9 +102,7 @@ def load(name: str, split: str, data_dir: Path | str | None = None) -> Dataset:
         InputError: The data set, the folder or the split does not exist.
     """
     rows = Rows.parse(split)
-    if name == "digits":
-        return _digits(rows)
-    return _tfds(name, rows, data_dir)
+    return _digits(rows) if name == "digits" else _tfds(name, rows, data_dir)
 
 
 def _digits(rows: Rows) -> Dataset:
@@ -143,8 +141,7 @@ def _tfds(name: str, rows: Rows, data_dir: Path | str | None) -> Dataset:
         raise InputError(f"split: expected one of {known} of {name}, got {rows.split!r}")
     stop = _stop(rows, builder.info.splits[rows.split].num_examples)
     source: Any = builder.as_data_source(split=f"{rows.split}[{rows.start}:{stop}]")
-    examples = [(example["image"], example["label"]) for example in source]
-    images, labels = zip(*examples, strict=True)
+    images, labels = zip(*((example["image"], example["label"]) for example in source), strict=True)
     return Dataset(
         images=np.stack(images),
         labels=np.asarray(labels, np.int32),
@@ -189,12 +186,7 @@ def fingerprint(digests: UInt64[np.ndarray, " n"]) -> str:
 def check_distinct_rows(
     one: UInt64[np.ndarray, " n"], other: UInt64[np.ndarray, " m"], *, names: tuple[str, str]
 ) -> None:
-    """Check by content that two splits were not drawn from the same rows; a few duplicates in real data pass.
-
-    Args:
-        one: Digests of a split's rows.
-        other: Digests of another's.
-        names: Of the two splits.
+    """Check by the rows' digests that two splits do not share them; a few duplicates in real data pass.
 
     Raises:
         InputError: More than 1 % of the smaller split's rows are in the other, too.

@@ -1,4 +1,4 @@
-"""Errors of the public functions; command lines print them as one line and exit with code 2."""
+"""Errors of the public functions, which command lines print as one line, and what several rooms raise them with."""
 
 from collections.abc import Mapping
 
@@ -16,21 +16,16 @@ class BundleError(InputError):
 
 
 def describe_mismatch(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """List how named tensors differ from those that a network has.
+    """Return sorted lists of missing, unexpected and misshapen names of tensors; empty if there are none.
 
     Args:
         expected: Shapes (or dtypes and shapes) of the network's tensors by name.
         found: Those of the given ones.
-
-    Returns:
-        Sorted lists of missing, unexpected and misshapen names; empty if there are none.
     """
-    both = sorted(expected.keys() & found.keys())
+    differ = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
     lists = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
-        "misshapen": [
-            f"{name} (expected {expected[name]}, got {found[name]})" for name in both if expected[name] != found[name]
-        ],
+        "misshapen": [f"{name} (expected {expected[name]}, got {found[name]})" for name in differ],
     }
     return "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists.items() if names)

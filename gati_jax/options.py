@@ -86,8 +86,8 @@ def describe_options(record: type, prefix: str = "") -> Iterator[Option]:
         kinds = _kinds_of(field.annotation)
         text = (field.description or "") + (f": {', '.join(kinds)}" if kinds else "")
         yield Option(key, section, _type_of(field.annotation), _default_of(field), text)
-        if items := _record_in_list(field.annotation):
-            deeper.append((items, f"{key}.N."))
+        if get_origin(field.annotation) is tuple and (item := _record_in(get_args(field.annotation)[0])):
+            deeper.append((item, f"{key}.N."))
     for nested, below in deeper:
         yield from describe_options(nested, below)
 
@@ -119,12 +119,6 @@ def _record_in(annotation: Any) -> type | None:  # noqa: ANN401 (a type, or what
     options = [option for option in get_args(annotation) if option is not type(None)]
     optional = len(options) == 1 and type(None) in get_args(annotation)
     return options[0] if optional and _is_record(options[0]) else None
-
-
-def _record_in_list(annotation: Any) -> type | None:  # noqa: ANN401
-    if get_origin(annotation) is not tuple:
-        return None
-    return _record_in(get_args(annotation)[0])
 
 
 def _type_of(annotation: Any) -> str:  # noqa: ANN401

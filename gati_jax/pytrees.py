@@ -2,12 +2,15 @@
 
 import dataclasses
 import hashlib
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import Array, PyTree
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -34,6 +37,30 @@ class Static:
         return self is other or (isinstance(other, Static) and self.values == other.values)
 
 
+def register_pytree(*, leaves: str, static: tuple[str, ...]) -> Callable[[type[T]], type[T]]:
+    """Register a frozen dataclass as a pytree whose one child is the field ``leaves``; the others are static.
+
+    An object keeps its static part, so that it is hashed once. Unflattening takes any leaves, without checks.
+    """
+
+    def flatten(tree: T) -> tuple[tuple[PyTree], Static]:
+        if "_static" not in vars(tree):
+            vars(tree)["_static"] = Static(tuple(getattr(tree, name) for name in static))
+        return (getattr(tree, leaves),), vars(tree)["_static"]
+
+    def decorate(cls: type[T]) -> type[T]:
+        def unflatten(structure: Static, children: tuple[PyTree]) -> T:
+            tree = object.__new__(cls)
+            vars(tree).update(zip(static, structure.values, strict=True))
+            vars(tree).update({leaves: children[0], "_static": structure})
+            return tree
+
+        jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+        return cls
+
+    return decorate
+
+
 def tree_digest(tree: PyTree) -> str:
     """Digest every array of a pytree with its place, dtype and shape."""
     digest = hashlib.blake2b(digest_size=16)
@@ -42,6 +69,11 @@ def tree_digest(tree: PyTree) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} ".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def tree_bytes(tree: PyTree) -> int:
+    """Return the memory that the arrays of a pytree take, or would take."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def restore_spec(tree: PyTree) -> PyTree[jax.ShapeDtypeStruct]:

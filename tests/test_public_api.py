@@ -13,7 +13,7 @@ BUNDLE = Path(__file__).parent / "fixtures" / "v1" / "bundle"
 HEAVY = ["jax", "orbax", "optax", "flax", "tensorflow", "sklearn", "scipy"]
 # Flax itself imports rich, but not its progress bars. Orbax is imported where arrays are read.
 NOT_FOR_ANSWERS = ["optax", "rich.progress", "tensorflow", "tensorflow_datasets", "sklearn", "train"]
-NOT_FOR_ANSWERS += [f"gati_jax.{name}" for name in ("fitting", "adaptation", "report")]
+NOT_FOR_ANSWERS += [f"gati_jax.{name}" for name in ("fitting", "adaptation")]
 ANSWER = f"""
 import numpy as np
 from gati_jax import infer, infer_batch, load_bundle

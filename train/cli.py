@@ -169,7 +169,6 @@ def run(main: Callable[[], None]) -> None:
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result as JSON; a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, f"{json.dumps(result, indent=2)}\n".encode())
 
 

@@ -4,18 +4,20 @@ Every request of the split is answered by the jitted cascade and by the base; so
 """
 
 import logging
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import ArrayLike
 
 import gati_jax
 from gati_jax import Bundle, Certificate, InputError, Prediction, data
-from gati_jax.certification import AnyLedger, find_ledger
+from gati_jax.certification import AccuracyGap, AnyLedger, find_ledger
 from gati_jax.profiling import measure_speed
-from gati_jax.report import render
 from train import cli, latency
 
 from .config import Config, build_config
@@ -211,6 +213,26 @@ def show(result: Evaluation) -> None:
         rows = [(row.batch, row.full, *(f"{getattr(row, key):.3f}" for key in keys)) for row in tuned]
         titles = ("batch", "full", "full ms", "cascade ms", "predicted ms", "speed-up", "ideal", "conversion", "spread")
         cli.show("Tuned for this device", titles, rows)
+
+
+def render(evaluation: Mapping[str, Any]) -> str:
+    """Return an ``evaluation.json`` as one HTML page without scripts or outside files. Every value is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["share"] = lambda value, digits=2: "-" if value is None else f"{value:.{digits}%}"
+    return environment.get_template("evaluation.html.jinja").render(evaluation)
+
+
+def lost_accuracy(gap: AccuracyGap | None) -> str:
+    """Describe how much accuracy may be lost."""
+    if gap is None:
+        return "no labels, or nothing certified"
+    return f"{gap.upper:.4f}, delta {gap.delta} ({gap.mean:.4f} of {gap.n} certify requests)"
 
 
 if __name__ == "__main__":

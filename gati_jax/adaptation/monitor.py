@@ -44,7 +44,6 @@ from scipy.stats import binomtest
 from gati_jax.caches import Candidate
 from gati_jax.certification import trial_level
 from gati_jax.certification.betting import Count, EProcess, mean_disagreement, upper_bound
-from gati_jax.checks import check_positive
 from gati_jax.errors import InputError
 from gati_jax.options import Count as AtLeastOne
 from gati_jax.options import check_options
@@ -162,7 +161,8 @@ class Monitor:
         Raises:
             InputError: A depth below 1; river is needed and not installed.
         """
-        check_positive("depth", depth)
+        if depth < 1:
+            raise InputError(f"depth: expected 1 or more, got {depth}")
         self.config, self.depth = config, depth
         self.watched, self.version = 0, 0
         self.q = config.quiet_q

@@ -1,4 +1,4 @@
-"""Folders that are replaced as a whole, and digests of the files in them."""
+"""Files and folders that are replaced as a whole, and digests of the files of a bundle."""
 
 import contextlib
 import glob
@@ -16,13 +16,10 @@ _LONGEST_NAME = 200
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Generator[Path]:
-    """Yield a new empty folder that takes the place of ``path`` once the block ends well.
+    """Yield a new empty folder that takes the place of ``path``, or of what it links to, once the block ends well.
 
     A folder cannot be renamed over another one, so the old one is first moved aside, to ``previous(path)``. A process
     that is killed between the two renames leaves it there, where ``present`` finds it.
-
-    Args:
-        path: The folder to create or replace; of a link, what it points to is replaced.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)

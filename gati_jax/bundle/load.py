@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from gati_jax.caches import Candidate, Network, build_predictor, build_selector
 from gati_jax.certification import Looks, find_ledger
 from gati_jax.errors import BundleError, InputError, describe_mismatch
 from gati_jax.models import Architecture, Chain, fold, init, layers, to_chain
-from gati_jax.profiling import Tile, Tuning
+from gati_jax.profiling import Tuning
 from gati_jax.profiling.tuned_cascade import OPTIONS
 from gati_jax.pytrees import restore_spec
 
 from .files import check_files, present
 from .manifest import LOOKS, CacheEntry, Certificates, DeviceFile, Manifest, Plans, read_json, read_manifest
-from .record import Bundle, CertifiedPlans, check_origin, check_plans, sites_of
+from .record import Bundle, check_origin, check_plans
 
 
 def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
@@ -40,15 +40,21 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
     folder = present(Path(path))
     manifest = read_manifest(folder)
     check_files(folder, manifest.files)
-    pairs = _read_plans(folder)
-    if [(c.name, c.site) for c in manifest.caches] != list(sites_of(pairs).items()):
+    plans = read_json(folder / "plans.json", Plans).plans
+    certificates = read_json(folder / "certificates.json", Certificates).certificates
+    if len(plans) != len(certificates):
+        got = f"{len(plans)} plans and {len(certificates)} certificates"
+        raise BundleError(f"bundle: {folder} is inconsistent: expected a certificate for each plan, got {got}")
+    try:
+        pairs = tuple((plan.plan(), certificate) for plan, certificate in zip(plans, certificates, strict=True))
+        sites = check_plans(pairs)
+    except InputError as error:
+        raise BundleError(f"bundle: {folder} is inconsistent: {error}") from error
+    if [(c.name, c.site) for c in manifest.caches] != list(sites.items()):
         raise BundleError(f"bundle: {folder} is inconsistent: its plan, certificate and caches do not belong together")
     skeleton = _skeleton(manifest, chain)
-    for plan, _ in pairs:
-        if len(skeleton) != plan.depth:
-            raise BundleError(
-                f"chain: expected {plan.depth} blocks, for which {folder} was planned, got {len(skeleton)}"
-            )
+    if depths := {plan.depth for plan, _ in pairs} - {len(skeleton)}:
+        raise BundleError(f"chain: expected {depths.pop()} blocks, for which {folder} was planned, got {len(skeleton)}")
     caches = tuple(_empty_cache(entry, skeleton) for entry in manifest.caches)
     values = _load_arrays(folder / "arrays", named_arrays(skeleton, caches))
     base = _filled(skeleton, values, "base")
@@ -74,37 +80,15 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
     )
 
 
-def _read_plans(folder: Path) -> CertifiedPlans:
-    """Read the plans with their certificates.
-
-    Raises:
-        BundleError: A file is damaged, or they do not belong together.
-    """
-    plans = [entry.plan() for entry in read_json(folder / "plans.json", Plans).plans]
-    certificates = read_json(folder / "certificates.json", Certificates).certificates
-    if len(plans) != len(certificates):
-        got = f"{len(plans)} plans and {len(certificates)} certificates"
-        raise BundleError(f"bundle: {folder} is inconsistent: expected a certificate for each plan, got {got}")
-    pairs = tuple(zip(plans, certificates, strict=True))
-    try:
-        check_plans(pairs)
-    except InputError as error:
-        raise BundleError(f"bundle: {folder} is inconsistent: {error}") from error
-    return pairs
-
-
 def _skeleton(manifest: Manifest, chain: Chain | None) -> Chain:
     """Return the chain with parameters that are only shapes."""
     if chain is None:
-        if manifest.network is None:
+        if (network := manifest.network) is None:
             raise BundleError("bundle: it holds a user's own chain: pass it as load_bundle(path, chain=my_chain)")
-        network = manifest.network
         chain = to_chain(network, jax.eval_shape(lambda: fold(init(network, jax.random.key(0)))))
-    got = (chain.input_spec.shape, str(chain.input_spec.dtype))
-    if got != (manifest.input_shape, manifest.input_dtype):
-        raise BundleError(
-            f"chain: expected inputs {manifest.input_dtype}{list(manifest.input_shape)}, got {got[1]}{list(got[0])}"
-        )
+    expected = f"{manifest.input_dtype}{list(manifest.input_shape)}"
+    if (got := _describe(chain.input_spec)) != expected:
+        raise BundleError(f"chain: expected inputs {expected}, got {got}")
     try:
         return dataclasses.replace(chain, normalization=manifest.normalization)
     except InputError as error:
@@ -133,18 +117,14 @@ def _empty_cache(entry: CacheEntry, chain: Chain) -> Candidate:
 
 
 def _read_devices(folder: Path, chain: Chain, caches: Sequence[Candidate]) -> tuple[DeviceFile, ...]:
-    """Read what was measured on devices; a tuning for another network or compiler is left out with a warning.
-
-    Raises:
-        BundleError: A file is damaged.
-    """
+    """Read what was measured on devices; a tuning for another network or compiler is left out with a warning."""
     found = []
     for file in sorted(folder.glob("*.json")):
         try:
             device = read_json(file, DeviceFile)
         except BundleError as error:
             raise BundleError(f"{error} (it holds only measurements: remove it, and tune again)") from error
-        if device.tuning is not None and (reason := _misfit(device.tuning, file.stem, chain, caches)):
+        if device.tuning is not None and (reason := next(_misfits(device.tuning, file.stem, chain, caches), None)):
             msg = f"bundle: the tuning in {file} is left out: {reason}; run python -m train.tune --bundle DIR again"
             warnings.warn(msg, stacklevel=3)
             device = device.model_copy(update={"tuning": None})
@@ -152,39 +132,33 @@ def _read_devices(folder: Path, chain: Chain, caches: Sequence[Candidate]) -> tu
     return tuple(found)
 
 
-def _misfit(tuning: Tuning, device: str, chain: Chain, caches: Sequence[Candidate]) -> str | None:
-    """Return why a tuning cannot be this bundle's, on the device that its file is named after; None if it can."""
+def _misfits(tuning: Tuning, device: str, chain: Chain, caches: Sequence[Candidate]) -> Iterator[str]:
+    """Yield reasons why a tuning cannot be this bundle's, on the device that its file is named after."""
     if tuning.device != device:
-        return f"expected one of {device}, got {tuning.device}"
+        yield f"expected one of {device}, got {tuning.device}"
     if tuning.jaxlib not in {"", version("jaxlib")}:
-        return f"expected one of jaxlib {version('jaxlib')}, got {tuning.jaxlib}"
+        yield f"expected one of jaxlib {version('jaxlib')}, got {tuning.jaxlib}"
+    known, names = _algorithms(chain, caches), {cache.name for cache in caches}
+    for tile in tuning.tiles:
+        for kind, algorithm in tile.algorithms.items():
+            if algorithm not in known.get(kind, ()):
+                yield f"the network has no {kind} that {algorithm} could do"
+        if tile.options and tile.options not in OPTIONS.get(device.partition("-")[0], ()):
+            yield f"{tile.options} are no options for {device.partition('-')[0]}"
+        if (costs := tile.costs) is None:
+            continue
+        if (costs.batch, len(costs.blocks_ms)) != (tile.size, len(chain)):
+            got = f"{len(costs.blocks_ms)} for {costs.batch}"
+            yield f"expected costs of {len(chain)} blocks for {tile.size} rows, got {got}"
+        if not set(costs.lookup_ms) <= names:
+            yield f"expected costs of {', '.join(sorted(names))}, got {', '.join(sorted(costs.lookup_ms))}"
+
+
+def _algorithms(chain: Chain, caches: Sequence[Candidate]) -> dict[str, Sequence[str]]:
+    """Return the algorithms that can do each kind of layer of the base and of the small networks among the caches."""
     networks = [chain.network, *(c.predictor.network for c in caches if isinstance(c.predictor, Network))]
-    known = {
-        layer.kind: layer.applicable
-        for network in networks
-        if isinstance(network, Architecture)
-        for block in layers(network)
-        for layer in block
-    }
-    names = {cache.name for cache in caches}
-    reasons = (_tile_misfit(tile, device.partition("-")[0], len(chain), known, names) for tile in tuning.tiles)
-    return next((reason for reason in reasons if reason), None)
-
-
-def _tile_misfit(
-    tile: Tile, platform: str, depth: int, known: Mapping[str, Sequence[str]], names: set[str]
-) -> str | None:
-    unknown = [kind for kind, algorithm in tile.algorithms.items() if algorithm not in known.get(kind, ())]
-    if unknown:
-        return f"the network has no {unknown[0]} that {tile.algorithms[unknown[0]]} could do"
-    if tile.options and tile.options not in OPTIONS.get(platform, ()):
-        return f"{tile.options} are no options for {platform}"
-    costs = tile.costs
-    if costs is not None and (costs.batch, len(costs.blocks_ms)) != (tile.size, depth):
-        return f"expected costs of {depth} blocks for {tile.size} rows, got {len(costs.blocks_ms)} for {costs.batch}"
-    if costs is not None and not set(costs.lookup_ms) <= names:
-        return f"expected costs of {', '.join(sorted(names))}, got {', '.join(sorted(costs.lookup_ms))}"
-    return None
+    blocks = [block for network in networks if isinstance(network, Architecture) for block in layers(network)]
+    return {layer.kind: layer.applicable for block in blocks for layer in block}
 
 
 MAX_ARRAY_BYTES = 8 * 2**30  # a manifest of a few lines may imply any number; compressed, so may a small file
@@ -197,18 +171,14 @@ def named_arrays(chain: Chain, caches: Iterable[Candidate]) -> dict[str, Any]:
         InputError: Two arrays have the same name.
     """
     trees = {"base": chain, **{f"caches/{c.name}": c for c in caches}}
-    named = [(f"{prefix}{_name(path)}", leaf) for prefix, tree in trees.items() for path, leaf in _leaves(tree)]
-    found = {name: jnp.asarray(leaf) if isinstance(leaf, int | float | complex) else leaf for name, leaf in named}
-    if len(found) < len(named):
-        names = [name for name, _ in named]
-        raise InputError(
-            f"params: expected distinct names, got twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}"
-        )
+    found: dict[str, Any] = {}
+    for prefix, tree in trees.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            name = f"{prefix}{_name(path)}"
+            if name in found:
+                raise InputError(f"params: expected distinct names, got {name} twice")
+            found[name] = jnp.asarray(leaf) if isinstance(leaf, int | float | complex) else leaf
     return found
-
-
-def _leaves(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:  # noqa: ANN401 (a Chain or a Candidate)
-    return jax.tree_util.tree_leaves_with_path(tree)
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -222,11 +192,7 @@ def _filled(tree: Any, values: Mapping[str, Any], prefix: str) -> Any:  # noqa: 
 
 
 def _load_arrays(folder: Path, expected: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Load arrays of exactly these names, shapes and dtypes.
-
-    Raises:
-        BundleError: Sorted lists of missing, unexpected and misshapen names; or Orbax cannot read the folder.
-    """
+    """Load arrays of exactly these names, shapes and dtypes."""
     if (total := sum(math.prod(v.shape) * v.dtype.itemsize for v in expected.values())) > MAX_ARRAY_BYTES:
         raise BundleError(f"bundle: {folder} would take {total} bytes of memory, {MAX_ARRAY_BYTES} are allowed")
     from orbax.checkpoint import v1 as ocp  # noqa: PLC0415 (takes seconds to import, and answering does without)

@@ -145,12 +145,7 @@ class DeviceFile(Strict):
 
 
 def read_json(path: Path, record: type[T], *, most_bytes: int = MAX_JSON_BYTES) -> T:
-    """Read and check a JSON file.
-
-    Args:
-        path: The file.
-        record: The class of what it holds.
-        most_bytes: Larger files are not read.
+    """Read and check a JSON file of a ``record``; larger ones than ``most_bytes`` are not read.
 
     Raises:
         BundleError: The file is missing, too large, not JSON, or not a ``record``.

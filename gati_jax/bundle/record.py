@@ -163,47 +163,39 @@ def check_origin(plan: Plan, chain: Chain, caches: tuple[Candidate, ...]) -> Non
         plan.source.check(replay_source(chain, choose(caches, plan.names), plan.source.dtype), "candidates")
 
 
-CertifiedPlans = tuple[tuple[Plan, Certificate], ...]
-
-
-def check_plans(pairs: CertifiedPlans) -> None:
+def check_plans(pairs: tuple[tuple[Plan, Certificate], ...]) -> dict[str, int]:
     """Check that each certificate is of its plan, and that the plans were certified together.
 
+    Returns:
+        The sites of the caches of all plans by name, in the order in which the caches first come.
+
     Raises:
-        InputError: They do not belong together, are too many, or have the same name.
+        InputError: They do not belong together, are too many, or have the same name; a plan has a cache twice, or two
+            plans have it at different sites.
     """
-    names = [certificate.name for _, certificate in pairs]
+    names, sites = [certificate.name for _, certificate in pairs], dict[str, int]()
     if len(pairs) > MAX_PLANS or len(set(names)) < len(names):
         raise InputError(f"plans: expected at most {MAX_PLANS}, of different names, got {', '.join(names)}")
     for plan, certificate in pairs:
-        if certificate.plan_hash != plan.hash:
-            raise InputError("certificate: expected that of this plan, got another plan's")
-        if certificate.select_fingerprint not in {"", fingerprint(plan.rows)}:
-            raise InputError("certificate: expected that of a plan composed on these rows, got one composed on others")
-        if certificate.step >= len(plan.path) or (certificate.step > 0 and not _same_exits(plan, certificate)):
-            raise InputError(
-                f"certificate: expected a step of the plan's path and its exits, got step {certificate.step}"
-            )
+        _check_certificate(plan, certificate)
         if certificate.plans < len(pairs):
             got = f"{certificate.name} certified as one of {certificate.plans}"
             raise InputError(f"certificate: expected {len(pairs)} plans to be certified together, got {got}")
-    sites_of(pairs)
-
-
-def sites_of(pairs: CertifiedPlans) -> dict[str, int]:
-    """Return the sites of the caches of all plans by name, in the order in which the caches first come.
-
-    Raises:
-        InputError: A plan has a cache twice, or two plans have it at different sites.
-    """
-    sites: dict[str, int] = {}
-    for plan, _ in pairs:
         if len(set(plan.names)) < len(plan.names):
             raise InputError(f"plan: expected every cache once, got {', '.join(plan.names)}")
         for name, site in zip(plan.names, plan.sites, strict=True):
             if sites.setdefault(name, site) != site:
                 raise InputError(f"plans: expected {name} at one site, got {sites[name]} and {site}")
     return sites
+
+
+def _check_certificate(plan: Plan, certificate: Certificate) -> None:
+    if certificate.plan_hash != plan.hash:
+        raise InputError("certificate: expected that of this plan, got another plan's")
+    if certificate.select_fingerprint not in {"", fingerprint(plan.rows)}:
+        raise InputError("certificate: expected that of a plan composed on these rows, got one composed on others")
+    if certificate.step >= len(plan.path) or (certificate.step > 0 and not _same_exits(plan, certificate)):
+        raise InputError(f"certificate: expected a step of the plan's path and its exits, got step {certificate.step}")
 
 
 def _same_exits(plan: Plan, certificate: Certificate) -> bool:

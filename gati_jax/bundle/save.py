@@ -26,7 +26,7 @@ from .manifest import (
     read_manifest,
     write_json,
 )
-from .record import check_origin, check_plans, sites_of
+from .record import check_origin, check_plans
 
 
 def save_bundle(
@@ -64,10 +64,10 @@ def save_bundle(
     from orbax.checkpoint import v1 as ocp  # noqa: PLC0415 (takes seconds to import, and answering does without)
 
     path, pairs = Path(path), ((plan, certificate), *also)
-    check_plans(pairs)
+    names = tuple(check_plans(pairs))
     if path.exists() and not (path.is_dir() and ((path / "manifest.json").is_file() or not any(path.iterdir()))):
         raise InputError(f"path: expected a bundle or nothing at {path}, got something else, which is left alone")
-    caches = choose(candidates, tuple(sites_of(pairs)))
+    caches = choose(candidates, names)
     for one, _ in pairs:
         sites = tuple(c.site for c in choose(caches, one.names))
         if sites != one.sites or one.depth != len(chain):

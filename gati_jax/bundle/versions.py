@@ -17,8 +17,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field, model_validator
 
-from gati_jax.checks import check_positive
-from gati_jax.errors import BundleError
+from gati_jax.errors import BundleError, InputError
 from gati_jax.models import Chain
 
 from .load import load_bundle
@@ -68,9 +67,10 @@ class Versions:
 
     def __init__(self, folder: Path | str, *, keep: int = _KEEP, chain: Chain | None = None) -> None:
         """Check the arguments; nothing is read or written yet."""
-        check_positive("keep", keep)
+        if keep < 1:
+            raise InputError(f"keep: expected 1 or more, got {keep}")
         self.folder, self.keep, self._chain = Path(folder), keep, chain
-        self._lock = threading.Lock()
+        self._file, self._lock = self.folder / "versions.json", threading.Lock()
 
     @property
     def history(self) -> tuple[int, ...]:
@@ -106,9 +106,8 @@ class Versions:
         for tuning in bundle.tunings:  # heads of the same shapes run as the old ones do
             save_tuning(path, tuning)
         with self._lock:  # a trial may have started meanwhile
-            record = self._read()
-            history = (*record.history, number)[-self.keep :]
-            self._write(record.model_copy(update={"history": history, "newest": number}))
+            history = (*self.history, number)[-self.keep :]
+            self._update(history=history, newest=number)
         self._prune(history)
         return number
 
@@ -131,22 +130,20 @@ class Versions:
         The number is stored before the trial starts: the share of delta that a killed trial was given is spent.
         """
         with self._lock:
-            record = self._read()
-            self._write(record.model_copy(update={"trials": record.trials + 1}))
-        return record.trials + 1
+            trials = self._read().trials + 1
+            self._update(trials=trials)
+        return trials
 
     def withdraw(self, number: int) -> None:
         """Take a version out of the history, as after an alarm: the one before it becomes current."""
         with self._lock:
-            record = self._read()
-            self._write(record.model_copy(update={"history": tuple(n for n in record.history if n != number)}))
+            self._update(history=tuple(n for n in self.history if n != number))
 
     def _read(self) -> _Record:
-        file = self.folder / "versions.json"
-        return read_json(file, _Record, most_bytes=_MAX_BYTES) if file.exists() else _Record()
+        return read_json(self._file, _Record, most_bytes=_MAX_BYTES) if self._file.exists() else _Record()
 
-    def _write(self, record: _Record) -> None:
-        write_json(self.folder / "versions.json", record)
+    def _update(self, **values: object) -> None:
+        write_json(self._file, self._read().model_copy(update=values))
 
     def _prune(self, history: tuple[int, ...]) -> None:
         """Delete versions that have left the history, and files of killed writes; readers hold versions in memory."""

@@ -1,7 +1,6 @@
-"""A candidate: one trained cache at one site, independent of the network around it."""
+"""A candidate: one trained cache at one site, independent of the network around it; and the selectors."""
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Protocol, runtime_checkable
 
@@ -15,7 +14,11 @@ from pydantic import Field
 from gati_jax.errors import InputError
 from gati_jax.models import Chain
 from gati_jax.planning import ReplaySource
-from gati_jax.pytrees import Static, call, tree_digest
+from gati_jax.pytrees import call, register_pytree, tree_bytes, tree_digest
+
+Activation = Float[Array, "batch *site"]
+Logits = Float[Array, "batch classes"]
+Scores = Float[Array, " batch"]
 
 Width = Annotated[int, Field(ge=1, le=65_536)]
 """A size in a cache's configuration; the bounds hold where a manifest, which is untrusted, becomes a module."""
@@ -24,7 +27,12 @@ LOG_FLOOR = -16.0
 """Log-probabilities are cut off here: lower ones carry no more information, and would dominate every sum."""
 
 
-@jax.tree_util.register_pytree_node_class
+def log_probabilities(logits: Logits) -> Logits:
+    """Return the logarithm of the softmax, not below ``LOG_FLOOR``."""
+    return jnp.maximum(jax.nn.log_softmax(logits), LOG_FLOOR)
+
+
+@register_pytree(leaves="params", static=("name", "site", "predictor", "selector", "previous"))
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """A predictor and a selector at a site: a pytree whose leaves are those of ``params``.
@@ -45,36 +53,14 @@ class Candidate:
     params: dict[str, Any]
     previous: str | None = None
 
-    def tree_flatten(self) -> tuple[tuple[dict[str, Any]], Static]:
-        """Split into parameters and static structure."""
-        return (self.params,), self._structure
-
-    @classmethod
-    def tree_unflatten(cls, structure: Static, children: tuple[dict[str, Any]]) -> "Candidate":
-        """Rebuild from any leaves."""
-        name, site, predictor, selector, previous = structure.values
-        candidate = cls(name, site, predictor, selector, children[0], previous)
-        candidate.__dict__["_structure"] = structure
-        return candidate
-
-    @functools.cached_property
-    def _structure(self) -> Static:
-        return Static((self.name, self.site, self.predictor, self.selector, self.previous))
-
     @property
     def bytes(self) -> int:
         """The memory that the parameters take."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params))
+        return tree_bytes(self.params)
 
 
-def lookup(
-    candidate: Candidate, activation: Float[Array, "batch *site"]
-) -> tuple[Float[Array, "batch classes"], Float[Array, " batch"]]:
-    """Run a cache.
-
-    Args:
-        candidate: The cache.
-        activation: Of its site.
+def lookup(candidate: Candidate, activation: Activation) -> tuple[Logits, Scores]:
+    """Run a cache on the activation at its site.
 
     Returns:
         Class logits, and the float32 score to compare with the cache's threshold. A threshold of infinity switches a
@@ -89,48 +75,36 @@ Activations = Sequence[Float[Array, "batch ..."]] | Mapping[int, Float[Array, "b
 """Activations by site: of all sites in order, or a mapping of those that are needed."""
 
 
-@runtime_checkable
-class AtSite(Protocol):
-    """A predictor at a site: a ``Candidate``, or the plan for one before it is trained."""
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The plan for one candidate: a head at one site."""
 
-    @property
-    def site(self) -> int:
-        """The activation that it reads."""
-        ...
-
-    @property
-    def predictor(self) -> nn.Module:
-        """The module."""
-        ...
-
-    @property
-    def previous(self) -> str | None:
-        """Name of the one whose logits it reads as well."""
-        ...
+    site: int
+    predictor: nn.Module
+    selector: nn.Module
+    variables: Any = dataclasses.field(default=None, repr=False, compare=False)
+    """The predictor's (a pytree), once it is trained."""
+    previous: str | None = None
+    """Name of the candidate whose logits it reads as well."""
 
 
 def predict_all(
-    parts: Mapping[str, AtSite], variables: Mapping[str, PyTree], sites: Activations
-) -> dict[str, Float[Array, "batch classes"]]:
-    """Run several predictors; no gradient flows from one into another.
+    parts: Mapping[str, Candidate] | Mapping[str, Part], variables: Mapping[str, PyTree], sites: Activations
+) -> dict[str, Logits]:
+    """Return the logits of several predictors by name, in their order; no gradient flows from one into another.
 
     Args:
         parts: The predictors by name.
         variables: Their variables by name.
         sites: The activations at sites 0 .. N - 1, or at least at those of the predictors.
-
-    Returns:
-        Logits by name, in the order of ``parts``.
     """
-    logits: dict[str, Float[Array, "batch classes"]] = {}
+    logits: dict[str, Logits] = {}
     for name in sorted(parts, key=lambda name: parts[name].site):  # a previous one is always at an earlier site
         logits[name] = call(parts[name].predictor, variables[name], *predictor_inputs(parts[name], sites, logits))
     return {name: logits[name] for name in parts}
 
 
-def predictor_inputs(
-    part: AtSite, sites: Activations, logits: Mapping[str, Float[Array, "batch classes"]]
-) -> tuple[Array, ...]:
+def predictor_inputs(part: Candidate | Part, sites: Activations, logits: Mapping[str, Logits]) -> tuple[Array, ...]:
     """Return a predictor's inputs: its site's activation, and the previous candidate's logits if it is cascaded."""
     activation = sites[part.site]
     return (activation,) if part.previous is None else (activation, jax.lax.stop_gradient(logits[part.previous]))
@@ -149,13 +123,7 @@ def choose(candidates: Iterable[Candidate], names: Sequence[str]) -> tuple[Candi
 
 
 def replay_source(chain: Chain, candidates: Iterable[Candidate], dtype: str) -> ReplaySource:
-    """Return a record of the parameters that a replay of these candidates depends on.
-
-    Args:
-        chain: The base.
-        candidates: The caches.
-        dtype: Of the images.
-    """
+    """Return a record of the parameters and the images' dtype that a replay of these candidates depends on."""
     digests = tuple((c.name, tree_digest(c.params)) for c in candidates)
     return ReplaySource(base=tree_digest(chain.params), candidates=digests, dtype=dtype)
 
@@ -172,13 +140,10 @@ class Cascaded(nn.Module):
     inner: nn.Module
 
     @nn.compact
-    def __call__(
-        self, activation: Float[Array, "batch *site"], previous: Float[Array, "batch classes"]
-    ) -> Float[Array, "batch classes"]:
+    def __call__(self, activation: Activation, previous: Logits) -> Logits:
         """Return class logits."""
-        log_probabilities = jnp.maximum(jax.nn.log_softmax(previous), LOG_FLOOR)
         ensemble = nn.Dense(self.classes, use_bias=False, kernel_init=_identity, name="ensemble")
-        return self.inner(activation) + ensemble(log_probabilities)
+        return self.inner(activation) + ensemble(log_probabilities(previous))
 
 
 def _identity(_: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32) -> Float[Array, "classes classes"]:
@@ -195,3 +160,60 @@ def on_its_own(candidate: Candidate) -> Candidate:
     own = {kind: tree["inner"] for kind, tree in candidate.params["predictor"].items() if "inner" in tree}
     params = {**candidate.params, "predictor": own}
     return dataclasses.replace(candidate, predictor=candidate.predictor.inner, params=params, previous=None)
+
+
+# Selectors score a predictor's logits by the log-odds that it agrees with the base (GATI's binary selector), not by the
+# probability: near certainty, where thresholds lie, that saturates in float32.
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """The interface of a selector: a Linen module from logits to scores."""
+
+    def __call__(self, logits: Logits) -> Scores:
+        """Return scores."""
+        ...
+
+
+class LinearSelector(nn.Module):
+    """The paper's selector: a linear map of the log-probabilities to {miss, hit}; the score is hit minus miss."""
+
+    @nn.compact
+    def __call__(self, logits: Logits) -> Scores:
+        """Return scores."""
+        miss_hit = nn.Dense(2, name="out")(log_probabilities(logits))
+        return miss_hit[:, 1] - miss_hit[:, 0]
+
+
+class ProbabilitySelector(nn.Module):
+    """The log-odds of the largest probability: it has no parameters, so it cannot overfit a small select split."""
+
+    @nn.compact
+    def __call__(self, logits: Logits) -> Scores:
+        """Return scores."""
+        ordered = jnp.sort(logits, axis=-1)
+        return ordered[:, -1] - jax.nn.logsumexp(ordered[:, :-1], axis=-1)
+
+
+class SortedSelector(nn.Module):
+    """A small MLP on the ``top`` largest log-probabilities in order: it sees how sure the predictor is, not of what."""
+
+    hidden: Width = 16
+    top: Width = 10
+
+    @nn.compact
+    def __call__(self, logits: Logits) -> Scores:
+        """Return scores."""
+        largest, _ = jax.lax.top_k(log_probabilities(logits), min(self.top, logits.shape[-1]))
+        x = nn.relu(nn.Dense(self.hidden, name="hidden")(largest / -LOG_FLOOR))
+        # The skip from the largest log-probability lets the fit start at plain confidence.
+        return nn.Dense(1, name="out")(jnp.concatenate([x, largest[:, :1]], axis=-1))[:, 0]
+
+
+class Confidence(nn.Module):
+    """The largest logit: for predictors whose logits are log-confidences. It has no parameters."""
+
+    @nn.compact
+    def __call__(self, logits: Logits) -> Scores:
+        """Return scores."""
+        return logits.max(-1)

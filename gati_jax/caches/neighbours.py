@@ -18,9 +18,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gati_jax.errors import InputError
+from gati_jax.pytrees import tree_bytes
 
-from .candidate import Candidate, Width
+from .candidate import Activation, Candidate, Logits, Width
 from .predictors import flatten_channels_first, grid_average
+
+Keys = Float[Array, "batch units"]
+Points = Float[Array, "points units"]
+Norms = Float[Array, " points"]
+StoredKeys = Float[Array | np.ndarray, "n units"]
+StoredLabels = Int[Array | np.ndarray, " n"]
 
 NO_POINT = -1  # the label of a row without a point
 MIB = 2**20  # the paper's MB
@@ -30,41 +37,26 @@ _LEAST = 1e-30  # score of a label that no neighbour has; its logarithm stays fi
 _COUNT_BYTES = 4  # a k-NN cache's "count", see ``stored_points``
 
 
-def key_features(activation: Float[Array, "batch *site"], cells: int | None) -> Float[Array, "batch features"]:
+def key_features(activation: Activation, cells: int | None) -> Float[Array, "batch features"]:
     """Return the key network's input: the flattened activation, or means over ``cells`` x ``cells`` fields of it."""
     return flatten_channels_first(activation) if cells is None else grid_average(activation, cells)
 
 
-def squared_distances(
-    keys: Float[Array, "batch units"], points: Float[Array, "points units"], norms: Float[Array, " points"]
-) -> Float[Array, "batch points"]:
-    """Return |a|^2 - 2ab + |b|^2, computed with one matrix product and clipped at 0, below which rounding can push it.
+def squared_distances(keys: Keys, points: Points, norms: Norms) -> Float[Array, "batch points"]:
+    """Return |a|^2 - 2ab + |b|^2 of keys a and points b; ``norms`` are |b|^2, or infinity for a row without a point.
 
-    Args:
-        keys: a.
-        points: b.
-        norms: |b|^2, or infinity for a row without a point.
+    It is one matrix product, and clipped at 0, below which rounding can push it.
     """
     own = jnp.sum(keys**2, -1, keepdims=True)
     return jnp.maximum(own - 2 * keys @ points.T + norms[None], 0)
 
 
-def nearest(
-    keys: Float[Array, "batch units"],
-    points: Float[Array, "points units"],
-    norms: Float[Array, " points"],
-    k: int,
-) -> tuple[Int[Array, "batch k"], Float[Array, "batch k"]]:
+def nearest(keys: Keys, points: Points, norms: Norms, k: int) -> tuple[Int[Array, "batch k"], Float[Array, "batch k"]]:
     """Return the indices of the k nearest points, nearest first (ties in order of the index), and their distances.
 
     The matrix product finds them; their distances are then recomputed from differences, because the product's rounding
-    errors are as large as the distance to a near repeat. No distance is 0: exact repeats count as near ones.
-
-    Args:
-        keys: To look up.
-        points: The stored keys.
-        norms: Their squared lengths, or infinity for a row without a point.
-        k: How many.
+    errors are as large as the distance to a near repeat. No distance is 0: exact repeats count as near ones. Arguments
+    as for ``squared_distances``.
     """
     _, index = jax.lax.top_k(-squared_distances(keys, points, norms), k)
     apart = jnp.linalg.norm(keys[:, None] - points[index], axis=-1)
@@ -72,9 +64,7 @@ def nearest(
     return index, jnp.where(jnp.isinf(norms[index]), jnp.inf, jnp.maximum(apart, floor))
 
 
-def vote(
-    labels: Int[Array, "batch k"], distances: Float[Array, "batch k"], classes: int
-) -> Float[Array, "batch classes"]:
+def vote(labels: Int[Array, "batch k"], distances: Float[Array, "batch k"], classes: int) -> Logits:
     """Return the logarithm of the paper's score of every label i: (m_i / k) x the sum of 1 / distance of its m_i.
 
     A row without a point (label -1, infinite distance) has no vote.
@@ -88,17 +78,16 @@ def vote(
 class _Keyed(nn.Module):
     """Shared by both caches: the key network, which is the hidden layer of FC(units) or of its pooled variant."""
 
-    def _key(
-        self, activation: Float[Array, "batch *site"], units: int, cells: int | None
-    ) -> Float[Array, "batch units"]:
-        return nn.relu(nn.Dense(units, name="hidden")(key_features(activation, cells)))
-
-    def _points(self, rows: int, units: int) -> tuple[Array, Array, Array]:
-        """Return keys, labels and norms; ``init`` makes rows without points."""
+    def _nearest(
+        self, activation: Activation, rows: int, units: int, cells: int | None, k: int
+    ) -> tuple[Int[Array, "batch k"], Float[Array, "batch k"], Int[Array, "batch k"]]:
+        """Return the indices, distances and labels of the k nearest of ``rows`` points; ``init`` makes no points."""
+        key = nn.relu(nn.Dense(units, name="hidden")(key_features(activation, cells)))
         keys = self.variable("points", "keys", lambda: jnp.zeros((rows, units), jnp.float32))
         labels = self.variable("points", "labels", lambda: jnp.full(rows, NO_POINT, jnp.int32))
         norms = self.variable("points", "norms", lambda: jnp.full(rows, jnp.inf, jnp.float32))
-        return keys.value, labels.value, norms.value
+        index, distances = nearest(key, keys.value, norms.value, k)
+        return index, distances, labels.value[index]
 
 
 class Neighbours(_Keyed):
@@ -114,15 +103,13 @@ class Neighbours(_Keyed):
     """None for the paper's key of the flattened activation; c for a cheaper key of means over c x c fields."""
 
     @nn.compact
-    def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
+    def __call__(self, activation: Activation) -> Logits:
         """Return log-scores."""
         if self.k > self.points:
             raise InputError(f"k: expected at most the {self.points} points, got {self.k}")
-        key = self._key(activation, self.units, self.cells)
-        keys, labels, norms = self._points(self.points, self.units)
         self.variable("points", "count", lambda: jnp.zeros((), jnp.int32))
-        index, distances = nearest(key, keys, norms, self.k)
-        return vote(labels[index], distances, self.classes)
+        _, distances, labels = self._nearest(activation, self.points, self.units, self.cells, self.k)
+        return vote(labels, distances, self.classes)
 
 
 class Centres(_Keyed):
@@ -135,35 +122,23 @@ class Centres(_Keyed):
     """As in ``Neighbours``."""
 
     @nn.compact
-    def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
+    def __call__(self, activation: Activation) -> Logits:
         """Return log-confidences: the majority label's, and a negligible one for all others."""
-        key = self._key(activation, self.units, self.cells)
-        keys, labels, norms = self._points(self.centres, self.units)
         share = self.variable("points", "share", lambda: jnp.zeros(self.centres, jnp.float32))
-        index, distances = nearest(key, keys, norms, 1)
+        index, distances, labels = self._nearest(activation, self.centres, self.units, self.cells, 1)
         confidence = share.value[index] / distances
-        return jnp.log(jnp.maximum(jax.nn.one_hot(labels[index[:, 0]], self.classes) * confidence, _LEAST))
+        return jnp.log(jnp.maximum(jax.nn.one_hot(labels[:, 0], self.classes) * confidence, _LEAST))
 
 
-def stored_points(
-    keys: Float[Array | np.ndarray, "n units"], labels: Int[Array | np.ndarray, " n"]
-) -> dict[str, Array]:
-    """Return the collection "points" of a k-NN cache.
+def stored_points(keys: StoredKeys, labels: StoredLabels) -> dict[str, Array]:
+    """Return the collection "points" of a k-NN cache; a label of -1 makes a row without a point.
 
     Its "count", the number of points, is not read by a lookup: it is part of the format of saved bundles.
-
-    Args:
-        keys: Of the points.
-        labels: The base's answers; -1 makes a row without a point.
     """
     return {**_rows(keys, labels), "count": jnp.int32(len(keys))}
 
 
-def stored_centres(
-    keys: Float[Array | np.ndarray, "n units"],
-    labels: Int[Array | np.ndarray, " n"],
-    share: Float[Array | np.ndarray, " n"],
-) -> dict[str, Array]:
+def stored_centres(keys: StoredKeys, labels: StoredLabels, share: Float[Array | np.ndarray, " n"]) -> dict[str, Array]:
     """Return the collection "points" of a k-means cache.
 
     Args:
@@ -174,7 +149,7 @@ def stored_centres(
     return {**_rows(keys, labels), "share": jnp.asarray(share, jnp.float32)}
 
 
-def _rows(keys: Float[Array | np.ndarray, "n units"], labels: Int[Array | np.ndarray, " n"]) -> dict[str, Array]:
+def _rows(keys: StoredKeys, labels: StoredLabels) -> dict[str, Array]:
     keys, labels = jnp.asarray(keys, jnp.float32), jnp.asarray(labels, jnp.int32)
     norms = jnp.where(labels == NO_POINT, jnp.inf, jnp.sum(keys**2, -1))
     return {"keys": keys, "labels": labels, "norms": norms}
@@ -198,11 +173,6 @@ class CacheMemory(NamedTuple):
     key_network: int
     points: int
 
-    @property
-    def total(self) -> int:
-        """Key network and points."""
-        return self.key_network + self.points
-
 
 def memory_report(candidates: Iterable[Candidate]) -> tuple[CacheMemory, ...]:
     """Return the memory of each neighbour cache, its key network included.
@@ -214,7 +184,6 @@ def memory_report(candidates: Iterable[Candidate]) -> tuple[CacheMemory, ...]:
     for c in candidates:
         if not isinstance(c.predictor, Neighbours | Centres):
             raise InputError(f"candidates: expected neighbour caches, got {c.name}, a {type(c.predictor).__name__}")
-        hidden = c.params["predictor"]["params"]["hidden"]
-        key_network = sum(leaf.size * leaf.dtype.itemsize for leaf in hidden.values())
+        key_network = tree_bytes(c.params["predictor"]["params"]["hidden"])
         rows.append(CacheMemory(c.name, c.site, key_network, c.bytes - key_network))
     return tuple(rows)

@@ -7,6 +7,7 @@ convolutional ones read the picture, and reach the same accuracy with three to f
 parameters.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -17,9 +18,24 @@ from jaxtyping import Array, Float
 from pydantic import Field
 
 from gati_jax.errors import InputError
+from gati_jax.models import (
+    Algorithm,
+    Architecture,
+    Normalization,
+    Variables,
+    choose_algorithms,
+    fold,
+    init,
+    store_params,
+    to_chain,
+)
+from gati_jax.models.convolution import patches
 
-from .candidate import Cascaded, Width
+from .candidate import Activation, Cascaded, Logits, Width
 
+Channels = Float[np.ndarray, " features"]
+Features = Float[Array, "batch features"]
+Positions = Float[Array, "batch *positions features"]
 _Side = Annotated[int, Field(ge=1, le=16)]  # of a two-dimensional kernel
 
 
@@ -29,12 +45,12 @@ class Predictor(Protocol):
 
     classes: int
 
-    def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
+    def __call__(self, activation: Activation) -> Logits:
         """Return class logits."""
         ...
 
 
-def flatten_channels_first(x: Float[Array, "batch *site"]) -> Float[Array, "batch features"]:
+def flatten_channels_first(x: Activation) -> Features:
     """Flatten as PyTorch would: neighbours in the vector are neighbours in a row of one channel's map."""
     return jnp.moveaxis(x, -1, 1).reshape(x.shape[0], -1)
 
@@ -59,7 +75,7 @@ def adaptive_average(x: Float[Array, "..."], size: int, axis: int) -> Float[Arra
     ).sum(axis + 1)
 
 
-def grid_average(x: Float[Array, "batch *site"], cells: int) -> Float[Array, "batch features"]:
+def grid_average(x: Activation, cells: int) -> Features:
     """Average over a grid of ``cells`` x ``cells`` fields and flatten; an axis shorter than ``cells`` is kept."""
     for axis in range(1, x.ndim - 1):
         x = adaptive_average(x, min(cells, x.shape[axis]), axis)
@@ -75,7 +91,7 @@ class Standardize(nn.Module):
     """
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch *positions features"]) -> Float[Array, "batch *positions features"]:
+    def __call__(self, x: Positions) -> Positions:
         """Return standardised features."""
         axes = tuple(range(x.ndim - 1))
         mean = self.variable("statistics", "mean", lambda: x.mean(axes))
@@ -84,16 +100,14 @@ class Standardize(nn.Module):
         return (x - mean.value.reshape(shape)) / std.value.reshape(shape)
 
 
-def _standard_deviation(x: Float[Array, "batch *positions features"]) -> Float[Array, " features"]:
+def _standard_deviation(x: Positions) -> Float[Array, " features"]:
     """Return every feature's, with a floor that keeps features that hardly vary in this batch from being blown up."""
     variance = x.var(tuple(range(x.ndim - 1)))
     floor = 0.01 * variance.mean()
     return jnp.where(floor > 0, jnp.sqrt(variance + floor), 1.0)
 
 
-def _mlp(
-    x: Float[Array, "batch features"], hidden: int, classes: int, *, standardize: bool
-) -> Float[Array, "batch classes"]:
+def _mlp(x: Features, hidden: int, classes: int, *, standardize: bool) -> Logits:
     """Run Linear, ReLU, Linear on (standardised) features, inside the calling module."""
     x = Standardize(name="standardize")(x) if standardize else x
     x = nn.Dense(hidden, name="hidden")(x)
@@ -108,7 +122,7 @@ class FullyConnected(nn.Module):
     standardize: bool = True
 
     @nn.compact
-    def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
+    def __call__(self, activation: Activation) -> Logits:
         """Return class logits."""
         return _mlp(flatten_channels_first(activation), self.hidden, self.classes, standardize=self.standardize)
 
@@ -125,7 +139,7 @@ class Pool(nn.Module):
     standardize: bool = True
 
     @nn.compact
-    def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
+    def __call__(self, activation: Activation) -> Logits:
         """Return class logits."""
         x = flatten_channels_first(activation)
         x = adaptive_average(x, min(self.size, x.shape[1]), axis=1)
@@ -140,7 +154,7 @@ class Conv(nn.Module):
     stride: Width = 1
 
     @nn.compact
-    def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
+    def __call__(self, activation: Activation) -> Logits:
         """Return class logits."""
         x = flatten_channels_first(activation)[..., None]
         if x.shape[1] < self.kernel:
@@ -157,7 +171,7 @@ class GlobalAverage(nn.Module):
     standardize: bool = True
 
     @nn.compact
-    def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
+    def __call__(self, activation: Activation) -> Logits:
         """Return class logits."""
         x = activation.mean(tuple(range(1, activation.ndim - 1)))
         return _mlp(x, self.hidden, self.classes, standardize=self.standardize)
@@ -172,7 +186,7 @@ class Grid(nn.Module):
     standardize: bool = True
 
     @nn.compact
-    def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
+    def __call__(self, activation: Activation) -> Logits:
         """Return class logits."""
         x = grid_average(activation, self.cells)
         return _mlp(x, self.hidden, self.classes, standardize=self.standardize)
@@ -190,16 +204,12 @@ class _Convolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width inputs"]) -> Float[Array, "batch rows columns features"]:
-        size = [min(self.kernel, n) for n in x.shape[1:3]]
-        rows, columns = (range(0, n - k + 1, self.stride) for n, k in zip(x.shape[1:3], size, strict=True))
+        size = min(self.kernel, x.shape[1]), min(self.kernel, x.shape[2])
+        rows, columns = ((n - k) // self.stride + 1 for n, k in zip(x.shape[1:3], size, strict=True))
         kernel = self.param("kernel", nn.initializers.he_normal(), (*size, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        patches = [
-            x[:, i : i + rows[-1] + 1 : self.stride, j : j + columns[-1] + 1 : self.stride]
-            for i in range(size[0])
-            for j in range(size[1])
-        ]
-        return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, self.features) + bias.reshape(1, 1, 1, -1)
+        flat = jnp.concatenate(patches(x, size, (rows, columns), self.stride), axis=-1)
+        return flat @ kernel.reshape(-1, self.features) + bias.reshape(1, 1, 1, -1)
 
 
 class Convolutional(nn.Module):
@@ -219,7 +229,7 @@ class Convolutional(nn.Module):
     standardize: bool = True
 
     @nn.compact
-    def __call__(self, activation: Float[Array, "batch *site"]) -> Float[Array, "batch classes"]:
+    def __call__(self, activation: Activation) -> Logits:
         """Return class logits."""
         if activation.ndim != 4:  # noqa: PLR2004
             raise InputError(f"conv2d: expected a site of [height, width, channels], got {list(activation.shape[1:])}")
@@ -227,8 +237,7 @@ class Convolutional(nn.Module):
         for i, features in enumerate(self.channels):
             x = nn.relu(_Convolution(features, self.kernel, self.stride, name=f"conv_{i}")(x))
         x = grid_average(x, self.cells)
-        x = nn.relu(nn.Dense(self.hidden, name="hidden")(x))
-        return nn.Dense(self.classes, name="out")(x)
+        return _mlp(x, self.hidden, self.classes, standardize=False)
 
 
 _STANDARDIZING = FullyConnected | Pool | GlobalAverage | Grid | Convolutional
@@ -236,10 +245,6 @@ _STANDARDIZING = FullyConnected | Pool | GlobalAverage | Grid | Convolutional
 
 def fold_standardize(predictor: nn.Module, variables: Any) -> tuple[nn.Module, Any]:  # noqa: ANN401 (pytrees)
     """Fold ``Standardize`` into the layer behind it, as batch norm is folded: a lookup then does one operation less.
-
-    Args:
-        predictor: Any predictor.
-        variables: Its own.
 
     Returns:
         The predictor without ``Standardize`` and its variables; both unchanged where there is nothing to fold.
@@ -254,17 +259,10 @@ def fold_standardize(predictor: nn.Module, variables: Any) -> tuple[nn.Module, A
     return predictor.clone(standardize=False), {"params": _rescaled(predictor, variables, 1 / std, -mean / std)}
 
 
-def unfold_standardize(
-    predictor: nn.Module,
-    variables: Any,  # noqa: ANN401 (a pytree)
-    activation: Float[Array, "batch *site"],
-) -> tuple[nn.Module, Any]:
+def unfold_standardize(predictor: nn.Module, variables: Any, activation: Activation) -> tuple[nn.Module, Any]:  # noqa: ANN401
     """Put ``Standardize`` back in front of a folded predictor, so that its fit can continue: the function is the same.
 
-    Args:
-        predictor: As ``fold_standardize`` returns it.
-        variables: Its own.
-        activation: The batch that means and scales are taken from.
+    Means and scales are taken from the activation.
 
     Returns:
         The predictor and its variables; both unchanged where it is not a folded one.
@@ -272,9 +270,9 @@ def unfold_standardize(
     if not isinstance(predictor, _STANDARDIZING) or predictor.standardize:
         return predictor, variables
     standardized = predictor.clone(standardize=True)
-    statistics: dict[str, Any] = dict(standardized.init(jax.random.key(0), activation)["statistics"])
-    mean, std = _statistics({"statistics": statistics})
-    return standardized, {"params": _rescaled(predictor, variables, std, mean), "statistics": statistics}
+    statistics = {"statistics": dict(standardized.init(jax.random.key(0), activation)["statistics"])}
+    mean, std = _statistics(statistics)
+    return standardized, {"params": _rescaled(predictor, variables, std, mean), **statistics}
 
 
 def _statistics(variables: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -283,12 +281,7 @@ def _statistics(variables: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(statistics["mean"], np.float64), np.asarray(statistics["std"], np.float64)
 
 
-def _rescaled(
-    predictor: nn.Module,
-    variables: dict[str, Any],
-    scale: Float[np.ndarray, " features"],
-    shift: Float[np.ndarray, " features"],
-) -> dict[str, Any]:
+def _rescaled(predictor: nn.Module, variables: dict[str, Any], scale: Channels, shift: Channels) -> dict[str, Any]:
     """Return the params whose first layer computes of x what it now computes of ``x * scale + shift``.
 
     ``(x * scale + shift) @ w + b = x @ (scale * w) + (b + shift @ w)``; an unpadded kernel adds the shift at every tap.
@@ -299,3 +292,59 @@ def _rescaled(
     moved = {"kernel": kernel * scale[:, None], "bias": bias + (shift @ kernel).reshape(-1, len(bias)).sum(0)}
     dtype = layer["kernel"].dtype
     return {**variables["params"], name: {leaf: jnp.asarray(value, dtype) for leaf, value in moved.items()}}
+
+
+class Network(nn.Module):
+    """A separately trained network at site 0, which answers the requests it is sure of; see ``import_network``.
+
+    Its input was normalised for the base; ``scale`` and ``shift`` convert it to the normalisation of its own training.
+    """
+
+    classes: int
+    network: Architecture
+    algorithms: tuple[tuple[Algorithm, ...], ...] = ()
+    """The convolution algorithms that its kernels are stored for, see ``network_with_algorithms``."""
+
+    @nn.compact
+    def __call__(self, activation: Activation) -> Logits:
+        """Return class logits."""
+        if activation.shape[1:] != self.network.input_shape:
+            expected, got = list(self.network.input_shape), list(activation.shape[1:])
+            raise InputError(f"network: expected a site with activations of shape {expected}, got {got}")
+        scale, shift = (
+            self.param(name, constant, self.network.input_shape[-1:], jnp.float32)
+            for name, constant in (("scale", nn.initializers.ones), ("shift", nn.initializers.zeros))
+        )
+        # A variable and not a param: Linen checks params against the shapes that direct convolutions store.
+        params = self.variable("params", "network", lambda: fold(init(self.network, self.make_rng("params")))).value
+        x = activation * scale.reshape(1, 1, 1, -1) + shift.reshape(1, 1, 1, -1)
+        return to_chain(self.network, params, algorithms=self.algorithms)(x)
+
+
+def import_network(
+    network: Architecture, variables: Variables, *, trained: Normalization, base: Normalization
+) -> tuple[Network, dict[str, Any]]:
+    """Return a trained network as a predictor at site 0, and its variables.
+
+    Args:
+        network: Its configuration.
+        variables: As ``import_state_dict`` reads them.
+        trained: The normalisation of its training images.
+        base: The normalisation of the base's inputs.
+    """
+    m0, s0, m1, s1 = (np.asarray(v, np.float64) for v in (base.mean, base.std, trained.mean, trained.std))
+    ratio = trained.scale / base.scale
+    params = {"scale": ratio * s0 / s1, "shift": (ratio * m0 - m1) / s1}
+    channels = network.input_shape[-1:]
+    small = {name: jnp.asarray(np.broadcast_to(v, channels), jnp.float32) for name, v in params.items()}
+    return Network(classes=network.classes, network=network), {"params": {**small, "network": fold(variables)}}
+
+
+def network_with_algorithms(
+    predictor: Network, variables: Mapping[str, Any], choice: Mapping[str, Algorithm]
+) -> tuple[Network, dict[str, Any]]:
+    """Return the same predictor, and its variables, with other convolutions: see ``choose_algorithms``."""
+    algorithms = choose_algorithms(predictor.network, choice)
+    params = variables["params"]
+    stored = store_params(predictor.network, params["network"], algorithms)
+    return predictor.clone(algorithms=algorithms), {"params": {**params, "network": stored}}

@@ -12,10 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from gati_jax.errors import InputError
 
+from .candidate import Confidence, LinearSelector, ProbabilitySelector, SortedSelector
 from .neighbours import Centres, Neighbours
-from .network import Network
-from .predictors import Conv, Convolutional, FullyConnected, GlobalAverage, Grid, Pool
-from .selectors import Confidence, LinearSelector, ProbabilitySelector, SortedSelector
+from .predictors import Conv, Convolutional, FullyConnected, GlobalAverage, Grid, Network, Pool
 
 _PREDICTORS: dict[str, type[nn.Module]] = {
     "fc": FullyConnected,
@@ -67,11 +66,7 @@ else:
 
 
 def build_predictor(spec: PredictorSpec, classes: int) -> nn.Module:
-    """Return the predictor that ``spec`` describes.
-
-    Args:
-        spec: Its kind and its fields.
-        classes: Of the base.
+    """Return the predictor that ``spec`` describes, for a base of ``classes`` classes.
 
     Raises:
         InputError: It is a network with another number of classes.

@@ -60,7 +60,8 @@ def certify(
 
     Raises:
         InputError: The table is empty, of other parameters than the plan's, lacks a candidate, shares rows with the
-            plan's, or has duplicate rows; epsilon or delta is outside (0, 1); some rows are closed, see ``Ledger``.
+            plan's or the fit's, or has duplicate rows; epsilon or delta is outside (0, 1); some rows are closed, see
+            ``Ledger``.
     """
     terms = _Terms(delta=delta, base_saw_data=base_saw_data, duplicates=duplicates)
     return _look({"default": (plan, epsilon)}, table, terms, ledger, reveal=reveal)["default"]
@@ -240,6 +241,9 @@ def _checked(plan: Plan, table: ReplayTable) -> ReplayTable:
         raise InputError(f"table: expected the plan's sites {plan.sites} of {plan.depth} blocks, got {got}")
     plan.source.check(table.source, "table")
     check_distinct_rows(table.rows, plan.rows, names=("certify", "select"))
+    # On rows of a fit a cache is better than it will be, or its score is of a selector that is not deployed.
+    for fitted in (plan.fitted_rows, table.fitted_rows):
+        check_distinct_rows(table.rows, fitted, names=("certify", "the rows of the fit"))
     return table
 
 

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import tempfile
 import warnings
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -80,10 +81,13 @@ class Looks(BaseModel):
         return Looks(looks=tuple(look for look in self.looks if look.data_fingerprint in shared), rows=shared)
 
     def merged(self, other: "Looks") -> "Looks":
-        """Return the looks of both; what either knows to be closed is closed."""
+        """Return the looks of both; of the same look, what is stricter."""
         looks = {look.key: look for look in self.looks}
         for look in other.looks:
-            if look.key not in looks or (look.closed and not looks[look.key].closed):
+            if (mine := looks.get(look.key)) is not None:
+                stricter = {"closed": mine.closed or look.closed, "number": max(mine.number, look.number)}
+                looks[look.key] = mine.model_copy(update=stricter)
+            else:
                 looks[look.key] = look
         return Looks(looks=tuple(looks.values()), rows={**self.rows, **other.rows})
 
@@ -204,7 +208,7 @@ class Ledger:
         if self.path is None:
             return
         try:
-            write_atomically(self.path, looks.model_dump_json(indent=1) + "\n")
+            write_atomically(self.path, looks.model_dump_json(indent=1).encode() + b"\n")
         except OSError as error:
             if self.path != user_path():
                 raise
@@ -232,8 +236,13 @@ def find_ledger(ledger: AnyLedger) -> Ledger | None:
 
 def user_path() -> Path:
     """Return where this user's looks are kept: $GATI_JAX_LEDGER, or a file in the user's state folder."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return Path(os.environ.get("GATI_JAX_LEDGER") or state / "gati-jax" / "looks.json")
+    if path := os.environ.get("GATI_JAX_LEDGER"):
+        return Path(path)
+    try:
+        home = Path.home()
+    except RuntimeError:  # a container's user may have none
+        home = Path(tempfile.gettempdir())
+    return Path(os.environ.get("XDG_STATE_HOME") or home / ".local" / "state") / "gati-jax" / "looks.json"
 
 
 @functools.cache

@@ -14,12 +14,13 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped, UInt64
 
 from gati_jax.caches import Candidate, choose, predict_all
+from gati_jax.caches.candidate import Part
 from gati_jax.data import check_distinct_rows, fingerprint, full_batches, row_digests
 from gati_jax.errors import InputError
 from gati_jax.models import Chain, check_images
 from gati_jax.pytrees import Static, call, tree_digest
 
-from .heads import DEFAULT_HEADS, Head, Part, more_selectors, parts_of
+from .heads import DEFAULT_HEADS, Head, more_selectors, parts_of
 from .loop import Pause, no_pause
 from .predictors import DEFAULT_CONFIG, FitConfig, Trained, apply_gradients, train_predictors
 
@@ -196,15 +197,7 @@ def fit_selectors(
     config: FitConfig,
     pause: Pause = no_pause,
 ) -> tuple[PyTree, ...]:
-    """Fit the selectors of trained predictors.
-
-    Args:
-        chain: The base.
-        parts: The predictors with their variables, and the selectors.
-        select: The select split[n, ...].
-        fold: Of its rows.
-        config: Its batch, folds and seed.
-        pause: Called after every batch and every selector.
+    """Fit the selectors of trained predictors on the select split, whose rows are dealt into folds.
 
     Returns:
         For each part, the variables[folds + 1, ...] of the selectors fitted without each fold, and on all rows.

@@ -33,16 +33,20 @@ from gati_jax.caches import (
     stored_points,
     vote,
 )
+from gati_jax.caches.candidate import Part
 from gati_jax.errors import InputError
 from gati_jax.models import Chain
 from gati_jax.options import Count, check_options
 
 from .fit import Candidates, check_splits, train
-from .heads import Head, Part, parts_of
+from .heads import Head, parts_of
 from .predictors import DEFAULT_CONFIG, FitConfig
 
 Kind = Literal["knn", "kmeans"]
 Choice = Literal["random", "condensed", "spread"]
+Keys = Float[np.ndarray, "n units"]
+Labels = Int[np.ndarray, " n"]
+Rows = Int[np.ndarray, " size"]
 _ROUNDS = 4  # in which "condensed" adds points
 _ROWS = 512  # of a matrix of distances at a time
 
@@ -76,11 +80,7 @@ class FreezeConfig:
     centres: Annotated[Count, Field(description="of a k-means cache")] = 100
 
     def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            InputError: Names the option.
-        """
+        """Check the options."""
         check_options(self)
 
     def points(self, n: int, sites: int) -> int:
@@ -140,16 +140,15 @@ def fit_freeze(
         parts, epochs = train(chain, parts, splits, config, checkpoint, progress=progress)
     else:
         parts, epochs = _as_trained(parts, heads), heads.epochs
-    networks = {part.site: _hidden(part.variables) for part in parts.values()}
+    networks = {part.site: part.variables["params"]["hidden"] for part in parts.values()}
     del parts  # and with them the output layers
     keys, answers = _all_keys(chain, networks, splits.images, freeze.cells, config.batch)
     items = []
     for kind in freeze.kinds:
         for site, hidden in networks.items():
-            if kind == "knn":
-                predictor, points = _neighbours(keys[site], answers, kept, chain.classes, freeze, config.seed)
-            else:
-                predictor, points = _centres(keys[site], answers, chain.classes, freeze, config.seed)
+            predictor, points = _cache(
+                kind, keys[site], answers, kept, classes=chain.classes, freeze=freeze, seed=config.seed
+            )
             params = {"predictor": {"params": {"hidden": hidden}, "points": points}, "selector": {}}
             items.append(Candidate(f"{kind}@{site}", site, predictor, Confidence(), params))
     fold = np.zeros(len(splits.select_rows), np.int32)
@@ -157,37 +156,26 @@ def fit_freeze(
 
 
 def _key_head(freeze: FreezeConfig, sites: tuple[int, ...] | None) -> Head:
-    def predictor(classes: int) -> nn.Module:
-        if freeze.cells is None:
-            return FullyConnected(classes, hidden=freeze.key_units)
-        return Grid(classes, cells=freeze.cells, hidden=freeze.key_units)
-
+    predictor = functools.partial(FullyConnected, hidden=freeze.key_units)
+    if freeze.cells is not None:
+        predictor = functools.partial(Grid, cells=freeze.cells, hidden=freeze.key_units)
     return Head(name="key", predictor=predictor, selector=Confidence(), sites=sites)
 
 
 def _as_trained(parts: dict[str, Part], heads: Candidates) -> dict[str, Part]:
-    """Return the parts with the variables of heads that are trained already.
-
-    Raises:
-        InputError: They are other heads, or at other sites.
-    """
-    trained = {head.site: head for head in heads}
+    """Return the parts with the variables of heads that are trained already."""
     wanted = {part.site: part.predictor.clone(standardize=False) for part in parts.values()}
-    if {site: head.predictor for site, head in trained.items()} != wanted or len(heads) != len(wanted):
+    if {head.site: head.predictor for head in heads} != wanted or len(heads) != len(wanted):
         raise InputError(
             f"heads: expected {next(iter(wanted.values()))} at sites {list(wanted)}, got {[h.name for h in heads]}"
         )
-    variables = {site: head.params["predictor"] for site, head in trained.items()}
+    variables = {head.site: head.params["predictor"] for head in heads}
     return {name: dataclasses.replace(part, variables=variables[part.site]) for name, part in parts.items()}
-
-
-def _hidden(variables: Any) -> dict[str, Array]:  # noqa: ANN401 (a pytree)
-    return variables["params"]["hidden"]
 
 
 def _all_keys(
     chain: Chain, networks: dict[int, PyTree], images: np.ndarray, cells: int | None, batch: int
-) -> tuple[dict[int, Float[np.ndarray, "n units"]], Int[np.ndarray, " n"]]:
+) -> tuple[dict[int, Keys], Labels]:
     """Return the keys of all images by site, and the base's answers."""
 
     @jax.jit
@@ -210,45 +198,27 @@ def _all_keys(
     return keys, answers
 
 
-def _neighbours(
-    keys: Float[np.ndarray, "n units"],
-    answers: Int[np.ndarray, " n"],
-    kept: int,
-    classes: int,
-    freeze: FreezeConfig,
-    seed: int,
-) -> tuple[Neighbours, dict[str, Array]]:
+def _cache(
+    kind: Kind, keys: Keys, answers: Labels, kept: int, *, classes: int, freeze: FreezeConfig, seed: int
+) -> tuple[Neighbours | Centres, dict[str, Array]]:
+    """Return one site's predictor, and its points."""
+    if kind == "kmeans":
+        points = stored_centres(*labelled_centres(keys, answers, freeze.centres, classes=classes, seed=seed))
+        return Centres(classes, centres=freeze.centres, units=freeze.key_units, cells=freeze.cells), points
     how = freeze.choice if kept < len(keys) else "random"  # which then keeps all
     rows = choose_points(keys, answers, kept, k=freeze.k, classes=classes, how=how, seed=seed)
     predictor = Neighbours(classes, points=kept, k=freeze.k, units=freeze.key_units, cells=freeze.cells)
     return predictor, stored_points(keys[rows], answers[rows])
 
 
-def _centres(
-    keys: Float[np.ndarray, "n units"], answers: Int[np.ndarray, " n"], classes: int, freeze: FreezeConfig, seed: int
-) -> tuple[Centres, dict[str, Array]]:
-    predictor = Centres(classes, centres=freeze.centres, units=freeze.key_units, cells=freeze.cells)
-    return predictor, stored_centres(*labelled_centres(keys, answers, freeze.centres, classes=classes, seed=seed))
-
-
 def labelled_centres(
-    keys: Float[np.ndarray, "n units"], labels: Int[np.ndarray, " n"], centres: int, *, classes: int, seed: int
+    keys: Keys, labels: Labels, centres: int, *, classes: int, seed: int
 ) -> tuple[Float[np.ndarray, "centres units"], Int[np.ndarray, " centres"], Float[np.ndarray, " centres"]]:
-    """Cluster keys by k-means.
-
-    Args:
-        keys: To cluster, at least ``centres``.
-        labels: The base's answers.
-        centres: How many.
-        classes: Of the base.
-        seed: Draws the first centres.
+    """Cluster at least ``centres`` keys by k-means.
 
     Returns:
         The centres, the majority label of each one's keys, and the share of its keys that have it; label -1 and share 0
         for a centre without keys, which is possible only with fewer distinct keys than centres.
-
-    Raises:
-        InputError: scikit-learn is not installed.
     """
     try:
         from sklearn.cluster import KMeans  # noqa: PLC0415 (optional)
@@ -266,15 +236,8 @@ def labelled_centres(
 
 
 def choose_points(
-    keys: Float[np.ndarray, "n units"],
-    labels: Int[np.ndarray, " n"],
-    size: int,
-    *,
-    k: int,
-    classes: int,
-    how: Choice = "random",
-    seed: int = 0,
-) -> Int[np.ndarray, " size"]:
+    keys: Keys, labels: Labels, size: int, *, k: int, classes: int, how: Choice = "random", seed: int = 0
+) -> Rows:
     """Return the rows that a k-NN cache keeps if it may not keep all points, in ascending order.
 
     - "random": the same number of every class, or all of a class that has fewer.
@@ -304,8 +267,8 @@ def choose_points(
         chosen = _condensed(keys, labels, size, k, classes, rng)
     elif how == "spread":
         rows = [np.flatnonzero(labels == label) for label in range(classes)]
-        parts = [_spread(keys[r], share) for r, share in zip(rows, shares.tolist(), strict=True)]
-        chosen = np.concatenate([r[part] for r, part in zip(rows, parts, strict=True)])
+        kept = [r[np.asarray(_farthest(keys[r], n))] for r, n in zip(rows, shares.tolist(), strict=True) if n]
+        chosen = np.concatenate(kept)
     else:
         raise InputError(f"choice: expected random, condensed or spread, got {how!r}")
     return np.sort(chosen)
@@ -322,21 +285,12 @@ def _shares(counts: Int[np.ndarray, " classes"], size: int) -> Int[np.ndarray, "
     return shares
 
 
-def _random(
-    labels: Int[np.ndarray, " n"], shares: Int[np.ndarray, " classes"], rng: np.random.Generator
-) -> Int[np.ndarray, " size"]:
+def _random(labels: Labels, shares: Int[np.ndarray, " classes"], rng: np.random.Generator) -> Rows:
     parts = [rng.choice(np.flatnonzero(labels == i), share, replace=False) for i, share in enumerate(shares)]
     return np.concatenate(parts)
 
 
-def _condensed(
-    keys: Float[np.ndarray, "n units"],
-    labels: Int[np.ndarray, " n"],
-    size: int,
-    k: int,
-    classes: int,
-    rng: np.random.Generator,
-) -> Int[np.ndarray, " size"]:
+def _condensed(keys: Keys, labels: Labels, size: int, k: int, classes: int, rng: np.random.Generator) -> Rows:
     counts = np.bincount(labels, minlength=classes)
     kept = _random(labels, _shares(counts, min(size, max(k, size // 2))), rng)
     for i in range(_ROUNDS):
@@ -344,7 +298,7 @@ def _condensed(
         room = (size - len(kept)) // (_ROUNDS - i)
         if room == 0 or len(rest) == 0:
             continue
-        scores = _scores(keys[rest], keys[kept], labels[kept], min(k, len(kept)), classes)
+        scores = _scores(keys[rest], stored_points(keys[kept], labels[kept]), min(k, len(kept)), classes)
         wrong = scores.argmax(1) != labels[rest]
         order = np.argsort(-np.where(wrong, scores.max(1), -np.inf), kind="stable")
         kept = np.concatenate([kept, rest[order[: min(room, int(wrong.sum()))]]])
@@ -352,29 +306,15 @@ def _condensed(
     return np.concatenate([kept, rng.choice(rest, size - len(kept), replace=False)])
 
 
-def _scores(
-    keys: Float[np.ndarray, "n units"],
-    points: Float[np.ndarray, "points units"],
-    labels: Int[np.ndarray, " points"],
-    k: int,
-    classes: int,
-) -> Float[np.ndarray, "n classes"]:
-    """Return the log-scores of a k-NN cache of these points for keys, a few rows at a time."""
-    stored, norms, stored_labels = jnp.asarray(points), jnp.sum(jnp.asarray(points) ** 2, -1), jnp.asarray(labels)
+def _scores(keys: Keys, stored: dict[str, Array], k: int, classes: int) -> Float[np.ndarray, "n classes"]:
+    """Return the log-scores of a k-NN cache of stored points for keys, a few rows at a time."""
 
     @jax.jit
-    def scores(rows: Array, stored: Array, norms: Array, stored_labels: Array) -> Array:
-        index, distances = nearest(rows, stored, norms, k)
-        return vote(stored_labels[index], distances, classes)
+    def scores(rows: Array, stored: dict[str, Array]) -> Array:
+        index, distances = nearest(rows, stored["keys"], stored["norms"], k)
+        return vote(stored["labels"][index], distances, classes)
 
-    parts = [scores(keys[i : i + _ROWS], stored, norms, stored_labels) for i in range(0, len(keys), _ROWS)]
-    return np.concatenate([np.asarray(part) for part in parts])
-
-
-def _spread(keys: Float[np.ndarray, "n units"], size: int) -> Int[np.ndarray, " size"]:
-    if size == 0:
-        return np.zeros(0, int)
-    return np.asarray(_farthest(jnp.asarray(keys), size))
+    return np.concatenate([np.asarray(scores(keys[i : i + _ROWS], stored)) for i in range(0, len(keys), _ROWS)])
 
 
 @functools.partial(jax.jit, static_argnames="size")

@@ -1,7 +1,6 @@
 """Heads: the kinds of caches to fit, and at which sites."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -22,9 +21,11 @@ from gati_jax.caches import (
     import_network,
     predictor_inputs,
 )
+from gati_jax.caches.candidate import Part
 from gati_jax.errors import InputError
 from gati_jax.models import Architecture, Chain, Normalization, Variables
 from gati_jax.options import check_options
+from gati_jax.pytrees import tree_bytes
 
 DEFAULT_SELECTOR = SortedSelector()
 
@@ -66,11 +67,7 @@ class Head:
     cascaded: IsCascaded = False
 
     def __post_init__(self) -> None:
-        """Check the options, and that the names of candidates differ.
-
-        Raises:
-            InputError: Names the option.
-        """
+        """Check the options, and that the names of candidates differ."""
         check_options(self)
         others = [name for name, _ in self.selectors]
         if len(set(others)) < len(others):
@@ -103,19 +100,6 @@ def network_head(
 DEFAULT_HEADS = (Head(name="grid", predictor=Grid, selector=DEFAULT_SELECTOR),)
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """The plan for one candidate: a head at one site."""
-
-    site: int
-    predictor: nn.Module
-    selector: nn.Module
-    variables: PyTree | None = dataclasses.field(default=None, repr=False, compare=False)
-    """The predictor's, once it is trained."""
-    previous: str | None = None
-    """Name of the candidate whose logits it reads as well."""
-
-
 def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
     """Return the parts of all heads by candidates' names.
 
@@ -134,7 +118,12 @@ def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
             raise InputError(
                 f"heads: expected {head.name} to be trained by gradients, got a neighbour cache: see fit_freeze"
             )
-        parts |= _parts_of_head(head, predictor, sorted(sites), chain.classes)
+        previous = None
+        for site in sorted(sites):
+            own = Cascaded(chain.classes, predictor) if previous else predictor
+            name = f"{head.name}@{site}"
+            parts[name] = Part(site, own, head.selector, head.variables, previous)
+            previous = name if head.cascaded else None
     if not parts:
         raise InputError(
             f"heads: expected at least one at some site, got none; a chain of {len(chain)} blocks has by default"
@@ -157,41 +146,26 @@ def more_selectors(parts: Mapping[str, Part], heads: Sequence[Head]) -> dict[str
     return found
 
 
-def _parts_of_head(head: Head, predictor: nn.Module, sites: Sequence[int], classes: int) -> dict[str, Part]:
-    parts: dict[str, Part] = {}
-    for i, site in enumerate(sites):
-        previous = f"{head.name}@{sites[i - 1]}" if head.cascaded and i else None
-        own = Cascaded(classes, predictor) if previous else predictor
-        parts[f"{head.name}@{site}"] = Part(site, own, head.selector, head.variables, previous)
-    return parts
-
-
 def head_sizes(chain: Chain, heads: Sequence[Head]) -> dict[str, int]:
     """Return the bytes of every candidate that a fit would make, by name, without allocating it."""
-    shapes = {name: _shapes(chain, part) for name, part in _all_parts(chain, heads).items()}
-    return {
-        name: sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        for name, tree in shapes.items()
-    }
+    return {name: tree_bytes(_shapes(chain, part)) for name, part in _all_parts(chain, heads).items()}
 
 
 def untrained(chain: Chain, heads: Sequence[Head]) -> tuple[Candidate, ...]:
-    """Return the candidates that ``fit`` would make, with small random parameters: for measuring their costs.
-
-    Args:
-        chain: The base.
-        heads: As for ``fit``.
-    """
+    """Return the candidates that ``fit`` would make, with small random parameters: for measuring their costs."""
     candidates, drawn = [], {}
     for i, (name, part) in enumerate(_all_parts(chain, heads).items()):
-        random = _random(_shapes(chain, part), jax.random.key(i))
+        key = jax.random.key(i)
+        random = jax.tree.map(
+            lambda leaf, key=key: 0.01 * jax.random.normal(key, leaf.shape, leaf.dtype) + 0.01, _shapes(chain, part)
+        )
         predictor, variables = part.predictor, part.variables
         if variables is None:
             # Several selectors share one predictor, as after a fit, so that its lookup is timed once.
-            key = part.site, part.predictor, part.previous
-            if key not in drawn:
-                drawn[key] = fold_standardize(part.predictor, random["predictor"])
-            predictor, variables = drawn[key]
+            same = part.site, part.predictor, part.previous
+            if same not in drawn:
+                drawn[same] = fold_standardize(part.predictor, random["predictor"])
+            predictor, variables = drawn[same]
         params = {"predictor": variables, "selector": random["selector"]}
         candidates.append(Candidate(name, part.site, predictor, part.selector, params, part.previous))
     return tuple(candidates)
@@ -212,7 +186,3 @@ def _shapes(chain: Chain, part: Part) -> PyTree:
         return {"predictor": variables, "selector": part.selector.init(key, logits)}
 
     return jax.eval_shape(init, batch, logits)
-
-
-def _random(shapes: PyTree, key: jax.Array) -> PyTree:
-    return jax.tree.map(lambda leaf: 0.01 * jax.random.normal(key, leaf.shape, leaf.dtype) + 0.01, shapes)

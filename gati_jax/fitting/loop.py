@@ -102,7 +102,7 @@ def run_loop(
     per_epoch = n // config.batch
     if per_epoch == 0:
         raise InputError(f"images: expected at least one batch of {config.batch} rows, got {n}")
-    total = min(per_epoch * config.epochs, per_epoch * config.epochs if config.steps is None else config.steps)
+    total = per_epoch * config.epochs if config.steps is None else min(per_epoch * config.epochs, config.steps)
     checkpointer = open_checkpoints(checkpoint, identity)
     if checkpointer and checkpointer.latest:
         state = checkpointer.load(abstract_state=restore_spec(state))
@@ -178,15 +178,9 @@ class _Budget(BaseModel):
 def within_minutes(
     step: Step, state: LoopState, arrays: tuple[np.ndarray, ...], loop: LoopConfig, minutes: float, record: Path | None
 ) -> LoopConfig:
-    """Return the loop shortened to as many steps as fit into the time.
+    """Return the loop shortened to as many steps as fit into the minutes, compilation and a few timed steps included.
 
-    Args:
-        step: As for ``run_loop``; a few steps are timed after compilation, on a copy of the state.
-        state: The loop's initial state.
-        arrays: Its rows.
-        loop: The loop without a budget; its clock measures.
-        minutes: For compilation, the timed steps and the loop.
-        record: A file that keeps the result, so that a resumed run has the same number of steps.
+    The file ``record`` keeps the result, so that a resumed run has the same number of steps.
     """
     began = loop.clock()
     known = _read(record)

@@ -7,7 +7,7 @@ The base's parameters are an argument of that step, and no optimiser state refer
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -20,12 +20,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
 from pydantic import Field
 
 from gati_jax.caches import Activations, fold_standardize, predict_all, predictor_inputs
+from gati_jax.caches.candidate import Logits, Part
 from gati_jax.errors import InputError
 from gati_jax.models import Chain, fast_forward
 from gati_jax.options import Count, NotNegative, Positive, Seed, check_options
 from gati_jax.pytrees import Static
 
-from .heads import Part
 from .loop import LoopConfig, LoopState, Step, checkpoint_folder, report_budget, run_loop, within_minutes
 
 Images = Shaped[Array, "batch *input"]
@@ -40,11 +40,7 @@ class Augment:
     flip: Annotated[bool, Field(description="mirror half of the images left to right")] = False
 
     def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            InputError: Names the option.
-        """
+        """Check the options."""
         check_options(self)
 
     def __call__(self, key: PRNGKeyArray, images: Images) -> Images:
@@ -95,11 +91,7 @@ class FitConfig:
     """Not in the repr, by which fits are told apart: a resumed fit with more time continues the earlier one."""
 
     def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            InputError: Names the option.
-        """
+        """Check the options."""
         check_options(self)
 
 
@@ -154,17 +146,7 @@ def train_predictors(
     progress: bool,
     clock: Callable[[], float] = time.monotonic,
 ) -> Trained:
-    """Train predictors.
-
-    Args:
-        chain: The base.
-        parts: The predictors by name.
-        images: The fit split[n, ...].
-        config: How to train them.
-        checkpoint: Folder for checkpoints; None for no checkpoints.
-        identity: Describes the fit: only a checkpoint of the same one is resumed.
-        progress: Whether to draw a progress bar.
-        clock: Measures the time budget.
+    """Train predictors on ``images``; ``checkpoint`` and ``identity`` as for ``run_loop``, ``clock`` for the budget.
 
     Raises:
         InputError: Fewer images than one batch, or a predictor diverged.
@@ -231,18 +213,18 @@ def _step(
     """Advance all predictors by one batch of images."""
     key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
     sites, base_logits = chain.activations(chain.prepare(config.augment(key, images)))
-    return advance(dict(parts.values), config, constants, steps, state=state, sites=sites, base_logits=base_logits)
+    return advance(constants, steps, sites, base_logits, state=state, parts=parts, config=config)
 
 
 def advance(
-    parts: Mapping[str, Part],
-    config: FitConfig,
     constants: dict[str, PyTree],
     steps: Int[Array, ""],
+    sites: Activations,
+    base_logits: Logits,
     *,
     state: LoopState,
-    sites: Activations,
-    base_logits: Float[Array, "batch classes"],
+    parts: Static,
+    config: FitConfig,
 ) -> tuple[LoopState, Float[Array, ""]]:
     """Advance all predictors by one batch of activations, in a fit of ``steps`` steps.
 
@@ -252,14 +234,14 @@ def advance(
     def loss(params: PyTree) -> Float[Array, ""]:
         losses = [
             distillation_loss(logits, base_logits, alpha=config.alpha, temperature=config.temperature)
-            for logits in predict_all(parts, merge(params, constants), sites).values()
+            for logits in predict_all(dict(parts.values), merge(params, constants), sites).values()
         ]
         return jnp.sum(jnp.stack(losses))
 
     value, gradients = jax.value_and_grad(loss)(state.params)
     optimizer = optimizer_of(config, steps)
     params, opt_state = apply_gradients(optimizer, gradients, state.opt_state, state.params)
-    return LoopState(state.step + 1, params, opt_state), value / len(parts)
+    return LoopState(state.step + 1, params, opt_state), value / len(parts.values)
 
 
 def check_finite(params: dict[str, PyTree]) -> None:
@@ -268,14 +250,13 @@ def check_finite(params: dict[str, PyTree]) -> None:
     Raises:
         InputError: Names those that did.
     """
-    leaves = {name: jax.tree.leaves(tree) for name, tree in params.items()}
-    if bad := [name for name, arrays in leaves.items() if not all(np.isfinite(a).all() for a in arrays)]:
+    if bad := [name for name, tree in params.items() if not all(np.isfinite(a).all() for a in jax.tree.leaves(tree))]:
         raise InputError(f"fit: {', '.join(bad)} diverged: expected finite parameters; is the learning rate too high?")
 
 
 def distillation_loss(
-    logits: Float[Array, "batch classes"],
-    base_logits: Float[Array, "batch classes"],
+    logits: Logits,
+    base_logits: Logits,
     *,
     alpha: float = 0.5,
     temperature: float = 6.0,

@@ -12,16 +12,16 @@ from collections.abc import Iterable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from gati_jax.caches import Candidate, Centres, Neighbours, Network, fold_standardize, unfold_standardize
+from gati_jax.caches.candidate import Part
 from gati_jax.data import full_batches
 from gati_jax.errors import InputError
 from gati_jax.models import Chain, fast_forward
 from gati_jax.pytrees import Static
 
 from .fit import Candidates, check_splits, deal_folds, fit_selectors, last_selector
-from .heads import Part
 from .loop import LoopConfig, LoopState, Pause, no_pause, run_loop
 from .predictors import FitConfig, advance, check_finite, merge, optimizer_of
 
@@ -74,8 +74,6 @@ def _train(
     chain: Chain, heads: Mapping[str, Part], images: np.ndarray, config: FitConfig, pause: Pause
 ) -> dict[str, Part]:
     """Return the heads with their new variables, folded as they were."""
-    if len(images) < config.batch:
-        raise InputError(f"images: expected at least one batch of {config.batch} rows, got {len(images)}")
     base_logits, activations = _run_base(chain, images, sorted({p.site for p in heads.values()}), config, pause)
     first_rows = {site: jnp.asarray(rows[:_STATISTICS_ROWS]) for site, rows in activations.items()}
     unfolded = {
@@ -125,15 +123,4 @@ def _forward(chain: Chain, images: Array, *, sites: tuple[int, ...]) -> tuple[Ar
     return (logits, *(activations[site] for site in sites))
 
 
-@functools.partial(jax.jit, static_argnames=("parts", "config"), donate_argnames="state")
-def _step(
-    constants: dict[str, PyTree],
-    total: Int[Array, ""],
-    sites: dict[int, Float[Array, "batch ..."]],
-    logits: Float[Array, "batch classes"],
-    *,
-    state: LoopState,
-    parts: Static,
-    config: FitConfig,
-) -> tuple[LoopState, Float[Array, ""]]:
-    return advance(dict(parts.values), config, constants, total, state=state, sites=sites, base_logits=logits)
+_step = jax.jit(advance, static_argnames=("parts", "config"), donate_argnames="state")

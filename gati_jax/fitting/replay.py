@@ -15,6 +15,7 @@ from gati_jax.errors import InputError
 from gati_jax.models import Chain, check_images
 from gati_jax.models.chain import reference
 from gati_jax.planning import ReplayTable
+from gati_jax.planning.tables import NO_ROWS
 from gati_jax.pytrees import call
 
 from .fit import Candidates
@@ -55,8 +56,9 @@ def replay(
             raise InputError(f"images: expected {candidates.dtype}, as in the fit, got {images.dtype}")
         check_distinct_rows(rows, candidates.fit_rows, names=("images", "fit"))
         selectors, fold = candidates.fold_selectors, _unseen_fold(candidates, rows)
+        fitted = np.concatenate([candidates.fit_rows, candidates.select_rows])
     else:
-        selectors, fold = _final_selectors(items), np.zeros(len(rows), np.int32)
+        selectors, fold, fitted = _final_selectors(items), np.zeros(len(rows), np.int32), NO_ROWS
     outputs = _outputs(chain, items, selectors, images, fold, batch=batch, pause=pause)
     return ReplayTable(
         names=tuple(c.name for c in items),
@@ -68,6 +70,7 @@ def replay(
         rows=rows,
         labels=None if labels is None else np.asarray(labels),
         source=replay_source(chain, items, str(images.dtype)),
+        fitted_rows=fitted,
     )
 
 
@@ -88,17 +91,9 @@ def evaluate(
     batch: int = 128,
     pause: Pause | None = None,
 ) -> Outputs:
-    """Return the columns of a replay without a table: for requests that arrive in small parts.
+    """Return the columns of a replay without a table: for requests that arrive in small parts, at least one at a time.
 
-    Args:
-        chain: The base.
-        candidates: The caches, scored by their final selectors.
-        images: uint8 or prepared inputs[n, ...], at least one.
-        batch: Images in a step.
-        pause: As for ``replay``.
-
-    Raises:
-        InputError: As ``replay``.
+    Arguments and errors as for ``replay``; the candidates' final selectors score all rows.
     """
     images, items = check_images(chain, images), tuple(candidates)
     fold = np.zeros(len(images), np.int32)
@@ -118,8 +113,7 @@ def _outputs(
     _check_batch(batch)
     pause, parts = pause or no_pause, []
     for rows in full_batches(len(images), batch):
-        part = _replay_batch(chain, items, selectors, images[rows], fold[rows])
-        parts.append([np.asarray(column) for column in part])
+        parts.append(jax.device_get(_replay_batch(chain, items, selectors, images[rows], fold[rows])))
         pause()
     n = len(images)
     return Outputs(*(np.concatenate(columns, axis=-1)[..., :n] for columns in zip(*parts, strict=True)))
@@ -144,11 +138,7 @@ def replay_logits(
 ) -> Float[np.ndarray, "candidates n classes"]:
     """Return the logits of every candidate's predictor, for exit rules other than its selector's.
 
-    Args:
-        chain: The base.
-        candidates: The caches.
-        images: uint8 or prepared inputs[n, ...].
-        batch: Images in a step.
+    Arguments as for ``replay``.
 
     Raises:
         InputError: No candidates, images that the chain does not take, or a batch of no rows.
@@ -166,9 +156,7 @@ def _check_batch(batch: int) -> None:
         raise InputError(f"batch: expected 1 or more, got {batch}")
 
 
-def _forward(
-    chain: Chain, items: tuple[Candidate, ...], images: Array
-) -> tuple[Float[Array, "batch classes"], dict[str, Float[Array, "batch classes"]]]:
+def _forward(chain: Chain, items: tuple[Candidate, ...], images: Array) -> tuple[Array, dict[str, Array]]:
     """Return the base's logits, and every predictor's by name."""
     sites, base_logits = chain.activations(chain.prepare(images))
     variables = {item.name: item.params["predictor"] for item in items}
@@ -177,9 +165,7 @@ def _forward(
 
 @jax.jit
 @reference
-def _logits_batch(
-    chain: Chain, items: tuple[Candidate, ...], images: Array
-) -> Float[Array, "candidates batch classes"]:
+def _logits_batch(chain: Chain, items: tuple[Candidate, ...], images: Array) -> Float[Array, "candidates n classes"]:
     return jnp.stack(list(_forward(chain, items, images)[1].values()))
 
 
@@ -187,12 +173,7 @@ def _logits_batch(
 @reference
 def _replay_batch(
     chain: Chain, items: tuple[Candidate, ...], selectors: tuple[PyTree, ...], images: Array, fold: Int[Array, " batch"]
-) -> tuple[
-    Int[Array, " batch"],
-    Int[Array, "candidates batch"],
-    Float[Array, "candidates batch"],
-    Float[Array, "classes batch"],
-]:
+) -> tuple[Array, ...]:
     """Return one batch's columns of ``Outputs``; ``fold`` chooses each row's selector."""
     base_logits, logits = _forward(chain, items, images)
     answers = jnp.argmax(base_logits, -1)

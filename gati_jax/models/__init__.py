@@ -1,5 +1,13 @@
 """Bases: chains of blocks, ResNets and VGGs as chains, and their weights."""
 
+from .architectures import NAMES as NAMES
+from .architectures import RESNETS as RESNETS
+from .architectures import VGG as VGG
+from .architectures import Architecture as Architecture
+from .architectures import ResNet as ResNet
+from .architectures import architecture as architecture
+from .architectures import resnet as resnet
+from .architectures import vgg as vgg
 from .chain import Block as Block
 from .chain import Chain as Chain
 from .chain import Normalization as Normalization
@@ -7,12 +15,9 @@ from .chain import check_images as check_images
 from .convolution import ALGORITHMS as ALGORITHMS
 from .convolution import Algorithm as Algorithm
 from .convolution import Layer as Layer
-from .networks import NAMES as NAMES
-from .networks import Architecture as Architecture
 from .networks import Variables as Variables
 from .networks import apply as apply
 from .networks import apply_train as apply_train
-from .networks import architecture as architecture
 from .networks import choose_algorithms as choose_algorithms
 from .networks import fast_forward as fast_forward
 from .networks import fold as fold
@@ -22,11 +27,6 @@ from .networks import store_params as store_params
 from .networks import to_chain as to_chain
 from .networks import winograd_where_wide as winograd_where_wide
 from .networks import with_algorithms as with_algorithms
-from .resnet import RESNETS as RESNETS
-from .resnet import ResNet as ResNet
-from .resnet import resnet as resnet
-from .vgg import VGG as VGG
-from .vgg import vgg as vgg
 from .weights import export_state_dict as export_state_dict
 from .weights import import_state_dict as import_state_dict
 from .weights import read_metadata as read_metadata

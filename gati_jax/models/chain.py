@@ -13,7 +13,7 @@ from pydantic import Field, FiniteFloat
 
 from gati_jax.errors import InputError
 from gati_jax.options import Positive, check_options
-from gati_jax.pytrees import Static
+from gati_jax.pytrees import register_pytree, tree_bytes
 
 Block = Callable[[Any, Array], Array]
 """``block(params, x[batch, ...]) -> y[batch, ...]``, pure; equal blocks share compiled programs."""
@@ -28,11 +28,7 @@ class Normalization:
     scale: Annotated[FiniteFloat, Field(description="factor of the pixels before")] = 1 / 255
 
     def __post_init__(self) -> None:
-        """Check the options, and that there are as many means as standard deviations.
-
-        Raises:
-            InputError: Names the option.
-        """
+        """Check the options, and that there are as many means as standard deviations."""
         check_options(self)
         if len(self.mean) != len(self.std) or not self.std:
             raise InputError(
@@ -45,7 +41,7 @@ class Normalization:
         return (jnp.asarray(pixels, jnp.float32) * self.scale - mean) / std
 
 
-@jax.tree_util.register_pytree_node_class
+@register_pytree(leaves="params", static=("blocks", "classifier", "input_spec", "normalization", "network"))
 @dataclasses.dataclass(frozen=True)
 class Chain:
     """A frozen classifier as N blocks followed by a classifier.
@@ -81,7 +77,7 @@ class Chain:
     network: Hashable = None
 
     def __post_init__(self) -> None:
-        """Check the lengths; tree_unflatten does not come through here."""
+        """Check the lengths; a pytree that is unflattened does not come through here."""
         object.__setattr__(self, "blocks", tuple(self.blocks))
         object.__setattr__(self, "params", tuple(self.params))
         if not self.blocks or len(self.params) != len(self.blocks) + 1:
@@ -91,25 +87,6 @@ class Chain:
             raise InputError(
                 f"normalization: expected {self.input_spec.shape[-1]} channels, got {len(self.normalization.mean)}"
             )
-
-    def tree_flatten(self) -> tuple[tuple[Sequence[PyTree]], Static]:
-        """Split into parameters and static structure."""
-        return (self.params,), self._structure
-
-    @classmethod
-    def tree_unflatten(cls, structure: Static, children: tuple[tuple[PyTree, ...]]) -> "Chain":
-        """Rebuild from any leaves, placeholders included, without checks."""
-        chain = object.__new__(cls)
-        names = ("blocks", "classifier", "input_spec", "normalization", "network")
-        for name, value in zip(names, structure.values, strict=True):
-            object.__setattr__(chain, name, value)
-        object.__setattr__(chain, "params", children[0])
-        chain.__dict__["_structure"] = structure
-        return chain
-
-    @functools.cached_property
-    def _structure(self) -> Static:
-        return Static((tuple(self.blocks), self.classifier, self.input_spec, self.normalization, self.network))
 
     def __len__(self) -> int:
         """Return N, the number of blocks."""
@@ -152,7 +129,7 @@ class Chain:
     @property
     def bytes(self) -> int:
         """The memory that the parameters take."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params))
+        return tree_bytes(self.params)
 
     @functools.cached_property
     def classes(self) -> int:

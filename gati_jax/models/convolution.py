@@ -22,6 +22,9 @@ from jaxtyping import Array, Float
 Algorithm = Literal["direct", "im2col", "winograd2", "winograd4"]
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
+Activation = Float[Array, "batch height width in"]
+Kernel = Float[Array, "kernel kernel in out"]
+Output = Float[Array, "batch h w out"]
 _Matrix = Float[np.ndarray, "rows columns"]
 
 # Input, kernel and output transforms, by output tile.
@@ -41,11 +44,7 @@ _INPUT: dict[int, _Matrix] = {
 }
 _KERNEL: dict[int, _Matrix] = {
     2: np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32),
-    4: np.array(
-        [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]],
-        np.float32,
-    )
-    / np.float32(24),
+    4: np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], np.float32) / np.float32(24),
 }
 _OUTPUT: dict[int, _Matrix] = {
     2: np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.float32),
@@ -83,13 +82,11 @@ class Layer(NamedTuple):
 def stored_shape(shape: tuple[int, int, int, int], algorithm: Algorithm) -> tuple[int, ...]:
     """Return the shape in which a kernel of ``shape``, [height, width, in, out], is stored."""
     height, width, inputs, outputs = shape
-    match algorithm:
-        case "direct":
-            return shape
-        case "im2col":
-            return (height * width * inputs, outputs)
-        case _:
-            return ((_tile(algorithm) + 2) ** 2, inputs, outputs)
+    if algorithm == "direct":
+        return shape
+    if algorithm == "im2col":
+        return (height * width * inputs, outputs)
+    return ((_tile(algorithm) + 2) ** 2, inputs, outputs)
 
 
 def store(kernel: Float[Array | np.ndarray, "height width in out"], algorithm: Algorithm) -> Float[np.ndarray, "..."]:
@@ -103,56 +100,40 @@ def store(kernel: Float[Array | np.ndarray, "height width in out"], algorithm: A
     return points.reshape(-1, *array.shape[2:]).astype(array.dtype)
 
 
-def convolve(
-    x: Float[Array, "batch height width in"],
-    stored: Float[Array, "..."],
-    algorithm: Algorithm,
-    kernel: int,
-    stride: int,
-) -> Float[Array, "batch h w out"]:
-    """Convolve activations by an algorithm.
-
-    Args:
-        x: Activations.
-        stored: The kernel, as ``store`` returns it.
-        algorithm: The algorithm that it was stored for.
-        kernel: Its height and width.
-        stride: 1 or more; 1 for Winograd's.
-    """
-    match algorithm:
-        case "direct":
-            pad = (kernel // 2, kernel // 2)
-            return jax.lax.conv_general_dilated(
-                x, stored, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-        case "im2col":
-            return _im2col(x, stored, kernel, stride)
-        case _:
-            return _winograd(x, stored, _tile(algorithm))
+def convolve(x: Activation, stored: Float[Array, "..."], algorithm: Algorithm, kernel: int, stride: int) -> Output:
+    """Convolve by the algorithm that a kernel x kernel convolution was stored for, see ``store``."""
+    if algorithm == "direct":
+        return _direct(x, stored, stride)
+    if algorithm == "im2col":
+        return _im2col(x, stored, kernel, stride)
+    return _winograd(x, stored, _tile(algorithm))
 
 
 def _tile(algorithm: Algorithm) -> int:
     return int(algorithm.removeprefix("winograd"))
 
 
-def _im2col(
-    x: Float[Array, "batch height width in"], matrix: Float[Array, "patch out"], kernel: int, stride: int
-) -> Float[Array, "batch h w out"]:
+def _direct(x: Activation, kernel: Kernel, stride: int) -> Output:
+    pad, numbers = kernel.shape[0] // 2, ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), [(pad, pad)] * 2, dimension_numbers=numbers)
+
+
+def _im2col(x: Activation, matrix: Float[Array, "patch out"], kernel: int, stride: int) -> Output:
     batch, height, width, _ = x.shape
     pad = kernel // 2
     rows, columns = ((size + 2 * pad - kernel) // stride + 1 for size in (height, width))
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    span_rows, span_columns = (rows - 1) * stride + 1, (columns - 1) * stride + 1
-    patches = [
-        x[:, i : i + span_rows : stride, j : j + span_columns : stride] for i in range(kernel) for j in range(kernel)
-    ]
-    flat = jnp.concatenate(patches, -1).reshape(-1, matrix.shape[0])
+    flat = jnp.concatenate(patches(x, (kernel, kernel), (rows, columns), stride), -1).reshape(-1, matrix.shape[0])
     return (flat @ matrix).reshape(batch, rows, columns, -1)
 
 
-def _winograd(
-    x: Float[Array, "batch height width in"], stored: Float[Array, "points in out"], tile: int
-) -> Float[Array, "batch height width out"]:
+def patches(x: Activation, kernel: tuple[int, int], output: tuple[int, int], stride: int) -> list[Array]:
+    """Return, for each position of a kernel, the inputs [batch, rows, columns, in] under it; ``x`` is padded."""
+    rows, columns = ((n - 1) * stride + 1 for n in output)
+    return [x[:, i : i + rows : stride, j : j + columns : stride] for i in range(kernel[0]) for j in range(kernel[1])]
+
+
+def _winograd(x: Activation, stored: Float[Array, "points in out"], tile: int) -> Output:
     batch, height, width, channels = x.shape
     n, dtype = tile + 2, x.dtype
     rows, columns = -(-height // tile), -(-width // tile)  # of tiles
@@ -186,13 +167,6 @@ def _times(factor: float, part: Array) -> Array:
     return part if factor == 1 else -part if factor == -1 else factor * part
 
 
-# Training.
-
-Activation = Float[Array, "batch height width in"]
-Kernel = Float[Array, "kernel kernel in out"]
-Output = Float[Array, "batch h w out"]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def convolve_cpu(x: Activation, kernel: Kernel, stride: int) -> Output:
     """Convolve as "direct" does, with a gradient that is fast inside a loop on a CPU; for square kernels of odd size.
@@ -202,9 +176,7 @@ def convolve_cpu(x: Activation, kernel: Kernel, stride: int) -> Output:
     images of 32x32x16, measured on two cores). Here it is one matrix product for each position of the kernel: 13 ms
     inside a scan as well.
     """
-    pad = kernel.shape[0] // 2
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), [(pad, pad)] * 2, dimension_numbers=numbers)
+    return _direct(x, kernel, stride)
 
 
 def _forward(x: Activation, kernel: Kernel, stride: int) -> tuple[Output, tuple[Activation, Kernel]]:
@@ -228,13 +200,8 @@ def _of_kernel(x: Activation, shape: Sequence[int], dy: Output, stride: int) -> 
     pad = shape[0] // 2
     padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     flat = dy.reshape(-1, dy.shape[-1])
-    rows, columns = ((n - 1) * stride + 1 for n in dy.shape[1:3])
-    products = [
-        padded[:, i : i + rows : stride, j : j + columns : stride].reshape(-1, x.shape[-1]).T @ flat
-        for i in range(shape[0])
-        for j in range(shape[1])
-    ]
-    return jnp.stack(products).reshape(*shape)
+    parts = patches(padded, (shape[0], shape[1]), (dy.shape[1], dy.shape[2]), stride)
+    return jnp.stack([part.reshape(-1, x.shape[-1]).T @ flat for part in parts]).reshape(*shape)
 
 
 convolve_cpu.defvjp(_forward, _backward)

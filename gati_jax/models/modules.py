@@ -90,6 +90,12 @@ class Shortcut(nn.Module):
         return jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (before, missing - before)))
 
 
+def residual_layers(width: int, stride: int, bottleneck: bool) -> tuple[tuple[int, int, int], ...]:  # noqa: FBT001
+    """Return channels, kernel and stride of a residual block's convolutions, without the shortcut's."""
+    # The stride sits on the 3x3 convolution, as in torchvision ("ResNet v1.5").
+    return ((width, 1, 1), (width, 3, stride), (4 * width, 1, 1)) if bottleneck else ((width, 3, stride), (width, 3, 1))
+
+
 class ResidualBlock(nn.Module):
     """A basic block (two 3x3 convolutions) or a bottleneck (1x1, 3x3, 1x1 with four times the channels)."""
 
@@ -104,19 +110,14 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w out"]:
         """Run the block."""
-        width, stride = self.features, self.stride
         algorithms: tuple[Algorithm, ...] = (*self.algorithms, "direct", "direct", "direct", "direct")
-        # The stride sits on the 3x3 convolution, as in torchvision ("ResNet v1.5").
-        layers = (
-            ((width, 1, 1), (width, 3, stride), (4 * width, 1, 1))
-            if self.bottleneck
-            else ((width, 3, stride), (width, 3, 1))
-        )
+        layers = residual_layers(self.features, self.stride, self.bottleneck)
         y = x
         for i, (features, kernel, step) in enumerate(layers, 1):
             y = y if i == 1 else nn.relu(y)
             y = ConvNorm(features, kernel, step, self.norm, algorithms[i - 1], name=f"conv{i}")(y)
-        shortcut = Shortcut(layers[-1][0], stride, self.shortcut, self.norm, algorithms[len(layers)], name="shortcut")
+        outputs, algorithm = layers[-1][0], algorithms[len(layers)]
+        shortcut = Shortcut(outputs, self.stride, self.shortcut, self.norm, algorithm, name="shortcut")
         return nn.relu(y + shortcut(x))
 
 
@@ -145,6 +146,21 @@ class FirstBlock(nn.Module):
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w features"]:
         """Run stem and block."""
         return self.block(self.stem(x))
+
+
+class ConvolutionBlock(nn.Module):
+    """A 3x3 convolution with batch norm and ReLU; the last of its stage halves height and width by max-pooling."""
+
+    features: int
+    pool: bool
+    norm: Norm
+    algorithm: Algorithm = "direct"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w features"]:
+        """Run the block."""
+        x = nn.relu(ConvNorm(self.features, norm=self.norm, algorithm=self.algorithm, name="conv")(x))
+        return nn.max_pool(x, (2, 2), (2, 2)) if self.pool else x
 
 
 class Classifier(nn.Module):

@@ -8,7 +8,7 @@ An inference chain has its batch norms folded into its convolutions, and each of
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,40 +18,15 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from gati_jax.errors import InputError
 from gati_jax.pytrees import call
 
+from .architectures import Architecture
 from .chain import Chain, Normalization
 from .convolution import Algorithm, Layer, store
 from .modules import EPSILON
-from .resnet import RESNETS, ResNet, resnet
-from .vgg import VGG, VGGS, vgg
 
-Architecture = ResNet | VGG
+Images = Float[Array, "batch height width channels"]
+Logits = Float[Array, "batch classes"]
 Variables = tuple[dict[str, Any], ...]
-NAMES = (*RESNETS, *VGGS)
-
-
-def architecture(
-    name: str,
-    *,
-    classes: int = 10,
-    input_shape: tuple[int, int, int] = (32, 32, 3),
-    shortcut: Literal["A", "B"] | None = None,
-) -> Architecture:
-    """Return a published configuration; see ``resnet`` and ``vgg``.
-
-    Raises:
-        InputError: The name is not known, or a shortcut is given for a network without.
-
-    Example:
-        >>> architecture("vgg16").depth
-        13
-    """
-    if name in RESNETS:
-        return resnet(name, classes=classes, input_shape=input_shape, shortcut=shortcut)
-    if name not in VGGS:
-        raise InputError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
-    if shortcut is not None:
-        raise InputError(f"shortcut: expected none, for {name} has no shortcuts, got {shortcut!r}")
-    return vgg(name, classes=classes, input_shape=input_shape)
+_WINOGRAD_CHANNELS = 32  # with fewer, its transforms cost more than they save
 
 
 def init(network: Architecture, key: PRNGKeyArray) -> Variables:
@@ -64,18 +39,14 @@ def init(network: Architecture, key: PRNGKeyArray) -> Variables:
     return tuple(variables)
 
 
-def apply(
-    network: Architecture, variables: Variables, x: Float[Array, "batch height width channels"]
-) -> Float[Array, "batch classes"]:
+def apply(network: Architecture, variables: Variables, x: Images) -> Logits:
     """Return logits, normalising by running statistics."""
     for module, v in zip(network.modules("running"), variables, strict=True):
         x = call(module, v, x)
     return x
 
 
-def apply_train(
-    network: Architecture, variables: Variables, x: Float[Array, "batch height width channels"]
-) -> tuple[Float[Array, "batch classes"], Variables]:
+def apply_train(network: Architecture, variables: Variables, x: Images) -> tuple[Logits, Variables]:
     """Return logits, normalised by the batch's statistics, and variables with their running statistics advanced."""
     advanced = []
     for module, v in zip(network.modules("batch"), variables, strict=True):
@@ -129,9 +100,6 @@ def to_chain(
     return Chain(tuple(blocks), classifier, params, spec, normalization, network)
 
 
-_WINOGRAD_CHANNELS = 32  # with fewer, its transforms cost more than they save
-
-
 @functools.cache
 def layers(network: Architecture) -> tuple[tuple[Layer, ...], ...]:
     """Return the convolutions of every block, in the order in which ``network.modules`` takes their algorithms."""
@@ -164,20 +132,17 @@ def store_params(
     network: Architecture, params: Sequence[Any], algorithms: Sequence[tuple[Algorithm, ...]]
 ) -> tuple[Any, ...]:
     """Return folded parameters with every kernel in the form that its algorithm takes."""
-    blocks = [
-        _stored(tree, {layer.path: a for layer, a in zip(block, picked, strict=True)})
-        for tree, block, picked in zip(params, layers(network), algorithms, strict=False)
-    ]
+    blocks = []
+    for tree, block, picked in zip(params, layers(network), algorithms, strict=False):
+        by_path = dict(zip((layer.path for layer in block), picked, strict=True))
+        blocks.append(jax.tree_util.tree_map_with_path(functools.partial(_stored, by_path), tree))
     return (*blocks, params[-1])
 
 
-def _stored(tree: dict[str, Any], algorithms: Mapping[tuple[str, ...], Algorithm]) -> dict[str, Any]:
-    def convert(path: tuple[Any, ...], leaf: Any) -> Any:  # noqa: ANN401 (an array of JAX's or NumPy's)
-        *names, last = (key.key for key in path)
-        algorithm = algorithms[tuple(names[:-1])]
-        return leaf if last != "kernel" or algorithm == "direct" else jnp.asarray(store(leaf, algorithm))
-
-    return jax.tree_util.tree_map_with_path(convert, tree)
+def _stored(algorithms: Mapping[tuple[str, ...], Algorithm], path: tuple[Any, ...], leaf: Any) -> Any:  # noqa: ANN401
+    *names, _, last = (key.key for key in path)  # between them, the name of the convolution itself
+    algorithm = algorithms[tuple(names)]
+    return leaf if last != "kernel" or algorithm == "direct" else jnp.asarray(store(leaf, algorithm))
 
 
 def with_algorithms(chain: Chain, choice: Mapping[str, Algorithm]) -> Chain:

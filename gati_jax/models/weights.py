@@ -6,6 +6,9 @@ from PyTorch's [out, in, h, w] to [h, w, in, out].
 """
 
 import contextlib
+import functools
+import operator
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from gati_jax.errors import WeightsError, describe_mismatch
 
-from .networks import Architecture, Variables, init
-from .resnet import ResNet
-from .vgg import VGG
+from .architectures import VGG, Architecture, ResNet
+from .networks import Variables, init
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -76,20 +78,19 @@ def _absorbed(network: Architecture) -> dict[str, str]:
 
 
 def _resnet(network: ResNet) -> dict[str, _Entry]:
-    entries = dict(_conv_norm("conv1", "bn1", 0, ("stem", "conv")))
-    block = 0
-    out = network.widths[0]
-    for stage, (count, width) in enumerate(zip(network.stages, network.widths, strict=True)):
-        for k in range(count):
-            prefix, path = f"layer{stage + 1}.{k}.", () if block else ("block",)
-            for i in range(1, 4 if network.bottleneck else 3):
-                entries |= _conv_norm(f"{prefix}conv{i}", f"{prefix}bn{i}", block, (*path, f"conv{i}"))
-            before, out = out, 4 * width if network.bottleneck else width
-            if network.shortcut == "B" and (before != out or (stage > 0 and k == 0)):
-                entries |= _conv_norm(
-                    f"{prefix}downsample.0", f"{prefix}downsample.1", block, (*path, "shortcut", "projection")
-                )
-            block += 1
+    entries: dict[str, _Entry] = {}
+    prefixes = (f"layer{stage}.{k}." for stage, count in enumerate(network.stages, 1) for k in range(count))
+    for block, (prefix, layers) in enumerate(zip(prefixes, network.layers(), strict=True)):
+        for layer in layers:
+            match layer.path:
+                case ("stem", _):
+                    names = "conv1", "bn1"
+                case (*_, "projection"):
+                    names = f"{prefix}downsample.0", f"{prefix}downsample.1"
+                case _:
+                    conv = layer.path[-1]
+                    names = f"{prefix}{conv}", f"{prefix}{conv.replace('conv', 'bn')}"
+            entries |= _conv_norm(*names, block, layer.path)
     return entries
 
 
@@ -109,11 +110,11 @@ def import_state_dict(network: Architecture, tensors: Tensors) -> Variables:
         WeightsError: Names are missing, unexpected, misshapen or given twice, or values are not finite.
     """
     entries = _entries(network)
-    given = [name for name in tensors if not name.endswith("num_batches_tracked")]
-    found = {_standard_name(name): np.asarray(tensors[name]) for name in given}
+    given = {name: _standard_name(name) for name in tensors if not name.endswith("num_batches_tracked")}
+    found = {standard: np.asarray(tensors[name]) for name, standard in given.items()}
     if len(found) < len(given):
-        standard = [_standard_name(name) for name in given]
-        twice = sorted(name for name in given if standard.count(_standard_name(name)) > 1)
+        times = Counter(given.values())
+        twice = sorted(name for name, standard in given.items() if times[standard] > 1)
         raise WeightsError(f"weights: expected every tensor once, got {', '.join(twice)}")
     abstract = jax.eval_shape(lambda: init(network, jax.random.key(0)))
     expected = {name: _torch_shape(_leaf(abstract[e.block], e.path).shape, e.axes) for name, e in entries.items()}
@@ -125,16 +126,12 @@ def import_state_dict(network: Architecture, tensors: Tensors) -> Variables:
         raise WeightsError(f"weights: expected finite values, got NaN or infinity in {', '.join(bad)}")
     for bias, mean in biases.items():
         found[mean] = np.asarray(found[mean], np.float32) - np.asarray(found[bias], np.float32)
-    return _build(network, {name: found[name] for name in entries}, entries)
-
-
-def _build(network: Architecture, tensors: Tensors, entries: dict[str, _Entry]) -> Variables:
     variables: list[dict[str, Any]] = [{} for _ in range(network.depth + 1)]
     for name, entry in entries.items():
         node = variables[entry.block]
         for part in entry.path[:-1]:
             node = node.setdefault(part, {})
-        node[entry.path[-1]] = np.ascontiguousarray(tensors[name].transpose(entry.axes), dtype=np.float32)
+        node[entry.path[-1]] = np.ascontiguousarray(found[name].transpose(entry.axes), dtype=np.float32)
     return tuple(variables)
 
 
@@ -142,10 +139,8 @@ def _torch_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
     return str([shape[i] for i in np.argsort(axes)])
 
 
-def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:  # noqa: ANN401
-    for part in path:
-        tree = tree[part]
-    return tree
+def _leaf(tree: Any, path: tuple[str, ...]) -> Any:  # noqa: ANN401
+    return functools.reduce(operator.getitem, path, tree)
 
 
 def export_state_dict(network: Architecture, variables: Variables) -> dict[str, np.ndarray]:
@@ -165,10 +160,24 @@ def read_weights(path: Path | str) -> dict[str, np.ndarray]:
     """
     path = _existing(path)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        with _safetensors(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     if path.suffix in {".pth", ".pt"}:
         return _read_torch(path)
     raise WeightsError(f"weights: expected a .safetensors or .pth file, got {path.name}")
+
+
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """Return a safetensors file's own metadata; empty for other files.
+
+    Raises:
+        WeightsError: The file is missing or damaged.
+    """
+    path = _existing(path)
+    if path.suffix != ".safetensors":
+        return {}
+    with _safetensors(path) as file:
+        return dict(file.metadata() or {})
 
 
 def _existing(path: Path | str) -> Path:
@@ -184,24 +193,6 @@ def _safetensors(path: Path) -> Generator[Any]:
             yield file
     except SafetensorError as error:
         raise WeightsError(f"weights: {path} is not a readable safetensors file ({error})") from error
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    with _safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-
-
-def read_metadata(path: Path | str) -> dict[str, str]:
-    """Return a safetensors file's own metadata; empty for other files.
-
-    Raises:
-        WeightsError: The file is missing or damaged.
-    """
-    path = _existing(path)
-    if path.suffix != ".safetensors":
-        return {}
-    with _safetensors(path) as file:
-        return dict(file.metadata() or {})
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:

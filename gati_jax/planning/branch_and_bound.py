@@ -61,7 +61,7 @@ def solve(
     start: Found,
     multipliers: Multipliers,
     *,
-    out_of_time: Callable[[], bool],
+    out_of_time: Callable[[float], bool],
     progress: Callable[[int, float, float], None],
 ) -> Result:
     """Find the best choice, or a bound on it where the time runs out.
@@ -70,7 +70,7 @@ def solve(
         problem: What to solve.
         start: A choice within the budgets.
         multipliers: To start from: `initial_multipliers`, or those that a search with other thresholds ended with.
-        out_of_time: Called between nodes.
+        out_of_time: Called between nodes with the gap: the share of the best time that might still be saved.
         progress: Called with the number of nodes, the best time and the bound.
     """
     ticket = itertools.count()
@@ -79,19 +79,20 @@ def solve(
         np.array([-1]), np.array([0]), np.arange(problem.n), multipliers, problem.usable,
     )  # fmt: skip
     best, nodes, node_steps = start, 0, _schedule(NODE_STEPS, NODE_RANGE)
-    bound, families = _expand(problem, whole, _root(problem), best, _schedule(ROOT_STEPS, ROOT_RANGE), out_of_time)
+    root_steps = _schedule(ROOT_STEPS, ROOT_RANGE)
+    bound, families = _expand(problem, whole, _root(problem), best, root_steps, lambda: out_of_time(1.0))
+    bound = max(bound, problem.start_ms)
     multipliers = families[0][1].multipliers if families else multipliers
     heap = [(key, next(ticket), family) for key, family in families]
     heapq.heapify(heap)
-    while heap and heap[0][0] < best.ms - TOLERANCE * best.ms:
-        bound = max(bound, heap[0][0])
-        if out_of_time():
+    while heap and (bound := max(bound, heap[0][0])) < best.ms - TOLERANCE * best.ms:
+        if out_of_time(1 - bound / best.ms):
             return Result(best, min(bound, best.ms), nodes, multipliers)
         key, _, family = heapq.heappop(heap)
         members = _members(problem, family, best)
         nodes += len(members.choices)
         best = _improve(problem, members, best)
-        _, children = _expand(problem, family, members, best, node_steps, out_of_time)
+        _, children = _expand(problem, family, members, best, node_steps, lambda: False)
         for child_key, child in children:
             heapq.heappush(heap, (max(key, child_key), next(ticket), child))
         progress(nodes, best.ms, min(bound, best.ms))
@@ -170,7 +171,7 @@ def _expand(
     )
     wrong_left = problem.disagreements - float(members.wrong.mean())
     for i in range(0, len(steps), 100):
-        if out_of_time() and i:
+        if out_of_time():
             break
         multipliers = ascend(
             relaxation, multipliers, target=best.ms - fixed, wrong_left=wrong_left, room=room, steps=steps[i : i + 100]

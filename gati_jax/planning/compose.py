@@ -1,11 +1,11 @@
 """Composition: which caches, with which thresholds, within which budgets (GATI's composition phase).
 
 `prunable` and `rank` come before it: what needs no fit because it cannot save time, and what each candidate saves
-alone. `compose` then chooses jointly. The choice is exact where time allows: a greedy walk and a local search find a
-good one; branch and bound improves on it until it has proved that nothing is better, or reports how much better
-something could still be. A proof refers to a grid: each candidate has at most ``thresholds`` thresholds, the strict
-ones densely, and those of the choice among them; between two of them a faster one may lie. Bounds are sharp for some
-eight sites; with dozens, most of the gap is the bound's.
+alone. `compose` then chooses jointly. The choice is exact where time allows: a local search finds a good one; branch
+and bound improves on it until it has proved that nothing is better, or reports how much better something could still
+be. Where that is much, no proof would come, and the time goes to the local search. A proof refers to a grid: each
+candidate has at most ``thresholds`` thresholds, the strict ones densely, and those of the choice among them; between
+two of them a faster one may lie. Bounds are sharp for some eight sites; with dozens, most of the gap is the bound's.
 """
 
 import dataclasses
@@ -21,14 +21,15 @@ from gati_jax.errors import InputError
 
 from .binomial import largest_passing
 from .branch_and_bound import initial_multipliers, solve
-from .greedy import MAX_THRESHOLDS, greedy
-from .local_search import Found, alternatives, polish, search
-from .problem import RESOURCES, Choice, Option, Problem, evaluate, read_problem, used, within
+from .greedy import MAX_THRESHOLDS
+from .local_search import Found, alternatives, first_search, polish, search_on
+from .problem import RESOURCES, Choice, Problem, evaluate, read_problem, used, within
 from .tables import CostTable, ReplayTable, cascade_ms, replay_plan
 
 GRID = 16  # thresholds a candidate in the exact search; the local one sees MAX_THRESHOLDS
 RESTARTS = 30
-LOCAL_SHARE = 0.3  # of the time, at most
+SEARCH_UNTIL, BOUND_UNTIL = 0.3, 0.6  # shares of the time; the rest is for the proof, or for search if it is far off
+WIDE = 0.05  # a gap of which no proof comes
 PROVED = 1e-8  # a gap that rounding explains
 
 
@@ -121,25 +122,36 @@ def compose(
         table, costs, disagreements=budget.disagreements, limits=(budget.memory_bytes, worst, budget.sites),
         memory=memory,
     )  # fmt: skip
-    found, fine, penalty = _good_choice(table, costs, problem, lambda: clock() - started >= LOCAL_SHARE * seconds)
-    multipliers, nodes, n = initial_multipliers(fine, found.choice, penalty), 0, len(table)
+    fine, _ = problem.thin(MAX_THRESHOLDS, (None,) * problem.sites)
+    found, penalty = first_search(fine)
+    rng, n, nodes = np.random.default_rng(0), len(table), 0
+
+    def spent(share: float) -> bool:
+        return clock() - started >= share * seconds
+
+    found = search_on(
+        fine, found, penalty, rng, restarts=min(RESTARTS, len(table.names)), out_of_time=lambda: spent(SEARCH_UNTIL)
+    )
+    multipliers = initial_multipliers(fine, found.choice, penalty)
     while True:
         coarse, choice = fine.thin(thresholds, found.choice)
         result = solve(
             coarse,
             Found(found.ms, choice),
             multipliers,
-            out_of_time=lambda: clock() - started >= seconds,
+            out_of_time=lambda gap: spent(BOUND_UNTIL if gap > WIDE else 1.0),
             progress=lambda more, ms, bound, before=nodes: progress and progress(before + more, ms / n, bound / n),
         )
-        nodes, multipliers = nodes + result.nodes, result.multipliers
-        if result.found.ms >= found.ms:
-            break
-        found = polish(fine, _translate(coarse, fine, result.found.choice))
-        # The bound holds for the coarse grid alone. A choice that polishing has moved off it is bounded anew, on a
-        # grid with its own thresholds; each time it is faster, so this ends. If no time is left, the same multipliers
-        # bound the new grid.
-        if all(fine.thresholds[o[0]][o[1]] in coarse.thresholds[o[0]] for o in found.choice if o is not None):
+        nodes, multipliers, before = nodes + result.nodes, result.multipliers, found
+        if result.found.ms < found.ms:
+            found = polish(fine, _translate(coarse, fine, result.found.choice))
+        if result.bound_ms < found.ms * (1 - PROVED):
+            found = search_on(fine, found, penalty, rng, restarts=None, out_of_time=lambda: spent(1.0))
+        # The bound holds for the coarse grid alone. A choice off it is bounded anew, on a grid with its own
+        # thresholds; each time it is faster, so this ends. If no time is left, the same multipliers bound the new grid.
+        if found.ms >= before.ms or all(
+            fine.thresholds[o[0]][o[1]] in coarse.thresholds[o[0]] for o in found.choice if o is not None
+        ):
             break
     return _composition(
         table, costs, fine, found.choice, bound_ms=result.bound_ms / n, grid=coarse.width, nodes=nodes,
@@ -158,31 +170,6 @@ def check_tables(table: ReplayTable, costs: CostTable) -> None:
         raise InputError(f"costs: expected times of {table.depth} blocks and of {table.names}, got {got}")
     if len(table) == 0:
         raise InputError("table: expected at least one request, got none")
-
-
-def _good_choice(
-    table: ReplayTable, costs: CostTable, problem: Problem, out_of_time: Callable[[], bool]
-) -> tuple[Found, Problem, float]:
-    """Search from where the greedy walk ends.
-
-    Returns:
-        The choice, the problem with at most MAX_THRESHOLDS for each candidate, and the penalty of a wrong answer.
-    """
-    index = {name: c for c, name in enumerate(table.names)}
-    _, opened = greedy(
-        table,
-        costs,
-        problem.disagreements,
-        fits=lambda names: bool(within(problem.uses[[index[name] for name in names]].sum(0), problem.limits)),
-        out_of_time=out_of_time,
-    )
-    start: list[Option | None] = [None] * problem.sites
-    for name, threshold in opened.items():
-        c = index[name]
-        start[problem.site[c]] = (c, problem.index_of(c, threshold))
-    fine, choice = problem.thin(MAX_THRESHOLDS, tuple(start))
-    found, penalty = search(fine, choice, restarts=min(RESTARTS, len(table.names)), out_of_time=out_of_time)
-    return found, fine, penalty
 
 
 def _translate(coarse: Problem, fine: Problem, choice: Choice) -> Choice:
@@ -223,20 +210,19 @@ def _composition(
 def _explanations(table: ReplayTable, costs: CostTable, problem: Problem, choice: Choice) -> dict[str, str]:
     """Return a sentence for every candidate that ``choice`` leaves out."""
     now_ms = evaluate(problem, choice)[0]
+    found = alternatives(problem, choice)
+    best = np.where(found.wrong <= problem.disagreements, found.ms, np.inf).min(1, initial=np.inf)
     sentences: dict[str, str] = {}
-    for site, option in enumerate(choice):
-        found = alternatives(problem, choice, site)
-        allowed = found.allowed & (found.wrong <= problem.disagreements)
-        best = np.where(allowed, found.ms, np.inf).min(1, initial=np.inf)
-        rival = None if option is None else table.names[option[0]]
-        others = used(problem, (*choice[:site], None, *choice[site + 1 :]))
-        for c, ms in zip(found.candidates.tolist(), best.tolist(), strict=True):
-            if option is None or c != option[0]:
-                sentences[table.names[c]] = (
-                    _alone(table, costs, problem, c)
-                    or _over("no room beside the others", others + problem.uses[c], problem)
-                    or _slower(rival, (ms - now_ms) / problem.n)
-                )
+    for c, ms in enumerate(best.tolist()):
+        option = choice[site := problem.site[c]]
+        if option is None or c != option[0]:
+            others = used(problem, (*choice[:site], None, *choice[site + 1 :]))
+            rival = None if option is None else table.names[option[0]]
+            sentences[table.names[c]] = (
+                _alone(table, costs, problem, c)
+                or _over("no room beside the others", others + problem.uses[c], problem)
+                or _slower(rival, (ms - now_ms) / problem.n)
+            )
     return sentences
 
 

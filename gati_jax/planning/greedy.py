@@ -3,59 +3,17 @@
 Requests are counted jointly: a hit at an early site takes its request away from all later ones.
 """
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from .tables import CostTable, ReplayTable, cascade_ms, exit_ms, replay_plan
+from .tables import CostTable, ReplayTable, exit_ms, replay_plan
 
 SMALL_MOVE = 0.1  # of the budget; taken first, for a certificate can only stop between moves
 MAX_THRESHOLDS = 64  # for each candidate: more would fit the noise of a few thousand requests
 
 Thresholds = Float[np.ndarray, " candidates"]
-
-
-def greedy(
-    table: ReplayTable,
-    costs: CostTable,
-    budget: int,
-    *,
-    fits: Callable[[Sequence[str]], bool],
-    out_of_time: Callable[[], bool],
-) -> tuple[float, dict[str, float]]:
-    """Walk to a budget of disagreements, then drop caches while that saves time or until the rest fits the limits.
-
-    Args:
-        table: Candidates in the order of their sites.
-        costs: Their times.
-        budget: Requests that may disagree.
-        fits: Says whether these caches may be open together.
-        out_of_time: Once it is true, caches are dropped only until the rest fits.
-
-    Returns:
-        The mean time, and the thresholds of the open caches.
-    """
-    best_ms, best = _end(table, costs, budget)
-    while best:
-        fitting = fits(tuple(best))
-        if fitting and out_of_time():
-            break
-        smaller = [_end(table.take([other for other in best if other != name]), costs, budget) for name in best]
-        ms, fewer = min(smaller, key=lambda found: found[0])
-        if fitting and ms > best_ms:
-            break
-        best_ms, best = ms, fewer
-    return best_ms, best
-
-
-def _end(table: ReplayTable, costs: CostTable, budget: int) -> tuple[float, dict[str, float]]:
-    """Return the mean time where a walk with these candidates ends, and the thresholds of the open ones."""
-    off = np.full(len(table.names), np.inf, np.float32)
-    last = walk(table, costs, start=off, floor=np.full_like(off, -np.inf), budget=budget)[-1]
-    opened = {name: float(t) for name, t in zip(table.names, last, strict=True) if t < np.inf}
-    return cascade_ms(table, last, costs), opened
 
 
 def walk(

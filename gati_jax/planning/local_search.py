@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from .problem import Choice, Option, Problem, cost_to_go, evaluate, pass_sites, used, within
+from .problem import Choice, Option, Problem, cost_to_go, evaluate, pass_site, used, within
 
 HALVINGS = 10  # of the penalty of a wrong answer
-SPREAD = 0.3  # of the log penalty, when a search is restarted
+SPREAD = 0.3  # of the log penalty, from one descent to the next
 
 
 class Found(NamedTuple):
@@ -21,34 +21,30 @@ class Found(NamedTuple):
 
 
 class Alternatives(NamedTuple):
-    """What a whole choice would come to with another option at one site."""
+    """What a whole choice would come to with another option in place of what it has at that option's site."""
 
-    ms: Float[np.ndarray, "here thresholds"]
-    wrong: Int[np.ndarray, "here thresholds"]
-    allowed: Bool[np.ndarray, "here thresholds"]  # the candidate has the threshold, and is within the limits
-    candidates: Int[np.ndarray, " here"]
-    closed: tuple[float, int]  # time and wrong answers with no cache at the site
+    ms: Float[np.ndarray, "candidates thresholds"]  # infinity: no such threshold, or over the limits
+    wrong: Int[np.ndarray, "candidates thresholds"]
 
 
-def alternatives(problem: Problem, choice: Choice, site: int) -> Alternatives:
-    """Evaluate every option of a site, the other sites staying as they are."""
-    left, ms, wrong = pass_sites(problem, choice[:site])
+def alternatives(problem: Problem, choice: Choice) -> Alternatives:
+    """Evaluate every option, the other sites staying as they are."""
+    ms, wrong = np.full(problem.usable.shape, np.inf), np.zeros(problem.usable.shape, int)
     after, later = cost_to_go(problem, choice, 0.0)
-    on_ms, on_wrong = after[site + 1][left] + problem.span_ms[site], later[site + 1][left]
-    closed = (float(ms + on_ms.sum()), wrong + int(on_wrong.sum()))
-
-    here, width = problem.at(site), problem.width + 1
-    level = problem.level[here][:, left]
-    lengths = np.array([len(problem.thresholds[c]) for c in here], int)
-    others = used(problem, _replaced(choice, site, None))
-    room = within(others + problem.uses[here], problem.limits)
-    return Alternatives(
-        ms=closed[0] + _summed(level, -on_ms, width) + (problem.lookup_ms[here] * left.sum())[:, None],
-        wrong=closed[1] + np.rint(_summed(level, problem.wrong[here][:, left] - on_wrong, width)).astype(int),
-        allowed=(np.arange(width - 1) < lengths[:, None]) & room[:, None],
-        candidates=here,
-        closed=closed,
-    )
+    rows, now_ms, now_wrong = np.arange(problem.n), problem.start_ms, 0
+    for site, option in enumerate(choice):
+        here = problem.at(site)
+        others = used(problem, _replaced(choice, site, None))
+        here = here[within(others + problem.uses[here], problem.limits)]
+        if len(here):
+            level = problem.level[here].take(rows, 1)
+            on_ms, on_wrong = after[site + 1].take(rows) + problem.span_ms[site], later[site + 1].take(rows)
+            lookup_ms = problem.lookup_ms[here, None] * len(rows)
+            ms[here] = now_ms + on_ms.sum() + lookup_ms + _summed(level, -on_ms, problem.width + 1)
+            more = _summed(level, problem.wrong[here].take(rows, 1) - on_wrong, problem.width + 1)
+            wrong[here] = now_wrong + np.rint(on_wrong.sum() + more)
+        rows, now_ms, now_wrong = pass_site(problem, site, option, rows, now_ms, now_wrong)
+    return Alternatives(np.where(problem.usable, ms, np.inf), wrong)
 
 
 def _replaced(choice: Choice, site: int, option: Option | None) -> Choice:
@@ -65,23 +61,28 @@ def _summed(
 
 
 def descend(problem: Problem, choice: Choice, value: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Choice:
-    """Change one site at a time for the least ``value(ms, wrong)``, until no change helps."""
-    ms, wrong = evaluate(problem, choice)
-    now = float(value(np.array(ms), np.array(wrong)))
+    """Make the changes that lessen ``value(ms, wrong)``, until none is left.
+
+    A change closes one site or none, then chooses the best option at any site: so it opens a cache, closes one, moves
+    a threshold, or, where the limits leave no room for another cache, exchanges two.
+    """
+    now = float(value(*map(np.array, evaluate(problem, choice))))
     since = 0
-    for site in itertools.cycle(range(problem.sites)):
-        if since == problem.sites:
-            break
+    for site in itertools.cycle((None, *range(problem.sites))):
+        if since > problem.sites:
+            return choice
         since += 1
-        found = alternatives(problem, choice, site)
-        best, option = float(value(np.array(found.closed[0]), np.array(found.closed[1]))), None
-        if found.ms.size:
-            values = np.where(found.allowed, value(found.ms, found.wrong), np.inf)
-            c, t = np.unravel_index(values.argmin(), values.shape)
-            if values[c, t] < best:
-                best, option = float(values[c, t]), (int(found.candidates[c]), int(t))
+        if site is not None and choice[site] is None:
+            continue
+        trial = choice if site is None else _replaced(choice, site, None)
+        best = float(value(*map(np.array, evaluate(problem, trial))))
+        found = alternatives(problem, trial)
+        values = value(*found)
+        if values.size and values.min() < best:
+            c, t = divmod(int(values.argmin()), problem.width)
+            best, trial = float(values[c, t]), _replaced(trial, int(problem.site[c]), (c, t))
         if best < now - 1e-9 * max(1.0, abs(now)):
-            choice, now, since = _replaced(choice, site, option), best, 0
+            choice, now, since = trial, best, 0
     return choice
 
 
@@ -91,40 +92,17 @@ def polish(problem: Problem, choice: Choice) -> Found:
     return Found(evaluate(problem, choice)[0], choice)
 
 
-def search(problem: Problem, start: Choice, *, restarts: int, out_of_time: Callable[[], bool]) -> tuple[Found, float]:
-    """Search from ``start``, from nothing at many penalties of a wrong answer, and from the best with two sites closed.
+def first_search(problem: Problem) -> tuple[Found, float]:
+    """Descend from nothing at many penalties of a wrong answer, and polish what is within the budgets.
 
     Returns:
-        The best within the budgets, never worse than ``start``, and the penalty in ms at which the budget of
-        disagreements binds.
+        The best, and the penalty in ms at which the budget of disagreements binds.
     """
-    best, penalty = _bisect_penalty(problem, polish(problem, start), out_of_time)
-    rng = np.random.default_rng(0)
-    for _ in range(restarts if problem.sites else 0):
-        if out_of_time():
-            break
-        closed = rng.choice(problem.sites, min(2, problem.sites), replace=False)
-        choice = tuple(None if s in closed else option for s, option in enumerate(best.choice))
-        trial = penalty * float(np.exp(SPREAD * rng.standard_normal()))
-        for _ in range(6):
-            choice = _descend_penalised(problem, choice, trial)
-            if evaluate(problem, choice)[1] <= problem.disagreements:
-                found = polish(problem, choice)
-                best = found if found.ms < best.ms - 1e-9 * max(1.0, best.ms) else best
-                break
-            trial *= 1.15
-    assert within(used(problem, best.choice), problem.limits)  # noqa: S101
-    return best, penalty
-
-
-def _bisect_penalty(problem: Problem, best: Found, out_of_time: Callable[[], bool]) -> tuple[Found, float]:
-    """Look for the penalty at which a descent from nothing just meets the budget; polish what it finds on the way."""
     low, high = 0.0, 1.0 + problem.start_ms + problem.span_ms.sum() * problem.n
     nothing: Choice = (None,) * problem.sites
+    best = polish(problem, nothing)
     penalty, scale = high, 8.0 * (problem.before_ms + problem.span_ms.sum()) + 1e-9
     for turn in range(HALVINGS):
-        if out_of_time():
-            break
         penalty = (low + min(high, scale)) / 2 if turn else scale
         choice = _descend_penalised(problem, nothing, penalty)
         if evaluate(problem, choice)[1] <= problem.disagreements:
@@ -133,6 +111,35 @@ def _bisect_penalty(problem: Problem, best: Found, out_of_time: Callable[[], boo
         else:
             low, scale = penalty, scale * 4 if penalty == scale else scale
     return best, min(high, max(low, scale))
+
+
+def search_on(
+    problem: Problem, best: Found, penalty: float, rng: np.random.Generator, *, restarts: int | None,
+    out_of_time: Callable[[], bool],
+) -> Found:  # fmt: skip
+    """Descend from the best with two of its caches exchanged at random, again and again; return the best then."""
+    turn = 0
+    while (restarts is None or turn < restarts) and not out_of_time():
+        turn, best = turn + 1, _restart(problem, best, penalty, rng)
+    return best
+
+
+def _restart(problem: Problem, best: Found, penalty: float, rng: np.random.Generator) -> Found:
+    able, opened = np.flatnonzero(problem.usable.any(1)), [s for s, option in enumerate(best.choice) if option]
+    choice = best.choice
+    for site in rng.permutation(opened)[:2]:
+        choice = _replaced(choice, int(site), None)
+    for c in rng.permutation(able)[:2].tolist():
+        trial = _replaced(choice, int(problem.site[c]), (c, int(rng.integers(1 + len(problem.thresholds[c]) // 2))))
+        choice = trial if within(used(problem, trial), problem.limits) else choice
+    penalty *= float(np.exp(SPREAD * rng.standard_normal()))
+    for _ in range(6):
+        choice = _descend_penalised(problem, choice, penalty)
+        if evaluate(problem, choice)[1] <= problem.disagreements:
+            found = polish(problem, choice)
+            return found if found.ms < best.ms - 1e-9 * max(1.0, best.ms) else best
+        penalty *= 1.15
+    return best
 
 
 def _descend_penalised(problem: Problem, choice: Choice, penalty: float) -> Choice:

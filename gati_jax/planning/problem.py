@@ -5,6 +5,7 @@ request that would newly disagree: between two of them, lowering the threshold l
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -45,7 +46,7 @@ class Problem:
         """Number of sites, K."""
         return len(self.span_ms)
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         """The largest number of thresholds that a candidate has."""
         return max((len(t) for t in self.thresholds), default=0)
@@ -144,28 +145,29 @@ def _spread(levels: int, most: int, budget: int, keep: int | None) -> Int[np.nda
     return picks if keep is None else np.union1d(picks, [keep])
 
 
-def pass_sites(problem: Problem, choice: Choice) -> tuple[Bool[np.ndarray, " n"], float, int]:
-    """Send all requests through the first ``len(choice)`` sites.
+def pass_site(
+    problem: Problem, site: int, option: Option | None, rows: Int[np.ndarray, " left"], ms: float, wrong: int
+) -> tuple[Int[np.ndarray, " behind"], float, int]:
+    """Send the requests that are left through one site.
 
     Returns:
-        Which requests are left behind them, the time of all up to there, and the number of wrong answers.
+        Which requests are left behind it, the time of all up to there, and the number of wrong answers.
     """
-    left = np.ones(problem.n, bool)
-    ms, wrong = problem.start_ms, 0
-    for option, span in zip(choice, problem.span_ms, strict=False):
-        if option is not None:
-            c, t = option
-            ms += problem.lookup_ms[c] * left.sum()
-            hits = left & (problem.level[c] <= t)
-            wrong += int((hits & problem.wrong[c]).sum())
-            left &= ~hits
-        ms += span * left.sum()
-    return left, float(ms), wrong
+    if option is not None:
+        c, t = option
+        ms += problem.lookup_ms[c] * len(rows)
+        hits = problem.level[c].take(rows) <= t
+        wrong += int(problem.wrong[c].take(rows[hits]).sum())
+        rows = rows[~hits]
+    return rows, float(ms + problem.span_ms[site] * len(rows)), wrong
 
 
 def evaluate(problem: Problem, choice: Choice) -> tuple[float, int]:
     """Return the time of all requests and the number of wrong answers."""
-    return pass_sites(problem, choice)[1:]
+    rows, ms, wrong = np.arange(problem.n), problem.start_ms, 0
+    for site, option in enumerate(choice):
+        rows, ms, wrong = pass_site(problem, site, option, rows, ms, wrong)
+    return ms, wrong
 
 
 def cost_to_go(

@@ -53,6 +53,9 @@ class ReplaySource:
             )
 
 
+NO_ROWS = np.empty(0, np.uint64)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplayTable:
     """Answers of the base, and classes and scores of every candidate, for n requests.
@@ -74,6 +77,8 @@ class ReplayTable:
     """Digests of the requests, by which the rows of two splits are compared."""
     labels: Int[np.ndarray, " n"] | None = None
     source: ReplaySource = ReplaySource()
+    fitted_rows: UInt64[np.ndarray, " fitted"] = dataclasses.field(default_factory=lambda: NO_ROWS, repr=False)
+    """Digests of the rows that the candidates were fitted on, predictors and selectors alike, where they are known."""
 
     def __post_init__(self) -> None:
         """Check the columns, and make the scores comparable."""

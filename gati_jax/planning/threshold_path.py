@@ -18,7 +18,7 @@ from gati_jax.errors import InputError
 from .binomial import largest_passing
 from .compose import Budget, Composition, check_tables, compose
 from .greedy import Thresholds, walk
-from .tables import CostTable, ReplaySource, ReplayTable, cascade_ms, replay_plan
+from .tables import NO_ROWS, CostTable, ReplaySource, ReplayTable, cascade_ms, replay_plan
 
 SECONDS = 30.0  # of search
 
@@ -41,6 +41,8 @@ class Plan:
     """Requests of the table that it was composed on."""
     rows: UInt64[np.ndarray, " n"] = dataclasses.field(repr=False)  # their digests
     source: ReplaySource = ReplaySource()  # noqa: RUF009 (frozen)
+    fitted_rows: UInt64[np.ndarray, " fitted"] = dataclasses.field(default_factory=lambda: NO_ROWS, repr=False)
+    """Digests of the rows that its caches were fitted on, where they are known; a saved plan leaves them out."""
 
     def __post_init__(self) -> None:
         """Check that the columns belong together; thresholds are compared with float32 scores.
@@ -153,6 +155,7 @@ def compose_plan(
         n=len(table),
         rows=table.rows,
         source=kept.source,
+        fitted_rows=kept.fitted_rows,
     ), composition
 
 

@@ -8,15 +8,14 @@ must equal the reference to within ``TOLERANCE`` of their range.
 """
 
 import dataclasses
-import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from gati_jax.caches import Candidate, Network
 from gati_jax.errors import InputError
@@ -30,10 +29,9 @@ from gati_jax.models import (
     winograd_where_wide,
     with_algorithms,
 )
-from gati_jax.models.chain import reference
-from gati_jax.runtime.compilation import CompilerOptions, Packed, compiled, pack, unpack
+from gati_jax.runtime.compilation import CompilerOptions
 
-from .costs import device_name, time_interleaved
+from .costs import device_name, prefix_program, time_interleaved
 from .tuned_cascade import MOST_ROWS, MOST_TILES, OPTIONS, Tile, Tuning, tuned_chain
 
 TOLERANCE = 1e-3
@@ -80,7 +78,8 @@ def tune_tile(chain: Chain, caches: Sequence[Candidate], size: int, *, rounds: i
 
 def _networks(chain: Chain, caches: Sequence[Candidate]) -> tuple[Chain, ...]:
     """Return the base and the small networks among the caches."""
-    return (chain, *(_chain_of(cache) for cache in caches if isinstance(cache.predictor, Network)))
+    small = [(c.predictor.network, c.params["predictor"]) for c in caches if isinstance(c.predictor, Network)]
+    return (chain, *(to_chain(network, variables["params"]["network"]) for network, variables in small))
 
 
 def _starts(networks: Sequence[Chain], sizes: Sequence[int], rounds: int) -> list[Tile]:
@@ -89,14 +88,8 @@ def _starts(networks: Sequence[Chain], sizes: Sequence[int], rounds: int) -> lis
     Sizes have equal weights, however long they take: the product of their times decides.
     """
     supported, uniform = _supported(), _uniform(networks)
-    tiles = [
-        [
-            Tile(size=size, milliseconds=1.0, options=options, algorithms=algorithms)
-            for options in supported
-            for algorithms in uniform
-        ]
-        for size in sizes
-    ]
+    starts = [Tile(size=1, milliseconds=1.0, options=o, algorithms=choice) for o in supported for choice in uniform]
+    tiles = [[dataclasses.replace(start, size=size) for start in starts] for size in sizes]
     times = np.stack([_time_networks(networks, row, rounds).sum(1) for row in tiles])
     ms = times.reshape(len(sizes), len(supported), len(uniform))
     best = int(np.argmin(np.log(ms.min(2)).sum(0)))
@@ -106,8 +99,9 @@ def _starts(networks: Sequence[Chain], sizes: Sequence[int], rounds: int) -> lis
 def _tuned(networks: Sequence[Chain], start: Tile, rounds: int) -> Tile:
     """Return a tile with the best algorithms under its options."""
     # Spans are short, and their times noisy: the times of whole networks decide in the end.
-    refined = [dataclasses.replace(start, algorithms=_refine(networks, start, rounds))]
-    tiles = [*(refined if jax.default_backend() == "cpu" else ()), start]
+    refine = jax.default_backend() == "cpu"
+    tiles = [dataclasses.replace(start, algorithms=_refine(networks, start, rounds))] if refine else []
+    tiles += [start]
     tiles += [dataclasses.replace(start, algorithms={})] if start.algorithms else []
     ms = _time_networks(networks, tiles, 2 * rounds)
     ranked = np.argsort(ms.sum(1), kind="stable")
@@ -131,17 +125,12 @@ def _time_networks(
 ) -> Float[np.ndarray, "tiles networks"]:
     """Return the median times of whole networks, all taking turns."""
     programs = {
-        f"{i} {j}": _program(tuned_chain(network, tile), tile.options, _inputs(network, tile.size))
+        f"{i} {j}": _program(tuned_chain(network, tile), _inputs(network, tile.size), tile.options)
         for i, tile in enumerate(tiles)
         for j, network in enumerate(networks)
     }
     ms = [float(np.median(t)) for t in time_interleaved(programs, rounds=rounds).values()]
     return np.reshape(ms, (len(tiles), len(networks)))
-
-
-def _chain_of(cache: Candidate) -> Chain:
-    """Return a cache's small network as a chain."""
-    return to_chain(cache.predictor.network, cache.params["predictor"]["params"]["network"])
 
 
 def _supported() -> list[CompilerOptions]:
@@ -158,51 +147,33 @@ def _supported() -> list[CompilerOptions]:
 
 def _refine(networks: Sequence[Chain], start: Tile, rounds: int) -> dict[str, Algorithm]:
     """Choose the algorithm of one kind of layer after another, with the others as chosen so far."""
-    choice = dict(start.algorithms)
-    known: set[str] = set()
+    choice, known = dict(start.algorithms), set[str]()
     for chain in networks:
         if not isinstance(chain.network, Architecture):
             continue
-        inputs = _activations(chain, start.size)
-        for layer, block in _kinds(chain.network).items():
+        inputs, _ = jax.jit(Chain.activations)(chain, _inputs(chain, start.size))
+        for index, layer in [(i, layer) for i, block in enumerate(layers(chain.network)) for layer in block]:
             if layer.kind not in known:
                 known.add(layer.kind)
-                options = start.options
-                choice[layer.kind] = _fastest(
-                    chain, layer, block, inputs[block], choice=choice, options=options, rounds=rounds
-                )
+                tile = dataclasses.replace(start, algorithms=choice)
+                choice[layer.kind] = _fastest(chain, layer, index, inputs[index], tile, rounds)
     return {kind: algorithm for kind, algorithm in choice.items() if algorithm != "direct"}
 
 
-def _fastest(
-    chain: Chain,
-    layer: Layer,
-    block: int,
-    x: Array,
-    *,
-    choice: Mapping[str, Algorithm],
-    options: CompilerOptions,
-    rounds: int,
-) -> Algorithm:
+def _fastest(chain: Chain, layer: Layer, block: int, x: Array, tile: Tile, rounds: int) -> Algorithm:
     """Return the fastest algorithm of a layer in the span of two blocks that starts with its own."""
     here = {other.kind for blocks in layers(chain.network)[block : block + 2] for other in blocks}
-    chosen: dict[str, Algorithm] = {kind: algorithm for kind, algorithm in choice.items() if kind in here}
+    chosen: dict[str, Algorithm] = {kind: choice for kind, choice in tile.algorithms.items() if kind in here}
     programs: dict[str, Callable[[], Array]] = {}
     for algorithm in layer.applicable:
         tuned = with_algorithms(chain, {**chosen, layer.kind: algorithm})
-        programs[algorithm] = _program(_part(tuned, block, block + 2), options, x, classify=False)
+        blocks = tuned.blocks[block : block + 2]
+        params = tuned.params[block : block + len(blocks)]
+        part = Chain(blocks, _flatten, (*params, ()), chain.site_specs[block])
+        programs[algorithm] = _program(part, x, tile.options)
     ms = {name: float(np.median(t)) for name, t in time_interleaved(programs, rounds=rounds).items()}
-    best, now = min(layer.applicable, key=lambda name: ms[name]), choice.get(layer.kind, "direct")
+    best, now = min(layer.applicable, key=lambda name: ms[name]), tile.algorithms.get(layer.kind, "direct")
     return best if ms[best] < (1 - _MARGIN) * ms[now] else now
-
-
-def _kinds(network: Architecture) -> dict[Layer, int]:
-    """Return the first layer of every kind, with the index of its block."""
-    first: dict[str, tuple[Layer, int]] = {}
-    for index, block in enumerate(layers(network)):
-        for layer in block:
-            first.setdefault(layer.kind, (layer, index))
-    return dict(first.values())
 
 
 def _inputs(chain: Chain, size: int) -> Float[Array, "size *input"]:
@@ -210,31 +181,18 @@ def _inputs(chain: Chain, size: int) -> Float[Array, "size *input"]:
     return jnp.asarray(np.random.default_rng(0).standard_normal((size, *spec.shape)), spec.dtype)
 
 
-def _activations(chain: Chain, size: int) -> list[Array]:
-    return jax.jit(Chain.activations)(chain, _inputs(chain, size))[0]
-
-
 def _error(chain: Chain, tile: Tile) -> float:
     """Return the largest difference between a tile's logits and the reference, as a share of their range."""
     images = _inputs(chain, 16)
-    expected = np.asarray(_program(chain, (), images)())
-    found = np.asarray(_program(tuned_chain(chain, tile), tile.options, images)())
+    expected = np.asarray(_program(chain, images)())
+    found = np.asarray(_program(tuned_chain(chain, tile), images, tile.options)())
     return float(np.abs(found - expected).max() / np.ptp(expected))
 
 
-def _part(chain: Chain, start: int, stop: int) -> Chain:
-    """Return some blocks as a chain, whose classifier is never run."""
-    blocks = chain.blocks[start:stop]
-    params = chain.params[start : start + len(blocks)]
-    return Chain(blocks, chain.classifier, (*params, ()), chain.site_specs[start])
+def _flatten(_: object, x: Array) -> Array:
+    """Return the end of a span in the shape of logits, which takes no time."""
+    return x.reshape(len(x), -1)
 
 
-def _program(chain: Chain, options: CompilerOptions, x: Array, *, classify: bool = True) -> Callable[[], Array]:
-    """Return a compiled call of a chain."""
-    return functools.partial(compiled(_run, options, static=("classify",)), pack(chain), x, classify=classify)
-
-
-@reference
-def _run(packed: Packed[Chain], x: Shaped[Array, "batch *site"], *, classify: bool) -> Array:
-    chain = unpack(packed)
-    return chain(x) if classify else chain.span(x, 0, len(chain))
+def _program(chain: Chain, x: Array, options: CompilerOptions = ()) -> Callable[[], Array]:
+    return prefix_program(chain, len(chain), x, options)

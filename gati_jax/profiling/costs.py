@@ -22,9 +22,8 @@ from gati_jax.models import Chain
 from gati_jax.models.chain import reference
 from gati_jax.planning import CostTable
 from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
-from gati_jax.runtime.cascade import Cascade, Prediction
+from gati_jax.runtime.cascade import Cascade, Prediction, predict_one
 from gati_jax.runtime.compilation import CompilerOptions, Packed, compiled, pack, unpack
-from gati_jax.runtime.per_sample import predict_one
 
 _log = logging.getLogger(__name__)
 
@@ -222,15 +221,7 @@ def _all_miss(
 def time_interleaved(
     programs: Mapping[str, Callable[[], object]], *, rounds: int
 ) -> dict[str, Float[np.ndarray, " rounds"]]:
-    """Time programs in turn, so that a disturbance of the machine meets all of them.
-
-    Args:
-        programs: By name; each returns what ``jax.block_until_ready`` can wait for.
-        rounds: How often each is timed, after a run to warm up.
-
-    Returns:
-        Milliseconds of every run.
-    """
+    """Return the milliseconds of every run of programs that take turns, by name; see ``time_turns``."""
     return {name: ms[:, 0] for name, ms in time_turns({name: [p] for name, p in programs.items()}, rounds).items()}
 
 

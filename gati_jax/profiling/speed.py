@@ -12,8 +12,7 @@ from gati_jax.caches import Network
 from gati_jax.errors import InputError
 from gati_jax.planning import CostTable
 from gati_jax.runtime.batched import Schedule
-from gati_jax.runtime.cascade import Cascade
-from gati_jax.runtime.per_sample import predict_one
+from gati_jax.runtime.cascade import Cascade, predict_one
 
 from .costs import lookup_program, prefix_program, spread, time_interleaved, time_turns
 from .tuned_cascade import TunedCascade

@@ -12,14 +12,12 @@ from jaxtyping import Array, Shaped
 
 from gati_jax.caches import Candidate, Network, network_with_algorithms
 from gati_jax.certification import ArithmeticCheck
-from gati_jax.checks import check_not_empty
 from gati_jax.errors import InputError
 from gati_jax.models import Algorithm, Architecture, Chain, with_algorithms
 from gati_jax.planning import CostTable
 from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
-from gati_jax.runtime.cascade import Cascade, Prediction
+from gati_jax.runtime.cascade import Cascade, Prediction, predict_one, predict_only
 from gati_jax.runtime.compilation import CompilerOptions
-from gati_jax.runtime.per_sample import predict_one, predict_only
 
 from .costs import measure_costs, measure_steadily
 
@@ -56,11 +54,7 @@ class Tile:
     """Of the bundle's blocks and lookups, see ``measure_costs``."""
 
     def __post_init__(self) -> None:
-        """Check the values, for tunings are read from untrusted files.
-
-        Raises:
-            InputError: The size or the time is out of range, or tuning does not try these options.
-        """
+        """Check the values, for tunings are read from untrusted files."""
         if not (1 <= self.size <= MOST_ROWS and 0 < self.milliseconds < np.inf):
             raise InputError(
                 f"tile: expected 1 to {MOST_ROWS} rows in a positive time, got {self.size} in {self.milliseconds}"
@@ -81,11 +75,7 @@ class Tuning:
     """How often a bundle's cascades answer otherwise than in the reference arithmetic, see ``check_tuning``."""
 
     def __post_init__(self) -> None:
-        """Check that tiles rise from one for a single request.
-
-        Raises:
-            InputError: They do not, or are too many.
-        """
+        """Check that tiles rise from one for a single request, and are not too many."""
         sizes = [tile.size for tile in self.tiles]
         if len(self.checks) > MOST_TILES:
             raise InputError(f"checks: expected at most {MOST_TILES}, got {len(self.checks)}")
@@ -122,7 +112,8 @@ class TunedCascade:
         Raises:
             InputError: There are no images.
         """
-        check_not_empty("images", images)
+        if len(images) == 0:
+            raise InputError("images: expected at least one, got none")
         parts = [self._bucket(images[i : i + LARGEST_BUCKET]) for i in range(0, len(images), LARGEST_BUCKET)]
         # By NumPy: JAX would compile a program for every number of rows.
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
@@ -193,11 +184,12 @@ class TunedCascade:
     @functools.cached_property
     def batched(self) -> Callable[[int], BatchedCascade]:
         """The cascade in its tiles by number of rows, made once for each bucket."""
-        return functools.cache(self._batched)
 
-    def _batched(self, bucket: int) -> BatchedCascade:
-        schedule = self.schedule(bucket)
-        return BatchedCascade(cascades=tuple(self._tile(size) for size in schedule.sizes), schedule=schedule)
+        def build(bucket: int) -> BatchedCascade:
+            schedule = self.schedule(bucket)
+            return BatchedCascade(cascades=tuple(map(self._tile, schedule.sizes)), schedule=schedule)
+
+        return functools.cache(build)
 
 
 def _bucket_of(n: int) -> int:

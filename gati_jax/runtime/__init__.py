@@ -6,7 +6,7 @@ from .cascade import Prediction as Prediction
 from .cascade import begin as begin
 from .cascade import check_cascade as check_cascade
 from .cascade import finish as finish
+from .cascade import predict_batch as predict_batch
+from .cascade import predict_one as predict_one
+from .cascade import predict_stepwise as predict_stepwise
 from .cascade import step as step
-from .per_sample import predict_batch as predict_batch
-from .per_sample import predict_one as predict_one
-from .per_sample import predict_stepwise as predict_stepwise

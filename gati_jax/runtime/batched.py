@@ -35,11 +35,7 @@ class Schedule:
     rest: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
-        """Check that every rest is covered.
-
-        Raises:
-            InputError: Sizes that do not fall, or a rest that is not covered.
-        """
+        """Check that sizes fall and that every rest is covered."""
         if not self.sizes or min(self.sizes) < 1 or list(self.sizes) != sorted(set(self.sizes), reverse=True):
             raise InputError(f"sizes: expected falling tile sizes, got {self.sizes}")
         if len(self.rest) != self.sizes[0] or any(self._rows(counts) < r for r, counts in enumerate(self.rest)):
@@ -72,11 +68,6 @@ class Schedule:
 
     def _rows(self, counts: tuple[int, ...]) -> int:
         return sum(size * count for size, count in zip(self.sizes, counts, strict=True))
-
-    @functools.cached_property
-    def table(self) -> Int[np.ndarray, "rest sizes"]:
-        """``rest`` as an array."""
-        return np.array(self.rest, np.int32)
 
     def tiles(self, rows: int) -> tuple[int, ...]:
         """Return the number of tiles of each size for ``rows`` rows."""
@@ -186,7 +177,7 @@ def _stage(packed: Packed[BatchedCascade], index: int, rows: _Rows, answer: Pred
         jnp.full(capacity, jnp.inf, jnp.float32),
     )
     start, sizes = jnp.int32(0), schedule.sizes
-    rest = jnp.asarray(schedule.table)[rows.alive % sizes[0]]
+    rest = jnp.asarray(np.array(schedule.rest, np.int32))[rows.alive % sizes[0]]
     for i, size in enumerate(sizes):
         number = rest[i] + (rows.alive // sizes[0] if i == 0 else 0)
         run = functools.partial(_tile, packed, (index, i), rows, start)

@@ -1,4 +1,4 @@
-"""A cascade, the state of a request in it, and the one pure step that every per-sample driver repeats.
+"""A cascade, the state of a request in it, the one pure step, and the drivers that repeat it for each request alone.
 
 Stage i runs the blocks up to the i-th chosen site and the cache there; the last stage runs the rest of the base. Every
 request runs stage 0, so it comes before the loop. Sites have activations of different shapes, but a loop's carry has
@@ -13,13 +13,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from gati_jax.caches import Candidate, lookup
 from gati_jax.errors import InputError
 from gati_jax.models import Chain
+from gati_jax.models.chain import reference
 
-from .compilation import Packed, pack, unpack
+from .compilation import CompilerOptions, Packed, compiled, pack, unpack
 
 
 @jax.tree_util.register_dataclass
@@ -148,21 +150,17 @@ def run_stage(cascade: Cascade, index: int, x: Shaped[Array, "batch *site"]) -> 
 def _run_stage(
     cascade: Cascade, index: int, x: Shaped[Array, "1 *site"], buffer: Float[Array, " buffer"]
 ) -> CascadeState:
-    """Run a stage of one request."""
     outputs = run_stage(cascade, index, x)
+    activation = outputs.activation.reshape(-1)
     last = index == len(cascade.caches)
     return CascadeState(
         stage=jnp.int32(index + 1),
-        activation=buffer if last else _to_buffer(outputs.activation, buffer),
+        activation=buffer if last else buffer.at[: activation.size].set(activation.astype(buffer.dtype)),
         done=jnp.array(True) if last else outputs.score[0] >= cascade.thresholds[index],  # noqa: FBT003
         exit=jnp.int32((*cascade.sites, len(cascade.chain))[index]),
         score=outputs.score[0],
         logits=outputs.logits[0],
     )
-
-
-def _to_buffer(x: Float[Array, "..."], buffer: Float[Array, " buffer"]) -> Float[Array, " buffer"]:
-    return buffer.at[: x.size].set(x.reshape(-1).astype(buffer.dtype))
 
 
 def _from_buffer(buffer: Float[Array, " buffer"], spec: jax.ShapeDtypeStruct) -> Float[Array, "1 ..."]:
@@ -172,3 +170,60 @@ def _from_buffer(buffer: Float[Array, " buffer"], spec: jax.ShapeDtypeStruct) ->
 def finish(state: CascadeState) -> Prediction:
     """Turn the state of a request that is done into its answer."""
     return Prediction(jnp.argmax(state.logits, -1).astype(jnp.int32), state.exit, state.score, state.logits)
+
+
+@reference
+def _predict_one(packed: Packed[Cascade], image: Shaped[Array | np.ndarray, "*input"]) -> Prediction:
+    state = begin(unpack(packed), jnp.asarray(image))
+    return finish(jax.lax.while_loop(lambda state: ~state.done, lambda state: step(packed, state), state))
+
+
+@jax.jit
+@reference
+def _predict_batch(packed: Packed[Cascade], images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:
+    return jax.lax.map(lambda image: _predict_one(packed, image), images)
+
+
+def predict_one(
+    cascade: Cascade, image: Shaped[Array | np.ndarray, "*input"], options: CompilerOptions = ()
+) -> Prediction:
+    """Answer one request in one program: a ``lax.while_loop`` that stops at the first hit.
+
+    Stages beyond the exit are skipped, not masked: the loop's body is a ``lax.switch`` that runs one stage only.
+
+    Args:
+        cascade: See ``Cascade``; its arrays are arguments of the program, its structure selects the program.
+        image: One uint8 image or prepared input, without a batch dimension.
+        options: Compiler options of the program.
+    """
+    return compiled(_predict_one, options)(cascade.packed, image)
+
+
+@reference
+def _predict_only(packed: Packed[Cascade], images: Shaped[Array | np.ndarray, "1 *input"]) -> Prediction:
+    return jax.tree.map(lambda column: column[None], _predict_one(packed, images[0]))
+
+
+def predict_only(
+    cascade: Cascade, images: Shaped[Array | np.ndarray, "1 *input"], options: CompilerOptions = ()
+) -> Prediction:
+    """Answer a batch of one, as ``predict_one`` does; the batch dimension is handled inside the program."""
+    return compiled(_predict_only, options)(cascade.packed, images)
+
+
+def predict_batch(cascade: Cascade, images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:
+    """Answer many requests in one program, one after another; each leaves at its own exit.
+
+    ``vmap`` would run every branch for every row. Here rows share nothing, so skipped blocks are saved time; but a
+    device is slower at one row after another than at tiles, see ``predict_tiled``.
+    """
+    return _predict_batch(cascade.packed, images)
+
+
+def predict_stepwise(cascade: Cascade, image: Shaped[Array | np.ndarray, "*input"]) -> Prediction:
+    """Answer one request by the same step in a plain Python loop: for debugging, and as a check on the jitted loop."""
+    with jax.default_matmul_precision("highest"), jax.disable_jit():  # or every lax.switch would compile its branches
+        state = begin(cascade, jnp.asarray(image))
+        while not state.done:
+            state = step(cascade.packed, state)
+        return finish(state)

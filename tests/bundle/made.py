@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import gati_jax
 from gati_jax import Candidate, Certificate, Chain, CostTable, Plan
@@ -26,27 +28,29 @@ def classify(params, x):
     return x @ params["w"]
 
 
-@functools.cache
-def cache_shapes(hidden: int) -> Any:
+def _shapes(predictor: nn.Module, selector: nn.Module, activation: tuple[int, ...] = (WIDTH,)) -> Any:
     """Shapes of a cache's parameters: tracing is enough, so the victim of the kill test starts no device."""
-    predictor, selector, key = FullyConnected(CLASSES, hidden=hidden), SortedSelector(), jax.random.key
+    logits = (1, getattr(predictor, "classes"))  # noqa: B009 (of every predictor)
     return jax.eval_shape(
         lambda: {
-            "predictor": predictor.init(key(0), jnp.zeros((1, WIDTH))),
-            "selector": selector.init(key(0), jnp.zeros((1, CLASSES))),
+            "predictor": predictor.init(jax.random.key(0), jnp.zeros((1, *activation))),
+            "selector": selector.init(jax.random.key(0), jnp.zeros(logits)),
         }
     )
 
 
-def drawn(rng: np.random.Generator, make_tree: Callable[[], Any]) -> Any:
-    """Random values in the shapes that ``make_tree`` would give, which is traced but not compiled."""
-    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), jax.eval_shape(make_tree))
+cache_shapes: Any = functools.cache(_shapes)
+
+
+def drawn(rng: np.random.Generator, shapes: Any) -> Any:
+    """Random values in these shapes, biases and statistics included."""
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
 
 
 def cache(rng: np.random.Generator, name: str, site: int, hidden: int = 5) -> Candidate:
-    """A cache with random parameters, biases and statistics included."""
-    params = drawn(rng, lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), cache_shapes(hidden)))
-    return Candidate(name, site, FullyConnected(CLASSES, hidden=hidden), SortedSelector(), params)
+    """A cache with random parameters."""
+    predictor, selector = FullyConnected(CLASSES, hidden=hidden), SortedSelector()
+    return Candidate(name, site, predictor, selector, drawn(rng, cache_shapes(predictor, selector)))
 
 
 def own_chain(rng: np.random.Generator, width: int = WIDTH) -> Chain:
@@ -89,6 +93,7 @@ def make(seed: int) -> Parts:
     return chain, caches, plan, make_certificate(plan)
 
 
+PIXELS = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), np.uint8)
 REQUESTS = np.random.default_rng(9).normal(size=(32, WIDTH)).astype(np.float32)
 COSTS = CostTable(device="test", batch=1, blocks_ms=(1.0, 0.1, 1 / 3), lookup_ms={"fc@1": 0.05, "fc@2": 1e-9})
 
@@ -115,10 +120,35 @@ def edit(file: Path, change: Callable[[Any], Any]) -> None:
     file.write_text(json.dumps(value if replacement is None else replacement))
 
 
+def listed(folder: Path) -> dict[str, str]:
+    """Digests of the files that a manifest lists."""
+    return {k: v for k, v in digests(folder).items() if k != "manifest.json" and not k.startswith("tuning/")}
+
+
 def sign(folder: Path) -> None:
     """Make the list of digests true again, as a forger would."""
-    files = {k: v for k, v in digests(folder).items() if k != "manifest.json" and not k.startswith("tuning/")}
-    edit(folder / "manifest.json", lambda manifest: manifest.update(files=files))
+    edit(folder / "manifest.json", lambda manifest: manifest.update(files=listed(folder)))
+
+
+def at(place: str, value: object) -> Callable[[Any], None]:
+    """Set what stands at a place such as "caches 0 site"."""
+
+    def change(tree: Any) -> None:
+        *keys, last = (int(key) if key.isdigit() else key for key in place.split(" "))
+        for key in keys:
+            tree = tree[key]
+        tree[last] = value
+
+    return change
+
+
+def assert_refused(folder: Path, file: str, change: Callable[[Any], Any], message: str, load: Any = load) -> None:
+    """Forge a file of a bundle, and the digests of it; check that the bundle is refused."""
+    edit(folder / file, change)
+    if file != "manifest.json":
+        sign(folder)
+    with pytest.raises(gati_jax.BundleError, match=message):
+        load(folder)
 
 
 def same_plan(one: Plan, other: Plan) -> bool:

@@ -19,16 +19,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def two_versions(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("versions") / "v"
-    for seed in (2, 1):
-        Versions(path, chain=make(77)[0]).save(in_memory(make(seed)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def old(saved, two_versions) -> dict[str, Path]:
-    return {"bundle": saved, "version": two_versions}
+def old(saved, saved_versions) -> dict[str, Path]:
+    return {"bundle": saved, "version": saved_versions}
 
 
 def moments_of(what: str, path: Path) -> int:

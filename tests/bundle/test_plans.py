@@ -1,7 +1,6 @@
 """Bundles with several plans: certified together, named, and refused where they were not."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -9,12 +8,14 @@ import numpy as np
 import pytest
 
 import gati_jax
-from gati_jax import BundleError, InputError
+from gati_jax import InputError
 from gati_jax.certification import CONDITIONAL, ExitRate, accuracy_gap_bound
 from gati_jax.data import fingerprint
 from tests.bundle.made import (
     REQUESTS,
     answers,
+    assert_refused,
+    at,
     cache,
     edit,
     in_memory,
@@ -88,11 +89,6 @@ def test_every_plan_comes_back_and_answers_as_its_own_bundle_would(saved_family)
     assert answers(bundle) == [np.asarray(c).tobytes() for c in gati_jax.infer_batch(bundle, REQUESTS, plan="1%")]
 
 
-def test_a_bundle_of_one_plan_names_it_default(saved):
-    bundle = load(saved)
-    assert (list(bundle.plans), bundle.also) == (["default"], ())
-
-
 @pytest.mark.parametrize("name", ["3%", "", "default"])
 def test_a_plan_that_is_not_there_is_refused(saved_family, name):
     with pytest.raises(InputError, match=r"plan: expected one of 1%, 2%, exits, got"):
@@ -100,6 +96,7 @@ def test_a_plan_that_is_not_there_is_refused(saved_family, name):
 
 
 def test_a_bundle_from_before_there_were_several_plans_is_read(folder, saved):
+    assert (list(load(saved).plans), load(saved).also) == (["default"], ())
     old = shutil.copytree(saved, folder.parent / "old")
     new_fields = ("name", "plans", "exits", "accuracy_gap")
     edit(old / "certificates.json", lambda c: [c["certificates"][0].pop(field) for field in new_fields] and None)
@@ -108,100 +105,66 @@ def test_a_bundle_from_before_there_were_several_plans_is_read(folder, saved):
     assert answers(load(old)) == answers(in_memory(make(1)))
 
 
-def certificate_change(index, **fields):
-    return "certificates.json", lambda c: c["certificates"][index].update(fields)
-
-
-def swap(tree):
-    tree["certificates"].reverse()
-
-
-FORGED = {
-    "certified alone": (
-        *certificate_change(1, plans=1),
-        "expected 3 plans to be certified together, got 2% .*one of 1",
-    ),
-    "certified with one other": (*certificate_change(2, plans=2), "expected 3 plans to be certified together"),
+ONE_EXIT = {"site": 2, "n": 300, "disagreements": 2, "p_value": 0.0}
+FEW = [{**ONE_EXIT, "site": site, "n": 20} for site in (1, 2)]
+TOGETHER, UNCERTIFIED = "expected 3 plans to be certified together", "do not certify step 2"
+FORGED_CERTIFICATES = {
+    "certified alone": (at("certificates 1 plans", 1), f"{TOGETHER}, got 2% .*one of 1"),
+    "certified with one other": (at("certificates 2 plans", 2), TOGETHER),
     "a plan composed on other rows": (
-        *certificate_change(0, select_fingerprint="cd" * 16),
+        at("certificates 0 select_fingerprint", "cd" * 16),
         "expected that of a plan composed on these rows",
     ),
-    "more repeats than rows": (*certificate_change(1, repeated=301), "expected counts"),
-    "no plans": (*certificate_change(2, plans=0), "expected counts"),
-    "counts that do not pay for three": (*certificate_change(1, disagreements=21), "do not certify step 2"),
-    "a name twice": (*certificate_change(1, name="1%"), "of different names"),
-    "a name that is code": (*certificate_change(1, name="<script>"), "name: expected"),
-    "each other's certificates": ("certificates.json", swap, "expected that of this plan"),
-    "a certificate too few": ("certificates.json", lambda c: c["certificates"].pop() and None, "3 plans and 2 cert"),
-    "five plans": ("plans.json", lambda p: p["plans"].extend(p["plans"][:2]), "plans"),
-    "no exits": (*certificate_change(2, exits=[]), "do not certify step 2"),
-    "exits of a marginal certificate": (
-        *certificate_change(1, exits=[{"site": 2, "n": 300, "disagreements": 2, "p_value": 0.0}]),
-        "do not certify step 2",
-    ),
-    "an exit left out": (
-        *certificate_change(2, exits=[{"site": 2, "n": 300, "disagreements": 2, "p_value": 0.0}]),
-        "expected a step of the plan's path and its exits",
-    ),
-    "an exit that refutes it": (
-        *certificate_change(2, exits=[{"site": s, "n": 20, "disagreements": 2, "p_value": 0.0} for s in (1, 2)]),
-        "do not certify step 2",
-    ),
-    "an unknown key of an exit": (
-        *certificate_change(2, exits=[{"site": 2, "n": 300, "disagreements": 2, "p_value": 0.0, "x": 1}]),
-        "certificates.2.exits.0.*x",
-    ),
-    "another method": (*certificate_change(1, method="trust me"), "certificates.1.method"),
+    "more repeats than rows": (at("certificates 1 repeated", 301), "expected counts"),
+    "no plans": (at("certificates 2 plans", 0), "expected counts"),
+    "counts that do not pay for three": (at("certificates 1 disagreements", 21), UNCERTIFIED),
+    "a name twice": (at("certificates 1 name", "1%"), "of different names"),
+    "a name that is code": (at("certificates 1 name", "<script>"), "name: expected"),
+    "each other's certificates": (lambda c: c["certificates"].reverse(), "expected that of this plan"),
+    "a certificate too few": (lambda c: c["certificates"].pop() and None, "3 plans and 2 cert"),
+    "no exits": (at("certificates 2 exits", []), UNCERTIFIED),
+    "exits of a marginal certificate": (at("certificates 1 exits", [ONE_EXIT]), UNCERTIFIED),
+    "an exit left out": (at("certificates 2 exits", [ONE_EXIT]), "expected a step of the plan's path and its exits"),
+    "an exit that refutes it": (at("certificates 2 exits", FEW), UNCERTIFIED),
+    "an unknown key of an exit": (at("certificates 2 exits", [{**ONE_EXIT, "x": 1}]), "certificates.2.exits.0.*x"),
+    "another method": (at("certificates 1 method", "trust me"), "certificates.1.method"),
     "a conditional one said to be marginal": (
-        *certificate_change(2, method="fixed-sequence testing, exact binomial"),
-        "do not certify step 2",
+        at("certificates 2 method", "fixed-sequence testing, exact binomial"),
+        UNCERTIFIED,
     ),
-    "a smaller gap": (
-        "certificates.json",
-        lambda c: c["certificates"][0]["accuracy_gap"].update(upper=0.01),
-        "accuracy gap: 1 and 0 of 100 bound it by",
-    ),
+    "a smaller gap": (at("certificates 0 accuracy_gap upper", 0.01), "accuracy gap: 1 and 0 of 100 bound it by"),
     "a gap of fewer comparisons": (
-        "certificates.json",
-        lambda c: c["certificates"][0]["accuracy_gap"].update(comparisons=2),
+        at("certificates 0 accuracy_gap comparisons", 2),
         "accuracy_gap: expected one of the same 100 requests",
     ),
-    "an unknown key of a gap": (
-        "certificates.json",
-        lambda c: c["certificates"][0]["accuracy_gap"].update(x=1),
-        "accuracy_gap.*x",
-    ),
-    "a cache at two sites": ("plans.json", lambda p: p["plans"][2].update(sites=[0, 2]), "that of this plan|one site"),
-    "a cache that no plan has": ("plans.json", lambda p: p["plans"].pop(1) and None, "3 certificates"),
+    "an unknown key of a gap": (at("certificates 0 accuracy_gap x", 1), "accuracy_gap.*x"),
+}
+FORGED_PLANS = {
+    "five plans": (lambda p: p["plans"].extend(p["plans"][:2]), "plans"),
+    "a cache at two sites": (at("plans 2 sites", [0, 2]), "that of this plan|one site"),
+    "a cache that no plan has": (lambda p: p["plans"].pop(1) and None, "3 certificates"),
 }
 
 
-@pytest.mark.parametrize("case", FORGED)
-def test_forged_and_signed_plans_are_refused(folder, case):
-    file, change, message = FORGED[case]
-    edit(folder / file, change)
-    sign(folder)
-    with pytest.raises(BundleError, match=message):
-        load(folder)
+@pytest.mark.parametrize(
+    ("file", "case"),
+    [*(("certificates.json", case) for case in FORGED_CERTIFICATES), *(("plans.json", case) for case in FORGED_PLANS)],
+)
+def test_forged_and_signed_plans_are_refused(folder, file, case):
+    assert_refused(folder, file, *(FORGED_CERTIFICATES | FORGED_PLANS)[case])
 
 
 def test_a_certificate_of_the_rows_that_its_plan_was_composed_on_is_read(folder, saved_family):
     rows = fingerprint(load(saved_family).plan.rows)
-    file, change = certificate_change(0, select_fingerprint=rows)
-    edit(folder / file, change)
+    edit(folder / "certificates.json", at("certificates 0 select_fingerprint", rows))
     sign(folder)
     assert load(folder).certificate.select_fingerprint == rows
     assert not load(saved_family).certificate.select_fingerprint  # as of before it was kept
 
 
 def test_caches_that_no_plan_names_are_refused(folder):
-    for name, key in (("plans.json", "plans"), ("certificates.json", "certificates")):
-        content = json.loads((folder / name).read_text())
-        del content[key][1]
-        (folder / name).write_text(json.dumps(content))
-    sign(folder)
-    with pytest.raises(BundleError, match="inconsistent"):
-        load(folder)
+    edit(folder / "plans.json", lambda p: p["plans"].pop(1) and None)
+    assert_refused(folder, "certificates.json", lambda c: c["certificates"].pop(1) and None, "inconsistent")
 
 
 def test_plans_that_did_not_pay_for_one_another_are_not_saved(tmp_path):

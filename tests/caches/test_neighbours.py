@@ -166,7 +166,7 @@ def test_memory_is_counted_with_the_key_network():
     assert (row.name, row.site) == ("knn@1", 1)
     assert row.key_network == 4 * (48 * UNITS + UNITS)
     assert row.points == 30 * caches.point_bytes(UNITS) + 4  # the count of points
-    assert row.total == cache.bytes
+    assert row.key_network + row.points == cache.bytes
     head = Candidate("fc@1", 1, caches.FullyConnected(CLASSES), Confidence(), {})
     with pytest.raises(InputError, match="expected neighbour caches, got fc@1, a FullyConnected"):
         caches.memory_report([head])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import gati_jax
-from gati_jax import InputError, data
+from gati_jax import InputError
 from gati_jax.fitting.fit import check_splits
 from tests.fitting import tiny
 
@@ -117,16 +117,12 @@ def test_another_fit_does_not_resume_from_the_checkpoint(monkeypatch):
     assert str(dataclasses.replace(tiny.CONFIG, minutes=9.0)) == str(tiny.CONFIG)
 
 
-def test_one_step_is_a_fit():
-    rows, _ = tiny.images()
-    candidates = tiny.fit(sites=(1,), config=gati_jax.FitConfig(epochs=1, batch=len(rows)))
-    assert [c.name for c in candidates] == ["fc@1"]
-
-
 def test_candidates_are_named_by_head_and_site_and_know_their_epochs(fitted):
     assert [(c.name, c.site) for c in fitted] == [("fc@1", 1), ("fc@2", 2)]
     assert len(fitted) == 2
     assert fitted.epochs == fitted.take(["fc@1"]).epochs == tiny.CONFIG.epochs
+    one_step = tiny.fit(sites=(1,), config=gati_jax.FitConfig(epochs=1, batch=tiny.ROWS))
+    assert [c.name for c in one_step] == ["fc@1"]
 
 
 @pytest.mark.parametrize(
@@ -152,15 +148,6 @@ def test_a_chain_of_one_block_has_no_site_by_default():
         gati_jax.fit(short, tiny.images()[0], select=tiny.images()[1])
 
 
-def refused(monkeypatch, message, chain, rows, select):
-    """Both ways to fit check the splits before anything is trained."""
-    for room, fit in (("fit", gati_jax.fit), ("freeze", gati_jax.fit_freeze)):
-        module = vars(importlib.import_module(f"gati_jax.fitting.{room}"))
-        monkeypatch.setitem(module, "parts_of", None)  # comes next, and would raise a TypeError
-        with pytest.raises(InputError, match=message):
-            fit(chain, rows, select=select, progress=False)
-
-
 def of_pixels():
     """The tiny chain behind 2x2 images of three channels."""
     base = tiny.chain()
@@ -170,86 +157,68 @@ def of_pixels():
     return gati_jax.Chain(blocks, base.classifier, base.params, spec, normalization)
 
 
-def pixels():
-    return np.random.default_rng(0).integers(0, 256, (90, 2, 2, 3)).astype(np.uint8)
+ROWS, SELECT = tiny.images()
+PIXELS = np.random.default_rng(0).integers(0, 256, (90, 2, 2, 3)).astype(np.uint8)
+PREPARED = np.asarray(of_pixels().prepare(PIXELS))
+MANY = np.concatenate([ROWS, SELECT + 9])  # the select split may be the larger one
+REFUSED = [
+    # Digests are of bytes: the same image would not be recognised.
+    ("select: expected uint8, as images, got float32", of_pixels, PIXELS[:60], PREPARED[60:]),
+    ("select: expected uint8, as images, got float32", of_pixels, PIXELS[:60], PREPARED[:60]),
+    ("select: expected float32, as images, got uint8", of_pixels, PREPARED[:60], PIXELS[60:]),
+    ("select and fit disjoint, got 5 rows", tiny.chain, ROWS, np.concatenate([SELECT[:50], ROWS[-5:]])),
+    ("fit and select disjoint, got 5 rows", tiny.chain, np.concatenate([ROWS[:200] + 5, MANY[-5:]]), MANY),
+    (r"images: expected shape \[batch, 12\], got \[256, 11\]", tiny.chain, ROWS[:, :11], SELECT),
+    ("select: expected float32, got float64", tiny.chain, ROWS, SELECT.astype(np.float64)),
+    ("select: expected finite values", tiny.chain, ROWS, np.full_like(SELECT, np.nan)),
+]
 
 
-def test_splits_come_back_with_their_digests():
-    rows, select = tiny.images()
-    checked = check_splits(tiny.chain(), rows, select)
-    np.testing.assert_array_equal(checked.images, rows)
-    np.testing.assert_array_equal(checked.select, select)
-    np.testing.assert_array_equal(checked.fit_rows, data.row_digests(rows))
-    np.testing.assert_array_equal(checked.select_rows, data.row_digests(select))
-
-
-def test_splits_of_two_dtypes_are_refused_though_the_chain_takes_either(monkeypatch):
-    """Digests are of bytes: the same image would not be recognised."""
-    chain, images = of_pixels(), pixels()
-    prepared = np.asarray(chain.prepare(images))
-    for select in (images[60:], prepared[60:]):
-        assert check_splits(chain, select[:20], select[20:]).images.dtype == select.dtype
-    message = "select: expected uint8, as images, got float32"
-    refused(monkeypatch, message, chain, images[:60], prepared[60:])
-    refused(monkeypatch, message, chain, images[:60], prepared[:60])  # the same images, too
-    refused(monkeypatch, "select: expected float32, as images, got uint8", chain, prepared[:60], images[60:])
-
-
-def test_shared_rows_are_refused_whichever_split_is_the_smaller(monkeypatch):
-    rows, select = tiny.images()
-    chain = tiny.chain()
-    refused(monkeypatch, "select and fit disjoint, got 5 rows", chain, rows, np.concatenate([select[:50], rows[-5:]]))
-    many = np.concatenate([rows, select + 9])  # the select split may be the larger one
-    fit_too = np.concatenate([rows[:200] + 5, many[-5:]])
-    refused(monkeypatch, "fit and select disjoint, got 5 rows", chain, fit_too, many)
+@pytest.mark.parametrize(("message", "chain", "rows", "select"), REFUSED)
+def test_both_ways_to_fit_refuse_splits_before_anything_is_trained(monkeypatch, message, chain, rows, select):
+    for room, fit in (("fit", gati_jax.fit), ("freeze", gati_jax.fit_freeze)):
+        module = vars(importlib.import_module(f"gati_jax.fitting.{room}"))
+        monkeypatch.setitem(module, "parts_of", None)  # comes next, and would raise a TypeError
+        with pytest.raises(InputError, match=message):
+            fit(chain(), rows, select=select, progress=False)
 
 
 def test_the_odd_duplicate_of_real_data_passes():
-    rows, select = tiny.images()
-    many = np.concatenate([select, select + 1, select + 2])  # 180 rows: one is less than a hundredth
-    many[7] = rows[11]
-    assert len(check_splits(tiny.chain(), rows, many).select_rows) == 180
-    many[8] = rows[12]
+    many = np.concatenate([SELECT, SELECT + 1, SELECT + 2])  # 180 rows: one is less than a hundredth
+    many[7] = ROWS[11]
+    assert len(check_splits(tiny.chain(), ROWS, many).select_rows) == 180
+    many[8] = ROWS[12]
     with pytest.raises(InputError, match="disjoint, got 2 rows"):
-        check_splits(tiny.chain(), rows, many)
-
-
-def test_inputs_that_the_chain_does_not_take_are_refused(monkeypatch):
-    rows, select = tiny.images()
-    chain = tiny.chain()
-    refused(monkeypatch, r"images: expected shape \[batch, 12\], got \[256, 11\]", chain, rows[:, :11], select)
-    refused(monkeypatch, "select: expected float32, got float64", chain, rows, select.astype(np.float64))
-    refused(monkeypatch, "select: expected finite values", chain, rows, np.full_like(select, np.nan))
+        check_splits(tiny.chain(), ROWS, many)
+    for pixels in (PIXELS, PREPARED):  # the chain takes either
+        assert check_splits(of_pixels(), pixels[:60], pixels[60:]).images.dtype == pixels.dtype
 
 
 def test_too_few_rows_are_refused():
-    rows, select = tiny.images()
     options = {"heads": [tiny.head(1)], "config": tiny.CONFIG, "progress": False}
     with pytest.raises(InputError, match="expected at least one batch of 32 rows, got 31"):
-        gati_jax.fit(tiny.chain(), rows[:31], select=select, **options)
+        gati_jax.fit(tiny.chain(), ROWS[:31], select=SELECT, **options)
     with pytest.raises(InputError, match="at least one distinct row for each of 5 folds, got 1"):
-        gati_jax.fit(tiny.chain(), rows, select=np.repeat(select[:1], 60, 0), **options)
+        gati_jax.fit(tiny.chain(), ROWS, select=np.repeat(SELECT[:1], 60, 0), **options)
 
 
 def test_a_fit_of_pixels_is_replayed_on_pixels(fitted):
     """Rows of another dtype are refused, for they could not be told apart."""
     with pytest.raises(InputError, match="float16"):
-        gati_jax.replay(tiny.chain(), fitted, tiny.images()[1].astype(np.float16))
-    base, images = of_pixels(), pixels()
-    config = dataclasses.replace(tiny.CONFIG, epochs=1)
-    of_bytes = gati_jax.fit(base, images[:60], select=images[60:], heads=[tiny.head(1)], config=config, progress=False)
+        gati_jax.replay(tiny.chain(), fitted, SELECT.astype(np.float16))
+    base, config = of_pixels(), dataclasses.replace(tiny.CONFIG, epochs=1)
+    of_bytes = gati_jax.fit(base, PIXELS[:60], select=PIXELS[60:], heads=[tiny.head(1)], config=config, progress=False)
     with pytest.raises(InputError, match="images: expected uint8, as in the fit, got float32"):
-        gati_jax.replay(base, of_bytes, np.asarray(base.prepare(images[60:])))
+        gati_jax.replay(base, of_bytes, PREPARED[60:])
 
 
 def test_part_of_a_fit_knows_the_same_rows(fitted):
     part = fitted.take(["fc@2"])
     assert [c.name for c in part] == ["fc@2"]
-    rows, select = tiny.images()
-    whole, alone = (gati_jax.replay(tiny.chain(), c, select) for c in (fitted, part))
+    whole, alone = (gati_jax.replay(tiny.chain(), c, SELECT) for c in (fitted, part))
     np.testing.assert_array_equal(whole.take(["fc@2"]).scores, alone.scores)
     with pytest.raises(InputError, match="images and fit"):
-        gati_jax.replay(tiny.chain(), part, rows)
+        gati_jax.replay(tiny.chain(), part, ROWS)
 
 
 def test_a_fit_that_diverges_says_so():
@@ -258,19 +227,14 @@ def test_a_fit_that_diverges_says_so():
         tiny.fit(sites=(1,), config=config)
 
 
-@pytest.mark.parametrize("rate", [0.0, -1.0, np.inf, np.nan])
-def test_learning_rates_are_positive_numbers(rate):
-    with pytest.raises(InputError, match="learning_rate: expected a "):
-        gati_jax.FitConfig(learning_rate=rate)
+NOT_POSITIVE = (0.0, -1.0, np.inf, np.nan)
 
 
-@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf")])
-def test_minutes_are_positive_numbers(minutes):
-    with pytest.raises(InputError, match="minutes: expected a "):
-        gati_jax.FitConfig(minutes=minutes)
-
-
-def test_one_fold_is_refused():
+@pytest.mark.parametrize(
+    ("option", "value"),
     # The selector without the only fold would learn from no row at all.
-    with pytest.raises(InputError, match="folds: expected"):
-        gati_jax.FitConfig(folds=1)
+    [*(("learning_rate", v) for v in NOT_POSITIVE), *(("minutes", v) for v in NOT_POSITIVE), ("folds", 1)],
+)
+def test_options_that_cannot_work_are_refused(option, value):
+    with pytest.raises(InputError, match=f"{option}: expected a "):
+        gati_jax.FitConfig(**{option: value})

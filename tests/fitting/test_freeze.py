@@ -35,10 +35,9 @@ def clusters(n=90, seed=0, spread=0.5):
 @pytest.mark.parametrize("how", ["random", "condensed", "spread"])
 @pytest.mark.parametrize("size", [1, 10, 40, 90])
 def test_so_many_different_points_are_kept_and_repeatably(how, size):
-    keys, labels = clusters()
-    chosen = choose_points(keys, labels, size, k=3, classes=CLASSES, how=how, seed=4)
-    assert len(set(chosen.tolist())) == size
-    assert np.array_equal(chosen, choose_points(keys, labels, size, k=3, classes=CLASSES, how=how, seed=4))
+    one, again = (choose_points(*clusters(), size, k=3, classes=CLASSES, how=how, seed=4) for _ in range(2))
+    assert len(set(one.tolist())) == size
+    assert np.array_equal(one, again)
 
 
 @settings(max_examples=50, deadline=None)
@@ -77,9 +76,8 @@ def test_condensed_keeps_what_a_cache_without_it_gets_wrong():
 
 @pytest.mark.parametrize("size", [0, 91])
 def test_more_points_than_there_are_cannot_be_kept(size):
-    keys, labels = clusters()
     with pytest.raises(InputError, match=f"points: expected 1 to 90, got {size}"):
-        choose_points(keys, labels, size, k=1, classes=CLASSES)
+        choose_points(*clusters(), size, k=1, classes=CLASSES)
 
 
 def test_k_means_finds_clusters_and_their_majority_labels():
@@ -183,13 +181,9 @@ def test_a_cache_that_was_never_wrong_is_always_believed(select):
     thresholds = zero_error_thresholds(perfect)
     assert np.isfinite(thresholds).all()
     assert (replay_plan(perfect, thresholds).exits == 0).all()
+    cut = {"answers": select.answers[:0], "classes": select.classes[:, :0], "scores": select.scores[:, :0]}
     with pytest.raises(InputError, match="at least one request"):
-        zero_error_thresholds(
-            dataclasses.replace(
-                select, answers=select.answers[:0], classes=select.classes[:, :0], scores=select.scores[:, :0],
-                rows=select.rows[:0],
-            )
-        )  # fmt: skip
+        zero_error_thresholds(dataclasses.replace(select, **cut, rows=select.rows[:0]))
 
 
 @pytest.mark.parametrize("kind", ["knn", "kmeans"])

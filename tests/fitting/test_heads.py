@@ -10,8 +10,9 @@ import pytest
 import gati_jax
 from gati_jax import InputError
 from gati_jax.caches import LinearSelector, ProbabilitySelector, SortedSelector, lookup, on_its_own
+from gati_jax.caches.candidate import Part
 from gati_jax.fitting import head_sizes, replay_logits, untrained
-from gati_jax.fitting.heads import Part, more_selectors
+from gati_jax.fitting.heads import more_selectors
 from gati_jax.pytrees import call
 from gati_jax.runtime import Cascade, check_cascade
 from tests.fitting import tiny

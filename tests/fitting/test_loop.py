@@ -46,22 +46,17 @@ def run(seen, folder=None, *, config=CONFIG, stop_before=None, identity="one"):
     )
 
 
-def test_every_epoch_sees_every_row_once_but_an_incomplete_batch():
-    seen = []
+def test_every_epoch_sees_every_row_once_but_an_incomplete_batch_in_the_seeds_order():
+    seen, same, other = [], [], []
     assert int(run(seen).step) == len(seen) == 3 * 4
     epochs = [[row for batch in seen[i : i + 4] for row in batch] for i in (0, 4, 8)]
     for epoch in epochs:
         assert len(set(epoch)) == len(epoch) == 20
         assert set(epoch) <= set(ROWS.tolist())
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-
-
-def test_the_order_is_the_seeds():
-    one, same, other = [], [], []
-    run(one)
     run(same)
     run(other, config=dataclasses.replace(CONFIG, seed=8))
-    assert one == same != other
+    assert seen == same != other
 
 
 @pytest.mark.parametrize("stop_before", [1, 3, 4, 9])
@@ -93,12 +88,9 @@ def test_another_identity_begins_anew_and_leaves_the_first_alone(tmp_path):
     assert one + rest == other
 
 
-def test_fewer_rows_than_a_batch_are_refused():
+def test_fewer_rows_than_a_batch_are_refused_and_no_epochs_return_the_start():
     with pytest.raises(gati_jax.InputError, match="images: expected at least one batch of 24 rows, got 23"):
         run([], config=LoopConfig(epochs=1, batch=24))
-
-
-def test_no_epochs_return_the_start():
     assert int(run([], config=LoopConfig(epochs=0, batch=5)).step) == 0
 
 
@@ -151,35 +143,25 @@ def assert_same(one, other):
     jax.tree.map(np.testing.assert_array_equal, one.parts["fc@1"].variables, other.parts["fc@1"].variables)
 
 
-def test_time_for_three_epochs_gives_exactly_what_three_epochs_give(fit, caplog):
+@pytest.mark.parametrize(
+    ("seconds", "steps", "logged"),
+    [
+        (36 + 3 * PER_EPOCH + 3, 3 * PER_EPOCH, "3 of 6 epochs were done in"),  # compilation and probes: 36 seconds
+        (3600, EPOCHS * PER_EPOCH, ""),
+        (36 + 5.5, 5, "0.625 of 6 epochs"),
+        (0.06, 0, "0 of 6 epochs"),
+    ],
+    ids=["three epochs", "enough", "less than an epoch", "none"],
+)
+def test_a_fit_takes_as_many_steps_as_its_time_is_enough_for(fit, caplog, seconds, steps, logged):
+    """And says so if it is not; whole epochs give exactly what as many epochs without a budget give."""
     clock = Clock(1.0)
     with caplog.at_level(logging.WARNING):
-        found = fit(clock, minutes=(36 + 3 * PER_EPOCH + 3) / 60)  # compilation and probes: 36 seconds
-    assert found.epochs == 3
-    assert clock.steps == PROBED + 3 * PER_EPOCH
-    assert "3 of 6 epochs were done in" in caplog.text
-    assert_same(found, fit(epochs=3))
-
-
-def test_enough_time_changes_nothing(fit, caplog):
-    with caplog.at_level(logging.WARNING):
-        found = fit(Clock(1.0), minutes=60.0)
-    assert (found.epochs, caplog.text) == (EPOCHS, "")
-    assert_same(found, fit())
-
-
-def test_less_than_an_epoch_is_taken_in_steps(fit, caplog):
-    clock = Clock(1.0)
-    with caplog.at_level(logging.WARNING):
-        found = fit(clock, minutes=(36 + 5.5) / 60)
-    assert (clock.steps, found.epochs) == (PROBED + 5, 5 / PER_EPOCH)
-    assert "0.625 of 6 epochs" in caplog.text
-
-
-def test_no_time_trains_nothing_and_says_so(fit, caplog):
-    found = fit(Clock(1.0), minutes=0.001)
-    assert found.epochs == 0
-    assert "0 of 6 epochs" in caplog.text
+        found = fit(clock, minutes=seconds / 60)
+    assert (clock.steps, found.epochs) == (PROBED + steps, steps / PER_EPOCH)
+    assert logged in caplog.text if logged else not caplog.text
+    if steps >= PER_EPOCH:
+        assert_same(found, fit(epochs=steps // PER_EPOCH))
 
 
 def test_a_machine_that_gets_slower_does_not_overrun_the_time(fit, caplog):

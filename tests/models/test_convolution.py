@@ -1,4 +1,6 @@
-"""Every algorithm against SciPy's correlation in float64; whole networks by other algorithms against float64."""
+"""Every algorithm against SciPy's correlation in float64, whole networks by each, and training on a CPU."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,21 @@ from hypothesis import strategies as st
 from scipy.signal import correlate2d
 
 import gati_jax
-from gati_jax.models import ALGORITHMS, Algorithm, fold, init, layers, resnet, to_chain, with_algorithms
-from gati_jax.models.convolution import applicable, convolve, store, stored_shape
-from gati_jax.models.resnet import ResNet
+from gati_jax.models import (
+    ALGORITHMS,
+    VGG,
+    Algorithm,
+    Architecture,
+    ResNet,
+    apply_train,
+    fold,
+    import_state_dict,
+    init,
+    layers,
+    to_chain,
+    with_algorithms,
+)  # fmt: skip
+from gati_jax.models.convolution import applicable, convolve, convolve_cpu, store, stored_shape
 
 
 def by_hand(x: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
@@ -56,11 +70,12 @@ NETWORKS = {
     "shortcut A": ResNet(stages=(1, 2), widths=(4, 8), shortcut="A", input_shape=(9, 8, 3)),
     "shortcut B": ResNet(stages=(2, 1), widths=(4, 8), shortcut="B", input_shape=(8, 8, 1)),
     "bottleneck": ResNet(stages=(1, 1), widths=(4, 4), bottleneck=True, input_shape=(8, 8, 3)),
+    "vgg": VGG(convolutions=(1, 2), channels=(6, 10), classes=4, input_shape=(9, 12, 3)),
     "large stem": ResNet(stages=(1, 1), widths=(4, 8), stem=7, input_shape=(37, 34, 3)),
 }
 
 
-def random_chain(network: ResNet) -> gati_jax.Chain:
+def random_chain(network: Architecture) -> gati_jax.Chain:
     """Random kernels and biases, of a size that keeps activations near one."""
     shapes = jax.eval_shape(lambda: fold(init(network, jax.random.key(0))))
     rng = np.random.default_rng(1)
@@ -74,8 +89,8 @@ def random_chain(network: ResNet) -> gati_jax.Chain:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_layers_are_those_of_the_parameters(name):
-    network = NETWORKS[name]
-    for block, params in zip(layers(network), random_chain(network).params, strict=False):
+    network, chain = NETWORKS[name], random_chain(NETWORKS[name])
+    for block, params, site in zip(layers(network), chain.params[:-1], chain.site_specs, strict=True):
         kernels = {
             tuple(key.key for key in path[:-2]): leaf.shape
             for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -83,6 +98,7 @@ def test_layers_are_those_of_the_parameters(name):
         }
         expected = {layer.path: (layer.kernel, layer.kernel, layer.inputs, layer.outputs) for layer in block}
         assert kernels == expected
+        assert (block[0].height, block[0].width) == site.shape[:2]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -114,6 +130,48 @@ def test_what_cannot_be_done_is_refused():
         with_algorithms(own, {})
 
 
-@pytest.mark.parametrize(("name", "count"), [("resnet56", 55), ("resnet18", 20), ("resnet50", 53)])
-def test_published_networks_have_as_many_convolutions_as_published(name, count):
-    assert sum(map(len, layers(resnet(name)))) == count
+@settings(deadline=None, max_examples=25)
+@given(
+    st.sampled_from([1, 3, 5, 7]), st.integers(1, 3), st.integers(4, 9), st.integers(4, 9), st.integers(1, 3),
+    st.integers(1, 4),
+)  # fmt: skip
+def test_value_and_both_gradients_are_the_compiler_s(kernel, stride, height, width, inputs, outputs):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, height, width, inputs)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(kernel, kernel, inputs, outputs)), jnp.float32)
+    expected, of_expected = jax.vjp(lambda x, w: convolve(x, w, "direct", kernel, stride), x, w)
+    found: Any
+    found, of_found = jax.vjp(lambda x, w: convolve_cpu(x, w, stride), x, w)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    dy = jnp.asarray(rng.normal(size=found.shape), jnp.float32)
+    for one, other in zip(of_found(dy), of_expected(dy), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_a_network_s_gradient_is_torch_s(bottleneck):
+    pytest.importorskip("torch")
+    from tests.models.torch_reference import random_network, state_dict, torch  # noqa: PLC0415 (optional)
+
+    network = ResNet(stages=(1, 1), widths=(4, 6), bottleneck=bottleneck, classes=4, input_shape=(8, 8, 3))
+    model = random_network(network).double().train()
+    variables = import_state_dict(network, state_dict(model))
+    rng = np.random.default_rng(1)
+    images, labels = rng.normal(size=(6, 8, 8, 3)).astype(np.float32), rng.integers(0, 4, 6)
+    x = jnp.asarray(images)
+
+    def loss(params):
+        given = tuple({**v, "params": p} for v, p in zip(variables, params, strict=True))
+        logits, _ = apply_train(network, given, x)
+        return -jax.nn.log_softmax(logits)[jnp.arange(6), labels].mean()
+
+    found = jax.jit(jax.grad(loss))(tuple(v["params"] for v in variables))
+    theirs_x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).double()
+    torch.nn.functional.cross_entropy(model(theirs_x), torch.from_numpy(labels)).backward()
+    gradients = {name: p.grad.float().numpy() for name, p in model.named_parameters()}
+    statistics = {name: v for name, v in state_dict(model).items() if "running" in name}
+    expected = import_state_dict(network, gradients | statistics)
+    for one, other in zip(found, expected, strict=True):
+        pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other["params"]), strict=True)
+        for mine, theirs in pairs:
+            np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-3 * np.abs(theirs).max() + 1e-6)

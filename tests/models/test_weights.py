@@ -57,14 +57,15 @@ def rename(tensors, old, new):
     return {name.replace(old, new): tensor for name, tensor in tensors.items()}
 
 
+def in_module(tensors):
+    return {f"module.{name}": tensor for name, tensor in tensors.items()}
+
+
 SPELLINGS = {
     "linear": rename(TENSORS, "fc.", "linear."),
-    "module": {f"module.{name}": tensor for name, tensor in TENSORS.items()},
+    "module": in_module(TENSORS),
     "shortcut": rename(TENSORS, ".downsample.", ".shortcut."),
-    "all": {
-        f"module.{name}": tensor
-        for name, tensor in rename(rename(TENSORS, "fc.", "linear."), ".downsample.", ".shortcut.").items()
-    },
+    "all": in_module(rename(rename(TENSORS, "fc.", "linear."), ".downsample.", ".shortcut.")),
     "counters": TENSORS | {"bn1.num_batches_tracked": np.asarray(7), "layer1.0.bn1.num_batches_tracked": np.asarray(7)},
 }
 
@@ -109,23 +110,20 @@ def test_mismatch_lists_every_wrong_name(damage):
     assert str(caught.value).endswith(f". {expected_lists(deleted, renamed, reshaped)}")
 
 
-def test_one_tensor_under_two_spellings_is_refused():
-    # Which of the two would count? Silently the later one, else.
-    with pytest.raises(WeightsError):
-        models.import_state_dict(BASIC, TENSORS | {"linear.bias": TENSORS["fc.bias"] + 1})
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_weights_that_are_no_numbers_are_refused(bad):
-    name = sorted(TENSORS)[3]
-    damaged = {**TENSORS, name: np.where(np.arange(TENSORS[name].size).reshape(TENSORS[name].shape) == 0, bad, 1.0)}
-    with pytest.raises(WeightsError, match=f"got NaN or infinity in {name}"):
-        models.import_state_dict(BASIC, damaged)
-
-
-def test_weights_of_another_network_are_refused():
-    with pytest.raises(WeightsError, match=r"missing: layer1\.0\.bn3\.bias"):
-        models.import_state_dict(BOTTLENECK, TENSORS)
+@pytest.mark.parametrize(
+    ("network", "changed", "message"),
+    [
+        # Which of the two would count? Silently the later one, else.
+        (BASIC, {"linear.bias": TENSORS["fc.bias"] + 1}, "every tensor once, got fc.bias, linear.bias"),
+        (BOTTLENECK, {}, r"missing: layer1\.0\.bn3\.bias"),
+        (BASIC, {"fc.bias": np.full(3, np.nan)}, "got NaN or infinity in fc.bias"),
+        (BASIC, {"fc.bias": np.array([1, 2, np.inf])}, "got NaN or infinity in fc.bias"),
+    ],
+    ids=["two spellings", "another network", "nan", "inf"],
+)
+def test_weights_that_are_not_the_networks_are_refused(network, changed, message):
+    with pytest.raises(WeightsError, match=message):
+        models.import_state_dict(network, TENSORS | changed)
 
 
 def test_safetensors_file_and_its_metadata(tmp_path):
@@ -137,18 +135,10 @@ def test_safetensors_file_and_its_metadata(tmp_path):
 
 
 def test_bfloat16_safetensors_file_can_be_read(tmp_path):
-    path = tmp_path / "net.safetensors"
     tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in TENSORS.items()}
-    save_file(tensors, path)
-    variables = models.import_state_dict(BASIC, models.read_weights(path))
+    save_file(tensors, tmp_path / "net.safetensors")
+    variables = models.import_state_dict(BASIC, models.read_weights(tmp_path / "net.safetensors"))
     assert same_tree(variables, models.import_state_dict(BASIC, tensors))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> bytes:
-    path = tmp_path_factory.mktemp("whole") / "net.safetensors"
-    save_file(TENSORS, path)
-    return path.read_bytes()
 
 
 DAMAGED = {
@@ -162,25 +152,22 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
-def test_damaged_safetensors_is_refused(tmp_path, whole, damage):
+def test_damaged_safetensors_is_refused(tmp_path, damage):
     path = tmp_path / "net.safetensors"
-    path.write_bytes(damage(whole))
+    save_file(TENSORS, path)
+    path.write_bytes(damage(path.read_bytes()))
     for read in (models.read_weights, models.read_metadata):
         with pytest.raises(WeightsError, match=r"net\.safetensors"):
             read(path)
 
 
-def test_missing_file_is_named(tmp_path):
+def test_missing_and_unknown_files_are_named(tmp_path):
     for read in (models.read_weights, models.read_metadata):
         with pytest.raises(WeightsError, match=r"weights: no such file: .*none\.safetensors"):
             read(tmp_path / "none.safetensors")
-
-
-def test_unknown_kind_of_file_is_refused(tmp_path):
-    path = tmp_path / "net.onnx"
-    path.write_bytes(b"")
+    (tmp_path / "net.onnx").write_bytes(b"")
     with pytest.raises(WeightsError, match=r"expected a \.safetensors or \.pth file, got net\.onnx"):
-        models.read_weights(path)
+        models.read_weights(tmp_path / "net.onnx")
 
 
 @pytest.fixture
@@ -233,18 +220,14 @@ def test_code_in_a_pth_file_never_runs(torch, pth, tmp_path, save):
     assert not created.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage" * 50, b"PK\x03\x04"], ids=["empty", "garbage", "half a zip"])
-def test_damaged_pth_file_is_refused(torch, pth, content):
-    del torch
-    pth.write_bytes(content)
-    with pytest.raises(WeightsError, match=r"net\.pth could not be read"):
-        models.read_weights(pth)
-
-
-@pytest.mark.parametrize("content", [[1, 2], {"fc.bias": 1.0}, {"state_dict": 5}], ids=str)
-def test_pth_file_without_tensors_is_refused(torch, pth, content):
-    torch.save(content, pth)
-    with pytest.raises(WeightsError, match="does not hold a state dict of tensors"):
+@pytest.mark.parametrize("content", [b"", b"garbage" * 50, b"PK\x03\x04", [1, 2], {"fc.bias": 1.0}, {"state_dict": 5}])
+def test_damaged_pth_file_or_one_without_tensors_is_refused(torch, pth, content):
+    if isinstance(content, bytes):
+        pth.write_bytes(content)
+    else:
+        torch.save(content, pth)
+    message = "could not be read" if isinstance(content, bytes) else "does not hold a state dict of tensors"
+    with pytest.raises(WeightsError, match=rf"net\.pth {message}"):
         models.read_weights(pth)
 
 

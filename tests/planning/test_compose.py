@@ -22,7 +22,8 @@ from gati_jax.planning import (
     rank,
     replay_plan,
 )
-from gati_jax.planning.greedy import greedy
+from gati_jax.planning.local_search import first_search, polish
+from gati_jax.planning.problem import evaluate, read_problem, used, within
 from tests.planning.reference import make_costs, make_table, random_tables, serve
 
 SEEDS = st.integers(0, 2**31)
@@ -123,14 +124,56 @@ def test_budgets_hold_when_replayed(data, seed, candidates, n):
     assert all(found.refused.values())
 
 
+def test_where_no_change_of_one_site_helps_an_exchange_of_two_finds_the_best():
+    # There is room for one cache. c0 knows the first two requests, c1, one block later, the other eight.
+    first = np.arange(10) < 2
+    table = make_table([~first, first], [first, ~first], sites=(1, 2), depth=9)
+    costs, budget = make_costs([1] * 9, [0.1, 0.1]), Budget(disagreements=0, sites=1)
+    problem = read_problem(table, costs, disagreements=0, limits=(None, None, 1), memory={})
+    stuck = ((0, 0), None)
+    for other in ((None, None), ((0, 1), None), ((0, 0), (1, 0)), ((0, 0), (1, 1))):
+        ms, wrong = evaluate(problem, other)
+        assert ms > evaluate(problem, stuck)[0] or wrong or not within(used(problem, other), problem.limits)
+    found = polish(problem, stuck)
+    assert found.choice == (None, (1, 0))
+    assert found.ms / 10 == pytest.approx(best_by_brute_force(table, costs, {}, budget))
+    assert compose(table, costs, budget, seconds=0.0).names == ("c1",)
+
+
 @SMALL
-@given(SEEDS, st.integers(1, 6), st.integers(20, 50), st.integers(0, 8), st.sampled_from([0.0, 5.0]))
-def test_it_is_never_slower_than_greedy(seed, candidates, n, disagreements, seconds):
-    table, costs, _ = draw_problem(seed, candidates, n, levels=40)
+@given(st.data(), SEEDS, st.integers(2, 6), st.integers(10, 40))
+def test_no_exchange_of_two_sites_improves_what_the_search_returns(data, seed, candidates, n):
+    """From wherever it starts: the start itself, one site changed, or one closed and another changed."""
+    table, costs, memory = draw_problem(seed, candidates, n, levels=6)
     table = table.take([table.names[i] for i in np.argsort(table.sites, kind="stable")])
-    ms, _ = greedy(table, costs, disagreements, fits=lambda _: True, out_of_time=lambda: seconds == 0)
-    found = compose(table, costs, Budget(disagreements=disagreements), seconds=seconds)
-    assert found.mean_ms <= ms + 1e-9
+    most, sites = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 3))
+    sizes = {name: float(size) for name, size in memory.items()}
+    problem = read_problem(table, costs, disagreements=most, limits=(60, None, sites), memory=sizes)
+    options = [
+        [None, *((c, t) for c in problem.at(s).tolist() for t in range(len(problem.thresholds[c])))]
+        for s in range(problem.sites)
+    ]
+
+    def neighbours(choice):
+        for closed in range(problem.sites):
+            for site, here in enumerate(options):
+                for option in here:
+                    yield tuple(option if s == site else None if s == closed else o for s, o in enumerate(choice))
+                    yield tuple(option if s == site else o for s, o in enumerate(choice))
+
+    start = tuple(data.draw(st.sampled_from(here)) for here in options)
+    if not within(used(problem, start), problem.limits) or evaluate(problem, start)[1] > most:
+        start = (None,) * problem.sites
+    for found in (polish(problem, start), first_search(problem)[0]):
+        ms, wrong = evaluate(problem, found.choice)
+        assert ms == pytest.approx(found.ms)
+        assert wrong <= most
+        assert within(used(problem, found.choice), problem.limits)
+        for other in neighbours(found.choice):
+            other_ms, other_wrong = evaluate(problem, other)
+            allowed = other_wrong <= most and within(used(problem, other), problem.limits)
+            assert not allowed or other_ms >= ms - 1e-8 * max(1.0, ms)
+    assert polish(problem, start).ms <= evaluate(problem, start)[0] + 1e-9
 
 
 @SMALL

@@ -2,10 +2,8 @@
 
 import dataclasses
 import itertools
-import json
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +15,11 @@ from hypothesis import strategies as st
 import gati_jax
 from gati_jax.caches import GlobalAverage, SortedSelector
 from gati_jax.models import Chain, ResNet, fold, init, layers, to_chain
-from gati_jax.profiling import Tile, TunedCascade, Tuning, autotune
+from gati_jax.profiling import Tile, TunedCascade, Tuning, autotune, device_name
 from gati_jax.profiling.tuned_cascade import OPTIONS
-from gati_jax.runtime import Cascade, batched, predict_one
-from gati_jax.runtime.compilation import CompilerOptions, compiled
+from gati_jax.runtime import Cascade, predict_one
+from gati_jax.runtime.compilation import CompilerOptions
+from tests.bundle.made import edit
 from train import tune as script
 
 NETWORK = ResNet(stages=(1, 1), widths=(4, 8), shortcut="B", input_shape=(8, 8, 3))
@@ -55,7 +54,7 @@ def cascade(base, images) -> Cascade:
 
 def made_up(*sizes: int, algorithms=WINOGRAD) -> Tuning:
     tiles = tuple(Tile(size=s, milliseconds=1 + s / 4, options=(), algorithms=algorithms) for s in sizes)
-    return Tuning(device=gati_jax.profiling.device_name(), tiles=tiles)
+    return Tuning(device=device_name(), tiles=tiles)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 11])
@@ -66,16 +65,6 @@ def test_a_tuned_cascade_answers_as_the_reference(cascade, images, count):
         assert (int(found.exit[row]), int(found.class_index[row])) == (int(alone.exit), int(alone.class_index))
         np.testing.assert_allclose(found.logits[row], alone.logits, atol=1e-3 * np.ptp(alone.logits))
     assert len(set(np.asarray(TunedCascade(cascade, made_up(1, 4)).predict(images).exit).tolist())) == 2
-
-
-def test_a_bucket_is_compiled_once(cascade, images):
-    tuned = TunedCascade(cascade, made_up(1, 2))
-    program: Any = compiled(batched._predict_tiled, ())
-    before = program._cache_size()
-    for count in (5, 6, 7, 8):
-        tuned.predict(images[:count])
-    assert program._cache_size() == before + 1
-    assert tuned.batched(8) is tuned.batched(8)
 
 
 COMPILE = "/jax/core/compile/backend_compile_duration"
@@ -109,26 +98,24 @@ def test_a_warm_bucket_compiles_nothing_more_for_any_batch_size(cascade, images,
         found = tuned.predict(images[:count])
         assert {len(np.asarray(column)) for column in found} == {count}
     assert not compilations
+    assert tuned.batched(8) is tuned.batched(8)
     tuned.predict(images[:3])  # another bucket
     assert compilations
 
 
-def test_no_images_are_refused(cascade, images):
-    with pytest.raises(gati_jax.InputError, match="images: expected at least one, got none"):
-        TunedCascade(cascade, made_up(1)).predict(images[:0])
-
-
-def test_more_rows_than_the_largest_bucket_are_answered_in_parts(cascade, images, monkeypatch):
+def test_more_rows_than_the_largest_bucket_are_answered_in_parts_and_no_rows_refused(cascade, images, monkeypatch):
     monkeypatch.setattr(sys.modules[TunedCascade.__module__], "LARGEST_BUCKET", 4)
     tuned = TunedCascade(cascade, made_up(1, 2))
     whole = tuned.predict(images)
     np.testing.assert_array_equal(whole.exit, [int(predict_one(cascade, image).exit) for image in images])
+    with pytest.raises(gati_jax.InputError, match="images: expected at least one, got none"):
+        tuned.predict(images[:0])
 
 
 def test_tune_finds_something_for_every_size(base):
     found = gati_jax.tune(base, sizes=(2,), rounds=1)
     assert [tile.size for tile in found.tiles] == [1, 2]
-    assert found.device == gati_jax.profiling.device_name()
+    assert found.device == device_name()
     for tile in found.tiles:
         assert tile.milliseconds > 0
         assert all(algorithm in KINDS[kind].applicable for kind, algorithm in tile.algorithms.items())
@@ -223,10 +210,8 @@ FORGED = {
 @pytest.mark.parametrize("case", FORGED)
 def test_a_forged_tuning_is_refused(bundle_path, chain, case):
     gati_jax.save_tuning(bundle_path, made_up(1, 4))
-    (file,) = [f for f in (bundle_path / "tuning").iterdir() if json.loads(f.read_text())["tuning"]]
-    content = json.loads(file.read_text())
-    FORGED[case](content["tuning"])
-    file.write_text(json.dumps(content))
+    file = bundle_path / "tuning" / f"{device_name()}.json"
+    edit(file, lambda content: FORGED[case](content["tuning"]))
     with pytest.raises(gati_jax.BundleError, match=file.name):
         gati_jax.load_bundle(bundle_path, chain=chain)
 

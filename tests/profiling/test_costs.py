@@ -43,13 +43,14 @@ def test_spread_is_the_interquartile_range_over_the_median():
     assert spread(np.full(5, 2.0)) == 0
 
 
-def test_costs_have_an_entry_for_every_block_and_candidate(chain, candidates):
-    some = candidates.items[:2]
+@pytest.mark.parametrize("count", [0, 2])
+def test_costs_have_an_entry_for_every_block_and_candidate(chain, candidates, count):
+    some = candidates.items[:count]
     costs = measure_costs(chain, some, rounds=3)
     assert len(costs.blocks_ms) == len(chain)
     assert min(costs.blocks_ms) >= 0
     assert set(costs.lookup_ms) == {c.name for c in some}
-    assert min(costs.lookup_ms.values()) > 0
+    assert all(ms > 0 for ms in costs.lookup_ms.values())
     assert (costs.batch, costs.full_ms > 0, costs.spread >= 0) == (1, True, True)
     assert costs.device
     assert not set(costs.device) & set(" /")
@@ -113,24 +114,10 @@ def test_a_measurement_says_how_long_it_will_be(chain, candidates, caplog):
     assert "measuring 3 spans and 2 lookups in batches of 3, 7 rounds" in caplog.text
 
 
-def test_costs_without_candidates(chain):
-    costs = measure_costs(chain, (), rounds=2)
-    assert costs.lookup_ms == {}
-    assert len(costs.blocks_ms) == len(chain)
-
-
 def test_measured_costs_are_what_plan_takes(chain, candidates, splits):
     costs = measure_costs(chain, candidates, rounds=2)
     plan = gati_jax.plan(gati_jax.replay(chain, candidates, splits["select"]), costs, epsilon=0.1)
     assert set(plan.names) <= set(costs.lookup_ms)
-
-
-def test_speed_by_arithmetic():
-    # Three requests leave after 1 of 4 ms, one goes through: ideally (3 * 1 + 4) / 4 = 1.75 ms instead of 4.
-    found = Speed(full_ms=4.0, cascade_ms=2.0, exit_ms={1: 1.0, 3: 4.0}, exits=(1, 1, 3, 1), spread=0.1)
-    assert found.speedup == 2
-    assert found.ideal == pytest.approx(4 / 1.75)
-    assert found.conversion == pytest.approx(1.75 / 2)
 
 
 @pytest.mark.parametrize(("tuned_ms", "full"), [(2.0, "tuned"), (6.0, "reference"), (None, "reference")])
@@ -160,8 +147,12 @@ def test_measured_speed_is_consistent(chain, candidates, splits):
     assert set(found.exit_ms) == {1, 3, 5}
     assert found.exit_ms[5] == found.full_ms
     assert min(found.full_ms, found.cascade_ms, *found.exit_ms.values()) > 0
-    assert found.speedup == pytest.approx(found.full_ms / found.cascade_ms)
-    ideal = found.full_ms / np.mean([found.exit_ms[exit_] for exit_ in found.exits])
-    assert found.ideal == pytest.approx(ideal)
-    assert found.conversion == pytest.approx(found.speedup / ideal)
     assert found.spread >= 0
+
+
+def test_speed_by_arithmetic():
+    # Three requests leave after 1 of 4 ms, one goes through: ideally (3 * 1 + 4) / 4 = 1.75 ms instead of 4.
+    found = Speed(full_ms=4.0, cascade_ms=2.0, exit_ms={1: 1.0, 3: 4.0}, exits=(1, 1, 3, 1), spread=0.1)
+    assert found.speedup == 2
+    assert found.ideal == pytest.approx(4 / 1.75)
+    assert found.conversion == pytest.approx(1.75 / 2)

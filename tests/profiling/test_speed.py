@@ -30,39 +30,27 @@ def table(cascade, block: float, lookup: float, batch: int = 1) -> CostTable:
     return CostTable(device="test", batch=batch, blocks_ms=(block,) * 5, lookup_ms=dict.fromkeys(names, lookup))
 
 
-def test_expected_time_by_hand(cascade):
-    costs = {4: table(cascade, 3.0, 0.5, 4), 1: table(cascade, 1.0, 0.25)}
-    schedule = Schedule.of({4: 15.0, 1: 5.0})
-    exits = np.array([1, 1, 3, 5, 1, 1, 1, 1])
-    # First four: a tile of 4 for one block and a lookup; the two left one by one for two blocks and a lookup; then one
-    # for two blocks. The other four leave at once.
-    first = (3 + 0.5) + 2 * (2 * 1 + 0.25) + 1 * (2 * 1)
-    assert expected_ms(cascade, costs, schedule, exits, 4) == pytest.approx((first + 3.5) / 2)
-    assert expected_ms(cascade, {1: costs[1]}, Schedule.of({1: 5.0}), exits[:3], 1) == pytest.approx(
-        (1.25 + 1.25 + 3.5) / 3
-    )
-    with pytest.raises(gati_jax.InputError, match="at least one group of 9, got 8"):
-        expected_ms(cascade, costs, schedule, exits, 9)
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     exits=st.lists(st.sampled_from([1, 3, 5]), min_size=8, max_size=40),
     ms=st.tuples(st.floats(0.1, 3), st.floats(0.1, 3)),
+    batch=st.sampled_from([1, 4, 8]),
 )
-def test_expected_time_is_that_of_simulated_tiles(cascade, exits, ms):
+def test_expected_time_is_that_of_simulated_tiles(cascade, exits, ms, batch):
     costs = {4: table(cascade, ms[0], 0.5, 4), 1: table(cascade, ms[1], 0.25)}
     schedule = Schedule.of({4: 5 * ms[0], 1: 5 * ms[1]})
     costs = {size: costs[size] for size in schedule.sizes}
-    total, groups = 0.0, len(exits) // 8
+    total, groups = 0.0, len(exits) // batch
     for g in range(groups):
-        alive = exits[8 * g : 8 * g + 8]
+        alive = exits[batch * g : batch * g + batch]
         for site, blocks, looked in ((1, 1, True), (3, 2, True), (5, 2, False)):
             for size, count in zip(schedule.sizes, schedule.tiles(len(alive)), strict=True):
                 cost = costs[size]
                 total += count * (blocks * cost.blocks_ms[0] + looked * next(iter(cost.lookup_ms.values())))
             alive = [e for e in alive if e > site]
-    assert expected_ms(cascade, costs, schedule, np.array(exits), 8) == pytest.approx(total / groups)
+    assert expected_ms(cascade, costs, schedule, np.array(exits), batch) == pytest.approx(total / groups)
+    with pytest.raises(gati_jax.InputError, match="at least one group of 50, got"):
+        expected_ms(cascade, costs, schedule, np.array(exits), 50)
 
 
 def test_a_network_s_time_is_part_of_what_is_ideal(cascade):

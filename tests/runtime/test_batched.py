@@ -60,17 +60,6 @@ def test_a_tile_as_large_as_the_batch_is_not_computed_where_it_is_not_run(chain,
     assert not re.search(r" (dot|convolution|custom-call)\(|kind=kCustom", outside)
 
 
-def test_one_survivor_goes_on_alone(chain, caches, splits):
-    images = jnp.asarray(splits["test"][:9])
-    scores = scores_of(chain, caches[0], images)
-    threshold = np.sort(scores)[:2].mean()  # all but one hit
-    cascade = Cascade(chain, caches[:1], jnp.asarray([threshold], jnp.float32))
-    exits = np.asarray(predict_tiled(BatchedCascade.of(cascade, EIGHT_TWO), images).exit)
-    expected = np.where(scores >= threshold, caches[0].site, len(chain))
-    assert (expected == len(chain)).sum() == 1
-    np.testing.assert_array_equal(exits, expected)
-
-
 def test_padding_is_not_answered_and_changes_nothing(chain, caches, splits):
     cascade = BatchedCascade.of(Cascade(chain, caches, jnp.zeros(2)), EIGHT_TWO)
     images = np.asarray(splits["test"][:16])

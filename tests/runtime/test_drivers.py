@@ -1,5 +1,6 @@
 """Every driver against a cascade written out by hand."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 import gati_jax
 from gati_jax.caches import FullyConnected, SortedSelector, lookup
-from gati_jax.runtime import Cascade, check_cascade, per_sample, predict_batch, predict_one, predict_stepwise
+from gati_jax.runtime import Cascade, check_cascade, predict_batch, predict_one, predict_stepwise
+from gati_jax.runtime import cascade as drivers
 from gati_jax.runtime.compilation import compiled
 
 INF = float("inf")
@@ -54,19 +56,16 @@ def make_cascade(chain, caches, looked_up, sites, shares):
     return cascade
 
 
-def by_hand(cascade, looked_up, row):
-    """class, exit, score, logits of one request: go from cache to cache until one is sure."""
+def assert_by_hand(prediction, cascade, looked_up, row):
+    """Compare with one request that goes from cache to cache until one is sure."""
     outputs, base_logits = looked_up
-    for cache, threshold in zip(cascade.caches, np.asarray(cascade.thresholds), strict=True):
+    expected = (DEPTH, INF, base_logits[row])
+    for cache, threshold in zip(reversed(cascade.caches), np.asarray(cascade.thresholds)[::-1], strict=True):
         logits, scores = outputs[cache.site]
         if scores[row] >= threshold:
-            return int(logits[row].argmax()), cache.site, scores[row], logits[row]
-    return int(base_logits[row].argmax()), DEPTH, INF, base_logits[row]
-
-
-def assert_by_hand(prediction, cascade, looked_up, row):
-    class_index, exit_, score, logits = by_hand(cascade, looked_up, row)
-    assert (int(prediction.class_index), int(prediction.exit)) == (class_index, exit_)
+            expected = (cache.site, scores[row], logits[row])
+    exit_, score, logits = expected
+    assert (int(prediction.class_index), int(prediction.exit)) == (int(logits.argmax()), exit_)
     assert float(prediction.score) == pytest.approx(score, rel=1e-4, abs=1e-4)
     np.testing.assert_allclose(prediction.logits, logits, rtol=1e-4, atol=1e-4)
 
@@ -96,14 +95,8 @@ def test_every_driver_is_the_cascade_by_hand(chain, caches, looked_up, splits, s
         assert_by_hand(jax.tree.map(lambda column, row=row: column[row], batch), cascade, looked_up, row)
     if sites and not np.isinf(shares).any():
         assert {int(p.exit) for p in predictions} == {*sites, DEPTH}  # the case is no trivial one
-    with jax.disable_jit():  # a switch would compile all its stages anew on every step
-        for row in range(6):
-            assert_by_hand(predict_stepwise(cascade, images[row]), cascade, looked_up, row)
-
-
-def test_the_stepwise_driver_compiles_too(chain, caches, looked_up, splits):
-    cascade = make_cascade(chain, caches, looked_up, (3,), (0.6,))
-    assert_by_hand(predict_stepwise(cascade, jnp.asarray(splits["test"][0])), cascade, looked_up, 0)
+    for row in range(6):
+        assert_by_hand(predict_stepwise(cascade, images[row]), cascade, looked_up, row)
 
 
 def test_a_score_at_the_threshold_is_a_hit(chain, caches, splits):
@@ -153,16 +146,15 @@ def test_what_lies_behind_a_hit_is_not_run(counted, caches, splits):
     counter, chain = counted
     image = jnp.asarray(splits["test"][0])
 
-    def runs(threshold_1, threshold_2, threshold_4):
-        thresholds = jnp.asarray([threshold_1, threshold_2, threshold_4], jnp.float32)
-        cascade = Cascade(chain, (caches[1], caches[2], caches[4]), thresholds)
-        count, prediction = counter.count_runs(lambda: predict_one(cascade, image))
-        return count, int(prediction.exit)
-
-    assert runs(-INF, INF, INF) == (0, 1)
-    assert runs(INF, -INF, INF) == (0, 2)
-    assert runs(INF, INF, -INF) == (1, 4)
-    assert runs(INF, INF, INF) == (1, 5)
+    for thresholds, expected in (
+        ((-INF, INF, INF), (0, 1)),
+        ((INF, -INF, INF), (0, 2)),
+        ((INF, INF, -INF), (1, 4)),
+        ((INF, INF, INF), (1, 5)),
+    ):
+        cascade = Cascade(chain, (caches[1], caches[2], caches[4]), jnp.asarray(thresholds, jnp.float32))
+        count, prediction = counter.count_runs(lambda cascade=cascade: predict_one(cascade, image))
+        assert (count, int(prediction.exit)) == expected
 
 
 def test_rows_of_a_batch_skip_each_for_itself(counted, caches, looked_up, splits):
@@ -170,15 +162,9 @@ def test_rows_of_a_batch_skip_each_for_itself(counted, caches, looked_up, splits
     cascade = make_cascade(chain, caches, looked_up, (1, 2, 4), (0.3, 0.5, 0.5))
     images = jnp.asarray(splits["test"][:60])
     count, prediction = counter.count_runs(lambda: predict_batch(cascade, images))
-    exits = [by_hand(cascade, looked_up, row)[1] for row in range(60)]
-    assert np.asarray(prediction.exit).tolist() == exits
-    assert 0 < count == sum(exit_ > 2 for exit_ in exits) < 60
-
-
-def program_counts():
-    """How many programs the jitted drivers hold."""
-    jitted: tuple[Any, ...] = (compiled(per_sample._predict_one, ()), per_sample._predict_batch)
-    return [driver._cache_size() for driver in jitted]
+    for row in range(60):
+        assert_by_hand(jax.tree.map(lambda column, row=row: column[row], prediction), cascade, looked_up, row)
+    assert 0 < count == int((np.asarray(prediction.exit) > 2).sum()) < 60
 
 
 def test_new_values_of_the_same_shapes_never_recompile(counted, caches, splits):
@@ -189,20 +175,20 @@ def test_new_values_of_the_same_shapes_never_recompile(counted, caches, splits):
     cascade = Cascade(chain, (caches[1], caches[3]), jnp.asarray([1.0, 2.0]))
     predict_one(cascade, images[0])
     predict_batch(cascade, images[:20])
-    traced, programs = counter.traces, program_counts()
+    jitted: tuple[Any, ...] = (compiled(drivers._predict_one, ()), drivers._predict_batch)
+    traced, programs = counter.traces, [driver._cache_size() for driver in jitted]
     assert traced > before
     for i in range(1, 4):
         params = jax.tree.map(lambda v, i=i: v * (1 + i / 10), chain.params)
         new_chain = gati_jax.Chain(chain.blocks, chain.classifier, params, chain.input_spec)
         new_caches = tuple(
-            gati_jax.Candidate(c.name, c.site, c.predictor, c.selector, jax.tree.map(lambda v: v * 0.9, c.params))
-            for c in cascade.caches
+            dataclasses.replace(c, params=jax.tree.map(lambda v: v * 0.9, c.params)) for c in cascade.caches
         )
         other = Cascade(new_chain, new_caches, jnp.asarray([0.5 * i, -1.0 * i]))
         predict_one(other, images[i])
         predict_batch(other, images[20 * i : 20 * i + 20])
     assert counter.traces == traced
-    assert program_counts() == programs
+    assert [driver._cache_size() for driver in jitted] == programs
 
 
 # Activations of many shapes and dtypes. All arithmetic is exact, so that equal means equal to the last bit.
@@ -289,7 +275,7 @@ def test_reference_products_are_float32_on_every_device(chain, caches, splits):
     """What an accelerator would round, a CPU does not: so look into the programs."""
     cascade = Cascade(chain, (caches[2],), jnp.zeros(1))
     image = jnp.asarray(splits["test"][0])
-    for driver, rows in ((compiled(per_sample._predict_one, ()), image), (per_sample._predict_batch, image[None])):
+    for driver, rows in ((compiled(drivers._predict_one, ()), image), (drivers._predict_batch, image[None])):
         program = str(jax.make_jaxpr(driver)(cascade.packed, rows))
         products = re.findall(r"precision=(.*)", program)
         assert len(products) > 3
@@ -311,19 +297,16 @@ def test_uint8_images_are_prepared_once():
 @pytest.mark.parametrize(
     ("sites", "thresholds", "message"),
     [
-        ((2, 1), (0, 0), r"caches: expected rising sites in 0 .. 4, got \(2, 1\)"),
-        ((1, 1), (0, 0), r"caches: expected rising sites in 0 .. 4, got \(1, 1\)"),
-        ((5,), (0,), r"caches: expected rising sites in 0 .. 4, got \(5,\)"),
-        ((-1, 2), (0, 0), r"caches: expected rising sites in 0 .. 4, got \(-1, 2\)"),
+        *(
+            (sites, (0,) * len(sites), f"caches: expected rising sites in 0 .. 4, got {re.escape(str(sites))}")
+            for sites in ((2, 1), (1, 1), (5,), (-1, 2))
+        ),
         ((1, 2), (0,), r"thresholds: expected one for each of 2 caches, got shape \[1\]"),
         ((), (0,), r"thresholds: expected one for each of 0 caches, got shape \[1\]"),
     ],
     ids=["falling", "twice", "behind the last block", "negative", "too few thresholds", "too many"],
 )
 def test_check_cascade_refuses(chain, caches, sites, thresholds, message):
-    template = caches[1]
-    items = tuple(
-        gati_jax.Candidate("fc", site, template.predictor, template.selector, template.params) for site in sites
-    )
+    items = tuple(dataclasses.replace(caches[1], site=site) for site in sites)
     with pytest.raises(gati_jax.InputError, match=message):
         check_cascade(Cascade(chain, items, jnp.asarray(thresholds, jnp.float32)))

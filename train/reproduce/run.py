@@ -102,8 +102,8 @@ def compare(
     """Compose, certify and time the default plan and every policy.
 
     Every policy's plan is certified as a user of it alone would do, in a ledger of its own. Of all these certificates
-    only the default plan's is valid, because it was fixed beforehand; ``ledger`` counts its look, and as the results show
-    what certify rows say of every policy, that look closes them.
+    only the default plan's is valid, because it was fixed beforehand. ``ledger`` counts its look, which closes the
+    rows, for the results show what they say of every policy.
     """
     epsilon, delta = config.plan.epsilon, config.plan.delta
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,8 @@ def test_the_script_on_the_digits(tmp_path):
     blocks = len(gati_jax.models.to_chain(SMALLEST, params))
     assert Freeze.model_validate(result).model_dump(mode="json") == result
     assert [result["protocols"][s]["base_saw_thresholds"] for s in ("seen", "clean")] == [True, False]
-    for kind, protocol in itertools.product(("knn", "kmeans"), result["protocols"].values()):
+    protocols: list[Any] = list(result["protocols"].values())
+    for kind, protocol in itertools.product(("knn", "kmeans"), protocols):
         own, exits = protocol[kind], protocol[kind]["exits"]
         assert [e["exit"] for e in exits] == [*range(1, blocks + 1), "base"]
         assert sum(e["hits"] for e in exits) == result["n"] == 300

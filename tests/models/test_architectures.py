@@ -1,4 +1,4 @@
-"""Residual networks against plain PyTorch, with random weights and running statistics."""
+"""Networks against plain PyTorch, whose VGGs have a bias before every batch norm; random weights and statistics."""
 
 import functools
 
@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from gati_jax import models
-from gati_jax.errors import InputError
-from gati_jax.models import ResNet, resnet
+from gati_jax.errors import InputError, WeightsError
+from gati_jax.models import VGG, Architecture, ResNet, architecture, layers, resnet, vgg
 from tests.models.torch_reference import logits as torch_logits
-from tests.models.torch_reference import nn, random_network, state_dict, tensor_shapes, torch, torch_shapes
+from tests.models.torch_reference import nn, random_network, state_dict, tensor_shapes, torch_shapes
 
 BASIC = ResNet(stages=(1, 2), widths=(6, 10), classes=4, input_shape=(9, 9, 3))
 BOTTLENECK = ResNet(stages=(2, 1), widths=(4, 6), bottleneck=True, classes=4, input_shape=(8, 8, 3))
@@ -35,11 +36,15 @@ PUBLISHED = {
     "resnet18, 7x7 stem": resnet("resnet18", input_shape=(64, 64, 3), classes=7),
     "resnet50, 3x3 stem": resnet("resnet50"),
 }
-FAST = {*TINY, "resnet20, B", "resnet18, 7x7 stem"}  # the others take minutes
-NETWORKS = [
-    pytest.param(network, id=name, marks=() if name in FAST else pytest.mark.slow)
-    for name, network in (TINY | PUBLISHED).items()
-]
+TINY_VGG = VGG(convolutions=(1, 2), channels=(6, 10), classes=4, input_shape=(9, 12, 3))
+VGGS = {"tiny vgg": TINY_VGG, "vgg11 with 100 classes": vgg("vgg11", classes=100), "vgg16": vgg("vgg16")}
+BIASES = {"features.0.bias", "features.4.bias", "features.7.bias"}  # TINY_VGG's convolutions; the first block pools
+SLOW = {"resnet20, A", "resnet18, 3x3 stem", "resnet50, 3x3 stem", "vgg16"}  # these take minutes
+
+
+def each(networks):
+    marked = [pytest.param(n, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, n in networks.items()]
+    return pytest.mark.parametrize("network", marked)
 
 
 apply = jax.jit(models.apply, static_argnums=0)
@@ -67,23 +72,23 @@ def assert_close(actual, expected, tolerance=1e-4):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@each(TINY | PUBLISHED | VGGS)
 def test_imported_network_gives_the_logits_of_torch(network):
-    model = random_network(network)
+    model, images = random_network(network), images_for(network, 3)
     variables = models.import_state_dict(network, state_dict(model))
-    images = images_for(network, 2)
     expected = torch_logits(model, images)
-    assert np.ptp(expected, axis=0).max() > 0.01 * np.abs(expected).max()  # the logits depend on the image
-    assert_close(apply(network, variables, images), expected)
+    # Without shortcuts, less of the image comes through eight or more random layers than of their biases.
+    spread, tolerance = (0.01, 1e-4) if isinstance(network, ResNet) else (1e-3, 1e-5)
+    assert np.ptp(expected, axis=0).max() > spread * np.abs(expected).max()  # the logits depend on the image
+    assert_close(apply(network, variables, images), expected, tolerance)
 
 
-@pytest.mark.parametrize("network", TINY.values(), ids=TINY)
+@each(TINY | VGGS)
 def test_folded_chain_equals_the_unfolded_network(network):
     variables = random_variables(network)
     chain = models.to_chain(network, models.fold(variables))
     images = jnp.asarray(images_for(network, 3))
-    assert len(chain) == sum(network.stages)
-    assert chain.classes == network.classes
+    assert (len(chain), chain.classes) == (network.depth, network.classes)
     assert_close(jax.jit(models.Chain.__call__)(chain, images), apply(network, variables, images), 1e-5)
 
 
@@ -101,8 +106,7 @@ def batch_statistics(model, images):
             module.register_forward_hook(
                 lambda _, x, __, name=name: counts.update({name: x[0].numel() / x[0].shape[1]})
             )
-    logits = torch_logits(model.train(), images)
-    return logits, counts
+    return torch_logits(model.train(), images), counts
 
 
 @pytest.mark.parametrize("network", [BASIC, BOTTLENECK], ids=["basic", "bottleneck"])
@@ -133,7 +137,10 @@ def test_training_changes_running_statistics_only():
         assert not any(jnp.array_equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("network", [BASIC, BOTTLENECK, *PUBLISHED.values()], ids=["basic", "bottleneck", *PUBLISHED])
+SHAPES = {"basic": BASIC, "bottleneck": BOTTLENECK, **PUBLISHED, "vgg16": vgg("vgg16"), "vgg19": vgg("vgg19")}
+
+
+@pytest.mark.parametrize("network", SHAPES.values(), ids=SHAPES)
 def test_init_has_the_tensors_of_torch(network):
     assert tensor_shapes(network) == torch_shapes(network)
 
@@ -174,29 +181,71 @@ def test_shortcut_follows_the_family_unless_told():
     assert (resnet("resnet18").shortcut, resnet("resnet18", shortcut="A").shortcut) == ("B", "A")
 
 
-def test_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(InputError, match=r"name: expected one of resnet20, .*resnet152, got 'resnet21'"):
-        resnet("resnet21")
-
-
-def test_stages_without_widths_are_refused():
-    with pytest.raises(InputError, match="widths: expected one for each of 2 stages, got 3"):
-        ResNet(stages=(1, 1), widths=(4, 8, 16))
-
-
-def test_padding_shortcut_that_would_have_to_drop_channels_is_refused():
-    # Zero channels can be added, never taken away.
-    with pytest.raises(InputError):
-        ResNet(stages=(1, 1), widths=(8, 4), shortcut="A")
-
-
-def test_torch_reference_depends_on_every_tensor():
-    """The comparisons above see a wrong tensor wherever it sits."""
-    model, images = random_network(BASIC), images_for(BASIC, 2)
-    expected = torch_logits(model, images)
-    for name, tensor in model.state_dict().items():
+@pytest.mark.parametrize(("network", "least"), [(BASIC, 1e-3), (TINY_VGG, 1e-4)], ids=["resnet", "vgg"])
+def test_every_tensor_of_torch_matters(network, least):
+    """The comparisons above see a wrong one. A VGG's biases matter too, which batch norm swallows in training."""
+    state, images = state_dict(random_network(network)), images_for(network, 2)
+    before = apply(network, random_variables(network), images)
+    for name, tensor in state.items():
         if not name.endswith("num_batches_tracked"):
-            with torch.no_grad():
-                tensor.mul_(1.5)
-                assert np.abs(torch_logits(model, images) - expected).max() > 1e-3 * np.abs(expected).max(), name
-                tensor.div_(1.5)
+            changed = models.import_state_dict(network, state | {name: tensor * np.float32(1.5)})
+            assert np.abs(apply(network, changed, images) - before).max() > least * np.abs(before).max(), name
+
+
+def test_a_vgg_normalises_in_training_as_torch_does():
+    model, images = random_network(TINY_VGG), images_for(TINY_VGG, 5)
+    variables = models.import_state_dict(TINY_VGG, state_dict(model))
+    logits, advanced = apply_train(TINY_VGG, variables, images)
+    assert_close(logits, torch_logits(model.train(), images))
+    expected = models.import_state_dict(TINY_VGG, state_dict(model))
+    for one, other in zip(advanced[:-1], expected[:-1], strict=True):
+        assert_close(*(v["batch_stats"]["conv"]["norm"]["mean"] for v in (one, other)))
+
+
+def test_a_vgg_is_exported_as_a_state_dict_of_torch_and_comes_back():
+    variables = random_variables(TINY_VGG)
+    tensors = models.export_state_dict(TINY_VGG, variables)
+    assert {k: v.shape for k, v in tensors.items()} == torch_shapes(TINY_VGG)
+    assert jax.tree.all(jax.tree.map(np.array_equal, models.import_state_dict(TINY_VGG, tensors), variables))
+    models.import_state_dict(TINY_VGG, {k: v for k, v in tensors.items() if k not in BIASES})
+    with pytest.raises(WeightsError, match=r"features\.0\.bias"):
+        models.import_state_dict(TINY_VGG, tensors | {"features.0.bias": np.zeros(3, np.float32)})
+
+
+COUNTS = {"vgg11": 8, "vgg13": 10, "vgg16": 13, "vgg19": 16, "resnet56": 55, "resnet18": 20, "resnet50": 53}
+
+
+@pytest.mark.parametrize(("name", "count"), COUNTS.items())
+def test_published_networks_have_as_many_convolutions_as_published(name, count):
+    network = architecture(name)
+    assert sum(map(len, layers(network))) == count
+    if isinstance(network, VGG):  # the name counts ImageNet's three linear layers, too
+        assert network.depth == count == int(name.removeprefix("vgg")) - 3
+
+
+def test_an_architecture_is_known_by_its_fields():
+    """A manifest holds one or the other."""
+    adapter = TypeAdapter(Architecture)
+    for network in (TINY_VGG, ResNet(stages=(1,), widths=(4,))):
+        assert adapter.validate_json(adapter.dump_json(network)) == network
+    with pytest.raises(ValidationError):
+        adapter.validate_python({"convolutions": [1], "channels": [10**9]})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: resnet("resnet21"), "name: expected one of resnet20, .*resnet152, got 'resnet21'"),
+        (lambda: ResNet(stages=(1, 1), widths=(4, 8, 16)), "widths: expected one for each of 2 stages, got 3"),
+        # Zero channels can be added, never taken away.
+        (lambda: ResNet(stages=(1, 1), widths=(8, 4), shortcut="A"), "widths: expected rising ones"),
+        (lambda: vgg("vgg12"), "name: expected one of vgg11, .*got 'vgg12'"),
+        (lambda: vgg("vgg16", input_shape=(16, 32, 3)), "input_shape: expected at least 32 rows"),
+        (lambda: VGG(convolutions=(1, 2), channels=(4,)), "channels: expected one for each of 2 stages, got 1"),
+        (lambda: architecture("vgg16", shortcut="A"), "shortcut: expected none"),
+        (lambda: architecture("resnet21"), "name: expected one of resnet20, .*, vgg19, got 'resnet21'"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
