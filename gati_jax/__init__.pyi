@@ -19,6 +19,7 @@ from .fitting import fit as fit
 from .fitting import fit_freeze as fit_freeze
 from .fitting import network_head as network_head
 from .fitting import replay as replay
+from .inference import check_tuning as check_tuning
 from .inference import infer as infer
 from .inference import infer_batch as infer_batch
 from .models import Chain as Chain

@@ -1,13 +1,20 @@
 """Answers from a bundle: one request, or a batch of them."""
 
+import dataclasses
 from typing import Any, Literal
 
+import numpy as np
+
 from .bundle import Bundle
+from .certification import ArithmeticCheck
+from .checks import check_share
+from .data import check_distinct_rows, fingerprint, row_digests
 from .errors import InputError
 from .models import check_images
-from .profiling import TunedCascade
+from .profiling import TunedCascade, Tuning, device_name
 from .runtime import Prediction, predict_batch, predict_one
 
+_CHUNK = 256
 Numerics = Literal["reference", "fast"]
 
 
@@ -24,7 +31,8 @@ def infer(
         bundle: See ``load_bundle``.
         image: One uint8 image (the bundle normalises it) or one prepared float32 input, without a batch dimension.
         numerics: "reference" is the arithmetic that was certified; "fast" is what ``tune`` found fastest on this
-            device, whose logits differ in their last bits. By default fast if the bundle has been tuned.
+            device, whose logits differ in their last bits. By default fast if ``check_tuning`` has bounded how often
+            its answers differ; ``bundle.bound_of(plan)`` says what holds of the answers.
         plan: The name of one of ``bundle.plans``; by default the first.
 
     Returns:
@@ -80,4 +88,65 @@ def _tuned(bundle: Bundle, numerics: Numerics | None, plan: str | None) -> Tuned
         raise InputError(
             "numerics: this bundle has not been tuned for this device; run python -m train.tune --bundle DIR"
         )
-    return None if numerics == "reference" else tuned
+    return tuned if numerics == "fast" or (numerics is None and bundle.checks) else None
+
+
+def check_tuning(
+    bundle: Bundle,
+    tuning: Tuning,
+    images: Any,  # noqa: ANN401 (anything that NumPy takes)
+    *,
+    delta: float = 0.01,
+) -> Tuning:
+    """Compare a tuning's answers with those of the certified arithmetic, which makes it what answers by default.
+
+    A row differs if its class or its exit does: alone, in tiles of any one size, or in a batch with tiles as scheduled.
+
+    Args:
+        bundle: Its certified plans and its base are compared.
+        tuning: See ``tune``; of this device.
+        images: The certify rows, or others that no plan was composed on; labels are not needed.
+        delta: The risk that a bound is wrong; it comes on top of the certificate's.
+
+    Returns:
+        The tuning with its checks, for ``save_tuning``.
+
+    Raises:
+        InputError: Nothing is certified, the tuning is of another device, there are no images, or plans were composed
+            on some of them.
+    """
+    array = check_images(bundle.chain, images)
+    check_share("delta", delta)
+    if len(bundle.compared) == 1:
+        raise InputError("bundle: expected a certified plan, got none: there is no promise that a tuning could keep")
+    if tuning.device != device_name() or len(array) == 0:
+        raise InputError(
+            f"tuning: expected one of {device_name()} and 1 row or more, got {tuning.device} and {len(array)}"
+        )
+    rows = row_digests(array)
+    for plan in bundle.plans.values():
+        check_distinct_rows(rows, plan.rows, names=("images", "select"))
+    before = {check.programs: check.number for one in bundle.tunings for check in one.checks}
+    number = before.get(tuning.programs, 1 + max(before.values(), default=0))
+    checks = []
+    for key, (cascade, comparisons) in bundle.compared.items():
+        starts = range(0, len(array), _CHUNK)
+        parts = [predict_batch(cascade, array[start : start + _CHUNK]) for start in starts]
+        classes, exits = (np.concatenate([getattr(p, name) for p in parts]) for name in ("class_index", "exit"))
+        differ = np.zeros(len(array), bool)
+        for found in TunedCascade(cascade, tuning).each_way(array):
+            differ |= (found.class_index != classes) | (found.exit != exits)
+        check = ArithmeticCheck(
+            arithmetic="fast",
+            programs=tuning.programs,
+            device=tuning.device,
+            cascade=key,
+            data_fingerprint=fingerprint(rows),
+            n=len(array),
+            differ=int(differ.sum()),
+            delta=delta,
+            comparisons=comparisons,
+            number=number,
+        )
+        checks.append(check)
+    return dataclasses.replace(tuning, checks=tuple(checks))

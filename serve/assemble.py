@@ -74,19 +74,13 @@ def _adapt(bundle: gati_jax.Bundle, settings: Settings, metrics: Metrics) -> "Ad
         epsilon=settings.adapt_epsilon,
         share=settings.adapt_share,
         without=settings.adapt_without,
-        reference=settings.reference,
     )
     metrics.registry.register(adaptive.AdaptiveGauges(parts.adapting, parts.worker))
     return parts
 
 
 def _describe(bundle: gati_jax.Bundle, sources: Sequence[routes.CascadeRoute], settings: Settings) -> Model:
-    certificates = bundle.certificates
-    bounds = {  # the base, which has no certificate, agrees with itself
-        source.name: Bound(source.epsilon, certificates[source.name].delta if source.name in certificates else 0.0)
-        for source in sources
-        if source.epsilon is not None
-    }
+    bounds = {source.name: Bound(source.epsilon, source.delta) for source in sources if source.epsilon is not None}
     return Model(
         name=settings.name,
         version=version_of(settings.bundle),
@@ -96,6 +90,7 @@ def _describe(bundle: gati_jax.Bundle, sources: Sequence[routes.CascadeRoute], s
         class_names=bundle.class_names,
         plans=tuple(source.name for source in sources),
         bounds=bounds,
+        numerics="reference" if sources[0].tuning is None else "fast",
         max_rows=settings.capacity,
     )
 

@@ -85,7 +85,7 @@ class Settings(BaseModel):
         description="dispatch the next stage before the last one's hits are known, where that is expected to pay",
     )
     reference: bool = Field(
-        default=False, description="run the certified arithmetic even where the bundle is tuned for this device"
+        default=False, description="run the certified arithmetic even where a tuning was checked against it"
     )
     json_output: bool = Field(default=False, alias="json", description="print the addresses as JSON on standard output")
     adapt: bool = Field(default=False, description="follow the traffic: watch, close, try again, refit")

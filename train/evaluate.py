@@ -30,6 +30,7 @@ from .results import (
     Exit,
     Memory,
     Oracle,
+    ServedResult,
 )
 
 _log = logging.getLogger("train.evaluate")
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         base=BaseQuality(accuracy=accuracy(table.answers, table.labels)),
         cascade=quality,
         certificate=evaluated(bundle.certificate, quality.agreement),
+        served=served(bundle),
         exits=tuple(exit_of(site, exits == site, agrees) for site in (*bundle.cascade.sites, len(bundle.chain))),
         cost=latency.cost(bundle, exits, speed, tuned),
         memory=Memory(base_bytes=bundle.chain.bytes, cache_bytes=sum(c.bytes for c in bundle.cascade.caches)),
@@ -136,7 +138,7 @@ def close_certify(ledger: AnyLedger, bundle: Bundle, split: data.Dataset, *, rev
 
 
 def answers(bundle: Bundle, images: np.ndarray) -> Prediction:
-    """Answer in the certified arithmetic, even where the bundle is tuned: the certificate speaks of no other."""
+    """Answer in the certified arithmetic, even where the bundle is tuned: ``served`` says what a tuning adds."""
     starts = cli.track(range(0, len(images), CHUNK), "answering")
     chunks = [gati_jax.infer_batch(bundle, images[i : i + CHUNK], numerics="reference") for i in starts]
     return jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
@@ -156,6 +158,12 @@ def evaluated(certificate: Certificate, agreement: float) -> EvaluatedCertificat
     """Return the certificate, and whether its bound holds on this split."""
     holds = certificate.certified and 1 - agreement <= certificate.epsilon
     return EvaluatedCertificate(**CertificateResult.model_validate(certificate).model_dump(), holds=holds)
+
+
+def served(bundle: Bundle) -> ServedResult:
+    """Return what is promised of the answers given by default, which may be in another arithmetic."""
+    bound = bundle.bound_of()
+    return ServedResult(numerics=bound.numerics, epsilon=bound.epsilon, delta=bound.delta, text=str(bound))
 
 
 def exit_of(site: int, here: np.ndarray, agrees: np.ndarray) -> Exit:
@@ -193,6 +201,7 @@ def show(result: Evaluation) -> None:
         ("accuracy, base -> cascade", "no labels" if base is None else f"{base:.4f} -> {cascade:.4f}"),
         ("accuracy, lost at most", lost),
         ("certificate", bound if certificate.certified else "nothing certified: the base answers every request"),
+        ("answers by default", result.served.text if result.served else "-"),
         ("ideal speed-up", f"{cost.ideal_speedup:.3f}"),
         ("measured speed-up, batch 1", f"{one_by_one.speedup:.3f} ({times})"),
         ("conversion", f"{one_by_one.conversion:.3f}, {over}"),

@@ -16,7 +16,7 @@ from gati_jax.caches import on_its_own
 from gati_jax.fitting import Candidates, head_sizes, untrained
 from gati_jax.fitting.fit import deal_folds
 from gati_jax.planning import Composition, compose_plan, prunable, rank
-from gati_jax.profiling import Tile
+from gati_jax.profiling import Tile, unsteady
 from train import cli
 
 from .config import Config
@@ -116,7 +116,9 @@ def explore(
     for name, reason in dropped.items():
         _log.info("%s is not fitted: %s", name, reason)
     if not kept:
-        raise InputError("fit.heads: expected at least one that can save time, got none; see the reasons above")
+        why = unsteady(costs)
+        busy = f". But the machine was busy when costs were measured ({why}): run again when it is idle" if why else ""
+        raise InputError(f"fit.heads: expected at least one that can save time, got none; see the reasons above{busy}")
     started = time.perf_counter()
     candidates = gati_jax.fit(
         chain,

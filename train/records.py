@@ -1,6 +1,7 @@
 """What a run of ``train.caches`` leaves in DIR for the next: costs.json, composition-<epsilon>.json."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import gati_jax
 from gati_jax import Candidate, Chain, CostTable
 from gati_jax.planning import Composition
-from gati_jax.profiling import Tile, device_name, tune_tile, tuned_cache, tuned_chain
+from gati_jax.profiling import (
+    Tile,
+    device_name,
+    measure_steadily,
+    tune_tile,
+    tuned_cache,
+    tuned_chain,
+    unsteady,
+)
 from train import cli
 
 from .config import Config
@@ -59,7 +68,8 @@ def measured_tile(path: Path, chain: Chain, candidates: Iterable[Candidate], con
 
     They are those of a tile of ``plan.batch`` rows; it is tuned first if ``plan.tuned`` is set.
 
-    Times never repeat exactly: a second measurement could change the plan, and cost a second look at ``certify``.
+    Times never repeat exactly: a second measurement could change the plan, and cost a second look at ``certify``. But
+    times that stay ``unsteady`` when measured again serve this run alone.
     """
     identity = {
         # Without ``minutes``: a fit that continues is planned with the same costs.
@@ -72,18 +82,21 @@ def measured_tile(path: Path, chain: Chain, candidates: Iterable[Candidate], con
         "jax": cli.versions()["jax"],
     }
     saved = _read(Costs, path)
-    if saved and saved.identity == identity and saved.tile.costs:
+    if saved and saved.identity == identity and saved.tile.costs and not unsteady(saved.tile.costs):
         _log.info("costs as measured before (remove %s to measure anew)", path)
         return saved.tile, saved.tile.costs
     tile = Tile(size=config.plan.batch, milliseconds=1.0, options=(), algorithms={})
     if config.plan.tuned:
         tile = tune_tile(chain, tuple(candidates), tile.size)
     caches = [tuned_cache(candidate, tile) for candidate in candidates]
-    costs = gati_jax.measure_costs(
-        tuned_chain(chain, tile), caches, rounds=config.measure_rounds, batch=tile.size, options=tile.options
-    )
+    how = {"rounds": config.measure_rounds, "batch": tile.size, "options": tile.options}
+    costs = measure_steadily(functools.partial(gati_jax.measure_costs, tuned_chain(chain, tile), caches, **how))
     tile = dataclasses.replace(tile, milliseconds=costs.full_ms, costs=costs)
-    Costs(identity=identity, tile=tile).write(path)
+    if why := unsteady(costs):
+        text = "COSTS ARE UNRELIABLE: %s. The plan of this run rests on them; %s is not written: run again when idle"
+        _log.warning(text, why, path)
+    else:
+        Costs(identity=identity, tile=tile).write(path)
     return tile, costs
 
 

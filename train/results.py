@@ -122,6 +122,15 @@ class EvaluatedCertificate(CertificateResult):
     holds: bool
 
 
+class ServedResult(Record):
+    """What holds of the answers that a bundle gives by default on this device, see ``Bundle.bound_of``."""
+
+    numerics: str
+    epsilon: float | None
+    delta: float
+    text: str
+
+
 class BaseQuality(Record):
     """The base on this split; None without labels."""
 
@@ -198,6 +207,7 @@ class Evaluation(Record):
     base: BaseQuality
     cascade: CascadeQuality
     certificate: EvaluatedCertificate
+    served: ServedResult | None = None
     exits: tuple[Exit, ...]
     cost: Cost
     memory: Memory

@@ -2,12 +2,22 @@
 
 import dataclasses
 import functools
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
 
 from gati_jax.caches import Candidate, choose, replay_source
-from gati_jax.certification import CONDITIONAL, Certificate
+from gati_jax.certification import (
+    BASE,
+    CONDITIONAL,
+    ArithmeticCheck,
+    Certificate,
+    ServedBound,
+    cascade_id,
+    comparisons_of,
+    served_bound,
+)
 from gati_jax.data import fingerprint
 from gati_jax.errors import InputError
 from gati_jax.models import Chain
@@ -79,8 +89,53 @@ class Bundle:
         return self._tuned.get(self._known(name))
 
     @functools.cached_property
+    def compared(self) -> dict[str, tuple[Cascade, int]]:
+        """The cascades that an arithmetic is checked on, each with its number of comparisons, see ``cascade_id``."""
+        found = {BASE: (Cascade(self.chain, (), jnp.zeros(0)), 1)}
+        for name, plan in self.plans.items():
+            if (certificate := self.certificates[name]).certified:
+                comparisons = comparisons_of(certificate, len(plan.path) - 1)
+                found[cascade_id(certificate)] = (self.cascades[name], comparisons)
+        return found
+
+    @functools.cached_property
+    def checks(self) -> dict[str, ArithmeticCheck]:
+        """How this device's tuning compares with the certified arithmetic, by ``cascade_id``; empty if that is unknown.
+
+        Then the tuning is used only where it is asked for by name.
+        """
+        if (tuning := self._tuning) is None:
+            return {}
+        given = {c.cascade: c for c in tuning.checks if (c.arithmetic, c.programs) == ("fast", tuning.programs)}
+        found = {
+            key: given[key]
+            for key, (_, comparisons) in self.compared.items()
+            if key in given and given[key].comparisons >= comparisons
+        }
+        if len(found) == len(self.compared) > 1:
+            return found
+        known = "its answers were not compared with those of the certified arithmetic"
+        why = "nothing is certified" if len(self.compared) == 1 else f"{known}; run python -m train.tune --bundle DIR"
+        warnings.warn(f"bundle: the tuning for this device is used only where it is asked for: {why}", stacklevel=2)
+        return {}
+
+    def bound_of(self, name: str | None = None, numerics: str | None = None) -> ServedBound:
+        """Return what holds of the answers of a plan in an arithmetic, by default in the one that answers by default.
+
+        Raises:
+            InputError: There is no such plan.
+        """
+        certificate = self.certificates[self._known(name)]
+        check = self.checks.get(cascade_id(certificate)) if numerics != "reference" else None
+        return served_bound(certificate, numerics or ("fast" if check else "reference"), check)
+
+    @functools.cached_property
+    def _tuning(self) -> Tuning | None:
+        return next((tuning for tuning in self.tunings if tuning.device == device_name()), None)
+
+    @functools.cached_property
     def _tuned(self) -> dict[str, TunedCascade]:
-        tuning = next((tuning for tuning in self.tunings if tuning.device == device_name()), None)
+        tuning = self._tuning
         return {} if tuning is None else {name: TunedCascade(c, tuning) for name, c in self.cascades.items()}
 
     def _known(self, name: str | None) -> str:

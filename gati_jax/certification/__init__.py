@@ -6,6 +6,12 @@ from gati_jax.planning.binomial import samples_needed as samples_needed
 
 from .accuracy_gap import AccuracyGap as AccuracyGap
 from .accuracy_gap import accuracy_gap_bound as accuracy_gap_bound
+from .arithmetic import BASE as BASE
+from .arithmetic import ArithmeticCheck as ArithmeticCheck
+from .arithmetic import ServedBound as ServedBound
+from .arithmetic import cascade_id as cascade_id
+from .arithmetic import comparisons_of as comparisons_of
+from .arithmetic import served_bound as served_bound
 from .certificate import CONDITIONAL as CONDITIONAL
 from .certificate import SEQUENTIAL as SEQUENTIAL
 from .certificate import Certificate as Certificate

@@ -1,8 +1,8 @@
-"""Exact binomial tests of "the disagreement exceeds epsilon"."""
+"""Exact binomial tests of "the disagreement exceeds epsilon", and the bound that goes with them."""
 
 import math
 
-from scipy.stats import binom
+from scipy.stats import beta, binom
 
 MOST_SAMPLES = 2**40  # no split is larger
 
@@ -26,6 +26,16 @@ def largest_passing(n: int, epsilon: float, delta: float) -> int:
     """
     k = int(binom.ppf(delta, n, epsilon))  # the smallest k with cdf(k) >= delta
     return k if p_value(k, n, epsilon) <= delta else k - 1
+
+
+def upper_bound(k: int, n: int, delta: float) -> float:
+    """Return Clopper and Pearson's upper bound on a rate, with confidence 1 - delta, after k of n.
+
+    Example:
+        >>> round(upper_bound(0, 149, 0.05), 4), upper_bound(3, 3, 0.05)
+        (0.0199, 1.0)
+    """
+    return float(beta.ppf(1 - delta, k + 1, n - k)) if k < n else 1.0
 
 
 def samples_needed(rate: float, epsilon: float, delta: float) -> int | None:

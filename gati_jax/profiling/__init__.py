@@ -4,8 +4,10 @@ from .autotune import tune as tune
 from .autotune import tune_tile as tune_tile
 from .costs import device_name as device_name
 from .costs import measure_costs as measure_costs
+from .costs import measure_steadily as measure_steadily
 from .costs import time_interleaved as time_interleaved
 from .costs import time_turns as time_turns
+from .costs import unsteady as unsteady
 from .speed import Speed as Speed
 from .speed import expected_ms as expected_ms
 from .speed import measure_batches as measure_batches

@@ -103,6 +103,30 @@ def measure_costs(
     )
 
 
+MOST_SPREAD = 0.1
+_AGAIN = 2
+
+
+def unsteady(costs: CostTable) -> str:
+    """Return why measured times cannot be relied on, as on a busy machine; empty if they can."""
+    if costs.spread > MOST_SPREAD:
+        return f"the base's times spread by {costs.spread:.0%}, where {MOST_SPREAD:.0%} are allowed"
+    if 0.0 in costs.blocks_ms:  # measure_costs makes them so where a prefix took no longer than a shorter one
+        return f"the base up to block {costs.blocks_ms.index(0.0)} took no less time than with it"
+    return ""
+
+
+def measure_steadily(measure: Callable[[], CostTable]) -> CostTable:
+    """Return a measurement that is not ``unsteady``, of at most three; if there is none, the steadiest of them."""
+    tables: list[CostTable] = []
+    while len(tables) <= _AGAIN:
+        tables.append(measure())
+        if not (why := unsteady(tables[-1])):
+            return tables[-1]
+        _log.warning("measurement %d of at most %d: the machine is busy: %s", len(tables), 1 + _AGAIN, why)
+    return min(tables, key=lambda table: (table.blocks_ms.count(0.0), table.spread))
+
+
 LEAST_SHARE = 0.1
 _TURN = 4  # calls
 

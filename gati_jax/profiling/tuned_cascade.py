@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from gati_jax.caches import Candidate, Network, network_with_algorithms
+from gati_jax.certification import ArithmeticCheck
 from gati_jax.errors import InputError
 from gati_jax.models import Algorithm, Architecture, Chain, with_algorithms
 from gati_jax.planning import CostTable
@@ -17,7 +19,7 @@ from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
 from gati_jax.runtime.cascade import Cascade, Prediction, predict_one, predict_only
 from gati_jax.runtime.compilation import CompilerOptions
 
-from .costs import measure_costs
+from .costs import measure_costs, measure_steadily
 
 LARGEST_BUCKET = 256  # rows in one program
 MOST_TILES = 16  # each is one more loop in every span
@@ -69,14 +71,24 @@ class Tuning:
     tiles: tuple[Tile, ...]
     jaxlib: str = ""
     """The compiler's version: others may not know these options, or be faster without them."""
+    checks: tuple[ArithmeticCheck, ...] = ()
+    """How often a bundle's cascades answer otherwise than in the reference arithmetic, see ``check_tuning``."""
 
     def __post_init__(self) -> None:
         """Check that tiles rise from one for a single request, and are not too many."""
         sizes = [tile.size for tile in self.tiles]
+        if len(self.checks) > MOST_TILES:
+            raise InputError(f"checks: expected at most {MOST_TILES}, got {len(self.checks)}")
         if sizes[:1] != [1] or sizes != sorted(set(sizes)) or len(sizes) > MOST_TILES:
             raise InputError(
                 f"tiles: expected up to {MOST_TILES} rising sizes from 1 on, got {sizes[: MOST_TILES + 1]}"
             )
+
+    @property
+    def programs(self) -> str:
+        """A digest of what decides on answers: the device, the compiler, and the options and algorithms of tiles."""
+        tiles = [(tile.size, tile.options, sorted(tile.algorithms.items())) for tile in self.tiles]
+        return hashlib.sha256(repr((self.device, self.jaxlib, tiles)).encode()).hexdigest()[:32]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,6 +118,20 @@ class TunedCascade:
         # By NumPy: JAX would compile a program for every number of rows.
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
+    def each_way(self, images: Shaped[np.ndarray, "batch *input"]) -> Iterator[Prediction]:
+        """Answer every image by itself, then in tiles of each size alone, then in batches with tiles as scheduled."""
+        starts = range(0, len(images), LARGEST_BUCKET)
+        for tile in self.tuning.tiles:
+            if tile.size > LARGEST_BUCKET:
+                continue  # never used
+            if tile.size == 1:
+                parts = [predict_only(self._single, images[i : i + 1], tile.options) for i in range(len(images))]
+            else:
+                alone = BatchedCascade.of(self._tile(tile.size), Schedule.of({tile.size: 1.0}))
+                parts = [_in_tiles(alone, images[i : i + LARGEST_BUCKET], tile.options) for i in starts]
+            yield jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+        yield self.predict(images)
+
     @functools.cached_property
     def without_caches(self) -> "TunedCascade":
         """The full network, tuned like the cascade."""
@@ -131,25 +157,19 @@ class TunedCascade:
         """Return the tuning with the costs of every tile's blocks and lookups, measured now."""
         tiles = []
         for tile in self.tuning.tiles:
-            cascade = self._tile(tile.size)
-            costs = measure_costs(
-                cascade.chain, cascade.caches, rounds=rounds, batch=tile.size, options=tile.options, sites=cascade.sites
+            cascade, how = self._tile(tile.size), {"options": tile.options, "sites": self.cascade.sites}
+            once = functools.partial(
+                measure_costs, cascade.chain, cascade.caches, rounds=rounds, batch=tile.size, **how
             )
-            tiles.append(dataclasses.replace(tile, costs=costs))
+            tiles.append(dataclasses.replace(tile, costs=measure_steadily(once)))
         return dataclasses.replace(self.tuning, tiles=tuple(tiles))
 
     def _bucket(self, images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:
-        n = len(images)
-        if n == 1:
+        if len(images) == 1:
             return predict_only(self._single, images, self.tuning.tiles[0].options)
-        bucket = 1 << (n - 1).bit_length()
-        if n < bucket:
-            padding = [(0, bucket - n)] + [(0, 0)] * (images.ndim - 1)
-            images = np.pad(np.asarray(images), padding)
-        batched = self.batched(bucket)
+        batched = self.batched(_bucket_of(len(images)))
         options = next(t.options for t in self.tuning.tiles if t.size == batched.schedule.sizes[0])
-        answer = predict_tiled(batched, images, n, options)
-        return answer if n == bucket else jax.tree.map(lambda rows: np.asarray(rows)[:n], answer)
+        return _in_tiles(batched, images, options)
 
     @functools.cached_property
     def _single(self) -> Cascade:
@@ -170,6 +190,22 @@ class TunedCascade:
             return BatchedCascade(cascades=tuple(map(self._tile, schedule.sizes)), schedule=schedule)
 
         return functools.cache(build)
+
+
+def _bucket_of(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _in_tiles(
+    batched: BatchedCascade, images: Shaped[Array | np.ndarray, "batch *input"], options: CompilerOptions
+) -> Prediction:
+    """Answer a batch in tiles, padded to its bucket."""
+    n = len(images)
+    bucket = _bucket_of(max(n, *batched.schedule.sizes))
+    if n < bucket:
+        images = np.pad(np.asarray(images), [(0, bucket - n)] + [(0, 0)] * (images.ndim - 1))
+    answer = predict_tiled(batched, images, n, options)
+    return answer if n == bucket else jax.tree.map(lambda rows: np.asarray(rows)[:n], answer)
 
 
 def tuned_chain(chain: Chain, tile: Tile) -> Chain:

@@ -71,10 +71,12 @@ def build(
     epsilon: float | None = None,
     share: float = 0.1,
     without: Sequence[str] = (),
-    reference: bool = False,
     config: ControllerConfig | None = None,
 ) -> AdaptiveParts:
     """Prepare to adapt a bundle's default plan; its others are not served, for they would not be monitored.
+
+    The certified arithmetic answers even where the bundle is tuned: later caches are certified in it, and no check has
+    seen them. So shadow requests are compared with the base that certificates speak of.
 
     Args:
         bundle: As it was given.
@@ -84,7 +86,6 @@ def build(
         epsilon: The disagreement to promise; None: as certified.
         share: Of the time, for trials and refits.
         without: Layers to leave out: "exact", "nearest", "refit".
-        reference: See ``routes.load``.
         config: The controller's, in place of one that follows from ``epsilon`` and ``without``.
 
     Raises:
@@ -108,7 +109,9 @@ def build(
     trial = TrialConfig(epsilon=epsilon, delta=delta)
     recovery = RecoveryConfig(trial=trial, refit="refit" not in without, piece=_PIECE)
     worker = Worker(Recovery(bundle, adapting, versions, recovery, number=number), share, adapting.keep)
-    plan, base = routes.load(certified, reference=reference)
+    if bundle.tuned is not None:
+        _log.warning("adaptation: the tuning is not used: later caches are certified in the reference arithmetic alone")
+    plan, base = routes.load(certified, reference=True)
     served = adapting.controller.served
     same = len(plan.leave) == len(served.caches) + 1
     leave = plan.leave if same else (*[routes.UNKNOWN] * len(served.caches), 1.0)

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 
 from gati_jax import Bundle
-from gati_jax.certification import Certificate
+from gati_jax.certification import BASE, Certificate
 from gati_jax.profiling import Tuning
 from gati_jax.runtime import Cascade
 
 from . import policy
 from .records import Route
 
-BASE = "base"
 UNKNOWN = 0.5  # expected share that leaves at a cache without a count; the scheduler soon measures it
 
 
@@ -26,6 +25,8 @@ class CascadeRoute:
     cascade: Cascade
     epsilon: float | None
     """See ``Route``."""
+    delta: float
+    """The risk that ``epsilon`` is wrong."""
     leave: tuple[float, ...]
     """See ``Route``."""
     tuning: Tuning | None = None
@@ -35,20 +36,27 @@ class CascadeRoute:
 def load(bundle: Bundle, *, reference: bool = False) -> list[CascadeRoute]:
     """Return the routes of a bundle: its plans, the default one first, and the base.
 
-    With ``reference``, the tuning for this device is ignored, and the certified arithmetic runs.
+    The certified arithmetic runs if ``reference`` is set, or if the tuning for this device has no checks. Otherwise the
+    tuned one does; then what is promised of each route, the base among them, is that of the reference arithmetic plus
+    what its check bounds.
     """
-    tuned = None if reference else bundle.tuned
-    tuning = tuned.tuning if tuned else None
+    base_check = None if reference else bundle.checks.get(BASE)
+    tuning = bundle.tuned.tuning if base_check and bundle.tuned else None
     found = []
     for name, cascade in bundle.cascades.items():
         certificate = bundle.certificates[name]
-        epsilon = certificate.epsilon if certificate.certified else None
-        shares = _shares(cascade, certificate)
-        found.append(CascadeRoute(name=name, cascade=cascade, epsilon=epsilon, leave=shares, tuning=tuning))
+        bound, shares = bundle.bound_of(name, "fast" if tuning else "reference"), _shares(cascade, certificate)
+        route = CascadeRoute(
+            name=name, cascade=cascade, epsilon=bound.epsilon, delta=bound.delta, leave=shares, tuning=tuning
+        )
+        found.append(route)
     base = Cascade(bundle.chain, (), jnp.zeros(0))
     taken = {route.name for route in found}
     name = next(name for name in (BASE, *(f"{BASE}-{k}" for k in range(len(found)))) if name not in taken)
-    return [*found, CascadeRoute(name=name, cascade=base, epsilon=0.0, leave=(1.0,), tuning=tuning)]
+    epsilon, delta = (base_check.upper, base_check.delta) if base_check else (0.0, 0.0)
+    return [
+        *found, CascadeRoute(name=name, cascade=base, epsilon=epsilon, delta=delta, leave=(1.0,), tuning=tuning)
+    ]  # fmt: skip
 
 
 def _shares(cascade: Cascade, certificate: Certificate) -> tuple[float, ...]:
@@ -81,8 +89,8 @@ def choose_route(
 
     Args:
         routes: To choose from.
-        epsilon: The most disagreement allowed: selects the fastest route certified for it. The base never disagrees
-            with itself.
+        epsilon: The most disagreement allowed: selects the fastest route certified for it. The base promises 0,
+            in tuned arithmetic what its check bounds.
         deadline_ms: The time available: selects the tightest route (among those allowed by ``epsilon``) that is
             expected to answer by then, which may be the base; if there is none, the fastest.
         default: The route if neither is given.

@@ -31,7 +31,7 @@ _CONFIG_TYPES = {"UINT8": "TYPE_UINT8", "INT32": "TYPE_INT32", "FP32": "TYPE_FP3
 
 
 class Bound(NamedTuple):
-    """A certificate: at most epsilon of all requests disagree with the base, with confidence 1 - delta."""
+    """What is promised: at most epsilon of all requests disagree with the base, with confidence 1 - delta."""
 
     epsilon: float
     delta: float
@@ -54,6 +54,8 @@ class Model:
     """The certified bounds, by plan; plans without one are left out."""
     max_rows: int
     """The most images in a request."""
+    numerics: str = "reference"
+    """The arithmetic that answers: the certified one, or "fast", whose bounds include what its check adds."""
 
     @property
     def most_numbers(self) -> int:
@@ -100,7 +102,7 @@ class Model:
     def config(self) -> ModelConfig:
         """Describe the model as perf_analyzer reads it; parameters hold what the protocol has no field for."""
         bounds = {plan: self.bounds[plan]._asdict() if plan in self.bounds else None for plan in self.plans}
-        facts = {"datatypes": ",".join(self.datatypes), "plans": json.dumps(bounds)}
+        facts = {"datatypes": ",".join(self.datatypes), "plans": json.dumps(bounds), "numerics": self.numerics}
         return ModelConfig(
             name=self.name,
             platform=PLATFORM,

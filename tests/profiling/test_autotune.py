@@ -183,9 +183,11 @@ def test_a_tuning_is_kept_in_the_bundle_and_used(bundle_path, chain, splits, cap
     with pytest.raises(gati_jax.InputError, match="numerics: this bundle has not been tuned"):
         gati_jax.infer(bundle, splits["test"][0], numerics="fast")
     found = made_up(1, 4, algorithms={})
+    found = gati_jax.check_tuning(bundle, found, splits["test"][20:50])
     gati_jax.save_tuning(bundle_path, found)
     again = gati_jax.load_bundle(bundle_path, chain=chain)
     assert again.tunings == (found,)
+    assert again.bound_of().numerics == "fast"
     assert again.costs == bundle.costs
     fast, reference = (gati_jax.infer_batch(again, splits["test"][:20], numerics=n) for n in (None, "reference"))
     np.testing.assert_array_equal(fast.class_index, reference.class_index)

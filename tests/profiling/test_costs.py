@@ -73,6 +73,13 @@ def made_up(monkeypatch):
     return known
 
 
+def test_a_prefix_that_is_dearer_than_a_longer_one_is_told(chain, made_up):
+    made_up |= {str(site): float(site) for site in range(1, len(chain) + 1)}
+    assert costs.unsteady(measure_costs(chain, (), rounds=2)) == ""
+    made_up["1"] = 2.5  # and 2 blocks take 2 ms
+    assert costs.unsteady(measure_costs(chain, (), rounds=2)) == "the base up to block 1 took no less time than with it"
+
+
 @pytest.mark.parametrize(("cascade", "added"), [(5.0, 1.0), (4.5, 0.5), (4.1, 0.2), (3.0, 0.2)])
 def test_no_lookup_is_free(chain, candidates, made_up, cascade, added):
     """What all add is shared out by their times alone, 0.5 and 1.5 ms; noise takes away all but a tenth of these."""

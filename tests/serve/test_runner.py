@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import gati_jax
 from gati_jax import InputError
-from gati_jax.certification import CONDITIONAL, ExitRate
+from gati_jax.certification import CONDITIONAL, ArithmeticCheck, ExitRate
 from gati_jax.profiling import Tile, Tuning, device_name
 from gati_jax.runtime import Cascade, predict_batch
 from serve.engine import policy, routes
@@ -304,8 +304,25 @@ def test_a_tuning_decides_on_buckets_programs_and_times(residual):
     tiles = tuple(
         Tile(size=table.batch, milliseconds=table.full_ms, options=(), algorithms={}, costs=table) for table in costs
     )
-    tuned = dataclasses.replace(residual, tunings=(Tuning(device=device_name(), tiles=tiles),))
-    runner = JaxRunner(routes.load(tuned), capacity=6)
+    tuning = Tuning(device=device_name(), tiles=tiles)
+    with pytest.warns(UserWarning, match=r"run python -m train\.tune"):  # no check: the certified arithmetic answers
+        unchecked = routes.load(dataclasses.replace(residual, tunings=(tuning,)))
+    assert [(one.tuning, one.epsilon) for one in unchecked] == [(None, residual.certificate.epsilon), (None, 0.0)]
+    checks = tuple(
+        ArithmeticCheck(
+            arithmetic="fast", programs=tuning.programs, device=tuning.device, cascade=cascade, data_fingerprint="",
+            n=1000, differ=differ, delta=0.01, comparisons=1,
+        )
+        for cascade, differ in ((f"{residual.plan.hash}:1", 20), ("base", 1))
+    )  # fmt: skip
+    tuned = dataclasses.replace(residual, tunings=(dataclasses.replace(tuning, checks=checks),))
+    sources = routes.load(tuned)
+    assert [(one.tuning, one.delta) for one in routes.load(tuned, reference=True)] == [(None, 0.05), (None, 0.0)]
+    # What differs between the arithmetics is on top of what each route promises, the base included.
+    promised = [(residual.certificate.epsilon + checks[0].upper, 0.06), (checks[1].upper, 0.01)]
+    assert [(one.epsilon, one.delta) for one in sources] == [pytest.approx(both) for both in promised]
+    runner = JaxRunner(sources, capacity=6)
+    assert [one.epsilon for one in runner.routes] == [one.epsilon for one in sources]
     # sites 0 and 1 of two blocks: the lookup at the input; block 1 and a lookup; block 2
     assert runner.routes[0].stage_ms == {1: (0.25, 1.5, 2.0), 4: (0.25, 4.5, 8.0)}
     assert runner.routes[1].stage_ms == {1: (3.0,), 4: (12.0,)}

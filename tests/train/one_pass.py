@@ -68,7 +68,9 @@ KEYS = {
 def made_up_costs(measured: CostTable) -> CostTable:
     """A block takes a millisecond, a lookup a hundredth."""
     blocks = (1.0,) * len(measured.blocks_ms)
-    return dataclasses.replace(measured, blocks_ms=blocks, lookup_ms=dict.fromkeys(measured.lookup_ms, 0.01))
+    return dataclasses.replace(
+        measured, blocks_ms=blocks, lookup_ms=dict.fromkeys(measured.lookup_ms, 0.01), spread=0.0
+    )
 
 
 @contextlib.contextmanager

@@ -101,6 +101,52 @@ def test_where_nothing_can_pay_that_is_said_and_nothing_is_fitted(lookups, tmp_p
     assert len(measured) == 1  # nor measured
 
 
+BUSY = {
+    "times that spread": lambda table: dataclasses.replace(table, spread=0.11),
+    "a block that took no time": lambda table: dataclasses.replace(table, blocks_ms=(2.0, 0.0, *table.blocks_ms[2:])),
+}
+
+
+@pytest.fixture(params=BUSY)
+def busy(request, lookups, monkeypatch):
+    """The machine is busy in the first of so many measurements."""
+    _, measured = lookups
+    measure, until = gati_jax.measure_costs, [0]
+
+    def disturbed(*given: Any, **options: Any) -> CostTable:
+        table = dataclasses.replace(measure(*given, **options), spread=0.1)
+        return BUSY[request.param](table) if len(measured) <= until[0] else table
+
+    monkeypatch.setattr(gati_jax, "measure_costs", disturbed)
+    return until
+
+
+@pytest.mark.parametrize(("disturbed", "measurements"), [(0, 1), (1, 2), (2, 3), (9, 3)])
+def test_costs_of_a_busy_machine_are_measured_again_and_never_kept(
+    busy, lookups, tmp_path, caplog, disturbed, measurements
+):
+    _, measured = lookups
+    busy[0], path = disturbed, tmp_path / "costs.json"
+    steady = disturbed < 3
+    measured_tile(path, tiny.chain(), untrained(tiny.chain(), [TWO]), config())
+    assert (len(measured), path.exists()) == (measurements, steady)
+    assert ("COSTS ARE UNRELIABLE" in caplog.text) != steady
+    if not steady:
+        busy[0] = 0
+        _, costs = measured_tile(path, tiny.chain(), untrained(tiny.chain(), [TWO]), config())
+        assert (costs.full_ms, len(measured), path.exists()) == (len(tiny.chain()), 4, True)
+
+
+def test_that_nothing_can_pay_on_a_busy_machine_is_no_conclusion(busy, lookups, tmp_path):
+    said, _ = lookups
+    said |= dict.fromkeys(("fc@1", "fc+linear@1", "fc@2", "fc+linear@2"), 3.0)
+    busy[0] = 3
+    with pytest.raises(InputError, match=r"save time, got none.* the machine was busy when costs were measured"):
+        explored(tmp_path, TWO)
+    with pytest.raises(InputError, match=r"see the reasons above$"):
+        explored(tmp_path, TWO)  # measured anew, on an idle machine
+
+
 def test_costs_under_another_memory_budget_are_measured_anew(lookups, tmp_path):
     """The budget decides which candidates are measured."""
     said, measured = lookups

@@ -1,5 +1,6 @@
 """The scripts with a small network before the base, a plan for batches on tuned times, and a tuned evaluation."""
 
+import html
 import shutil
 
 import numpy as np
@@ -47,6 +48,12 @@ def test_a_tuned_evaluation_says_how_fast_every_batch_is(passed, monkeypatch, ca
     tuning = json_of(tune.main, *bundle, "--tiles", "1", "4", "--rounds", "1")
     assert [tile["size"] for tile in tuning["tiles"]] == [1, 4]
     assert all("small@0" in tile["costs"]["lookup_ms"] for tile in tuning["tiles"])
+    # What is served has a bound: the base and the plan were compared on the certify rows.
+    certificate, checked = gati_jax.load_bundle(folder / "caches" / "bundle").certificate, tuning["checks"]
+    assert [(c["cascade"], c["n"]) for c in checked] == [
+        ("base", certificate.n), (f"{certificate.plan_hash}:{certificate.step}", certificate.n)
+    ]  # fmt: skip
+    assert {c["data_fingerprint"] for c in checked} == {certificate.data_fingerprint}
     arguments = [*evaluate_arguments(folder, folder / "eval"), "--batches", "1", "4", "64", "--timed", "8"]
     measure, networks_beside = evaluate.measure_speed, []
 
@@ -57,6 +64,10 @@ def test_a_tuned_evaluation_says_how_fast_every_batch_is(passed, monkeypatch, ca
     monkeypatch.setattr(evaluate, "measure_speed", recording)
     result = json_of(evaluate.main, *arguments)
     assert networks_beside != [None]  # the tuned full network may be the fastest
+    served = result["served"]
+    assert (served["numerics"], served["delta"]) == ("fast", pytest.approx(certificate.delta + 0.01))
+    assert certificate.epsilon < served["epsilon"] < 1
+    assert served["text"] in html.unescape((folder / "eval" / "report.html").read_text())
     reference, *fast = result["cost"]["measured"]
     assert (reference["numerics"], reference["driver"], reference["batch"]) == ("reference", "while_loop", 1)
     assert [(row["batch"], row["driver"]) for row in fast] == [(1, "while_loop"), (4, "tiles")]  # 60 rows: no 64
@@ -69,6 +80,7 @@ def test_a_tuned_evaluation_says_how_fast_every_batch_is(passed, monkeypatch, ca
     evaluate.show(Evaluation.model_validate(result | {"cost": result["cost"] | {"measured": measured}}))
     printed = capsys.readouterr().out
     assert "Tuned for this device" in printed
+    assert "answers by default" in printed
     assert "over the tuned full network, which is faster than the reference one" in printed
 
 
