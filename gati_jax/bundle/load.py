@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from gati_jax.caches import Candidate, Network, build_predictor, build_selector
 from gati_jax.certification import Looks, find_ledger
 from gati_jax.errors import BundleError, InputError, describe_mismatch
-from gati_jax.models import Architecture, Chain, fold, init, layers, to_chain
+from gati_jax.models import Architecture, Chain, check_chain, check_logits, fold, init, layers, probe_chain, to_chain
+from gati_jax.planning import ReplaySource
 from gati_jax.profiling import Tile, Tuning
 from gati_jax.profiling.tuned_cascade import OPTIONS
 from gati_jax.pytrees import restore_spec
@@ -35,9 +36,13 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
         The bundle, to be passed to ``infer`` and ``infer_batch``.
 
     Raises:
-        BundleError: The folder is no bundle, is incomplete or damaged, has a newer format, or belongs to another chain.
+        BundleError: The folder is no bundle, is incomplete or damaged, has a newer format, or belongs to another chain,
+            or to other functions of the same parameters.
+        InputError: The logits of ``chain`` depend on the batch, or are not logits[batch, classes].
     """
     folder = present(Path(path))
+    if chain is not None:
+        check_logits(chain)
     manifest = read_manifest(folder)
     check_files(folder, manifest.files)
     pairs = _read_plans(folder)
@@ -58,9 +63,17 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
     devices = _read_devices(folder / "tuning", base, caches)
     try:
         for plan, _ in pairs:
-            check_origin(plan, base, caches)
+            check_origin(plan, base, caches, probed=False)
     except InputError as error:
         raise BundleError(f"bundle: {folder} is inconsistent: {error}") from error
+    if chain is not None:  # the library's own networks are known
+        check_chain(base)
+        found = ReplaySource(**probe_chain(base)._asdict())
+        if not all(plan.source.same_function(found) for plan, _ in pairs):
+            raise BundleError(
+                f"chain: expected the functions that {folder} was certified with, got others of the same parameter"
+                " shapes: their logits differ"
+            )
     return Bundle(
         chain=base,
         caches=caches,
