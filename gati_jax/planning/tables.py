@@ -23,7 +23,8 @@ class ReplaySource:
         candidates: Name and digest of the parameters of every candidate.
         dtype: Of the images. Rows are compared by their bytes, so uint8 pixels and prepared inputs must not mix.
         logits: Of the base for made-up inputs, see ``gati_jax.models.probe``: parameters alone do not say what is
-            computed from them. Empty in older files. Not in the repr, whose text is hashed.
+            computed from them. Empty in older files. Not in the repr, whose text plans
+            hash: other machines give other last digits.
         tolerance: Logits that differ by more are another function's.
     """
 

@@ -67,8 +67,6 @@ class Plan:
         text = f"({self.names!r}, {self.sites!r}, {self.depth!r}, {self.path.shape!r}, {source})"
         digest = hashlib.sha256(text.encode())
         digest.update(np.ascontiguousarray(self.path).tobytes())
-        if self.source.logits:  # unknown in older plans
-            digest.update(repr((self.source.logits, self.source.tolerance)).encode())
         return digest.hexdigest()
 
     def thresholds(self, step: int) -> Float[np.ndarray, " caches"]:
