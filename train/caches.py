@@ -137,7 +137,6 @@ def base_on_select(config: Base, chain: Chain, select: data.Dataset) -> BaseOnSe
     n, commonest = len(table), float(np.bincount(table.answers).max() / len(table))
     correct = None if table.labels is None else int((table.answers == table.labels).sum())
     base = BaseOnSelect(accuracy_select=None if correct is None else correct / n, n=n, commonest_answer=commonest)
-    _log.info(base_line(base))
     why = f"one answer for {commonest:.1%} of select's images" if commonest > _ALWAYS else ""
     poor = 1 / chain.classes + min(0.5 / chain.classes, 0.05)  # half as good again as guessing, of two classes 55 %
     if not why and correct is not None and binom.sf(correct - 1, n, poor) > _RISK:
@@ -147,6 +146,7 @@ def base_on_select(config: Base, chain: Chain, select: data.Dataset) -> BaseOnSe
             f"base: expected one that has learned the classes, got {why}: check base.weights, base.normalization"
             f" ({config.normalization}) and the labels, or give --base.accept-low-accuracy true"
         )
+    _log.info(base_line(base))
     return base
 
 
