@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt64
+from scipy.stats import binom
 
 import gati_jax
 from gati_jax import Chain, Head, InputError, ReplayTable, data
@@ -27,7 +28,7 @@ from train import cli, zoo
 
 from .config import Base, Config, Source
 from .exploration import explore
-from .results import Caches, CertificateResult, PlannedCache, PlanResult, Predicted
+from .results import BaseOnSelect, Caches, CertificateResult, PlannedCache, PlanResult, Predicted
 
 EXAMPLE = (
     "python -m train.caches --config configs/cifar10_resnet56.toml --out runs/r56"
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = data.row_digests(parts["certify"].images)
     count_duplicates(rows, drawn=config.plan.repeats)
     check_open(arguments.ledger, rows, arguments.out)
+    base = base_on_select(config.base, chain, parts["select"])
 
     heads = [*(head.build() for head in config.fit.heads), *small_networks(config)]
     found = explore(config, chain, heads, parts, arguments.out)
@@ -96,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     result = Caches(
         **dict(summary(select, certify, costs, plan, certificate)),
         also=tuple(summary(select, certify, costs, *other) for other in also),
+        base=base,
         bundle=str(path),
         fit_seconds=found.fit_seconds,
         epochs=candidates.epochs,
@@ -146,6 +149,38 @@ def check_open(ledger: AnyLedger, rows: UInt64[np.ndarray, " n"], out: Path) -> 
         )
 
 
+_ALWAYS, _RISK = 0.99, 0.05
+
+
+def base_on_select(config: Base, chain: Chain, select: data.Dataset) -> BaseOnSelect:
+    """Return how good the base is, before anything is fitted: caches of a broken base are certified like any others.
+
+    Raises:
+        InputError: It guesses, or gives almost always the same answer, and the config does not accept that.
+    """
+    table = gati_jax.replay(chain, (), select.images, labels=select.labels)
+    n, commonest = len(table), float(np.bincount(table.answers).max() / len(table))
+    correct = None if table.labels is None else int((table.answers == table.labels).sum())
+    base = BaseOnSelect(accuracy_select=None if correct is None else correct / n, n=n, commonest_answer=commonest)
+    why = f"one answer for {commonest:.1%} of select's images" if commonest > _ALWAYS else ""
+    poor = 1 / chain.classes + min(0.5 / chain.classes, 0.05)  # half as good again as guessing, of two classes 55 %
+    if not why and correct is not None and binom.sf(correct - 1, n, poor) > _RISK:
+        why = f"{correct / n:.1%} of {n} correct on select, where guessing gives {1 / chain.classes:.1%}"
+    if why and not config.accept_low_accuracy:
+        raise InputError(
+            f"base: expected one that has learned the classes, got {why}: check base.weights, base.normalization"
+            f" ({config.normalization}) and the labels, or give --base.accept-low-accuracy true"
+        )
+    _log.info(base_line(base))
+    return base
+
+
+def base_line(base: BaseOnSelect) -> str:
+    """Describe the base."""
+    accuracy = "of unknown accuracy" if base.accuracy_select is None else f"{base.accuracy_select:.2%} accurate"
+    return f"base: {accuracy} on select ({base.n} images); its commonest answer has {base.commonest_answer:.1%} of them"
+
+
 def base_saw_certify(config: Config) -> bool:
     """Return whether the base was trained on rows of the certify split."""
     return bool(overlapping(config.data.splits.certify, config.data.base_trained_on))
@@ -187,7 +222,9 @@ def composition_entry(composition: Composition) -> dict[str, Any]:
 
 
 def show(result: Caches, title: str) -> None:
-    """Print the plan and what was certified."""
+    """Print the base's accuracy, the plan and what was certified."""
+    if result.base:
+        print(base_line(result.base))
     columns = ("cache", "site", "threshold", "agreement on select")
     rows = [(c.name, c.site, "off" if c.threshold is None else c.threshold, c.agreement) for c in result.plan]
     cli.show(title, columns, rows)

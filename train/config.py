@@ -91,6 +91,9 @@ class Base(Section):
     input_shape: tuple[Side, Side, Side] = Field(default=(32, 32, 3), description="height, width and channels")
     shortcut: Literal["A", "B"] | None = Field(default=None, description="of residual networks; unset: as published")
     normalization: Normalization | None = Field(default=None, description="unset: what the weights' metadata say")
+    accept_low_accuracy: bool = Field(
+        default=False, description="fit caches for a base that guesses, or always gives the same answer"
+    )
     training: BaseTraining = BaseTraining()
 
     @model_validator(mode="after")

@@ -100,9 +100,18 @@ class PlanResult(Record):
     predicted: Predicted
 
 
+class BaseOnSelect(Record):
+    """The base on the select split."""
+
+    accuracy_select: float | None  # None without labels
+    n: int
+    commonest_answer: float  # its share of the answers
+
+
 class Caches(PlanResult):
     """caches.json: the default plan, and the others that were certified with it."""
 
+    base: BaseOnSelect | None = None
     also: tuple[PlanResult, ...] = ()
     bundle: str
     fit_seconds: float

@@ -14,14 +14,15 @@ import jax.numpy as jnp
 from gati_jax.caches import Candidate, Network, build_predictor, build_selector
 from gati_jax.certification import Looks, find_ledger
 from gati_jax.errors import BundleError, InputError, describe_mismatch
-from gati_jax.models import Architecture, Chain, fold, init, layers, to_chain
+from gati_jax.models import Architecture, Chain, check_chain, check_logits, fold, init, layers, probe_chain, to_chain
+from gati_jax.planning import ReplaySource
 from gati_jax.profiling import Tuning
 from gati_jax.profiling.tuned_cascade import OPTIONS
 from gati_jax.pytrees import restore_spec
 
 from .files import check_files, present
 from .manifest import LOOKS, CacheEntry, Certificates, DeviceFile, Manifest, Plans, read_json, read_manifest
-from .record import Bundle, check_origin, check_plans
+from .record import Bundle, CertifiedPlans, check_origin, check_plans
 
 
 def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
@@ -35,21 +36,16 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
         The bundle, to be passed to ``infer`` and ``infer_batch``.
 
     Raises:
-        BundleError: The folder is no bundle, is incomplete or damaged, has a newer format, or belongs to another chain.
+        BundleError: The folder is no bundle, is incomplete or damaged, has a newer format, or belongs to another chain,
+            or to other functions of the same parameters.
+        InputError: The logits of ``chain`` depend on the batch, or are not logits[batch, classes].
     """
     folder = present(Path(path))
+    if chain is not None:
+        check_logits(chain)
     manifest = read_manifest(folder)
     check_files(folder, manifest.files)
-    plans = read_json(folder / "plans.json", Plans).plans
-    certificates = read_json(folder / "certificates.json", Certificates).certificates
-    if len(plans) != len(certificates):
-        got = f"{len(plans)} plans and {len(certificates)} certificates"
-        raise BundleError(f"bundle: {folder} is inconsistent: expected a certificate for each plan, got {got}")
-    try:
-        pairs = tuple((plan.plan(), certificate) for plan, certificate in zip(plans, certificates, strict=True))
-        sites = check_plans(pairs)
-    except InputError as error:
-        raise BundleError(f"bundle: {folder} is inconsistent: {error}") from error
+    pairs, sites = _read_plans(folder)
     if [(c.name, c.site) for c in manifest.caches] != list(sites.items()):
         raise BundleError(f"bundle: {folder} is inconsistent: its plan, certificate and caches do not belong together")
     skeleton = _skeleton(manifest, chain)
@@ -67,9 +63,11 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
     devices = _read_devices(folder / "tuning", base, caches)
     try:
         for plan, _ in pairs:
-            check_origin(plan, base, caches)
+            check_origin(plan, base, caches, probed=False)
     except InputError as error:
         raise BundleError(f"bundle: {folder} is inconsistent: {error}") from error
+    if chain is not None:  # the library's own networks are known
+        _check_function(base, pairs, folder)
     return Bundle(
         chain=base,
         caches=caches,
@@ -81,6 +79,31 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
         costs=tuple(table for file in devices for table in file.costs),
         tunings=tuple(file.tuning for file in devices if file.tuning is not None),
     )
+
+
+def _read_plans(folder: Path) -> tuple[CertifiedPlans, dict[str, int]]:
+    """Return the plans with their certificates, and the sites of all caches by name."""
+    plans = read_json(folder / "plans.json", Plans).plans
+    certificates = read_json(folder / "certificates.json", Certificates).certificates
+    if len(plans) != len(certificates):
+        got = f"{len(plans)} plans and {len(certificates)} certificates"
+        raise BundleError(f"bundle: {folder} is inconsistent: expected a certificate for each plan, got {got}")
+    try:
+        pairs = tuple((plan.plan(), certificate) for plan, certificate in zip(plans, certificates, strict=True))
+        return pairs, check_plans(pairs)
+    except InputError as error:
+        raise BundleError(f"bundle: {folder} is inconsistent: {error}") from error
+
+
+def _check_function(base: Chain, pairs: CertifiedPlans, folder: Path) -> None:
+    """Check that a user's chain computes what the plans were made with, and not only has the same parameters."""
+    check_chain(base)
+    found = ReplaySource(**probe_chain(base)._asdict())
+    if not all(plan.source.same_function(found) for plan, _ in pairs):
+        raise BundleError(
+            f"chain: expected the functions that {folder} was certified with, got others of the same parameter"
+            " shapes: their logits differ"
+        )
 
 
 def _skeleton(manifest: Manifest, chain: Chain | None) -> Chain:

@@ -153,14 +153,23 @@ class Bundle:
         return cascade
 
 
-def check_origin(plan: Plan, chain: Chain, caches: tuple[Candidate, ...]) -> None:
+def check_origin(plan: Plan, chain: Chain, caches: tuple[Candidate, ...], *, probed: bool = True) -> None:
     """Check that a plan was made from these parameters; a plan made by hand does not say from which.
 
+    Args:
+        plan: The plan.
+        chain: The base.
+        caches: Among them the plan's.
+        probed: Whether to run the base, to see that it is the same function of its parameters.
+
     Raises:
-        InputError: The base or a cache has other parameters.
+        InputError: The base or a cache has other parameters, or the base is another function.
     """
-    if plan.source != ReplaySource():
-        plan.source.check(replay_source(chain, choose(caches, plan.names), plan.source.dtype), "candidates")
+    if plan.source == ReplaySource():
+        return
+    probed = probed and bool(plan.source.logits)
+    found = replay_source(chain, choose(caches, plan.names), plan.source.dtype, probed=probed)
+    plan.source.check(found, "candidates")
 
 
 def check_plans(pairs: tuple[tuple[Plan, Certificate], ...]) -> dict[str, int]:

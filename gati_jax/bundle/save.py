@@ -6,7 +6,7 @@ from pathlib import Path
 from gati_jax.caches import Candidate, choose, describe_predictor, describe_selector
 from gati_jax.certification import AnyLedger, Certificate, find_ledger
 from gati_jax.errors import InputError
-from gati_jax.models import Architecture, Chain
+from gati_jax.models import Architecture, Chain, to_chain
 from gati_jax.planning import CostTable, Plan
 from gati_jax.profiling import Tuning
 
@@ -59,8 +59,8 @@ def save_bundle(
 
     Raises:
         InputError: A certificate is another plan's, the plans were not certified together or have the same name, a
-            cache is of a kind that no bundle can hold, there are other class names than logits, or ``path`` is
-            something else than a bundle.
+            cache is of a kind that no bundle can hold, there are other class names than logits, ``path`` is something
+            else than a bundle, or the chain's blocks are not those of its network, from which they would be rebuilt.
     """
     from orbax.checkpoint import v1 as ocp  # noqa: PLC0415 (takes seconds to import, and answering does without)
 
@@ -71,6 +71,13 @@ def save_bundle(
         raise InputError(
             f"class_names: expected one for each of {chain.classes} logits, or none, got {len(class_names)}"
         )
+    if isinstance(chain.network, Architecture):
+        rebuilt = to_chain(chain.network, tuple(chain.params))
+        if (rebuilt.blocks, rebuilt.classifier) != (chain.blocks, chain.classifier):
+            raise InputError(
+                "chain: expected the blocks of its network, from which they are rebuilt, got other functions: give it"
+                " network=None"
+            )
     caches = choose(candidates, names)
     for one, _ in pairs:
         sites = tuple(c.site for c in choose(caches, one.names))

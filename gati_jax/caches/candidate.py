@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from pydantic import Field
 
 from gati_jax.errors import InputError
-from gati_jax.models import Chain
+from gati_jax.models import Chain, probe_chain
 from gati_jax.planning import ReplaySource
 from gati_jax.pytrees import call, register_pytree, tree_bytes, tree_digest
 
@@ -122,10 +122,20 @@ def choose(candidates: Iterable[Candidate], names: Sequence[str]) -> tuple[Candi
     return tuple(by_name[name] for name in names)
 
 
-def replay_source(chain: Chain, candidates: Iterable[Candidate], dtype: str) -> ReplaySource:
-    """Return a record of the parameters and the images' dtype that a replay of these candidates depends on."""
+def replay_source(chain: Chain, candidates: Iterable[Candidate], dtype: str, *, probed: bool = True) -> ReplaySource:
+    """Return a record of the parameters and the base's function that a replay of these candidates depends on.
+
+    Args:
+        chain: The base.
+        candidates: The caches.
+        dtype: Of the images.
+        probed: Whether to run the base, to tell its function from others of the same parameters.
+    """
+    logits, tolerance = probe_chain(chain) if probed else ((), 0.0)
     digests = tuple((c.name, tree_digest(c.params)) for c in candidates)
-    return ReplaySource(base=tree_digest(chain.params), candidates=digests, dtype=dtype)
+    return ReplaySource(
+        base=tree_digest(chain.params), candidates=digests, dtype=dtype, logits=logits, tolerance=tolerance
+    )
 
 
 class Cascaded(nn.Module):

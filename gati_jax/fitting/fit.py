@@ -17,7 +17,7 @@ from gati_jax.caches import Candidate, choose, predict_all
 from gati_jax.caches.candidate import Part
 from gati_jax.data import check_distinct_rows, fingerprint, full_batches, row_digests
 from gati_jax.errors import InputError
-from gati_jax.models import Chain, check_images
+from gati_jax.models import Chain, check_chain, check_images, warn_of_inputs
 from gati_jax.pytrees import Static, call, tree_digest
 
 from .heads import DEFAULT_HEADS, Head, more_selectors, parts_of
@@ -88,9 +88,12 @@ def fit(
         progress: Whether to draw a progress bar on a terminal.
 
     Raises:
-        InputError: Images that the chain does not take, overlapping splits, or a site that the chain does not have.
+        InputError: Images that the chain does not take, overlapping splits, a site that the chain does not have, or a
+            chain whose logits are not finite or depend on the batch.
     """
     splits = check_splits(chain, images, select)
+    check_chain(chain, splits.images)
+    warn_of_inputs(chain, splits.images)
     parts = parts_of(chain, heads)
     fold = deal_folds(splits.select_rows, config)
     to_train = {name: part for name, part in parts.items() if part.variables is None}

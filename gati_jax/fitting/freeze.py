@@ -35,7 +35,7 @@ from gati_jax.caches import (
 )
 from gati_jax.caches.candidate import Part
 from gati_jax.errors import InputError
-from gati_jax.models import Chain
+from gati_jax.models import Chain, check_chain, warn_of_inputs
 from gati_jax.options import Count, check_options
 
 from .fit import Candidates, check_splits, train
@@ -132,6 +132,8 @@ def fit_freeze(
             for fewer points than a cache looks up, or "kmeans" without scikit-learn.
     """
     splits = check_splits(chain, images, select)
+    check_chain(chain, splits.images)
+    warn_of_inputs(chain, splits.images)
     parts = parts_of(chain, [_key_head(freeze, sites)])
     kept = freeze.points(len(splits.images), len(parts)) if "knn" in freeze.kinds else 0
     if "kmeans" in freeze.kinds and freeze.centres > len(splits.images):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 from gati_jax.caches import Candidate, predict_all, replay_source
 from gati_jax.data import check_distinct_rows, full_batches, row_digests
 from gati_jax.errors import InputError
-from gati_jax.models import Chain, check_images
+from gati_jax.models import Chain, check_chain, check_images
 from gati_jax.models.chain import reference
 from gati_jax.planning import ReplayTable
 from gati_jax.planning.tables import NO_ROWS
@@ -45,11 +45,13 @@ def replay(
         pause: Called after every step.
 
     Raises:
-        InputError: Images that the chain does not take, or that the predictors were fitted on.
+        InputError: Images that the chain does not take, or that the predictors were fitted on; or a chain whose logits
+            are not finite or depend on the batch.
     """
     images, items = check_images(chain, images), tuple(candidates)
     if len(images) == 0:
         raise InputError("images: expected at least one, got none")
+    check_chain(chain, images)
     rows = row_digests(images)
     if isinstance(candidates, Candidates):
         if str(images.dtype) != candidates.dtype:  # rows could not be told apart
@@ -60,6 +62,8 @@ def replay(
     else:
         selectors, fold, fitted = _final_selectors(items), np.zeros(len(rows), np.int32), NO_ROWS
     outputs = _outputs(chain, items, selectors, images, fold, batch=batch, pause=pause)
+    if wrong := int((~np.isfinite(outputs.logits)).any(0).sum()):
+        raise InputError(f"chain: expected finite logits, got NaN or infinity for {wrong} of {len(images)} images")
     return ReplayTable(
         names=tuple(c.name for c in items),
         sites=tuple(c.site for c in items),

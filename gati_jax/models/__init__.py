@@ -27,6 +27,10 @@ from .networks import store_params as store_params
 from .networks import to_chain as to_chain
 from .networks import winograd_where_wide as winograd_where_wide
 from .networks import with_algorithms as with_algorithms
+from .probe import check_chain as check_chain
+from .probe import check_logits as check_logits
+from .probe import probe_chain as probe_chain
+from .probe import warn_of_inputs as warn_of_inputs
 from .weights import export_state_dict as export_state_dict
 from .weights import import_state_dict as import_state_dict
 from .weights import read_metadata as read_metadata

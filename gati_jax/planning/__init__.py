@@ -1,6 +1,6 @@
 """From a replay table and a cost table to a plan. NumPy and SciPy only: planning never runs a network.
 
-``plan`` in threshold_path calls ``compose``, which states a problem, starts from a greedy walk and a local search, and
+``plan`` in threshold_path calls ``compose``, which states a problem, starts from a local search, and
 ends in branch and bound with bounds by Lagrangian relaxation.
 """
 

@@ -21,9 +21,8 @@ from gati_jax.errors import InputError
 
 from .binomial import largest_passing
 from .branch_and_bound import initial_multipliers, solve
-from .greedy import MAX_THRESHOLDS
 from .local_search import Found, alternatives, first_search, polish, search_on
-from .problem import RESOURCES, Choice, Problem, evaluate, read_problem, used, within
+from .problem import MAX_THRESHOLDS, RESOURCES, Choice, Problem, evaluate, read_problem, used, within
 from .tables import CostTable, ReplayTable, cascade_ms, replay_plan
 
 GRID = 16  # thresholds a candidate in the exact search; the local one sees MAX_THRESHOLDS

@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Int
 
 from .tables import CostTable, ReplayTable
 
+MAX_THRESHOLDS = 64  # for each candidate: more would fit the noise of a few thousand requests
+
 Option = tuple[int, int]
 """A candidate and the index of one of its thresholds."""
 Choice = tuple[Option | None, ...]

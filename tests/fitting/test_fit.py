@@ -143,7 +143,7 @@ def test_sites_that_the_chain_does_not_have_or_has_once_are_refused(sites, messa
 
 def test_a_chain_of_one_block_has_no_site_by_default():
     base = tiny.chain()
-    short = gati_jax.Chain(base.blocks[:1], base.classifier, (base.params[0], np.ones((10, 4))), base.input_spec)
+    short = gati_jax.Chain(base.blocks[:1], base.classifier, (base.params[0], np.eye(10, 4)), base.input_spec)
     with pytest.raises(InputError, match="a chain of 1 blocks has by default sites 1 to N - 1"):
         gati_jax.fit(short, tiny.images()[0], select=tiny.images()[1])
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import gati_jax
 from gati_jax.certification import largest_passing
-from gati_jax.planning import ReplaySource, ReplayTable, greedy
+from gati_jax.planning import ReplaySource, ReplayTable, threshold_path
 from tests.planning.reference import OFF, make_costs, make_plan, make_table, random_tables, serve
 
 SEEDS = st.integers(0, 2**31)
@@ -173,8 +173,8 @@ def test_planning_on_double_precision_scores_ends(monkeypatch):
         assert lowered <= 100
         return best_move(*args)
 
-    best_move = greedy._best_move
-    monkeypatch.setattr(greedy, "_best_move", counted)
+    best_move = threshold_path._best_move
+    monkeypatch.setattr(threshold_path, "_best_move", counted)
     assert gati_jax.plan(table, make_costs([1, 1], [0.1]), epsilon=0.1).mean_ms[-1] == pytest.approx(1.1)
     assert lowered
 

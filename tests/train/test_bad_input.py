@@ -120,6 +120,15 @@ def test_bad_weights_are_one_line(capsys, tmp_path, zeros, make, message):
     assert message in refuse(capsys, caches.main, *arguments)
 
 
+def test_a_base_that_knows_one_answer_is_refused_before_anything_is_fitted(capsys, tmp_path, zeros):
+    out = tmp_path / "out"
+    looks = ["--ledger", str(tmp_path / "looks")]
+    said = refuse(capsys, caches.main, *DIGITS, *looks, "--base.weights", str(zeros), "--out", str(out))
+    assert "one answer for 100.0% of select's images: check base.weights, base.normalization (Normal" in said
+    assert "or give --base.accept-low-accuracy true" in said
+    assert not out.exists()
+
+
 def test_policies_are_not_compared_without_labels(capsys, monkeypatch, tmp_path, zeros):
     load = data.load
     monkeypatch.setattr(data, "load", lambda *a, **k: dataclasses.replace(load(*a, **k), labels=None))

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from gati_jax.fitting import untrained
 from gati_jax.planning import Composition, compose, threshold_path
 from tests.fitting import tiny
 from tests.train.one_pass import DIGITS
+from train.caches import base_line, base_on_select
 from train.config import Config, load
 from train.exploration import Explored, explore, within
 from train.records import measured_tile
@@ -52,6 +54,26 @@ def lookups(monkeypatch):
 
 def explored(tmp_path, *heads: Head, options: Sequence[str] = ()) -> Explored:
     return explore(config(*options), tiny.chain(), heads, parts(), tmp_path)
+
+
+@pytest.mark.parametrize(("right", "passes"), [(0.25, False), (0.4, False), (0.6, True), (None, True)])
+def test_a_base_must_be_better_than_guessing_where_labels_say_so(caplog, right, passes):
+    """Of 60 images and four classes, 37.5 % is half as good again as guessing."""
+    chain, select = tiny.chain(), tiny.images()[1]
+    answers = np.argmax(np.asarray(chain(jnp.asarray(select))), -1).astype(np.int32)
+    labels = None if right is None else np.where(np.arange(60) < 60 * right, answers, (answers + 1) % 4)
+    split = data.Dataset(images=select, labels=labels)
+    accepting = config("--base.accept-low-accuracy", "true").base
+    with caplog.at_level("INFO"):
+        found = base_on_select(accepting, chain, split)
+    assert found.accuracy_select == (None if right is None else pytest.approx(right))
+    assert found.commonest_answer == np.bincount(answers).max() / 60
+    assert base_line(found) in caplog.text
+    if passes:
+        assert base_on_select(config().base, chain, split) == found
+    else:
+        with pytest.raises(InputError, match=rf"^base: .*got {right:.1%} of 60 correct .* guessing gives 25.0%"):
+            base_on_select(config().base, chain, split)
 
 
 NAMES = [f"{kind}@{site}" for kind in ("fc", "fc+linear", "fc2", "wide") for site in (1, 2)]

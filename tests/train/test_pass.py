@@ -73,6 +73,14 @@ def test_certificate_is_the_bundle_s_and_holds_as_it_should(run, table, predicti
     assert binom.cdf(said["disagreements"], said["n"], said["epsilon"]) <= said["delta"]
 
 
+def test_caches_json_says_how_good_the_base_is_on_select(run):
+    select = data.load("digits", "all[897:1197]")
+    variables = import_state_dict(TINY, load_file(run.folder / "base" / "base.safetensors"))
+    pixels = (select.images.astype(np.float32) / 16 - np.float32(0.305)) / np.float32(0.376)
+    accuracy = np.mean(np.argmax(apply(TINY, variables, jnp.asarray(pixels)), -1) == select.labels)
+    assert (run.caches["base"]["accuracy_select"], run.caches["base"]["n"]) == (pytest.approx(accuracy), 300)
+
+
 def test_costs_are_consistent(run):
     cost = run.evaluation["cost"]
     (measured,) = cost["measured"]

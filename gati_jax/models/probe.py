@@ -1,0 +1,190 @@
+"""Probes: a few inputs show whether a chain is a function of single inputs, and which function it is.
+
+Digests of parameters cannot tell tanh from relu, and a function that depends on the batch has no answers to agree with.
+"""
+
+import math
+import re
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num
+
+from gati_jax.errors import InputError
+
+from .chain import Chain, Normalization, reference
+
+ROWS = 8
+_COLUMNS = 32  # logits that are kept of each row
+_NOISE = 1e-3  # of the logits' spread: true float32 differs by 1e-5 or so between batch sizes and machines
+_COARSE_NOISE = 5e-2  # where values are rounded on the way, a last bit may become a step
+_COARSE = re.compile(r"f16\[|f8_|i[48]\[|\bround\b|\bfloor\b|\bsign\b")  # in a printed program
+_MANY = 256  # rows that are enough to see a base that always gives the same answer
+_SAME = 0.99
+_FEW = 100  # too few rows to call an answer the only one
+_MAX_PIXEL = 255
+
+
+class Probe(NamedTuple):
+    """What a chain computes for fixed made-up inputs, by which another function of the same parameters is told."""
+
+    logits: tuple[float, ...]
+    """Of eight rows, at most 32 of each, to six digits."""
+    tolerance: float
+    """Logits that differ by more are another function's."""
+
+
+def probe_chain(chain: Chain) -> Probe:
+    """Return the probe of a chain: the same on every machine, within its tolerance."""
+    if "_probe" not in chain.__dict__:
+        logits = _run(chain, _made_up(chain))
+        columns = np.unique(np.linspace(0, logits.shape[1] - 1, _COLUMNS).round().astype(int))
+        kept = tuple(float(f"{logit:.6g}") for logit in np.nan_to_num(logits[:, columns]).flat)
+        chain.__dict__["_probe"] = Probe(kept, float(f"{_tolerance(chain, logits):.6g}"))
+    return chain.__dict__["_probe"]
+
+
+def check_logits(chain: Chain) -> None:
+    """Check, without running it, that a chain has parameters and gives logits[batch, classes].
+
+    Raises:
+        InputError: It has none, fails, or gives something else.
+    """
+    spec = chain.input_spec
+    if not jax.tree.leaves(chain.params):
+        raise InputError(
+            "chain: expected parameters, got none: weights that blocks close over are neither saved nor compared;"
+            " pass them as params"
+        )
+    batch = jax.ShapeDtypeStruct((ROWS, *spec.shape), spec.dtype)
+    try:
+        got = jax.eval_shape(lambda c, x: c.classifier(c.params[-1], c.span(x, 0, len(c))), chain, batch)
+    except (TypeError, ValueError, LookupError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        expected = f"functions of a batch of {spec.dtype}{list(spec.shape)}"
+        raise InputError(f"chain: expected {expected}, got an error from them: {reason}") from error
+    if not isinstance(got, jax.ShapeDtypeStruct):
+        raise InputError(f"chain: expected one array of logits[batch, classes], got {type(got).__name__}")
+    if len(got.shape) != 2 or got.shape[0] != ROWS or got.shape[1] < 2:  # noqa: PLR2004
+        hint = " (for one sigmoid logit z, return [0, z])" if got.shape in {(ROWS,), (ROWS, 1)} else ""
+        raise InputError(
+            f"chain: expected logits[batch, classes] of two classes or more, got {list(got.shape)}"
+            f" for a batch of {ROWS}{hint}"
+        )
+
+
+def check_chain(chain: Chain, images: Num[np.ndarray, "n ..."] | None = None) -> None:
+    """Check, once for a chain, that its logits are finite and the same for a row alone as in a batch.
+
+    Args:
+        chain: The base.
+        images: Some of what it is meant for, as ``check_images`` returns it; made-up rows are added to fewer than 8.
+
+    Raises:
+        InputError: They are not; or see ``check_logits``.
+    """
+    if "_checked" in chain.__dict__:
+        return
+    check_logits(chain)
+    if chain.normalization is not None:
+        _warn_of_constants(chain.normalization)
+    inputs, own = _made_up(chain), 0
+    if images is not None:
+        rows = chain.prepare(images[_spread_rows(len(images), ROWS)])
+        inputs, own = jnp.concatenate([rows, jnp.asarray(inputs, rows.dtype)])[:ROWS], len(rows)
+    together = _run(chain, inputs)
+    alone = np.concatenate([_run(chain, inputs[i : i + 1]) for i in range(ROWS)])
+    if wrong := int((~np.isfinite(together))[:own].any(1).sum()):
+        raise InputError(f"chain: expected finite logits, got NaN or infinity for {wrong} of {own} images")
+    together, alone = np.nan_to_num(together), np.nan_to_num(alone)
+    if (apart := np.abs(together - alone).max()) > _tolerance(chain, together):
+        raise InputError(
+            f"chain: expected the same logits for a row alone as in a batch of {ROWS}, got ones that differ by"
+            f" {apart / together.std():.2g} of their spread: is batch norm or dropout in training mode?"
+        )
+    chain.__dict__["_checked"] = True
+
+
+def warn_of_inputs(chain: Chain, images: Num[np.ndarray, "n ..."]) -> None:
+    """Warn of prepared inputs that are not normalised, and of a base that gives nearly all of them the same answer.
+
+    Args:
+        chain: The base.
+        images: What it is meant for, as ``check_images`` returns it.
+    """
+    rows = images[_spread_rows(len(images), _MANY)]
+    if chain.normalization is not None and jnp.issubdtype(images.dtype, jnp.floating):
+        _warn_of_range(chain.normalization, rows.astype(np.float32))
+    if len(rows) < _FEW:
+        return
+    starts = range(0, len(rows) - ROWS + 1, ROWS)  # whole batches of a size that is compiled already
+    answers = np.concatenate([_run(chain, chain.prepare(rows[i : i + ROWS])).argmax(1) for i in starts])
+    answer, count = max(zip(*np.unique(answers, return_counts=True), strict=True), key=lambda pair: pair[1])
+    if count > _SAME * len(answers):
+        warnings.warn(
+            f"chain: it answers class {answer} for {count} of {len(answers)} images, so any cache agrees with it: are"
+            " its weights and the normalization right?",
+            stacklevel=3,
+        )
+
+
+def _made_up(chain: Chain) -> Num[Array, "batch ..."]:
+    """Return eight prepared inputs of noise, from a bit stream that NumPy keeps stable."""
+    spec = chain.input_spec
+    shape = (ROWS, *spec.shape)
+    pixels = (np.random.PCG64(0).random_raw(math.prod(shape)) >> np.uint64(56)).astype(np.uint8).reshape(shape)
+    if chain.normalization is not None:
+        return chain.prepare(pixels)
+    if jnp.issubdtype(spec.dtype, jnp.floating):
+        return jnp.asarray((pixels + np.float32(0.5)) / np.float32(_MAX_PIXEL + 1), spec.dtype)
+    return jnp.asarray(pixels if spec.dtype == jnp.uint8 else pixels % 2, spec.dtype)  # small enough for any vocabulary
+
+
+def _spread_rows(n: int, most: int) -> np.ndarray:
+    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
+
+
+@jax.jit
+@reference
+def _logits(chain: Chain, inputs: Num[Array, "batch ..."]) -> Num[Array, "batch classes"]:
+    return chain(inputs)
+
+
+def _run(chain: Chain, inputs: Num[Array, "batch ..."]) -> Float[np.ndarray, "batch classes"]:
+    return np.asarray(_logits(chain, inputs)).astype(np.float64)
+
+
+def _tolerance(chain: Chain, logits: Float[np.ndarray, "batch classes"]) -> float:
+    """Return by how much logits of one function may differ between batch sizes and machines."""
+    spec = jax.ShapeDtypeStruct((1, *chain.input_spec.shape), chain.input_spec.dtype)
+    coarse = _COARSE.search(str(jax.make_jaxpr(Chain.__call__)(chain, spec)))
+    logits = np.nan_to_num(logits)
+    return float(max((_COARSE_NOISE if coarse else _NOISE) * logits.std(), 1e-5 * np.abs(logits).max()))
+
+
+def _warn_of_constants(normalization: Normalization) -> None:
+    most = abs(normalization.scale) * _MAX_PIXEL
+    for name in ("mean", "std"):
+        values = getattr(normalization, name)
+        if max(map(abs, values)) > 1.01 * most:
+            warnings.warn(
+                f"normalization.{name}: expected that of scaled pixels, at most 255 x scale = {most:.4g}, got {values}",
+                stacklevel=4,
+            )
+
+
+def _warn_of_range(normalization: Normalization, rows: Float[np.ndarray, "n ..."]) -> None:
+    """Warn of float inputs that cannot be normalised images: far outside of their range, or only above their mean."""
+    mean, std = np.array(normalization.mean), np.array(normalization.std)
+    low, high = float((-mean / std).min()), float(((_MAX_PIXEL * normalization.scale - mean) / std).max())
+    least, most, width = float(rows.min()), float(rows.max()), high - low
+    outside = least < low - width or most > high + width
+    if outside or (least >= 0 > low) or most - least < width / 20:
+        warnings.warn(
+            f"images: expected inputs normalised by mean {normalization.mean} and std {normalization.std}, which lie in"
+            f" {low:.3g} .. {high:.3g}, got floats in {least:.3g} .. {most:.3g}; only uint8 pixels are normalised here",
+            stacklevel=4,
+        )
