@@ -173,6 +173,11 @@ class CacheMemory(NamedTuple):
     key_network: int
     points: int
 
+    @property
+    def total(self) -> int:
+        """Key network and points, as freeze.json has it."""
+        return self.key_network + self.points
+
 
 def memory_report(candidates: Iterable[Candidate]) -> tuple[CacheMemory, ...]:
     """Return the memory of each neighbour cache, its key network included.
