@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 
 from gati_jax.caches import Candidate, Network, build_predictor, build_selector
-from gati_jax.certification import Looks, find_ledger
+from gati_jax.certification import Certificate, Looks, find_ledger
 from gati_jax.errors import BundleError, InputError, describe_mismatch
 from gati_jax.models import Architecture, Chain, check_chain, check_logits, fold, init, layers, probe_chain, to_chain
-from gati_jax.planning import ReplaySource
+from gati_jax.planning import Plan, ReplaySource
 from gati_jax.profiling import Tuning
 from gati_jax.profiling.tuned_cascade import OPTIONS
 from gati_jax.pytrees import restore_spec
 
 from .files import check_files, present
 from .manifest import LOOKS, CacheEntry, Certificates, DeviceFile, Manifest, Plans, read_json, read_manifest
-from .record import Bundle, CertifiedPlans, check_origin, check_plans
+from .record import Bundle, check_origin, check_plans
 
 
 def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
@@ -81,7 +81,7 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
     )
 
 
-def _read_plans(folder: Path) -> tuple[CertifiedPlans, dict[str, int]]:
+def _read_plans(folder: Path) -> tuple[tuple[tuple[Plan, Certificate], ...], dict[str, int]]:
     """Return the plans with their certificates, and the sites of all caches by name."""
     plans = read_json(folder / "plans.json", Plans).plans
     certificates = read_json(folder / "certificates.json", Certificates).certificates
@@ -95,7 +95,7 @@ def _read_plans(folder: Path) -> tuple[CertifiedPlans, dict[str, int]]:
         raise BundleError(f"bundle: {folder} is inconsistent: {error}") from error
 
 
-def _check_function(base: Chain, pairs: CertifiedPlans, folder: Path) -> None:
+def _check_function(base: Chain, pairs: Sequence[tuple[Plan, Certificate]], folder: Path) -> None:
     """Check that a user's chain computes what the plans were made with, and not only has the same parameters."""
     check_chain(base)
     found = ReplaySource(**probe_chain(base)._asdict())
