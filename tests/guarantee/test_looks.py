@@ -146,10 +146,10 @@ def _look(path, i):
 
 def test_processes_do_not_lose_each_other_s_looks(tmp_path):
     path = tmp_path / "looks.json"
-    with multiprocessing.get_context("fork").Pool(5) as pool:
-        pool.map(functools.partial(_look, path), range(5))
+    with multiprocessing.get_context("spawn").Pool(3) as pool:  # JAX's threads do not survive a fork
+        pool.map(functools.partial(_look, path), range(3), chunksize=1)
     looks = Looks.model_validate_json(path.read_bytes()).looks
-    assert sorted(look.number for look in looks) == [1, 2, 3, 4, 5]
+    assert sorted(look.number for look in looks) == [1, 2, 3]
 
 
 def test_a_bundle_carries_its_looks_to_another_ledger(tmp_path, monkeypatch, chain, candidates, splits, costs):

@@ -172,7 +172,7 @@ def update(folder, where):
     if where == "half":
         versions.save_bundle = save_half
     elif where == "saved":
-        Versions._write = kill
+        Versions._update = kill
     elif where == "entered":
         Versions._prune = kill
     Versions(folder / where, chain=chain()).save(bundle)
