@@ -29,7 +29,7 @@ def printable(text: str, *, most: int = 200) -> str:
 def listed(names: Sequence[str], *, most: int = 100) -> str:
     """Join names of an untrusted file, at most ``most`` of them, for a message."""
     more = [f"and {len(names) - most} more"] if len(names) > most else []
-    return ", ".join([*(printable(name, most=80) for name in names[:most]), *more])
+    return ", ".join([*(printable(name) for name in names[:most]), *more])
 
 
 def describe_mismatch(expected: Mapping[str, str], found: Mapping[str, str]) -> str:

@@ -27,7 +27,7 @@ from gati_jax.planning import Composition, CostTable, Plan, cascade_ms
 from train import cli, zoo
 
 from .config import Base, Config, Source
-from .exploration import explore
+from .exploration import check_fit, explore
 from .results import BaseOnSelect, Caches, CertificateResult, PlannedCache, PlanResult, Predicted
 
 EXAMPLE = (
@@ -52,9 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     rows = data.row_digests(parts["certify"].images)
     count_duplicates(rows, drawn=config.plan.repeats)
     check_open(arguments.ledger, rows, arguments.out)
+    check_fit(config, parts)
+    heads = [*(head.build() for head in config.fit.heads), *small_networks(config)]
     base = base_on_select(config.base, chain, parts["select"])
 
-    heads = [*(head.build() for head in config.fit.heads), *small_networks(config)]
     found = explore(config, chain, heads, parts, arguments.out)
     candidates, select, costs = found.candidates, found.select, found.costs
     _log.info("fitted %d candidates in %.0f s", len(candidates), found.fit_seconds)

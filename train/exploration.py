@@ -96,9 +96,7 @@ def explore(
         parts: The splits "fit" and "select".
         out: Folder for costs.json, compositions, and checkpoints from which a killed run resumes.
     """
-    if config.fit.batch > (n := len(parts["fit"])):
-        raise InputError(f"fit.batch: expected at most the {n} rows of data.splits.fit, got {config.fit.batch}")
-    deal_folds(data.row_digests(parts["select"].images), config.fit)  # refuses too few rows for them
+    check_fit(config, parts)
     memory = None if config.plan.memory_share is None else int(config.plan.memory_share * chain.bytes)
     sizes = head_sizes(chain, heads)
     small = within(chain, heads, {name for name, size in sizes.items() if memory is None or size <= memory})
@@ -140,6 +138,17 @@ def explore(
         fit_seconds=fit_seconds,
         folder=out,
     )
+
+
+def check_fit(config: Config, parts: Mapping[str, data.Dataset]) -> None:
+    """Check that there are rows enough for a fit.
+
+    Raises:
+        InputError: Fewer than a batch, or than one for each fold.
+    """
+    if config.fit.batch > (n := len(parts["fit"])):
+        raise InputError(f"fit.batch: expected at most the {n} rows of data.splits.fit, got {config.fit.batch}")
+    deal_folds(data.row_digests(parts["select"].images), config.fit)
 
 
 def within(chain: Chain, heads: Sequence[Head], names: set[str]) -> list[Head]:

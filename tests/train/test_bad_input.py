@@ -210,7 +210,15 @@ def test_near_copies_are_warned_of(monkeypatch, caplog, tmp_path, zeros):
     copies = np.minimum(data.load("digits", "all[900:920]").images[:, :, ::-1] + 1, 16)
     other_data(monkeypatch, lambda d: dataclasses.replace(d, images=np.concatenate([copies, d.images[20:]])), CERTIFY)
     monkeypatch.setattr(caches, "explore", is_too_late)
-    arguments = [*DIGITS, "--base.weights", str(zeros), "--out", str(tmp_path / "out")]
+    arguments = [
+        *DIGITS,
+        "--base.weights",
+        str(zeros),
+        "--out",
+        str(tmp_path / "out"),
+        "--base.accept_low_accuracy",
+        "true",
+    ]
     with caplog.at_level(logging.WARNING, logger="train"), pytest.raises(AssertionError):
         caches.main(arguments)
     (said,) = (record.getMessage() for record in caplog.records if "near copies" in record.getMessage())
