@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Bool
-from scipy.stats import binomtest
 
 from gati_jax import InputError, Ledger, Plan, ReplayTable, certify
 from train import cli
+
+from .alarms import interval
 
 CACHES, TAKEN, EPSILON, DELTA = 40, 20, 0.05, 0.05
 EXAMPLE = "python -m benchmarks.looks --rows 1000 --series 2000"
@@ -115,7 +116,7 @@ def main() -> None:
         for risk in (1.0, 1.25):
             rng = np.random.default_rng(0)
             wrong = sum(play(rng, draw(rng, arguments.rows, risk)) for _ in cli.track(range(arguments.series), name))
-            low, high = binomtest(wrong, arguments.series).proportion_ci(0.95, method="exact")
+            low, high = interval(wrong, arguments.series)
             rows.append({"game": name, "risk": risk * EPSILON, "false": wrong / arguments.series, "ci": [low, high]})
     if arguments.json:
         print(json.dumps({"delta": DELTA, "epsilon": EPSILON, "rows": arguments.rows, "games": rows}))

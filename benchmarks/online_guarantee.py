@@ -1,14 +1,10 @@
 """Whether the monitor keeps its promise where a server restarts often, and where shadow requests are lost.
-
-    python -m benchmarks.online_guarantee --workers 2 --json
-
 ``restarts``: independent requests that disagree on exactly epsilon, so that an alarm is a false one; at most delta of
 the streams may have any. Every so many requests the server restarts: with what the last one wrote down, and, for
 comparison, with a fresh monitor. ``lost``: a nearest cache answers half of the requests, wrong on 20 % of these, and a
 share of the shadows is lost; every stream should have an alarm. Intervals are Clopper and Pearson's, of 95 %.
 """
 
-import argparse
 import functools
 import json
 import multiprocessing
@@ -17,10 +13,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
 
 from gati_jax.adaptation import LOST, NEAREST, Monitor, MonitorConfig, MonitorState, Observation
+from train import cli
 
+from .alarms import interval
+
+EXAMPLE = "python -m benchmarks.online_guarantee --workers 2"
 DEPTH, HITS, WRONG = 8, 0.5, 0.2
 BLOCK = 5000  # requests drawn at a time
 LOSSES = (0.0, 0.5, 0.9, 1.0)
@@ -75,36 +74,32 @@ def row(name: str, firsts: Iterable[int | None]) -> dict[str, Any]:
     """Return a line of the table."""
     found = list(firsts)
     alarms = [first for first in found if first is not None]
-    interval = binomtest(len(alarms), len(found)).proportion_ci(0.95, "exact")
+    low, high = interval(len(alarms), len(found))
     return {
         "streams of": name,
         "streams": len(found),
         "with an alarm": len(alarms),
         "share": len(alarms) / len(found),
-        "low": float(interval.low),
-        "high": float(interval.high),
+        "low": low,
+        "high": high,
         "median requests before it": float(np.median(alarms)) if alarms else None,
     }
 
 
 def main() -> None:
     """Simulate and print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.online_guarantee", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--part", choices=("restarts", "lost", "all"), default="all")
-    parser.add_argument("--streams", type=int, default=300, help="with restarts")
-    parser.add_argument("--requests", type=int, default=200_000, help="of each of these")
-    parser.add_argument("--every", type=int, default=5000, help="requests between two restarts")
-    parser.add_argument("--lost-streams", type=int, default=100, help="for each share of lost shadows")
-    parser.add_argument("--lost-requests", type=int, default=20_000, help="of each of these")
-    parser.add_argument("--epsilon", type=float, default=0.05)
-    parser.add_argument("--delta", type=float, default=0.05)
-    parser.add_argument("--workers", type=int, default=1, help="processes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    args = parser.parse_args()
+    p = cli.parser("Simulate restarts of a server, and lost shadow requests.", EXAMPLE, out=False)
+    p.add_argument("--part", choices=("restarts", "lost", "all"), default="all")
+    p.add_argument("--streams", type=cli.positive, default=300, metavar="N", help="with restarts (default: 300)")
+    p.add_argument("--requests", type=cli.positive, default=200_000, metavar="N", help="of each (default: 200000)")
+    p.add_argument("--every", type=cli.positive, default=5000, metavar="N", help="between restarts (default: 5000)")
+    p.add_argument("--lost-streams", type=cli.positive, default=100, metavar="N", help="a share lost (default: 100)")
+    p.add_argument("--lost-requests", type=cli.positive, default=20_000, metavar="N", help="of each (default: 20000)")
+    p.add_argument("--epsilon", type=cli.share, default=0.05, metavar="X", help="default: 0.05")
+    p.add_argument("--delta", type=cli.share, default=0.05, metavar="X", help="default: 0.05")
+    p.add_argument("--workers", type=cli.positive, default=1, metavar="N", help="processes (default: 1)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    args = p.parse_args()
     config = MonitorConfig(epsilon=args.epsilon, delta=args.delta, drift=False)
     tolerable = Stream(args.requests, args.epsilon / HITS, every=args.every)
     parts = {
@@ -142,4 +137,4 @@ def firsts(
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

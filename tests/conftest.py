@@ -33,7 +33,7 @@ def shared() -> Path:
 
 
 def _fresh_ledger(tmp_path_factory):
-    """Count looks from one on, and not in the ledger of whoever runs the tests."""
+    """Count looks from one on, and not in the ledger of the person who runs the tests."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("GATI_JAX_LEDGER", str(tmp_path_factory.mktemp("looks") / "looks.json"))
         yield

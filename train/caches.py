@@ -17,7 +17,7 @@ from jaxtyping import UInt64
 from scipy.stats import binom
 
 import gati_jax
-from gati_jax import Chain, Head, InputError, ReplayTable, data
+from gati_jax import Chain, Head, InputError, Ledger, ReplayTable, data
 from gati_jax.bundle.manifest import Provenance
 from gati_jax.bundle.save import check_free
 from gati_jax.certification import AnyLedger, Certificate, count_duplicates, find_ledger, tightest
@@ -75,14 +75,6 @@ def main(argv: list[str] | None = None) -> None:
     for sentence in certificate.stays_off:
         _log.warning(sentence)
 
-    provenance = Provenance(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=cli.versions(),
-        seed=config.seed,
-        data_fingerprints={name: data.fingerprint(data.row_digests(part.images)) for name, part in parts.items()},
-        command=sys.argv,
-        config=config.model_dump(mode="json"),
-    )
     gati_jax.save_bundle(
         path,
         chain,
@@ -91,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         certificate,
         also=also,
         class_names=parts["fit"].class_names,
-        provenance=provenance,
+        provenance=provenance(config, parts),
         costs=[costs],
         ledger=arguments.ledger,
     )
@@ -134,15 +126,29 @@ def load_parts(source: Source, splits: Mapping[str, str], chain: Chain) -> dict[
     return parts
 
 
+def provenance(config: Config, parts: Mapping[str, data.Dataset]) -> Provenance:
+    """Return what a bundle says of how it was made."""
+    return Provenance(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=cli.versions(),
+        seed=config.seed,
+        data_fingerprints={name: data.fingerprint(data.row_digests(part.images)) for name, part in parts.items()},
+        command=sys.argv,
+        config=config.model_dump(mode="json"),
+    )
+
+
 def check_open(ledger: AnyLedger, rows: UInt64[np.ndarray, " n"], out: Path) -> None:
     """Check that certify rows are open for another look, unless a run in ``out`` is repeated, which is none.
 
-    A run in a new folder measures costs anew, and so comes to another plan.
+    A run in a new folder measures costs anew, and so comes to another plan. Older versions kept looks in ``out``.
 
     Raises:
         InputError: They are closed.
     """
-    counted = find_ledger(ledger)
+    counted, older = find_ledger(ledger), out / "looks.json"
+    if counted and older.is_file():
+        counted.merge(Ledger(older).read())
     if counted and not (out / "costs.json").exists() and (why := counted.closed(rows)):
         raise InputError(
             f"data.splits.certify: expected rows that are open for a look, but {why}; give fresh rows, or --ledger FILE"

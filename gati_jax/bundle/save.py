@@ -65,26 +65,11 @@ def save_bundle(
     from orbax.checkpoint import v1 as ocp  # noqa: PLC0415 (takes seconds to import, and answering does without)
 
     path, pairs = Path(path), ((plan, certificate), *also)
-    names = tuple(check_plans(pairs))
+    caches = choose(candidates, tuple(check_plans(pairs)))
     check_free(path)
-    if len(class_names) not in {0, chain.classes}:
-        raise InputError(
-            f"class_names: expected one for each of {chain.classes} logits, or none, got {len(class_names)}"
-        )
-    if isinstance(chain.network, Architecture):
-        rebuilt = to_chain(chain.network, tuple(chain.params))
-        if (rebuilt.blocks, rebuilt.classifier) != (chain.blocks, chain.classifier):
-            raise InputError(
-                "chain: expected the blocks of its network, from which they are rebuilt, got other functions: give it"
-                " network=None"
-            )
-    caches = choose(candidates, names)
+    _check_chain(chain, class_names)
     for one, _ in pairs:
-        sites = tuple(c.site for c in choose(caches, one.names))
-        if sites != one.sites or one.depth != len(chain):
-            expected = f"sites {one.sites} of {one.depth} blocks"
-            raise InputError(f"candidates: expected the plan's {expected}, got {sites} of {len(chain)}")
-        check_origin(one, chain, caches)
+        _check_caches(one, chain, caches)
     entries = tuple(
         CacheEntry(
             name=c.name, site=c.site, predictor=describe_predictor(c.predictor), selector=describe_selector(c.selector)
@@ -113,6 +98,30 @@ def save_bundle(
         for device in sorted({table.device for table in tables}):
             of_device = DeviceFile(costs=tuple(table for table in tables if table.device == device))
             write_json(folder / "tuning" / f"{device}.json", of_device)
+
+
+def _check_chain(chain: Chain, class_names: tuple[str, ...]) -> None:
+    """Check that a chain is what would be rebuilt from the bundle, and has as many classes as names."""
+    if len(class_names) not in {0, chain.classes}:
+        raise InputError(
+            f"class_names: expected one for each of {chain.classes} logits, or none, got {len(class_names)}"
+        )
+    if isinstance(chain.network, Architecture):
+        rebuilt = to_chain(chain.network, tuple(chain.params))
+        if (rebuilt.blocks, rebuilt.classifier) != (chain.blocks, chain.classifier):
+            raise InputError(
+                "chain: expected the blocks of its network, from which they are rebuilt, got other functions: give it"
+                " network=None"
+            )
+
+
+def _check_caches(plan: Plan, chain: Chain, caches: tuple[Candidate, ...]) -> None:
+    """Check that caches and chain are those of a plan."""
+    sites = tuple(c.site for c in choose(caches, plan.names))
+    if sites != plan.sites or plan.depth != len(chain):
+        expected = f"sites {plan.sites} of {plan.depth} blocks"
+        raise InputError(f"candidates: expected the plan's {expected}, got {sites} of {len(chain)}")
+    check_origin(plan, chain, caches)
 
 
 def check_free(path: Path) -> None:

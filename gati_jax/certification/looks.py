@@ -4,7 +4,7 @@ Each test on the same rows spends some of delta, and a plan that was chosen by w
 it: no count of looks can pay for that. Hence two rules. Look j at any of the same rows is tested at
 6 delta / (pi^2 j^2), and these parts add up to delta. And a look tells nothing but "failed" until its rows are closed,
 by a plan that passed or on request (``reveal``). Before look j there is then only one history, "all failed", so that
-the j-th plan is as good as fixed in advance, and a union bound over the looks holds whoever chose the plans.
+the j-th plan is as good as fixed in advance, and a union bound over the looks holds however plans are chosen.
 """
 
 import contextlib

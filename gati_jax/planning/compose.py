@@ -109,18 +109,9 @@ def compose(
     check_tables(table, costs)
     if not 1 <= thresholds <= MAX_THRESHOLDS:
         raise InputError(f"thresholds: expected 1 to {MAX_THRESHOLDS}, got {thresholds}")
-    memory = {name: float(size) for name, size in (bytes or {}).items()}
-    if budget.memory_bytes is not None and (missing := sorted(set(table.names) - set(memory))):
-        raise InputError(f"bytes: expected those of every candidate, got none of {', '.join(missing)}")
-    if budget.worst_ms is not None and budget.worst_ms < costs.full_ms * (1 - 1e-12):
-        raise InputError(f"worst_ms: expected at least the base's own {costs.full_ms} ms, got {budget.worst_ms}")
     order = sorted(range(len(table.names)), key=lambda i: (table.sites[i], table.names[i]))
     table = table.take([table.names[i] for i in order])
-    worst = None if budget.worst_ms is None else max(0.0, budget.worst_ms - costs.full_ms)
-    problem = read_problem(
-        table, costs, disagreements=budget.disagreements, limits=(budget.memory_bytes, worst, budget.sites),
-        memory=memory,
-    )  # fmt: skip
+    problem = _stated(table, costs, budget, bytes or {})
     fine, _ = problem.thin(MAX_THRESHOLDS, (None,) * problem.sites)
     found, penalty = first_search(fine)
     rng, n, nodes = np.random.default_rng(0), len(table), 0
@@ -156,6 +147,18 @@ def compose(
         table, costs, fine, found.choice, bound_ms=result.bound_ms / n, grid=coarse.width, nodes=nodes,
         seconds=clock() - started,
     )  # fmt: skip
+
+
+def _stated(table: ReplayTable, costs: CostTable, budget: Budget, bytes: Mapping[str, int]) -> Problem:  # noqa: A002
+    """State the problem; refuse a budget that cannot be kept or checked."""
+    if budget.memory_bytes is not None and (missing := sorted(set(table.names) - set(bytes))):
+        raise InputError(f"bytes: expected those of every candidate, got none of {', '.join(missing)}")
+    if budget.worst_ms is not None and budget.worst_ms < costs.full_ms * (1 - 1e-12):
+        raise InputError(f"worst_ms: expected at least the base's own {costs.full_ms} ms, got {budget.worst_ms}")
+    worst = None if budget.worst_ms is None else max(0.0, budget.worst_ms - costs.full_ms)
+    limits = (budget.memory_bytes, worst, budget.sites)
+    memory = {name: float(size) for name, size in bytes.items()}
+    return read_problem(table, costs, disagreements=budget.disagreements, limits=limits, memory=memory)
 
 
 def check_tables(table: ReplayTable, costs: CostTable) -> None:

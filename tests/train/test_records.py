@@ -60,6 +60,15 @@ def test_the_same_plan_again_is_no_new_look_and_another_one_is_refused(run, tmp_
         json_of(caches.main, *arguments)
 
 
+def test_looks_that_an_older_version_left_in_the_folder_count(run, tmp_path):
+    rows = data.row_digests(data.load("digits", "all[1197:1497]").images)
+    old = {"plan_hash": "p", "data_fingerprint": "f", "epsilon": 0.1, "delta": 0.05}
+    file = tmp_path / "looks.json"
+    file.write_text(json.dumps({"looks": [old], "rows": {"f": rows[:9].astype("<u8").tobytes().hex()}}))
+    with pytest.raises(InputError, match=r"data\.splits\.certify: expected rows .* 9 of 300 are closed"):
+        caches.main([*caches_arguments(run.folder), "--out", str(tmp_path)])
+
+
 @pytest.mark.usefixtures("tiny")
 def test_after_a_look_that_failed_another_plan_pays_for_both(run, tmp_path):
     out = shutil.copytree(run.folder / "caches", tmp_path / "caches")

@@ -7,12 +7,12 @@ each of its exits, all of them taking turns, under one tuning.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 import gati_jax
-from gati_jax import Chain, InputError, Ledger, ReplayTable, data
+from gati_jax import Certificate, Chain, InputError, Ledger, ReplayTable, data
 from gati_jax.certification import AnyLedger, count_duplicates
 from train import cli, zoo
 from train.caches import base_saw_certify, check_open, composition_entry, load_parts, read_base, small_networks
@@ -99,12 +99,7 @@ def compare(
     images: Mapping[str, np.ndarray],
     ledger: AnyLedger,
 ) -> results.Comparison:
-    """Compose, certify and time the default plan and every policy.
-
-    Every policy's plan is certified as a user of it alone would do, in a ledger of its own. Of all these certificates
-    only the default plan's is valid, because it was fixed beforehand. ``ledger`` counts its look, which closes the
-    rows, for the results show what they say of every policy.
-    """
+    """Compose, certify and time the default plan and every policy; ``ledger`` is as for ``certify_each``."""
     epsilon, delta = config.plan.epsilon, config.plan.delta
 
     # --- Plans ------------------------------------------------------------------------------------------------------
@@ -125,18 +120,7 @@ def compare(
     }
 
     # --- Steps ------------------------------------------------------------------------------------------------------
-    options = {"reveal": True, "base_saw_data": base_saw_certify(config), "duplicates": True}  # main has checked them
-    certificates = {
-        one.name: gati_jax.certify(
-            one.plan,
-            one.tables["certify"],
-            epsilon,
-            delta,
-            ledger=ledger if one.name == DEFAULT else Ledger(),
-            **options,
-        )
-        for one in planned["certified"]
-    }
+    certificates = certify_each(planned["certified"], config, ledger)
     steps = {
         "certified": [certificates[one.name].step for one in planned["certified"]],
         "accurate": [step_at_accuracy(one, ACCURACY_SHARE) for one in planned["accurate"]],
@@ -172,6 +156,22 @@ def compare(
             read_off_test=measure_latency(chain, found, read_off_test, images["test"]),
         ),
     )
+
+
+def certify_each(policies: Iterable[PlannedPolicy], config: Config, ledger: AnyLedger) -> dict[str, Certificate]:
+    """Certify every policy's plan as a user of it alone would do, in a ledger of its own.
+
+    Of all these certificates only the default plan's is valid, because it was fixed beforehand. ``ledger`` counts its
+    look, which closes the rows, for the results show what they say of every policy.
+    """
+    options = {"reveal": True, "base_saw_data": base_saw_certify(config), "duplicates": True}  # main has checked them
+    return {
+        one.name: gati_jax.certify(
+            one.plan, one.tables["certify"], config.plan.epsilon, config.plan.delta,
+            ledger=ledger if one.name == DEFAULT else Ledger(), **options,
+        )
+        for one in policies
+    }  # fmt: skip
 
 
 def show(result: results.Reproduction) -> None:
