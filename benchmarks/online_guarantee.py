@@ -1,4 +1,5 @@
 """Whether the monitor keeps its promise where a server restarts often, and where shadow requests are lost.
+
 ``restarts``: independent requests that disagree on exactly epsilon, so that an alarm is a false one; at most delta of
 the streams may have any. Every so many requests the server restarts: with what the last one wrote down, and, for
 comparison, with a fresh monitor. ``lost``: a nearest cache answers half of the requests, wrong on 20 % of these, and a

@@ -1,5 +1,6 @@
 """Looks and costs that one run leaves for the next."""
 
+import json
 import shutil
 import warnings
 from pathlib import Path
