@@ -61,6 +61,7 @@ def test_the_same_plan_again_is_no_new_look_and_another_one_is_refused(run, tmp_
         json_of(caches.main, *arguments)
 
 
+@pytest.mark.usefixtures("tiny")
 def test_looks_that_an_older_version_left_in_the_folder_count(run, tmp_path):
     rows = data.row_digests(data.load("digits", "all[1197:1497]").images)
     old = {"plan_hash": "p", "data_fingerprint": "f", "epsilon": 0.1, "delta": 0.05}
