@@ -26,10 +26,13 @@ def printable(text: str, *, most: int = 200) -> str:
     return shown if len(text) <= most else f"{shown}..."
 
 
-def listed(names: Sequence[str], *, most: int = 100) -> str:
-    """Join names of an untrusted file, at most ``most`` of them, for a message."""
-    more = [f"and {len(names) - most} more"] if len(names) > most else []
-    return ", ".join([*(printable(name) for name in names[:most]), *more])
+def listed(names: Sequence[str], *, most: int = 100, room: int = 3_000) -> str:
+    """Join names of an untrusted file for a message, at most ``most`` of them and about ``room`` characters."""
+    shown = [printable(name) for name in names[:most]]
+    while len(shown) > 1 and sum(map(len, shown)) > room:
+        shown.pop()
+    more = [f"and {len(names) - len(shown)} more"] if len(names) > len(shown) else []
+    return ", ".join([*shown, *more])
 
 
 def describe_mismatch(expected: Mapping[str, str], found: Mapping[str, str]) -> str:

@@ -254,7 +254,7 @@ def certificate_line(c: CertificateResult) -> str:
         return f"NOT certified at epsilon {c.epsilon}: every cache stays off, the base answers ({c.basis})"
     together = (f", {c.plans} plans together" if c.plans > 1 else "") + f", {c.basis}"
     certified = (
-        f"certified: at most {c.epsilon:.1%} of requests disagree with the base (confidence {1 - c.delta:.0%}"
+        f"certified: {c.promise} (confidence {1 - c.delta:.0%}"
         f"{together}; {c.disagreements} of {c.n} certify requests did)"
     )
     if gap := c.accuracy_gap:

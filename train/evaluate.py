@@ -189,7 +189,7 @@ def show(result: Evaluation) -> None:
     one_by_one, *tuned = cost.measured
     base, cascade = result.base.accuracy, result.cascade.accuracy
     holds = "holds" if certificate.holds else "does NOT hold"
-    bound = f"disagreement <= {certificate.epsilon}, delta {certificate.delta}, {certificate.basis}: {holds} here"
+    bound = f"{certificate.promise}, delta {certificate.delta}, {certificate.basis}: {holds} here"
     times = f"{one_by_one.full_ms:.3f} -> {one_by_one.cascade_ms:.3f} ms, spread {one_by_one.spread:.0%}"
     over = f"over the {one_by_one.full} full network"
     over += ", which is faster than the reference one" if one_by_one.full == "tuned" else ""

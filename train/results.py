@@ -62,6 +62,8 @@ class CertificateResult(Record):
     method: str = ""
     numerics: str = "reference"
     looks: int
+    promise: str = ""
+    """What is certified, in a sentence without its confidence."""
     basis: str = ""
     """What the confidence rests on: which look it is, or the user's word that there is no other."""
     plans: int = 1

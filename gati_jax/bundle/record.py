@@ -93,7 +93,8 @@ class Bundle:
         """The cascades that an arithmetic is checked on, each with its number of comparisons, see ``cascade_id``."""
         found = {BASE: (Cascade(self.chain, (), jnp.zeros(0)), 1)}
         for name, plan in self.plans.items():
-            if (certificate := self.certificates[name]).certified:
+            certificate = self.certificates[name]
+            if certificate.certified and not certificate.by_group:  # a check's bound is for independent rows
                 comparisons = comparisons_of(certificate, len(plan.path) - 1)
                 found[cascade_id(certificate)] = (self.cascades[name], comparisons)
         return found

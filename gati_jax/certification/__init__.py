@@ -16,6 +16,7 @@ from .certificate import CONDITIONAL as CONDITIONAL
 from .certificate import SEQUENTIAL as SEQUENTIAL
 from .certificate import Certificate as Certificate
 from .certificate import ExitRate as ExitRate
+from .certificate import GroupCounts as GroupCounts
 from .certificate import tightest as tightest
 from .certificate import trial_level as trial_level
 from .fixed_sequence import certify as certify

@@ -97,8 +97,8 @@ def served_bound(certificate: Certificate, numerics: str, check: ArithmeticCheck
     if not certificate.certified or (check is None and not exact):
         return ServedBound(numerics=numerics, epsilon=None, delta=certificate.delta)
     if check is None or exact:
-        return ServedBound(numerics=numerics, epsilon=certificate.epsilon, delta=certificate.delta)
-    epsilon, delta = min(1.0, certificate.epsilon + check.upper), min(1.0, certificate.delta + check.delta)
+        return ServedBound(numerics=numerics, epsilon=certificate.mean_bound, delta=certificate.delta)
+    epsilon, delta = min(1.0, certificate.mean_bound + check.upper), min(1.0, certificate.delta + check.delta)
     return ServedBound(numerics=numerics, epsilon=epsilon, delta=delta, check=check)
 
 

@@ -50,6 +50,8 @@ RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0)
 """What the bets of an e-process take for the risk, over epsilon."""
 COLLAPSED = 1 / 8
 """Of the next stake: when what is in play falls below, the bet restarts."""
+ALIKE = 0.1
+"""r of a bet that takes all losses for alike: what it keeps after a loss of 1."""
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
 """r: what the bets of a confidence sequence take for the risk, over the one that they bet against."""
 LARGEST_MEAN = 1 - 1e-12
@@ -88,6 +90,27 @@ def stakes(epsilon: float, probability: float, ratios: tuple[float, ...] = RATIO
     """
     risks = [min(ratio * epsilon, (1 + epsilon) / 2) for ratio in ratios]
     return tuple(probability * (r - epsilon) / (epsilon * (1 - probability * epsilon)) for r in risks)
+
+
+def mean_p_value(losses: Float[np.ndarray, " n"], mean: float, expected: float) -> float:
+    """Return a p-value of "the mean of the loss is ``mean`` or more".
+
+    Each loss X multiplies a bet's capital by 1 + s (mean - X), which has a mean of at most 1 if the hypothesis is true;
+    so capital over c has a probability of at most 1 / c (Markov). Of two bets with half of the capital each, one takes
+    losses for 0 or 1 with the expected mean, the other for all alike, so that it can stake more.
+
+    Args:
+        losses: In [0, 1], independent and of one distribution; their order does not matter.
+        mean: What is bet against.
+        expected: The mean that is taken for true; known before these losses.
+
+    Example:
+        >>> round(mean_p_value(np.zeros(72), 0.05, 0.0), 3)
+        0.03
+    """
+    kept = np.array([[min(expected / mean, 0.9)], [ALIKE]])
+    stakes_of = (1 - np.maximum(kept, 1e-9)) / (1 - mean)
+    return min(1.0, math.exp(-float(log_capital(np.log1p(stakes_of * (mean - losses)).sum(1)))))
 
 
 class EProcess:

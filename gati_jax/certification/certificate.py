@@ -1,10 +1,14 @@
 """Certificates: what is known of a plan's disagreement with the base, checkable by their own fields."""
 
 import dataclasses
+import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
 
 from gati_jax.checks import check_share
 from gati_jax.errors import InputError
@@ -16,8 +20,10 @@ Method = Literal[
     "fixed-sequence testing, exact binomial",
     "conditional per exit: fixed-sequence testing, exact binomial for every exit at once",
     "sequential on later traffic: betting against a conditional mean above epsilon",
+    "by group: fixed-sequence testing, betting against a mean over groups above epsilon",
+    "share of bad groups: fixed-sequence testing, exact binomial",
 ]
-MARGINAL, CONDITIONAL, SEQUENTIAL = get_args(Method)
+MARGINAL, CONDITIONAL, SEQUENTIAL, GROUP_MEAN, BAD_GROUPS = get_args(Method)
 _NAME = re.compile(r"[\w.%+-]{1,40}")
 
 
@@ -42,6 +48,74 @@ class ExitRate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupCounts:
+    """The groups that the certify requests came in."""
+
+    n: int
+    bad: int = 0
+    """Groups of which more than ``tolerance`` disagrees, at the certified step."""
+    tolerance: float | None = None
+    """None: bad groups are not counted, the mean over groups is tested."""
+
+    def __post_init__(self) -> None:
+        """Check the counts.
+
+        Raises:
+            InputError: They are not possible.
+        """
+        if not (0 <= self.bad <= self.n < 2**53 and (self.bad == 0 or self.tolerance is not None)):
+            raise InputError(f"groups: expected counts, got {self.bad} of {self.n}, tolerance {self.tolerance}")
+        if self.tolerance is not None and not 0 <= self.tolerance < 1:
+            raise InputError(f"group_tolerance: expected a share in [0, 1), got {self.tolerance}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grouping:
+    """Which certify rows belong together."""
+
+    index: Int[np.ndarray, " n"]
+    """Each row's group."""
+    sizes: Int[np.ndarray, " groups"]
+    tolerance: float | None
+
+    @classmethod
+    def of(cls, groups: Shaped[np.ndarray, " n"] | Sequence[Hashable], tolerance: float | None, n: int) -> "Grouping":
+        """Number the groups of n rows.
+
+        Raises:
+            InputError: There is not a number or a name for each row; the tolerance is not a share.
+        """
+        GroupCounts(n=n, tolerance=tolerance)
+        names = np.asarray(groups)
+        if names.shape != (n,) or names.dtype.kind not in "iubUS":
+            got = f"{names.dtype}{list(names.shape)}"
+            raise InputError(f"groups: expected a whole number or a name for each of {n} rows, got {got}")
+        _, index, sizes = np.unique(names, return_inverse=True, return_counts=True)
+        return cls(index=index, sizes=sizes, tolerance=tolerance)
+
+    @property
+    def method(self) -> Method:
+        """What is certified of the groups."""
+        return GROUP_MEAN if self.tolerance is None else BAD_GROUPS
+
+    def losses(self, disagrees: Bool[np.ndarray, " n"]) -> Float[np.ndarray, " groups"]:
+        """Return the share of each group's rows that disagree."""
+        return np.bincount(self.index, weights=disagrees, minlength=len(self.sizes)) / self.sizes
+
+    def counts(self, disagrees: Bool[np.ndarray, " n"]) -> GroupCounts:
+        """Return how many groups there are, and how many of them are bad."""
+        bad = 0 if self.tolerance is None else int((self.losses(disagrees) > self.tolerance).sum())
+        return GroupCounts(n=len(self.sizes), bad=bad, tolerance=self.tolerance)
+
+    @property
+    def digest(self) -> str:
+        """The same for the same groups under any names."""
+        _, first, index = np.unique(self.index, return_index=True, return_inverse=True)
+        parts = first[index].astype("<u8").tobytes() + repr(self.tolerance).encode()
+        return hashlib.sha256(parts).hexdigest()[:32]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Certificate:
     """What is known of a plan's disagreement with the base.
 
@@ -50,7 +124,8 @@ class Certificate:
     so do at most epsilon of all requests, because the base never disagrees with itself. Sequential: the probability of
     disagreeing, given all requests before, was at most epsilon in the mean up to some request of these n. It is
     computed on traffic in its order and makes no assumption on how requests are drawn; the monitor watches whether
-    later traffic is like it.
+    later traffic is like it. By group: in the mean over all groups, at most epsilon of a group's requests disagree. Bad
+    groups: in at most epsilon of all groups, more than a tolerated share of requests disagrees.
     """
 
     name: str = "default"
@@ -86,8 +161,10 @@ class Certificate:
     """How many of the n requests equal one before them: counted as requests that came again, not as copies."""
     exits: tuple[ExitRate, ...] = ()
     """For every cache that is on, in the order of the sites, where the certificate is conditional."""
+    groups: GroupCounts | None = None
+    """Where the certificate is by groups, and not by requests."""
     accuracy_gap: AccuracyGap | None = None
-    """Where the certify split has labels. Its delta comes on top."""
+    """Where the certify split has labels and requests are independent. Its delta comes on top."""
     stays_off: tuple[str, ...] = ()
     """A sentence for every cache of the plan that is off at the certified step."""
 
@@ -110,6 +187,8 @@ class Certificate:
         if not (sequential if self.method == SEQUENTIAL else self.version == 0):
             got = f"version {self.version}, look {self.looks} for {self.plans} plans"
             raise InputError(f"certificate: expected a version for a sequential test and no other, got {got}")
+        if (self.groups is None) == self.by_group or (self.groups and self.groups.n > self.n):
+            raise InputError(f"groups: expected them with a method by groups alone, got {self.groups}")
         if self.step == 0 or (self.step > 0 and not self._passed()):
             raise InputError(
                 f"certificate: {self.disagreements} of {self.n} do not certify step {self.step} at {self.epsilon}"
@@ -123,6 +202,26 @@ class Certificate:
     def certified(self) -> bool:
         """Whether any step of the path was certified."""
         return self.step >= 0
+
+    @property
+    def by_group(self) -> bool:
+        """Whether groups are independent, not requests."""
+        return self.method in {GROUP_MEAN, BAD_GROUPS}
+
+    @property
+    def mean_bound(self) -> float:
+        """The disagreement that is promised in the mean, over requests or over groups."""
+        tolerance = 0.0 if self.groups is None else self.groups.tolerance or 0.0
+        return self.epsilon + (1 - self.epsilon) * tolerance
+
+    @property
+    def promise(self) -> str:
+        """What is certified, in a sentence without its confidence."""
+        if self.groups is None:
+            return f"at most {self.epsilon:.1%} of requests disagree with the base"
+        if self.groups.tolerance is None:
+            return f"at most {self.epsilon:.1%} of a group's requests disagree with the base, in the mean over groups"
+        return f"in at most {self.epsilon:.1%} of groups, more than {self.groups.tolerance:.1%} of requests disagree"
 
     @property
     def level(self) -> float:
@@ -144,6 +243,8 @@ class Certificate:
         return f"look {self.looks} at these rows" if self.recorded else "a single look, on the user's word"
 
     def _passed(self) -> bool:
+        if self.groups is not None:
+            return not self.exits and self.accuracy_gap is None and self._groups_passed(self.groups)
         if self.method == MARGINAL:
             return not self.exits and p_value(self.disagreements, self.n, self.epsilon) <= self.level
         if self.method == SEQUENTIAL:
@@ -158,6 +259,11 @@ class Certificate:
             return False
         passed = all(p_value(e.disagreements, e.n, self.epsilon) <= self.level for e in self.exits)
         return passed and self.exits[-1].disagreements == self.disagreements
+
+    def _groups_passed(self, groups: GroupCounts) -> bool:
+        if groups.tolerance is not None:
+            return p_value(groups.bad, groups.n, self.epsilon) <= self.level
+        return (1 - self.epsilon) ** groups.n * (1 - 1e-9) <= self.p_value <= self.level  # the most that a bet wins
 
     def _has_gap(self, gap: AccuracyGap) -> bool:
         """Check it: only a request that disagrees is a loss or a gain; the step was chosen among at least so many."""

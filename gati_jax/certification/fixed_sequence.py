@@ -5,29 +5,44 @@ null hypothesis of a step, "the disagreement exceeds epsilon", is rejected while
 delta; the last step before the first failure is certified. The number of steps needs no correction, because their order
 was fixed before the data was seen. It holds for requests drawn independently from the same distribution as these.
 
-Plans that are certified together share delta: each of m is tested at delta / m. See ``looks`` for later looks.
+Rows that come in groups (recordings, patients, cameras) are not independent, and are then certified by group; see
+``certify``. Plans that are certified together share delta: each of m is tested at delta / m. For later looks see
+``looks``.
 """
 
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import UInt64
+from jaxtyping import Shaped, UInt64
 
 from gati_jax.checks import check_share
 from gati_jax.data import check_distinct_rows, fingerprint
 from gati_jax.errors import InputError
 from gati_jax.planning.binomial import p_value, samples_needed
-from gati_jax.planning.tables import Outcome, ReplayTable, replay_plan
+from gati_jax.planning.tables import Outcome, ReplayTable, neighbours_resemble, replay_plan
 from gati_jax.planning.threshold_path import Plan
 
 from .accuracy_gap import AccuracyGap, accuracy_gap_bound
-from .certificate import CONDITIONAL, MARGINAL, Certificate, ExitRate, Method, check_name, trial_level
+from .betting import mean_p_value
+from .certificate import (
+    BAD_GROUPS,
+    CONDITIONAL,
+    GROUP_MEAN,
+    MARGINAL,
+    Certificate,
+    ExitRate,
+    Grouping,
+    Method,
+    check_name,
+    trial_level,
+)
 from .looks import AnyLedger, find_ledger
 
 MOST_DUPLICATES = 0.01  # of the rows, unless they are known to be separate requests
+_RESEMBLANCE = 0.1  # of neighbouring rows, above which they are taken to be of groups
 
 
 def certify(
@@ -38,6 +53,8 @@ def certify(
     *,
     ledger: AnyLedger = "user",
     reveal: bool = False,
+    groups: Shaped[np.ndarray, " n"] | Sequence[Hashable] | None = None,
+    group_tolerance: float | None = None,
     base_saw_data: bool = False,
     duplicates: bool = False,
 ) -> Certificate:
@@ -54,6 +71,11 @@ def certify(
             the only look at these rows is then the caller's word, the test is at delta, and the certificate says so.
         reveal: Say why caches stay off also where nothing is certified. This closes the rows: any later plan could
             have been chosen by it.
+        groups: Of every row the recording, patient or camera that it came from, where only these are independent: a
+            number or a name. No group may have rows in two splits, nor in the fit. Certified is the mean over groups of
+            the share of a group's rows that disagree, by betting.
+        group_tolerance: Certify another thing of groups: that at most epsilon of them have more than this share of rows
+            that disagree, by the exact binomial test.
         base_saw_data: Whether the base was trained on these rows, which makes it (and so its caches) more confident.
         duplicates: Whether equal rows are separate requests, drawn one by one from traffic that repeats itself, and not
             copies. Otherwise more than 1 % of them are an error, and fewer a warning.
@@ -61,9 +83,13 @@ def certify(
     Raises:
         InputError: The table is empty, of other parameters than the plan's, lacks a candidate, shares rows with the
             plan's or the fit's, or has duplicate rows; epsilon or delta is outside (0, 1); some rows are closed, see
-            ``Ledger``.
+            ``Ledger``; there is not a group for every row.
     """
-    terms = _Terms(delta=delta, base_saw_data=base_saw_data, duplicates=duplicates)
+    if groups is None and group_tolerance is not None:
+        raise InputError(f"group_tolerance: expected groups with it, got {group_tolerance} alone")
+    grouping = None if groups is None else Grouping.of(groups, group_tolerance, len(table))
+    method = MARGINAL if grouping is None else grouping.method
+    terms = _Terms(delta=delta, method=method, grouping=grouping, base_saw_data=base_saw_data, duplicates=duplicates)
     return _look({"default": (plan, epsilon)}, table, terms, ledger, reveal=reveal)["default"]
 
 
@@ -154,6 +180,7 @@ class _Terms:
     recorded: bool = False
     plans: int = 1
     method: Method = MARGINAL
+    grouping: Grouping | None = None
     base_saw_data: bool
     duplicates: bool
 
@@ -173,8 +200,15 @@ def _look(
         check_share("epsilon", epsilon)
     tables = {name: _checked(plan, table) for name, (plan, _) in plans.items()}
     repeated = count_duplicates(table.rows, drawn=terms.duplicates)
+    if terms.grouping is None and (resemblance := neighbours_resemble(table)) > _RESEMBLANCE:
+        warnings.warn(
+            f"table: expected independent rows, got neighbours whose scores correlate ({resemblance:.2f}): if rows come"
+            " in groups (recordings, patients, cameras), certify with groups, or the certificate is false",
+            stacklevel=3,
+        )
     counted = find_ledger(ledger)
-    look = counted and counted.open(table.rows, plans, terms.delta, terms.method)
+    grouped = "" if terms.grouping is None else terms.grouping.digest
+    look = counted and counted.open(table.rows, plans, terms.delta, terms.method, grouped)
     if look is not None:
         terms = dataclasses.replace(terms, looks=look[0].number, recorded=True)
         if terms.looks > 1:
@@ -203,7 +237,7 @@ def _certify(plan: Plan, table: ReplayTable, epsilon: float, terms: _Terms, *, n
     outcomes = [replay_plan(table, thresholds) for thresholds in plan.path]
     step, p, exits = -1, p_value(0, len(table), epsilon), ()  # the bare base, step 0, never disagrees
     for i in range(1, len(outcomes)):
-        p_step, exits_step = _tested(plan, i, outcomes[i], epsilon, terms.method)
+        p_step, exits_step = _tested(plan, i, outcomes[i], epsilon, terms)
         if p_step > terms.level:
             break
         if np.isfinite(plan.path[i]).any():  # a step that opens no cache certifies nothing
@@ -226,6 +260,7 @@ def _certify(plan: Plan, table: ReplayTable, epsilon: float, terms: _Terms, *, n
         select_fingerprint=fingerprint(plan.rows),
         repeated=repeated,
         exits=exits,
+        groups=terms.grouping and terms.grouping.counts(outcomes[max(step, 0)].disagrees),
         accuracy_gap=_gap(plan, table, outcomes[step], terms) if step > 0 else None,
         stays_off=_stays_off(plan, step, outcomes, epsilon, terms),
     )
@@ -269,12 +304,17 @@ def count_duplicates(rows: UInt64[np.ndarray, " n"], *, drawn: bool) -> int:
 
 
 def _tested(
-    plan: Plan, step: int, outcome: Outcome, epsilon: float, method: Method
+    plan: Plan, step: int, outcome: Outcome, epsilon: float, terms: _Terms
 ) -> tuple[float, tuple[ExitRate, ...]]:
     """Return the p-value of a step, the largest of its exits' in a conditional test, and the exits tested."""
-    if method == CONDITIONAL:
+    if terms.method == CONDITIONAL:
         exits = _exit_rates(plan, step, outcome, epsilon)
         return max((e.p_value for e in exits), default=0.0), exits  # without a cache on, nothing can disagree
+    if terms.method == GROUP_MEAN and terms.grouping is not None:
+        return mean_p_value(terms.grouping.losses(outcome.disagrees), epsilon, float(plan.disagreement[step])), ()
+    if terms.method == BAD_GROUPS and terms.grouping is not None:
+        counts = terms.grouping.counts(outcome.disagrees)
+        return p_value(counts.bad, counts.n, epsilon), ()
     return p_value(int(outcome.disagrees.sum()), len(outcome.disagrees), epsilon), ()
 
 
@@ -293,7 +333,7 @@ def _exit_rates(plan: Plan, step: int, outcome: Outcome, alpha: float) -> tuple[
 
 def _gap(plan: Plan, table: ReplayTable, outcome: Outcome, terms: _Terms) -> AccuracyGap | None:
     """Bound the loss of accuracy at the certified step: the same data chose it, so all steps' bounds must hold."""
-    if table.labels is None:
+    if table.labels is None or terms.grouping is not None:  # its bound is for independent rows
         return None
     base, cascade = table.answers == table.labels, outcome.classes == table.labels
     comparisons = math.ceil((len(plan.path) - 1) * terms.delta / terms.level)
@@ -307,23 +347,30 @@ def _stays_off(plan: Plan, step: int, outcomes: list[Outcome], epsilon: float, t
     reasons = {
         i: _failed_exit(plan, outcomes[: i + 1], epsilon, terms.level)
         if terms.method == CONDITIONAL
-        else _samples_missing(outcomes[: i + 1], epsilon, dataclasses.replace(terms, looks=1).level)
+        else _samples_missing(outcomes[: i + 1], epsilon, dataclasses.replace(terms, looks=1))
         for i in set(opens.values())
     }
     return tuple(f"{plan.names[cache]} stays off: {reasons[i]}" for cache, i in opens.items())
 
 
-def _samples_missing(outcomes: list[Outcome], epsilon: float, level: float) -> str:
+def _samples_missing(outcomes: list[Outcome], epsilon: float, terms: _Terms) -> str:
     """Say how many fresh rows it would take to certify the last of these steps in a first look; these are closed."""
-    rate, n = outcomes[-1].disagreement, len(outcomes[-1].disagrees)
-    worst = max(outcome.disagreement for outcome in outcomes)  # all steps before it must pass, too
-    needed = samples_needed(worst, epsilon, level)
+    if (grouping := terms.grouping) is None:
+        unit, what, rates = "rows", f"of {len(outcomes[-1].disagrees)}", [outcome.disagreement for outcome in outcomes]
+    elif grouping.tolerance is None:
+        unit, what = "groups", f"in the mean over {len(grouping.sizes)} groups"
+        rates = [float(grouping.losses(outcome.disagrees).mean()) for outcome in outcomes]
+    else:
+        counts = [grouping.counts(outcome.disagrees) for outcome in outcomes]
+        unit, what, rates = "groups", f"of {len(grouping.sizes)} groups are bad;", [c.bad / c.n for c in counts]
+    needed = samples_needed(max(rates), epsilon, terms.level)  # all steps before it must pass, too
     more = (
-        f"about {needed} fresh certify rows, without any of these, would open it"
+        f"about {needed} fresh certify {unit}, without any of these, would open it"
         if needed is not None
-        else "no number of rows would open it: collect data or fit a better cache"
+        else f"no number of {unit} would open it: collect data or fit a better cache"
     )
-    return f"with it {rate:.2%} of {n} disagree, {epsilon:.2%} is allowed; {more}"
+    said = what if what.endswith(";") else f"{what} disagree,"
+    return f"with it {rates[-1]:.2%} {said} {epsilon:.2%} is allowed; {more}"
 
 
 def _failed_exit(plan: Plan, outcomes: list[Outcome], alpha: float, level: float) -> str:

@@ -48,6 +48,8 @@ class Look(BaseModel):
     together: str = ""
     """The same for all plans that were certified together; empty for a plan alone."""
     method: Method = MARGINAL
+    groups: str = ""
+    """Which rows were tested as one group, and what made it a bad one: a digest; empty where rows are independent."""
     number: Annotated[int, Field(ge=1, lt=2**53)] = 1
     """j: the look was tested at 6 delta / (pi^2 j^2)."""
     closed: Closed = "revealed"
@@ -56,7 +58,7 @@ class Look(BaseModel):
     @property
     def key(self) -> tuple[object, ...]:
         """What makes it the same look if it is repeated."""
-        return self.plan_hash, self.data_fingerprint, self.epsilon, self.delta, self.together, self.method
+        return self.plan_hash, self.data_fingerprint, self.epsilon, self.delta, self.together, self.method, self.groups
 
 
 class Looks(BaseModel):
@@ -146,8 +148,9 @@ class Ledger:
         )
 
     def open(
-        self, rows: UInt64[np.ndarray, " n"], plans: Mapping[str, tuple[Plan, float]], delta: float, method: Method
-    ) -> tuple[Look, ...]:
+        self, rows: UInt64[np.ndarray, " n"], plans: Mapping[str, tuple[Plan, float]], delta: float, method: Method,
+        groups: str = "",
+    ) -> tuple[Look, ...]:  # fmt: skip
         """Record, before it happens, that these rows are opened to certify these plans.
 
         The same look again tells nothing new, so it keeps its number, and is allowed on closed rows.
@@ -157,6 +160,7 @@ class Ledger:
             plans: To be certified together, by name, each with its epsilon.
             delta: The risk of error of all together.
             method: Of the test.
+            groups: Digest of the groups of rows, see ``Look.groups``.
 
         Returns:
             The look, an entry a plan; all have the same number.
@@ -175,7 +179,7 @@ class Ledger:
             looks = tuple(
                 Look(
                     plan_hash=plan, data_fingerprint=name, epsilon=epsilon, delta=delta, together=together,
-                    method=method, number=number, closed="",
+                    method=method, groups=groups, number=number, closed="",
                 )
                 for plan, epsilon in tested
             )  # fmt: skip

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
+from scipy.stats import rankdata
 
 from gati_jax.errors import InputError
 
@@ -68,6 +69,7 @@ class ReplaySource:
             )
 
 
+_FEWEST_NEIGHBOURS = 50
 NO_ROWS = np.empty(0, np.uint64)
 
 
@@ -139,6 +141,24 @@ def _comparable(scores: Float[np.ndarray, "candidates n"]) -> Float[np.ndarray, 
     limits = np.finfo(np.float32)
     never = np.isneginf(scores) | np.isnan(scores)
     return np.where(never, -np.inf, np.clip(scores, limits.min, limits.max)).astype(np.float32)
+
+
+def neighbours_resemble(table: ReplayTable) -> float:
+    """Return how much the scores of a row and of the next one correlate, among rows of the same answer; 0 by chance.
+
+    Frames of a video and images of a patient often follow each other, and are alike in how sure caches are of them.
+    Rows that are sorted by class are not: each score is compared with others of its answer.
+    """
+    if len(table) < _FEWEST_NEIGHBOURS:
+        return 0.0
+    ranks = rankdata(table.scores, axis=1)  # scores may have any scale, and be -infinity
+    _, group, sizes = np.unique(table.answers, return_inverse=True, return_counts=True)
+    ranks -= np.array([np.bincount(group, weights=row)[group] / sizes[group] for row in ranks])
+    variance = (ranks**2).mean(1)
+    correlation = (ranks[:, 1:] * ranks[:, :-1]).mean(1)[variance > 0] / variance[variance > 0]
+    # Of n independent rows it is normal, of variance 1 / n.
+    certain = correlation.size and correlation.mean() > 5 / len(table) ** 0.5
+    return float(correlation.mean()) if certain else 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

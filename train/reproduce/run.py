@@ -164,11 +164,12 @@ def certify_each(policies: Iterable[PlannedPolicy], config: Config, ledger: AnyL
     Of all these certificates only the default plan's is valid, because it was fixed beforehand. ``ledger`` counts its
     look, which closes the rows, for the results show what they say of every policy.
     """
-    options = {"reveal": True, "base_saw_data": base_saw_certify(config), "duplicates": True}  # main has checked them
+    saw = base_saw_certify(config)
     return {
         one.name: gati_jax.certify(
             one.plan, one.tables["certify"], config.plan.epsilon, config.plan.delta,
-            ledger=ledger if one.name == DEFAULT else Ledger(), **options,
+            ledger=ledger if one.name == DEFAULT else Ledger(), reveal=True, base_saw_data=saw,
+            duplicates=True,  # main has checked them
         )
         for one in policies
     }  # fmt: skip
