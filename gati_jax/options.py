@@ -26,6 +26,12 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 _TYPES = {int: "INTEGER", float: "NUMBER", bool: "true|false", str: "TEXT", Path: "PATH"}
 
 
+class Strict(BaseModel):
+    """A frozen record that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
 class Option(NamedTuple):
     """What a help text says of one option."""
 

@@ -1,4 +1,4 @@
-"""The server's settings: one record for the flags of ``python -m serve``, their checks and their table in the docs.
+"""The server's settings: one record for the flags of ``python -m serve``, their checks and their help.
 
 Only the token is no flag: it comes from the environment, where ``ps`` does not show it.
 """
@@ -163,12 +163,6 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settings:
         raise InputError(_sentence(error)) from None
 
 
-def table() -> str:
-    """Return the options as a Markdown table, for the documentation."""
-    rows = [f"| `{_flag(name)}` | {_default(field)} | {field.description} |" for name, field in _options().items()]
-    return "\n".join(["| option | default | |", "| --- | --- | --- |", *rows])
-
-
 def _options() -> dict[str, FieldInfo]:
     """Return every field that is a flag, by the name that its flag has."""
     return {field.alias or name: field for name, field in Settings.model_fields.items() if name != "token"}
@@ -226,7 +220,3 @@ def _expected(field: FieldInfo) -> str:
     low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
     between = f"from {low} to {high}" if "ge" in bounds else f"between {low} and {high}"
     return f"{'a whole number' if kind is int else 'a number'} {between}"
-
-
-if __name__ == "__main__":
-    print(table())  # noqa: T201 (for the documentation)
