@@ -21,16 +21,7 @@ from gati_jax.profiling import measure_speed
 from train import cli, latency
 
 from .config import Config, build_config
-from .results import (
-    BaseQuality,
-    CascadeQuality,
-    EvaluatedCertificate,
-    Evaluation,
-    Exit,
-    Memory,
-    Oracle,
-    ServedResult,
-)
+from .results import BaseQuality, CascadeQuality, EvaluatedCertificate, Evaluation, Exit, Memory, Oracle, ServedResult
 
 _log = logging.getLogger("train.evaluate")
 EXAMPLE = "python -m train.evaluate --bundle runs/r56/bundle --out runs/r56/eval"

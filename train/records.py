@@ -13,15 +13,7 @@ import gati_jax
 from gati_jax import Candidate, Chain, CostTable
 from gati_jax.options import Strict
 from gati_jax.planning import Composition
-from gati_jax.profiling import (
-    Tile,
-    device_name,
-    measure_steadily,
-    tune_tile,
-    tuned_cache,
-    tuned_chain,
-    unsteady,
-)
+from gati_jax.profiling import Tile, device_name, measure_steadily, tune_tile, tuned_cache, tuned_chain, unsteady
 from train import cli
 
 from .config import Config

@@ -15,6 +15,8 @@ CLASSES = 7
 PREDICTOR: TypeAdapter[Any] = TypeAdapter(caches.PredictorSpec)
 SELECTOR: TypeAdapter[Any] = TypeAdapter(caches.SelectorSpec)
 SMALL = ResNet(stages=(1, 1), widths=(4, 6), classes=CLASSES, shortcut="A", input_shape=(8, 8, 3))
+SMALL_JSON = {"stages": [1, 1], "widths": [4, 6], "bottleneck": False, "stem": 3, "shortcut": "A", "classes": CLASSES,
+              "input_shape": [8, 8, 3]}  # fmt: skip
 
 # A module with none of its defaults, and the fields of its JSON in their order.
 PREDICTORS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -27,20 +29,7 @@ PREDICTORS: dict[str, tuple[Any, dict[str, Any]]] = {
         caches.Convolutional(CLASSES, (4, 5), 2, 1, 3, 9, standardize=False),
         {"channels": [4, 5], "kernel": 2, "stride": 1, "cells": 3, "hidden": 9, "standardize": False},
     ),
-    "network": (
-        caches.Network(CLASSES, SMALL),
-        {
-            "network": {
-                "stages": [1, 1],
-                "widths": [4, 6],
-                "bottleneck": False,
-                "stem": 3,
-                "shortcut": "A",
-                "classes": CLASSES,
-                "input_shape": [8, 8, 3],
-            }
-        },
-    ),
+    "network": (caches.Network(CLASSES, SMALL), {"network": SMALL_JSON}),
     "knn": (caches.Neighbours(CLASSES, 70, 6, 9, 2), {"points": 70, "k": 6, "units": 9, "cells": 2}),
     "kmeans": (caches.Centres(CLASSES, 8, 9), {"centres": 8, "units": 9, "cells": None}),
 }
