@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from .errors import InputError
+from .errors import InputError, printable
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -24,6 +24,12 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 _TYPES = {int: "INTEGER", float: "NUMBER", bool: "true|false", str: "TEXT", Path: "PATH"}
+
+
+class Strict(BaseModel):
+    """A frozen record that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Option(NamedTuple):
@@ -66,7 +72,7 @@ def describe_error(error: ErrorDetails) -> str:
     key = "".join(f"{part}." for part in error["loc"])[:-1]
     if not key:  # of the whole record, which would be too long to repeat
         return message
-    return f"{key}: {message}" + ("" if error["type"] == "missing" else f", got {error['input']!r}")
+    return f"{key}: {message}" + ("" if error["type"] == "missing" else f", got {printable(repr(error['input']))}")
 
 
 def describe_options(record: type, prefix: str = "") -> Iterator[Option]:
@@ -79,7 +85,7 @@ def describe_options(record: type, prefix: str = "") -> Iterator[Option]:
     section = (record.__doc__ or "").partition("\n")[0].replace("``", "")
     deeper: list[tuple[type, str]] = []
     for name, field in _model(record).model_fields.items():
-        key = f"{prefix}{name}"
+        key = f"{prefix}{field.alias or name}"
         if nested := _record_in(field.annotation):
             deeper.append((nested, f"{key}."))
             continue

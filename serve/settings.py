@@ -1,4 +1,4 @@
-"""The server's settings: one record for the flags of ``python -m serve``, their checks and their table in the docs.
+"""The server's settings: one record for the flags of ``python -m serve``, their checks and their help.
 
 Only the token is no flag: it comes from the environment, where ``ps`` does not show it.
 """
@@ -7,15 +7,14 @@ import argparse
 import ipaddress
 import re
 import ssl
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 
 from gati_jax import InputError
+from gati_jax.options import Option, describe_error, describe_options
 
 TOKEN = "GATI_TOKEN"  # noqa: S105 (the name of the variable)
 _EXAMPLE = """\
@@ -25,7 +24,7 @@ examples:
 
   GATI_TOKEN=... python -m serve --bundle DIR --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
 """
-_METAVARS = {int: "N", float: "X", Path: "PATH"}
+_NO_DEFAULT = {"required", "unset", "false", "[]"}
 _FORMER_LAYERS = {"points": "nearest", "repeats": "exact"}
 
 
@@ -78,7 +77,7 @@ class Settings(BaseModel):
     tls_key: Path | None = Field(default=None, description="its private key")
     token: str | None = Field(default=None, repr=False)
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="debug, info, warning or error; debug logs every request"
+        default="info", description="debug logs every request"
     )
     overlap: bool = Field(
         default=False,
@@ -155,78 +154,30 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settings:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for name, field in _options().items():
-        parser.add_argument(_flag(name), help=_help(field), **_how(field))
+    for option in describe_options(Settings):
+        if option.key != "token":
+            parser.add_argument(_flag(option.key), **_how(option))
     try:
         return Settings(**vars(parser.parse_args(argv)), token=environ.get(TOKEN))
     except ValidationError as error:
-        raise InputError(_sentence(error)) from None
-
-
-def table() -> str:
-    """Return the options as a Markdown table, for the documentation."""
-    rows = [f"| `{_flag(name)}` | {_default(field)} | {field.description} |" for name, field in _options().items()]
-    return "\n".join(["| option | default | |", "| --- | --- | --- |", *rows])
-
-
-def _options() -> dict[str, FieldInfo]:
-    """Return every field that is a flag, by the name that its flag has."""
-    return {field.alias or name: field for name, field in Settings.model_fields.items() if name != "token"}
+        first = error.errors(include_url=False)[0]
+        if not first["loc"]:
+            raise InputError(describe_error(first)) from None  # of several options together
+        name = str(first["loc"][0])
+        text = describe_error({**first, "loc": (name,)})
+        raise InputError(f"{_flag(name)}{text.removeprefix(name)}") from None
 
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _type_of(field: FieldInfo) -> Any:  # noqa: ANN401 (a type, or what typing has for one)
-    """Return the type of a value that is given; an optional field is left out to say None."""
-    annotation = field.annotation
-    return get_args(annotation)[0] if get_origin(annotation) is types.UnionType else annotation
-
-
-def _how(field: FieldInfo) -> dict[str, Any]:
+def _how(option: Option) -> dict[str, Any]:
     """Return how argparse reads an option; it leaves values as text, which the record checks."""
-    kind = _type_of(field)
-    if kind is bool:
-        return {"action": "store_true"}
-    if get_origin(kind) is tuple:
-        return {"nargs": "+", "metavar": "NAME"}
-    return {"metavar": _METAVARS.get(kind, "NAME"), "required": field.is_required()}
-
-
-def _default(field: FieldInfo) -> str:
-    return "" if field.is_required() or field.default in {None, False, ()} else str(field.default)
-
-
-def _help(field: FieldInfo) -> str:
-    default = _default(field)
-    return f"{field.description} (default: {default})" if default else str(field.description)
-
-
-def _sentence(error: ValidationError) -> str:
-    """Say which option is not what was expected, from the field's type and bounds."""
-    first = error.errors()[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, InputError):
-        return str(cause)  # of several options together
-    name = str(first["loc"][0])
-    expected = str(cause) if cause else f"expected {_expected(_options()[name])}"
-    return f"{_flag(name)}: {expected}, got {str(first['input'])[:100]}"
-
-
-def _expected(field: FieldInfo) -> str:
-    kind = _type_of(field)
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(get_args(kind))}"
-    if get_origin(kind) is tuple:
-        return f"some of {', '.join(get_args(get_args(kind)[0]))}"
-    bounds = {
-        key: getattr(part, key) for part in field.metadata for key in ("ge", "gt", "le", "lt") if hasattr(part, key)
-    }
-    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
-    between = f"from {low} to {high}" if "ge" in bounds else f"between {low} and {high}"
-    return f"{'a whole number' if kind is int else 'a number'} {between}"
-
-
-if __name__ == "__main__":
-    print(table())  # noqa: T201 (for the documentation)
+    default = option.default.strip('"')
+    text = option.help if default in _NO_DEFAULT else f"{option.help} (default: {default})"
+    if option.type == "true|false":
+        return {"help": text, "action": "store_true"}
+    if option.type.startswith("["):
+        return {"help": text, "nargs": "+", "metavar": "NAME"}
+    return {"help": text, "metavar": option.type, "required": option.default == "required"}

@@ -165,16 +165,14 @@ def replayed(
 def summary(name: str, run: Replayed) -> MechanismsResult:
     """Return a row of the table."""
     mean_ms = float(run.ms.mean())
-    return MechanismsResult(
+    return MechanismsResult.of(
+        run,
         name=name,
         computation=run.full_ms / mean_ms,
         disagreement=float(run.wrong.mean()),
         worst_window=worst_window(run.wrong),
         shadow_share=float(run.shadow.mean()),
-        controller_ms=run.controller_ms,
-        full_ms=run.full_ms,
         with_recovery=run.full_ms / (mean_ms + 1e3 * run.recovery_seconds / len(run.ms)),
-        recovery_seconds=run.recovery_seconds,
         alarms=sum(event.kind == "alarm" for event in run.events),
         swaps=sum(event.kind == "swap" for event in run.events),
     )

@@ -212,13 +212,8 @@ def summary(
         candidates=agreement,
         plan=tuple(planned),
         sites=tuple(cache.site for cache in planned if cache.threshold is not None),
-        certificate=CertificateResult.model_validate(certificate),
-        predicted=Predicted(
-            full_ms=costs.full_ms,
-            cascade_ms=cascade_ms(certify.take(plan.names), thresholds, costs),
-            batch=costs.batch,
-            device=costs.device,
-        ),
+        certificate=CertificateResult.of(certificate),
+        predicted=Predicted.of(costs, cascade_ms=cascade_ms(certify.take(plan.names), thresholds, costs)),
     )
 
 

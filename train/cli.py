@@ -20,9 +20,9 @@ from rich.table import Table
 from gati_jax import InputError, Ledger, __version__
 from gati_jax.certification import AnyLedger
 from gati_jax.checks import write_atomically
-from gati_jax.options import describe_options
+from gati_jax.options import Strict, describe_options
 
-from .config import M, Section, did_you_mean, keys_of, load
+from .config import M, did_you_mean, keys_of, load
 
 Result = dict[str, Any]
 T = TypeVar("T")
@@ -131,7 +131,7 @@ def parse(
     return arguments, load(model, arguments.config, overrides)
 
 
-def help_of(model: type[Section]) -> str:
+def help_of(model: type[Strict]) -> str:
     """Describe all keys of a config, grouped by section: type, meaning and default, a line each."""
     lines = ["keys of the config, all of which are flags, too (N: a position in a list, from 0)"]
     before = None

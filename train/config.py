@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from gati_jax import Augment, FitConfig, Head, InputError, Normalization
 from gati_jax.caches import GridSpec, PredictorSpec, SelectorSpec, SortedSelectorSpec, build_predictor, build_selector
 from gati_jax.data import DATASET_NAME
 from gati_jax.fitting.heads import HeadName, IsCascaded, Sites
 from gati_jax.models import Architecture, architecture
-from gati_jax.options import Count, NotNegative, Positive, Seed, Share, describe_error, describe_options
+from gati_jax.options import Count, NotNegative, Positive, Seed, Share, Strict, describe_error, describe_options
 
 DatasetName = Annotated[str, Field(pattern=f"^{DATASET_NAME}$")]
 Classes = Annotated[int, Field(ge=2, le=100_000)]
@@ -26,16 +26,10 @@ Side = Annotated[int, Field(ge=1, le=4096)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Section(BaseModel):
-    """A frozen record that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+M = TypeVar("M", bound=Strict)
 
 
-M = TypeVar("M", bound=Section)
-
-
-class Splits(Section):
+class Splits(Strict):
     """Disjoint parts of the source, in TFDS's notation."""
 
     fit: str = Field(description="trains the predictors")
@@ -44,7 +38,7 @@ class Splits(Section):
     test: str = Field(description="for evaluation; nothing is chosen on it")
 
 
-class Source(Section):
+class Source(Strict):
     """Where images come from."""
 
     name: DatasetName = Field(description="digits, or a TFDS name such as cifar10 or mnist_corrupted/identity:1.0.0")
@@ -60,7 +54,7 @@ class Data(Source):
     splits: Splits
 
 
-class BaseTraining(Section):
+class BaseTraining(Strict):
     """How train.base trains the base."""
 
     epochs: Count = Field(default=20, description="passes over the data")
@@ -82,7 +76,7 @@ class BaseTraining(Section):
     checkpoint_seconds: NotNegative = Field(default=30.0, description="least time between two checkpoints")
 
 
-class Base(Section):
+class Base(Strict):
     """The network and its weights."""
 
     network: str = Field(default="", description="resnet20/32/44/56/110, resnet18/34/50/101/152 or vgg11/13/16/19")
@@ -119,7 +113,7 @@ class Base(Section):
         return self.normalization
 
 
-class HeadSection(Section):
+class HeadSection(Strict):
     """A kind of cache to train: a ``gati_jax.Head`` whose parts are named instead of built."""
 
     name: HeadName = Field(description="prefix of the candidates' names: grid@4 at site 4")
@@ -146,7 +140,7 @@ class HeadSection(Section):
         )
 
 
-class NetworkSection(Section):
+class NetworkSection(Strict):
     """A trained small network as a cache at site 0, with inputs and classes as the base's."""
 
     name: HeadName = Field(description="prefix of the candidate's name: small@0")
@@ -179,7 +173,7 @@ class Fit(FitConfig):
     )
 
 
-class Planning(Section):
+class Planning(Strict):
     """What is to be certified, and the budgets of a plan."""
 
     epsilon: Share = Field(default=0.02, description="largest share of requests that may disagree with the base")
@@ -207,7 +201,7 @@ class Planning(Section):
         return {f"{100 * epsilon:.6g}%": epsilon for epsilon in sorted({self.epsilon, *self.also})}
 
 
-class Experiment(Section):
+class Experiment(Strict):
     """The experiment as a whole."""
 
     seed: Seed = Field(default=0, description="of everything random")
@@ -266,7 +260,7 @@ def build_config(values: Mapping[str, Any]) -> Config:
     return build(Config, values)
 
 
-def keys_of(model: type[Section]) -> list[str]:
+def keys_of(model: type[Strict]) -> list[str]:
     """Return every key that a file may have."""
     return [option.key for option in describe_options(model)]
 

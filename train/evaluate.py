@@ -16,22 +16,12 @@ from numpy.typing import ArrayLike
 
 import gati_jax
 from gati_jax import Bundle, Certificate, InputError, Prediction, data
-from gati_jax.certification import AccuracyGap, AnyLedger, find_ledger
+from gati_jax.certification import AnyLedger, find_ledger
 from gati_jax.profiling import measure_speed
 from train import cli, latency
 
 from .config import Config, build_config
-from .results import (
-    BaseQuality,
-    CascadeQuality,
-    CertificateResult,
-    EvaluatedCertificate,
-    Evaluation,
-    Exit,
-    Memory,
-    Oracle,
-    ServedResult,
-)
+from .results import BaseQuality, CascadeQuality, EvaluatedCertificate, Evaluation, Exit, Memory, Oracle, ServedResult
 
 _log = logging.getLogger("train.evaluate")
 EXAMPLE = "python -m train.evaluate --bundle runs/r56/bundle --out runs/r56/eval"
@@ -74,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         base=BaseQuality(accuracy=accuracy(table.answers, table.labels)),
         cascade=quality,
         certificate=evaluated(bundle.certificate, quality.agreement),
-        served=served(bundle),
+        served=ServedResult.of(bound := bundle.bound_of(), text=str(bound)),
         exits=tuple(exit_of(site, exits == site, agrees) for site in (*bundle.cascade.sites, len(bundle.chain))),
         cost=latency.cost(bundle, exits, speed, tuned),
         memory=Memory(base_bytes=bundle.chain.bytes, cache_bytes=sum(c.bytes for c in bundle.cascade.caches)),
@@ -138,7 +128,7 @@ def close_certify(ledger: AnyLedger, bundle: Bundle, split: data.Dataset, *, rev
 
 
 def answers(bundle: Bundle, images: np.ndarray) -> Prediction:
-    """Answer in the certified arithmetic, even where the bundle is tuned: ``served`` says what a tuning adds."""
+    """Answer in the certified arithmetic, whatever the tuning: ``Evaluation.served`` says what that adds."""
     starts = cli.track(range(0, len(images), CHUNK), "answering")
     chunks = [gati_jax.infer_batch(bundle, images[i : i + CHUNK], numerics="reference") for i in starts]
     return jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
@@ -157,13 +147,7 @@ def check_fingerprint(bundle: Bundle, name: str, split: data.Dataset) -> None:
 def evaluated(certificate: Certificate, agreement: float) -> EvaluatedCertificate:
     """Return the certificate, and whether its bound holds on this split."""
     holds = certificate.certified and 1 - agreement <= certificate.epsilon
-    return EvaluatedCertificate(**CertificateResult.model_validate(certificate).model_dump(), holds=holds)
-
-
-def served(bundle: Bundle) -> ServedResult:
-    """Return what is promised of the answers given by default, which may be in another arithmetic."""
-    bound = bundle.bound_of()
-    return ServedResult(numerics=bound.numerics, epsilon=bound.epsilon, delta=bound.delta, text=str(bound))
+    return EvaluatedCertificate.of(certificate, holds=holds)
 
 
 def exit_of(site: int, here: np.ndarray, agrees: np.ndarray) -> Exit:
@@ -226,13 +210,6 @@ def render(evaluation: Mapping[str, Any]) -> str:
     )
     environment.filters["share"] = lambda value, digits=2: "-" if value is None else f"{value:.{digits}%}"
     return environment.get_template("evaluation.html.jinja").render(evaluation)
-
-
-def lost_accuracy(gap: AccuracyGap | None) -> str:
-    """Describe how much accuracy may be lost."""
-    if gap is None:
-        return "no labels, or nothing certified"
-    return f"{gap.upper:.4f}, delta {gap.delta} ({gap.mean:.4f} of {gap.n} certify requests)"
 
 
 if __name__ == "__main__":

@@ -41,20 +41,8 @@ def measure_tuned(
 
 def describe(bundle: Bundle, speed: Speed, **more: Any) -> Measured:  # noqa: ANN401 (fields of the record)
     """Return the record of one timing."""
-    return Measured(
-        driver="while_loop" if speed.batch == 1 else "tiles",
-        dtype=str(bundle.chain.input_spec.dtype),
-        batch=speed.batch,
-        requests=len(speed.exits),
-        full=speed.full,
-        full_ms=speed.full_ms,
-        cascade_ms=speed.cascade_ms,
-        speedup=speed.speedup,
-        ideal=speed.ideal,
-        conversion=speed.conversion,
-        spread=speed.spread,
-        **more,
-    )
+    driver, dtype = "while_loop" if speed.batch == 1 else "tiles", str(bundle.chain.input_spec.dtype)
+    return Measured.of(speed, driver=driver, dtype=dtype, requests=len(speed.exits), **more)
 
 
 def cost(bundle: Bundle, exits: np.ndarray, speed: Speed, tuned: Sequence[Measured]) -> Cost:

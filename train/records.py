@@ -7,20 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 import gati_jax
 from gati_jax import Candidate, Chain, CostTable
+from gati_jax.options import Strict
 from gati_jax.planning import Composition
-from gati_jax.profiling import (
-    Tile,
-    device_name,
-    measure_steadily,
-    tune_tile,
-    tuned_cache,
-    tuned_chain,
-    unsteady,
-)
+from gati_jax.profiling import Tile, device_name, measure_steadily, tune_tile, tuned_cache, tuned_chain, unsteady
 from train import cli
 
 from .config import Config
@@ -28,9 +21,7 @@ from .config import Config
 _log = logging.getLogger("train.records")
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _Record(Strict):
     def write(self, path: Path) -> None:
         cli.write_result(path, self.model_dump(mode="json"))
 

@@ -23,6 +23,12 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", from_attributes=True)
 
+    @classmethod
+    def of(cls, source: object, **more: Any) -> Self:  # noqa: ANN401 (fields of the record)
+        """Return a record of what an object has under the same names, and of further fields."""
+        own = {name: getattr(source, name) for name in cls.model_fields if hasattr(source, name)}
+        return cls.model_validate(own | more)
+
     def as_json(self) -> dict[str, object]:
         """Return what is written."""
         return self.model_dump(mode="json")

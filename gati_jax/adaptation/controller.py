@@ -26,10 +26,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 from pydantic import Field
 
-from gati_jax.bundle.manifest import Strict
 from gati_jax.bundle.record import Bundle, certified_only, costs_of
 from gati_jax.caches import Candidate, choose
 from gati_jax.errors import InputError
+from gati_jax.options import Strict
 
 from .input_cache import ExactCache, ExactCacheConfig, InputCache, NearestCache, NearestCacheConfig, Ticket
 from .monitor import Alarm, CostGuard, CostGuardConfig, Monitor, MonitorConfig, MonitorState, Natural, exit_ms

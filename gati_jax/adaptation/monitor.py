@@ -51,13 +51,12 @@ from typing import Annotated, NamedTuple
 from pydantic import Field, model_validator
 from scipy.stats import binomtest
 
-from gati_jax.bundle.manifest import Strict
 from gati_jax.caches import Candidate
 from gati_jax.certification import trial_level
 from gati_jax.certification.betting import RATIOS, Count, EProcess, mean_disagreement, upper_bound
 from gati_jax.errors import InputError
 from gati_jax.options import Count as AtLeastOne
-from gati_jax.options import check_options
+from gati_jax.options import Strict, check_options
 from gati_jax.planning import CostTable
 
 from .request_log import EXACT, LOST, NEAREST, Observation

@@ -199,8 +199,8 @@ class _Run:
             shadow = self.controller.from_cache(ticket)
         else:
             exit_, class_index, score, ms = self._network(item, column, base, base_only=ticket.frequent)
-            said = logits if exit_ == self._depth else np.eye(len(logits), dtype=np.float32)[class_index]
-            shadow = self.controller.answered(ticket, exit_, score, said, now)
+            given = logits if exit_ == self._depth else np.eye(len(logits), dtype=np.float32)[class_index]
+            shadow = self.controller.answered(ticket, exit_, score, given, now)
         if shadow:
             ms = self._costs.full_ms if exit_ < 0 else exit_ms(self.served.caches, self._costs, self._depth)
             self.controller.shadowed(ticket, logits, now)

@@ -31,10 +31,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from jaxtyping import Float64, Int16, Int32, Shaped, UInt8
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
 from gati_jax.checks import write_atomically
 from gati_jax.errors import InputError
+from gati_jax.options import Strict
 
 FORMAT_VERSION = 2
 SUFFIX = ".safetensors"
@@ -52,12 +53,10 @@ _FORMS |= {"source": ("I16", "<i2", 1), "images": ("U8", "|u1", 4), "header": ("
 _REQUIRED = {"item", "seconds"}
 
 
-class _Header(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
+class _Header(Strict, strict=True):
     format_version: Literal[1, 2]
     phases: Annotated[list[Annotated[str, Field(max_length=200)]], Field(min_length=1, max_length=10_000)]
-    about: dict[str, JsonValue] = {}
+    about: Mapping[str, JsonValue] = {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

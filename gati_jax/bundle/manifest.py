@@ -2,17 +2,19 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from gati_jax.caches import PredictorSpec, SelectorSpec
 from gati_jax.certification import Certificate
 from gati_jax.checks import write_atomically
 from gati_jax.errors import BundleError
 from gati_jax.models import Architecture, Normalization
+from gati_jax.options import Strict
 from gati_jax.planning import CostTable, Plan, ReplaySource
 from gati_jax.profiling import Tuning
 
@@ -25,12 +27,6 @@ LOOKS = "looks.json"
 Site = Annotated[int, Field(ge=0, le=100_000)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 T = TypeVar("T")
-
-
-class Strict(BaseModel):
-    """A frozen record that refuses unknown fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class CacheEntry(Strict):
@@ -46,14 +42,14 @@ class Provenance(Strict):
     """How a bundle was made."""
 
     created: str = ""
-    versions: dict[str, str] = {}
+    versions: Mapping[str, str] = {}
     seed: int = 0
-    data_fingerprints: dict[str, str] = {}
+    data_fingerprints: Mapping[str, str] = {}
     """By split: a digest of its rows, in order."""
     looks: tuple[dict[str, str | float], ...] = ()
     """In bundles of older versions; newer ones have a looks.json."""
-    command: list[str] = []
-    config: dict[str, Any] = {}
+    command: Sequence[str] = ()
+    config: Mapping[str, Any] = {}
 
 
 class Manifest(Strict):

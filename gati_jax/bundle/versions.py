@@ -19,9 +19,10 @@ from pydantic import Field, model_validator
 
 from gati_jax.errors import BundleError, InputError
 from gati_jax.models import Chain
+from gati_jax.options import Strict
 
 from .load import load_bundle
-from .manifest import Strict, read_json, write_json
+from .manifest import read_json, write_json
 from .record import Bundle
 from .save import save_bundle, save_tuning
 

@@ -6,7 +6,6 @@ from .candidate import Cascaded as Cascaded
 from .candidate import Confidence as Confidence
 from .candidate import LinearSelector as LinearSelector
 from .candidate import ProbabilitySelector as ProbabilitySelector
-from .candidate import Selector as Selector
 from .candidate import SortedSelector as SortedSelector
 from .candidate import choose as choose
 from .candidate import lookup as lookup
@@ -34,7 +33,6 @@ from .predictors import GlobalAverage as GlobalAverage
 from .predictors import Grid as Grid
 from .predictors import Network as Network
 from .predictors import Pool as Pool
-from .predictors import Predictor as Predictor
 from .predictors import adaptive_average as adaptive_average
 from .predictors import fold_standardize as fold_standardize
 from .predictors import import_network as import_network

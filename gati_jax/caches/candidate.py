@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -174,15 +174,6 @@ def on_its_own(candidate: Candidate) -> Candidate:
 
 # Selectors score a predictor's logits by the log-odds that it agrees with the base (GATI's binary selector), not by the
 # probability: near certainty, where thresholds lie, that saturates in float32.
-
-
-@runtime_checkable
-class Selector(Protocol):
-    """The interface of a selector: a Linen module from logits to scores."""
-
-    def __call__(self, logits: Logits) -> Scores:
-        """Return scores."""
-        ...
 
 
 class LinearSelector(nn.Module):

@@ -8,7 +8,7 @@ parameters.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -37,17 +37,6 @@ Channels = Float[np.ndarray, " features"]
 Features = Float[Array, "batch features"]
 Positions = Float[Array, "batch *positions features"]
 _Side = Annotated[int, Field(ge=1, le=16)]  # of a two-dimensional kernel
-
-
-@runtime_checkable
-class Predictor(Protocol):
-    """The interface of a predictor: a Linen module that knows its number of classes."""
-
-    classes: int
-
-    def __call__(self, activation: Activation) -> Logits:
-        """Return class logits."""
-        ...
 
 
 def flatten_channels_first(x: Activation) -> Features:

@@ -8,9 +8,10 @@ import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
 
 import flax.linen as nn
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import Field, ValidationError, create_model
 
 from gati_jax.errors import InputError
+from gati_jax.options import Strict
 
 from .candidate import Confidence, LinearSelector, ProbabilitySelector, SortedSelector
 from .neighbours import Centres, Neighbours
@@ -36,10 +37,8 @@ _SELECTORS: dict[str, type[nn.Module]] = {
 _NOT_IN_A_SPEC = {"classes", "algorithms", "parent", "name"}  # the base's, the tuning's, and Linen's own
 
 
-class Spec(BaseModel):
+class Spec(Strict):
     """A cache's predictor or selector as data; every kind has its own fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: str = ""
 

@@ -84,11 +84,11 @@ class ServedBound:
         """Say it in a line."""
         if self.epsilon is None:
             return f"{self.numerics} arithmetic, of which nothing is certified"
-        said = f"{self.numerics} arithmetic: disagreement <= {self.epsilon:.4g}, confidence {1 - self.delta:.4g}"
+        text = f"{self.numerics} arithmetic: disagreement <= {self.epsilon:.4g}, confidence {1 - self.delta:.4g}"
         if self.check is None:
-            return said
+            return text
         c = self.check
-        return f"{said}; {c.upper:.4g} of it as {c.differ} of {c.n} rows are answered otherwise than by the reference"
+        return f"{text}; {c.upper:.4g} of it as {c.differ} of {c.n} rows are answered otherwise than by the reference"
 
 
 def served_bound(certificate: Certificate, numerics: str, check: ArithmeticCheck | None) -> ServedBound:

@@ -255,11 +255,7 @@ def check_finite(params: dict[str, PyTree]) -> None:
 
 
 def distillation_loss(
-    logits: Logits,
-    base_logits: Logits,
-    *,
-    alpha: float = 0.5,
-    temperature: float = 6.0,
+    logits: Logits, base_logits: Logits, *, alpha: float = 0.5, temperature: float = 6.0
 ) -> Float[Array, ""]:
     """Return the batch's mean of ``alpha T^2 KL(base_T || predictor_T) + (1 - alpha) CE(predictor, base's answer)``.
 

@@ -165,11 +165,7 @@ def stages_ms(cascade: Cascade, costs: CostTable) -> tuple[float, ...]:
 
 
 def expected_ms(
-    cascade: Cascade,
-    costs: Mapping[int, CostTable],
-    schedule: Schedule,
-    exits: Int[np.ndarray, " n"],
-    batch: int,
+    cascade: Cascade, costs: Mapping[int, CostTable], schedule: Schedule, exits: Int[np.ndarray, " n"], batch: int
 ) -> float:
     """Return the mean time of a batch that measured costs predict: each stage's tiles for the rows that reach it.
 

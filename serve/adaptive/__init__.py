@@ -16,6 +16,4 @@ recovery, which is logged, counted and tried again later; the process, at any mo
 
 from .build import AdaptiveParts as AdaptiveParts
 from .build import build as build
-from .engine import AdaptiveEngine as AdaptiveEngine
 from .gauges import AdaptiveGauges as AdaptiveGauges
-from .worker import Worker as Worker

@@ -98,7 +98,7 @@ class AdaptiveEngine:
     ) -> Sequence[Future[Answer]]:
         """Admit images, all or none; see ``Engine.submit``. Only uint8 ones of the plan's route adapt.
 
-        A stored point answers only where a place is free for its shadow, whether or not the coin asks for one: if
+        The nearest cache answers only where a place is free for a shadow, whether or not the coin asks for one: if
         refusals depended on the coin, those that are served would be the ones that nobody compares.
         """
         tickets = self._ask(images) if route == ADAPTED and images.dtype == np.uint8 else []

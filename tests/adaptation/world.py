@@ -52,10 +52,7 @@ def bundle() -> Bundle:
     """Caches at both sites, fitted in dim light, certified there."""
     base = chain()
     head = Head(
-        name="full",
-        predictor=functools.partial(FullyConnected, hidden=16),
-        selector=LinearSelector(),
-        sites=(1, 2),
+        name="full", predictor=functools.partial(FullyConnected, hidden=16), selector=LinearSelector(), sites=(1, 2)
     )
     config = FitConfig(epochs=40, batch=64, learning_rate=0.01)
     candidates = gati_jax.fit(

@@ -13,13 +13,7 @@ import pytest
 
 import gati_jax
 from gati_jax import Normalization
-from gati_jax.caches import (
-    Grid,
-    SortedSelector,
-    describe_predictor,
-    import_network,
-    network_with_algorithms,
-)
+from gati_jax.caches import Grid, SortedSelector, describe_predictor, import_network, network_with_algorithms
 from gati_jax.models import ResNet, fold, init, layers, to_chain
 from gati_jax.pytrees import call
 from gati_jax.runtime import Cascade, predict_one

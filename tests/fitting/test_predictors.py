@@ -144,10 +144,7 @@ def gradients(p, x, base_logits, alpha, temperature):
     soft = temperature * (softmax(z / temperature, axis=-1) - softmax(base_logits / temperature, axis=-1))
     dz = (alpha * soft + (1 - alpha) * (softmax(z, axis=-1) - answers)) / n
     dh = dz @ p["out"]["kernel"].T * (before > 0)
-    return {
-        "hidden": {"kernel": x.T @ dh, "bias": dh.sum(0)},
-        "out": {"kernel": hidden.T @ dz, "bias": dz.sum(0)},
-    }
+    return {"hidden": {"kernel": x.T @ dh, "bias": dh.sum(0)}, "out": {"kernel": hidden.T @ dz, "bias": dz.sum(0)}}
 
 
 def learning_rates(config, total):

@@ -60,13 +60,7 @@ CONFIG = gati_jax.FitConfig(epochs=6, batch=32, learning_rate=0.02, seed=3)
 def fit(*, sites=(1, 2), config=CONFIG, checkpoint=None, base=None) -> gati_jax.fitting.Candidates:
     rows, select = images()
     return gati_jax.fit(
-        base or chain(),
-        rows,
-        select=select,
-        heads=[head(*sites)],
-        config=config,
-        checkpoint=checkpoint,
-        progress=False,
+        base or chain(), rows, select=select, heads=[head(*sites)], config=config, checkpoint=checkpoint, progress=False
     )
 
 

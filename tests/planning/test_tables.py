@@ -106,10 +106,7 @@ def test_take_names_the_missing_candidate():
     [
         ({"names": ("c0", "c0")}, "names: expected .* no name twice"),
         ({"sites": (1,)}, "names: expected a site for each"),
-        (
-            {"names": ("c0", "c1", "c2"), "sites": (1, 2, 3)},
-            r"expected shape .* = \[3, 2\], got \[2, 2\]",
-        ),
+        ({"names": ("c0", "c1", "c2"), "sites": (1, 2, 3)}, r"expected shape .* = \[3, 2\], got \[2, 2\]"),
     ],
     ids=["name twice", "too few sites", "too many names"],
 )

@@ -111,10 +111,7 @@ def test_work_behind_an_exit_is_not_done_and_nothing_recompiles(caches, splits, 
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    ms=st.dictionaries(st.integers(1, 9), st.floats(0.1, 10), min_size=1, max_size=3),
-    rows=st.integers(0, 30),
-)
+@given(ms=st.dictionaries(st.integers(1, 9), st.floats(0.1, 10), min_size=1, max_size=3), rows=st.integers(0, 30))
 def test_schedules_are_as_good_as_brute_force(ms, rows):
     schedule = Schedule.of(ms)
     full, rest = divmod(rows, schedule.sizes[0])
@@ -131,12 +128,7 @@ def test_schedules_are_as_good_as_brute_force(ms, rows):
 
 @pytest.mark.parametrize(
     ("sizes", "rest", "message"),
-    [
-        ((), (), "falling"),
-        ((2, 4), ((0, 0), (1, 0)), "falling"),
-        ((2,), ((0,),), "cover"),
-        ((1,), ((-1,),), "cover"),
-    ],
+    [((), (), "falling"), ((2, 4), ((0, 0), (1, 0)), "falling"), ((2,), ((0,),), "cover"), ((1,), ((-1,),), "cover")],
 )
 def test_schedules_that_leave_rows_out_are_refused(sizes, rest, message):
     with pytest.raises(gati_jax.InputError, match=message):

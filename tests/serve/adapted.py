@@ -2,12 +2,7 @@
 
 import dataclasses
 
-from gati_jax.adaptation import (
-    ControllerConfig,
-    ExactCacheConfig,
-    MonitorConfig,
-    served_by,
-)
+from gati_jax.adaptation import ControllerConfig, ExactCacheConfig, MonitorConfig, served_by
 from gati_jax.bundle.record import certified_only
 from serve import adaptive
 from serve.metrics import Metrics

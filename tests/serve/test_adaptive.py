@@ -324,38 +324,45 @@ def test_every_hit_is_compared_with_the_base_where_the_monitor_shadows_all(start
     assert one.statistics().shadowed == len(hits)
 
 
-def test_answers_of_the_nearest_cache_are_shadowed(start, monkeypatch):
-    """It answers everything, a request at once; each answer is compared with the base's by a shadow job."""
-    one = start(dataclasses.replace(QUIET, exact=None, nearest=NearestCacheConfig(cells=4, capacity=50)))
+@pytest.fixture
+def nearest(start):
+    """An engine whose nearest cache answers everything like these images; every hit is shadowed."""
+
+    def started(images, **options):
+        config = dataclasses.replace(QUIET, exact=None, nearest=NearestCacheConfig(cells=4, capacity=50))
+        one = start(config, **options)
+        one.read(lambda controller: controller.monitor.shadow_all(on=True))
+        results(one.submit(images, route=0))
+        settled(one)
+        one.controller.input_cache.threshold = -math.inf
+        return one
+
+    return started
+
+
+def test_answers_of_the_nearest_cache_are_shadowed(nearest, monkeypatch):
+    """A request at once; each answer is compared with the base's by a shadow job."""
     asked, ask = [], NearestCache.ask
 
     def noting(cache, keys):
         asked.append((len(keys), one._lock.locked()))
         return ask(cache, keys)
 
-    monkeypatch.setattr(NearestCache, "ask", noting)
     images = world.images(8, 5)
-    one.read(lambda controller: controller.monitor.shadow_all(on=True))
-    results(one.submit(images, route=0))
-    settled(one)
-    one.controller.input_cache.threshold = -math.inf
+    one = nearest(images)
+    monkeypatch.setattr(NearestCache, "ask", noting)
     answers = results(one.submit(images, route=0))
     settled(one)
-    assert asked == [(8, False)] * 2  # without the lock
+    assert asked == [(8, False)]  # without the lock
     assert {answer.exit for answer in answers} == {NEAREST}
     report = one.read(lambda controller: controller.monitor.report)
     assert (report.shadows[NEAREST], report.requests, one.cache_answers["nearest"]) == (8, 16, 8)
 
 
-def test_a_stored_point_answers_only_where_its_shadow_has_a_place(start):
+def test_the_nearest_cache_answers_only_where_its_shadow_has_a_place(nearest):
     """Under overload its requests are refused, whatever their coins say; none is answered that was not comparable."""
-    one = start(dataclasses.replace(QUIET, exact=None, nearest=NearestCacheConfig(cells=4, capacity=50)), capacity=16)
-    images = world.images(8, 5)
-    one.read(lambda controller: controller.monitor.shadow_all(on=True))
-    results(one.submit(images, route=0))
-    settled(one)
-    one.controller.input_cache.threshold = -math.inf
-    gate = threading.Event()
+    images, gate = world.images(8, 5), threading.Event()
+    one = nearest(images, capacity=16)
     one.engine.between_steps(lambda: gate.wait(PATIENCE) and None)
     answers = results(one.submit(images, route=0))  # at once; their shadows wait
     for q in (1.0, 1e-9):
@@ -376,13 +383,9 @@ def test_a_stored_point_answers_only_where_its_shadow_has_a_place(start):
     assert (report.shadows[NEAREST], report.requests, report.lost) == (8, 16, 0)
 
 
-def test_shadows_lost_in_a_step_count_as_wrong_but_not_those_given_up_at_a_stop(start):
-    one = start(dataclasses.replace(QUIET, exact=None, nearest=NearestCacheConfig(cells=4, capacity=50)))
+def test_shadows_lost_in_a_step_count_as_wrong_but_not_those_given_up_at_a_stop(nearest):
     images = world.images(8, 5)
-    one.read(lambda controller: controller.monitor.shadow_all(on=True))
-    results(one.submit(images, route=0))
-    settled(one)
-    one.controller.input_cache.threshold = -math.inf
+    one = nearest(images)
     runner, gate = one.engine._loop.runner, threading.Event()
     dispatch = runner.dispatch
     one.engine.between_steps(lambda: setattr(runner, "dispatch", lambda _: 1 / 0)).result(PATIENCE)

@@ -17,13 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gati_jax import InputError
-from gati_jax.adaptation import (
-    Alarm,
-    MonitorConfig,
-    Observation,
-    Recovery,
-    served_by,
-)
+from gati_jax.adaptation import Alarm, MonitorConfig, Observation, Recovery, served_by
 from gati_jax.bundle import Versions, save_bundle
 from gati_jax.bundle.record import certified_only
 from gati_jax.pytrees import tree_digest

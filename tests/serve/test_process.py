@@ -18,7 +18,7 @@ import pytest
 import gati_jax
 from gati_jax import InputError
 from serve import logs
-from serve.settings import Settings, parse, table
+from serve.settings import Settings, parse
 
 BUNDLE = ["--bundle", "b"]
 ROOT = Path(__file__).parents[2]
@@ -217,23 +217,29 @@ def test_layers_are_also_known_by_their_former_names():
     ("words", "message"),
     [
         ([], "arguments: the following arguments are required: --bundle"),
-        ([*BUNDLE, "--http-port", "65536"], "--http-port: expected a whole number from 0 to 65535, got 65536"),
-        ([*BUNDLE, "--http-port", "-1"], "--http-port: expected a whole number from 0 to 65535, got -1"),
-        ([*BUNDLE, "--http-port", "http"], "--http-port: expected a whole number from 0 to 65535, got http"),
-        ([*BUNDLE, "--grpc-port", "9" * 5000], "--grpc-port: expected a whole number"),
+        ([*BUNDLE, "--http-port", "65536"], "--http-port: expected a number less than or equal to 65535, got '65536'"),
+        ([*BUNDLE, "--http-port", "-1"], "--http-port: expected a number greater than or equal to 0, got '-1'"),
+        (
+            [*BUNDLE, "--http-port", "http"],
+            "--http-port: expected a valid integer, unable to parse string as an integer",
+        ),
+        ([*BUNDLE, "--grpc-port", "9" * 5000], "--grpc-port: "),
         ([*BUNDLE, "--http-port", "9000", "--grpc-port", "9000"], "--grpc-port: expected another port"),
-        ([*BUNDLE, "--max-body", "1000"], "--max-body: expected a whole number from 1024 to 2147483647, got 1000"),
-        ([*BUNDLE, "--capacity", "0"], "--capacity: expected a whole number from 1 to 65536, got 0"),
-        ([*BUNDLE, "--timeout", "nan"], "--timeout: expected a number from 0 to 86400, got nan"),
-        ([*BUNDLE, "--drain", "-1"], "--drain: expected a number from 0 to 86400, got -1"),
+        ([*BUNDLE, "--max-body", "1000"], "--max-body: expected a number greater than or equal to 1024, got '1000'"),
+        ([*BUNDLE, "--capacity", "0"], "--capacity: expected a number greater than or equal to 1, got '0'"),
+        ([*BUNDLE, "--timeout", "nan"], "--timeout: expected a finite number, got 'nan'"),
+        ([*BUNDLE, "--drain", "-1"], "--drain: expected a number greater than or equal to 0, got '-1'"),
         ([*BUNDLE, "--name", "stats"], "--name: expected letters, digits, dots, dashes and underscores, and not"),
         ([*BUNDLE, "--name", "a/b"], "--name: expected letters"),
-        ([*BUNDLE, "--log-level", "loud"], "--log-level: expected one of debug, info, warning, error, got loud"),
+        ([*BUNDLE, "--log-level", "loud"], "--log-level: expected 'debug', 'info', 'warning' or 'error', got 'loud'"),
         ([*BUNDLE, "--tls-cert", "c.pem"], "--tls-cert: expected together with --tls-key"),
         ([*BUNDLE, "--tls-cert", "no.pem", "--tls-key", "no.pem"], "--tls-cert: expected a certificate"),
         ([*BUNDLE, "--adapt-share", "0.2"], "--adapt-share: expected together with --adapt, got it alone"),
-        ([*BUNDLE, "--adapt", "--adapt-share", "1"], "--adapt-share: expected a number between 0 and 1, got 1"),
-        ([*BUNDLE, "--adapt", "--adapt-without", "all"], "--adapt-without: expected some of nearest, exact, refit"),
+        ([*BUNDLE, "--adapt", "--adapt-share", "1"], "--adapt-share: expected a number less than 1, got '1'"),
+        (
+            [*BUNDLE, "--adapt", "--adapt-without", "all"],
+            "--adapt-without: expected 'nearest', 'exact' or 'refit', got 'all'",
+        ),
         ([*BUNDLE, "--token", "x"], "arguments: unrecognized arguments: --token x"),
     ],
 )
@@ -242,6 +248,7 @@ def test_a_bad_command_line_is_one_sentence(words, message):
         parse(words, {})
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("token", ["", " ", "two words", "ümlaut", "line\n"])
@@ -251,7 +258,7 @@ def test_a_token_that_no_header_can_carry_is_refused(token):
     assert "got something else" in str(caught.value)
 
 
-def test_help_and_the_table_have_every_option(capsys):
+def test_help_has_every_option(capsys):
     with pytest.raises(SystemExit) as left:
         parse(["--help"], {})
     assert left.value.code == 0
@@ -259,10 +266,8 @@ def test_help_and_the_table_have_every_option(capsys):
     assert "python -m serve --bundle runs/digits/caches/bundle" in text
     assert "(default: 8000)" in text
     assert "None" not in text
-    rows = table().splitlines()[2:]
-    assert "| `--http-port` | 8000 | 0 takes a free one |" in rows
-    assert len(rows) == len(Settings.model_fields) - 1  # all but the token
-    assert all(row.split("`")[1] in text for row in rows)
+    flags = {line.split()[0] for line in text.splitlines() if line.startswith("  --")}
+    assert len(flags) == len(Settings.model_fields) - 1  # all but the token
 
 
 def test_logs_are_json_with_the_id_of_the_request():

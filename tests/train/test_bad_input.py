@@ -47,6 +47,10 @@ def zeros(tmp_path_factory) -> Path:
     return path
 
 
+def digits(tmp_path: Path, zeros: Path, *more: str) -> list[str]:
+    return [*DIGITS, "--base.weights", str(zeros), "--out", str(tmp_path / "out"), *more]
+
+
 NO_ROWS = ["--data.splits.fit", "all[5000:]", "--data.base_trained_on", '["all[5000:]"]']
 EVERY_SCRIPT = {
     "missing config": (["--config", "nowhere.toml"], "nowhere.toml"),
@@ -116,24 +120,20 @@ def test_a_bad_config_is_one_line(capsys, monkeypatch, tmp_path, zeros, case):
 )
 def test_bad_weights_are_one_line(capsys, tmp_path, zeros, make, message):
     make(tmp_path / "w.safetensors", zeros)
-    arguments = [*DIGITS, "--base.weights", str(tmp_path / "w.safetensors"), "--out", str(tmp_path / "out")]
-    assert message in refuse(capsys, caches.main, *arguments)
+    assert message in refuse(capsys, caches.main, *digits(tmp_path, tmp_path / "w.safetensors"))
 
 
 def test_a_base_that_knows_one_answer_is_refused_before_anything_is_fitted(capsys, tmp_path, zeros):
-    out = tmp_path / "out"
-    looks = ["--ledger", str(tmp_path / "looks")]
-    said = refuse(capsys, caches.main, *DIGITS, *looks, "--base.weights", str(zeros), "--out", str(out))
+    said = refuse(capsys, caches.main, *digits(tmp_path, zeros, "--ledger", str(tmp_path / "looks")))
     assert "one answer for 100.0% of select's images: check base.weights, base.normalization (Normal" in said
     assert "or give --base.accept-low-accuracy true" in said
-    assert not out.exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_policies_are_not_compared_without_labels(capsys, monkeypatch, tmp_path, zeros):
     load = data.load
     monkeypatch.setattr(data, "load", lambda *a, **k: dataclasses.replace(load(*a, **k), labels=None))
-    arguments = [*DIGITS, "--base.weights", str(zeros), "--out", str(tmp_path / "out")]
-    assert "expected labels" in refuse(capsys, run.main, *arguments)
+    assert "expected labels" in refuse(capsys, run.main, *digits(tmp_path, zeros))
     assert not (tmp_path / "out").exists()
 
 
@@ -153,23 +153,14 @@ FITTED_ON = data.load("digits", "all[:300]")
 SMALL = '[{name = "s", weights = "none.safetensors", network = "resnet20", trained_on = []}]'
 UNFIT_DATA: dict[str, tuple[Callable[[data.Dataset], data.Dataset], str, str]] = {
     "few names": (lambda d: dataclasses.replace(d, class_names=tuple("12345678")), "", "10 classes, got 8 class names"),
-    "many classes": (
-        lambda d: dataclasses.replace(d, class_names=(), labels=np.arange(len(d), dtype=np.int32) % 12),
-        "",
-        "10 classes, got label 11",
-    ),
-    "channels first": (
-        lambda d: dataclasses.replace(d, images=d.images.transpose(0, 3, 1, 2)),
-        CERTIFY,
-        "data.splits.certify: the network takes (8, 8, 1), got images (1, 8, 8)",
-    ),
+    "many classes": (lambda d: dataclasses.replace(d, class_names=(), labels=np.arange(len(d), dtype=np.int32) % 12),
+                     "", "10 classes, got label 11"),
+    "channels first": (lambda d: dataclasses.replace(d, images=d.images.transpose(0, 3, 1, 2)), CERTIFY,
+                       "data.splits.certify: the network takes (8, 8, 1), got images (1, 8, 8)"),
     "rows of fit": (lambda _: FITTED_ON, CERTIFY, "expected certify and fit disjoint, got 300 rows of certify in fit"),
-    "duplicates": (
-        lambda d: dataclasses.replace(d, images=d.images[[0] * 300]),
-        CERTIFY,
-        "expected distinct rows, got 299",
-    ),
-}
+    "duplicates": (lambda d: dataclasses.replace(d, images=d.images[[0] * 300]), CERTIFY,
+                   "expected distinct rows, got 299"),
+}  # fmt: skip
 UNFIT_OPTIONS = {
     "batch": (["--fit.batch", "898"], "fit.batch: expected at most the 897 rows of data.splits.fit, got 898"),
     "folds": (["--data.splits.select", "all[897:898]"], "select: expected at least one distinct row for each of"),
@@ -192,17 +183,15 @@ def test_what_cannot_be_certified_is_refused_before_anything_runs(capsys, monkey
     if case in UNFIT_DATA:
         change, of, message = UNFIT_DATA[case]
         other_data(monkeypatch, change, of)
-    arguments = [*DIGITS, "--base.weights", str(zeros), "--out", str(tmp_path / "out"), *options]
-    assert message in refuse(capsys, main, *arguments)
+    assert message in refuse(capsys, main, *digits(tmp_path, zeros, *options))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("nothing_runs")
 def test_a_bundle_that_could_not_be_saved_is_not_fitted(capsys, tmp_path, zeros):
-    (tmp_path / "bundle").mkdir()
-    (tmp_path / "bundle" / "thesis.txt").write_text("years of work")
-    arguments = [*DIGITS, "--base.weights", str(zeros), "--out", str(tmp_path)]
-    assert "path: expected a bundle or nothing at" in refuse(capsys, caches.main, *arguments)
+    (tmp_path / "out" / "bundle").mkdir(parents=True)
+    (tmp_path / "out" / "bundle" / "thesis.txt").write_text("years of work")
+    assert "path: expected a bundle or nothing at" in refuse(capsys, caches.main, *digits(tmp_path, zeros))
 
 
 def test_near_copies_are_warned_of(monkeypatch, caplog, tmp_path, zeros):
@@ -210,17 +199,8 @@ def test_near_copies_are_warned_of(monkeypatch, caplog, tmp_path, zeros):
     copies = np.minimum(data.load("digits", "all[900:920]").images[:, :, ::-1] + 1, 16)
     other_data(monkeypatch, lambda d: dataclasses.replace(d, images=np.concatenate([copies, d.images[20:]])), CERTIFY)
     monkeypatch.setattr(caches, "explore", is_too_late)
-    arguments = [
-        *DIGITS,
-        "--base.weights",
-        str(zeros),
-        "--out",
-        str(tmp_path / "out"),
-        "--base.accept_low_accuracy",
-        "true",
-    ]
     with caplog.at_level(logging.WARNING, logger="train"), pytest.raises(AssertionError):
-        caches.main(arguments)
+        caches.main(digits(tmp_path, zeros, "--base.accept_low_accuracy", "true"))
     (said,) = (record.getMessage() for record in caplog.records if "near copies" in record.getMessage())
     assert said.startswith("20 of 300 rows of certify are near copies of rows of select")
 

@@ -35,14 +35,20 @@ def test_evaluation_has_every_key_and_is_what_was_printed_and_reported(run):
     assert (written["dataset"], written["split"], written["n"]) == ("digits", f"all[1497:{1497 + TESTED}]", TESTED)
 
 
-def test_base_accuracy_is_that_of_the_unfolded_network(run, tested):
+def unfolded_accuracy(run, split):
     variables = import_state_dict(TINY, load_file(run.folder / "base" / "base.safetensors"))
-    pixels = (tested.images.astype(np.float32) / 16 - np.float32(0.305)) / np.float32(0.376)
-    accuracy = np.mean(np.argmax(apply(TINY, variables, jnp.asarray(pixels)), -1) == tested.labels)
+    pixels = (split.images.astype(np.float32) / 16 - np.float32(0.305)) / np.float32(0.376)
+    return np.mean(np.argmax(apply(TINY, variables, jnp.asarray(pixels)), -1) == split.labels)
+
+
+def test_base_accuracy_is_that_of_the_unfolded_network(run, tested):
+    accuracy = unfolded_accuracy(run, tested)
     assert accuracy > 0.3  # it has learned: ten classes
     assert run.base["accuracy"] == pytest.approx(accuracy)
     assert run.evaluation["base"]["accuracy"] == pytest.approx(accuracy)
     assert strict((run.folder / "base" / "base.json").read_text())["n"] == TESTED
+    select = pytest.approx(unfolded_accuracy(run, data.load("digits", "all[897:1197]")))
+    assert (run.caches["base"]["accuracy_select"], run.caches["base"]["n"]) == (select, 300)
 
 
 def test_exits_agreement_and_accuracy_are_those_of_single_requests(run, tested, table, predictions):
@@ -71,14 +77,6 @@ def test_certificate_is_the_bundle_s_and_holds_as_it_should(run, table, predicti
     wrong = np.mean([int(p.class_index) != a for p, a in zip(predictions, table.answers, strict=True)])
     assert said["holds"] == (certificate.step >= 0 and wrong <= 0.2)
     assert binom.cdf(said["disagreements"], said["n"], said["epsilon"]) <= said["delta"]
-
-
-def test_caches_json_says_how_good_the_base_is_on_select(run):
-    select = data.load("digits", "all[897:1197]")
-    variables = import_state_dict(TINY, load_file(run.folder / "base" / "base.safetensors"))
-    pixels = (select.images.astype(np.float32) / 16 - np.float32(0.305)) / np.float32(0.376)
-    accuracy = np.mean(np.argmax(apply(TINY, variables, jnp.asarray(pixels)), -1) == select.labels)
-    assert (run.caches["base"]["accuracy_select"], run.caches["base"]["n"]) == (pytest.approx(accuracy), 300)
 
 
 def test_costs_are_consistent(run):

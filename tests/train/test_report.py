@@ -12,55 +12,27 @@ HOSTILE = "<script>alert('x')</script>\"&"
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 MEASURED = {
-    "device": "cpu-cpu",
-    "driver": "while_loop",
-    "numerics": "reference",
-    "dtype": "float32",
-    "batch": 1,
-    "requests": 10,
-    "full": "tuned",
-    "full_ms": 2.0,
-    "cascade_ms": 1.6,
-    "speedup": 1.25,
-    "ideal": 4 / 3,
-    "conversion": 0.9375,
-    "lookup_share": None,
-    "spread": 0.1,
-}
+    "device": "cpu-cpu", "driver": "while_loop", "numerics": "reference", "dtype": "float32", "batch": 1,
+    "requests": 10, "full": "tuned", "full_ms": 2.0, "cascade_ms": 1.6, "speedup": 1.25, "ideal": 4 / 3,
+    "conversion": 0.9375, "lookup_share": None, "spread": 0.1,
+}  # fmt: skip
+CERTIFICATE = {
+    "epsilon": 0.125, "delta": 0.05, "n": 77, "disagreements": 3, "method": "by hand", "numerics": "reference",
+    "looks": 1, "name": "2%", "plans": 1, "accuracy_gap": None, "certified": True, "base_saw_data": False,
+    "holds": True,
+}  # fmt: skip
 EVALUATION = {
-    "dataset": "digits",
-    "split": "all[10:20]",
-    "network": "resnet20",
-    "n": 10,
-    "base": {"accuracy": 0.9},
-    "cascade": {"accuracy": 0.8, "agreement": 0.875},
-    "certificate": {
-        "epsilon": 0.125,
-        "delta": 0.05,
-        "n": 77,
-        "disagreements": 3,
-        "method": "by hand",
-        "numerics": "reference",
-        "looks": 1,
-        "name": "2%",
-        "plans": 1,
-        "accuracy_gap": None,
-        "certified": True,
-        "base_saw_data": False,
-        "holds": True,
-    },
+    "dataset": "digits", "split": "all[10:20]", "network": "resnet20", "n": 10, "base": {"accuracy": 0.9},
+    "cascade": {"accuracy": 0.8, "agreement": 0.875}, "certificate": CERTIFICATE,
     "exits": [
         {"exit": 2, "hits": 0, "hit_rate": 0.0, "agreement": None},
         {"exit": 5, "hits": 6, "hit_rate": 0.6, "agreement": 0.75},
         {"exit": 9, "hits": 4, "hit_rate": 0.4, "agreement": 1.0},
     ],
-    "oracle": {"saved_share": 0.5},
+    "oracle": {"saved_share": 0.5}, "memory": {"base_bytes": 1_230_000, "cache_bytes": 45_600},
     "cost": {"blocks_mean": 4.5, "saved_share": 0.25, "ideal_speedup": 4 / 3, "measured": [MEASURED]},
-    "memory": {"base_bytes": 1_230_000, "cache_bytes": 45_600},
-    "versions": {"jax": "0.0.1", "numpy": "0.0.2"},
-    "seed": 0,
-    "date": "2000-01-01",
-}
+    "versions": {"jax": "0.0.1", "numpy": "0.0.2"}, "seed": 0, "date": "2000-01-01",
+}  # fmt: skip
 
 
 class Page(HTMLParser):

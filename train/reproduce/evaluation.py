@@ -128,12 +128,8 @@ def measure_latency(chain: Chain, found: Explored, on: OpenCaches, images: np.nd
     )
     requests = images[np.linspace(0, len(images) - 1, min(TIMED, len(images))).astype(int)]
     speed = measure_batches(tuned, requests, batch=1, rounds=TURNS)
-    return Latency(
-        full_ms=speed.full_ms,
-        cascade_ms=speed.cascade_ms,
-        speedup=speed.speedup,
-        ideal=speed.ideal,
-        spread=speed.spread,
+    return Latency.of(
+        speed,
         requests=len(speed.exits),
         cache_bytes=sum(c.bytes for c in caches),
         base_bytes=chain.bytes,

@@ -21,10 +21,11 @@ import gati_jax
 from gati_jax import Chain, FitConfig, FreezeConfig, Head, ReplayTable, data
 from gati_jax.caches import MIB, Conv, FullyConnected, LinearSelector, Pool, memory_report
 from gati_jax.fitting import Candidates
+from gati_jax.options import Strict
 from gati_jax.planning import replay_plan
 from train import cli, zoo
 from train.caches import load_parts, overlapping, read_base
-from train.config import Base, Experiment, Section, Source
+from train.config import Base, Experiment, Source
 from train.evaluate import accuracy
 
 from . import published, results
@@ -38,7 +39,7 @@ THRESHOLD_SPLITS = ("seen", "clean")
 _log = logging.getLogger("train.reproduce.freeze")  # not __name__, which is "__main__"
 
 
-class FreezeSplits(Section):
+class FreezeSplits(Strict):
     """Disjoint parts of the source, in TFDS's notation."""
 
     build: str = Field(description="trains key networks, and becomes points")

@@ -50,8 +50,7 @@ def test_a_table_by_hand():
     """Thresholds just above 5, 3 and 7."""
     validation = table([[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[5, 9, 9], [6, 3, 9], [1, 1, 7]])
     requests = table(
-        [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1]],
-        [[6, 0, 0], [5, 4, 0], [5, 4, 9], [0, 3, 8], [0, 3, 7]],
+        [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1]], [[6, 0, 0], [5, 4, 0], [5, 4, 9], [0, 3, 8], [0, 3, 7]]
     )
     found = freeze.served(validation, requests, blocks=4)
     assert [e.hits for e in found.exits] == [1, 2, 1, 1]
