@@ -165,8 +165,8 @@ def mapie_first_alarm(losses: Bool[np.ndarray, " n"], epsilon: float, test_level
 
 def watch_with_mapie(seed: int, phases: tuple[Phase, ...], *, epsilon: float, test_level: float) -> Run:
     """Serve one stream up to MAPIE's first alarm."""
-    drawn = alarms.requests(phases, np.random.default_rng(seed))
-    hits, losses = np.array([(hit, hit and wrong) for hit, _, _, wrong, _ in drawn]).T
+    drawn = alarms.blocks(phases, np.random.default_rng(seed))
+    hits, losses = np.concatenate([(hits, hits & wrong) for hits, _, _, wrong, _ in drawn], axis=1)
     first = mapie_first_alarm(losses, epsilon, test_level)
     seen = len(hits) if first is None else first
     count = int(hits[:seen].sum())
@@ -234,11 +234,11 @@ def main() -> None:
     p.add_argument("--tables", type=cli.positive, default=300, metavar="N", help="of each kind (default: 300)")
     p.add_argument("--false-tables", type=cli.positive, default=2000, metavar="N", help="at epsilon (default: 2000)")
     p.add_argument("--rows", type=cli.positive, default=5000, metavar="N", help="of a table (default: 5000)")
-    p.add_argument("--streams", type=cli.positive, default=1000, metavar="N", help="at epsilon (default: 1000)")
+    p.add_argument("--streams", type=cli.positive, default=500, metavar="N", help="at epsilon (default: 500)")
     p.add_argument("--requests", type=cli.positive, default=20_000, metavar="N", help="of each (default: 20000)")
     p.add_argument("--runs", type=cli.positive, default=100, metavar="N", help="streams with a jump (default: 100)")
     p.add_argument("--quiet", type=cli.positive, default=10_000, metavar="N", help="before a jump (default: 10000)")
-    p.add_argument("--length", type=cli.positive, default=100_000, metavar="N", help="after it (default: 100000)")
+    p.add_argument("--length", type=cli.positive, default=60_000, metavar="N", help="after it (default: 60000)")
     p.add_argument("--epsilon", type=cli.share, default=0.01, metavar="X", help="default: 0.01")
     p.add_argument("--delta", type=cli.share, default=0.05, metavar="X", help="default: 0.05")
     p.add_argument("--workers", type=cli.positive, default=1, metavar="N", help="processes (default: 1)")
