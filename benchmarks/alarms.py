@@ -62,14 +62,19 @@ class Delays:
     """Share of all hits up to the alarm that were shadowed."""
 
 
-def requests(phases: tuple[Phase, ...], rng: np.random.Generator) -> Iterator[tuple[bool, int, float, bool, float]]:
-    """Draw requests one after another: whether it hits, the site, the score, whether it disagrees, the coin."""
+def blocks(phases: tuple[Phase, ...], rng: np.random.Generator) -> Iterator[tuple[np.ndarray, ...]]:
+    """Draw requests by the thousand: whether they hit, the site, the score, whether they disagree, the coin."""
     for phase in phases:
         for begin in range(0, phase.requests, BLOCK):
             n = min(BLOCK, phase.requests - begin)
             hits, wrong = rng.random(n) < HIT_SHARE, rng.random(n) < phase.risk / HIT_SHARE
-            columns = hits, rng.integers(0, SITES, n), rng.normal(phase.score, 1, n), wrong, rng.random(n)
-            yield from zip(*(column.tolist() for column in columns), strict=True)
+            yield hits, rng.integers(0, SITES, n), rng.normal(phase.score, 1, n), wrong, rng.random(n)
+
+
+def requests(phases: tuple[Phase, ...], rng: np.random.Generator) -> Iterator[tuple[bool, int, float, bool, float]]:
+    """Draw requests one after another."""
+    for block in blocks(phases, rng):
+        yield from zip(*(column.tolist() for column in block), strict=True)
 
 
 def simulate(seed: int, *, config: MonitorConfig, phases: tuple[Phase, ...]) -> Run:
