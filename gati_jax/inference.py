@@ -6,7 +6,9 @@ from typing import Any, Literal
 import numpy as np
 
 from .bundle import Bundle
+from .caches.candidate import fitted_rows
 from .certification import ArithmeticCheck
+from .certification.fixed_sequence import MOST_DUPLICATES
 from .checks import check_share
 from .data import check_distinct_rows, fingerprint, row_digests
 from .errors import InputError
@@ -105,15 +107,16 @@ def check_tuning(
     Args:
         bundle: Its certified plans and its base are compared.
         tuning: See ``tune``; of this device.
-        images: The certify rows, or others that no plan was composed on; labels are not needed.
+        images: The certify rows, or others that no plan was composed on and no cache fitted on, each drawn by itself;
+            labels are not needed.
         delta: The risk that a bound is wrong; it comes on top of the certificate's.
 
     Returns:
         The tuning with its checks, for ``save_tuning``.
 
     Raises:
-        InputError: Nothing is certified, the tuning is of another device, there are no images, or plans were composed
-            on some of them.
+        InputError: Nothing is certified, the tuning is of another device, there are no images, plans were composed or
+            caches fitted on some of them, or some repeat others.
     """
     array = check_images(bundle.chain, images)
     check_share("delta", delta)
@@ -126,6 +129,10 @@ def check_tuning(
     rows = row_digests(array)
     for plan in bundle.plans.values():
         check_distinct_rows(rows, plan.rows, names=("images", "select"))
+    check_distinct_rows(rows, fitted_rows(bundle.caches), names=("images", "the rows of the fit"))
+    repeated = len(rows) - len(np.unique(rows))
+    if repeated > MOST_DUPLICATES * len(rows) and fingerprint(rows) != bundle.certificate.data_fingerprint:
+        raise InputError(f"images: expected distinct rows, or the certify rows, got {repeated} of {len(rows)} copies")
     before = {check.programs: check.number for one in bundle.tunings for check in one.checks}
     number = before.get(tuning.programs, 1 + max(before.values(), default=0))
     checks = []

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .adaptive import AdaptiveParts
 
 _DIGITS = 12
+_log = logging.getLogger(__name__)
 
 
 def assemble(settings: Settings) -> Parts:
@@ -31,6 +33,8 @@ def assemble(settings: Settings) -> Parts:
         InputError: There is no valid bundle.
     """
     bundle = gati_jax.load_bundle(settings.bundle)
+    if why := bundle.bound_of().why:
+        _log.warning("nothing is promised, and the base answers by default: %s", why)
     tally = Tally()
     metrics = Metrics(tally)
     adaptive = _adapt(bundle, settings, metrics) if settings.adapt else None

@@ -18,7 +18,7 @@ from scipy.stats import binom
 
 import gati_jax
 from gati_jax import Chain, Head, InputError, Ledger, ReplayTable, data
-from gati_jax.bundle.manifest import Provenance
+from gati_jax.bundle.manifest import Provenance, read_looks
 from gati_jax.bundle.save import check_free
 from gati_jax.certification import AnyLedger, Certificate, count_duplicates, find_ledger, tightest
 from gati_jax.fitting import network_head
@@ -149,6 +149,8 @@ def check_open(ledger: AnyLedger, rows: UInt64[np.ndarray, " n"], out: Path) -> 
     counted, older = find_ledger(ledger), out / "looks.json"
     if counted and older.is_file():
         counted.merge(Ledger(older).read())
+    if counted:  # which may have been lost, with a container say, where the bundle was not
+        counted.merge(read_looks(out / "bundle"))
     if counted and not (out / "costs.json").exists() and (why := counted.closed(rows)):
         raise InputError(
             f"data.splits.certify: expected rows that are open for a look, but {why}; give fresh rows, or --ledger FILE"

@@ -153,7 +153,7 @@ class AdaptationController:
         """Counts changes of what is served, the nearest cache included."""
         self.closed_at: int | None = None
         """Requests logged when a cache was last closed; None while all that were certified are open."""
-        if not (bundle.certificate.certified and bundle.certificate.epsilon <= config.monitor.epsilon):
+        if (bundle.bound_of(numerics="reference").epsilon or math.inf) > config.monitor.epsilon:
             self._close(range(self.depth), "no certificate for this epsilon")
 
     # --- Requests -----------------------------------------------------------------------------------------------------

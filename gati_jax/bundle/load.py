@@ -21,7 +21,18 @@ from gati_jax.profiling.tuned_cascade import OPTIONS
 from gati_jax.pytrees import restore_spec
 
 from .files import check_files, present
-from .manifest import LOOKS, CacheEntry, Certificates, DeviceFile, Manifest, Plans, read_json, read_manifest
+from .manifest import (
+    FITTED,
+    LOOKS,
+    CacheEntry,
+    Certificates,
+    DeviceFile,
+    Manifest,
+    Plans,
+    read_json,
+    read_manifest,
+    read_rows,
+)
 from .record import Bundle, check_origin, check_plans
 
 
@@ -58,6 +69,9 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
     values = _load_arrays(folder / "arrays", named_arrays(skeleton, caches))
     base = _filled(skeleton, values, "base")
     caches = tuple(_filled(cache, values, f"caches/{cache.name}") for cache in caches)
+    if FITTED in manifest.files:
+        fitted = read_rows(folder / FITTED)
+        caches = tuple(dataclasses.replace(cache, fitted_rows=fitted) for cache in caches)
     if LOOKS in manifest.files and (ledger := find_ledger("user")):
         ledger.merge(read_json(folder / LOOKS, Looks))  # certifying on rows of a bundle is never a first look
     devices = _read_devices(folder / "tuning", base, caches)

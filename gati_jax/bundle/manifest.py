@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
+from jaxtyping import UInt64
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from gati_jax.caches import PredictorSpec, SelectorSpec
-from gati_jax.certification import Certificate
+from gati_jax.certification import NO_LOOKS, Certificate, Looks
 from gati_jax.checks import write_atomically
 from gati_jax.errors import BundleError
 from gati_jax.models import Architecture, Normalization
@@ -23,6 +24,9 @@ FORMAT_VERSION = 1
 MAX_JSON_BYTES = 64 * 2**20
 LOOKS = "looks.json"
 """All looks at the bundle's certify rows; older bundles have none, but a list in their provenance."""
+FITTED = "fitted_rows"
+"""Digests of the rows that caches were fitted on, eight bytes each; older bundles have none."""
+_MAX_FITTED_BYTES = 2**30
 
 Site = Annotated[int, Field(ge=0, le=100_000)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -154,6 +158,26 @@ def read_json(path: Path, record: type[T], *, most_bytes: int = MAX_JSON_BYTES) 
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise BundleError(f"bundle: {path} is damaged: {where}: {first['msg']}") from error
+
+
+def read_looks(folder: Path) -> Looks:
+    """Return the looks that a bundle knows of, and none if there is no bundle or it is damaged: it may be replaced."""
+    try:
+        return read_json(folder / LOOKS, Looks)
+    except BundleError:
+        return NO_LOOKS
+
+
+def read_rows(path: Path) -> UInt64[np.ndarray, " n"]:
+    """Read digests of rows.
+
+    Raises:
+        BundleError: The file is too large or not of whole digests.
+    """
+    content = _read_bounded(path, _MAX_FITTED_BYTES)
+    if len(content) % 8:
+        raise BundleError(f"bundle: {path} is damaged: expected digests of eight bytes, got {len(content)} bytes")
+    return np.frombuffer(content, "<u8").astype(np.uint64)
 
 
 def read_manifest(folder: Path) -> Manifest:

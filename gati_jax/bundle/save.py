@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gati_jax.caches import Candidate, choose, describe_predictor, describe_selector
-from gati_jax.certification import AnyLedger, Certificate, find_ledger
+from gati_jax.caches.candidate import fitted_rows
+from gati_jax.certification import AnyLedger, Certificate, Ledger, find_ledger
 from gati_jax.errors import InputError
 from gati_jax.models import Architecture, Chain, to_chain
 from gati_jax.planning import CostTable, Plan
@@ -13,6 +14,7 @@ from gati_jax.profiling import Tuning
 from .files import digests, present, replacing
 from .load import named_arrays
 from .manifest import (
+    FITTED,
     FORMAT_VERSION,
     LOOKS,
     CacheEntry,
@@ -23,6 +25,7 @@ from .manifest import (
     Plans,
     Provenance,
     read_json,
+    read_looks,
     read_manifest,
     write_json,
 )
@@ -59,7 +62,8 @@ def save_bundle(
 
     Raises:
         InputError: A certificate is another plan's, the plans were not certified together or have the same name, a
-            cache is of a kind that no bundle can hold, there are other class names than logits, ``path`` is something
+            cache is of a kind that no bundle can hold, the certificate's ledger had lost looks that the bundle at
+            ``path`` knows of, there are other class names than logits, ``path`` is something
             else than a bundle, or the chain's blocks are not those of its network, from which they would be rebuilt.
     """
     from orbax.checkpoint import v1 as ocp  # noqa: PLC0415 (takes seconds to import, and answering does without)
@@ -67,6 +71,8 @@ def save_bundle(
     path, pairs = Path(path), ((plan, certificate), *also)
     caches = choose(candidates, tuple(check_plans(pairs)))
     check_free(path)
+    counted = find_ledger(ledger)
+    _check_looks(path, certificate, counted)
     _check_chain(chain, class_names)
     for one, _ in pairs:
         _check_caches(one, chain, caches)
@@ -80,7 +86,9 @@ def save_bundle(
         ocp.save(str(folder.absolute() / "arrays"), named_arrays(chain, caches))
         write_json(folder / "plans.json", Plans(plans=tuple(PlanEntry.of(one) for one, _ in pairs)))
         write_json(folder / "certificates.json", Certificates(certificates=tuple(c for _, c in pairs)))
-        if (counted := find_ledger(ledger)) and (looks := counted.of(certificate.data_fingerprint)).looks:
+        if len(fitted := fitted_rows(caches)):
+            (folder / FITTED).write_bytes(fitted.astype("<u8").tobytes())
+        if counted and (looks := counted.of(certificate.data_fingerprint)).looks:
             write_json(folder / LOOKS, looks)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -98,6 +106,21 @@ def save_bundle(
         for device in sorted({table.device for table in tables}):
             of_device = DeviceFile(costs=tuple(table for table in tables if table.device == device))
             write_json(folder / "tuning" / f"{device}.json", of_device)
+
+
+def _check_looks(path: Path, certificate: Certificate, counted: Ledger | None) -> None:
+    """Check that a certificate counts the looks that the bundle at ``path`` knows of; from now on the ledger does."""
+    if counted is None:
+        return
+    before = {look.key for look in counted.read().looks}
+    counted.merge(read_looks(path))
+    missed = sum(look.key not in before for look in counted.of(certificate.data_fingerprint).looks)
+    if missed and certificate.certified and certificate.recorded:
+        lost = f"{counted.path or 'memory'}, which had lost {missed} that the bundle at {path} knows of"
+        raise InputError(
+            f"certificate: expected one that counts all looks at its rows, got one by the ledger in {lost}: load that"
+            " bundle first, and certify again"
+        )
 
 
 def _check_chain(chain: Chain, class_names: tuple[str, ...]) -> None:

@@ -7,13 +7,15 @@ from typing import Annotated, Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, UInt64
 from pydantic import Field
 
 from gati_jax.errors import InputError
 from gati_jax.models import Chain, probe_chain
 from gati_jax.planning import ReplaySource
+from gati_jax.planning.tables import NO_ROWS
 from gati_jax.pytrees import call, register_pytree, tree_bytes, tree_digest
 
 Activation = Float[Array, "batch *site"]
@@ -44,6 +46,7 @@ class Candidate:
         selector: A Linen module, logits[batch, classes] -> score[batch].
         params: ``{"predictor": ..., "selector": ...}``, the two modules' variables.
         previous: Name of the candidate whose logits are the predictor's second input, see ``Cascaded``.
+        fitted_rows: Digests of the rows that it was fitted on, where they are known. No part of the pytree.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Candidate:
     selector: nn.Module
     params: dict[str, Any]
     previous: str | None = None
+    fitted_rows: UInt64[np.ndarray, " n"] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def bytes(self) -> int:
@@ -110,6 +114,12 @@ def predictor_inputs(part: Candidate | Part, sites: Activations, logits: Mapping
     return (activation,) if part.previous is None else (activation, jax.lax.stop_gradient(logits[part.previous]))
 
 
+def fitted_rows(candidates: Iterable[Candidate]) -> UInt64[np.ndarray, " n"]:
+    """Return the digests of all rows that any of these was fitted on, as far as they are known."""
+    known = [candidate.fitted_rows for candidate in candidates if candidate.fitted_rows is not None]
+    return np.unique(np.concatenate([NO_ROWS, *known]))
+
+
 def choose(candidates: Iterable[Candidate], names: Sequence[str]) -> tuple[Candidate, ...]:
     """Return the candidates of these names, in this order.
 
@@ -131,11 +141,9 @@ def replay_source(chain: Chain, candidates: Iterable[Candidate], dtype: str, *, 
         dtype: Of the images.
         probed: Whether to run the base, to tell its function from others of the same parameters.
     """
-    logits, tolerance = probe_chain(chain) if probed else ((), 0.0)
+    probe = probe_chain(chain)._asdict() if probed else {}
     digests = tuple((c.name, tree_digest(c.params)) for c in candidates)
-    return ReplaySource(
-        base=tree_digest(chain.params), candidates=digests, dtype=dtype, logits=logits, tolerance=tolerance
-    )
+    return ReplaySource(base=tree_digest(chain.params), candidates=digests, dtype=dtype, **probe)
 
 
 class Cascaded(nn.Module):

@@ -78,12 +78,14 @@ class ServedBound:
     nothing is known."""
     delta: float
     """The certificate's, plus the check's."""
+    why: str = ""
+    """Why nothing is known, where there is a certificate all the same."""
     check: ArithmeticCheck | None = None
 
     def __str__(self) -> str:
         """Say it in a line."""
         if self.epsilon is None:
-            return f"{self.numerics} arithmetic, of which nothing is certified"
+            return f"{self.numerics} arithmetic, of which nothing is certified{self.why and ': ' + self.why}"
         text = f"{self.numerics} arithmetic: disagreement <= {self.epsilon:.4g}, confidence {1 - self.delta:.4g}"
         if self.check is None:
             return text
@@ -92,7 +94,13 @@ class ServedBound:
 
 
 def served_bound(certificate: Certificate, numerics: str, check: ArithmeticCheck | None) -> ServedBound:
-    """Return what a certificate promises in an arithmetic; in another than the certified one, by its check."""
+    """Return what a certificate promises in an arithmetic; in another than the certified one, by its check.
+
+    Of requests that the base has not seen, rows that it was trained on tell nothing.
+    """
+    if certificate.certified and certificate.base_saw_data:
+        why = "the base was trained on the certify rows"
+        return ServedBound(numerics=numerics, epsilon=None, delta=certificate.delta, why=why)
     exact = numerics == certificate.numerics
     if not certificate.certified or (check is None and not exact):
         return ServedBound(numerics=numerics, epsilon=None, delta=certificate.delta)

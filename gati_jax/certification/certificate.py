@@ -240,7 +240,12 @@ class Certificate:
         """What the confidence rests on, in words."""
         if self.method == SEQUENTIAL:
             return f"sequential trial {self.version}"
-        return f"look {self.looks} at these rows" if self.recorded else "a single look, on the user's word"
+        counted = f"look {self.looks} at these rows" if self.recorded else "a single look, on the user's word"
+        return (
+            f"{counted}; the base was trained on them, and may disagree more on others"
+            if self.base_saw_data
+            else counted
+        )
 
     def _passed(self) -> bool:
         if self.groups is not None:

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped, UInt64
 
 from gati_jax.caches import Candidate, choose, predict_all
-from gati_jax.caches.candidate import Part
+from gati_jax.caches.candidate import Part, fitted_rows
 from gati_jax.data import check_distinct_rows, fingerprint, full_batches, row_digests
 from gati_jax.errors import InputError
 from gati_jax.models import Chain, check_chain, check_images, warn_of_inputs
@@ -132,9 +132,10 @@ class CheckedSplits(NamedTuple):
         fold: Int[np.ndarray, " m"],
         epochs: float | None,
     ) -> Candidates:
-        """Return the candidates that were fitted on these splits."""
+        """Return the candidates that were fitted on these splits; those of a refit remember their first fit's, too."""
+        rows = np.concatenate([fitted_rows(items), self.fit_rows, self.select_rows])
         return Candidates(
-            items=items,
+            items=tuple(dataclasses.replace(item, fitted_rows=rows) for item in items),
             fold_selectors=fold_selectors,
             select_rows=self.select_rows,
             select_fold=fold,

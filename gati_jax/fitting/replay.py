@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from gati_jax.caches import Candidate, predict_all, replay_source
+from gati_jax.caches.candidate import fitted_rows
 from gati_jax.data import check_distinct_rows, full_batches, row_digests
 from gati_jax.errors import InputError
 from gati_jax.models import Chain, check_chain, check_images
 from gati_jax.models.chain import reference
 from gati_jax.planning import ReplayTable
-from gati_jax.planning.tables import NO_ROWS
 from gati_jax.pytrees import call
 
 from .fit import Candidates
@@ -58,9 +58,8 @@ def replay(
             raise InputError(f"images: expected {candidates.dtype}, as in the fit, got {images.dtype}")
         check_distinct_rows(rows, candidates.fit_rows, names=("images", "fit"))
         selectors, fold = candidates.fold_selectors, _unseen_fold(candidates, rows)
-        fitted = np.concatenate([candidates.fit_rows, candidates.select_rows])
     else:
-        selectors, fold, fitted = _final_selectors(items), np.zeros(len(rows), np.int32), NO_ROWS
+        selectors, fold = _final_selectors(items), np.zeros(len(rows), np.int32)
     outputs = _outputs(chain, items, selectors, images, fold, batch=batch, pause=pause)
     if wrong := int((~np.isfinite(outputs.logits)).any(0).sum()):
         raise InputError(f"chain: expected finite logits, got NaN or infinity for {wrong} of {len(images)} images")
@@ -74,7 +73,7 @@ def replay(
         rows=rows,
         labels=None if labels is None else np.asarray(labels),
         source=replay_source(chain, items, str(images.dtype)),
-        fitted_rows=fitted,
+        fitted_rows=fitted_rows(items),
     )
 
 

@@ -35,15 +35,23 @@ class Probe(NamedTuple):
     """Of eight rows, at most 32 of each, to six digits."""
     tolerance: float
     """Logits that differ by more are another function's."""
+    sites: tuple[tuple[float, ...], ...]
+    """For each site behind the input, which is what caches see: a number of each row, then their tolerance."""
 
 
 def probe_chain(chain: Chain) -> Probe:
     """Return the probe of a chain: the same on every machine, within its tolerance."""
     if "_probe" not in chain.__dict__:
-        logits = _run(chain, _made_up(chain))
+        inputs = _made_up(chain)
+        logits = _run(chain, inputs)
         columns = np.unique(np.linspace(0, logits.shape[1] - 1, _COLUMNS).round().astype(int))
         kept = tuple(float(f"{logit:.6g}") for logit in np.nan_to_num(logits[:, columns]).flat)
-        chain.__dict__["_probe"] = Probe(kept, float(f"{_tolerance(chain, logits):.6g}"))
+        noise = _noise(chain)
+        sites = tuple(
+            tuple(float(f"{v:.6g}") for v in (*row, max(noise * row.std(), 1e-5 * norm)))
+            for row, norm in zip(*_projections(chain, inputs), strict=True)
+        )
+        chain.__dict__["_probe"] = Probe(kept, float(f"{_tolerance(chain, logits):.6g}"), sites)
     return chain.__dict__["_probe"]
 
 
@@ -159,10 +167,33 @@ def _run(chain: Chain, inputs: Num[Array, "batch ..."]) -> Float[np.ndarray, "ba
 
 def _tolerance(chain: Chain, logits: Float[np.ndarray, "batch classes"]) -> float:
     """Return by how much logits of one function may differ between batch sizes and machines."""
+    logits = np.nan_to_num(logits)
+    return float(max(_noise(chain) * logits.std(), 1e-5 * np.abs(logits).max()))
+
+
+def _noise(chain: Chain) -> float:
+    """Return by which share of their spread outputs of one function may differ."""
     spec = jax.ShapeDtypeStruct((1, *chain.input_spec.shape), chain.input_spec.dtype)
     coarse = _COARSE.search(str(jax.make_jaxpr(Chain.__call__)(chain, spec)))
-    logits = np.nan_to_num(logits)
-    return float(max((_COARSE_NOISE if coarse else _NOISE) * logits.std(), 1e-5 * np.abs(logits).max()))
+    return _COARSE_NOISE if coarse else _NOISE
+
+
+@jax.jit
+@reference
+def _projected(chain: Chain, inputs: Num[Array, "batch ..."]) -> list[tuple[Array, Array]]:
+    """Return for each site behind the input the rows' sums with signs that are the same on every machine, and norms."""
+    found = []
+    for site in chain.activations(inputs)[0][1:]:
+        rows = site.reshape(len(site), -1).astype(jnp.float32)
+        bits = (jnp.arange(rows.shape[1], dtype=jnp.uint32) * jnp.uint32(2654435761)) >> jnp.uint32(31)
+        signs = 1 - 2 * bits.astype(jnp.float32)
+        found.append((rows @ signs, jnp.sqrt((rows * rows).sum(1)).max()))
+    return found
+
+
+def _projections(chain: Chain, inputs: Num[Array, "batch ..."]) -> tuple[list[np.ndarray], list[float]]:
+    found = [(np.nan_to_num(np.asarray(rows, np.float64)), float(norm)) for rows, norm in _projected(chain, inputs)]
+    return [rows for rows, _ in found], [float(np.nan_to_num(norm)) for _, norm in found]
 
 
 def _warn_of_constants(normalization: Normalization) -> None:

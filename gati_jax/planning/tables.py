@@ -27,6 +27,7 @@ class ReplaySource:
             computed from them. Empty in older files. Not in the repr, whose text plans
             hash: other machines give other last digits.
         tolerance: Logits that differ by more are another function's.
+        sites: The same for what caches see at each site: a number of each row, and their tolerance.
     """
 
     base: str = ""
@@ -34,6 +35,7 @@ class ReplaySource:
     dtype: str = ""
     logits: tuple[float, ...] = dataclasses.field(default=(), repr=False)
     tolerance: float = dataclasses.field(default=0.0, repr=False)
+    sites: tuple[tuple[float, ...], ...] = dataclasses.field(default=(), repr=False)
 
     def take(self, names: Sequence[str]) -> "ReplaySource":
         """Return the source of these candidates only, in this order."""
@@ -41,11 +43,13 @@ class ReplaySource:
         return dataclasses.replace(self, candidates=tuple((name, digests[name]) for name in names if name in digests))
 
     def same_function(self, other: "ReplaySource") -> bool:
-        """Return whether the bases' logits for the same inputs are equal; unknown ones are taken to be."""
-        if not (self.logits and other.logits):
-            return True
-        one, two = np.array(self.logits), np.array(other.logits)
-        return one.shape == two.shape and bool((np.abs(one - two) <= max(self.tolerance, other.tolerance)).all())
+        """Return whether the bases' logits for the same inputs, and what caches see, are equal; the unknown is."""
+        if self.sites and other.sites and len(self.sites) != len(other.sites):
+            return False
+        mine, others = (*self.logits, self.tolerance), (*other.logits, other.tolerance)
+        pairs = [(mine, others)] if self.logits and other.logits else []
+        pairs = [*pairs, *zip(self.sites, other.sites, strict=False)]  # one may be unknown
+        return all(_close(np.array(one), np.array(two)) for one, two in pairs)
 
     def check(self, other: "ReplaySource", argument: str) -> None:
         """Check that another replay has the same source.
@@ -67,6 +71,11 @@ class ReplaySource:
             raise InputError(
                 f"{argument}: expected the parameters and images of the plan, got other ones: {', '.join(differ)}"
             )
+
+
+def _close(one: Float[np.ndarray, " n"], two: Float[np.ndarray, " m"]) -> bool:
+    """Return whether numbers are equal within the larger of two tolerances, which come last."""
+    return one.shape == two.shape and bool((np.abs(one - two)[:-1] <= max(one[-1], two[-1])).all())
 
 
 _FEWEST_NEIGHBOURS = 50

@@ -164,15 +164,3 @@ def test_a_bundle_carries_its_looks_to_another_ledger(tmp_path, monkeypatch, cha
     gati_jax.load_bundle(tmp_path / "bundle", chain=chain)
     with pytest.raises(InputError, match="350 of 350 are closed"):
         gati_jax.certify(plan, certify, 0.2)
-
-
-def test_rows_of_the_fit_are_refused_however_they_were_replayed(chain, candidates, splits, costs):
-    """Their scores are out of fold, or of selectors that were fitted on them; neither is what answers later."""
-    part = gati_jax.replay(chain, candidates, splits["select"][:200])
-    plan = gati_jax.plan(part, costs, epsilon=0.08)
-    for given in (candidates, tuple(candidates)):
-        for rows in (splits["select"][200:], np.concatenate([splits["certify"], splits["select"][200:220]])):
-            with pytest.raises(InputError, match="disjoint"):
-                gati_jax.certify(plan, gati_jax.replay(chain, given, rows), 0.08)
-    with pytest.raises(InputError, match="disjoint"):
-        gati_jax.certify(plan, gati_jax.replay(chain, tuple(candidates), splits["fit"]), 0.08)

@@ -139,7 +139,9 @@ def test_another_function_of_the_same_parameters_is_another_source(other):
     mine.check(source_of(tiny.chain(lambda p, x: jnp.tanh(jnp.dot(x, p)))), "table")  # the same, written in another way
     with pytest.raises(InputError, match=r"^table: .*the base's functions \(chain\)$"):
         mine.check(source_of(other), "table")
-    dataclasses.replace(mine, logits=(), tolerance=0.0).check(source_of(other), "table")  # an older file does not know
+    dataclasses.replace(mine, logits=(), tolerance=0.0, sites=()).check(
+        source_of(other), "table"
+    )  # an older file does not know
 
 
 def test_another_normalization_is_another_function():
@@ -185,13 +187,13 @@ def test_other_functions_are_refused_when_certifying_saving_and_loading(planned,
 
 def test_a_plan_without_a_probe_loads_with_any_functions_and_keeps_its_hash(planned, tmp_path):
     chain, fitted, plan, certificate, _ = planned
-    older = dataclasses.replace(plan, source=dataclasses.replace(plan.source, logits=(), tolerance=0.0))
+    older = dataclasses.replace(plan, source=dataclasses.replace(plan.source, logits=(), tolerance=0.0, sites=()))
     assert older.hash == plan.hash
     gati_jax.save_bundle(tmp_path / "b", chain, fitted, older, certificate)
     file = tmp_path / "b" / "plans.json"
     written = json.loads(file.read_text())
     for entry in written["plans"]:
-        del entry["origin"]["logits"], entry["origin"]["tolerance"]
+        del entry["origin"]["logits"], entry["origin"]["tolerance"], entry["origin"]["sites"]
     file.write_text(json.dumps(written))
     sign(tmp_path / "b")
     assert load_bundle(tmp_path / "b", chain=tiny.chain()).plan.hash == older.hash
