@@ -33,7 +33,7 @@ try:
 except ImportError:  # Windows: two processes that certify at the same moment may miss each other's look
     fcntl = None
 
-Closed = Literal["", "passed", "revealed"]
+Closed = Literal["", "passed", "revealed", "composed"]
 
 
 class Look(BaseModel):
@@ -94,6 +94,11 @@ class Looks(BaseModel):
         return Looks(looks=tuple(looks.values()), rows={**self.rows, **other.rows})
 
 
+_HOW_CLOSED: dict[Closed, str] = {
+    "passed": "a plan was certified on them",
+    "revealed": "what a look at them showed was told",
+    "composed": "a plan that was certified elsewhere was composed on them",
+}
 NO_LOOKS = Looks(looks=(), rows={})
 
 
@@ -142,7 +147,7 @@ class Ledger:
         if look is None:
             return ""
         shared = int(np.isin(rows, np.frombuffer(bytes.fromhex(known.rows[look.data_fingerprint]), "<u8")).sum())
-        how = "a plan was certified on them" if look.closed == "passed" else "what a look at them showed was told"
+        how = _HOW_CLOSED[look.closed]
         return (
             f"{shared} of {len(rows)} are closed since {how} (plan {look.plan_hash[:12]}, in {self.path or 'memory'})"
         )
@@ -191,8 +196,15 @@ class Ledger:
                     f"ledger: expected certify rows that are open, but {why}; certify on fresh rows alone, or, for a"
                     " study that owes nothing to that look, with a ledger of its own"
                 )
-            hexadecimal = rows.astype("<u8").tobytes().hex()
-            self._write(known.merged(Looks(looks=looks, rows={name: hexadecimal})))
+            # What a plan was composed on has shown how every candidate does there: it can certify no later plan.
+            shown = {fingerprint(plan.rows): plan for plan, _ in plans.values()}
+            composed = tuple(
+                Look(plan_hash=plan.hash, data_fingerprint=on, epsilon=tested[0][1], delta=delta, closed="composed")
+                for on, plan in shown.items()
+            )
+            opened = {name: rows, **{on: plan.rows for on, plan in shown.items()}}
+            digests = {on: digest.astype("<u8").tobytes().hex() for on, digest in opened.items()}
+            self._write(known.merged(Looks(looks=looks + composed, rows=digests)))
         return looks
 
     def close(self, looks: tuple[Look, ...], how: Closed) -> None:

@@ -94,11 +94,20 @@ def test_plans_of_one_look_count_once_in_any_order():
     again = gati_jax.certify_together(dict(reversed(two.items())), table(90), ledger=ledger)
     assert first == again
     assert {c.looks for c in first.values()} == {1}
-    assert (
-        gati_jax.certify(*two["tight"][:1], table(90), 0.1, ledger=ledger).looks == 2
-    )  # alone it has all of the level
+    alone = gati_jax.certify(PLANS[0], table(90), 0.1, ledger=ledger)  # it has all of the level
+    assert alone.looks == 2
     assert gati_jax.certify_together(two, table(90), 0.2, ledger=ledger)["tight"].looks == 3
     assert gati_jax.certify_conditional(PLANS[0], table(90), 0.1, ledger=ledger).looks == 4
+
+
+@pytest.mark.parametrize("wrong", [0, 90])
+def test_rows_that_a_certified_plan_was_composed_on_certify_no_other(wrong):
+    ledger, swapped = Ledger(), make_plan([[OFF], [0.5]], depth=2, first_row=0)
+    gati_jax.certify(PLANS[0], table(wrong), EPSILON, ledger=ledger)
+    select = table(0, n=100, first_row=10**9)
+    assert gati_jax.certify(swapped, select, EPSILON, ledger=Ledger()).certified
+    with pytest.raises(InputError, match=r"100 of 100 are closed since a plan .* was composed on them"):
+        gati_jax.certify(swapped, select, EPSILON, ledger=ledger)
 
 
 def test_advice_asks_for_fresh_rows_and_reckons_with_a_first_look():
@@ -113,7 +122,8 @@ def test_the_file_is_shared_and_outlives_a_process(tmp_path):
     gati_jax.certify(PLANS[0], table(40), EPSILON, ledger=Ledger(path))
     assert gati_jax.certify(PLANS[1], table(40), EPSILON, ledger=Ledger(path)).looks == 2
     written = json.loads(path.read_text())
-    assert [(look["number"], look["closed"]) for look in written["looks"]] == [(1, ""), (2, "")]
+    opened = [look for look in written["looks"] if look["closed"] != "composed"]
+    assert [(look["number"], look["closed"]) for look in opened] == [(1, ""), (2, "")]
     text = path.read_text()
     for damaged in ("{", "[]", "{}", '{"looks": [1], "rows": {}}', text.replace('"rows"', '"row"'), text[:-20]):
         path.write_text(damaged)
@@ -149,7 +159,7 @@ def test_processes_do_not_lose_each_other_s_looks(tmp_path):
     with multiprocessing.get_context("spawn").Pool(3) as pool:  # JAX's threads do not survive a fork
         pool.map(functools.partial(_look, path), range(3), chunksize=1)
     looks = Looks.model_validate_json(path.read_bytes()).looks
-    assert sorted(look.number for look in looks) == [1, 2, 3]
+    assert sorted(look.number for look in looks if look.closed != "composed") == [1, 2, 3]
 
 
 def test_a_bundle_carries_its_looks_to_another_ledger(tmp_path, monkeypatch, chain, candidates, splits, costs):
