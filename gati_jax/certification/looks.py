@@ -131,10 +131,14 @@ class Ledger:
         self._memory = self._memory.merged(looks)
 
     def of(self, data_fingerprint: str) -> Looks:
-        """Return the looks at the rows of a fingerprint, and at any part of them; none if it is unknown."""
+        """Return the looks at the rows of a fingerprint or any part of them, and what their plans were composed on."""
         known = self.read()
         hexadecimal = known.rows.get(data_fingerprint, "")
-        return known.at(np.frombuffer(bytes.fromhex(hexadecimal), "<u8"))
+        found = known.at(np.frombuffer(bytes.fromhex(hexadecimal), "<u8"))
+        plans = {look.plan_hash for look in found.looks}
+        composed = tuple(look for look in known.looks if look.closed == "composed" and look.plan_hash in plans)
+        rows = {look.data_fingerprint: known.rows[look.data_fingerprint] for look in composed}
+        return found.merged(Looks(looks=composed, rows=rows))
 
     def closed(self, rows: UInt64[np.ndarray, " n"]) -> str:
         """Return why these rows must not be opened again; empty if they may be.
