@@ -18,7 +18,7 @@ from train import cli
 from .alarms import interval
 
 CACHES, TAKEN, EPSILON, DELTA = 40, 20, 0.05, 0.05
-EXAMPLE = "python -m benchmarks.looks --rows 1000 --series 2000"
+EXAMPLE = "python -m benchmarks.looks --rows 1000 --series 1000"
 Player = Callable[[np.random.Generator, ReplayTable], bool]
 
 
@@ -108,7 +108,7 @@ def main() -> None:
     """Run the games."""
     p = cli.parser("Count false certificates of series of looks.", EXAMPLE, out=False)
     p.add_argument("--rows", type=cli.positive, default=1000, metavar="N", help="certify rows (default: 1000)")
-    p.add_argument("--series", type=cli.positive, default=2000, metavar="N", help="series a game (default: 2000)")
+    p.add_argument("--series", type=cli.positive, default=1000, metavar="N", help="series a game (default: 1000)")
     arguments = p.parse_args()
     warnings.simplefilter("ignore")
     rows = []
