@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .bundle import Bundle
 from .caches.candidate import fitted_rows
@@ -128,7 +129,7 @@ def check_tuning(
     checks = check_arithmetic(
         bundle,
         array,
-        lambda cascade, rows: TunedCascade(cascade, tuning).each_way(rows),
+        lambda cascade, rows: ((p.class_index, p.exit) for p in TunedCascade(cascade, tuning).each_way(rows)),
         arithmetic="fast",
         programs=tuning.programs,
         device=tuning.device,
@@ -138,24 +139,10 @@ def check_tuning(
     return dataclasses.replace(tuning, checks=checks)
 
 
-class Answers(Protocol):
-    """What an arithmetic answers to many rows."""
-
-    @property
-    def class_index(self) -> Any:  # noqa: ANN401 (of whichever library)
-        """The classes, int32[n]."""
-        ...
-
-    @property
-    def exit(self) -> Any:  # noqa: ANN401
-        """The exits, int32[n]."""
-        ...
-
-
 def check_arithmetic(
     bundle: Bundle,
     images: Any,  # noqa: ANN401 (anything that NumPy takes)
-    each_way: Callable[[Cascade, np.ndarray], Iterable[Answers]],
+    each_way: Callable[[Cascade, np.ndarray], Iterable[tuple[ArrayLike, ArrayLike]]],
     *,
     arithmetic: str,
     programs: str,
@@ -168,7 +155,7 @@ def check_arithmetic(
     Args:
         bundle: Its certified plans and its base are compared.
         images: As for ``check_tuning``.
-        each_way: Answers all rows with a cascade, once for each way in which requests may come.
+        each_way: Gives the classes and exits of all rows by a cascade, for each way in which requests may come.
         arithmetic: A name for it.
         programs: A digest of what decides on its answers.
         device: Where both run.
@@ -197,8 +184,8 @@ def check_arithmetic(
         parts = [predict_batch(cascade, array[start : start + _CHUNK]) for start in starts]
         classes, exits = (np.concatenate([getattr(p, name) for p in parts]) for name in ("class_index", "exit"))
         differ = np.zeros(len(array), bool)
-        for found in each_way(cascade, array):
-            differ |= (found.class_index != classes) | (found.exit != exits)
+        for found, left in each_way(cascade, array):
+            differ |= (np.asarray(found) != classes) | (np.asarray(left) != exits)
         check = ArithmeticCheck(
             arithmetic=arithmetic,
             programs=programs,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ ort = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 from train.export import __main__ as script  # noqa: E402
 from train.export import cascade as runner  # noqa: E402
 from train.export import folder as export  # noqa: E402
+from train.export import models  # noqa: E402
 
 CLASSES, N = 5, 96
 BASIC = ResNet(stages=(1, 1), widths=(4, 7), shortcut="A", classes=CLASSES, input_shape=(10, 9, 3))
@@ -59,8 +61,9 @@ def drawn(rng: np.random.Generator, shapes: Any) -> Any:
     def draw(path: Any, leaf: Any) -> np.ndarray:
         value = rng.normal(size=leaf.shape)
         if path[-1].key in {"std", "var"}:
-            return np.float32(np.abs(value) + 0.5)
-        return np.float32(value * (1.4 / np.sqrt(np.prod(leaf.shape[:-1])) if path[-1].key == "kernel" else 0.3))
+            return np.asarray(np.abs(value) + 0.5, np.float32)
+        scale = 1.4 / np.sqrt(np.prod(leaf.shape[:-1])) if path[-1].key == "kernel" else 0.3
+        return np.asarray(value * scale, np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
@@ -356,11 +359,26 @@ def test_odd_requests_are_refused_in_a_line(small, tmp_path):
     bundle, images = small
     export.export_bundle(bundle, tmp_path / "export")
     cascade = runner.Cascade(tmp_path / "export")
-    for bad in (images[0], images[:, :-1], images.astype(np.float32), [["a"]]):
+    bad_ones: list[Any] = [images[0], images[:, :-1], images.astype(np.float32), [["a"]]]
+    for bad in bad_ones:
         with pytest.raises(ValueError, match=r"images: expected finite uint8\[batch, 11, 9, 3\], got .*\["):
             cascade.predict(bad)
     with pytest.raises(ValueError, match="plan: expected one of default, got 'none'"):
         runner.Cascade(tmp_path / "export", "none")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["none.npy"], "error: .*none.npy"), (["images.npy", "other"], "error: plan: expected"), ([], "Run an exported")],
+)
+def test_the_runner_ends_with_a_line(small, tmp_path, arguments, message):
+    export.export_bundle(small[0], tmp_path / "export")
+    np.save(tmp_path / "images.npy", small[1])
+    command = [sys.executable, str(tmp_path / "export" / "cascade.py"), *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 1
+    assert re.match(message, done.stderr)
+    assert "Traceback" not in done.stderr
 
 
 def test_what_cannot_be_exported_is_named(small, tmp_path, monkeypatch, capsys):
@@ -372,6 +390,8 @@ def test_what_cannot_be_exported_is_named(small, tmp_path, monkeypatch, capsys):
     strange = dataclasses.replace(bundle.caches[0], selector=nn.Dense(1))
     with pytest.raises(gati_jax.InputError, match="got a Dense, which has no ONNX form"):
         export.export_bundle(dataclasses.replace(bundle, caches=(strange,)), tmp_path / "out")
+    with pytest.raises(gati_jax.InputError, match="images: expected uint8, which the models take, got float32"):
+        export.export_bundle(bundle, tmp_path / "out", images=small[1].astype(np.float32))
     with pytest.raises(gati_jax.InputError, match=r"out: expected an export or nothing .*, which is left alone"):
         export.export_bundle(bundle, tmp_path / "own")
     monkeypatch.setattr(export, "_MOST_BYTES", 100)
@@ -387,12 +407,12 @@ def test_what_cannot_be_exported_is_named(small, tmp_path, monkeypatch, capsys):
 def test_more_caches_than_can_be_nested_are_exported_as_spans(small, tmp_path, monkeypatch):
     """A file of as many caches as are allowed is read by onnx and by onnxruntime."""
     bundle, _ = small
-    first, last = export.stages_of(bundle)
+    first, last = models.stages_of(bundle)
     again = first._replace(start=first.site)
-    deep = export.single_model(bundle, [first, *[again] * (export._MOST_NESTED - 2), last])
+    deep = models.single_model(bundle, [first, *[again] * (models.MOST_NESTED - 2), last])
     onnx.checker.check_model(deep, full_check=True)
     ort.InferenceSession(onnx.load_from_string(deep.SerializeToString()).SerializeToString(), quiet())
-    monkeypatch.setattr(export, "_MOST_NESTED", 1)
+    monkeypatch.setattr(models, "MOST_NESTED", 1)
     manifest = export.export_bundle(bundle, tmp_path / "deep")
     assert manifest["one_file"] is None
     assert not (tmp_path / "deep" / "cascade.onnx").exists()

@@ -21,13 +21,14 @@ from gati_jax.caches.predictors import bins_of
 from gati_jax.models import modules
 
 Params = Mapping[str, Any]
+Shape = tuple[int, ...]
 
 
 class Value(NamedTuple):
     """What a node computes."""
 
     name: str
-    shape: tuple[int, ...]  # of one row
+    shape: Shape  # of one row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +50,17 @@ class Graph:
         """Add a constant vector of integers, such as axes."""
         return self.constant(values, np.int64)
 
-    def add(self, kind: str, *inputs: Value, shape: tuple[int, ...] | None = None, **attributes: object) -> Value:
+    def add(self, kind: str, *inputs: Value, shape: Shape | None = None, **attributes: Any) -> Value:  # noqa: ANN401
         """Add a node with one output, by default of the first input's shape."""
-        return self.add_node(kind, *inputs, shape=shape, outputs=1, **attributes)[0]
+        return self.add_node(kind, *inputs, outputs=1, shape=shape, **attributes)[0]
 
     def add_node(
-        self, kind: str, *inputs: Value, outputs: int, shape: tuple[int, ...] | None = None, **attributes: object
+        self,
+        kind: str,
+        *inputs: Value,
+        outputs: int,
+        shape: Shape | None = None,
+        **attributes: Any,  # noqa: ANN401
     ) -> list[Value]:
         """Add a node with several outputs of one shape."""
         names = [f"{self.prefix}{kind.lower()}_{len(self.nodes)}_{i}" for i in range(outputs)]
@@ -237,8 +243,9 @@ def _linear_selector(_: caches.LinearSelector, g: Graph, params: Params, x: Valu
 @emit.register
 def _probability_selector(_: caches.ProbabilitySelector, g: Graph, params: Params, x: Value) -> Value:
     del params
-    ordered, _ = _top(g, x, x.shape[0])
-    first, others = g.add_node("Split", ordered, g.ints(1, x.shape[0] - 1), outputs=2, shape=(1,), axis=1)
+    first, others = g.add_node(
+        "Split", _top(g, x, x.shape[0])[0], g.ints(1, x.shape[0] - 1), outputs=2, shape=(1,), axis=1
+    )
     return _column(g, g.add("Sub", first, g.add("ReduceLogSumExp", others, g.ints(1), shape=(1,))))
 
 
@@ -319,7 +326,7 @@ def _max_pool(g: Graph, x: Value, *, kernel: int, pad: int = 0) -> Value:
     return g.add("MaxPool", x, shape=shape, kernel_shape=[kernel] * 2, strides=[2, 2], pads=[pad] * 4)
 
 
-def _subsample(g: Graph, x: Value, stride: int, shape: tuple[int, ...]) -> Value:
+def _subsample(g: Graph, x: Value, stride: int, shape: Shape) -> Value:
     """Take every ``stride``-th position and add channels of zeros, as many before as behind."""
     bounds = [g.ints(*v) for v in ((0, 0), (2**31 - 1,) * 2, (2, 3), (stride, stride))]  # start, stop, axes, steps
     before, missing = (shape[0] - x.shape[0]) // 2, shape[0] - x.shape[0]
