@@ -33,6 +33,10 @@ def main(argv: list[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         raise InputError(f"format: onnx needs the package {error.name}: pip install '.[onnx]'") from error
     folder = present(arguments.bundle)
+    if arguments.out.resolve().is_relative_to(folder):
+        raise InputError(
+            f"out: expected a folder outside the bundle, which would not load any more, got {arguments.out}"
+        )
     check_exportable(read_manifest(folder).network)
     bundle = gati_jax.load_bundle(folder)
     images, why = None, ""

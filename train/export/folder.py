@@ -106,9 +106,10 @@ def _manifest(
     chain, stages, plans = bundle.chain, stages_of(bundle), {}
     for name, certificate in bundle.certificates.items():
         bound = _bound(certificate, checks.get(cascade_id(certificate)), why)
+        where = f" ({bound.check.device})" if bound.check else ""
         plans[name] = {
             "thresholds": thresholds_of(bundle.cascades[name], stages).tolist(),  # infinity becomes null
-            "promise": str(bound),
+            "promise": f"{bound}{where}",
             "bound": bound,
             "certificate": certificate,
         }
