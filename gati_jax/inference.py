@@ -1,9 +1,11 @@
 """Answers from a bundle: one request, or a batch of them."""
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .bundle import Bundle
 from .caches.candidate import fitted_rows
@@ -14,7 +16,7 @@ from .data import check_distinct_rows, fingerprint, row_digests
 from .errors import InputError
 from .models import check_images
 from .profiling import TunedCascade, Tuning, device_name
-from .runtime import Prediction, predict_batch, predict_one
+from .runtime import Cascade, Prediction, predict_batch, predict_one
 
 _CHUNK = 256
 Numerics = Literal["reference", "fast"]
@@ -119,13 +121,56 @@ def check_tuning(
             caches fitted on some of them, or some repeat others.
     """
     array = check_images(bundle.chain, images)
-    check_share("delta", delta)
-    if len(bundle.compared) == 1:
-        raise InputError("bundle: expected a certified plan, got none: there is no promise that a tuning could keep")
     if tuning.device != device_name() or len(array) == 0:
         raise InputError(
             f"tuning: expected one of {device_name()} and 1 row or more, got {tuning.device} and {len(array)}"
         )
+    before = {check.programs: check.number for one in bundle.tunings for check in one.checks}
+    checks = check_arithmetic(
+        bundle,
+        array,
+        lambda cascade, rows: ((p.class_index, p.exit) for p in TunedCascade(cascade, tuning).each_way(rows)),
+        arithmetic="fast",
+        programs=tuning.programs,
+        device=tuning.device,
+        number=before.get(tuning.programs, 1 + max(before.values(), default=0)),
+        delta=delta,
+    )
+    return dataclasses.replace(tuning, checks=checks)
+
+
+def check_arithmetic(
+    bundle: Bundle,
+    images: Any,  # noqa: ANN401 (anything that NumPy takes)
+    each_way: Callable[[Cascade, np.ndarray], Iterable[tuple[ArrayLike, ArrayLike]]],
+    *,
+    arithmetic: str,
+    programs: str,
+    device: str,
+    number: int,
+    delta: float = 0.01,
+) -> tuple[ArithmeticCheck, ...]:
+    """Compare an arithmetic's answers with those of the certified one; a row differs if it does in any way.
+
+    Args:
+        bundle: Its certified plans and its base are compared.
+        images: As for ``check_tuning``.
+        each_way: Gives the classes and exits of all rows by a cascade, for each way in which requests may come.
+        arithmetic: A name for it.
+        programs: A digest of what decides on its answers.
+        device: Where both run.
+        number: See ``ArithmeticCheck``.
+        delta: As for ``check_tuning``.
+
+    Raises:
+        InputError: As ``check_tuning``.
+    """
+    array = check_images(bundle.chain, images)
+    check_share("delta", delta)
+    if len(bundle.compared) == 1:
+        raise InputError(f"bundle: expected a certified plan, got none: there is no promise to keep in {arithmetic}")
+    if len(array) == 0:
+        raise InputError("images: expected 1 row or more, got 0")
     rows = row_digests(array)
     for plan in bundle.plans.values():
         check_distinct_rows(rows, plan.rows, names=("images", "select"))
@@ -133,20 +178,18 @@ def check_tuning(
     repeated = len(rows) - len(np.unique(rows))
     if repeated > MOST_DUPLICATES * len(rows) and fingerprint(rows) != bundle.certificate.data_fingerprint:
         raise InputError(f"images: expected distinct rows, or the certify rows, got {repeated} of {len(rows)} copies")
-    before = {check.programs: check.number for one in bundle.tunings for check in one.checks}
-    number = before.get(tuning.programs, 1 + max(before.values(), default=0))
     checks = []
     for key, (cascade, comparisons) in bundle.compared.items():
         starts = range(0, len(array), _CHUNK)
         parts = [predict_batch(cascade, array[start : start + _CHUNK]) for start in starts]
         classes, exits = (np.concatenate([getattr(p, name) for p in parts]) for name in ("class_index", "exit"))
         differ = np.zeros(len(array), bool)
-        for found in TunedCascade(cascade, tuning).each_way(array):
-            differ |= (found.class_index != classes) | (found.exit != exits)
+        for found, left in each_way(cascade, array):
+            differ |= (np.asarray(found) != classes) | (np.asarray(left) != exits)
         check = ArithmeticCheck(
-            arithmetic="fast",
-            programs=tuning.programs,
-            device=tuning.device,
+            arithmetic=arithmetic,
+            programs=programs,
+            device=device,
             cascade=key,
             data_fingerprint=fingerprint(rows),
             n=len(array),
@@ -156,4 +199,4 @@ def check_tuning(
             number=number,
         )
         checks.append(check)
-    return dataclasses.replace(tuning, checks=tuple(checks))
+    return tuple(checks)

@@ -109,6 +109,18 @@ def fitted_on(bundle: Bundle, path: Path) -> Config:
     return build_config(bundle.provenance.config)
 
 
+def certify_images(bundle: Bundle, path: Path, folder: Path | None) -> np.ndarray:
+    """Return the images that a bundle was certified on.
+
+    Raises:
+        InputError: They cannot be had, or are others now.
+    """
+    config = fitted_on(bundle, path)
+    certify = data.load(config.data.name, config.data.splits.certify, folder or config.data.dir)
+    check_fingerprint(bundle, "certify", certify)
+    return certify.images
+
+
 def close_certify(ledger: AnyLedger, bundle: Bundle, split: data.Dataset, *, reveal: bool) -> None:
     """Check that the certify rows may be shown: they are closed for looks, or are so from now on.
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import gati_jax
-from gati_jax import Bundle, InputError, data
+from gati_jax import Bundle, InputError
 from gati_jax.profiling import TunedCascade, Tuning
 from train import cli
-from train.evaluate import check_fingerprint, fitted_on
+from train.evaluate import certify_images
 
 EXAMPLE = "python -m train.tune --bundle runs/r56/bundle"
 _log = logging.getLogger("train.tune")
@@ -44,10 +44,7 @@ def main(argv: list[str] | None = None) -> None:
 def checked(bundle: Bundle, tuning: Tuning, path: Path, folder: Path | None) -> Tuning:
     """Compare a tuning with the certified arithmetic, where the certify rows can be had; else say what follows."""
     try:
-        config = fitted_on(bundle, path)
-        certify = data.load(config.data.name, config.data.splits.certify, folder or config.data.dir)
-        check_fingerprint(bundle, "certify", certify)
-        return gati_jax.check_tuning(bundle, tuning, certify.images)
+        return gati_jax.check_tuning(bundle, tuning, certify_images(bundle, path, folder))
     except InputError as error:
         text = "the tuning is saved, but not compared with the certified arithmetic, which stays the default: %s"
         _log.warning(text, error)

@@ -31,9 +31,9 @@ StoredLabels = Int[Array | np.ndarray, " n"]
 
 NO_POINT = -1  # the label of a row without a point
 MIB = 2**20  # the paper's MB
-_REPEAT = 1e-4  # of the key's length: nearer points count as repeats, which differ by rounding only
-_TINY = 1e-12  # a key may be zero
-_LEAST = 1e-30  # score of a label that no neighbour has; its logarithm stays finite
+REPEAT = 1e-4  # of the key's length: nearer points count as repeats, which differ by rounding only
+TINY = 1e-12  # a key may be zero
+LEAST = 1e-30  # score of a label that no neighbour has; its logarithm stays finite
 _COUNT_BYTES = 4  # a k-NN cache's "count", see ``stored_points``
 
 
@@ -60,7 +60,7 @@ def nearest(keys: Keys, points: Points, norms: Norms, k: int) -> tuple[Int[Array
     """
     _, index = jax.lax.top_k(-squared_distances(keys, points, norms), k)
     apart = jnp.linalg.norm(keys[:, None] - points[index], axis=-1)
-    floor = _REPEAT * jnp.linalg.norm(keys, axis=-1, keepdims=True) + _TINY
+    floor = REPEAT * jnp.linalg.norm(keys, axis=-1, keepdims=True) + TINY
     return index, jnp.where(jnp.isinf(norms[index]), jnp.inf, jnp.maximum(apart, floor))
 
 
@@ -72,7 +72,7 @@ def vote(labels: Int[Array, "batch k"], distances: Float[Array, "batch k"], clas
     of = jax.nn.one_hot(labels, classes)
     weight = jnp.sum(of / distances[..., None], 1)
     score = of.mean(1) * weight
-    return jnp.log(jnp.maximum(score, _LEAST))
+    return jnp.log(jnp.maximum(score, LEAST))
 
 
 class _Keyed(nn.Module):
@@ -127,7 +127,7 @@ class Centres(_Keyed):
         share = self.variable("points", "share", lambda: jnp.zeros(self.centres, jnp.float32))
         index, distances, labels = self._nearest(activation, self.centres, self.units, self.cells, 1)
         confidence = share.value[index] / distances
-        return jnp.log(jnp.maximum(jax.nn.one_hot(labels[:, 0], self.classes) * confidence, _LEAST))
+        return jnp.log(jnp.maximum(jax.nn.one_hot(labels[:, 0], self.classes) * confidence, LEAST))
 
 
 def stored_points(keys: StoredKeys, labels: StoredLabels) -> dict[str, Array]:

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from pydantic import Field
 
 from gati_jax.errors import InputError
@@ -54,14 +54,19 @@ def adaptive_average(x: Float[Array, "..."], size: int, axis: int) -> Float[Arra
     n, axis = x.shape[axis], axis % x.ndim
     if n % size == 0:
         return x.reshape(*x.shape[:axis], size, n // size, *x.shape[axis + 1 :]).mean(axis + 1)
-    i = np.arange(size)
-    start, stop = i * n // size, -((i + 1) * -n // size)
-    index = start[:, None] + np.arange((stop - start).max())
-    weight = (index < stop[:, None]) / (stop - start)[:, None]
-    bins = jnp.take(x, np.minimum(index, n - 1), axis)
+    index, weight = bins_of(n, size)
+    bins = jnp.take(x, index, axis)
     return (
         bins * jnp.asarray(weight, x.dtype).reshape(*weight.shape, *(1,) * (x.ndim - axis - 1))[(None,) * axis]
     ).sum(axis + 1)
+
+
+def bins_of(n: int, size: int) -> tuple[Int[np.ndarray, "size width"], Float[np.ndarray, "size width"]]:
+    """Return which of n values each bin of ``adaptive_average`` is the mean of, and their weights in it."""
+    i = np.arange(size)
+    start, stop = i * n // size, -((i + 1) * -n // size)
+    index = start[:, None] + np.arange((stop - start).max())
+    return np.minimum(index, n - 1), (index < stop[:, None]) / (stop - start)[:, None]
 
 
 def grid_average(x: Activation, cells: int) -> Features:

@@ -106,7 +106,7 @@ def mean_p_value(losses: Float[np.ndarray, " n"], mean: float, expected: float) 
 
     Example:
         >>> round(mean_p_value(np.zeros(72), 0.05, 0.0), 3)
-        0.03
+        0.029
     """
     kept = np.array([[min(expected / mean, 0.9)], [ALIKE]])
     stakes_of = (1 - np.maximum(kept, 1e-9)) / (1 - mean)

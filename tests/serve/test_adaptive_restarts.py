@@ -47,7 +47,7 @@ def test_a_version_that_does_not_fit_is_not_served(tmp_path, caplog):
     other = certified()
     chain = dataclasses.replace(other.chain, params=[np.ones((), np.float32), *other.chain.params[1:]])
     moved = dataclasses.replace(other, chain=chain)
-    source = dataclasses.replace(moved.plan.source, base=str(tree_digest(chain.params)), logits=())
+    source = dataclasses.replace(moved.plan.source, base=str(tree_digest(chain.params)), logits=(), sites=())
     plan = dataclasses.replace(moved.plan, source=source)
     certificate = dataclasses.replace(moved.certificate, plan_hash=plan.hash)
     Versions(tmp_path / "base", chain=chain).save(dataclasses.replace(moved, plan=plan, certificate=certificate))

@@ -18,8 +18,8 @@ MEASURED = {
 }  # fmt: skip
 CERTIFICATE = {
     "epsilon": 0.125, "delta": 0.05, "n": 77, "disagreements": 3, "method": "by hand", "numerics": "reference",
-    "looks": 1, "name": "2%", "plans": 1, "accuracy_gap": None, "certified": True, "base_saw_data": False,
-    "holds": True,
+    "looks": 1, "promise": "at most 12.5% of requests disagree with the base", "name": "2%", "plans": 1,
+    "accuracy_gap": None, "certified": True, "base_saw_data": False, "holds": True,
 }  # fmt: skip
 EVALUATION = {
     "dataset": "digits", "split": "all[10:20]", "network": "resnet20", "n": 10, "base": {"accuracy": 0.9},

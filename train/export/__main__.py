@@ -1,0 +1,65 @@
+"""Export a saved bundle's cascades as ONNX models, which run without JAX and without this library.
+
+The exported models compute in another arithmetic than the certified one. So their answers are compared with it on the
+bundle's certify rows, as ``train.tune`` does for a tuning, and the manifest says what then holds of them.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gati_jax
+from gati_jax import InputError
+from gati_jax.bundle.files import present
+from gati_jax.bundle.manifest import read_manifest
+from train import cli
+from train.evaluate import certify_images
+
+EXAMPLE = "python -m train.export --bundle runs/r56/bundle --format onnx --out runs/r56/onnx"
+_log = logging.getLogger("train.export")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    p = cli.parser("Export a saved bundle's cascades.", EXAMPLE)
+    p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
+    p.add_argument("--format", choices=("onnx",), default="onnx", help="of the models (default: onnx)")
+    p.add_argument("--data-dir", type=Path, metavar="DIR", help="TFDS's folder, if not where the bundle was fitted")
+    arguments = p.parse_args(argv)
+    try:
+        from .folder import check_exportable, export_bundle  # noqa: PLC0415 (of the extra onnx)
+    except ModuleNotFoundError as error:
+        raise InputError(f"format: onnx needs the package {error.name}: pip install '.[onnx]'") from error
+    folder = present(arguments.bundle)
+    if arguments.out.resolve().is_relative_to(folder):
+        raise InputError(
+            f"out: expected a folder outside the bundle, which would not load any more, got {arguments.out}"
+        )
+    check_exportable(read_manifest(folder).network)
+    bundle = gati_jax.load_bundle(folder)
+    images, why = None, ""
+    try:
+        images = certify_images(bundle, folder, arguments.data_dir)
+    except InputError as error:
+        why = str(error)
+        _log.warning("nothing is certified of the export, which cannot be compared with the certified answers: %s", why)
+    counts = folder / "tuning" / "exports" / "onnx.json"
+    manifest = export_bundle(bundle, arguments.out, images=images, why=why, counts=counts)
+    if arguments.json:
+        print(json.dumps(manifest))
+    else:
+        show(manifest, arguments.out)
+
+
+def show(manifest: Mapping[str, Any], out: Path) -> None:
+    """Print the spans, and what holds of each plan's answers."""
+    rows = [(span["file"], f"{span['start']}-{span['site']}", span["cache"] or "") for span in manifest["spans"]]
+    cli.show(f"Spans in {out}", ("file", "sites", "cache"), rows)
+    for name, plan in manifest["plans"].items():
+        print(f"{name}: {plan['promise']}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
