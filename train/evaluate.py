@@ -158,7 +158,7 @@ def check_fingerprint(bundle: Bundle, name: str, split: data.Dataset) -> None:
 
 def evaluated(certificate: Certificate, agreement: float) -> EvaluatedCertificate:
     """Return the certificate, and whether its bound holds on this split."""
-    holds = certificate.certified and 1 - agreement <= certificate.epsilon
+    holds = certificate.certified and 1 - agreement <= certificate.mean_bound
     return EvaluatedCertificate.of(certificate, holds=holds)
 
 

@@ -63,8 +63,8 @@ def save_bundle(
     Raises:
         InputError: A certificate is another plan's, the plans were not certified together or have the same name, a
             cache is of a kind that no bundle can hold, the certificate's ledger had lost looks that the bundle at
-            ``path`` knows of, there are other class names than logits, ``path`` is something
-            else than a bundle, or the chain's blocks are not those of its network, from which they would be rebuilt.
+            ``path`` knows of, there are other class names than logits, ``path`` is something else than a bundle, or
+            the chain's blocks are not those of its network, from which they would be rebuilt.
     """
     from orbax.checkpoint import v1 as ocp  # noqa: PLC0415 (takes seconds to import, and answering does without)
 
@@ -102,10 +102,13 @@ def save_bundle(
             files=digests(folder),
         )
         write_json(folder / "manifest.json", manifest)
-        tables = tuple(costs)
-        for device in sorted({table.device for table in tables}):
-            of_device = DeviceFile(costs=tuple(table for table in tables if table.device == device))
-            write_json(folder / "tuning" / f"{device}.json", of_device)
+        _write_costs(folder, tuple(costs))
+
+
+def _write_costs(folder: Path, tables: tuple[CostTable, ...]) -> None:
+    for device in sorted({table.device for table in tables}):
+        of_device = DeviceFile(costs=tuple(table for table in tables if table.device == device))
+        write_json(folder / "tuning" / f"{device}.json", of_device)
 
 
 def _check_looks(path: Path, certificate: Certificate, counted: Ledger | None) -> None:

@@ -217,11 +217,12 @@ class Certificate:
     @property
     def promise(self) -> str:
         """What is certified, in a sentence without its confidence."""
+        share = f"{100 * self.epsilon:.6g}%"  # no digit is lost: 0.0125 is not 1.2%
         if self.groups is None:
-            return f"at most {self.epsilon:.1%} of requests disagree with the base"
+            return f"at most {share} of requests disagree with the base"
         if self.groups.tolerance is None:
-            return f"at most {self.epsilon:.1%} of a group's requests disagree with the base, in the mean over groups"
-        return f"in at most {self.epsilon:.1%} of groups, more than {self.groups.tolerance:.1%} of requests disagree"
+            return f"at most {share} of a group's requests disagree with the base, in the mean over groups"
+        return f"in at most {share} of groups, more than {100 * self.groups.tolerance:.6g}% of requests disagree"
 
     @property
     def level(self) -> float:
@@ -241,11 +242,8 @@ class Certificate:
         if self.method == SEQUENTIAL:
             return f"sequential trial {self.version}"
         counted = f"look {self.looks} at these rows" if self.recorded else "a single look, on the user's word"
-        return (
-            f"{counted}; the base was trained on them, and may disagree more on others"
-            if self.base_saw_data
-            else counted
-        )
+        seen = "; the base was trained on them, and may disagree more on others" if self.base_saw_data else ""
+        return counted + seen
 
     def _passed(self) -> bool:
         if self.groups is not None:

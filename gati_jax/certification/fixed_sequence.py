@@ -203,7 +203,7 @@ def _look(
     if terms.grouping is None and (resemblance := neighbours_resemble(table)) > _RESEMBLANCE:
         warnings.warn(
             f"table: expected independent rows, got neighbours whose scores correlate ({resemblance:.2f}): if rows come"
-            " in groups (recordings, patients, cameras), certify with groups, or the certificate is false",
+            " in groups (recordings, patients, cameras), certify with groups, for a certificate by rows is false then",
             stacklevel=3,
         )
     counted = find_ledger(ledger)
@@ -356,21 +356,21 @@ def _stays_off(plan: Plan, step: int, outcomes: list[Outcome], epsilon: float, t
 def _samples_missing(outcomes: list[Outcome], epsilon: float, terms: _Terms) -> str:
     """Say how many fresh rows it would take to certify the last of these steps in a first look; these are closed."""
     if (grouping := terms.grouping) is None:
-        unit, what, rates = "rows", f"of {len(outcomes[-1].disagrees)}", [outcome.disagreement for outcome in outcomes]
+        unit, what = "rows", f"of {len(outcomes[-1].disagrees)} disagree"
+        rates = [outcome.disagreement for outcome in outcomes]
     elif grouping.tolerance is None:
-        unit, what = "groups", f"in the mean over {len(grouping.sizes)} groups"
+        unit, what = "groups", f"disagree in the mean over {len(grouping.sizes)} groups"
         rates = [float(grouping.losses(outcome.disagrees).mean()) for outcome in outcomes]
     else:
-        counts = [grouping.counts(outcome.disagrees) for outcome in outcomes]
-        unit, what, rates = "groups", f"of {len(grouping.sizes)} groups are bad;", [c.bad / c.n for c in counts]
+        unit, what = "groups", f"of {len(grouping.sizes)} groups are bad"
+        rates = [float((grouping.losses(outcome.disagrees) > grouping.tolerance).mean()) for outcome in outcomes]
     needed = samples_needed(max(rates), epsilon, terms.level)  # all steps before it must pass, too
     more = (
         f"about {needed} fresh certify {unit}, without any of these, would open it"
         if needed is not None
         else f"no number of {unit} would open it: collect data or fit a better cache"
     )
-    said = what if what.endswith(";") else f"{what} disagree,"
-    return f"with it {rates[-1]:.2%} {said} {epsilon:.2%} is allowed; {more}"
+    return f"with it {rates[-1]:.2%} {what}, {epsilon:.2%} is allowed; {more}"
 
 
 def _failed_exit(plan: Plan, outcomes: list[Outcome], alpha: float, level: float) -> str:

@@ -105,6 +105,27 @@ def test_rows_that_look_grouped_are_warned_of():
     assert not warned(rng.normal(size=len(sure)) + 3 * by_class, by_class)  # sorted by class, which is no group
 
 
+@pytest.mark.parametrize(
+    ("tolerance", "told"),
+    [
+        (None, "with it 3.33% disagree in the mean over 60 groups, 10.00% is allowed; about "),
+        (0.1, "with it 13.33% of 60 groups are bad, 10.00% is allowed; no number of groups would open it"),
+    ],
+)
+def test_why_a_cache_stays_off_is_told_in_groups(tolerance, told):
+    wrong = (NAMES < 8) & (np.arange(len(NAMES)) % 4 == 0)
+    failed = gati_jax.certify(
+        PLAN, table(wrong), EPSILON, 1e-6, ledger=Ledger(), reveal=True, groups=NAMES, group_tolerance=tolerance
+    )
+    assert told in failed.stays_off[0]
+
+
+@pytest.mark.parametrize("epsilon", [0.0125, 0.0004, 0.123456])
+def test_a_promise_is_not_rounded(epsilon):
+    certificate = gati_jax.certify(PLAN, table([False] * 20_000), epsilon, DELTA, ledger=None)
+    assert float(certificate.promise.split()[2].rstrip("%")) / 100 == pytest.approx(epsilon, rel=1e-9)
+
+
 def test_what_a_certificate_by_group_promises():
     certificate = certify(np.zeros(len(NAMES), bool), groups=NAMES, group_tolerance=0.2)
     assert "groups" in certificate.promise
