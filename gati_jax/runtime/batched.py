@@ -188,12 +188,12 @@ def _stage(packed: Packed[BatchedCascade], index: int, rows: _Rows, answer: Pred
     hit = live & (scores >= (-jnp.inf if last else cascade.thresholds[index]))
     missed = live & ~hit
     target = jnp.where(hit, rows.request, len(answer.exit))  # out of bounds, and so dropped, where it missed
-    answer = Prediction(
-        class_index=answer.class_index,
-        exit=answer.exit.at[target].set(jnp.int32(site), mode="drop"),
-        score=answer.score.at[target].set(scores, mode="drop"),
-        logits=answer.logits.at[target].set(logits, mode="drop"),
-    )
+
+    def put(column: Array | np.ndarray, values: Array) -> Array:
+        return jnp.asarray(column).at[target].set(values, mode="drop")
+
+    exits, scores, logits = put(answer.exit, jnp.int32(site)), put(answer.score, scores), put(answer.logits, logits)
+    answer = Prediction(answer.class_index, exits, scores, logits)
     return _survivors(activation, rows.request, missed), answer
 
 

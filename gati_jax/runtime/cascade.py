@@ -74,10 +74,10 @@ class StageOutputs(NamedTuple):
 class Prediction(NamedTuple):
     """The answer to one request (or, with a leading batch dimension, to many)."""
 
-    class_index: Int[Array, "*batch"]
-    exit: Int[Array, "*batch"]  # site number, or N for the base
-    score: Float[Array, "*batch"]  # log-odds of agreeing with the base; infinity from the base itself
-    logits: Float[Array, "*batch classes"]
+    class_index: Int[Array | np.ndarray, "*batch"]
+    exit: Int[Array | np.ndarray, "*batch"]  # site number, or N for the base
+    score: Float[Array | np.ndarray, "*batch"]  # log-odds of agreeing with the base; infinity from the base itself
+    logits: Float[Array | np.ndarray, "*batch classes"]
 
 
 def check_cascade(cascade: Cascade) -> None:

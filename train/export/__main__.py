@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--data-dir", type=Path, metavar="DIR", help="TFDS's folder, if not where the bundle was fitted")
     arguments = p.parse_args(argv)
     try:
-        from .folder import check_exportable, export_bundle  # noqa: PLC0415 (of the extra onnx)
+        from gati_jax.export.models import why_not  # noqa: PLC0415 (of the extra onnx)
+
+        from .folder import export_bundle  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise InputError(f"format: onnx needs the package {error.name}: pip install '.[onnx]'") from error
     folder = present(arguments.bundle)
@@ -37,7 +39,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(
             f"out: expected a folder outside the bundle, which would not load any more, got {arguments.out}"
         )
-    check_exportable(read_manifest(folder).network)
+    if why := why_not(read_manifest(folder).network):
+        raise InputError(f"bundle: {why}")
     bundle = gati_jax.load_bundle(folder)
     images, why = None, ""
     try:

@@ -23,18 +23,16 @@ from gati_jax import Bundle, Certificate, InputError
 from gati_jax.bundle.files import replacing
 from gati_jax.bundle.manifest import read_json, write_json
 from gati_jax.certification import ArithmeticCheck, ServedBound, cascade_id, served_bound
+from gati_jax.export.models import OPSET, check_exportable
 from gati_jax.inference import check_arithmetic
-from gati_jax.models import Architecture
 from gati_jax.options import Strict
 from gati_jax.profiling import device_name
-from gati_jax.pytrees import tree_bytes
 from gati_jax.runtime import Cascade
 
 from . import cascade as runner
-from .models import ONE_FILE, OPSET, THRESHOLDS, models_of, stages_of, thresholds_of
+from .models import ONE_FILE, THRESHOLDS, input_dtype, models_of, stages_of, thresholds_of
 
 ARITHMETIC = "onnx"
-_MOST_BYTES = 2**31 - 2**24  # of a protocol buffer, less what is no parameter
 _CHUNK = 256
 
 
@@ -59,13 +57,12 @@ def export_bundle(
         InputError: The bundle cannot be exported, the images prove nothing, or ``path`` is something else.
     """
     path = Path(path)
-    check_exportable(bundle.chain.network)
-    if (size := tree_bytes([bundle.chain, *bundle.caches])) > _MOST_BYTES:
-        raise InputError(f"bundle: expected at most {_MOST_BYTES} bytes of parameters, which ONNX can hold, got {size}")
+    check_exportable(bundle.chain, bundle.caches)
+    dtype = input_dtype(bundle.chain)
     if path.exists() and not (path.is_dir() and ((path / "span_0.onnx").is_file() or not any(path.iterdir()))):
         raise InputError(f"out: expected an export or nothing at {path}, got something else, which is left alone")
-    if images is not None and images.dtype != _input_dtype(bundle):
-        raise InputError(f"images: expected {_input_dtype(bundle)}, which the models take, got {images.dtype}")
+    if images is not None and images.dtype != dtype:
+        raise InputError(f"images: expected {dtype}, which the models take, got {images.dtype}")
     models = models_of(bundle)
     with replacing(path) as folder:
         _write(folder, models, _manifest(bundle, models, {}, why))
@@ -77,19 +74,6 @@ def export_bundle(
             helper.set_model_props(model, {"gati_jax.promises": promises})
         _write(folder, models, manifest)
     return manifest
-
-
-def check_exportable(network: object) -> None:
-    """Check that a base has an ONNX form.
-
-    Raises:
-        InputError: It is a user's own chain, whose functions are not known.
-    """
-    if not isinstance(network, Architecture):
-        raise InputError(
-            "bundle: expected a base that is a ResNet or a VGG of this library, got a user's own chain: its functions"
-            " cannot be exported"
-        )
 
 
 def _write(folder: Path, models: Mapping[str, ModelProto], manifest: Mapping[str, Any]) -> None:
@@ -118,7 +102,7 @@ def _manifest(
         "format_version": 1,
         "opset": OPSET,
         "onnxruntime": onnxruntime.__version__ if checks else "",
-        "input": {"dtype": _input_dtype(bundle), "shape": chain.input_spec.shape},
+        "input": {"dtype": str(input_dtype(chain)), "shape": chain.input_spec.shape},
         "normalization": chain.normalization,
         "classes": chain.classes,
         "class_names": bundle.class_names,
@@ -127,10 +111,6 @@ def _manifest(
         "plans": plans,
     }
     return json.loads(to_json(manifest, inf_nan_mode="null"))
-
-
-def _input_dtype(bundle: Bundle) -> str:
-    return "float32" if bundle.chain.normalization is None else "uint8"
 
 
 def _bound(certificate: Certificate, check: ArithmeticCheck | None, why: str) -> ServedBound:

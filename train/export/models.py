@@ -1,20 +1,16 @@
 """Cascades as ONNX models: one for each span, for any number of rows, and one of nested Ifs for a single row."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import jax
 import numpy as np
-from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from gati_jax import Bundle, Candidate, Chain, __version__
-from gati_jax.caches import fold_standardize
-from gati_jax.models import Architecture
+from gati_jax import Bundle, Candidate, Chain
+from gati_jax.export.graph import Graph, Value, answer_of
+from gati_jax.export.models import activation, emit_blocks, emit_classifier, emit_lookup, finish, images, model
 from gati_jax.runtime import Cascade
 
-from .graph import Graph, Value, answer_of, emit, prepare
-
-OPSET, IR_VERSION = 18, 8
 ONE_FILE, THRESHOLDS = "cascade.onnx", "thresholds"
 MOST_NESTED = 24  # a protocol buffer may be 100 messages deep, and an If takes three
 
@@ -45,32 +41,32 @@ def models_of(bundle: Bundle) -> dict[str, ModelProto]:
     return found | ({ONE_FILE: single_model(bundle, stages)} if len(stages) <= MOST_NESTED else {})
 
 
+def input_dtype(chain: Chain) -> np.dtype:
+    """Return the dtype of the images that the models take: pixels where the bundle normalises them."""
+    return np.dtype(np.float32 if chain.normalization is None else np.uint8)
+
+
 def span_model(chain: Chain, stage: Stage, *, first: bool) -> ModelProto:
     """Return a stage for any number of rows; it gives class, score, logits, and what the next one takes."""
     graph = Graph("")
-    if first:
-        x, given = _images(graph, chain, "batch")
-    else:
-        height, width, channels = chain.site_specs[stage.start].shape
-        x = Value("activation", (channels, height, width))
-        given = _info(x, TensorProto.FLOAT, "batch")
+    x, given = images(graph, chain, "batch", input_dtype(chain)) if first else activation(chain, stage.start)
     following, logits, score = _stage(graph, chain, stage, x)
     outputs = {"class_index": answer_of(graph, logits), "score": score, "logits": logits}
     outputs |= {"next": following} if stage.cache else {}
-    return _model(_finish(graph, [given], outputs, "batch"))
+    return model(finish(graph, [given], outputs, "batch"))
 
 
 def single_model(bundle: Bundle, stages: Sequence[Stage]) -> ModelProto:
     """Return the whole cascade for one row, with the thresholds of the default plan unless others are given."""
     graph = Graph("")
-    x, images = _images(graph, bundle.chain, 1)
-    inputs, defaults = [images], thresholds_of(bundle.cascade, stages)
+    x, given = images(graph, bundle.chain, 1, input_dtype(bundle.chain))
+    inputs, defaults = [given], thresholds_of(bundle.cascade, stages)
     if len(defaults):
         graph.constants.append(numpy_helper.from_array(defaults, THRESHOLDS))
         inputs.append(helper.make_tensor_value_info(THRESHOLDS, TensorProto.FLOAT, defaults.shape))
     site, score, logits = _rest(graph, bundle.chain, stages, 0, x)
     outputs = {"class_index": answer_of(graph, logits), "exit": site, "score": score, "logits": logits}
-    return _model(_finish(graph, inputs, outputs, 1))
+    return model(finish(graph, inputs, outputs, 1))
 
 
 def _rest(graph: Graph, chain: Chain, stages: Sequence[Stage], index: int, x: Value) -> list[Value]:
@@ -83,57 +79,20 @@ def _rest(graph: Graph, chain: Chain, stages: Sequence[Stage], index: int, x: Va
     hit = graph.add("GreaterOrEqual", score, graph.add("Gather", Value(THRESHOLDS, ()), graph.ints(index)))
     here, later = Graph(f"{graph.prefix}hit_{index}/"), Graph(f"{graph.prefix}miss_{index}/")
     names = ("exit", "score", "logits")
-    then = _finish(here, [], dict(zip(names, answer, strict=True)), 1)
-    otherwise = _finish(later, [], dict(zip(names, _rest(later, chain, stages, index + 1, x), strict=True)), 1)
+    then = finish(here, [], dict(zip(names, answer, strict=True)), 1)
+    otherwise = finish(later, [], dict(zip(names, _rest(later, chain, stages, index + 1, x), strict=True)), 1)
     found = graph.add_node("If", hit, outputs=3, then_branch=then, else_branch=otherwise)
     return [Value(name, value.shape) for (name, _), value in zip(found, answer, strict=True)]
 
 
 def _stage(graph: Graph, chain: Chain, stage: Stage, x: Value) -> tuple[Value, Value, Value]:
     """Add a stage; return the activation behind it, logits and score."""
-    *blocks, classifier = cast("Architecture", chain.network).modules("folded")
-    params = jax.tree.map(np.asarray, chain.params)
-    for k in range(stage.start, stage.site):
-        x = emit(blocks[k], graph, params[k], x)
-    if stage.cache is None:
-        infinity = numpy_helper.from_array(np.full(1, np.inf, np.float32))
-        batch = graph.add("Shape", x, shape=(1,), start=0, end=1)
-        logits = emit(classifier, graph, params[-1], x)
-        return x, logits, graph.add("ConstantOfShape", batch, shape=(), value=infinity)
-    predictor, variables = fold_standardize(stage.cache.predictor, stage.cache.params["predictor"])
-    variables, selector = jax.tree.map(np.asarray, (variables, stage.cache.params["selector"].get("params", {})))
-    logits = emit(predictor, graph, {**variables["params"], **variables.get("points", {})}, x)
-    score = emit(stage.cache.selector, graph, selector, logits)
-    return x, logits, graph.add("Min", score, graph.constant(np.finfo(np.float32).max))
-
-
-def _images(graph: Graph, chain: Chain, batch: int | str) -> tuple[Value, ValueInfoProto]:
-    """Return the prepared images, and the input that they come from: pixels where the bundle normalises them."""
-    images = Value("images", chain.input_spec.shape)
-    kind = TensorProto.FLOAT if chain.normalization is None else TensorProto.UINT8
-    return prepare(graph, images, chain.normalization), _info(images, kind, batch)
-
-
-def _info(value: Value, kind: int, batch: int | str) -> ValueInfoProto:
-    return helper.make_tensor_value_info(value.name, kind, [batch, *value.shape])
-
-
-def _finish(
-    graph: Graph, inputs: Sequence[ValueInfoProto], outputs: Mapping[str, Value], batch: int | str
-) -> GraphProto:
-    """Return the graph with outputs of these names."""
-    infos = []
-    for name, value in outputs.items():
-        named = Value(f"{graph.prefix}{name}", value.shape)
-        graph.nodes.append(helper.make_node("Identity", [value.name], [named.name]))
-        kind = TensorProto.INT32 if name in {"class_index", "exit"} else TensorProto.FLOAT
-        infos.append(_info(named, kind, batch))
-    return helper.make_graph(graph.nodes, graph.prefix or "cascade", inputs, infos, graph.constants)
-
-
-def _model(graph: GraphProto) -> ModelProto:
-    opset, producer = [helper.make_opsetid("", OPSET)], {"producer_name": "gati_jax", "producer_version": __version__}
-    return helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, **producer)
+    x = emit_blocks(graph, chain, stage.start, stage.site, x)
+    if stage.cache is not None:
+        return x, *emit_lookup(graph, stage.cache, x)
+    infinity = numpy_helper.from_array(np.full(1, np.inf, np.float32))
+    batch = graph.add("Shape", x, shape=(1,), start=0, end=1)
+    return x, emit_classifier(graph, chain, x), graph.add("ConstantOfShape", batch, shape=(), value=infinity)
 
 
 def thresholds_of(cascade: Cascade, stages: Sequence[Stage]) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from flax import linen as nn
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import DTypeLike
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from gati_jax import InputError, Normalization, caches
@@ -40,7 +40,7 @@ class Graph:
     nodes: list[NodeProto] = dataclasses.field(default_factory=list)
     constants: list[TensorProto] = dataclasses.field(default_factory=list)
 
-    def constant(self, array: ArrayLike, dtype: DTypeLike = np.float32) -> Value:
+    def constant(self, array: Any, dtype: DTypeLike = np.float32) -> Value:  # noqa: ANN401 (anything that NumPy takes)
         """Add a constant; its shape is a whole one."""
         name, value = f"{self.prefix}constant_{len(self.constants)}", np.asarray(array, dtype)
         self.constants.append(numpy_helper.from_array(value, name))

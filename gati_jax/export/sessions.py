@@ -1,0 +1,147 @@
+"""ONNX Runtime as a backend: a session for each span of the base and for each lookup, and what runs between them.
+
+Each stage runs only the rows that are left, in a batch of exactly that many: nothing is padded. A span gathers its rows
+itself, so that activations stay where ONNX Runtime has put them. All sessions share one pool of threads: with a pool
+for each, the pools fight for the cores.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from jaxtyping import Float, Int, Shaped
+from onnx import ModelProto
+
+from gati_jax.caches import Candidate
+from gati_jax.models import Chain
+from gati_jax.runtime import Cascade, Prediction
+
+from .models import ROWS, check_exportable, lookup_model, span_model
+
+VERSION = onnxruntime.__version__
+_ERRORS = 3  # of ONNX Runtime's levels of severity
+_BATCH = 256  # rows at once: larger batches are no faster a row
+Value = Any
+"""An ``onnxruntime.OrtValue``: an array that ONNX Runtime holds."""
+
+
+@functools.cache
+def _share_threads() -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    onnxruntime.set_global_thread_pool_sizes(cores, 1)
+
+
+def open_session(model: ModelProto) -> Any:  # noqa: ANN401 (onnxruntime is untyped)
+    """Return a session on the CPU that shares its threads with all others."""
+    _share_threads()
+    options = onnxruntime.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = _ERRORS
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def to_value(array: np.ndarray) -> Value:
+    """Hand an array to ONNX Runtime, which shares its memory."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+class Spans:
+    """The sessions of a base, cut at the sites where something may look in; weights are in one session each.
+
+    Args:
+        chain: The base.
+        cuts: Sites. Cascades with caches at some of them share the sessions.
+
+    Raises:
+        InputError: The base has no ONNX form.
+    """
+
+    def __init__(self, chain: Chain, cuts: Iterable[int]) -> None:
+        """Prepare; a session is opened when it is first needed."""
+        check_exportable(chain)
+        self.chain = chain
+        self._stops = [*sorted(set(cuts) - {len(chain)}), len(chain)]
+
+        def session(start: int, stop: int, dtype: np.dtype | None) -> Any:  # noqa: ANN401
+            return open_session(span_model(chain, start, stop, inputs=dtype))
+
+        self._session: Callable[..., Any] = functools.cache(session)
+
+    def first(self, images: Shaped[np.ndarray, "batch *input"], stop: int) -> Value:
+        """Run images up to site ``stop``, channels first; the logits where it is N."""
+        nearest = self._stops[0]
+        (x,) = self._session(0, nearest, images.dtype).run_with_ort_values(["next"], {"images": to_value(images)})
+        return x if nearest == stop else self.run(x, np.arange(len(images)), nearest, stop)
+
+    def run(self, x: Value, rows: Int[np.ndarray, " rows"], start: int, stop: int) -> Value:
+        """Run some rows of the activation at site ``start`` up to site ``stop``; the logits where it is N."""
+        for after in (site for site in self._stops if start < site <= stop):
+            given = {"activation": x, ROWS: to_value(rows)}
+            (x,) = self._session(start, after, None).run_with_ort_values(["next"], given)
+            start, rows = after, np.arange(len(rows))
+        return x
+
+
+class Lookup:
+    """The session of a cache's lookup."""
+
+    def __init__(self, chain: Chain, cache: Candidate) -> None:
+        """Open it."""
+        self._session = open_session(lookup_model(chain, cache))
+
+    def __call__(self, x: Value) -> tuple[Float[np.ndarray, "batch classes"], Float[np.ndarray, " batch"]]:
+        """Return logits and scores for activations."""
+        logits, score = self._session.run_with_ort_values(["logits", "score"], {"activation": x})
+        return logits.numpy(), score.numpy()
+
+
+class OnnxCascade:
+    """A cascade on ONNX Runtime.
+
+    Args:
+        cascade: See ``Cascade``.
+        spans: The base's sessions, with cuts at the sites of its caches; by default its own.
+
+    Raises:
+        InputError: The base or a cache has no ONNX form.
+    """
+
+    def __init__(self, cascade: Cascade, spans: Spans | None = None) -> None:
+        """Open the sessions of lookups; those of the base are opened when they are needed."""
+        check_exportable(cascade.chain, cascade.caches)
+        self.cascade = cascade
+        self.spans = Spans(cascade.chain, cascade.sites) if spans is None else spans
+        self._lookups = [Lookup(cascade.chain, cache) for cache in cascade.caches]
+        self._thresholds = np.asarray(cascade.thresholds)
+
+    def predict(self, images: Shaped[np.ndarray, "batch *input"]) -> Prediction:
+        """Answer a batch; see ``infer_batch``."""
+        n, chain = len(images), self.cascade.chain
+        exits, scores = np.full(n, len(chain), np.int32), np.full(n, np.inf, np.float32)
+        logits = np.empty((n, chain.classes), np.float32)
+        for start in range(0, n, _BATCH):
+            part = slice(start, start + _BATCH)
+            self._answer(images[part], exits[part], scores[part], logits[part])
+        return Prediction(logits.argmax(-1).astype(np.int32), exits, scores, logits)
+
+    def _answer(self, images: np.ndarray, exits: np.ndarray, scores: np.ndarray, logits: np.ndarray) -> None:
+        """Write the answers of at most ``_BATCH`` images."""
+        x: Value = None  # nothing has run
+        at, left = 0, np.arange(len(images))  # ``rows`` of the activation at site ``at`` are those of requests ``left``
+        rows = left
+        for site, lookup, threshold in zip(self.cascade.sites, self._lookups, self._thresholds, strict=True):
+            x = self.spans.first(images, site) if x is None else self.spans.run(x, rows, at, site)
+            found, score = lookup(x)
+            hit = score >= threshold
+            gone = left[hit]
+            exits[gone], scores[gone], logits[gone] = site, score[hit], found[hit]
+            rows, at = np.flatnonzero(~hit), site
+            left = left[rows]
+            if not len(left):
+                return
+        end = len(self.cascade.chain)
+        x = self.spans.first(images, end) if x is None else self.spans.run(x, rows, at, end)
+        logits[left] = x.numpy()
