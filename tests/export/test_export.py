@@ -397,7 +397,7 @@ def test_what_cannot_be_exported_is_named(small, tmp_path, monkeypatch, capsys):
         export.export_bundle(bundle, tmp_path / "out", images=small[1].astype(np.float32))
     with pytest.raises(gati_jax.InputError, match=r"out: expected an export or nothing .*, which is left alone"):
         export.export_bundle(bundle, tmp_path / "own")
-    monkeypatch.setattr(export, "_MOST_BYTES", 100)
+    monkeypatch.setattr("gati_jax.export.models.MOST_BYTES", 100)
     with pytest.raises(gati_jax.InputError, match="expected at most 100 bytes of parameters"):
         export.export_bundle(bundle, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "train.export.folder", None)
