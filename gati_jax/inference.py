@@ -1,7 +1,7 @@
 """Answers from a bundle: one request, or a batch of them."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -10,12 +10,12 @@ from numpy.typing import ArrayLike
 from .bundle import Bundle
 from .caches.candidate import fitted_rows
 from .certification import ArithmeticCheck
-from .certification.fixed_sequence import MOST_DUPLICATES
+from .certification.looks import MOST_DUPLICATES
 from .checks import check_share
 from .data import check_distinct_rows, fingerprint, row_digests
 from .errors import InputError
 from .models import check_images
-from .profiling import TunedCascade, Tuning, device_name
+from .profiling import Backend, TunedCascade, Tuning, device_name, run_by, spans_of
 from .runtime import Cascade, Prediction, predict_batch, predict_one
 
 _CHUNK = 256
@@ -28,6 +28,7 @@ def infer(
     *,
     numerics: Numerics | None = None,
     plan: str | None = None,
+    backend: Backend | None = None,
 ) -> Prediction:
     """Answer one request, leaving at the first cache whose score reaches its threshold.
 
@@ -38,13 +39,16 @@ def infer(
             device, whose logits differ in their last bits. By default fast if ``check_tuning`` has bounded how often
             its answers differ; ``bundle.bound_of(plan)`` says what holds of the answers.
         plan: The name of one of ``bundle.plans``; by default the first.
+        backend: "xla" or "onnxruntime", which needs the extra onnx; by default the faster of those that fast numerics
+            may use. See ``train.tune``.
 
     Returns:
         ``class_index`` int32[], ``exit`` int32[] (the site of the cache that answered, or N for the base), ``score``
         float32[] (infinity from the base) and ``logits`` float32[classes] of that cache, or of the base.
 
     Raises:
-        InputError: The shape, the dtype or a value is not what the bundle's network takes, or there is no such plan.
+        InputError: The shape, the dtype or a value is not what the bundle's network takes, there is no such plan, or
+            the bundle has not been tuned for this backend.
 
     Example:
         >>> import gati_jax
@@ -53,7 +57,7 @@ def infer(
         3
     """
     array = check_images(bundle.chain, image, batched=False, argument="image")
-    tuned = _tuned(bundle, numerics, plan)
+    tuned = _tuned(bundle, numerics, plan, backend)
     return tuned.predict_one(array) if tuned else predict_one(bundle.cascade_of(plan), array)
 
 
@@ -63,6 +67,7 @@ def infer_batch(
     *,
     numerics: Numerics | None = None,
     plan: str | None = None,
+    backend: Backend | None = None,
 ) -> Prediction:
     """Answer many requests, each leaving at its own exit.
 
@@ -72,27 +77,35 @@ def infer_batch(
         numerics: As for ``infer``. Reference numerics answer one row after another, exactly as ``infer`` does, in one
             program for each number of rows; fast ones answer in tiles, in one program for each power of two.
         plan: As for ``infer``.
+        backend: As for ``infer``.
 
     Returns:
         As ``infer``, with a leading batch dimension everywhere.
 
     Raises:
-        InputError: The shape, the dtype or a value is not what the bundle's network takes, or there is no such plan.
+        InputError: The shape, the dtype or a value is not what the bundle's network takes, there is no such plan, or
+            the bundle has not been tuned for this backend.
     """
     array = check_images(bundle.chain, images)
-    tuned = _tuned(bundle, numerics, plan)
+    tuned = _tuned(bundle, numerics, plan, backend)
     return tuned.predict(array) if tuned and len(array) else predict_batch(bundle.cascade_of(plan), array)
 
 
-def _tuned(bundle: Bundle, numerics: Numerics | None, plan: str | None) -> TunedCascade | None:
+def _tuned(bundle: Bundle, numerics: Numerics | None, plan: str | None, backend: Backend | None) -> TunedCascade | None:
+    """Return the tuned cascade that is to answer; None if the reference arithmetic is."""
     if numerics not in {None, "reference", "fast"}:
         raise InputError(f"numerics: expected reference or fast, got {numerics!r}")
-    tuned = bundle.tuned_of(plan)
+    if backend not in {None, "xla", "onnxruntime"}:
+        raise InputError(f"backend: expected xla or onnxruntime, got {backend!r}")
+    if numerics == "reference" and backend == "onnxruntime":
+        raise InputError("backend: expected xla with the reference numerics, which were certified, got onnxruntime")
+    tuned, again = bundle.tuned_of(plan, backend), "run python -m train.tune --bundle DIR"
+    if backend == "onnxruntime" and tuned is None:
+        raise InputError(f"backend: this bundle has not been tuned for onnxruntime on this device; {again}")
     if numerics == "fast" and tuned is None:
-        raise InputError(
-            "numerics: this bundle has not been tuned for this device; run python -m train.tune --bundle DIR"
-        )
-    return tuned if numerics == "fast" or (numerics is None and bundle.checks) else None
+        raise InputError(f"numerics: this bundle has not been tuned for this device; {again}")
+    asked = numerics == "fast" or backend == "onnxruntime"
+    return tuned if asked or (numerics is None and bundle.checks_of(backend)) else None
 
 
 def check_tuning(
@@ -121,15 +134,18 @@ def check_tuning(
             caches fitted on some of them, or some repeat others.
     """
     array = check_images(bundle.chain, images)
-    if tuning.device != device_name() or len(array) == 0:
-        raise InputError(
-            f"tuning: expected one of {device_name()} and 1 row or more, got {tuning.device} and {len(array)}"
-        )
+    if tuning.device != (here := device_name(tuning.backend)) or len(array) == 0:
+        raise InputError(f"tuning: expected one of {here} and 1 row or more, got {tuning.device} and {len(array)}")
     before = {check.programs: check.number for one in bundle.tunings for check in one.checks}
+    shared = spans_of(bundle.chain, bundle.cascades.values()) if tuning.backend == "onnxruntime" else None
+
+    def each_way(cascade: Cascade, rows: np.ndarray) -> Iterator[tuple[ArrayLike, ArrayLike]]:
+        return ((p.class_index, p.exit) for p in run_by(tuning, cascade, shared).each_way(rows))
+
     checks = check_arithmetic(
         bundle,
         array,
-        lambda cascade, rows: ((p.class_index, p.exit) for p in TunedCascade(cascade, tuning).each_way(rows)),
+        each_way,
         arithmetic="fast",
         programs=tuning.programs,
         device=tuning.device,

@@ -21,9 +21,10 @@ from gati_jax import Chain, Head, InputError, Ledger, ReplayTable, data
 from gati_jax.bundle.manifest import Provenance, read_looks
 from gati_jax.bundle.save import check_free
 from gati_jax.certification import AnyLedger, Certificate, count_duplicates, find_ledger, tightest
-from gati_jax.fitting import network_head
+from gati_jax.fitting import Candidates, network_head
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
 from gati_jax.planning import Composition, CostTable, Plan, cascade_ms
+from gati_jax.profiling import Tuning, onnx_tuning, replays_on_onnx, run_by
 from train import cli, zoo
 
 from .config import Base, Config, Source
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     certificates = gati_jax.certify_together(
         plans, certify, config.plan.delta, ledger=arguments.ledger, reveal=arguments.reveal, base_saw_data=saw_certify,
         duplicates=True,  # what `count_duplicates` let pass above
+        arithmetics=also_certified(found.tuning, certify, chain, chosen, parts["certify"].images),
     )  # fmt: skip
     default = tightest(certificates)
     plan, certificate = plans[default][0], certificates[default]
@@ -87,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         costs=[costs],
         ledger=arguments.ledger,
     )
+    keep_tuning(path, found.tuning, parts["certify"].images, rounds=config.measure_rounds)
 
     result = Caches(
         **dict(summary(select, certify, costs, plan, certificate)),
@@ -136,6 +139,29 @@ def provenance(config: Config, parts: Mapping[str, data.Dataset]) -> Provenance:
         command=sys.argv,
         config=config.model_dump(mode="json"),
     )
+
+
+def also_certified(
+    tuning: Tuning, table: ReplayTable, chain: Chain, candidates: Candidates, images: np.ndarray
+) -> dict[str, Sequence[ReplayTable]]:
+    """Return replays in the arithmetic that plans were made for, where it runs as it will answer: on ONNX Runtime."""
+    if tuning.backend != "onnxruntime":
+        return {}
+    _log.info("replaying certify on ONNX Runtime")
+    caches = sorted(candidates, key=lambda cache: cache.site)
+    return {tuning.programs: replays_on_onnx(table, chain, caches, images)}
+
+
+def keep_tuning(path: Path, tuning: Tuning, certify: np.ndarray, *, rounds: int) -> None:
+    """Keep in a new bundle what its plans were made for, with its costs and a bound of how its answers differ."""
+    bundle = gati_jax.load_bundle(path)
+    if tuning.is_reference or len(bundle.compared) == 1:
+        return
+    if tuning.backend == "onnxruntime":
+        tuning = onnx_tuning(bundle.chain, bundle.caches)
+    tuning = run_by(tuning, bundle.cascade).measured(rounds=max(5, rounds // 3))
+    _log.info("comparing the answers of %s with the reference arithmetic's", tuning.backend)
+    gati_jax.save_tuning(path, gati_jax.check_tuning(bundle, tuning, certify))
 
 
 def check_open(ledger: AnyLedger, rows: UInt64[np.ndarray, " n"], out: Path) -> None:

@@ -191,7 +191,10 @@ class Planning(Strict):
     repeats: bool = Field(
         default=False, description="equal certify rows are requests that came again, drawn one by one, not copies"
     )
-    tuned: bool = Field(default=False, description="tune the network first, and plan with its times then; minutes more")
+    backend: Literal["auto", "xla", "onnxruntime"] = Field(
+        default="auto", description="what plans are made for; auto: the faster one here, on a CPU"
+    )
+    tuned: bool = Field(default=False, description="tune XLA first, and plan with its times then; minutes more")
 
     @property
     def epsilons(self) -> dict[str, float]:

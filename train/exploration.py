@@ -16,11 +16,11 @@ from gati_jax.caches import on_its_own
 from gati_jax.fitting import Candidates, head_sizes, untrained
 from gati_jax.fitting.fit import deal_folds
 from gati_jax.planning import Composition, compose_plan, prunable, rank
-from gati_jax.profiling import Tile, unsteady
+from gati_jax.profiling import Tuning, unsteady
 from train import cli
 
 from .config import Config
-from .records import keep_composition, kept_composition, measured_tile
+from .records import costs_in, keep_composition, kept_composition, measured_tuning
 
 _log = logging.getLogger("train.exploration")
 SHOWN = 20
@@ -32,8 +32,8 @@ class Explored:
 
     candidates: Candidates
     select: ReplayTable
-    tile: Tile  # algorithms and compiler options for the planned batch, with the costs
-    costs: CostTable
+    tuning: Tuning  # how the planned batch runs fastest
+    costs: CostTable  # measured so
     dropped: dict[str, str]  # candidates that were not fitted, by name, and why
     memory_bytes: int | None  # most bytes of all caches of a plan together
     fit_seconds: float
@@ -105,7 +105,8 @@ def explore(
         raise InputError(f"plan.memory_share: expected room for {least}, got {memory / 1e6:.2f} MB")
     trial = untrained(chain, small)
     # A cascaded cache is timed without its ensemble: a product of classes x classes is too little to be measured.
-    tile, costs = measured_tile(out / "costs.json", chain, [on_its_own(c) for c in trial], config)
+    tuning = measured_tuning(out / "costs.json", chain, [on_its_own(c) for c in trial], config)
+    costs = costs_in(tuning, config)
     sites = {name: int(name.rpartition("@")[2]) for name in sizes}
     reasons = prunable(costs, sites, sizes, memory_bytes=memory)
     kept = within(chain, small, set(sizes) - set(reasons))
@@ -131,7 +132,7 @@ def explore(
     return Explored(
         candidates=candidates,
         select=select,
-        tile=tile,
+        tuning=tuning,
         costs=costs,
         dropped=dropped,
         memory_bytes=memory,

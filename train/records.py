@@ -7,13 +7,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
+import jax
 from pydantic import ValidationError
 
 import gati_jax
-from gati_jax import Candidate, Chain, CostTable
+from gati_jax import Candidate, Chain, CostTable, InputError
 from gati_jax.options import Strict
 from gati_jax.planning import Composition
-from gati_jax.profiling import Tile, device_name, measure_steadily, tune_tile, tuned_cache, tuned_chain, unsteady
+from gati_jax.profiling import (
+    Tuning,
+    device_name,
+    measure_onnx_costs,
+    measure_steadily,
+    onnx_tuning,
+    onnx_unavailable,
+    probe,
+    tuned_cache,
+    tuned_chain,
+    unsteady,
+)
 from train import cli
 
 from .config import Config
@@ -30,7 +42,7 @@ class Costs(_Record):
     """costs.json: what was measured, and by what other measurements would differ."""
 
     identity: dict[str, str]
-    tile: Tile
+    tuning: Tuning
 
 
 class Composed(_Record):
@@ -54,13 +66,14 @@ def _read(record: type[R], path: Path) -> R | None:
         return None
 
 
-def measured_tile(path: Path, chain: Chain, candidates: Iterable[Candidate], config: Config) -> tuple[Tile, CostTable]:
-    """Measure costs, or take those that an earlier run of the same experiment measured here.
-
-    They are those of a tile of ``plan.batch`` rows; it is tuned first if ``plan.tuned`` is set.
+def measured_tuning(path: Path, chain: Chain, candidates: Iterable[Candidate], config: Config) -> Tuning:
+    """Measure costs for batches of ``plan.batch`` rows on the fastest backend, or take those of an earlier run.
 
     Times never repeat exactly: a second measurement could change the plan, and cost a second look at ``certify``. But
     times that stay ``unsteady`` when measured again serve this run alone.
+
+    Returns:
+        How that backend runs fastest; ``costs_in`` finds the costs in it.
     """
     identity = {
         # Without ``minutes``: a fit that continues is planned with the same costs.
@@ -69,26 +82,76 @@ def measured_tile(path: Path, chain: Chain, candidates: Iterable[Candidate], con
         "rounds": str(config.measure_rounds),
         "seed": str(config.seed),
         "device": device_name(),
-        "plan": f"batch {config.plan.batch}, tuned {config.plan.tuned}, memory {config.plan.memory_share}",
+        "plan": config.plan.model_dump_json(include={"batch", "tuned", "backend", "memory_share"}),
         "jax": cli.versions()["jax"],
     }
     saved = _read(Costs, path)
-    if saved and saved.identity == identity and saved.tile.costs and not unsteady(saved.tile.costs):
+    if saved and saved.identity == identity and not unsteady(costs_in(saved.tuning, config)):
         _log.info("costs as measured before (remove %s to measure anew)", path)
-        return saved.tile, saved.tile.costs
-    tile = Tile(size=config.plan.batch, milliseconds=1.0, options=(), algorithms={})
-    if config.plan.tuned:
-        tile = tune_tile(chain, tuple(candidates), tile.size)
-    caches = [tuned_cache(candidate, tile) for candidate in candidates]
-    how = {"rounds": config.measure_rounds, "batch": tile.size, "options": tile.options}
-    costs = measure_steadily(functools.partial(gati_jax.measure_costs, tuned_chain(chain, tile), caches, **how))
-    tile = dataclasses.replace(tile, milliseconds=costs.full_ms, costs=costs)
-    if why := unsteady(costs):
+        return saved.tuning
+    tuning = _fastest(chain, tuple(candidates), config)
+    if why := unsteady(costs_in(tuning, config)):
         text = "COSTS ARE UNRELIABLE: %s. The plan of this run rests on them; %s is not written: run again when idle"
         _log.warning(text, why, path)
     else:
-        Costs(identity=identity, tile=tile).write(path)
-    return tile, costs
+        Costs(identity=identity, tuning=tuning).write(path)
+    return tuning
+
+
+def costs_in(tuning: Tuning, config: Config) -> CostTable:
+    """Return the costs that plans are composed on."""
+    tile = next(tile for tile in tuning.tiles if tile.size == config.plan.batch)
+    if tile.costs is None:
+        raise InputError(f"tuning: expected costs of batches of {config.plan.batch}, got none")
+    return tile.costs
+
+
+def _fastest(chain: Chain, candidates: tuple[Candidate, ...], config: Config) -> Tuning:
+    """Return the tuning, with costs, of the backend on which the whole base is fastest."""
+    on_onnx, batch, backend = None, config.plan.batch, config.plan.backend
+    if backend != "xla" and jax.default_backend() == "cpu":
+        if why := onnx_unavailable(chain, candidates):
+            _log.log(logging.INFO if backend == "auto" else logging.ERROR, "not on ONNX Runtime: %s", why)
+        else:
+            tuning = onnx_tuning(chain, candidates, sizes=(batch,))
+            measure = functools.partial(measure_onnx_costs, chain, candidates, rounds=config.measure_rounds)
+            on_onnx = _with_costs(tuning, measure_steadily(functools.partial(measure, batch=batch)))
+    if backend == "onnxruntime":
+        if on_onnx is None:
+            raise InputError("plan.backend: ONNX Runtime cannot run this base with these caches here, see above")
+        return on_onnx
+    tuning = probe(chain, candidates, sizes=(batch,))
+    if on_onnx and _ms(on_onnx) * _FAR < _ms(tuning):  # a search would not gain as much
+        text = (
+            "in batches of %d the base takes %.3g ms on ONNX Runtime, and %.3g on XLA untuned: planned for the former"
+        )
+        _log.info(text, batch, _ms(on_onnx), _ms(tuning))
+        return on_onnx
+    if config.plan.tuned:
+        tuning = gati_jax.tune(chain, candidates, sizes=(batch,))
+    tile = tuning.tiles[-1]
+    caches = [tuned_cache(candidate, tile) for candidate in candidates]
+    how = {"rounds": config.measure_rounds, "batch": batch, "options": tile.options}
+    costs = measure_steadily(functools.partial(gati_jax.measure_costs, tuned_chain(chain, tile), caches, **how))
+    on_xla = _with_costs(tuning, costs)
+    if on_onnx is None:
+        return on_xla
+    found = min(on_xla, on_onnx, key=_ms)
+    text = "in batches of %d the base takes %.3g ms on XLA and %.3g on ONNX Runtime: planned for %s"
+    _log.info(text, batch, _ms(on_xla), _ms(on_onnx), found.backend)
+    return found
+
+
+_FAR = 1.5  # times as slow as untuned, from where on XLA is not tuned
+
+
+def _ms(tuning: Tuning) -> float:
+    return tuning.tiles[-1].milliseconds
+
+
+def _with_costs(tuning: Tuning, costs: CostTable) -> Tuning:
+    last = dataclasses.replace(tuning.tiles[-1], milliseconds=costs.full_ms, costs=costs)
+    return dataclasses.replace(tuning, tiles=(*tuning.tiles[:-1], last))
 
 
 def kept_composition(path: Path, identity: str) -> Composition | None:

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from gati_jax.certification import Certificate, Looks, find_ledger
 from gati_jax.errors import BundleError, InputError, describe_mismatch
 from gati_jax.models import Architecture, Chain, check_chain, check_logits, fold, init, layers, probe_chain, to_chain
 from gati_jax.planning import Plan, ReplaySource
-from gati_jax.profiling import Tuning
+from gati_jax.profiling import Tuning, cannot_run
 from gati_jax.profiling.tuned_cascade import OPTIONS
 from gati_jax.pytrees import restore_spec
 
@@ -176,8 +175,8 @@ def _misfits(tuning: Tuning, device: str, chain: Chain, caches: Sequence[Candida
     """Yield reasons why a tuning cannot be this bundle's, on the device that its file is named after."""
     if tuning.device != device:
         yield f"expected one of {device}, got {tuning.device}"
-    if tuning.jaxlib not in {"", version("jaxlib")}:
-        yield f"expected one of jaxlib {version('jaxlib')}, got {tuning.jaxlib}"
+    if why := cannot_run(tuning, chain, caches):
+        yield why
     known, names = _algorithms(chain, caches), {cache.name for cache in caches}
     for tile in tuning.tiles:
         for kind, algorithm in tile.algorithms.items():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import warnings
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,7 @@ from gati_jax.data import fingerprint
 from gati_jax.errors import InputError
 from gati_jax.models import Chain
 from gati_jax.planning import CostTable, Plan, ReplaySource
-from gati_jax.profiling import TunedCascade, Tuning, device_name
+from gati_jax.profiling import Backend, TunedCascade, Tuning, device_name, fastest, run_by, spans_of
 from gati_jax.runtime import Cascade, check_cascade
 
 from .manifest import MAX_PLANS, Provenance
@@ -80,13 +81,29 @@ class Bundle:
         """
         return self.cascades[self._known(name)]
 
-    def tuned_of(self, name: str | None) -> TunedCascade | None:
-        """Return ``cascade_of(name)`` as this device runs it fastest, if the bundle has been tuned for it.
+    def tuned_of(self, name: str | None, backend: Backend | None = None) -> TunedCascade | None:
+        """Return ``cascade_of(name)`` as a backend runs it fastest here, if the bundle has been tuned for it.
+
+        Args:
+            name: Of a plan; None names the default one.
+            backend: None names the first of ``tunings_here``.
 
         Raises:
             InputError: There is no such plan.
         """
-        return self._tuned.get(self._known(name))
+        tuning = self.tuning_of(backend)
+        return None if tuning is None else self._tuned(self._known(name), tuning.backend)
+
+    def tuning_of(self, backend: Backend | None = None) -> Tuning | None:
+        """Return the tuning of a backend for this device, or the first of ``tunings_here``; None if there is none."""
+        here = self.tunings_here
+        return next(iter(here.values()), None) if backend is None else here.get(backend)
+
+    @functools.cached_property
+    def tunings_here(self) -> dict[Backend, Tuning]:
+        """The tunings for this device by backend: first those whose answers are bounded, and of them the fastest."""
+        here = fastest(tuning for tuning in self.tunings if tuning.device == device_name(tuning.backend))
+        return {tuning.backend: tuning for tuning in sorted(here, key=lambda tuning: not self._checks(tuning))}
 
     @functools.cached_property
     def compared(self) -> dict[str, tuple[Cascade, int]]:
@@ -101,43 +118,56 @@ class Bundle:
 
     @functools.cached_property
     def checks(self) -> dict[str, ArithmeticCheck]:
-        """How this device's tuning compares with the certified arithmetic, by ``cascade_id``; empty if that is unknown.
+        """How the answers of the first tuning for this device compare with the certified ones, by ``cascade_id``.
 
-        Then the tuning is used only where it is asked for by name.
+        Empty if that is unknown of every tuning: then they are used only where they are asked for by name.
         """
-        if (tuning := self._tuning) is None:
-            return {}
-        given = {c.cascade: c for c in tuning.checks if (c.arithmetic, c.programs) == ("fast", tuning.programs)}
-        found = {
-            key: given[key]
-            for key, (_, comparisons) in self.compared.items()
-            if key in given and given[key].comparisons >= comparisons
-        }
-        if len(found) == len(self.compared) > 1:
+        tuning = self.tuning_of()
+        found = {} if tuning is None else self._checks(tuning)
+        if found or tuning is None:
             return found
         known = "its answers were not compared with those of the certified arithmetic"
         why = "nothing is certified" if len(self.compared) == 1 else f"{known}; run python -m train.tune --bundle DIR"
         warnings.warn(f"bundle: the tuning for this device is used only where it is asked for: {why}", stacklevel=2)
         return {}
 
-    def bound_of(self, name: str | None = None, numerics: str | None = None) -> ServedBound:
-        """Return what holds of the answers of a plan in an arithmetic, by default in the one that answers by default.
+    def checks_of(self, backend: Backend | None) -> dict[str, ArithmeticCheck]:
+        """Return ``checks`` for the tuning of one backend."""
+        tuning = self.tuning_of(backend)
+        return self.checks if backend is None else {} if tuning is None else self._checks(tuning)
+
+    def bound_of(
+        self, name: str | None = None, numerics: str | None = None, backend: Backend | None = None
+    ) -> ServedBound:
+        """Return what holds of the answers of a plan, by default in the arithmetic that answers by default.
 
         Raises:
             InputError: There is no such plan.
         """
         certificate = self.certificates[self._known(name)]
-        check = self.checks.get(cascade_id(certificate)) if numerics != "reference" else None
-        return served_bound(certificate, numerics or ("fast" if check else "reference"), check)
+        check = self.checks_of(backend).get(cascade_id(certificate)) if numerics != "reference" else None
+        tuning, numerics = self.tuning_of(backend), numerics or ("fast" if check else "reference")
+        return served_bound(certificate, numerics, check, tuning.programs if tuning and numerics == "fast" else "")
+
+    def _checks(self, tuning: Tuning) -> dict[str, ArithmeticCheck]:
+        given = {c.cascade: c for c in tuning.checks if (c.arithmetic, c.programs) == ("fast", tuning.programs)}
+        found = {
+            key: given[key]
+            for key, (_, comparisons) in self.compared.items()
+            if key in given and given[key].comparisons >= comparisons
+        }
+        return found if len(found) == len(self.compared) > 1 else {}
 
     @functools.cached_property
-    def _tuning(self) -> Tuning | None:
-        return next((tuning for tuning in self.tunings if tuning.device == device_name()), None)
+    def _tuned(self) -> Callable[[str, Backend], TunedCascade]:
+        """The cascade of each plan by each tuning, made once; those on ONNX Runtime share the base's sessions."""
+        spans = functools.cache(lambda: spans_of(self.chain, self.cascades.values()))
 
-    @functools.cached_property
-    def _tuned(self) -> dict[str, TunedCascade]:
-        tuning = self._tuning
-        return {} if tuning is None else {name: TunedCascade(c, tuning) for name, c in self.cascades.items()}
+        def build(name: str, backend: Backend) -> TunedCascade:
+            tuning, shared = self.tunings_here[backend], spans() if backend == "onnxruntime" else None
+            return run_by(tuning, self.cascades[name], shared)
+
+        return functools.cache(build)
 
     def _known(self, name: str | None) -> str:
         name = self.certificate.name if name is None else name
@@ -222,13 +252,13 @@ def costs_of(bundle: Bundle) -> CostTable:
         InputError: It holds none.
     """
     caches = {cache.name for cache in bundle.cascade.caches}
-    single = [tile for tuning in bundle.tunings if tuning.device == device_name() for tile in tuning.tiles[:1]]
+    single = [tuning.tiles[0] for tuning in bundle.tunings_here.values()]
     for tile in single:
         if tile.costs is not None and caches <= set(tile.costs.lookup_ms):
             return tile.costs
     if not bundle.costs:
         raise InputError("costs: expected a bundle with measured costs, got one without")
-    return min(bundle.costs, key=lambda table: (table.device != device_name(), table.batch))
+    return min(bundle.costs, key=lambda table: (not table.device.endswith(device_name()), table.batch))
 
 
 def certified_only(bundle: Bundle) -> Bundle:

@@ -22,10 +22,10 @@ from .certificate import trial_level as trial_level
 from .fixed_sequence import certify as certify
 from .fixed_sequence import certify_conditional as certify_conditional
 from .fixed_sequence import certify_together as certify_together
-from .fixed_sequence import count_duplicates as count_duplicates
 from .looks import NO_LOOKS as NO_LOOKS
 from .looks import AnyLedger as AnyLedger
 from .looks import Ledger as Ledger
 from .looks import Looks as Looks
+from .looks import count_duplicates as count_duplicates
 from .looks import find_ledger as find_ledger
 from .sequential import SequentialCertifier as SequentialCertifier

@@ -93,15 +93,19 @@ class ServedBound:
         return f"{text}; {c.upper:.4g} of it as {c.differ} of {c.n} rows are answered otherwise than by the reference"
 
 
-def served_bound(certificate: Certificate, numerics: str, check: ArithmeticCheck | None) -> ServedBound:
-    """Return what a certificate promises in an arithmetic; in another than the certified one, by its check.
+def served_bound(
+    certificate: Certificate, numerics: str, check: ArithmeticCheck | None, programs: str = ""
+) -> ServedBound:
+    """Return what a certificate promises in an arithmetic; in another than the certified ones, by its check.
+
+    ``programs`` is the digest of that arithmetic, by which a certificate knows the further ones that it holds in.
 
     Of requests that the base has not seen, rows that it was trained on tell nothing.
     """
     if certificate.certified and certificate.base_saw_data:
         why = "the base was trained on the certify rows"
         return ServedBound(numerics=numerics, epsilon=None, delta=certificate.delta, why=why)
-    exact = numerics == certificate.numerics
+    exact = numerics == certificate.numerics or programs in certificate.arithmetics
     if not certificate.certified or (check is None and not exact):
         return ServedBound(numerics=numerics, epsilon=None, delta=certificate.delta)
     if check is None or exact:

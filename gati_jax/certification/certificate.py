@@ -5,10 +5,11 @@ import hashlib
 import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
+from pydantic import Field
 
 from gati_jax.checks import check_share
 from gati_jax.errors import InputError
@@ -143,6 +144,9 @@ class Certificate:
     method: Method = MARGINAL
     numerics: str = "reference"
     """The arithmetic that was certified: the float32 reference path."""
+    arithmetics: Annotated[tuple[str, ...], Field(max_length=16)] = ()
+    """Further ones that were certified along with it, see ``Tuning.programs``: a request counts as disagreeing if it
+    does in any of them."""
     looks: int = 1
     """j: this is the j-th look at any of these rows."""
     recorded: bool = False

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Shaped, UInt64
+from jaxtyping import Shaped
 
 from gati_jax.checks import check_share
 from gati_jax.data import check_distinct_rows, fingerprint
@@ -39,9 +39,8 @@ from .certificate import (
     check_name,
     trial_level,
 )
-from .looks import AnyLedger, find_ledger
+from .looks import AnyLedger, count_duplicates, find_ledger
 
-MOST_DUPLICATES = 0.01  # of the rows, unless they are known to be separate requests
 _RESEMBLANCE = 0.1  # of neighbouring rows, above which they are taken to be of groups
 
 
@@ -102,6 +101,7 @@ def certify_together(
     reveal: bool = False,
     base_saw_data: bool = False,
     duplicates: bool = False,
+    arithmetics: Mapping[str, Sequence[ReplayTable]] | None = None,
 ) -> dict[str, Certificate]:
     """Certify several plans in one look at the data, each at its level divided by their number.
 
@@ -115,15 +115,28 @@ def certify_together(
         reveal: As for ``certify``.
         base_saw_data: As for ``certify``.
         duplicates: As for ``certify``.
+        arithmetics: Further ones that may answer, by ``Tuning.programs``: replays of the same rows in each way that
+            they run, with their base's answers. A row then disagrees if it does in any arithmetic, the base's own
+            answer among them, and the certificates hold in all of them.
 
     Raises:
-        InputError: As for ``certify``; or there is no plan.
+        InputError: As for ``certify``; or there is no plan, or a replay is of other rows.
     """
     if not plans:
         raise InputError("plans: expected at least one, got none")
     for name in plans:
         check_name(name)
-    terms = _Terms(delta=delta, plans=len(plans), base_saw_data=base_saw_data, duplicates=duplicates)
+    terms = _Terms(
+        delta=delta,
+        plans=len(plans),
+        base_saw_data=base_saw_data,
+        duplicates=duplicates,
+        arithmetics=tuple(arithmetics or ()),
+        others=tuple(replay for replays in (arithmetics or {}).values() for replay in replays),
+    )
+    for other in terms.others:
+        if not np.array_equal(other.rows, table.rows):
+            raise InputError("arithmetics: expected replays of the table's rows in their order, got other rows")
     return _look(plans, table, terms, ledger, reveal=reveal)
 
 
@@ -183,6 +196,8 @@ class _Terms:
     grouping: Grouping | None = None
     base_saw_data: bool
     duplicates: bool
+    arithmetics: tuple[str, ...] = ()
+    others: tuple[ReplayTable, ...] = ()  # replays in these arithmetics
 
     def __post_init__(self) -> None:
         check_share("delta", self.delta)
@@ -208,7 +223,8 @@ def _look(
         )
     counted = find_ledger(ledger)
     grouped = "" if terms.grouping is None else terms.grouping.digest
-    look = counted and counted.open(table.rows, plans, terms.delta, terms.method, grouped)
+    terms_digest = " ".join([grouped, *terms.arithmetics]).strip()
+    look = counted and counted.open(table.rows, plans, terms.delta, terms.method, terms_digest)
     if look is not None:
         terms = dataclasses.replace(terms, looks=look[0].number, recorded=True)
         if terms.looks > 1:
@@ -234,7 +250,7 @@ def _look(
 
 def _certify(plan: Plan, table: ReplayTable, epsilon: float, terms: _Terms, *, name: str, repeated: int) -> Certificate:
     """Walk the path until a step fails."""
-    outcomes = [replay_plan(table, thresholds) for thresholds in plan.path]
+    outcomes = _outcomes(plan, table, terms.others)
     step, p, exits = -1, p_value(0, len(table), epsilon), ()  # the bare base, step 0, never disagrees
     for i in range(1, len(outcomes)):
         p_step, exits_step = _tested(plan, i, outcomes[i], epsilon, terms)
@@ -260,10 +276,21 @@ def _certify(plan: Plan, table: ReplayTable, epsilon: float, terms: _Terms, *, n
         select_fingerprint=fingerprint(plan.rows),
         repeated=repeated,
         exits=exits,
+        arithmetics=terms.arithmetics,
         groups=terms.grouping and terms.grouping.counts(outcomes[max(step, 0)].disagrees),
         accuracy_gap=_gap(plan, table, outcomes[step], terms) if step > 0 else None,
         stays_off=_stays_off(plan, step, outcomes, epsilon, terms),
     )
+
+
+def _outcomes(plan: Plan, table: ReplayTable, others: Sequence[ReplayTable]) -> list[Outcome]:
+    """Return the outcome of every step; a row disagrees if it does in any arithmetic."""
+    found, others = [], [other.take(plan.names) for other in others]
+    for thresholds in plan.path:
+        outcome = replay_plan(table, thresholds)
+        elsewhere = [replay_plan(other, thresholds).classes != table.answers for other in others]
+        found.append(dataclasses.replace(outcome, disagrees=np.any([outcome.disagrees, *elsewhere], axis=0)))
+    return found
 
 
 def _checked(plan: Plan, table: ReplayTable) -> ReplayTable:
@@ -280,27 +307,6 @@ def _checked(plan: Plan, table: ReplayTable) -> ReplayTable:
     for fitted in (plan.fitted_rows, table.fitted_rows):
         check_distinct_rows(table.rows, fitted, names=("certify", "the rows of the fit"))
     return table
-
-
-def count_duplicates(rows: UInt64[np.ndarray, " n"], *, drawn: bool) -> int:
-    """Return how many rows equal one before them.
-
-    Args:
-        rows: Digests.
-        drawn: Whether it is known that each was drawn by itself.
-
-    Raises:
-        InputError: More than 1 % do, and they may be copies.
-    """
-    again = len(rows) - len(np.unique(rows))
-    if again and not drawn:
-        if again > MOST_DUPLICATES * len(rows):
-            raise InputError(
-                f"table: expected distinct rows, got {again} of {len(rows)} that repeat another; leave copies out, or"
-                " set duplicates if all were drawn one by one from traffic that repeats itself"
-            )
-        warnings.warn(f"{again} of {len(rows)} certify rows repeat another, and were counted as requests", stacklevel=4)
-    return again
 
 
 def _tested(

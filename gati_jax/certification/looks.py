@@ -49,7 +49,7 @@ class Look(BaseModel):
     """The same for all plans that were certified together; empty for a plan alone."""
     method: Method = MARGINAL
     groups: str = ""
-    """Which rows were tested as one group, and what made it a bad one: a digest; empty where rows are independent."""
+    """What else was tested: which rows as one group, and what made it a bad one, and in which further arithmetics."""
     number: Annotated[int, Field(ge=1, lt=2**53)] = 1
     """j: the look was tested at 6 delta / (pi^2 j^2)."""
     closed: Closed = "revealed"
@@ -169,7 +169,7 @@ class Ledger:
             plans: To be certified together, by name, each with its epsilon.
             delta: The risk of error of all together.
             method: Of the test.
-            groups: Digest of the groups of rows, see ``Look.groups``.
+            groups: See ``Look.groups``.
 
         Returns:
             The look, an entry a plan; all have the same number.
@@ -268,3 +268,27 @@ def user_path() -> Path:
 @functools.cache
 def _ledger_at(path: Path) -> Ledger:
     return Ledger(path)
+
+
+MOST_DUPLICATES = 0.01  # of the rows, unless they are known to be separate requests
+
+
+def count_duplicates(rows: UInt64[np.ndarray, " n"], *, drawn: bool) -> int:
+    """Return how many rows equal one before them.
+
+    Args:
+        rows: Digests.
+        drawn: Whether it is known that each was drawn by itself.
+
+    Raises:
+        InputError: More than 1 % do, and they may be copies.
+    """
+    again = len(rows) - len(np.unique(rows))
+    if again and not drawn:
+        if again > MOST_DUPLICATES * len(rows):
+            raise InputError(
+                f"table: expected distinct rows, got {again} of {len(rows)} that repeat another; leave copies out, or"
+                " set duplicates if all were drawn one by one from traffic that repeats itself"
+            )
+        warnings.warn(f"{again} of {len(rows)} certify rows repeat another, and were counted as requests", stacklevel=4)
+    return again

@@ -127,6 +127,23 @@ class OnnxCascade:
             self._answer(images[part], exits[part], scores[part], logits[part])
         return Prediction(logits.argmax(-1).astype(np.int32), exits, scores, logits)
 
+    def every_output(self, images: Shaped[np.ndarray, "batch *input"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the base's logits[batch, classes], and the logits[caches, batch, classes] and scores of every lookup.
+
+        Nothing leaves. Several caches may be at one site.
+        """
+        everyone, chain, x, at, found = np.arange(len(images)), self.cascade.chain, None, 0, []
+        for site, lookup in (*zip(self.cascade.sites, self._lookups, strict=True), (len(chain), None)):
+            if x is None:
+                x = self.spans.first(images, site)
+            elif site > at:
+                x = self.spans.run(x, everyone, at, site)
+            at = site
+            found.append(lookup(x) if lookup else (x.numpy(), everyone))
+        logits, scores = zip(*found, strict=True)
+        n, classes = len(images), chain.classes
+        return logits[-1], np.reshape(logits[:-1], (-1, n, classes)), np.reshape(scores[:-1], (-1, n))
+
     def _answer(self, images: np.ndarray, exits: np.ndarray, scores: np.ndarray, logits: np.ndarray) -> None:
         """Write the answers of at most ``_BATCH`` images."""
         x: Value = None  # nothing has run

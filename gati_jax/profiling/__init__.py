@@ -1,7 +1,16 @@
 """Costs and speed-ups measured on this device, and the search for what runs fastest on it."""
 
+from .autotune import probe as probe
 from .autotune import tune as tune
-from .autotune import tune_tile as tune_tile
+from .backends import cannot_run as cannot_run
+from .backends import fastest as fastest
+from .backends import measure_onnx_costs as measure_onnx_costs
+from .backends import onnx_tuning as onnx_tuning
+from .backends import onnx_unavailable as onnx_unavailable
+from .backends import replays_on_onnx as replays_on_onnx
+from .backends import run_by as run_by
+from .backends import spans_of as spans_of
+from .costs import Backend as Backend
 from .costs import device_name as device_name
 from .costs import measure_costs as measure_costs
 from .costs import measure_steadily as measure_steadily

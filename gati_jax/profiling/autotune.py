@@ -36,6 +36,7 @@ from .tuned_cascade import MOST_ROWS, MOST_TILES, OPTIONS, Tile, Tuning, tuned_c
 
 TOLERANCE = 1e-3
 _MARGIN = 0.03  # less is noise
+_NOTABLE = 1.2  # times faster, from where on other programs than the reference are worth their other arithmetic
 _log = logging.getLogger(__name__)
 
 
@@ -69,11 +70,21 @@ def tune(
     return Tuning(device=device_name(), tiles=tuple(together), jaxlib=version("jaxlib"))
 
 
-def tune_tile(chain: Chain, caches: Sequence[Candidate], size: int, *, rounds: int = 7) -> Tile:
-    """Find what is fastest for ``size`` rows in a program of their own; arguments as for ``tune``."""
-    networks = _networks(chain, caches)
-    (start,) = _starts(networks, (size,), rounds)
-    return _tuned(networks, start, rounds)
+def probe(chain: Chain, caches: Sequence[Candidate] = (), *, sizes: Sequence[int] = (1,), rounds: int = 5) -> Tuning:
+    """Find the best of a few programs for whole networks, without a search; takes seconds, most of them to compile.
+
+    The reference program is one of them, and is preferred to those that are hardly faster. Arguments and errors as for
+    ``tune``.
+    """
+    networks, tiles = _networks(chain, caches), []
+    for size in sorted({1, *sizes}):
+        (start,) = _starts(networks, (size,), rounds)
+        plain = Tile(size=size, milliseconds=1.0, options=(), algorithms={})
+        ms = _time_networks(networks, (start, plain), 2 * rounds).sum(1)
+        right = all(_error(network, start) <= TOLERANCE for network in networks)
+        best = 0 if right and ms[0] * _NOTABLE < ms[1] else 1
+        tiles.append(dataclasses.replace((start, plain)[best], milliseconds=float(ms[best])))
+    return Tuning(device=device_name(), tiles=tuple(tiles), jaxlib=version("jaxlib"))
 
 
 def _networks(chain: Chain, caches: Sequence[Candidate]) -> tuple[Chain, ...]:

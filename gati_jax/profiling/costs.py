@@ -3,6 +3,7 @@
 Programs that are compared take turns, so that a disturbance of the machine meets all of them.
 """
 
+import dataclasses
 import functools
 import logging
 import os
@@ -11,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +24,27 @@ from gati_jax.models import Chain
 from gati_jax.models.chain import reference
 from gati_jax.planning import CostTable
 from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
-from gati_jax.runtime.cascade import Cascade, Prediction, predict_one
+from gati_jax.runtime.cascade import Cascade, predict_one
 from gati_jax.runtime.compilation import CompilerOptions, Packed, compiled, pack, unpack
 
 _log = logging.getLogger(__name__)
 
 
-def device_name() -> str:
-    """Return a file name for the default device: "cpu-" and the processor's model, or platform and kind."""
-    device = jax.devices()[0]
-    kind = _processor() if device.platform == "cpu" else device.device_kind
-    return re.sub(r"[^\w.+-]+", "-", f"{device.platform}-{kind}".lower())[:100].rstrip("-")
+Backend = Literal["xla", "onnxruntime"]
+
+
+def device_name(backend: Backend = "xla") -> str:
+    """Return a file name for the device that a backend runs on.
+
+    It is that of JAX's default device: "cpu-" and the processor's model, or platform and kind; or "onnxruntime-cpu-"
+    and the processor's model, for ONNX Runtime always runs on the processor here.
+    """
+    device, platform = jax.devices()[0], "cpu"
+    if backend == "xla":
+        platform = device.platform
+    kind = _processor() if platform == "cpu" else device.device_kind
+    name = f"{platform}-{kind}" if backend == "xla" else f"{backend}-{platform}-{kind}"
+    return re.sub(r"[^\w.+-]+", "-", name.lower())[:100].rstrip("-")
 
 
 @functools.cache
@@ -89,8 +101,7 @@ def measure_costs(
     depth, candidates = len(chain), tuple(candidates)
     images = jnp.zeros((batch, *chain.input_spec.shape), chain.input_spec.dtype)
     stops = [*sorted({site for site in (range(1, depth) if sites is None else sites) if site}), depth]
-    message = "measuring %d spans and %d lookups in batches of %d, %d rounds"
-    _log.info(message, len(stops), len(candidates), batch, rounds)
+    announce("XLA", len(stops), len(candidates), batch, rounds)
     prefixes = {str(site): prefix_program(chain, site, images, options) for site in stops}
     times = time_interleaved(prefixes, rounds=rounds)
     until = np.maximum.accumulate([0.0, *(float(np.median(v)) for v in times.values())])
@@ -98,9 +109,15 @@ def measure_costs(
         device=device_name(),
         batch=batch,
         blocks_ms=tuple(np.diff(np.interp(range(depth + 1), [0, *stops], until)).tolist()),
-        lookup_ms=time_lookups(chain, candidates, images, max(5, rounds // 2), options),
+        lookup_ms=time_lookups(_XlaPrograms(chain, images, options), candidates, max(5, rounds // 2)),
         spread=spread(times[str(depth)]),
     )
+
+
+def announce(backend: str, spans: int, lookups: int, batch: int, rounds: int) -> None:
+    """Log what is about to be measured."""
+    text = "measuring %d spans and %d lookups on %s in batches of %d, %d rounds"
+    _log.info(text, spans, lookups, backend, batch, rounds)
 
 
 MOST_SPREAD = 0.1
@@ -129,6 +146,40 @@ def measure_steadily(measure: Callable[[], CostTable]) -> CostTable:
 
 LEAST_SHARE = 0.1
 _TURN = 4  # calls
+Call = Callable[[], object]
+
+
+class Programs(Protocol):
+    """Calls on one backend, to be timed."""
+
+    def lookup(self, cache: Candidate) -> Call:
+        """Return the lookup of a cache by itself, on made-up activations."""
+        ...
+
+    def all_miss(self, caches: tuple[Candidate, ...]) -> Call:
+        """Return the cascade in which every lookup misses."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _XlaPrograms:
+    """XLA's programs under some compiler options."""
+
+    chain: Chain
+    images: Shaped[Array, "batch *input"]
+    options: CompilerOptions
+
+    def lookup(self, cache: Candidate) -> Call:
+        spec = self.chain.site_specs[cache.site]
+        activation = jax.random.normal(jax.random.key(0), (len(self.images), *spec.shape)).astype(spec.dtype)
+        return lookup_program(cache, activation, self.options)
+
+    def all_miss(self, caches: tuple[Candidate, ...]) -> Call:
+        cascade = Cascade(self.chain, caches, jnp.full(len(caches), jnp.inf))
+        if len(self.images) == 1:
+            return functools.partial(predict_one, cascade, self.images[0], self.options)
+        one_tile = BatchedCascade.of(cascade, Schedule.of({len(self.images): 1.0}))
+        return functools.partial(predict_tiled, one_tile, self.images, options=self.options)
 
 
 def lookup_program(
@@ -143,13 +194,7 @@ def _lookup(packed: Packed[Candidate], activation: Float[Array, "batch *site"]) 
     return lookup(unpack(packed), activation)
 
 
-def time_lookups(
-    chain: Chain,
-    candidates: Iterable[Candidate],
-    images: Shaped[Array, "batch *input"],
-    rounds: int,
-    options: CompilerOptions,
-) -> dict[str, float]:
+def time_lookups(programs: Programs, candidates: Iterable[Candidate], rounds: int) -> dict[str, float]:
     """Return the time that each lookup adds to the cascade around it, by name.
 
     A lookup is too short to be timed alone: starting its program takes longer. So one at each site is timed in a
@@ -166,11 +211,12 @@ def time_lookups(
     for candidate in candidates:
         alike.setdefault(_predictor_key(candidate), []).append(candidate)
     distinct = [candidate for candidate, *_ in alike.values()]
-    alone = _time_alone(chain, distinct, len(images), rounds, options)
+    singly = {cache.name: programs.lookup(cache) for cache in distinct}
+    alone = {name: float(np.median(ms)) for name, ms in time_interleaved(singly, rounds=rounds).items()}
     cascades = _cascades(cache for cache in distinct if not isinstance(cache.predictor, Network))
-    programs = {str(i): [_all_miss(chain, caches, images, options)] * _TURN for i, caches in enumerate([(), *cascades])}
+    calls = {str(i): [programs.all_miss(caches)] * _TURN for i, caches in enumerate([(), *cascades])}
     # The first call of a turn finds its weights cold.
-    turns = {int(i): np.median(ms[:, 1:], axis=1) for i, ms in time_turns(programs, rounds).items()}
+    turns = {int(i): np.median(ms[:, 1:], axis=1) for i, ms in time_turns(calls, rounds).items()}
     milliseconds = {cache.name: alone[cache.name] for cache in distinct}
     for i, caches in enumerate(cascades, start=1):
         whole = sum(alone[cache.name] for cache in caches)
@@ -194,28 +240,6 @@ def _predictor_key(candidate: Candidate) -> tuple[object, ...]:
     """Return the identity of a predictor: several candidates may share its arrays under different selectors."""
     arrays = jax.tree.leaves(candidate.params["predictor"])
     return candidate.site, candidate.predictor, *map(id, arrays)
-
-
-def _time_alone(
-    chain: Chain, caches: Iterable[Candidate], batch: int, rounds: int, options: CompilerOptions
-) -> dict[str, float]:
-    programs = {}
-    for cache in caches:
-        spec = chain.site_specs[cache.site]
-        activation = jax.random.normal(jax.random.key(0), (batch, *spec.shape)).astype(spec.dtype)
-        programs[cache.name] = lookup_program(cache, activation, options)
-    return {name: float(np.median(ms)) for name, ms in time_interleaved(programs, rounds=rounds).items()}
-
-
-def _all_miss(
-    chain: Chain, caches: tuple[Candidate, ...], images: Shaped[Array, "batch *input"], options: CompilerOptions
-) -> Callable[[], Prediction]:
-    """Return a compiled call of the cascade in which every lookup misses."""
-    cascade = Cascade(chain, caches, jnp.full(len(caches), jnp.inf))
-    if len(images) == 1:
-        return functools.partial(predict_one, cascade, images[0], options)
-    one_tile = BatchedCascade.of(cascade, Schedule.of({len(images): 1.0}))
-    return functools.partial(predict_tiled, one_tile, images, options=options)
 
 
 def time_interleaved(

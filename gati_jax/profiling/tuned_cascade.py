@@ -19,7 +19,7 @@ from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
 from gati_jax.runtime.cascade import Cascade, Prediction, predict_one, predict_only
 from gati_jax.runtime.compilation import CompilerOptions
 
-from .costs import measure_costs, measure_steadily
+from .costs import Backend, measure_costs, measure_steadily
 
 LARGEST_BUCKET = 256  # rows in one program
 MOST_TILES = 16  # each is one more loop in every span
@@ -71,6 +71,8 @@ class Tuning:
     tiles: tuple[Tile, ...]
     jaxlib: str = ""
     """The compiler's version: others may not know these options, or be faster without them."""
+    onnxruntime: str = ""
+    """The version of ONNX Runtime, if that runs the cascade instead; then tiles are batches that were measured."""
     checks: tuple[ArithmeticCheck, ...] = ()
     """How often a bundle's cascades answer otherwise than in the reference arithmetic, see ``check_tuning``."""
 
@@ -79,14 +81,28 @@ class Tuning:
         sizes = [tile.size for tile in self.tiles]
         if len(self.checks) > MOST_TILES:
             raise InputError(f"checks: expected at most {MOST_TILES}, got {len(self.checks)}")
+        if self.onnxruntime and any(tile.options or tile.algorithms for tile in self.tiles):
+            raise InputError("tiles: expected no options and no algorithms, which ONNX Runtime does not take, got some")
         if sizes[:1] != [1] or sizes != sorted(set(sizes)) or len(sizes) > MOST_TILES:
             raise InputError(
                 f"tiles: expected up to {MOST_TILES} rising sizes from 1 on, got {sizes[: MOST_TILES + 1]}"
             )
 
     @property
+    def backend(self) -> Backend:
+        """What runs the cascade."""
+        return "onnxruntime" if self.onnxruntime else "xla"
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether this is the reference arithmetic: the compiler's own programs without options."""
+        return self.backend == "xla" and not any(tile.options or tile.algorithms for tile in self.tiles)
+
+    @property
     def programs(self) -> str:
         """A digest of what decides on answers: the device, the compiler, and the options and algorithms of tiles."""
+        if self.onnxruntime:
+            return hashlib.sha256(repr((self.device, self.onnxruntime)).encode()).hexdigest()[:32]
         tiles = [(tile.size, tile.options, sorted(tile.algorithms.items())) for tile in self.tiles]
         return hashlib.sha256(repr((self.device, self.jaxlib, tiles)).encode()).hexdigest()[:32]
 

@@ -13,7 +13,7 @@ from gati_jax import Chain, Plan
 from gati_jax.caches import on_its_own
 from gati_jax.fitting import Candidates
 from gati_jax.planning import replay_plan
-from gati_jax.profiling import Tile, TunedCascade, Tuning, device_name, measure_batches, time_turns, tuned_chain
+from gati_jax.profiling import Tile, measure_batches, run_by, time_turns, tuned_chain
 from gati_jax.runtime import Cascade, predict_one
 from train.exploration import Explored
 
@@ -123,9 +123,7 @@ def count_exits(sites: np.ndarray, found: Explored) -> Exits:
 def measure_latency(chain: Chain, found: Explored, on: OpenCaches, images: np.ndarray) -> Latency:
     """Time the cascade and the fastest full network side by side on real requests, one at a time."""
     caches = found.candidates.take(on.names)
-    tuned = TunedCascade(
-        Cascade(chain, tuple(caches), jnp.asarray(on.thresholds)), Tuning(device=device_name(), tiles=(found.tile,))
-    )
+    tuned = run_by(found.tuning, Cascade(chain, tuple(caches), jnp.asarray(on.thresholds)))
     requests = images[np.linspace(0, len(images) - 1, min(TIMED, len(images))).astype(int)]
     speed = measure_batches(tuned, requests, batch=1, rounds=TURNS)
     return Latency.of(

@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # --- Data and base ----------------------------------------------------------------------------------------------
     config = zoo.completed(config)
+    # Exits of many policies are compared in XLA's programs, one request at a time.
+    config = config.model_copy(update={"plan": config.plan.model_copy(update={"backend": "xla", "batch": 1})})
     splits = config.data.splits.model_dump()
     data.check_disjoint(splits)
     chain = read_base(config.base)
@@ -133,7 +135,7 @@ def compare(
 
     # --- Results ----------------------------------------------------------------------------------------------------
     ways = {f"{group} {one.name}": on.names for group, policies in chosen.items() for one, on in policies}
-    ms = exit_times(chain, found.candidates, {BASE: (), **ways}, found.tile, images["test"][0], ROUNDS)
+    ms = exit_times(chain, found.candidates, {BASE: (), **ways}, found.tuning.tiles[-1], images["test"][0], ROUNDS)
     oracle = oracle_exits(tables["test"])
     return results.Comparison(
         epsilon=epsilon,
