@@ -22,6 +22,7 @@ from gati_jax.profiling import (
     onnx_tuning,
     onnx_unavailable,
     probe,
+    reference_tuning,
     tuned_cache,
     tuned_chain,
     unsteady,
@@ -108,38 +109,41 @@ def costs_in(tuning: Tuning, config: Config) -> CostTable:
 
 def _fastest(chain: Chain, candidates: tuple[Candidate, ...], config: Config) -> Tuning:
     """Return the tuning, with costs, of the backend on which the whole base is fastest."""
-    on_onnx, batch, backend = None, config.plan.batch, config.plan.backend
-    if backend != "xla" and jax.default_backend() == "cpu":
-        if why := onnx_unavailable(chain, candidates):
-            _log.log(logging.INFO if backend == "auto" else logging.ERROR, "not on ONNX Runtime: %s", why)
-        else:
-            tuning = onnx_tuning(chain, candidates, sizes=(batch,))
-            measure = functools.partial(measure_onnx_costs, chain, candidates, rounds=config.measure_rounds)
-            on_onnx = _with_costs(tuning, measure_steadily(functools.partial(measure, batch=batch)))
+    batch, backend = config.plan.batch, config.plan.backend
+    if backend == "xla":
+        return _on_xla(chain, candidates, config, reference_tuning((batch,)))
     if backend == "onnxruntime":
-        if on_onnx is None:
-            raise InputError("plan.backend: ONNX Runtime cannot run this base with these caches here, see above")
-        return on_onnx
-    tuning = probe(chain, candidates, sizes=(batch,))
-    if on_onnx and _ms(on_onnx) * _FAR < _ms(tuning):  # a search would not gain as much
-        text = (
-            "in batches of %d the base takes %.3g ms on ONNX Runtime, and %.3g on XLA untuned: planned for the former"
-        )
-        _log.info(text, batch, _ms(on_onnx), _ms(tuning))
-        return on_onnx
-    if config.plan.tuned:
-        tuning = gati_jax.tune(chain, candidates, sizes=(batch,))
-    tile = tuning.tiles[-1]
-    caches = [tuned_cache(candidate, tile) for candidate in candidates]
-    how = {"rounds": config.measure_rounds, "batch": batch, "options": tile.options}
-    costs = measure_steadily(functools.partial(gati_jax.measure_costs, tuned_chain(chain, tile), caches, **how))
-    on_xla = _with_costs(tuning, costs)
-    if on_onnx is None:
-        return on_xla
+        return _on_onnx(chain, candidates, config)
+    on_xla = probe(chain, candidates, sizes=(batch,))
+    why = onnx_unavailable(chain, candidates) if jax.default_backend() == "cpu" else "there is a faster device"
+    if why:
+        _log.info("not on ONNX Runtime: %s", why)
+        return _on_xla(chain, candidates, config, on_xla)
+    on_onnx = _on_onnx(chain, candidates, config)
+    if _ms(on_onnx) * _FAR > _ms(on_xla):
+        on_xla = _on_xla(chain, candidates, config, on_xla)
     found = min(on_xla, on_onnx, key=_ms)
     text = "in batches of %d the base takes %.3g ms on XLA and %.3g on ONNX Runtime: planned for %s"
     _log.info(text, batch, _ms(on_xla), _ms(on_onnx), found.backend)
     return found
+
+
+def _on_xla(chain: Chain, candidates: tuple[Candidate, ...], config: Config, tuning: Tuning) -> Tuning:
+    """Return XLA's tuning, after a search if ``plan.tuned``, with costs."""
+    if config.plan.tuned:
+        tuning = gati_jax.tune(chain, candidates, sizes=(config.plan.batch,))
+    tile = tuning.tiles[-1]
+    caches = [tuned_cache(candidate, tile) for candidate in candidates]
+    how = {"rounds": config.measure_rounds, "batch": tile.size, "options": tile.options}
+    measure = functools.partial(gati_jax.measure_costs, tuned_chain(chain, tile), caches, **how)
+    return _with_costs(tuning, measure_steadily(measure))
+
+
+def _on_onnx(chain: Chain, candidates: tuple[Candidate, ...], config: Config) -> Tuning:
+    """Return ONNX Runtime's tuning, with costs."""
+    tuning = onnx_tuning(chain, candidates, sizes=(config.plan.batch,))
+    how = {"rounds": config.measure_rounds, "batch": config.plan.batch}
+    return _with_costs(tuning, measure_steadily(functools.partial(measure_onnx_costs, chain, candidates, **how)))
 
 
 _FAR = 1.5  # times as slow as untuned, from where on XLA is not tuned

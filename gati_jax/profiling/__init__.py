@@ -1,6 +1,7 @@
 """Costs and speed-ups measured on this device, and the search for what runs fastest on it."""
 
 from .autotune import probe as probe
+from .autotune import reference_tuning as reference_tuning
 from .autotune import tune as tune
 from .backends import cannot_run as cannot_run
 from .backends import fastest as fastest

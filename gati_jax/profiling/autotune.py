@@ -70,6 +70,12 @@ def tune(
     return Tuning(device=device_name(), tiles=tuple(together), jaxlib=version("jaxlib"))
 
 
+def reference_tuning(sizes: Sequence[int] = (1,)) -> Tuning:
+    """Return the tuning that stands for the reference programs, without times."""
+    tiles = tuple(Tile(size=size, milliseconds=1.0, options=(), algorithms={}) for size in sorted({1, *sizes}))
+    return Tuning(device=device_name(), tiles=tiles, jaxlib=version("jaxlib"))
+
+
 def probe(chain: Chain, caches: Sequence[Candidate] = (), *, sizes: Sequence[int] = (1,), rounds: int = 5) -> Tuning:
     """Find the best of a few programs for whole networks, without a search; takes seconds, most of them to compile.
 
@@ -77,9 +83,8 @@ def probe(chain: Chain, caches: Sequence[Candidate] = (), *, sizes: Sequence[int
     ``tune``.
     """
     networks, tiles = _networks(chain, caches), []
-    for size in sorted({1, *sizes}):
-        (start,) = _starts(networks, (size,), rounds)
-        plain = Tile(size=size, milliseconds=1.0, options=(), algorithms={})
+    for plain in reference_tuning(sizes).tiles:
+        (start,) = _starts(networks, (plain.size,), rounds)
         ms = _time_networks(networks, (start, plain), 2 * rounds).sum(1)
         right = all(_error(network, start) <= TOLERANCE for network in networks)
         best = 0 if right and ms[0] * _NOTABLE < ms[1] else 1
