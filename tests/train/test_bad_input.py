@@ -195,14 +195,19 @@ def test_a_bundle_that_could_not_be_saved_is_not_fitted(capsys, tmp_path, zeros)
 
 
 def test_near_copies_are_warned_of(monkeypatch, caplog, tmp_path, zeros):
-    """Of 300 certify rows, 20 are mirrored select rows, one level brighter: as bytes, they are equal to none."""
+    """Of 300 certify rows, 20 are mirrored select rows, one level brighter, and 5 mirror others: no bytes are equal."""
     copies = np.minimum(data.load("digits", "all[900:920]").images[:, :, ::-1] + 1, 16)
-    other_data(monkeypatch, lambda d: dataclasses.replace(d, images=np.concatenate([copies, d.images[20:]])), CERTIFY)
+
+    def copied(d):
+        return dataclasses.replace(d, images=np.concatenate([copies, d.images[20:-5], d.images[20:25, :, ::-1]]))
+
+    other_data(monkeypatch, copied, CERTIFY)
     monkeypatch.setattr(caches, "explore", is_too_late)
     with caplog.at_level(logging.WARNING, logger="train"), pytest.raises(AssertionError):
         caches.main(digits(tmp_path, zeros, "--base.accept_low_accuracy", "true"))
-    (said,) = (record.getMessage() for record in caplog.records if "near copies" in record.getMessage())
+    said, itself = (record.getMessage() for record in caplog.records if "near copies" in record.getMessage())
     assert said.startswith("20 of 300 rows of certify are near copies of rows of select")
+    assert itself.startswith("10 of 300 rows of certify are near copies of rows of certify")
 
 
 # --- Bundles --------------------------------------------------------------------------------------------------------
