@@ -67,8 +67,9 @@ def certify(
         epsilon: The disagreement to certify.
         delta: The risk that this or any other look at these rows certifies wrongly; look j is tested at
             6 delta / (pi^2 j^2).
-        ledger: Where looks are counted: the user's own (see ``user_ledger``), or another. None: nowhere; that this is
-            the only look at these rows is then the caller's word, the test is at delta, and the certificate says so.
+        ledger: Where looks are counted: the user's own (see ``user_path``), or another or its file. None: nowhere; that
+            this is the only look at these rows is then the caller's word, the test is at delta, and the certificate
+            says so.
         reveal: Say why caches stay off also where nothing is certified. This closes the rows: any later plan could
             have been chosen by it.
         groups: Of every row the recording, patient or camera that it came from, where only these are independent: a
