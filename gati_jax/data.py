@@ -274,7 +274,7 @@ def count_near_copies(
     found = np.zeros(len(one), bool)
     for step in (1, -1):  # as it is, and mirrored
         turned, reach = cells[:, :, ::step].reshape(len(one), -1), max(noise, 1.0) + 1e-3
-        _, nearest = tree.query(turned, [1, 2] if itself else [1], p=np.inf, distance_upper_bound=reach)
+        _, nearest = tree.query(turned, 1 + itself, p=np.inf, distance_upper_bound=reach)
         for i, match in zip(np.repeat(np.arange(len(one)), 1 + itself), np.ravel(nearest), strict=True):
             if match == len(other) or (itself and match == i):  # none is near
                 continue

@@ -254,6 +254,15 @@ def test_no_request_to_time_is_refused(capsys, run, tmp_path, count):
     assert f"--timed: expected 1 or more, got {count}" in refuse(capsys, evaluate.main, *arguments)
 
 
+@pytest.mark.parametrize("flag", ["--out", "--ledger"])
+def test_what_a_script_writes_is_not_put_into_a_bundle(capsys, run, tmp_path, flag):
+    """Its files are listed in it with their digests; its copy of looks is no ledger."""
+    bundle = run.folder / "caches" / "bundle"
+    inside = str(bundle / ("eval" if flag == "--out" else "looks.json"))
+    said = refuse(capsys, evaluate.main, *evaluate_arguments(run.folder, tmp_path / "out"), flag, inside)
+    assert f"{flag}: expected a folder outside the bundle {bundle}, which would not load any more" in said
+
+
 def test_an_out_that_is_a_file_is_refused(capsys, run, tmp_path):
     (tmp_path / "out").write_text("mine")
     assert "out" in refuse(capsys, evaluate.main, *evaluate_arguments(run.folder, tmp_path / "out"), "--timed", "1")
