@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)  ## Train a small network on digits, cache it, certify it, evaluate it: two minutes
 	$(PY) -m train.base --config configs/digits.toml --out runs/digits/base
 	$(PY) -m train.caches --config configs/digits.toml --out runs/digits/caches --ledger runs/digits/looks.json
-	$(PY) -m train.evaluate --bundle runs/digits/caches/bundle --out runs/digits/eval
+	$(PY) -m train.evaluate --bundle runs/digits/caches/bundle --out runs/digits/eval --ledger runs/digits/looks.json
 
 serve: $(STAMP)  ## Serve the quickstart's bundle (BUNDLE=runs/r56/bundle ARGS='--http-port 8080')
 	$(PY) -m serve --bundle $(or $(BUNDLE),runs/digits/caches/bundle) $(ARGS)

@@ -261,22 +261,22 @@ def check_distinct_rows(
 
 
 def count_near_copies(
-    one: UInt8[np.ndarray, "n height width channels"], other: UInt8[np.ndarray, "m height width channels"]
+    one: UInt8[np.ndarray, "n height width channels"], other: UInt8[np.ndarray, "m height width channels"] | None = None
 ) -> int:
-    """Return how many images of ``one`` are in ``other`` but for a little noise, mirrored or not.
+    """Return how many images of ``one`` are in ``other`` (None: among its others), but for noise, mirrored or not.
 
     Two images are near copies if their pixels differ by 1 % of the largest pixel on average, or by one level at most.
     Candidates are nearest neighbours in a coarse grey image of 4x4 cells, in which noise averages out.
     """
+    itself, other = other is None, one if other is None else other
     noise = max(int(other.max()), 1) / 100
     cells, tree = _coarse(one), KDTree(_coarse(other).reshape(len(other), -1))
     found = np.zeros(len(one), bool)
     for step in (1, -1):  # as it is, and mirrored
-        _, nearest = tree.query(
-            cells[:, :, ::step].reshape(len(one), -1), p=np.inf, distance_upper_bound=max(noise, 1.0) + 1e-3
-        )
-        for i, match in enumerate(np.asarray(nearest)):
-            if match == len(other):  # none is near
+        turned, reach = cells[:, :, ::step].reshape(len(one), -1), max(noise, 1.0) + 1e-3
+        _, nearest = tree.query(turned, 1 + itself, p=np.inf, distance_upper_bound=reach)
+        for i, match in zip(np.repeat(np.arange(len(one)), 1 + itself), np.ravel(nearest), strict=True):
+            if match == len(other) or (itself and match == i):  # none is near
                 continue
             difference = np.abs(one[i, :, ::step].astype(np.int16) - other[match])
             found[i] |= bool(difference.mean() <= noise or difference.max() <= 1)

@@ -1,5 +1,6 @@
 """From a bundle to the service behind the sockets."""
 
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -85,15 +86,17 @@ def _adapt(bundle: gati_jax.Bundle, settings: Settings, metrics: Metrics) -> "Ad
 
 def _describe(bundle: gati_jax.Bundle, sources: Sequence[routes.CascadeRoute], settings: Settings) -> Model:
     bounds = {source.name: Bound(source.epsilon, source.delta) for source in sources if source.epsilon is not None}
+    normalization = bundle.chain.normalization
     return Model(
         name=settings.name,
         version=version_of(settings.bundle),
         input_shape=tuple(bundle.chain.input_spec.shape),
-        datatypes=("FP32",) if bundle.chain.normalization is None else ("UINT8", "FP32"),
+        datatypes=("FP32",) if normalization is None else ("UINT8", "FP32"),
         classes=bundle.chain.classes,
         class_names=bundle.class_names,
         plans=tuple(source.name for source in sources),
         bounds=bounds,
+        normalization=None if normalization is None else dataclasses.asdict(normalization),
         numerics="reference" if sources[0].tuning is None else "fast",
         max_rows=settings.capacity,
     )

@@ -109,6 +109,12 @@ class Settings(BaseModel):
         for name, field in type(self).model_fields.items():
             if name.startswith("adapt_") and not self.adapt and getattr(self, name) != field.default:
                 raise InputError(f"{_flag(name)}: expected together with --adapt, got it alone")
+        if self.adapt and self.versions.is_file():
+            raise InputError(f"--adapt-dir: expected a folder, got the file {self.versions}")
+        if self.adapt and self.versions.resolve().is_relative_to(self.bundle.resolve()):
+            raise InputError(
+                f"--adapt-dir: expected a folder outside the bundle, which would not load any more, got {self.versions}"
+            )
         token = self.token
         if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
             raise InputError(f"{TOKEN}: expected printable ASCII characters without spaces, got something else")

@@ -369,6 +369,7 @@ def test_near_copies_are_counted(noise, mirrored, shape):
     copies = NOISE[noise](taken[:, :, ::-1] if mirrored else taken)
     assert data.count_near_copies(np.concatenate([fresh, copies]), other) == 13
     assert data.count_near_copies(fresh, other) == 0
+    assert data.count_near_copies(np.concatenate([fresh, other, taken[:12], copies[:1]])) == 25
 
 
 def test_digits_have_no_near_copies():

@@ -119,8 +119,16 @@ def load_parts(source: Source, splits: Mapping[str, str], chain: Chain) -> dict[
     rows = {name: data.row_digests(part.images) for name, part in parts.items()}
     for one, other in itertools.combinations(parts, 2):
         data.check_distinct_rows(rows[one], rows[other], names=(one, other))
-        pixels = parts[one].images.dtype == np.uint8 and parts[one].images.ndim == len("nhwc")
-        if pixels and (near := data.count_near_copies(parts[other].images, parts[one].images)):
+    # Certify rows that were made of each other, as by augmentation, are counted as independent; equal ones are refused.
+    for one, other in [*itertools.combinations(parts, 2), ("certify", "certify")]:
+        images = [parts[name].images for name in (one, other)]
+        if images[0].dtype != np.uint8 or images[0].ndim != len("nhwc"):
+            continue
+        if one == other:
+            near = data.count_near_copies(images[0][np.unique(rows[one], return_index=True)[1]])
+        else:
+            near = data.count_near_copies(images[1], images[0])
+        if near:
             _log.warning(
                 "%d of %d rows of %s are near copies of rows of %s (a little noise, or mirrored): leave them out unless"
                 " requests repeat themselves like this",

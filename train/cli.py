@@ -77,14 +77,23 @@ def folder(text: str) -> Path:
     """Read the name of a folder that may not exist yet."""
     if Path(text).exists() and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"expected a folder, got the file {text}")
-    return Path(text)
+    return _outside_bundles(Path(text))
 
 
 def file(text: str) -> Path:
     """Read the name of a file that may not exist yet."""
     if Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"expected a file, got the folder {text}")
-    return Path(text)
+    return _outside_bundles(Path(text))
+
+
+def _outside_bundles(path: Path) -> Path:
+    for one in (path.resolve(), *path.resolve().parents):
+        if (one / "manifest.json").is_file() and (one / "plans.json").is_file():
+            raise argparse.ArgumentTypeError(
+                f"expected a folder outside the bundle {one}, which would not load any more"
+            )
+    return path
 
 
 def parser(description: str, example: str, *, out: bool = True, as_json: bool = True) -> Parser:

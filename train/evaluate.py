@@ -38,8 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = getattr(config.data.splits, arguments.split)
     split = data.load(config.data.name, rows, arguments.data_dir or config.data.dir)
     check_fingerprint(bundle, arguments.split, split)
-    if arguments.split == "certify":
-        close_certify(arguments.ledger, bundle, split, reveal=arguments.reveal)
+    close_shown(arguments.ledger, bundle, split, arguments.split, reveal=arguments.reveal)
     if arguments.split == "select":
         _log.warning("the plan was composed on select, with other selectors: its agreement here says little")
 
@@ -121,22 +120,24 @@ def certify_images(bundle: Bundle, path: Path, folder: Path | None) -> np.ndarra
     return certify.images
 
 
-def close_certify(ledger: AnyLedger, bundle: Bundle, split: data.Dataset, *, reveal: bool) -> None:
-    """Check that the certify rows may be shown: they are closed for looks, or are so from now on.
+def close_shown(ledger: AnyLedger, bundle: Bundle, split: data.Dataset, name: str, *, reveal: bool) -> None:
+    """Close the rows that are about to be shown: a plan that is chosen by what they show cannot be certified on them.
 
     Raises:
-        InputError: They are open: a plan that is chosen by what they show could not be certified on them.
+        InputError: They are the certify rows, some are open, and that they are closed is not what was asked for.
     """
-    rows, counted, default = data.row_digests(split.images), find_ledger(ledger), bundle.certificate
-    if counted and not counted.closed(rows):
-        if not reveal:
-            raise InputError(
-                "split: expected test, or certify with --reveal, which closes these rows for other plans: what they"
-                " show could decide what is certified on them next"
-            )
-        plans = {name: (plan, bundle.certificates[name].epsilon) for name, plan in bundle.plans.items()}
-        counted.close(counted.open(rows, plans, default.delta, default.method), "revealed")
-    _log.warning("the certify rows are closed: certify no plan on them that was chosen by what they show")
+    rows, counted = data.row_digests(split.images), find_ledger(ledger)
+    if counted is None:
+        _log.warning("no ledger knows that these rows are shown: certify no plan on them that was chosen by it")
+        return
+    if name == "certify" and not reveal and len(counted.still_open(rows)):
+        raise InputError(
+            "split: expected test, or certify with --reveal, which closes these rows for other plans: what they show"
+            " could decide what is certified on them next"
+        )
+    plans = {name: (plan, bundle.certificates[name].epsilon) for name, plan in bundle.plans.items()}
+    counted.reveal(rows, plans, bundle.certificate.delta)
+    _log.info("these rows certify no other plan from now on, by %s", counted.path or "this process")
 
 
 def answers(bundle: Bundle, images: np.ndarray) -> Prediction:

@@ -87,10 +87,15 @@ class Grouping:
             InputError: There is not a number or a name for each row; the tolerance is not a share.
         """
         GroupCounts(n=n, tolerance=tolerance)
-        names = np.asarray(groups)
+        expected = f"groups: expected a whole number or a name for each of {n} rows"
+        try:
+            names = np.asarray(groups)
+            if names.dtype == object:  # a column of a data frame
+                names = np.asarray(names.tolist())
+        except ValueError as error:
+            raise InputError(f"{expected}, got names of several lengths") from error
         if names.shape != (n,) or names.dtype.kind not in "iubUS":
-            got = f"{names.dtype}{list(names.shape)}"
-            raise InputError(f"groups: expected a whole number or a name for each of {n} rows, got {got}")
+            raise InputError(f"{expected}, got {names.dtype}{list(names.shape)}")
         _, index, sizes = np.unique(names, return_inverse=True, return_counts=True)
         return cls(index=index, sizes=sizes, tolerance=tolerance)
 

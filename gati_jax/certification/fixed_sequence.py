@@ -11,6 +11,7 @@ Rows that come in groups (recordings, patients, cameras) are not independent, an
 """
 
 import dataclasses
+import hashlib
 import math
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
@@ -66,8 +67,9 @@ def certify(
         epsilon: The disagreement to certify.
         delta: The risk that this or any other look at these rows certifies wrongly; look j is tested at
             6 delta / (pi^2 j^2).
-        ledger: Where looks are counted: the user's own (see ``user_ledger``), or another. None: nowhere; that this is
-            the only look at these rows is then the caller's word, the test is at delta, and the certificate says so.
+        ledger: Where looks are counted: the user's own (see ``user_path``), or another or its file. None: nowhere; that
+            this is the only look at these rows is then the caller's word, the test is at delta, and the certificate
+            says so.
         reveal: Say why caches stay off also where nothing is certified. This closes the rows: any later plan could
             have been chosen by it.
         groups: Of every row the recording, patient or camera that it came from, where only these are independent: a
@@ -203,6 +205,12 @@ class _Terms:
         check_share("delta", self.delta)
 
     @property
+    def digest(self) -> str:
+        """What is tested besides rows, one by one, in the reference arithmetic; empty if nothing is."""
+        grouped = "" if self.grouping is None else self.grouping.digest
+        return hashlib.sha256(repr(self.arithmetics).encode()).hexdigest()[:32] if self.arithmetics else grouped
+
+    @property
     def level(self) -> float:
         return (trial_level(self.delta, self.looks) if self.recorded else self.delta) / self.plans
 
@@ -222,9 +230,7 @@ def _look(
             stacklevel=3,
         )
     counted = find_ledger(ledger)
-    grouped = "" if terms.grouping is None else terms.grouping.digest
-    terms_digest = " ".join([grouped, *terms.arithmetics]).strip()
-    look = counted and counted.open(table.rows, plans, terms.delta, terms.method, terms_digest)
+    look = counted and counted.open(table.rows, plans, terms.delta, terms.method, terms.digest)
     if look is not None:
         terms = dataclasses.replace(terms, looks=look[0].number, recorded=True)
         if terms.looks > 1:

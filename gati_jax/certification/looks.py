@@ -33,6 +33,7 @@ try:
 except ImportError:  # Windows: two processes that certify at the same moment may miss each other's look
     fcntl = None
 
+Digest = Annotated[str, Field(pattern=r"^\w{0,64}$")]  # it is shown, and comes from files of others
 Closed = Literal["", "passed", "revealed", "composed"]
 
 
@@ -41,15 +42,15 @@ class Look(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    plan_hash: str
-    data_fingerprint: str
+    plan_hash: Digest
+    data_fingerprint: Digest
     epsilon: float
     delta: float
-    together: str = ""
+    together: Digest = ""
     """The same for all plans that were certified together; empty for a plan alone."""
     method: Method = MARGINAL
-    groups: str = ""
-    """What else was tested: which rows as one group, and what made it a bad one, and in which further arithmetics."""
+    groups: Digest = ""
+    """What else was tested: which rows as one group and what made it a bad one, or in which further arithmetics."""
     number: Annotated[int, Field(ge=1, lt=2**53)] = 1
     """j: the look was tested at 6 delta / (pi^2 j^2)."""
     closed: Closed = "revealed"
@@ -76,10 +77,13 @@ class Looks(BaseModel):
             raise ValueError(f"rows: {', '.join(missing)} is missing")
         return self
 
+    def digests(self, data_fingerprint: str) -> UInt64[np.ndarray, " n"]:
+        """Return the digests of the rows of a fingerprint; none of one that is not known."""
+        return np.frombuffer(bytes.fromhex(self.rows.get(data_fingerprint, "")), "<u8")
+
     def at(self, rows: UInt64[np.ndarray, " n"]) -> "Looks":
         """Return the looks that opened any of the rows of these digests."""
-        digests = {name: np.frombuffer(bytes.fromhex(text), "<u8") for name, text in self.rows.items()}
-        shared = {name: self.rows[name] for name, others in digests.items() if np.isin(others, rows).any()}
+        shared = {name: text for name, text in self.rows.items() if np.isin(self.digests(name), rows).any()}
         return Looks(looks=tuple(look for look in self.looks if look.data_fingerprint in shared), rows=shared)
 
     def merged(self, other: "Looks") -> "Looks":
@@ -114,12 +118,14 @@ class Ledger:
         """Return all looks.
 
         Raises:
-            InputError: The file is damaged.
+            InputError: The file is damaged, or cannot be read.
         """
         try:
             content = b"" if self.path is None else self.path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             content = b""
+        except OSError as error:
+            raise self._no_file(error) from error
         try:
             return Looks.model_validate_json(content).merged(self._memory) if content else self._memory
         except ValidationError as error:
@@ -133,8 +139,7 @@ class Ledger:
     def of(self, data_fingerprint: str) -> Looks:
         """Return the looks at the rows of a fingerprint or any part of them, and what their plans were composed on."""
         known = self.read()
-        hexadecimal = known.rows.get(data_fingerprint, "")
-        found = known.at(np.frombuffer(bytes.fromhex(hexadecimal), "<u8"))
+        found = known.at(known.digests(data_fingerprint))
         plans = {look.plan_hash for look in found.looks}
         composed = tuple(look for look in known.looks if look.closed == "composed" and look.plan_hash in plans)
         rows = {look.data_fingerprint: known.rows[look.data_fingerprint] for look in composed}
@@ -150,11 +155,29 @@ class Ledger:
         look = next((look for look in known.looks if look.closed), None)
         if look is None:
             return ""
-        shared = int(np.isin(rows, np.frombuffer(bytes.fromhex(known.rows[look.data_fingerprint]), "<u8")).sum())
+        shared = int(np.isin(rows, known.digests(look.data_fingerprint)).sum())
         how = _HOW_CLOSED[look.closed]
         return (
             f"{shared} of {len(rows)} are closed since {how} (plan {look.plan_hash[:12]}, in {self.path or 'memory'})"
         )
+
+    def still_open(self, rows: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " open"]:
+        """Return those of these rows that no look has closed."""
+        known = self.read().at(rows)
+        for name in {look.data_fingerprint for look in known.looks if look.closed}:
+            rows = rows[~np.isin(rows, known.digests(name))]
+        return rows
+
+    def reveal(self, rows: UInt64[np.ndarray, " n"], plans: Mapping[str, tuple[Plan, float]], delta: float) -> None:
+        """Close rows that show how often plans disagree on them, as an evaluation does, for every other plan.
+
+        Args:
+            rows: Digests; those that are closed stay as they are.
+            plans: What is evaluated, by name, each with its epsilon.
+            delta: Of a later look for the same plans.
+        """
+        if len(fresh := self.still_open(rows)):
+            self.close(self.open(fresh, plans, delta, MARGINAL), "revealed")
 
     def open(
         self, rows: UInt64[np.ndarray, " n"], plans: Mapping[str, tuple[Plan, float]], delta: float, method: Method,
@@ -223,6 +246,9 @@ class Ledger:
             closed = tuple(look.model_copy(update={"closed": look.closed or how}) for look in looks)
             self._write(known.merged(Looks(looks=closed, rows=known.rows)))
 
+    def _no_file(self, error: OSError) -> InputError:
+        return InputError(f"ledger: expected a file that can be read and written, got {self.path} ({error.strerror})")
+
     def _write(self, looks: Looks) -> None:
         self._memory = looks
         if self.path is None:
@@ -231,7 +257,7 @@ class Ledger:
             write_atomically(self.path, looks.model_dump_json(indent=1).encode() + b"\n")
         except OSError as error:
             if self.path != user_path():
-                raise
+                raise self._no_file(error) from error
             warnings.warn(f"looks: cannot write {self.path} ({error}): only this process counts them", stacklevel=2)
 
     @contextlib.contextmanager
@@ -246,12 +272,14 @@ class Ledger:
             yield
 
 
-AnyLedger = Ledger | Literal["user"] | None
+AnyLedger = Ledger | Path | str | None
 
 
 def find_ledger(ledger: AnyLedger) -> Ledger | None:
-    """Return a ledger, or this user's, which is the same object throughout a process."""
-    return _ledger_at(user_path()) if ledger == "user" else ledger
+    """Return a ledger, that of a file, or this user's (``"user"``): one object a file throughout a process."""
+    if isinstance(ledger, (str, Path)):
+        return _ledger_at(user_path() if ledger == "user" else Path(ledger))
+    return ledger
 
 
 def user_path() -> Path:

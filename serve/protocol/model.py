@@ -54,6 +54,8 @@ class Model:
     """The certified bounds, by plan; plans without one are left out."""
     max_rows: int
     """The most images in a request."""
+    normalization: Mapping[str, object] | None = None
+    """How UINT8 pixels become FP32 inputs, in the names of ``gati_jax.Normalization``."""
     numerics: str = "reference"
     """The arithmetic that answers: the certified one, or "fast", whose bounds include what its check adds."""
 
@@ -103,6 +105,8 @@ class Model:
         """Describe the model as perf_analyzer reads it; parameters hold what the protocol has no field for."""
         bounds = {plan: self.bounds[plan]._asdict() if plan in self.bounds else None for plan in self.plans}
         facts = {"datatypes": ",".join(self.datatypes), "plans": json.dumps(bounds), "numerics": self.numerics}
+        if self.normalization is not None:
+            facts["normalization"] = json.dumps(self.normalization)
         return ModelConfig(
             name=self.name,
             platform=PLATFORM,

@@ -75,14 +75,22 @@ def test_groups_that_are_alike_need_far_fewer_than_by_counting():
 def test_another_grouping_of_the_same_rows_is_another_look_and_other_names_are_not():
     ledger, wrong = Ledger(), np.arange(len(NAMES)) % 3 == 0
     looks = []
-    for groups, tolerance in ((NAMES, None), (-NAMES, None), (NAMES // 2, None), (NAMES, 0.2), (None, None)):
+    named = NAMES.astype(str).astype(object)  # a column of a data frame
+    for groups, tolerance in (
+        (NAMES, None),
+        (-NAMES, None),
+        (named, None),
+        (NAMES // 2, None),
+        (NAMES, 0.2),
+        (None, None),
+    ):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             one = gati_jax.certify(
                 PLAN, table(wrong), EPSILON, DELTA, ledger=ledger, groups=groups, group_tolerance=tolerance
             )
         looks.append(one.looks)
-    assert looks == [1, 1, 2, 3, 4]
+    assert looks == [1, 1, 1, 2, 3, 4]
 
 
 def test_rows_that_look_grouped_are_warned_of():
@@ -147,6 +155,7 @@ def test_what_a_certificate_by_group_promises():
         ({"groups": NAMES[1:]}, r"groups: expected a whole number or a name for each of 720 rows"),
         ({"groups": NAMES.astype(float)}, r"groups: .*float64"),
         ({"groups": [None] * len(NAMES)}, r"groups: .*object"),
+        ({"groups": [("a",), ("b", 1)] * (len(NAMES) // 2)}, r"groups: .*names of several lengths"),
         ({"group_tolerance": 0.1}, r"group_tolerance: expected groups with it"),
         ({"groups": NAMES, "group_tolerance": 1.0}, r"group_tolerance: expected a share in \[0, 1\)"),
     ],

@@ -100,6 +100,32 @@ def test_plans_of_one_look_count_once_in_any_order():
     assert gati_jax.certify_conditional(PLANS[0], table(90), 0.1, ledger=ledger).looks == 4
 
 
+def test_rows_that_were_shown_are_closed_however_few_of_them_were_before():
+    """An evaluation tells how often a plan disagrees: the best of ten evaluated plans may be best by chance."""
+    ledger, rows, shown = Ledger(), table(0).rows, {"default": (PLANS[0], EPSILON)}
+    gati_jax.certify(PLANS[1], table(0, n=50), EPSILON, ledger=ledger)
+    assert ledger.still_open(rows).tolist() == rows[50:].tolist()
+    for _ in range(2):
+        ledger.reveal(rows, shown, DELTA)
+        assert not len(ledger.still_open(rows))
+    with pytest.raises(InputError, match="80 of 80 are closed since what a look at them showed was told"):
+        gati_jax.certify(PLANS[2], table(0, n=80, first_row=50), EPSILON, ledger=ledger)
+    assert len(ledger.read().at(rows[50:]).looks) == 1
+
+
+def test_a_path_is_a_ledger(tmp_path):
+    path = tmp_path / "looks.json"
+    looks = [gati_jax.certify(plan, table(40), EPSILON, ledger=path).looks for plan in PLANS[:2]]
+    assert (looks, gati_jax.certify(PLANS[2], table(40), EPSILON, ledger=str(path)).looks) == ([1, 2], 3)
+
+
+def test_a_ledger_that_is_no_file_or_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "looks.json"):
+        with pytest.raises(InputError, match=rf"ledger: expected a file that can be read and written, got {path} \("):
+            gati_jax.certify(PLANS[0], table(40), EPSILON, ledger=Ledger(path))
+
+
 @pytest.mark.parametrize("wrong", [0, 90])
 def test_rows_that_a_certified_plan_was_composed_on_certify_no_other(wrong):
     ledger, swapped = Ledger(), make_plan([[OFF], [0.5]], depth=2, first_row=0)
@@ -125,7 +151,15 @@ def test_the_file_is_shared_and_outlives_a_process(tmp_path):
     opened = [look for look in written["looks"] if look["closed"] != "composed"]
     assert [(look["number"], look["closed"]) for look in opened] == [(1, ""), (2, "")]
     text = path.read_text()
-    for damaged in ("{", "[]", "{}", '{"looks": [1], "rows": {}}', text.replace('"rows"', '"row"'), text[:-20]):
+    for damaged in (
+        "{",
+        "[]",
+        "{}",
+        '{"looks": [1], "rows": {}}',
+        text.replace('"rows"', '"row"'),
+        text[:-20],
+        text.replace('"plan_hash": "', '"plan_hash": "\\u001b[2J'),
+    ):
         path.write_text(damaged)
         with pytest.raises(InputError, match=r"looks: expected a whole looks\.json"):
             gati_jax.certify(PLANS[2], table(40), EPSILON, ledger=Ledger(path))

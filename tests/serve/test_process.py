@@ -234,6 +234,8 @@ def test_layers_are_also_known_by_their_former_names():
         ([*BUNDLE, "--log-level", "loud"], "--log-level: expected 'debug', 'info', 'warning' or 'error', got 'loud'"),
         ([*BUNDLE, "--tls-cert", "c.pem"], "--tls-cert: expected together with --tls-key"),
         ([*BUNDLE, "--tls-cert", "no.pem", "--tls-key", "no.pem"], "--tls-cert: expected a certificate"),
+        ([*BUNDLE, "--adapt", "--adapt-dir", "b/adapt"], "--adapt-dir: expected a folder outside the bundle, which"),
+        ([*BUNDLE, "--adapt", "--adapt-dir", __file__], "--adapt-dir: expected a folder, got the file"),
         ([*BUNDLE, "--adapt-share", "0.2"], "--adapt-share: expected together with --adapt, got it alone"),
         ([*BUNDLE, "--adapt", "--adapt-share", "1"], "--adapt-share: expected a number less than 1, got '1'"),
         (

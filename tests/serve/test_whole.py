@@ -1,6 +1,7 @@
 """From a bundle on disk to clients: the answers are those of the library."""
 
 import asyncio
+import json
 
 import numpy as np
 import pytest
@@ -49,6 +50,17 @@ def test_every_answer_is_that_of_infer_batch(served, transport, prepared):
     for name in ("score", "logits"):
         found = np.asarray(result.as_numpy(name), float)
         np.testing.assert_allclose(found, getattr(expected, name), rtol=1e-4, atol=1e-5)
+
+
+def test_the_config_says_how_pixels_become_float_inputs(served):
+    """A client that sends floats in 0 .. 1 gets answers of a base that never saw such inputs."""
+    bundle, ports, _ = served
+    with tritonclient.http.InferenceServerClient(f"127.0.0.1:{ports[0]}") as client:
+        config = client.get_model_config("gati")
+    assert config
+    how = json.loads(config["parameters"]["normalization"]["string_value"])
+    found = (pixels(3) * how["scale"] - how["mean"]) / how["std"]
+    np.testing.assert_allclose(found, bundle.chain.prepare(pixels(3)), rtol=1e-5, atol=1e-6)
 
 
 def test_of_many_concurrent_requests_none_is_lost_or_mixed_up(served):

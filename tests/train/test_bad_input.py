@@ -195,14 +195,19 @@ def test_a_bundle_that_could_not_be_saved_is_not_fitted(capsys, tmp_path, zeros)
 
 
 def test_near_copies_are_warned_of(monkeypatch, caplog, tmp_path, zeros):
-    """Of 300 certify rows, 20 are mirrored select rows, one level brighter: as bytes, they are equal to none."""
+    """Of 300 certify rows, 20 are mirrored select rows, one level brighter, and 5 mirror others: no bytes are equal."""
     copies = np.minimum(data.load("digits", "all[900:920]").images[:, :, ::-1] + 1, 16)
-    other_data(monkeypatch, lambda d: dataclasses.replace(d, images=np.concatenate([copies, d.images[20:]])), CERTIFY)
+
+    def copied(d):
+        return dataclasses.replace(d, images=np.concatenate([copies, d.images[20:-5], d.images[20:25, :, ::-1]]))
+
+    other_data(monkeypatch, copied, CERTIFY)
     monkeypatch.setattr(caches, "explore", is_too_late)
     with caplog.at_level(logging.WARNING, logger="train"), pytest.raises(AssertionError):
         caches.main(digits(tmp_path, zeros, "--base.accept_low_accuracy", "true"))
-    (said,) = (record.getMessage() for record in caplog.records if "near copies" in record.getMessage())
+    said, itself = (record.getMessage() for record in caplog.records if "near copies" in record.getMessage())
     assert said.startswith("20 of 300 rows of certify are near copies of rows of select")
+    assert itself.startswith("10 of 300 rows of certify are near copies of rows of certify")
 
 
 # --- Bundles --------------------------------------------------------------------------------------------------------
@@ -247,6 +252,15 @@ def test_bad_bundles_are_one_line(capsys, run, tmp_path, damage, message):
 def test_no_request_to_time_is_refused(capsys, run, tmp_path, count):
     arguments = (*evaluate_arguments(run.folder, tmp_path / "out"), f"--timed={count}")
     assert f"--timed: expected 1 or more, got {count}" in refuse(capsys, evaluate.main, *arguments)
+
+
+@pytest.mark.parametrize("flag", ["--out", "--ledger"])
+def test_what_a_script_writes_is_not_put_into_a_bundle(capsys, run, tmp_path, flag):
+    """Its files are listed in it with their digests; its copy of looks is no ledger."""
+    bundle = run.folder / "caches" / "bundle"
+    inside = str(bundle / ("eval" if flag == "--out" else "looks.json"))
+    said = refuse(capsys, evaluate.main, *evaluate_arguments(run.folder, tmp_path / "out"), flag, inside)
+    assert f"{flag}: expected a folder outside the bundle {bundle}, which would not load any more" in said
 
 
 def test_an_out_that_is_a_file_is_refused(capsys, run, tmp_path):

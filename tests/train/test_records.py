@@ -92,6 +92,21 @@ def test_after_a_look_that_failed_another_plan_pays_for_both(run, tmp_path):
 
 
 @pytest.mark.usefixtures("tiny")
+def test_rows_that_were_evaluated_certify_no_plan_that_was_chosen_by_it(run, tmp_path):
+    """Among them those of certify that no look had closed, where others of the split were."""
+    evaluated = ["--bundle", str(run.folder / "caches" / "bundle"), "--out", str(tmp_path / "out"), "--timed", "1"]
+    json_of(evaluate.main, *evaluated, *looks_in(tmp_path))
+    swapped = ["--data.splits.test", "all[1197:1497]", "--data.splits.certify", "all[1497:]"]
+    with pytest.raises(InputError, match=r"data\.splits\.certify: expected rows .* 60 of 300 are closed since what"):
+        caches.main([*caches_arguments(run.folder), *swapped, "--out", str(tmp_path), *looks_in(tmp_path)])
+    rows = data.row_digests(data.load("digits", "all[1197:1497]").images)
+    ledger = gati_jax.Ledger(tmp_path / "few.json")
+    ledger.reveal(rows[:9], {"default": (run.bundle.plan, 0.1)}, 0.05)
+    with pytest.raises(InputError, match="split: expected test, or certify with --reveal"):
+        evaluate.close_shown(ledger, run.bundle, data.load("digits", "all[1197:1497]"), "certify", reveal=False)
+
+
+@pytest.mark.usefixtures("tiny")
 def test_several_plans_are_certified_together_in_one_look(run, tmp_path):
     out = tmp_path / "caches"
     out.mkdir()

@@ -13,7 +13,7 @@ import numpy as np
 
 import gati_jax
 from gati_jax import Certificate, Chain, InputError, Ledger, ReplayTable, data
-from gati_jax.certification import AnyLedger, count_duplicates
+from gati_jax.certification import AnyLedger, count_duplicates, find_ledger
 from train import cli, zoo
 from train.caches import base_saw_certify, check_open, composition_entry, load_parts, read_base, small_networks
 from train.config import Config
@@ -123,6 +123,8 @@ def compare(
 
     # --- Steps ------------------------------------------------------------------------------------------------------
     certificates = certify_each(planned["certified"], config, ledger)
+    if counted := find_ledger(ledger):  # as ``train.evaluate`` does: the results show what all plans do there
+        counted.reveal(tables["test"].rows, {DEFAULT: (plan, epsilon)}, delta)
     steps = {
         "certified": [certificates[one.name].step for one in planned["certified"]],
         "accurate": [step_at_accuracy(one, ACCURACY_SHARE) for one in planned["accurate"]],
