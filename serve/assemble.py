@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import gati_jax
 from serve.engine import routes
 from serve.engine.engine import Engine
+from serve.engine.onnx_runner import OnnxRunner
 from serve.engine.programs import settle
 from serve.engine.runner import JaxRunner
 from serve.protocol.model import Bound, Model, Tally
@@ -39,11 +40,16 @@ def assemble(settings: Settings) -> Parts:
     tally = Tally()
     metrics = Metrics(tally)
     adaptive = _adapt(bundle, settings, metrics) if settings.adapt else None
-    sources = adaptive.sources if adaptive else routes.load(bundle, reference=settings.reference)
+    sources = (
+        adaptive.sources if adaptive else routes.load(bundle, reference=settings.reference, backend=settings.backend)
+    )
     service = Service(_describe(bundle, sources, settings), tally=tally, timeout=settings.timeout)
 
     def start() -> Backend:
-        runner = JaxRunner(sources, capacity=settings.capacity)
+        tuning = sources[0].tuning
+        on_onnx = tuning is not None and tuning.backend == "onnxruntime"
+        kind = OnnxRunner if on_onnx else JaxRunner
+        runner = kind(sources, capacity=settings.capacity)
         engine = Engine(
             runner,
             max_wait_ms=settings.max_wait_ms,
@@ -59,7 +65,7 @@ def assemble(settings: Settings) -> Parts:
             default=0 if adaptive else routes.default(engine.routes),
             backlog_ms=lambda: engine.statistics().backlog_ms,
         )
-        if adaptive is None:
+        if adaptive is None or isinstance(runner, OnnxRunner):  # adaptation's routes are in the reference arithmetic
             engine.start()
             return Backend(engine, choose_route)
         adaptive.serve(engine, runner)

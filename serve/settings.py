@@ -86,6 +86,9 @@ class Settings(BaseModel):
     reference: bool = Field(
         default=False, description="run the certified arithmetic even where a tuning was checked against it"
     )
+    backend: Literal["xla", "onnxruntime"] | None = Field(
+        default=None, description="what runs the network (default: the faster one that the bundle was tuned for)"
+    )
     json_output: bool = Field(default=False, alias="json", description="print the addresses as JSON on standard output")
     adapt: bool = Field(default=False, description="follow the traffic: watch, close, try again, refit")
     adapt_dir: Path | None = Field(default=None, description="folder of adaptation's versions (default: BUNDLE-adapt)")
@@ -118,6 +121,13 @@ class Settings(BaseModel):
         token = self.token
         if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
             raise InputError(f"{TOKEN}: expected printable ASCII characters without spaces, got something else")
+        return self
+
+    @model_validator(mode="after")
+    def _check_backend(self) -> Self:
+        if self.backend == "onnxruntime" and (self.reference or self.adapt):
+            other = "--reference" if self.reference else "--adapt"
+            raise InputError(f"--backend: expected xla, for {other} needs the certified arithmetic, got {self.backend}")
         return self
 
     @property

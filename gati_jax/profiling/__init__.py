@@ -3,6 +3,7 @@
 from .autotune import probe as probe
 from .autotune import reference_tuning as reference_tuning
 from .autotune import tune as tune
+from .backends import AnyBatch as AnyBatch
 from .backends import cannot_run as cannot_run
 from .backends import fastest as fastest
 from .backends import measure_onnx_costs as measure_onnx_costs

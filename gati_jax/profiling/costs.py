@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -149,6 +149,7 @@ _TURN = 4  # calls
 Call = Callable[[], object]
 
 
+@runtime_checkable
 class Programs(Protocol):
     """Calls on one backend, to be timed."""
 

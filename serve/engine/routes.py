@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
-from gati_jax import Bundle
+from gati_jax import Bundle, InputError
 from gati_jax.certification import BASE, Certificate
-from gati_jax.profiling import Tuning
+from gati_jax.profiling import Backend, Tuning
 from gati_jax.runtime import Cascade
 
 from . import policy
@@ -33,19 +33,27 @@ class CascadeRoute:
     """The fastest programs on this device, if measured; None runs the reference arithmetic."""
 
 
-def load(bundle: Bundle, *, reference: bool = False) -> list[CascadeRoute]:
+def load(bundle: Bundle, *, reference: bool = False, backend: Backend | None = None) -> list[CascadeRoute]:
     """Return the routes of a bundle: its plans, the default one first, and the base.
 
     The certified arithmetic runs if ``reference`` is set, or if the tuning for this device has no checks. Otherwise the
     tuned one does; then what is promised of each route, the base among them, is that of the reference arithmetic plus
     what its check bounds.
+
+    Raises:
+        InputError: ``backend`` is ONNX Runtime, for which the bundle has no tuning with a check here.
     """
-    base_check = None if reference else bundle.checks.get(BASE)
-    tuning = bundle.tuned.tuning if base_check and bundle.tuned else None
+    base_check = None if reference else bundle.checks_of(backend).get(BASE)
+    tuning = bundle.tuning_of(backend) if base_check else None
+    if backend == "onnxruntime" and tuning is None:
+        raise InputError(
+            "backend: expected a bundle that was tuned for onnxruntime on this device, and checked, got none; run"
+            " python -m train.tune --bundle DIR"
+        )
     found = []
     for name, cascade in bundle.cascades.items():
         certificate = bundle.certificates[name]
-        bound, shares = bundle.bound_of(name, "fast" if tuning else "reference"), _shares(cascade, certificate)
+        bound, shares = bundle.bound_of(name, "fast" if tuning else "reference", backend), _shares(cascade, certificate)
         route = CascadeRoute(
             name=name, cascade=cascade, epsilon=bound.epsilon, delta=bound.delta, leave=shares, tuning=tuning
         )

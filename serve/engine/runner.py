@@ -66,7 +66,9 @@ class JaxRunner:
         self._lost: dict[int, set[int]] = {site: set() for site in self._slabs}
         """By site: slots whose rows were lost with the slab that was donated to a failed step."""
         self._sites = [source.cascade.sites for source in sources]
-        self._thresholds = {number: _thresholds(source.cascade.thresholds) for number, source in enumerate(sources)}
+        self._thresholds = {
+            number: stage_thresholds(source.cascade.thresholds) for number, source in enumerate(sources)
+        }
         """By route and stage: the least score of a row that leaves there."""
         options: dict[int, CompilerOptions] = {size: tile.options if tile else () for size, tile in self._tiles.items()}
         cascades = self._cascades(dict(enumerate(sources)))
@@ -109,7 +111,7 @@ class JaxRunner:
         if set(changed) != {key for key in self._programs if key[0] in sources}:
             raise InputError("sources: expected the same routes, networks, caches and shapes as before, got others")
         jax.block_until_ready([program.leaves for program in changed.values()])
-        thresholds = {number: _thresholds(source.cascade.thresholds) for number, source in sources.items()}
+        thresholds = {number: stage_thresholds(source.cascade.thresholds) for number, source in sources.items()}
         return Prepared(changed, thresholds)
 
     def take(self, prepared: Prepared) -> None:
@@ -122,7 +124,7 @@ class JaxRunner:
 
     def close(self, route: int, thresholds: Float[np.ndarray, " caches"]) -> None:
         """Use other thresholds from the next step on. From the engine's thread."""
-        self._thresholds = {**self._thresholds, route: _thresholds(thresholds)}
+        self._thresholds = {**self._thresholds, route: stage_thresholds(thresholds)}
 
     def lose(self, site: int) -> None:
         """Replace a slab that was donated to a failed step; the rows in it are lost to their jobs."""
@@ -215,7 +217,7 @@ class _Running:
         return StageResult(score >= self.threshold, logits.argmax(-1), score, logits)
 
 
-def _thresholds(caches: Shaped[np.ndarray | Array, " caches"]) -> Shaped[np.ndarray, " stages"]:
+def stage_thresholds(caches: Shaped[np.ndarray | Array, " caches"]) -> Shaped[np.ndarray, " stages"]:
     """Return the thresholds of all stages; every row leaves at the last one."""
     return np.append(np.asarray(caches, np.float32), np.float32(-np.inf))
 

@@ -1,0 +1,127 @@
+"""The device, as ONNX Runtime runs it: slabs in host memory, a session for each span, batches of exactly the jobs."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+from gati_jax import InputError
+from gati_jax.profiling import AnyBatch, stages_ms
+
+from .records import Job, Route, StageResult, Step
+from .routes import CascadeRoute
+from .runner import BUCKETS, LEAST_MS, stage_thresholds
+
+_log = logging.getLogger(__name__)
+
+
+class OnnxRunner:
+    """Runs routes on ONNX Runtime, on the CPU; see ``JaxRunner``, whose place it takes.
+
+    All routes share the base's sessions, which are cut at the sites of any route's caches. A step is done when
+    ``dispatch`` returns.
+
+    Args:
+        sources: The routes, see ``routes.load``; their tuning is one for ONNX Runtime, with costs.
+        capacity: Slots. Memory: capacity x the sizes of all activations at sites of caches.
+
+    Raises:
+        InputError: The tuning is not, or has none.
+    """
+
+    def __init__(self, sources: Sequence[CascadeRoute], *, capacity: int = 256) -> None:
+        """Open the sessions, and run every stage once."""
+        from gati_jax.export.sessions import Lookup, Spans, to_value  # noqa: PLC0415 (of the extra onnx)
+
+        started, chain = time.perf_counter(), sources[0].cascade.chain
+        self.capacity, self._depth, self._to_value = capacity, len(chain), to_value
+        self._sites = [source.cascade.sites for source in sources]
+        self._spans = Spans(chain, {site for sites in self._sites for site in sites})
+        self._slabs: dict[int, Shaped[np.ndarray, "slots channels height width"]] = {}
+        for site in {site for sites in self._sites for site in sites}:
+            height, width, channels = chain.site_specs[site].shape
+            self._slabs[site] = np.zeros((capacity, channels, height, width), np.float32)
+        opened: dict[int, Lookup] = {}  # plans may share caches
+        for source in sources:
+            opened |= {id(c): Lookup(chain, c) for c in source.cascade.caches if id(c) not in opened}
+        self._lookups = [[opened[id(cache)] for cache in source.cascade.caches] for source in sources]
+        self._thresholds = [stage_thresholds(source.cascade.thresholds) for source in sources]
+        self.routes = tuple(_route(source) for source in sources)
+        self._warm_up(np.zeros(chain.input_spec.shape, np.float32 if chain.normalization is None else np.uint8))
+        _log.info("warm-up: %d lookups on ONNX Runtime in %.1f s", len(opened), time.perf_counter() - started)
+
+    def dispatch(self, step: Step) -> "_Done":
+        """Run a step.
+
+        Raises:
+            Exception: Any failure of ONNX Runtime.
+        """
+        sites = self._sites[step.route]
+        slots = np.array([job.slot for job in step.jobs])
+        start = sites[step.stage - 1] if step.stage else 0
+        stop = sites[step.stage] if step.stage < len(sites) else self._depth
+        if step.stage:
+            x = self._spans.run(self._to_value(self._slabs[start]), slots, start, stop)
+        else:
+            x = self._first(step.jobs, stop)
+        if stop == self._depth and step.stage == len(sites):
+            logits, score = x.numpy(), np.full(len(slots), np.inf, np.float32)
+        else:
+            logits, score = self._lookups[step.route][step.stage](x)
+            self._slabs[stop][slots] = x.numpy()
+        hit = score >= self._thresholds[step.route][step.stage]
+        return _Done(StageResult(hit, logits.argmax(-1), score, logits))
+
+    def _first(self, jobs: Sequence[Job], stop: int) -> Any:  # noqa: ANN401 (an OrtValue)
+        """Run the images of some jobs; pixels and prepared inputs are different programs."""
+        kinds = {job.image.dtype for job in jobs}
+        if len(kinds) == 1:
+            return self._spans.first(np.stack([job.image for job in jobs]), stop)
+        parts, places = [], []
+        for kind in kinds:
+            places.append(np.array([i for i, job in enumerate(jobs) if job.image.dtype == kind]))
+            images = np.stack([jobs[i].image for i in places[-1]])
+            parts.append(self._spans.first(images, stop).numpy())
+        order = np.argsort(np.concatenate(places))
+        return self._to_value(np.concatenate(parts)[order])
+
+    def _warm_up(self, image: Shaped[np.ndarray, "*input"]) -> None:
+        job = Job(image=image, route=0, arrived=0.0, slot=0)
+        for route, sites in enumerate(self._sites):
+            for stage in range(len(sites) + 1):
+                self.dispatch(Step(route=route, stage=stage, bucket=1, jobs=(job,)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Done:
+    """A step that has run."""
+
+    found: StageResult
+
+    def result(self) -> StageResult:
+        return self.found
+
+
+def _route(source: CascadeRoute) -> Route:
+    """Describe a route with the times of its tuning."""
+    tables = {t.size: t.costs for t in (source.tuning.tiles if source.tuning else ()) if t.costs is not None}
+    names = {cache.name for cache in source.cascade.caches}
+    if not tables or any(names - set(costs.lookup_ms) for costs in tables.values()):
+        raise InputError("tuning: expected costs of every cache on ONNX Runtime; run python -m train.tune --bundle DIR")
+    by_size, between = {size: stages_ms(source.cascade, costs) for size, costs in tables.items()}, AnyBatch(())
+    stages = range(len(source.cascade.sites) + 1)
+    return Route(
+        name=source.name,
+        sites=source.cascade.sites,
+        depth=len(source.cascade.chain),
+        epsilon=source.epsilon,
+        stage_ms={
+            rows: tuple(max(LEAST_MS, between.milliseconds(rows, {s: by_size[s][i] for s in by_size})) for i in stages)
+            for rows in BUCKETS
+        },
+        leave=source.leave,
+    )
