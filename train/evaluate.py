@@ -17,7 +17,6 @@ from numpy.typing import ArrayLike
 import gati_jax
 from gati_jax import Bundle, Certificate, InputError, Prediction, data
 from gati_jax.certification import AnyLedger, find_ledger
-from gati_jax.profiling import measure_speed
 from train import cli, latency
 
 from .config import Config, build_config
@@ -26,6 +25,13 @@ from .results import BaseQuality, CascadeQuality, EvaluatedCertificate, Evaluati
 _log = logging.getLogger("train.evaluate")
 EXAMPLE = "python -m train.evaluate --bundle runs/r56/bundle --out runs/r56/eval"
 CHUNK = 250
+FULL = {
+    "reference": "XLA's reference programs",
+    "tuned": "tuned like the cascade",
+    "xla": "the best of XLA's programs",
+    "onnxruntime": "ONNX Runtime",
+}
+SLOW = 1.3
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,10 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     exits = np.asarray(prediction.exit)
     _log.info("replaying the %d requests through the base and every cache", len(split))
     table = gati_jax.replay(bundle.chain, bundle.cascade.caches, split.images, labels=split.labels)
-    timed = split.images[: arguments.timed]
-    _log.info("timing %d requests, one at a time", len(timed))
-    speed = measure_speed(bundle.cascade, timed, tuned=bundle.tuned)
-    tuned = latency.measure_tuned(bundle, split.images, exits, arguments.batches, arguments.timed)
+    speed, measured = latency.measure(bundle, split.images, exits, arguments.batches, arguments.timed)
 
     # --- Result -----------------------------------------------------------------------------------------------------
     agrees = np.asarray(prediction.class_index == table.answers)
@@ -65,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         certificate=evaluated(bundle.certificate, quality.agreement),
         served=ServedResult.of(bound := bundle.bound_of(), text=str(bound)),
         exits=tuple(exit_of(site, exits == site, agrees) for site in (*bundle.cascade.sites, len(bundle.chain))),
-        cost=latency.cost(bundle, exits, speed, tuned),
+        cost=latency.cost(exits, speed, measured),
         memory=Memory(base_bytes=bundle.chain.bytes, cache_bytes=sum(c.bytes for c in bundle.cascade.caches)),
         oracle=Oracle(saved_share=latency.oracle_saved_share(table, speed)),
         versions=cli.versions(),
@@ -141,9 +144,9 @@ def close_shown(ledger: AnyLedger, bundle: Bundle, split: data.Dataset, name: st
 
 
 def answers(bundle: Bundle, images: np.ndarray) -> Prediction:
-    """Answer in the certified arithmetic, whatever the tuning: ``Evaluation.served`` says what that adds."""
+    """Answer as requests are answered by default: ``Evaluation.served`` says what holds of it."""
     starts = cli.track(range(0, len(images), CHUNK), "answering")
-    chunks = [gati_jax.infer_batch(bundle, images[i : i + CHUNK], numerics="reference") for i in starts]
+    chunks = [gati_jax.infer_batch(bundle, images[i : i + CHUNK]) for i in starts]
     return jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
 
 
@@ -183,13 +186,12 @@ def show(result: Evaluation) -> None:
     title = f"{result.network} on {result.dataset} {result.split}"
     cli.show(title, ("exit", "requests", "share", "agreement with the base"), rows)
     certificate, cost, memory = result.certificate, result.cost, result.memory
-    one_by_one, *tuned = cost.measured
+    one_by_one, *_ = cost.measured
     base, cascade = result.base.accuracy, result.cascade.accuracy
     holds = "holds" if certificate.holds else "does NOT hold"
     bound = f"{certificate.promise}, delta {certificate.delta}, {certificate.basis}: {holds} here"
     times = f"{one_by_one.full_ms:.3f} -> {one_by_one.cascade_ms:.3f} ms, spread {one_by_one.spread:.0%}"
-    over = f"over the {one_by_one.full} full network"
-    over += ", which is faster than the reference one" if one_by_one.full == "tuned" else ""
+    over = f"over the fastest full network here ({FULL[one_by_one.full]})"
     lost = "no labels, or nothing certified"
     if gap := certificate.accuracy_gap:
         lost = f"{gap.upper:.4f}, delta {gap.delta} ({gap.mean:.4f} of {gap.n} certify requests)"
@@ -204,12 +206,17 @@ def show(result: Evaluation) -> None:
         ("conversion", f"{one_by_one.conversion:.3f}, {over}"),
         ("memory, base + caches", f"{memory.base_bytes / 1e6:.2f} + {memory.cache_bytes / 1e6:.2f} MB"),
     ]
+    if (slow := one_by_one.reference_ms) and slow > SLOW * one_by_one.full_ms:
+        print(
+            f"XLA's reference programs take {slow / one_by_one.full_ms:.1f} times as long as the fastest full network"
+            f" here ({FULL[one_by_one.full]}): speed-ups are over the latter"
+        )
     cli.show("Result", ("", "value"), lines)
-    if tuned:
+    if one_by_one.numerics == "fast":
         keys = ("full_ms", "cascade_ms", "predicted_ms", "speedup", "ideal", "conversion", "spread")
-        rows = [(row.batch, row.full, *(f"{getattr(row, key):.3f}" for key in keys)) for row in tuned]
+        rows = [(row.batch, row.full, *(f"{getattr(row, key):.3f}" for key in keys)) for row in cost.measured]
         titles = ("batch", "full", "full ms", "cascade ms", "predicted ms", "speed-up", "ideal", "conversion", "spread")
-        cli.show("Tuned for this device", titles, rows)
+        cli.show(f"Tuned for this device: {one_by_one.backend}", titles, rows)
 
 
 def render(evaluation: Mapping[str, Any]) -> str:

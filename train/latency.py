@@ -5,62 +5,110 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from gati_jax import Bundle
 from gati_jax.planning import ReplayTable, replay_plan
-from gati_jax.profiling import Speed, device_name, expected_ms, measure_batches
+from gati_jax.profiling import (
+    Speed,
+    TunedCascade,
+    Tuning,
+    device_name,
+    expected_ms,
+    measure_batches,
+    measure_speed,
+    onnx_tuning,
+    onnx_unavailable,
+    probe,
+    run_by,
+)
+from gati_jax.profiling.speed import FullNetwork
+from gati_jax.runtime import Cascade
 
 from .results import Cost, Measured
 
 _log = logging.getLogger("train.evaluate")
 
 
-def measure_tuned(
-    bundle: Bundle, images: np.ndarray, exits: np.ndarray, batches: Sequence[int], timed: int
-) -> list[Measured]:
-    """Time the tuned cascade, if there is one, at every batch size that the split fills.
+def contenders(bundle: Bundle) -> dict[FullNetwork, TunedCascade]:
+    """Return further ways to run the full network, one of which may be the fastest that a user has here.
 
-    ``timed`` requests are timed, but at least two batches; ``exits`` says where each request of the split leaves.
+    For each backend that the bundle has not been tuned for: the best of XLA's programs that a minute of trying finds,
+    and ONNX Runtime where it is installed.
     """
-    tuned, rows = bundle.tuned, []
-    if tuned is None:
-        return []
-    for batch in batches:
+    chain, first, found = bundle.chain, bundle.tuning_of(), dict[FullNetwork, Tuning]()
+    for backend in ("xla", "onnxruntime"):
+        tuning = bundle.tunings_here.get(backend)
+        if tuning is None and backend == "xla":
+            _log.info("trying programs of the full network, to compare with the fastest")
+            tuning = probe(chain, sizes=(8,))
+        if tuning is None and not onnx_unavailable(chain):
+            tuning = onnx_tuning(chain)
+        if tuning is not None and tuning is not first:
+            found[backend] = tuning
+    base = Cascade(chain, (), jnp.zeros(0))
+    return {backend: run_by(tuning, base) for backend, tuning in found.items()}
+
+
+def measure(
+    bundle: Bundle, images: np.ndarray, exits: np.ndarray, batches: Sequence[int], timed: int
+) -> tuple[Speed, list[Measured]]:
+    """Time what answers by default beside the fastest full network: one request at a time, then in batches.
+
+    Where the certified arithmetic answers, one at a time is all; a tuned cascade is timed at every batch size that the
+    split fills. ``timed`` requests are timed, but at least two batches; ``exits`` says where each of the split leaves.
+
+    Returns:
+        The first measurement, and the records of all.
+    """
+    full, tuned = contenders(bundle), bundle.tuned
+    if tuned is None or not bundle.checks:
+        if tuned is not None:
+            full["tuned"] = tuned
+        _log.info("timing %d requests, one at a time", min(timed, len(images)))
+        speed = measure_speed(bundle.cascade, images[:timed], full=full)
+        return speed, [describe(bundle, speed, numerics="reference", lookup_share=_lookup_share(bundle, speed))]
+    speeds, rows = [], []
+    for batch in sorted({1, *batches}):
         requests = images[: max(timed // batch, 2) * batch]
         if len(requests) < batch:
             continue
         _log.info("timing %d requests in batches of %d", len(requests), batch)
-        speed = measure_batches(tuned, requests, batch=batch)
+        speeds.append(measure_batches(tuned, requests, batch=batch, full=full))
         costs = tuned.costs(batch)
         predicted_ms = expected_ms(tuned.cascade, costs, tuned.schedule(batch), exits, batch)
         of_tiles = {"tiles": tuple(costs), "costs_spread": costs[min(costs)].spread}
-        rows.append(describe(bundle, speed, numerics="fast", predicted_ms=predicted_ms, **of_tiles))
-    return rows
+        rows.append(describe(bundle, speeds[-1], numerics="fast", predicted_ms=predicted_ms, **of_tiles))
+    return speeds[0], rows
 
 
 def describe(bundle: Bundle, speed: Speed, **more: Any) -> Measured:  # noqa: ANN401 (fields of the record)
     """Return the record of one timing."""
-    driver, dtype = "while_loop" if speed.batch == 1 else "tiles", str(bundle.chain.input_spec.dtype)
-    return Measured.of(speed, driver=driver, dtype=dtype, requests=len(speed.exits), **more)
+    backend = "xla" if (tuning := bundle.tuning_of()) is None or more["numerics"] == "reference" else tuning.backend
+    driver = "spans" if backend == "onnxruntime" else "while_loop" if speed.batch == 1 else "tiles"
+    dtype = str(bundle.chain.input_spec.dtype)
+    return Measured.of(speed, driver=driver, backend=backend, dtype=dtype, requests=len(speed.exits), **more)
 
 
-def cost(bundle: Bundle, exits: np.ndarray, speed: Speed, tuned: Sequence[Measured]) -> Cost:
+def _lookup_share(bundle: Bundle, speed: Speed) -> float | None:
+    """Return the share of lookups in the time of the timed requests, by costs measured on this device."""
+    table = next((table for table in bundle.costs if table.device == device_name()), None)
+    if table is None:
+        return None
+    caches = [(cache.site, table.lookup_ms.get(cache.name, 0.0)) for cache in bundle.cascade.caches]
+    lookups = np.mean([sum(ms for site, ms in caches if site <= exit_) for exit_ in speed.exits])
+    return float(lookups / (lookups + np.mean([table.until(exit_) for exit_ in speed.exits])))
+
+
+def cost(exits: np.ndarray, speed: Speed, measured: Sequence[Measured]) -> Cost:
     """Summarise what the exits save: all those of the split ideally, those of the timed requests as measured."""
     ideal_ms = float(np.mean([speed.exit_ms[int(exit_)] for exit_ in exits]))
-    lookup_ms = {
-        name: ms for table in bundle.costs if table.device == device_name() for name, ms in table.lookup_ms.items()
-    }
-    lookups = [
-        sum(lookup_ms.get(c.name, 0.0) for c in bundle.cascade.caches if c.site <= exit_) for exit_ in speed.exits
-    ]
-    share = float(np.mean(lookups)) / speed.cascade_ms if lookup_ms else None
-    one_by_one = describe(bundle, speed, numerics="reference", lookup_share=share)
     return Cost(
         blocks_mean=float(exits.mean()),
         saved_share=1 - ideal_ms / speed.full_ms,
         ideal_speedup=speed.full_ms / ideal_ms,
-        measured=(one_by_one, *tuned),
+        measured=tuple(measured),
     )
 
 

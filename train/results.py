@@ -12,7 +12,8 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from gati_jax import InputError
 from gati_jax.certification import AccuracyGap
 from gati_jax.options import describe_error
-from gati_jax.profiling import device_name
+from gati_jax.profiling import Backend, device_name
+from gati_jax.profiling.speed import FullNetwork
 from train import cli
 
 ERRORS_SHOWN = 3
@@ -173,12 +174,14 @@ class Measured(Record):
     """One way of answering, timed beside the full network. Milliseconds are of a batch."""
 
     device: str = Field(default_factory=device_name)
-    driver: Literal["while_loop", "tiles"]
+    driver: Literal["while_loop", "tiles", "spans"]
+    backend: Backend = "xla"
     numerics: Literal["reference", "fast"]
     dtype: str
     batch: int
     requests: int
-    full: Literal["reference", "tuned"]  # which full network is the fastest, and so the one that is compared with
+    full: FullNetwork  # the fastest here, and so the one that is compared with
+    reference_ms: float | None = None  # of the full network by the reference programs
     full_ms: float
     cascade_ms: float
     speedup: float
@@ -198,7 +201,7 @@ class Cost(Record):
     saved_share: float
     ideal_speedup: float
     measured: tuple[Measured, ...]
-    """One request at a time in the certified arithmetic, then the tuned cascade at every batch size."""
+    """What answers by default: one request at a time, and in batches of several sizes where it has been tuned."""
 
 
 class Memory(Record):

@@ -1,7 +1,9 @@
-"""Tune a saved bundle for this device: algorithms, compiler options, tiles. Run it again to do it anew.
+"""Tune a saved bundle for this device, on both backends. Run it again to do it anew.
 
-The tuned answers are then compared with the certified arithmetic's on the bundle's certify rows, so that what is served
-has a bound. These rows are closed, for a plan was certified on them; see ``gati_jax.certification.arithmetic``.
+On XLA: algorithms, compiler options, tiles. On ONNX Runtime, where it is installed and this is a CPU, there is nothing
+to choose, and costs are measured. The answers of each are then compared with the certified arithmetic's on the bundle's
+certify rows, so that what is served has a bound; the faster one answers by default. These rows are closed, for a plan
+was certified on them; see ``gati_jax.certification.arithmetic``.
 """
 
 import dataclasses
@@ -10,9 +12,11 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
+
 import gati_jax
 from gati_jax import Bundle, InputError
-from gati_jax.profiling import TunedCascade, Tuning
+from gati_jax.profiling import Backend, Tuning, onnx_tuning, onnx_unavailable, run_by
 from train import cli
 from train.evaluate import certify_images
 
@@ -24,21 +28,63 @@ def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     p = cli.parser("Tune a saved bundle for this device.", EXAMPLE, out=False)
     p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
-    sizes, rounds = "rows in a tile, to try (default: 1 8 16)", "interleaved repeats of a timing (default: 7)"
+    backends, which = ("auto", "xla", "onnxruntime"), "what to tune for (default: auto, all that can run here)"
+    p.add_argument("--backend", choices=backends, default="auto", help=which)
+    sizes, rounds = "rows in a tile, to try on XLA (default: 1 8 16)", "interleaved repeats of a timing (default: 7)"
     p.add_argument("--tiles", type=cli.positive, nargs="+", default=[1, 8, 16], metavar="N", help=sizes)
     p.add_argument("--rounds", type=cli.positive, default=7, metavar="N", help=rounds)
     p.add_argument("--data-dir", type=Path, metavar="DIR", help="TFDS's folder, if not where the bundle was fitted")
     arguments = p.parse_args(argv)
-    bundle = gati_jax.load_bundle(arguments.bundle)
-    tuning = gati_jax.tune(bundle.chain, bundle.caches, sizes=arguments.tiles, rounds=arguments.rounds)
-    tuning = TunedCascade(bundle.cascade, tuning).measured(rounds=3 * arguments.rounds)
-    tuning = checked(bundle, tuning, arguments.bundle, arguments.data_dir)
-    gati_jax.save_tuning(arguments.bundle, tuning)
+    bundle, found = gati_jax.load_bundle(arguments.bundle), []
+    for backend in to_tune(bundle, arguments.backend):
+        if backend == "xla":
+            tuning = gati_jax.tune(bundle.chain, bundle.caches, sizes=arguments.tiles, rounds=arguments.rounds)
+        else:
+            tuning = onnx_tuning(bundle.chain, bundle.caches)
+        tuning = run_by(tuning, bundle.cascade).measured(rounds=3 * arguments.rounds)
+        tuning = checked(bundle, tuning, arguments.bundle, arguments.data_dir)
+        gati_jax.save_tuning(arguments.bundle, tuning)
+        found.append(tuning)
+        others = [one for one in bundle.tunings if one.device != tuning.device]
+        bundle = dataclasses.replace(bundle, tunings=(*others, tuning))
     if arguments.json:
-        print(json.dumps(dataclasses.asdict(tuning)))
-    else:
+        print(json.dumps([dataclasses.asdict(tuning) for tuning in found]))
+        return
+    for tuning in found:
         show(tuning)
-        print(f"Answers by default: {dataclasses.replace(bundle, tunings=(tuning,)).bound_of()}")
+    compare(bundle)
+    print(f"Answers by default: {bundle.bound_of()}")
+
+
+def to_tune(bundle: Bundle, wanted: str) -> list[Backend]:
+    """Return the backends to tune for.
+
+    Raises:
+        InputError: ONNX Runtime is wanted, and cannot run the bundle here.
+    """
+    if wanted == "xla":
+        return ["xla"]
+    why = onnx_unavailable(bundle.chain, bundle.caches)
+    if wanted == "onnxruntime":
+        if why:
+            raise InputError(f"--backend: {why}")
+        return ["onnxruntime"]
+    if jax.default_backend() != "cpu" or why:
+        _log.info("not for ONNX Runtime: %s", why or "there is a faster device")
+        return ["xla"]
+    return ["onnxruntime", "xla"]
+
+
+def compare(bundle: Bundle) -> None:
+    """Say which backend is the faster one, and by how much."""
+    if len(bundle.tunings_here) > 1:
+        first, second = bundle.tunings_here.values()
+        one, many = (second.tiles[i].milliseconds / first.tiles[i].milliseconds for i in (0, -1))
+        many *= first.tiles[-1].size / second.tiles[-1].size
+        print(
+            f"{first.backend} is preferred to {second.backend}: the whole base takes {one:.2f} times as long on the"
+            f" latter for one request, and {many:.2f} times in the largest batches"
+        )
 
 
 def checked(bundle: Bundle, tuning: Tuning, path: Path, folder: Path | None) -> Tuning:
@@ -57,7 +103,8 @@ def show(tuning: Tuning) -> None:
         (tile.size, f"{tile.milliseconds:.3f}", f"{tile.milliseconds / tile.size:.3f}", describe(tile.algorithms))
         for tile in tuning.tiles
     ]
-    cli.show(f"Tiles on {tuning.device}", ("rows", "ms", "ms a row", "algorithms"), rows)
+    name = "Tiles" if tuning.backend == "xla" else "Batches"
+    cli.show(f"{name} on {tuning.device}", ("rows", "ms", "ms a row", "algorithms"), rows)
 
 
 def describe(algorithms: Mapping[str, str]) -> str:

@@ -17,7 +17,8 @@ from gati_jax.runtime.cascade import Cascade, predict_one
 from .costs import lookup_program, prefix_program, spread, time_interleaved, time_turns
 from .tuned_cascade import TunedCascade
 
-FullNetwork = Literal["reference", "tuned"]
+FullNetwork = Literal["reference", "tuned", "xla", "onnxruntime"]
+"""By the reference programs, as the cascade is tuned, or as another backend runs it fastest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,9 @@ class Speed:
     """Interquartile range over median of the speed-up, over rounds."""
     batch: int = 1
     full: FullNetwork = "reference"
-    """Which full network is the faster one: by the reference arithmetic, or as tuned for this device."""
+    """Which full network is the fastest one, and so compared with."""
+    reference_ms: float = 0.0
+    """The full network's time by the reference programs."""
 
     @property
     def speedup(self) -> float:
@@ -60,7 +63,7 @@ def measure_speed(
     cascade: Cascade,
     images: Shaped[Array | np.ndarray, "n *input"],
     *,
-    tuned: TunedCascade | None = None,
+    full: Mapping[FullNetwork, TunedCascade] | None = None,
     rounds: int = 7,
 ) -> Speed:
     """Time the cascade, by the reference arithmetic, and its full network on each image.
@@ -70,10 +73,10 @@ def measure_speed(
     Args:
         cascade: See ``Cascade``.
         images: Requests, [n, ...].
-        tuned: The same cascade as tuned for this device, if it has been: its full network may be the faster one.
+        full: Other ways to run the full network: the fastest is compared with.
         rounds: How often each request is timed.
     """
-    depth = len(cascade.chain)
+    depth, full = len(cascade.chain), full or {}
     networks = [cache for cache in cascade.caches if isinstance(cache.predictor, Network)]
     times: dict[str, list[np.ndarray]] = {}
     for image in images:
@@ -82,14 +85,14 @@ def measure_speed(
             programs[str(site)] = prefix_program(cascade.chain, site, image[None])
         for cache in networks:
             programs[cache.name] = lookup_program(cache, cascade.chain.prepare(image[None]))
-        if tuned is not None:
-            programs["tuned"] = functools.partial(tuned.without_caches.predict_one, image)
+        for name, network in full.items():
+            programs[name] = functools.partial(network.without_caches.predict_one, image)
         for name, ms in time_interleaved(programs, rounds=rounds).items():
             times.setdefault(name, []).append(ms)
     by_request = {name: np.stack(ms) for name, ms in times.items()}  # float[n, rounds]
     mean = {name: float(np.median(ms, axis=1).mean()) for name, ms in by_request.items()}
-    full: dict[str, FullNetwork] = {str(depth): "reference", "tuned": "tuned"}
-    fastest = min((name for name in full if name in mean), key=lambda name: mean[name])
+    names: dict[str, FullNetwork] = {str(depth): "reference", **{name: name for name in full}}
+    fastest = min(names, key=lambda name: mean[name])
     # Blocks were timed of the reference network; an exit saves the same share of the faster one.
     scale = mean[fastest] / mean[str(depth)]
     return Speed(
@@ -101,19 +104,26 @@ def measure_speed(
         },
         exits=tuple(int(predict_one(cascade, image).exit) for image in images),
         spread=spread(by_request[fastest].mean(0) / by_request["cascade"].mean(0)),
-        full=full[fastest],
+        full=names[fastest],
+        reference_ms=mean[str(depth)],
     )
 
 
 def measure_batches(
-    tuned: TunedCascade, images: Shaped[np.ndarray, "n *input"], *, batch: int, rounds: int = 7
+    tuned: TunedCascade,
+    images: Shaped[np.ndarray, "n *input"],
+    *,
+    batch: int,
+    full: Mapping[FullNetwork, TunedCascade] | None = None,
+    rounds: int = 7,
 ) -> Speed:
-    """Time a tuned cascade and the full network, tuned and not, on ``images`` in groups of ``batch``.
+    """Time a tuned cascade and the full network, tuned, not tuned, and other ways, on ``images`` in groups.
 
     Args:
         tuned: With measured costs.
         images: Requests; what does not fill a group is left out.
         batch: Requests in a group.
+        full: As for ``measure_speed``.
         rounds: How often each group is timed.
 
     Raises:
@@ -122,16 +132,17 @@ def measure_batches(
     groups = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
     if not groups:
         raise InputError(f"images: expected at least one group of {batch}, got {len(images)}")
-    full, depth, chain = tuned.without_caches, len(tuned.cascade.chain), tuned.cascade.chain
-    programs: dict[str, list[Callable[[], object]]] = {
-        "cascade": [functools.partial(tuned.predict, group) for group in groups],
-        "tuned": [functools.partial(full.predict, group) for group in groups],
-        "reference": [prefix_program(chain, depth, group) for group in groups],
+    depth, chain = len(tuned.cascade.chain), tuned.cascade.chain
+    ways: dict[FullNetwork, TunedCascade] = {"tuned": tuned, **(full or {})}
+    networks: dict[FullNetwork, list[Callable[[], object]]] = {
+        "reference": [prefix_program(chain, depth, group) for group in groups]
     }
+    for name, way in ways.items():
+        networks[name] = [functools.partial(way.without_caches.predict, group) for group in groups]
+    programs = {"cascade": [functools.partial(tuned.predict, group) for group in groups], **networks}
     exits = np.concatenate([np.asarray(tuned.predict(group).exit) for group in groups])
     by_group = time_turns(programs, rounds)
     mean = {name: float(np.median(ms, axis=0).mean()) for name, ms in by_group.items()}
-    networks: tuple[FullNetwork, ...] = ("tuned", "reference")
     fastest = min(networks, key=lambda name: mean[name])
     costs = tuned.costs(batch)[tuned.schedule(batch).sizes[0]]
     share = {site: ms / costs.full_ms for site, ms in path_ms(tuned.cascade, costs).items()}
@@ -143,6 +154,7 @@ def measure_batches(
         spread=spread(by_group[fastest].mean(1) / by_group["cascade"].mean(1)),
         batch=batch,
         full=fastest,
+        reference_ms=mean["reference"],
     )
 
 
