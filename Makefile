@@ -1,5 +1,9 @@
 # Every target sets itself up: a virtual environment for this Python in .venv/, from constraints.txt.
-PYTHON ?= python3
+# The newest supported Python that runs, for it gets the newest JAX; a shim of pyenv may exist, and fail.
+ifndef PYTHON
+RUNS = $(shell $(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(1))
+PYTHON := $(or $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(call RUNS,$(name)))),python3)
+endif
 EXTRAS ?= train,serve,test,dev
 VENV := .venv/$(notdir $(PYTHON))
 PY := $(VENV)/bin/python

@@ -17,6 +17,7 @@ import gati_jax
 from gati_jax import Bundle, Normalization
 from gati_jax.data import Dataset
 from gati_jax.models import Architecture, fold, import_state_dict, read_weights, to_chain
+from gati_jax.profiling import Backend
 
 Predict = Callable[[np.ndarray], np.ndarray]
 
@@ -35,11 +36,16 @@ class Task(NamedTuple):
     folder: Path  # for files that a runtime needs
 
 
-def _cascade(task: Task, *, caches: bool) -> Predict:
+def _cascade(task: Task, *, caches: bool, backend: Backend | None = None) -> Predict:
+    """Return the cascade, or the full network of the same tuning; without a backend the default one."""
     bundle = gati_jax.load_bundle(task.bundle)
-    if not caches:
-        bundle = without_caches(bundle)
-    return lambda images: np.asarray(gati_jax.infer_batch(bundle, images).logits)
+    if caches:
+        return lambda images: np.asarray(gati_jax.infer_batch(bundle, images, backend=backend).logits)
+    if (tuned := bundle.tuned_of(None, backend)) is not None:
+        full = tuned.without_caches
+        return lambda images: np.asarray(full.predict(images).logits)
+    closed = without_caches(bundle)
+    return lambda images: np.asarray(gati_jax.infer_batch(closed, images).logits)
 
 
 def without_caches(bundle: Bundle) -> Bundle:
@@ -109,6 +115,19 @@ def _onnxruntime(task: Task, *, int8: bool) -> Predict:
     return lambda images: np.asarray(session.run(None, {"images": _prepared(task, images)})[0])
 
 
+def _one_file(task: Task) -> Predict:
+    """Return the cascade as one exported model of nested Ifs, which takes one image at a time."""
+    onnxruntime = importlib.import_module("onnxruntime")
+    models = importlib.import_module("train.export.models")
+    bundle = gati_jax.load_bundle(task.bundle)
+    model = models.single_model(bundle, models.stages_of(bundle)).SerializeToString()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = task.cores
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    run = functools.partial(session.run, ["logits"])
+    return lambda images: np.concatenate([run({"images": images[i : i + 1]})[0] for i in range(len(images))])
+
+
 def _quantised(task: Task, path: Path) -> Path:
     """Quantise to int8 as ONNX Runtime's guide does: static, calibrated on images of the select split."""
     quantization = importlib.import_module("onnxruntime.quantization")
@@ -150,8 +169,11 @@ def _earlyon(task: Task) -> Predict:
 CONTENDERS: dict[str, Callable[[Task], Predict]] = {
     "gati-jax full": functools.partial(_cascade, caches=False),
     "gati-jax cascade": functools.partial(_cascade, caches=True),
+    "gati-jax full xla": functools.partial(_cascade, caches=False, backend="xla"),
+    "gati-jax cascade xla": functools.partial(_cascade, caches=True, backend="xla"),
     "jax.jit full": _plain_jit,
     "onnxruntime full": functools.partial(_onnxruntime, int8=False),
+    "onnxruntime cascade in one file": _one_file,
     "onnxruntime int8": functools.partial(_onnxruntime, int8=True),
     "openvino full": _openvino,
     "torch eager full": functools.partial(_torch, compiled=False),
