@@ -246,19 +246,21 @@ def _same_exits(plan: Plan, certificate: Certificate) -> bool:
 
 
 def costs_of(bundle: Bundle) -> CostTable:
-    """Return costs of single requests: those of this device's tuning if it has them, else the nearest that there are.
+    """Return costs of single requests, on XLA if they are known: those of this device's tuning, else the nearest.
 
     Raises:
         InputError: It holds none.
     """
     caches = {cache.name for cache in bundle.cascade.caches}
-    single = [tuning.tiles[0] for tuning in bundle.tunings_here.values()]
+    here = sorted(bundle.tunings_here.items(), key=lambda item: item[0] != "xla")
+    single = [tuning.tiles[0] for _, tuning in here]
     for tile in single:
         if tile.costs is not None and caches <= set(tile.costs.lookup_ms):
             return tile.costs
     if not bundle.costs:
         raise InputError("costs: expected a bundle with measured costs, got one without")
-    return min(bundle.costs, key=lambda table: (not table.device.endswith(device_name()), table.batch))
+    name = device_name()
+    return min(bundle.costs, key=lambda t: (t.device != name, not t.device.endswith(name), t.batch))
 
 
 def certified_only(bundle: Bundle) -> Bundle:
