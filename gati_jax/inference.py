@@ -47,8 +47,8 @@ def infer(
         float32[] (infinity from the base) and ``logits`` float32[classes] of that cache, or of the base.
 
     Raises:
-        InputError: The shape, the dtype or a value is not what the bundle's network takes, there is no such plan, or
-            the bundle has not been tuned for this backend.
+        InputError: The shape, the dtype or a value is not what the bundle's network takes, or makes its logits
+            infinite; there is no such plan; or the bundle has not been tuned for this backend.
 
     Example:
         >>> import gati_jax
@@ -58,7 +58,7 @@ def infer(
     """
     array = check_images(bundle.chain, image, batched=False, argument="image")
     tuned = _tuned(bundle, numerics, plan, backend)
-    return tuned.predict_one(array) if tuned else predict_one(bundle.cascade_of(plan), array)
+    return _finite("image", tuned.predict_one(array) if tuned else predict_one(bundle.cascade_of(plan), array))
 
 
 def infer_batch(
@@ -83,12 +83,20 @@ def infer_batch(
         As ``infer``, with a leading batch dimension everywhere.
 
     Raises:
-        InputError: The shape, the dtype or a value is not what the bundle's network takes, there is no such plan, or
-            the bundle has not been tuned for this backend.
+        InputError: The shape, the dtype or a value is not what the bundle's network takes, or makes its logits
+            infinite; there is no such plan; or the bundle has not been tuned for this backend.
     """
     array = check_images(bundle.chain, images)
     tuned = _tuned(bundle, numerics, plan, backend)
-    return tuned.predict(array) if tuned and len(array) else predict_batch(bundle.cascade_of(plan), array)
+    found = tuned.predict(array) if tuned and len(array) else predict_batch(bundle.cascade_of(plan), array)
+    return _finite("images", found)
+
+
+def _finite(argument: str, found: Prediction) -> Prediction:
+    """Return a prediction whose logits are numbers: of others the class says nothing, and no promise holds."""
+    if wrong := int((~np.isfinite(found.logits)).any(-1).sum()):
+        raise InputError(f"{argument}: expected inputs with finite logits, got NaN or infinity for {wrong}")
+    return found
 
 
 def _tuned(bundle: Bundle, numerics: Numerics | None, plan: str | None, backend: Backend | None) -> TunedCascade | None:

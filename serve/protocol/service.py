@@ -171,6 +171,8 @@ class Service:
             for future in futures:  # those that are not done: their images are abandoned
                 future.cancel()
         answered = time.monotonic()
+        if bad := [i for i, answer in enumerate(answers) if not np.isfinite(answer.logits).all()]:
+            raise RequestError(f"images: expected inputs with finite logits, got NaN or infinity for image {bad[0]}")
         plan = self.model.plans[route]
         bound = self.model.bounds.get(plan)
         response = Response(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+import tritonclient.utils
 from tritonclient.http import aio
 
 import gati_jax
@@ -50,6 +51,25 @@ def test_every_answer_is_that_of_infer_batch(served, transport, prepared):
     for name in ("score", "logits"):
         found = np.asarray(result.as_numpy(name), float)
         np.testing.assert_allclose(found, getattr(expected, name), rtol=1e-4, atol=1e-5)
+
+
+def test_an_input_without_finite_logits_is_an_error_here_and_there(served):
+    """Its class would be the first, under a certificate that speaks of other inputs."""
+    bundle, ports, _ = served
+    images = np.array(bundle.chain.prepare(pixels(3)))
+    images[1] = 3e38
+    with pytest.raises(InputError, match="images: expected inputs with finite logits, got NaN or infinity for 1"):
+        gati_jax.infer_batch(bundle, images)
+    with pytest.raises(InputError, match="image: expected inputs with finite logits"):
+        gati_jax.infer(bundle, images[1])
+    with tritonclient.http.InferenceServerClient(f"127.0.0.1:{ports[0]}") as client:
+        given = tritonclient.http.InferInput("images", list(images.shape), "FP32").set_data_from_numpy(images)
+        refused = pytest.raises(tritonclient.utils.InferenceServerException, match="got NaN or infinity for image 1")
+        with refused as error:
+            client.infer("gati", [given])
+        assert error.value.status() == "400"
+        given = tritonclient.http.InferInput("images", [1, 8, 8, 3], "FP32").set_data_from_numpy(images[:1])
+        assert client.infer("gati", [given])
 
 
 def test_the_config_says_how_pixels_become_float_inputs(served):
