@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [
-    *("errors", "checks", "options", "pytrees", "data", "planning", "certification", "models", "caches", "fitting"),
-    *("runtime", "export", "profiling", "bundle", "inference", "adaptation"),
+    *("errors", "checks", "options", "pytrees", "data", "planning", "certification", "models", "caches", "runtime"),
+    *("export", "fitting", "profiling", "bundle", "inference", "adaptation"),
 ]
 HEAVY = {"jax", "flax", "optax", "orbax"}
 FILES = sorted((ROOT / "gati_jax").rglob("*.py"))

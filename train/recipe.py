@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
 
 from gati_jax import Normalization
-from gati_jax.fitting import LoopState, apply_gradients, cutout
+from gati_jax.fitting import LoopState, apply_gradients
 from gati_jax.models import Architecture, Variables, apply_train, init
 
 from .config import BaseTraining, Config
@@ -156,3 +156,28 @@ def _params(variables: Variables) -> tuple[Any, ...]:
 
 def _with_params(variables: Variables, params: tuple[Any, ...]) -> Variables:
     return tuple({**v, "params": p} for v, p in zip(variables, params, strict=True))
+
+
+def cutout(
+    key: PRNGKeyArray, images: Float[Array, "batch height width channels"], size: int
+) -> Float[Array, "batch height width channels"]:
+    """Set a square of every image to zero, the mean after normalisation (DeVries and Taylor, arXiv:1708.04552).
+
+    Args:
+        key: Draws the squares' centres, anywhere in the picture: a square may extend beyond the edge.
+        images: [batch, height, width, channels].
+        size: Side of the square in pixels; 0 leaves the images as they are.
+    """
+    if not size:
+        return images
+    batch, height, width, _ = images.shape
+    rows, columns = (
+        jax.random.randint(k, (batch, 1), 0, n) for k, n in zip(jax.random.split(key), (height, width), strict=True)
+    )
+
+    def inside(centre: Array, n: int) -> Array:
+        at = jnp.arange(n).reshape(1, n) - centre + size // 2
+        return (at >= 0) & (at < size)  # bool[batch, n]
+
+    square = inside(rows, height)[:, :, None, None] & inside(columns, width)[:, None, :, None]
+    return jnp.where(square, jnp.zeros((), images.dtype), images)

@@ -33,10 +33,12 @@ from .predictors import GlobalAverage as GlobalAverage
 from .predictors import Grid as Grid
 from .predictors import Network as Network
 from .predictors import Pool as Pool
+from .predictors import Summary as Summary
 from .predictors import adaptive_average as adaptive_average
 from .predictors import fold_standardize as fold_standardize
 from .predictors import import_network as import_network
 from .predictors import network_with_algorithms as network_with_algorithms
+from .predictors import summary_for as summary_for
 from .predictors import unfold_standardize as unfold_standardize
 from .specs import GridSpec as GridSpec
 from .specs import PredictorSpec as PredictorSpec

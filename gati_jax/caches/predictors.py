@@ -8,7 +8,7 @@ parameters.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -71,9 +71,13 @@ def bins_of(n: int, size: int) -> tuple[Int[np.ndarray, "size width"], Float[np.
 
 def grid_average(x: Activation, cells: int) -> Features:
     """Average over a grid of ``cells`` x ``cells`` fields and flatten; an axis shorter than ``cells`` is kept."""
+    return _grid(x, cells).reshape(x.shape[0], -1)
+
+
+def _grid(x: Activation, cells: int) -> Float[Array, "batch *cells"]:
     for axis in range(1, x.ndim - 1):
         x = adaptive_average(x, min(cells, x.shape[axis]), axis)
-    return x.reshape(x.shape[0], -1)
+    return x
 
 
 class Standardize(nn.Module):
@@ -232,6 +236,37 @@ class Convolutional(nn.Module):
             x = nn.relu(_Convolution(features, self.kernel, self.stride, name=f"conv_{i}")(x))
         x = grid_average(x, self.cells)
         return _mlp(x, self.hidden, self.classes, standardize=False)
+
+
+class Summary(NamedTuple):
+    """All that some predictors read of an activation: they give the same logits for its summary, up to rounding."""
+
+    kind: Literal["whole", "grid", "line"]
+    size: int = 0
+    """Cells per side of a grid of means, or bins of the flattened activation."""
+
+    def __call__(self, activation: Activation) -> Float[Array, "batch *summary"]:
+        """Return the summary of an activation[batch, ...]."""
+        if self.kind == "grid":
+            return _grid(activation, self.size)
+        if self.kind == "line":
+            x = flatten_channels_first(activation)
+            return adaptive_average(x, min(self.size, x.shape[1]), axis=1)
+        return activation
+
+
+def summary_for(predictor: nn.Module) -> Summary:
+    """Return the smallest summary that is enough for a predictor."""
+    match predictor:
+        case Cascaded():
+            return summary_for(predictor.inner)
+        case Grid():
+            return Summary("grid", predictor.cells)
+        case GlobalAverage():
+            return Summary("grid", 1)
+        case Pool():
+            return Summary("line", predictor.size)
+    return Summary("whole")
 
 
 _STANDARDIZING = FullyConnected | Pool | GlobalAverage | Grid | Convolutional

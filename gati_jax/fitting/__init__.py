@@ -17,7 +17,6 @@ from .loop import run_loop as run_loop
 from .predictors import Augment as Augment
 from .predictors import FitConfig as FitConfig
 from .predictors import apply_gradients as apply_gradients
-from .predictors import cutout as cutout
 from .predictors import distillation_loss as distillation_loss
 from .refit import REFIT_CONFIG as REFIT_CONFIG
 from .refit import refit as refit

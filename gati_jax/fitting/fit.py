@@ -18,10 +18,11 @@ from gati_jax.caches.candidate import Part, fitted_rows
 from gati_jax.data import check_distinct_rows, fingerprint, full_batches, row_digests
 from gati_jax.errors import InputError
 from gati_jax.models import Chain, check_chain, check_images, warn_of_inputs
+from gati_jax.models.chain import reference
 from gati_jax.pytrees import Static, call, tree_digest
 
 from .heads import DEFAULT_HEADS, Head, more_selectors, parts_of
-from .loop import Pause, no_pause
+from .loop import Pause, logged, no_pause
 from .predictors import DEFAULT_CONFIG, FitConfig, Trained, apply_gradients, train_predictors
 
 _STEPS, _RATE, _DECAY = 400, 0.02, 1e-3  # of a selector's fit
@@ -209,7 +210,8 @@ def fit_selectors(
     trained = {name: part.variables for name, part in parts.items()}
     static = Static(tuple(parts.items()))
     batches, found = [], []
-    for rows in full_batches(len(select), config.batch):
+    steps = -(-len(select) // config.batch)
+    for rows in logged(full_batches(len(select), config.batch), steps, "fitting selectors: the base's answers"):
         batches.append(jax.block_until_ready(_predict(chain, trained, select[rows], parts=static)))
         pause()
     base_logits, logits = jax.tree.map(lambda *rows: jnp.concatenate(rows)[: len(select)], *batches)
@@ -230,6 +232,7 @@ def last_selector(variables: PyTree) -> PyTree:
 
 
 @functools.partial(jax.jit, static_argnames="parts")
+@reference
 def _predict(chain: Chain, variables: PyTree, images: Array, *, parts: Static) -> tuple[Array, dict[str, Array]]:
     sites, base_logits = chain.activations(chain.prepare(images))
     return base_logits, predict_all(dict(parts.values), variables, sites)

@@ -40,6 +40,7 @@ from gati_jax.options import Count, check_options
 
 from .fit import Candidates, check_splits, train
 from .heads import Head, parts_of
+from .loop import logged
 from .predictors import DEFAULT_CONFIG, FitConfig
 
 Kind = Literal["knn", "kmeans"]
@@ -192,7 +193,8 @@ def _all_keys(
 
     keys = {site: np.empty((len(images), len(hidden["bias"])), np.float32) for site, hidden in networks.items()}
     answers = np.empty(len(images), np.int32)
-    for start in range(0, len(images), batch):
+    starts = range(0, len(images), batch)
+    for start in logged(starts, len(starts), "computing keys"):
         rows = slice(start, start + batch)
         found, answers[rows] = compute(chain, networks, images[rows])
         for site, some in found.items():

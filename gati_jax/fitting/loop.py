@@ -5,9 +5,9 @@ import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from gati_jax.errors import InputError
 from gati_jax.pytrees import restore_spec
 
 _log = logging.getLogger(__name__)
+_LOG_SECONDS = 20.0  # a line every 30 seconds even where a step takes 10
 _PROBES = 5  # steps to time
 _MARGIN = 0.95  # share of the time for steps; the rest is for checkpoints, and for a machine that slows down
 
@@ -44,6 +45,49 @@ Pause = Callable[[], None]
 
 def no_pause() -> None:
     """Continue at once."""
+
+
+class ProgressLog:
+    """Lines in the log, at least every 30 seconds as long as a step takes no more than 10.
+
+    Args:
+        description: What is being done.
+        total: Number of steps.
+        done: Steps that were done before.
+        clock: Returns the time in seconds.
+    """
+
+    def __init__(
+        self, description: str, total: int, *, done: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Start the clock."""
+        self._description, self._total, self._first, self._clock = description, total, done, clock
+        self._began = self._said = clock()
+
+    def update(self, done: int, loss: Float[Array, ""] | None = None) -> None:
+        """Log how much is done, the last loss, the rate and the time left, unless a line is recent enough."""
+        now = self._clock()
+        if now - self._said < _LOG_SECONDS:
+            return
+        self._said, each = now, (now - self._began) / max(1, done - self._first)
+        _log.info(
+            "%s: %d of %d steps%s, %.3g s each, %.1f minutes left",
+            *(self._description, done, self._total, "" if loss is None else f", loss {float(loss):.4f}"),
+            *(each, each * (self._total - done) / 60),
+        )
+
+
+T = TypeVar("T")
+
+
+def logged(
+    items: Iterable[T], total: int, description: str, clock: Callable[[], float] = time.monotonic
+) -> Iterator[T]:
+    """Yield ``total`` items; log how many of them are done, see ``ProgressLog``."""
+    log = ProgressLog(description, total, clock=clock)
+    for done, item in enumerate(items, 1):
+        yield item
+        log.update(done)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +155,8 @@ def run_loop(
     began = saved = config.clock()
     took = 0.0
     losses: list[Array] = []
+    log = ProgressLog(description, total, done=done, clock=config.clock)
+    _log.info("%s: %d of %d steps are done", description, done, total)
     with progress_bar(progress) as bar:
         task = bar.add_task(description, total=total, completed=done)
         for rows in itertools.islice(_steps(n, config, done), max(0, total - done)):
@@ -119,6 +165,7 @@ def run_loop(
             state, loss = step(state, *(array[rows] for array in arrays))
             losses.append(loss)
             done += 1
+            log.update(done, loss)
             if done % per_epoch == 0:
                 epoch = done // per_epoch
                 if epoch % max(1, config.epochs // 5) == 0:
@@ -139,9 +186,11 @@ def run_loop(
 
 
 def _is_time_up(config: LoopConfig, began: float, losses: list[Array]) -> bool:
+    """Wait for steps, which are dispatched asynchronously: clock and log would run ahead of them."""
     if config.seconds is None:
+        jax.block_until_ready(losses[:-1])  # the host prepares the next one during the newest
         return False
-    jax.block_until_ready(losses)  # steps are dispatched asynchronously, so the clock would run ahead of them
+    jax.block_until_ready(losses)
     return config.clock() - began >= config.seconds
 
 

@@ -1,13 +1,15 @@
 """Train the predictors of one base by distillation: all sites and heads in one pass over the data.
 
-Activations and base logits are computed inside the jitted step from the same augmented images, and never stored.
-The base's parameters are an argument of that step, and no optimiser state refers to them.
+The base takes nearly all of the time. So a batch of augmented images goes through it once, on the fastest backend, and
+what predictors read of its activations (means over a grid, say) is kept for a while, in memory that has a bound:
+further steps draw their rows from it (data echoing: Choi et al., arXiv:1907.05550).
 """
 
 import dataclasses
 import functools
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -19,17 +21,18 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
 from pydantic import Field
 
-from gati_jax.caches import Activations, fold_standardize, predict_all, predictor_inputs
+from gati_jax.caches import Activations, Summary, fold_standardize, predict_all, predictor_inputs, summary_for
 from gati_jax.caches.candidate import Logits, Part
 from gati_jax.errors import InputError
-from gati_jax.models import Chain, fast_forward
+from gati_jax.models import Architecture, Chain, fast_forward
 from gati_jax.options import Count, NotNegative, Positive, Seed, check_options
-from gati_jax.pytrees import Static
+from gati_jax.pytrees import Static, tree_bytes
 
 from .loop import LoopConfig, LoopState, Step, checkpoint_folder, report_budget, run_loop, within_minutes
 
-Images = Shaped[Array, "batch *input"]
+Images = Shaped[Array | np.ndarray, "batch *input"]
 _INIT_ROWS = 512  # enough for the features' means and scales
+_RECENT_BYTES, _RECENT_BATCHES = 2**28, 32  # at most: a checkpoint has them, too
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,14 @@ class FitConfig:
 
     epochs: Annotated[Count, Field(description="passes of all predictors over the fit split")] = 5
     batch: Annotated[Count, Field(description="images in a step")] = 128
+    reuse: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=64,
+            description="steps for each batch that the base runs: one on it, the others on rows drawn from recent ones",
+        ),
+    ] = 1
     optimizer: Annotated[
         Literal["adamw", "sgd"],
         Field(description="adamw, or the paper's sgd with momentum 0.9; linear warm-up and cosine decay with both"),
@@ -122,10 +133,69 @@ def optimizer_of(config: FitConfig, steps: Int[Array, ""]) -> optax.GradientTran
     return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=0.9))
 
 
+Inputs = tuple[tuple[int, Summary], ...]
+"""Sites, ascending, and what is kept of their activations."""
+Run = Callable[[Images], tuple[list[Array], Logits]]
+
+
+def base_runner(chain: Chain, inputs: Inputs) -> Run:
+    """Return a function from images to summaries of the base's activations and its logits, on the fastest backend.
+
+    On a CPU that is ONNX Runtime, where it is installed and the base has an ONNX form; otherwise XLA. Results differ in
+    their last bits from those of ``Chain.activations``: they are to learn from, and never answers.
+    """
+    stops = [*dict.fromkeys(site for site, _ in inputs), len(chain)]
+    if (spans := _onnx_spans(chain, stops)) is None:
+        fast = fast_forward(chain)
+        return lambda images: _run_base(fast, images, inputs=inputs)
+    static = tuple((stops.index(site), summary) for site, summary in inputs)
+
+    def run(images: Images) -> tuple[list[Array], Logits]:
+        found = [spans.first(np.asarray(images), stops[0])]
+        for start, stop in itertools.pairwise(stops):
+            found.append(spans.run(found[-1], np.arange(len(images)), start, stop))
+        *sites, logits = (value.numpy() for value in found)
+        return _summarize(sites, inputs=static), jnp.asarray(logits)
+
+    return run
+
+
+def _onnx_spans(chain: Chain, stops: Sequence[int]) -> Any | None:  # noqa: ANN401 (onnxruntime is optional)
+    if jax.default_backend() != "cpu" or not isinstance(chain.network, Architecture):
+        return None
+    try:
+        from gati_jax.export.sessions import Spans  # noqa: PLC0415 (optional)
+
+        return Spans(chain, stops)
+    except (ImportError, InputError):  # InputError: too large for a file of ONNX
+        return None
+
+
+@functools.partial(jax.jit, static_argnames="inputs")
+def _run_base(chain: Chain, images: Array, *, inputs: Inputs) -> tuple[list[Array], Array]:
+    sites, logits = chain.activations(chain.prepare(images))
+    return [summary(sites[site]) for site, summary in inputs], logits
+
+
+@functools.partial(jax.jit, static_argnames="inputs")
+def _summarize(activations: list[Array], *, inputs: Inputs) -> list[Array]:
+    """Return summaries of activations that are channels first, by their index."""
+    return [summary(jnp.moveaxis(activations[index], 1, -1)) for index, summary in inputs]
+
+
+def _on_summaries(parts: Mapping[str, Part]) -> tuple[Inputs, Static]:
+    """Return what predictors read, and the parts that read it: their sites are indices of these inputs."""
+    reads = {name: (part.site, summary_for(part.predictor)) for name, part in parts.items()}
+    inputs = tuple(sorted(set(reads.values())))
+    moved = ((name, dataclasses.replace(part, site=inputs.index(reads[name]))) for name, part in parts.items())
+    return inputs, Static(tuple(moved))
+
+
 @functools.partial(jax.jit, static_argnames=("parts", "seed"))
-def _init(chain: Chain, images: Array, *, parts: Static, seed: int) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+def _init(
+    sites: list[Array], base_logits: Array, *, parts: Static, seed: int
+) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
     """Return initial parameters, and the constants that predictors take from their first activations."""
-    sites, base_logits = chain.activations(chain.prepare(images))
     keys = jax.random.split(jax.random.key(seed), len(parts.values))
     any_logits = {name: base_logits for name, _ in parts.values}  # of the right shape, for cascaded ones
     params, constants = {}, {}
@@ -153,22 +223,28 @@ def train_predictors(
     """
     if len(images) < config.batch:
         raise InputError(f"images: expected at least one batch of {config.batch} rows, got {len(images)}")
-    chain = fast_forward(chain)
-    static = Static(tuple(parts.items()))
+    inputs, static = _on_summaries(parts)
+    run = base_runner(chain, inputs)
     drawn = np.random.default_rng(config.seed).permutation(len(images))[:_INIT_ROWS]
-    params, constants = _init(chain, images[drawn], parts=static, seed=config.seed)
+    first_rows = run(images[drawn])
+    params, constants = _init(*first_rows, parts=static, seed=config.seed)
     per_epoch = len(images) // config.batch
     planned = per_epoch * config.epochs
-    first = LoopState(jnp.zeros((), jnp.int32), params, optimizer_of(config, jnp.asarray(planned)).init(params))
+    # The length of a fit is data, and not part of the program: longer fits share it.
+    program = dataclasses.replace(config, epochs=1, minutes=None)
+    optimizer = optimizer_of(config, jnp.asarray(planned)).init(params)
+    recent = _no_recent(*first_rows, config, per_epoch)
+    first = LoopState(jnp.zeros((), jnp.int32), params, (optimizer, recent))
     loop = LoopConfig(epochs=config.epochs, batch=config.batch, seed=config.seed, clock=clock)
 
     def step_of(steps: int) -> Step:
         total = jnp.asarray(steps, jnp.int32)
-        # The length of a fit is data, and not part of the program: longer fits share it.
-        program = dataclasses.replace(config, epochs=1, minutes=None)
-        return lambda state, rows: _step(
-            chain, constants, total, state=state, images=rows, parts=static, config=program
-        )
+
+        def step(state: LoopState, rows: np.ndarray) -> tuple[LoopState, Float[Array, ""]]:
+            found = run(_augment(rows, state.step, config=program))
+            return _step(constants, total, *found, state=state, parts=static, config=program)
+
+        return step
 
     record = None if checkpoint is None else checkpoint_folder(checkpoint, identity).with_suffix(".budget.json")
     if config.minutes is not None:
@@ -199,21 +275,53 @@ def merge(params: dict[str, PyTree], constants: dict[str, PyTree]) -> dict[str, 
     return {name: {"params": params[name], **constants[name]} for name in params}
 
 
+def _no_recent(inputs: list[Array], base_logits: Logits, config: FitConfig, per_epoch: int) -> tuple[Array, ...]:
+    """Return room for the inputs and the base logits of recent batches; none where each is used only once."""
+    if config.reuse == 1:
+        return ()
+    arrays = (*inputs, base_logits)
+    most = _RECENT_BYTES * len(base_logits) // (tree_bytes(arrays) * config.batch)
+    rows = max(1, min(_RECENT_BATCHES, per_epoch, most)) * config.batch
+    return tuple(jnp.zeros((rows, *array.shape[1:]), array.dtype) for array in arrays)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _augment(images: Images, step: Int[Array, ""], *, config: FitConfig) -> Images:
+    return config.augment(jax.random.fold_in(jax.random.key(config.seed + 1), step), images)
+
+
 @functools.partial(jax.jit, static_argnames=("parts", "config"), donate_argnames="state")
 def _step(
-    chain: Chain,
     constants: dict[str, PyTree],
     steps: Int[Array, ""],
+    inputs: list[Array],
+    base_logits: Logits,
     *,
     state: LoopState,
-    images: Array,
     parts: Static,
     config: FitConfig,
 ) -> tuple[LoopState, Float[Array, ""]]:
-    """Advance all predictors by one batch of images."""
-    key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-    sites, base_logits = chain.activations(chain.prepare(config.augment(key, images)))
-    return advance(constants, steps, sites, base_logits, state=state, parts=parts, config=config)
+    """Advance all predictors by a new batch, then by ``reuse - 1`` batches of rows drawn from the recent ones.
+
+    Returns the loss of the new batch, from which nothing was learned before.
+    """
+    at, (optimizer, recent) = state.step, state.opt_state
+    learn = functools.partial(advance, constants, steps * config.reuse, parts=parts, config=config)
+    learned, loss = learn(inputs, base_logits, state=LoopState(at, state.params, optimizer))
+    if recent:
+        room = len(recent[0]) // config.batch
+        new, start = (*inputs, base_logits), at % room * config.batch
+        recent = tuple(jax.lax.dynamic_update_slice_in_dim(*pair, start, 0) for pair in zip(recent, new, strict=True))
+        known = jnp.minimum(at + 1, room) * config.batch
+        key = jax.random.fold_in(jax.random.key(config.seed + 3), at)
+        drawn = jax.random.randint(key, (config.reuse - 1, config.batch), 0, known)
+
+        def again(state: LoopState, rows: Array) -> tuple[LoopState, None]:
+            *some, logits = (array[rows] for array in recent)
+            return learn(some, logits, state=state)[0], None
+
+        learned, _ = jax.lax.scan(again, learned, drawn)
+    return LoopState(at + 1, learned.params, (learned.opt_state, recent)), loss
 
 
 def advance(
@@ -286,26 +394,3 @@ def apply_gradients(
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer.update(gradients, opt_state, params)  # pyright: ignore[reportArgumentType] (pytrees)
         return optax.apply_updates(params, updates), opt_state  # pyright: ignore[reportReturnType, reportArgumentType]
-
-
-def cutout(key: PRNGKeyArray, images: Images, size: int) -> Images:
-    """Set a square of every image to zero, the mean after normalisation (DeVries and Taylor, arXiv:1708.04552).
-
-    Args:
-        key: Draws the squares' centres, anywhere in the picture: a square may extend beyond the edge.
-        images: [batch, height, width, channels].
-        size: Side of the square in pixels; 0 leaves the images as they are.
-    """
-    if not size:
-        return images
-    batch, height, width, _ = images.shape
-    rows, columns = (
-        jax.random.randint(k, (batch, 1), 0, n) for k, n in zip(jax.random.split(key), (height, width), strict=True)
-    )
-
-    def inside(centre: Array, n: int) -> Array:
-        at = jnp.arange(n).reshape(1, n) - centre + size // 2
-        return (at >= 0) & (at < size)  # bool[batch, n]
-
-    square = inside(rows, height)[:, :, None, None] & inside(columns, width)[:, None, :, None]
-    return jnp.where(square, jnp.zeros((), images.dtype), images)

@@ -19,7 +19,7 @@ from gati_jax.planning import ReplayTable
 from gati_jax.pytrees import call
 
 from .fit import Candidates
-from .loop import Pause, no_pause
+from .loop import Pause, logged, no_pause
 
 
 def replay(
@@ -115,7 +115,7 @@ def _outputs(
 ) -> Outputs:
     _check_batch(batch)
     pause, parts = pause or no_pause, []
-    for rows in full_batches(len(images), batch):
+    for rows in logged(full_batches(len(images), batch), -(-len(images) // batch), "replaying"):
         parts.append(jax.device_get(_replay_batch(chain, items, selectors, images[rows], fold[rows])))
         pause()
     n = len(images)

@@ -21,6 +21,7 @@ from gati_jax.caches import (
     Pool,
     adaptive_average,
     fold_standardize,
+    summary_for,
     unfold_standardize,
 )
 from gati_jax.errors import InputError
@@ -283,3 +284,22 @@ def test_a_cascaded_head_is_a_geometric_ensemble_of_itself_and_the_one_before():
     folded, folded_variables = fold_standardize(head, variables)
     expected = call(head, variables, PICTURE, previous)
     np.testing.assert_allclose(call(folded, folded_variables, PICTURE, previous), expected, rtol=1e-4, atol=1e-4)
+
+
+@every_predictor
+@every_site
+def test_a_summary_is_all_that_a_predictor_reads(predictor, site):
+    x = jax.random.normal(key(1), (BATCH, *site))
+    variables = init(predictor, key(), x)
+    summary = summary_for(predictor)(x)
+    assert summary.size <= x.size
+    np.testing.assert_allclose(
+        apply(predictor, variables, summary), apply(predictor, variables, x), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_pooled_site_has_a_small_summary():
+    x = jnp.zeros((BATCH, 8, 8, 6))
+    assert summary_for(Grid(CLASSES, cells=4))(x).shape == (BATCH, 4, 4, 6)
+    assert summary_for(Cascaded(CLASSES, GlobalAverage(CLASSES)))(x).shape == (BATCH, 1, 1, 6)
+    assert summary_for(Pool(CLASSES, size=16))(x).shape == (BATCH, 16)

@@ -1,6 +1,7 @@
 """The training loop with a step that only records its rows; a fit within a budget of time, on a clock of steps."""
 
 import dataclasses
+import functools
 import importlib
 import logging
 import time
@@ -13,6 +14,7 @@ import pytest
 import gati_jax
 from gati_jax.fitting import LoopConfig, LoopState, run_loop
 from gati_jax.fitting.heads import parts_of
+from gati_jax.fitting.loop import logged
 from gati_jax.pytrees import call
 from tests.fitting import tiny
 
@@ -94,6 +96,50 @@ def test_fewer_rows_than_a_batch_are_refused_and_no_epochs_return_the_start():
     assert int(run([], config=LoopConfig(epochs=0, batch=5)).step) == 0
 
 
+def test_the_log_has_a_line_every_30_seconds(caplog):
+    """On a clock that a step moves by 7 seconds; each line says how far the run is and when it ends."""
+    now, said = [0.0], [0.0]
+    take = recorder([])
+
+    def step(state, rows):
+        now[0] += 7.0
+        return take(state, rows)
+
+    class Times(logging.Handler):
+        def emit(self, record):
+            del record
+            said.append(now[0])
+
+    logger, times = logging.getLogger("gati_jax.fitting.loop"), Times()
+    config = LoopConfig(epochs=5, batch=5, clock=lambda: now[0])
+    with caplog.at_level(logging.INFO):
+        logger.addHandler(times)
+        run_loop(step, start(), (ROWS,), config, description="fitting", progress=False)
+        logger.removeHandler(times)
+    assert now[0] == 20 * 7
+    assert max(np.diff([*said, now[0]])) <= 30
+    # 12 of 20 steps took 84 seconds; the last of them saw these rows.
+    (line,) = [record.message for record in caplog.records if "12 of 20 steps" in record.message]
+    assert line.startswith("fitting: 12 of 20 steps, loss ")
+    assert line.endswith(", 7 s each, 0.9 minutes left")
+
+
+def test_a_pass_is_logged_as_well_and_a_short_one_is_silent(caplog):
+    now = [0.0]
+
+    def work(seconds):
+        for _ in logged(range(10), 10, "replaying", lambda: now[0]):
+            now[0] += seconds
+
+    with caplog.at_level(logging.INFO):
+        work(1.9)
+        assert caplog.messages == []
+        work(9.0)
+    assert caplog.messages == [
+        f"replaying: {done} of 10 steps, 9 s each, {left} minutes left" for done, left in [(3, 1.1), (6, 0.6), (9, 0.1)]
+    ]
+
+
 PER_EPOCH = 8  # 256 rows, 32 a step
 EPOCHS = 6
 
@@ -121,14 +167,16 @@ def fit(monkeypatch):
     parts = parts_of(tiny.chain(), [tiny.head(1)])
     step = predictors._step
 
-    def run(clock=time.monotonic, *, minutes=None, checkpoint=None, epochs=EPOCHS):
+    def run(clock=time.monotonic, *, minutes=None, checkpoint=None, epochs=EPOCHS, reuse=1, killed_after=None):
         def timed(*args, **kwargs):
+            if killed_after is not None and kwargs["state"].step == killed_after:
+                raise KilledError
             if isinstance(clock, Clock):
                 clock.tick()
             return step(*args, **kwargs)
 
         monkeypatch.setattr(predictors, "_step", timed)
-        config = dataclasses.replace(tiny.CONFIG, epochs=epochs, minutes=minutes)
+        config = dataclasses.replace(tiny.CONFIG, epochs=epochs, minutes=minutes, reuse=reuse)
         return predictors.train_predictors(
             tiny.chain(), parts, rows, config, checkpoint=checkpoint, identity="one", progress=False, clock=clock
         )
@@ -216,3 +264,17 @@ def test_a_damaged_record_is_measured_anew(fit, tmp_path, caplog):
     found = fit(Clock(1.0), minutes=minutes, checkpoint=tmp_path)
     assert "is damaged" in caplog.text
     assert found.epochs == 3
+
+
+@pytest.mark.parametrize("killed_after", [3, 11])
+def test_what_is_kept_for_reuse_survives_an_interruption(fit, tmp_path, monkeypatch, killed_after):
+    """Room for 4 batches: it is being filled at step 3, and goes round at step 11."""
+    predictors = importlib.import_module("gati_jax.fitting.predictors")
+    monkeypatch.setattr(predictors, "_RECENT_BATCHES", 4)
+    often = functools.partial(predictors.LoopConfig, checkpoint_seconds=0.0)
+    monkeypatch.setattr(predictors, "LoopConfig", often)
+    with pytest.raises(KilledError):
+        fit(reuse=3, epochs=2, checkpoint=tmp_path, killed_after=killed_after)
+    clock = Clock(1.0)
+    assert_same(fit(clock, reuse=3, epochs=2, checkpoint=tmp_path), fit(reuse=3, epochs=2))
+    assert clock.steps == 2 * PER_EPOCH - killed_after

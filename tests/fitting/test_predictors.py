@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+from collections import deque
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax, rel_entr, softmax
 
 import gati_jax
-from gati_jax import Augment
+from gati_jax import Augment, Normalization
+from gati_jax.caches import Summary
 from gati_jax.data import batches
-from gati_jax.fitting import cutout, distillation_loss
+from gati_jax.fitting import distillation_loss
+from gati_jax.models import ResNet, fold, init, to_chain
 from tests.fitting import tiny
 
 
@@ -74,29 +77,6 @@ def test_without_options_any_input_passes_unchanged():
 def test_options_need_images(options):
     with pytest.raises(gati_jax.InputError, match=r"augment: expected images\[.*\] to shift or flip, got \[2, 3\]"):
         Augment(**options)(jax.random.key(0), jnp.zeros((2, 3)))
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.integers(0, 2**31), st.integers(1, 6), st.sampled_from([(5, 7, 1), (4, 4, 3)]))
-def test_a_cutout_is_one_square_that_may_hang_over_the_edge(seed, size, shape):
-    images = jnp.ones((8, *shape))
-    for image in np.asarray(cutout(jax.random.key(seed), images, size)):
-        hole = image == 0
-        assert (hole == hole[:, :, :1]).all()  # the same in every channel
-        rows, columns = (np.flatnonzero(hole[:, :, 0].any(axis)) for axis in (1, 0))
-        assert hole[:, :, 0].sum() == len(rows) * len(columns) > 0
-        for at, n in ((rows, shape[0]), (columns, shape[1])):
-            assert (np.diff(at) == 1).all()
-            assert len(at) <= size
-            assert len(at) == size or at[0] == 0 or at[-1] == n - 1
-
-
-def test_cutouts_are_everywhere_and_none_is_asked_for_with_zero():
-    images = jnp.ones((4000, 6, 6, 1))
-    np.testing.assert_array_equal(cutout(jax.random.key(0), images, 0), images)
-    covered = np.asarray(cutout(jax.random.key(0), images, 1) == 0).mean(0)[:, :, 0]
-    # One pixel of 36: 0.0278, with a standard deviation of 0.0026.
-    assert 0.017 < covered.min() < covered.max() < 0.039
 
 
 def by_scipy(logits, base_logits, alpha, temperature):
@@ -182,7 +162,17 @@ def run_base(base, x):
     return sites
 
 
-def train_alone(site, config, heads):
+def reused(recent, step, config):
+    """The batches that are drawn from recent ones: the room's slot i has the newest of number i modulo room."""
+    key = jax.random.fold_in(jax.random.key(config.seed + 3), step)
+    known = len(recent) * config.batch
+    drawn = np.asarray(jax.random.randint(key, (config.reuse - 1, config.batch), 0, known))
+    first = step + 1 - len(recent)  # number of the oldest batch
+    slots = np.concatenate([recent[(slot - first) % len(recent)] for slot in range(len(recent))])
+    return slots[drawn]
+
+
+def train_alone(site, config, heads, kept=1):
     """Train one head by itself: NumPy, float64, one plain loop. Returns its values, before and after, standardised."""
     rows, _ = tiny.images()
     base = [np.asarray(p, np.float64) for p in tiny.chain().params]
@@ -192,15 +182,18 @@ def train_alone(site, config, heads):
     params = initial = initial_values(site, width, heads)
     zeros = jax.tree.map(np.zeros_like, params)
     state, t = (zeros, zeros), 0
-    rates = list(learning_rates(config, config.epochs * (len(rows) // config.batch)))
+    rates = list(learning_rates(config, config.reuse * config.epochs * (len(rows) // config.batch)))
+    recent = deque(maxlen=kept)  # of row indices, a batch each
     for epoch in range(config.epochs):
         for index in batches(len(rows), config.batch, seed=(config.seed, epoch)):
-            sites = run_base(base, rows[index])
-            x = (sites[site] - mean) / std
-            grads = gradients(params, x, sites[-1] @ base[-1], config.alpha, config.temperature)
-            update = sgd if config.optimizer == "sgd" else adamw
-            params, state = update(params, grads, state, rates[t], t + 1, config)
-            t += 1
+            recent.append(index)
+            for drawn in (index, *reused(recent, t // config.reuse, config)):
+                sites = run_base(base, rows[drawn])
+                x = (sites[site] - mean) / std
+                grads = gradients(params, x, sites[-1] @ base[-1], config.alpha, config.temperature)
+                update = sgd if config.optimizer == "sgd" else adamw
+                params, state = update(params, grads, state, rates[t], t + 1, config)
+                t += 1
     assert t == len(rates)
 
     def fold(p):
@@ -234,6 +227,54 @@ def test_sgd_is_the_papers():
     )
     found = tiny.fit(sites=(1,), config=config).items[0].params["predictor"]["params"]
     assert_trained_alike(found, *train_alone(1, config, heads=1))
+
+
+@pytest.mark.parametrize("kept", [3, 1])
+def test_a_batch_is_used_again_with_rows_of_recent_ones(monkeypatch, kept):
+    """Each in ``reuse`` steps on the mean, all in one schedule, and the base runs once for each batch."""
+    module = importlib.import_module("gati_jax.fitting.predictors")
+    monkeypatch.setattr(module, "_RECENT_BYTES", (kept * 32 + 20) * 4 * (10 + tiny.CLASSES))
+    ran, run = [], module._run_base
+    monkeypatch.setattr(module, "_run_base", lambda *a, **k: (ran.append(len(a[1])), run(*a, **k))[1])
+    config = dataclasses.replace(tiny.CONFIG, epochs=2, reuse=3)
+    found = tiny.fit(sites=(1,), config=config).items[0].params["predictor"]["params"]
+    assert ran == [tiny.ROWS, *[32] * 16]  # all for the first values, then every batch once
+    assert_trained_alike(found, *train_alone(1, config, heads=1, kept=kept))
+
+
+@pytest.mark.parametrize("backend", ["onnx", "xla"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_the_fastest_backend_gives_the_bases_activations(monkeypatch, backend, dtype):
+    """Of a residual network with random weights, at all sites, the input among them; a grid, a mean and the whole."""
+    module = importlib.import_module("gati_jax.fitting.predictors")
+    if backend == "xla":
+        monkeypatch.setattr(module, "_onnx_spans", lambda *_: None)
+    else:
+        pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    chain, rng = small_network(), np.random.default_rng(4)
+    pixels = rng.integers(0, 256, (6, 8, 8, 3)).astype(np.uint8)
+    images = pixels if dtype == np.uint8 else np.asarray(chain.prepare(pixels))
+    kinds = Summary("grid", 1), Summary("grid", 3), Summary("whole")
+    inputs = tuple((site, kind) for site in range(len(chain)) for kind in kinds)
+    found, logits = module.base_runner(chain, inputs)(images)
+    expected, base_logits = chain.activations(chain.prepare(pixels))
+    np.testing.assert_allclose(logits, base_logits, atol=1e-4 * np.ptp(base_logits))
+    assert len(found) == len(inputs)
+    for got, (site, kind) in zip(found, inputs, strict=True):
+        whole = np.asarray(expected[site])
+        if kind.kind == "grid":  # bins as PyTorch has them
+            n, size = whole.shape[1], min(kind.size, whole.shape[1])
+            bins = [(i * n // size, -((i + 1) * -n // size)) for i in range(size)]
+            whole = np.stack([np.stack([whole[:, a:b, c:d].mean((1, 2)) for c, d in bins], 1) for a, b in bins], 1)
+        assert got.shape == whole.shape
+        np.testing.assert_allclose(got, whole, atol=1e-4 * np.ptp(np.asarray(expected[site])))
+
+
+def small_network():
+    network = ResNet(stages=(2, 1), widths=(4, 8), shortcut="B", classes=5, input_shape=(8, 8, 3))
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(lambda: fold(init(network, jax.random.key(0))))
+    params = jax.tree.map(lambda v: (rng.normal(size=v.shape) / 3).astype(np.float32), shapes)
+    return to_chain(network, params, Normalization(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)))
 
 
 def test_statistics_come_from_rows_of_the_whole_split(monkeypatch):
