@@ -28,7 +28,7 @@ def otherwise(rng, table, share):
     return dataclasses.replace(table, answers=answers, classes=classes, scores=scores)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(st.data(), SEEDS, st.lists(st.integers(1, 3), min_size=1, max_size=2))
 def test_a_row_that_disagrees_in_any_arithmetic_counts_once(data, seed, ways):
     rng, epsilon = np.random.default_rng(seed), data.draw(st.sampled_from([0.1, 0.3, 0.6]))
@@ -38,10 +38,8 @@ def test_a_row_that_disagrees_in_any_arithmetic_counts_once(data, seed, ways):
     tables = [table, *(replay for replays in arithmetics.values() for replay in replays)]
     step, wrong = -1, 0
     for i, thresholds in enumerate(plan.path):
-        count = sum(
-            any(serve(replay, thresholds).classes[row] != table.answers[row] for replay in tables)
-            for row in range(len(table))
-        )
+        served = [serve(replay, thresholds).classes for replay in tables]
+        count = sum(any(classes[row] != table.answers[row] for classes in served) for row in range(len(table)))
         if i > 0 and exact_cdf(count, len(table), epsilon) > 0.3:
             break
         if i > 0 and np.isfinite(thresholds).any():

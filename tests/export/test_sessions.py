@@ -71,7 +71,7 @@ def test_every_output_is_what_a_replay_has(case):
         assert (table.names, table.sites) == (by_name.names, by_name.sites)
         np.testing.assert_array_equal(table.rows, expected.rows)
         assert (table.answers != expected.answers).sum() <= 1  # a tie, at the most
-        assert (table.classes != by_name.classes).mean() < 0.02
+        assert (table.classes != by_name.classes).sum() <= 0.02 * table.classes.size
         np.testing.assert_allclose(table.scores, by_name.scores, rtol=2e-4, atol=2e-4)
     assert len(found) == 3
 
@@ -84,13 +84,13 @@ def test_plans_share_the_sessions_of_their_base(monkeypatch):
     spans = spans_of(bundle.chain, bundle.cascades.values())
     on_onnx = {name: OnnxCascade(cascade, spans) for name, cascade in bundle.cascades.items()}
     assert len(opened) == 3  # lookups
-    for _ in range(2):
-        for name, cascade in on_onnx.items():
-            expected = gati_jax.infer_batch(bundle, images, plan=name)
-            assert_same(cascade.predict(images), expected, np.asarray(cascade.cascade.thresholds))
+    for name, cascade in on_onnx.items():
+        expected, thresholds = gati_jax.infer_batch(bundle, images, plan=name), np.asarray(cascade.cascade.thresholds)
+        assert_same(cascade.predict(images), expected, thresholds)
+        assert_same(cascade.predict(images[:5]), first(expected, 5), thresholds)
     assert len(opened) == 3 + 3  # to site 1, to site 2, to the logits
-    tables = replays_on_onnx(gati_jax.replay(bundle.chain, bundle.caches, images), bundle.chain, bundle.caches, images)
-    assert tables[0].sites == (1, 1, 2)
+    table = gati_jax.replay(bundle.chain, bundle.caches, images[:5])
+    assert {one.sites for one in replays_on_onnx(table, bundle.chain, bundle.caches, images[:5])} == {(1, 1, 2)}
 
 
 def test_sessions_without_a_cut_at_a_cache_are_refused():
