@@ -23,7 +23,7 @@ MANY = 8
 def timed(tuning: Tuning, one: float, many: float) -> Tuning:
     """With these milliseconds for one request and for ``MANY``."""
     first, *_, last = tuning.tiles
-    tiles = (dataclasses.replace(first, milliseconds=one), dataclasses.replace(last, milliseconds=many))
+    tiles = (dataclasses.replace(first, milliseconds=float(one)), dataclasses.replace(last, milliseconds=float(many)))
     return dataclasses.replace(tuning, tiles=tiles)
 
 
@@ -137,8 +137,6 @@ def test_an_arithmetic_that_was_certified_adds_nothing(residual, on_onnx):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "tpu"}, r"backend: expected xla or onnxruntime, got 'tpu'"),
-        ({"backend": ["xla"]}, r"backend: expected xla or onnxruntime, got \['xla'\]"),
         ({"backend": "onnxruntime"}, "backend: this bundle has not been tuned for onnxruntime on this device; run"),
         ({"backend": "onnxruntime", "numerics": "reference"}, "backend: expected xla with the reference numerics"),
         ({"backend": "xla", "numerics": "fast"}, "numerics: this bundle has not been tuned for this device"),

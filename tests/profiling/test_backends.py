@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import gati_jax
 from gati_jax import CostTable, InputError
 from gati_jax.caches import Grid, LinearSelector, SortedSelector
 from gati_jax.profiling import (
     AnyBatch,
+    Tuning,
     backends,
     costs,
     device_name,
@@ -63,7 +63,7 @@ def test_times_of_any_batch_lie_between_measured_ones(rows, batch_ms):
     assert AnyBatch(()).milliseconds(rows, batch_ms) == pytest.approx(between(rows, batch_ms))
 
 
-def with_costs(cascade: Cascade, *sizes: int) -> gati_jax.Tuning:
+def with_costs(cascade: Cascade, *sizes: int) -> Tuning:
     """A block takes 1 ms for one row and a half more for each further one, a lookup a tenth of a block."""
     tuning, tiles = onnx_tuning(cascade.chain, cascade.caches, sizes=sizes), []
     for tile in tuning.tiles:
