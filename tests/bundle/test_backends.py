@@ -11,7 +11,7 @@ import pytest
 import gati_jax
 from gati_jax import InputError
 from gati_jax.certification import ArithmeticCheck
-from gati_jax.profiling import Tuning, device_name, onnx_tuning, reference_tuning
+from gati_jax.profiling import Backend, Tuning, device_name, onnx_tuning, reference_tuning
 from gati_jax.profiling.backends import OnnxTunedCascade
 from gati_jax.profiling.tuned_cascade import OPTIONS, TunedCascade
 from tests.bundle.made import PIXELS, at, edit, in_memory
@@ -100,7 +100,8 @@ def test_a_backend_that_is_asked_for_answers(residual, on_onnx, answered):
     assert answered == ["onnxruntime", "onnxruntime", "xla"]
     gati_jax.infer(bundle, PIXELS[0], backend="xla", numerics="reference")
     assert len(answered) == 3
-    for backend, differ in (("xla", 3), ("onnxruntime", 9)):
+    expected: dict[Backend, int] = {"xla": 3, "onnxruntime": 9}
+    for backend, differ in expected.items():
         bound = bundle.bound_of(backend=backend)
         assert bound.check is not None
         assert (bound.check.differ, bound.numerics) == (differ, "fast")
@@ -181,8 +182,9 @@ def test_both_tunings_are_kept(file, residual, answered):
     assert list(bundle.tunings_here) == ["onnxruntime", "xla"]
     gati_jax.infer(bundle, PIXELS[0])
     assert answered == ["onnxruntime"]
-    certified = dataclasses.replace(residual[3], arithmetics=(bundle.tunings_here["onnxruntime"].programs,))
-    gati_jax.save_bundle(file.parents[1], *residual[:3], certified)
+    chain, caches, plan, certificate = residual
+    certified = dataclasses.replace(certificate, arithmetics=(bundle.tunings_here["onnxruntime"].programs,))
+    gati_jax.save_bundle(file.parents[1], chain, caches, plan, certified)
     assert gati_jax.load_bundle(file.parents[1]).certificate == certified
 
 

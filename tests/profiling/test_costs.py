@@ -24,6 +24,7 @@ from gati_jax.profiling import (
     time_interleaved,
 )
 from gati_jax.profiling.costs import spread
+from gati_jax.profiling.speed import FullNetwork
 from gati_jax.runtime import Cascade, predict_one
 
 
@@ -129,7 +130,7 @@ def test_a_speed_up_is_over_the_fastest_full_network(chain, candidates, splits, 
     monkeypatch.setattr(speed, "time_interleaved", timed)
     tile = Tile(size=1, milliseconds=1.0, options=(), algorithms={})
     tuned = TunedCascade(cascade, Tuning(device=device_name(), tiles=(tile,)))
-    ways = {"tuned": tuned} if tuned_ms else None
+    ways: dict[FullNetwork, TunedCascade] = {"tuned": tuned} if tuned_ms else {}
     found = measure_speed(cascade, splits["test"][:3], full=ways, rounds=2)
     fastest = min(4.0, tuned_ms or 4.0)
     assert (found.full, found.full_ms, found.speedup) == (full, fastest, fastest)

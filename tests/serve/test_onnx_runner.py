@@ -27,7 +27,7 @@ def test_served_requests_are_answered_as_by_the_library(residual, overlap):
     bundle, images = on_onnx.tuned(residual), pixels(64)
     expected = gati_jax.infer_batch(bundle, images, backend="onnxruntime")
     assert set(np.asarray(expected.exit).tolist()) == {0, 1, 2}
-    prepared = np.asarray(bundle.chain.normalization(images))
+    prepared = np.asarray(bundle.chain.prepare(images))
     mixed = [prepared[i] if i % 3 else images[i] for i in range(64)]
     answers = through_engine(on_onnx.runner(residual, capacity=20), mixed, overlap=overlap)
     check(answers, expected, 1e-4)
