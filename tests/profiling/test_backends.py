@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gati_jax import CostTable, InputError
@@ -55,6 +55,7 @@ def between(rows: int, batch_ms: dict[int, float]) -> float:
     return batch_ms[sizes[0]]
 
 
+@settings(deadline=None)
 @given(
     rows=st.integers(0, 500),
     batch_ms=st.dictionaries(st.integers(1, 200), st.floats(0.01, 100), min_size=1, max_size=5),
@@ -78,6 +79,7 @@ def with_costs(cascade: Cascade, *sizes: int) -> Tuning:
     return dataclasses.replace(tuning, tiles=tuple(tiles))
 
 
+@settings(deadline=None, max_examples=30)
 @given(exits=st.lists(st.sampled_from([1, 2, 3]), min_size=12, max_size=12), batch=st.sampled_from([1, 3, 6, 12]))
 def test_expected_times_are_those_of_batches_of_the_rows_that_are_left(cascade, exits, batch):
     """Times rise by a straight line here, so that interpolated ones are exact."""
