@@ -24,7 +24,7 @@ from gati_jax.certification import AnyLedger, Certificate, count_duplicates, fin
 from gati_jax.fitting import Candidates, network_head
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
 from gati_jax.planning import Composition, CostTable, Plan, cascade_ms
-from gati_jax.profiling import Tuning, onnx_tuning, replays_on_onnx, run_by
+from gati_jax.profiling import Tuning, onnx_tuning, replays_on_onnx, run_by, tuning_for
 from train import cli, zoo
 
 from .config import Base, Config, Source
@@ -167,6 +167,8 @@ def keep_tuning(path: Path, tuning: Tuning, certify: np.ndarray, *, rounds: int)
         return
     if tuning.backend == "onnxruntime":
         tuning = onnx_tuning(bundle.chain, bundle.caches)
+    else:
+        tuning = tuning_for(tuning, bundle.chain, bundle.caches)
     tuning = run_by(tuning, bundle.cascade).measured(rounds=max(5, rounds // 3))
     _log.info("comparing the answers of %s with the reference arithmetic's", tuning.backend)
     gati_jax.save_tuning(path, gati_jax.check_tuning(bundle, tuning, certify))

@@ -1,6 +1,6 @@
 """Evaluate a saved bundle on a split: DIR/evaluation.json and DIR/report.html.
 
-Every request of the split is answered by the jitted cascade and by the base; some of them are timed, one at a time.
+Every request of the split is answered as requests are by default, and by the base; some of them are timed.
 """
 
 import logging

@@ -21,6 +21,7 @@ from gati_jax.profiling import (
     measure_steadily,
     onnx_tuning,
     onnx_unavailable,
+    onnx_version,
     probe,
     reference_tuning,
     tuned_cache,
@@ -85,6 +86,7 @@ def measured_tuning(path: Path, chain: Chain, candidates: Iterable[Candidate], c
         "device": device_name(),
         "plan": config.plan.model_dump_json(include={"batch", "tuned", "backend", "memory_share"}),
         "jax": cli.versions()["jax"],
+        "onnxruntime": "" if config.plan.backend == "xla" else onnx_version(),
     }
     saved = _read(Costs, path)
     if saved and saved.identity == identity and not unsteady(costs_in(saved.tuning, config)):

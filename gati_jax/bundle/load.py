@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gati_jax.caches import Candidate, Network, build_predictor, build_selector
+from gati_jax.caches import Candidate, build_predictor, build_selector
 from gati_jax.certification import Certificate, Looks, find_ledger
 from gati_jax.errors import BundleError, InputError, describe_mismatch
-from gati_jax.models import Architecture, Chain, check_chain, check_logits, fold, init, layers, probe_chain, to_chain
+from gati_jax.models import Chain, check_chain, check_logits, fold, init, probe_chain, to_chain
 from gati_jax.planning import Plan, ReplaySource
 from gati_jax.profiling import Tuning, cannot_run
-from gati_jax.profiling.tuned_cascade import OPTIONS
+from gati_jax.profiling.tuned_cascade import OPTIONS, applicable
 from gati_jax.pytrees import restore_spec
 
 from .files import check_files, present
@@ -177,7 +177,7 @@ def _misfits(tuning: Tuning, device: str, chain: Chain, caches: Sequence[Candida
         yield f"expected one of {device}, got {tuning.device}"
     if why := cannot_run(tuning, chain, caches):
         yield why
-    known, names = _algorithms(chain, caches), {cache.name for cache in caches}
+    known, names = applicable(chain, caches), {cache.name for cache in caches}
     for tile in tuning.tiles:
         for kind, algorithm in tile.algorithms.items():
             if algorithm not in known.get(kind, ()):
@@ -191,13 +191,6 @@ def _misfits(tuning: Tuning, device: str, chain: Chain, caches: Sequence[Candida
             yield f"expected costs of {len(chain)} blocks for {tile.size} rows, got {got}"
         if not set(costs.lookup_ms) <= names:
             yield f"expected costs of {', '.join(sorted(names))}, got {', '.join(sorted(costs.lookup_ms))}"
-
-
-def _algorithms(chain: Chain, caches: Sequence[Candidate]) -> dict[str, Sequence[str]]:
-    """Return the algorithms that can do each kind of layer of the base and of the small networks among the caches."""
-    networks = [chain.network, *(c.predictor.network for c in caches if isinstance(c.predictor, Network))]
-    blocks = [block for network in networks if isinstance(network, Architecture) for block in layers(network)]
-    return {layer.kind: layer.applicable for block in blocks for layer in block}
 
 
 MAX_ARRAY_BYTES = 8 * 2**30  # a manifest of a few lines may imply any number; compressed, so may a small file

@@ -26,6 +26,8 @@ Method = Literal[
 ]
 MARGINAL, CONDITIONAL, SEQUENTIAL, GROUP_MEAN, BAD_GROUPS = get_args(Method)
 _NAME = re.compile(r"[\w.%+-]{1,40}")
+_PROGRAMS = re.compile(r"\w{1,64}", re.ASCII)
+_MOST_ARITHMETICS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,7 +151,7 @@ class Certificate:
     method: Method = MARGINAL
     numerics: str = "reference"
     """The arithmetic that was certified: the float32 reference path."""
-    arithmetics: Annotated[tuple[str, ...], Field(max_length=16)] = ()
+    arithmetics: Annotated[tuple[str, ...], Field(max_length=_MOST_ARITHMETICS)] = ()
     """Further ones that were certified along with it, see ``Tuning.programs``: a request counts as disagreeing if it
     does in any of them."""
     looks: int = 1
@@ -186,6 +188,7 @@ class Certificate:
         check_share("epsilon", self.epsilon)
         check_share("delta", self.delta)
         check_name(self.name)
+        check_arithmetics(self.arithmetics)
         counts = 0 <= self.disagreements <= self.n < 2**53 and 0 <= self.repeated <= self.n and self.step >= -1
         if not (counts and 1 <= self.looks < 2**53 and 1 <= self.plans < 2**53):
             got = f"{self.disagreements} of {self.n}, look {self.looks} for {self.plans} plans"
@@ -301,6 +304,17 @@ def check_name(name: str) -> None:
     """
     if not _NAME.fullmatch(name):
         raise InputError(f"name: expected up to 40 letters, digits or any of . % + - _, got {name!r}")
+
+
+def check_arithmetics(digests: Sequence[str]) -> None:
+    """Check digests of further arithmetics, see ``Certificate.arithmetics``.
+
+    Raises:
+        InputError: They are too many, or one is no digest.
+    """
+    if len(digests) > _MOST_ARITHMETICS or not all(_PROGRAMS.fullmatch(digest) for digest in digests):
+        got = ", ".join(repr(digest)[:80] for digest in digests[: _MOST_ARITHMETICS + 1])
+        raise InputError(f"arithmetics: expected up to {_MOST_ARITHMETICS} digests of programs, got {got}")
 
 
 def tightest(certificates: Mapping[str, Certificate]) -> str:

@@ -12,6 +12,7 @@ Rows that come in groups (recordings, patients, cameras) are not independent, an
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
@@ -37,6 +38,7 @@ from .certificate import (
     ExitRate,
     Grouping,
     Method,
+    check_arithmetics,
     check_name,
     trial_level,
 )
@@ -122,23 +124,23 @@ def certify_together(
             answer among them, and the certificates hold in all of them.
 
     Raises:
-        InputError: As for ``certify``; or there is no plan, or a replay is of other rows.
+        InputError: As for ``certify``; or there is no plan, an arithmetic without a replay, or one of other rows.
     """
     if not plans:
         raise InputError("plans: expected at least one, got none")
     for name in plans:
         check_name(name)
+    others = tuple(replay for replays in (arithmetics or {}).values() for replay in replays)
     terms = _Terms(
-        delta=delta,
-        plans=len(plans),
-        base_saw_data=base_saw_data,
-        duplicates=duplicates,
-        arithmetics=tuple(arithmetics or ()),
-        others=tuple(replay for replays in (arithmetics or {}).values() for replay in replays),
-    )
-    for other in terms.others:
-        if not np.array_equal(other.rows, table.rows):
-            raise InputError("arithmetics: expected replays of the table's rows in their order, got other rows")
+        delta=delta, plans=len(plans), base_saw_data=base_saw_data, duplicates=duplicates,
+        arithmetics=tuple(sorted(arithmetics or ())), others=others,
+    )  # fmt: skip
+    check_arithmetics(terms.arithmetics)
+    for replays in (arithmetics or {}).values():
+        if not replays or any(not np.array_equal(other.rows, table.rows) for other in replays):
+            raise InputError("arithmetics: expected replays of the table's rows in their order, got none or other rows")
+        for other, (plan, _) in itertools.product(replays, plans.values()):
+            _checked(plan, other)
     return _look(plans, table, terms, ledger, reveal=reveal)
 
 

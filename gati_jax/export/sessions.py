@@ -16,6 +16,7 @@ from jaxtyping import Float, Int, Shaped
 from onnx import ModelProto
 
 from gati_jax.caches import Candidate
+from gati_jax.errors import InputError
 from gati_jax.models import Chain
 from gati_jax.runtime import Cascade, Prediction
 
@@ -63,7 +64,7 @@ class Spans:
         """Prepare; a session is opened when it is first needed."""
         check_exportable(chain)
         self.chain = chain
-        self._stops = [*sorted(set(cuts) - {len(chain)}), len(chain)]
+        self.stops = [*sorted(set(cuts) - {len(chain)}), len(chain)]
 
         def session(start: int, stop: int, dtype: np.dtype | None) -> Any:  # noqa: ANN401
             return open_session(span_model(chain, start, stop, inputs=dtype))
@@ -72,13 +73,13 @@ class Spans:
 
     def first(self, images: Shaped[np.ndarray, "batch *input"], stop: int) -> Value:
         """Run images up to site ``stop``, channels first; the logits where it is N."""
-        nearest = self._stops[0]
+        nearest = self.stops[0]
         (x,) = self._session(0, nearest, images.dtype).run_with_ort_values(["next"], {"images": to_value(images)})
         return x if nearest == stop else self.run(x, np.arange(len(images)), nearest, stop)
 
     def run(self, x: Value, rows: Int[np.ndarray, " rows"], start: int, stop: int) -> Value:
         """Run some rows of the activation at site ``start`` up to site ``stop``; the logits where it is N."""
-        for after in (site for site in self._stops if start < site <= stop):
+        for after in (site for site in self.stops if start < site <= stop):
             given = {"activation": x, ROWS: to_value(rows)}
             (x,) = self._session(start, after, None).run_with_ort_values(["next"], given)
             start, rows = after, np.arange(len(rows))
@@ -106,7 +107,7 @@ class OnnxCascade:
         spans: The base's sessions, with cuts at the sites of its caches; by default its own.
 
     Raises:
-        InputError: The base or a cache has no ONNX form.
+        InputError: The base or a cache has no ONNX form, or the sessions have no cut at a cache.
     """
 
     def __init__(self, cascade: Cascade, spans: Spans | None = None) -> None:
@@ -114,6 +115,8 @@ class OnnxCascade:
         check_exportable(cascade.chain, cascade.caches)
         self.cascade = cascade
         self.spans = Spans(cascade.chain, cascade.sites) if spans is None else spans
+        if missing := {*cascade.sites} - {*self.spans.stops}:
+            raise InputError(f"spans: expected cuts at every cache, got none at sites {sorted(missing)}")
         self._lookups = [Lookup(cascade.chain, cache) for cache in cascade.caches]
         self._thresholds = np.asarray(cascade.thresholds)
 

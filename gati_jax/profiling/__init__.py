@@ -9,6 +9,7 @@ from .backends import fastest as fastest
 from .backends import measure_onnx_costs as measure_onnx_costs
 from .backends import onnx_tuning as onnx_tuning
 from .backends import onnx_unavailable as onnx_unavailable
+from .backends import onnx_version as onnx_version
 from .backends import replays_on_onnx as replays_on_onnx
 from .backends import run_by as run_by
 from .backends import spans_of as spans_of
@@ -30,3 +31,4 @@ from .tuned_cascade import Tuning as Tuning
 from .tuned_cascade import tuned_cache as tuned_cache
 from .tuned_cascade import tuned_cascade as tuned_cascade
 from .tuned_cascade import tuned_chain as tuned_chain
+from .tuned_cascade import tuning_for as tuning_for

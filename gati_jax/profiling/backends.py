@@ -128,8 +128,8 @@ def onnx_unavailable(chain: Chain, caches: Iterable[Candidate] = ()) -> str:
     """Return why ONNX Runtime cannot run a base with these caches here; empty if it can."""
     try:
         from gati_jax.export.sessions import check_exportable  # noqa: PLC0415 (of the extra onnx)
-    except ModuleNotFoundError as error:
-        return f"the package {error.name} is not installed: pip install '.[onnx]'"
+    except ImportError as error:
+        return f"{error.name or 'onnxruntime'} cannot be imported: pip install '.[onnx]'"
     try:
         check_exportable(chain, caches)
     except InputError as error:
@@ -137,9 +137,12 @@ def onnx_unavailable(chain: Chain, caches: Iterable[Candidate] = ()) -> str:
     return ""
 
 
-def _onnx_version() -> str:
-    from gati_jax.export.sessions import VERSION  # noqa: PLC0415 (of the extra onnx)
-
+def onnx_version() -> str:
+    """Return the version of ONNX Runtime; empty without it."""
+    try:
+        from gati_jax.export.sessions import VERSION  # noqa: PLC0415 (of the extra onnx)
+    except ImportError:
+        return ""
     return VERSION
 
 
@@ -174,8 +177,8 @@ def cannot_run(tuning: Tuning, chain: Chain, caches: Iterable[Candidate]) -> str
         return "" if tuning.jaxlib in known else f"expected one of jaxlib {version('jaxlib')}, got {tuning.jaxlib}"
     if why := onnx_unavailable(chain, caches):
         return why
-    same = tuning.onnxruntime == _onnx_version()
-    return "" if same else f"expected one of onnxruntime {_onnx_version()}, got {tuning.onnxruntime}"
+    same = tuning.onnxruntime == onnx_version()
+    return "" if same else f"expected one of onnxruntime {onnx_version()}, got {tuning.onnxruntime}"
 
 
 def onnx_tuning(chain: Chain, caches: Sequence[Candidate] = (), *, sizes: Sequence[int] = BATCHES) -> Tuning:
@@ -189,7 +192,7 @@ def onnx_tuning(chain: Chain, caches: Sequence[Candidate] = (), *, sizes: Sequen
     if len({*sizes}) >= MOST_TILES or not all(1 <= size <= MOST_ROWS for size in sizes):
         raise InputError(f"sizes: expected up to {MOST_TILES} of 1 to {MOST_ROWS} rows, got {list(sizes)}")
     tiles = tuple(Tile(size=size, milliseconds=1.0, options=(), algorithms={}) for size in sorted({1, *sizes}))
-    return Tuning(device=device_name("onnxruntime"), tiles=tiles, onnxruntime=_onnx_version())
+    return Tuning(device=device_name("onnxruntime"), tiles=tiles, onnxruntime=onnx_version())
 
 
 def measure_onnx_costs(

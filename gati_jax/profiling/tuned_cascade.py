@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jaxtyping import Array, Shaped
 from gati_jax.caches import Candidate, Network, network_with_algorithms
 from gati_jax.certification import ArithmeticCheck
 from gati_jax.errors import InputError
-from gati_jax.models import Algorithm, Architecture, Chain, with_algorithms
+from gati_jax.models import Algorithm, Architecture, Chain, layers, with_algorithms
 from gati_jax.planning import CostTable
 from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
 from gati_jax.runtime.cascade import Cascade, Prediction, predict_one, predict_only
@@ -24,6 +25,7 @@ from .costs import Backend, measure_costs, measure_steadily
 LARGEST_BUCKET = 256  # rows in one program
 MOST_TILES = 16  # each is one more loop in every span
 MOST_ROWS = 4096
+_WORD = re.compile(r"[\w.+-]{0,120}", re.ASCII)  # they are shown, and come from files of others
 _GRAPHS = "xla_gpu_enable_command_buffer"
 _LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 OPTIONS: dict[str, tuple[CompilerOptions, ...]] = {
@@ -79,6 +81,11 @@ class Tuning:
     def __post_init__(self) -> None:
         """Check that tiles rise from one for a single request, and are not too many."""
         sizes = [tile.size for tile in self.tiles]
+        for text in (self.device, self.jaxlib, self.onnxruntime):
+            if not _WORD.fullmatch(text):
+                raise InputError(
+                    f"tuning: expected a device and versions of up to 120 plain characters, got {text[:80]!r}"
+                )
         if len(self.checks) > MOST_TILES:
             raise InputError(f"checks: expected at most {MOST_TILES}, got {len(self.checks)}")
         if self.onnxruntime and any(tile.options or tile.algorithms for tile in self.tiles):
@@ -222,6 +229,21 @@ def _in_tiles(
         images = np.pad(np.asarray(images), [(0, bucket - n)] + [(0, 0)] * (images.ndim - 1))
     answer = predict_tiled(batched, images, n, options)
     return answer if n == bucket else jax.tree.map(lambda rows: np.asarray(rows)[:n], answer)
+
+
+def applicable(chain: Chain, caches: Sequence[Candidate]) -> dict[str, Sequence[Algorithm]]:
+    """Return the algorithms that can do each kind of layer of the base and of the small networks among the caches."""
+    networks = [chain.network, *(c.predictor.network for c in caches if isinstance(c.predictor, Network))]
+    blocks = [block for network in networks if isinstance(network, Architecture) for block in layers(network)]
+    return {layer.kind: layer.applicable for block in blocks for layer in block}
+
+
+def tuning_for(tuning: Tuning, chain: Chain, caches: Sequence[Candidate]) -> Tuning:
+    """Return a tuning without the algorithms of caches that are not among these."""
+    known = applicable(chain, caches)
+    chosen = [{kind: a for kind, a in tile.algorithms.items() if kind in known} for tile in tuning.tiles]
+    pairs = zip(tuning.tiles, chosen, strict=True)
+    return dataclasses.replace(tuning, tiles=tuple(dataclasses.replace(tile, algorithms=few) for tile, few in pairs))
 
 
 def tuned_chain(chain: Chain, tile: Tile) -> Chain:

@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,11 @@ import pytest
 from scipy.stats import binom
 
 import gati_jax
-from gati_jax import Bundle, Candidate, Normalization, Plan
-from gati_jax.caches import (
-    Centres,
-    Confidence,
-    Conv,
-    Convolutional,
-    FullyConnected,
-    GlobalAverage,
-    Grid,
-    LinearSelector,
-    Neighbours,
-    Pool,
-    ProbabilitySelector,
-    SortedSelector,
-    import_network,
-    stored_centres,
-    stored_points,
-)
+from gati_jax import Bundle
+from gati_jax.caches import Grid, SortedSelector
 from gati_jax.data import row_digests
-from gati_jax.models import VGG, Architecture, ResNet, fold, init, to_chain
-from tests.bundle.made import cache_shapes, make, make_certificate
+from tests.bundle.made import make
+from tests.export.made import CASES, CLASSES, OF_SMALL, VGGS, N, assert_same, made, planned, with_two_plans
 
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
 ort = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
@@ -45,119 +28,6 @@ from train.export import cascade as runner  # noqa: E402
 from train.export import folder as export  # noqa: E402
 from train.export import models  # noqa: E402
 
-CLASSES, N = 5, 96
-BASIC = ResNet(stages=(1, 1), widths=(4, 7), shortcut="A", classes=CLASSES, input_shape=(10, 9, 3))
-BOTTLENECK = ResNet(stages=(1, 1), widths=(2, 3), bottleneck=True, stem=7, classes=CLASSES, input_shape=(21, 18, 3))
-VGGS = VGG(convolutions=(1, 2), channels=(4, 6), classes=CLASSES, input_shape=(11, 9, 3))
-SMALL = ResNet(stages=(1,), widths=(3,), classes=CLASSES, input_shape=(11, 9, 3))
-OF_BASE = Normalization(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), scale=1 / 256)
-OF_SMALL = Normalization(mean=(0.4,), std=(0.25,))
-Heads = Sequence[tuple[int, nn.Module, nn.Module]]
-
-
-def drawn(rng: np.random.Generator, shapes: Any) -> Any:
-    """Random parameters that keep activations at their size; deviations and variances are positive."""
-
-    def draw(path: Any, leaf: Any) -> np.ndarray:
-        value = rng.normal(size=leaf.shape)
-        if path[-1].key in {"std", "var"}:
-            return np.asarray(np.abs(value) + 0.5, np.float32)
-        scale = 1.4 / np.sqrt(np.prod(leaf.shape[:-1])) if path[-1].key == "kernel" else 0.3
-        return np.asarray(value * scale, np.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def points(rng: np.random.Generator, predictor: nn.Module) -> dict[str, Any]:
-    """Stored keys, some of which are rows without a point."""
-    if isinstance(predictor, Neighbours):
-        keys = np.abs(rng.normal(size=(predictor.points, predictor.units)))
-        return {"points": stored_points(keys, rng.integers(-1, CLASSES, predictor.points))}
-    if isinstance(predictor, Centres):
-        keys, labels = np.abs(rng.normal(size=(predictor.centres, predictor.units))), np.arange(predictor.centres)
-        return {"points": stored_centres(keys, labels % (CLASSES + 1) - 1, rng.uniform(0.3, 1, predictor.centres))}
-    return {}
-
-
-def parts(network: Architecture, heads: Heads, normalization: Normalization | None = OF_BASE) -> tuple[Any, Any, Any]:
-    """A chain and caches with random parameters, and requests."""
-    rng = np.random.default_rng(len(heads))
-    params = drawn(rng, jax.eval_shape(lambda: fold(init(network, jax.random.key(0)))))
-    chain = to_chain(network, params, normalization)
-    images = rng.integers(0, 256, (N, *network.input_shape), np.uint8)
-    if normalization is None:
-        images = rng.normal(size=images.shape).astype(np.float32)
-    caches = []
-    for i, (site, predictor, selector) in enumerate(heads):
-        variables = drawn(rng, cache_shapes(predictor, selector, chain.site_specs[site].shape))
-        variables["predictor"] |= points(rng, predictor)
-        caches.append(Candidate(f"cache {i}", site, predictor, selector, variables))
-    return chain, tuple(caches), images
-
-
-def planned(chain: gati_jax.Chain, caches: tuple[Candidate, ...], thresholds: np.ndarray) -> Bundle:
-    plan = Plan(
-        names=tuple(cache.name for cache in caches),
-        sites=tuple(cache.site for cache in caches),
-        depth=len(chain),
-        path=np.array([np.full(len(caches), np.inf), thresholds], np.float32),
-        disagreement=np.zeros(2),
-        mean_ms=np.ones(2),
-        n=1,
-        rows=np.array([1], np.uint64),
-    )
-    return Bundle(chain=chain, caches=caches, plan=plan, certificate=make_certificate(plan, step=1))
-
-
-def halving(chain: gati_jax.Chain, caches: tuple[Candidate, ...], images: np.ndarray) -> tuple[Bundle, np.ndarray]:
-    """A bundle of whose requests about half would leave at each cache, none of them near its threshold."""
-    if not caches:
-        return planned(chain, caches, np.zeros(0)), images
-    scores = np.sort(gati_jax.replay(chain, caches, images).scores, axis=1)
-    return planned(chain, caches, (scores[:, N // 2 - 1] + scores[:, N // 2]) / 2), images
-
-
-def made(network: Architecture, heads: Heads, normalization: Normalization | None = OF_BASE) -> tuple[Bundle, Any]:
-    return halving(*parts(network, heads, normalization))
-
-
-def with_network() -> tuple[Bundle, Any]:
-    """A small network as the first cache, as ``parts`` cannot draw it."""
-    chain, caches, images = parts(VGGS, [(1, Pool(CLASSES, 40, 6, standardize=False), SortedSelector(4, 3))])
-    variables = drawn(np.random.default_rng(5), jax.eval_shape(lambda: init(SMALL, jax.random.key(0))))
-    predictor, own = import_network(SMALL, variables, trained=OF_SMALL, base=OF_BASE)
-    small = Candidate("small", 0, predictor, ProbabilitySelector(), {"predictor": own, "selector": {}})
-    return halving(chain, (small, *caches), images)
-
-
-CASES = {
-    "basic, shortcut A": lambda: made(
-        BASIC,
-        [
-            (0, FullyConnected(CLASSES, 6), LinearSelector()),
-            (1, Grid(CLASSES, 3, 8), SortedSelector(4, 9)),
-        ],
-    ),
-    "bottleneck, 7x7 stem, floats": lambda: made(
-        BOTTLENECK,
-        [
-            (0, Conv(CLASSES, 5, 3), LinearSelector()),
-            (1, Convolutional(CLASSES, (6, 4), 3, 2, 2, 8), ProbabilitySelector()),
-        ],
-        None,
-    ),
-    "VGG, stored points": lambda: made(
-        VGGS,
-        [
-            (0, GlobalAverage(CLASSES, 6), SortedSelector(4, 3)),
-            (1, Neighbours(CLASSES, points=30, k=4, units=6), Confidence()),
-            (2, Centres(CLASSES, centres=12, units=6, cells=2), Confidence()),
-        ],
-    ),
-    "VGG, small network": with_network,
-    "no cache": lambda: made(VGGS, []),
-}
-
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory) -> tuple[Bundle, np.ndarray, Path]:
@@ -165,22 +35,6 @@ def case(request, tmp_path_factory) -> tuple[Bundle, np.ndarray, Path]:
     folder = tmp_path_factory.mktemp("case") / "export"
     export.export_bundle(bundle, folder)
     return bundle, images, folder
-
-
-def assert_same(found: Any, expected: Any, thresholds: np.ndarray) -> None:
-    """The same answers, but for rows whose score lies at a threshold or whose logits are a tie."""
-    found, expected = (runner.Prediction(*map(np.asarray, answers)) for answers in (found, expected))
-    differ = (found.class_index != expected.class_index) | (found.exit != expected.exit)
-    close = np.zeros(len(differ), bool)
-    for answers in (found, expected):
-        close |= np.isclose(answers.score[:, None], thresholds, rtol=1e-4, atol=1e-4).any(1)
-        top = np.sort(answers.logits, axis=1)[:, -2:]
-        close |= np.isclose(top[:, 0], top[:, 1], rtol=1e-4, atol=1e-4)
-    assert not (differ & ~close).any()
-    assert differ.mean() < 0.05
-    for name in ("score", "logits"):
-        one, other = getattr(found, name)[~differ], getattr(expected, name)[~differ]
-        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4)
 
 
 def test_spans_and_file_answer_as_the_library_does(case):
@@ -229,16 +83,7 @@ def test_rows_at_a_threshold_are_the_only_ones_that_may_differ(tmp_path):
 
 @pytest.fixture(scope="module")
 def two_plans(tmp_path_factory) -> tuple[Bundle, np.ndarray, Path]:
-    """Another plan, with another cache at the same site, and with a cache that the first plan has off."""
-    heads = [(1, Grid(CLASSES, 2, 6), SortedSelector(4, 3)), (1, GlobalAverage(CLASSES, 6), ProbabilitySelector())]
-    bundle, images = made(VGGS, [*heads, (2, Grid(CLASSES, 1, 6), LinearSelector())])
-    plans = []
-    for columns, name in (([0], "default"), ([1, 2], "other")):
-        names, sites = zip(*((bundle.plan.names[i], bundle.plan.sites[i]) for i in columns), strict=True)
-        plan = dataclasses.replace(bundle.plan, names=names, sites=sites, path=bundle.plan.path[:, columns])
-        plans.append((plan, dataclasses.replace(make_certificate(plan, step=1), name=name, plans=2)))
-    (plan, certificate), other = plans
-    bundle = dataclasses.replace(bundle, plan=plan, certificate=certificate, also=(other,))
+    bundle, images = with_two_plans()
     folder = tmp_path_factory.mktemp("plans") / "export"
     export.export_bundle(bundle, folder)
     return bundle, images, folder

@@ -172,6 +172,26 @@ def test_sizes_that_cannot_be_are_refused_before_anything_is_timed(base, monkeyp
         gati_jax.tune(base, sizes=sizes)
 
 
+@pytest.mark.parametrize(
+    ("ms", "error", "chosen"),
+    [((1.0, 1.25), 0.0, True), ((1.0, 1.15), 0.0, False), ((2.0, 1.0), 0.0, False), ((1.0, 9.0), 0.01, False)],
+    ids=["faster", "hardly faster", "slower", "wrong"],
+)
+def test_the_reference_programs_are_left_for_much_faster_ones_alone(base, monkeypatch, ms, error, chosen):
+    monkeypatch.setattr(
+        autotune,
+        "_starts",
+        lambda _, sizes, __: [dataclasses.replace(made_up(1).tiles[0], size=size) for size in sizes],
+    )
+    monkeypatch.setattr(autotune, "_time_networks", lambda *_: np.reshape(ms, (2, 1)))
+    monkeypatch.setattr(autotune, "_error", lambda *_: error)
+    found = autotune.probe(base, sizes=(4,))
+    assert [tile.size for tile in found.tiles] == [1, 4]
+    assert {bool(tile.algorithms) for tile in found.tiles} == {chosen}
+    assert {tile.milliseconds for tile in found.tiles} == {ms[0] if chosen else ms[1]}
+    assert found.is_reference != chosen
+
+
 def test_a_chain_of_other_functions_is_tuned_without_algorithms(chain):
     found = gati_jax.tune(chain, sizes=(2,), rounds=1)
     assert [dict(tile.algorithms) for tile in found.tiles] == [{}, {}]

@@ -24,6 +24,7 @@ from gati_jax.profiling import (
     time_interleaved,
 )
 from gati_jax.profiling.costs import spread
+from gati_jax.profiling.speed import FullNetwork
 from gati_jax.runtime import Cascade, predict_one
 
 
@@ -111,7 +112,7 @@ def test_a_small_network_is_timed_alone(chain, candidates, made_up):
 def test_a_measurement_says_how_long_it_will_be(chain, candidates, caplog):
     with caplog.at_level(logging.INFO, logger="gati_jax"):
         measure_costs(chain, (c for c in candidates.items[:2]), rounds=7, batch=3, sites=(2, 4))
-    assert "measuring 3 spans and 2 lookups in batches of 3, 7 rounds" in caplog.text
+    assert "measuring 3 spans and 2 lookups on XLA in batches of 3, 7 rounds" in caplog.text
 
 
 def test_measured_costs_are_what_plan_takes(chain, candidates, splits):
@@ -128,8 +129,9 @@ def test_a_speed_up_is_over_the_fastest_full_network(chain, candidates, splits, 
     timed = lambda programs, *, rounds: {name: np.full(rounds, made_up[name]) for name in programs}  # noqa: E731
     monkeypatch.setattr(speed, "time_interleaved", timed)
     tile = Tile(size=1, milliseconds=1.0, options=(), algorithms={})
-    tuned = TunedCascade(cascade, Tuning(device=device_name(), tiles=(tile,))) if tuned_ms else None
-    found = measure_speed(cascade, splits["test"][:3], tuned=tuned, rounds=2)
+    tuned = TunedCascade(cascade, Tuning(device=device_name(), tiles=(tile,)))
+    ways: dict[FullNetwork, TunedCascade] = {"tuned": tuned} if tuned_ms else {}
+    found = measure_speed(cascade, splits["test"][:3], full=ways, rounds=2)
     fastest = min(4.0, tuned_ms or 4.0)
     assert (found.full, found.full_ms, found.speedup) == (full, fastest, fastest)
     assert found.exit_ms == {1: pytest.approx(fastest / 4), 5: pytest.approx(fastest)}

@@ -20,7 +20,15 @@ from tests.train.one_pass import (
     looks_in,
     small_and_repeatable,
 )
-from train import base, caches, evaluate
+from train import base, caches, evaluate, latency
+
+
+@pytest.fixture(scope="session", autouse=True)
+def only_reference_programs() -> Iterator[None]:
+    """No search for the fastest full network, which compiles several programs; test_backends.py has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "contenders", lambda _: {})
+        yield
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from tests.train.one_pass import DIGITS
 from train.caches import base_line, base_on_select
 from train.config import Config, load
 from train.exploration import Explored, explore, within
-from train.records import measured_tile
+from train.records import costs_in, measured_tuning
 
 TWO = dataclasses.replace(tiny.head(1, 2), selectors=(("linear", LinearSelector()),))
 WIDE = Head(name="wide", predictor=lambda classes: FullyConnected(classes, hidden=1024), selector=LinearSelector())
@@ -150,12 +150,13 @@ def test_costs_of_a_busy_machine_are_measured_again_and_never_kept(
     _, measured = lookups
     busy[0], path = disturbed, tmp_path / "costs.json"
     steady = disturbed < 3
-    measured_tile(path, tiny.chain(), untrained(tiny.chain(), [TWO]), config())
+    measured_tuning(path, tiny.chain(), untrained(tiny.chain(), [TWO]), config())
     assert (len(measured), path.exists()) == (measurements, steady)
     assert ("COSTS ARE UNRELIABLE" in caplog.text) != steady
     if not steady:
         busy[0] = 0
-        _, costs = measured_tile(path, tiny.chain(), untrained(tiny.chain(), [TWO]), config())
+        tuning = measured_tuning(path, tiny.chain(), untrained(tiny.chain(), [TWO]), config())
+        costs = costs_in(tuning, config())
         assert (costs.full_ms, len(measured), path.exists()) == (len(tiny.chain()), 4, True)
 
 
@@ -175,7 +176,8 @@ def test_costs_under_another_memory_budget_are_measured_anew(lookups, tmp_path):
 
     def costs(*options: str) -> Mapping[str, float]:
         caches = untrained(tiny.chain(), [TWO])
-        return measured_tile(tmp_path / "costs.json", tiny.chain(), caches, config(*options))[1].lookup_ms
+        tuning = measured_tuning(tmp_path / "costs.json", tiny.chain(), caches, config(*options))
+        return costs_in(tuning, config()).lookup_ms
 
     first = costs("--plan.memory_share", "2")
     said["fc@1"] = 0.5  # a measurement would show it

@@ -15,7 +15,7 @@ from gati_jax import InputError, data
 from tests.train.one_pass import DIGITS, caches_arguments, json_of, looks_in, strict
 from train import caches, evaluate
 from train.config import Config, load
-from train.records import measured_tile
+from train.records import costs_in, measured_tuning
 
 
 def step_at(bundle: gati_jax.Bundle, delta: float) -> int:
@@ -149,6 +149,7 @@ def test_costs_that_are_damaged_or_of_another_kind_are_measured_anew(run, tmp_pa
     (tmp_path / "costs.json").write_text(damage((folder / "costs.json").read_text()))
     config = load(Config, Path(DIGITS[1]), caches_arguments(run.folder)[2:])
     chain = caches.read_base(config.base)
-    _, measured = measured_tile(tmp_path / "costs.json", chain, run.bundle.caches, config)
+    measured = costs_in(measured_tuning(tmp_path / "costs.json", chain, run.bundle.caches, config), config)
     assert set(measured.lookup_ms) == {cache.name for cache in run.bundle.caches}
-    assert measured_tile(tmp_path / "costs.json", chain, (), config)[1] == measured  # kept, this time
+    kept = measured_tuning(tmp_path / "costs.json", chain, (), config)  # this time
+    assert costs_in(kept, config) == measured
