@@ -97,7 +97,7 @@ def test_work_behind_an_exit_is_not_done_and_nothing_recompiles(caches, splits, 
     scores = scores_of(chain, caches[0], images)
     threshold = np.sort(scores)[4:6].mean()  # eight hit, five go on
     cascade = BatchedCascade.of(Cascade(watched, caches[:1], jnp.asarray([threshold], jnp.float32)), EIGHT_TWO)
-    predict_tiled(cascade, images).exit.block_until_ready()
+    jax.block_until_ready(predict_tiled(cascade, images).exit)
     jax.effects_barrier()
     rows = {index: sum(n for i, n in ran if i == index) for index in range(len(chain))}
     site = caches[0].site
@@ -105,8 +105,8 @@ def test_work_behind_an_exit_is_not_done_and_nothing_recompiles(caches, splits, 
     assert rows == {index: 16 if index < site else 8 for index in range(len(chain))}
     before = len(traced)
     other = Cascade(watched, caches[:1], jnp.asarray([INF], jnp.float32))
-    predict_tiled(BatchedCascade.of(other, EIGHT_TWO), images + 0).exit.block_until_ready()
-    predict_tiled(BatchedCascade.of(other, EIGHT_TWO), images, 3).exit.block_until_ready()
+    jax.block_until_ready(predict_tiled(BatchedCascade.of(other, EIGHT_TWO), images + 0).exit)
+    jax.block_until_ready(predict_tiled(BatchedCascade.of(other, EIGHT_TWO), images, 3).exit)
     assert len(traced) == before
 
 

@@ -102,7 +102,7 @@ def test_every_driver_is_the_cascade_by_hand(chain, caches, looked_up, splits, s
 def test_a_score_at_the_threshold_is_a_hit(chain, caches, splits):
     image = jnp.asarray(splits["test"][0])
     always = Cascade(chain, (caches[2],), jnp.asarray([-jnp.inf]))
-    score = predict_one(always, image).score
+    score = jnp.asarray(predict_one(always, image).score)
     assert int(predict_one(Cascade(chain, (caches[2],), score[None]), image).exit) == 2
     above = jnp.nextafter(score, jnp.float32(1e9))[None]
     assert int(predict_one(Cascade(chain, (caches[2],), above), image).exit) == DEPTH
