@@ -14,6 +14,7 @@ from gati_jax.planning import CostTable
 from gati_jax.runtime.batched import Schedule
 from gati_jax.runtime.cascade import Cascade, predict_one
 
+from .backends import AnyBatch
 from .costs import lookup_program, prefix_program, spread, time_interleaved, time_turns
 from .tuned_cascade import TunedCascade
 
@@ -177,14 +178,18 @@ def stages_ms(cascade: Cascade, costs: CostTable) -> tuple[float, ...]:
 
 
 def expected_ms(
-    cascade: Cascade, costs: Mapping[int, CostTable], schedule: Schedule, exits: Int[np.ndarray, " n"], batch: int
+    cascade: Cascade,
+    costs: Mapping[int, CostTable],
+    schedule: Schedule | AnyBatch,
+    exits: Int[np.ndarray, " n"],
+    batch: int,
 ) -> float:
     """Return the mean time of a batch that measured costs predict: each stage's tiles for the rows that reach it.
 
     Args:
         cascade: The cascade.
         costs: Measured costs by tile size.
-        schedule: The tiles.
+        schedule: The tiles, or batches of any size.
         exits: The exit of each request, [n]; taken in groups of ``batch``, one after another.
         batch: Requests in a group.
 

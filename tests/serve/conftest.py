@@ -3,6 +3,8 @@
 Fronts: a service in front of a fake engine, with or without sockets.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from gati_jax import Candidate, Normalization, Plan
 from gati_jax.caches import Grid, LinearSelector, SortedSelector
 from gati_jax.models import ResNet, fold, init, to_chain
 from tests.bundle.made import drawn, make_certificate
+from tests.export import made
 from tests.serve import fake
 from tests.serve.fake_runner import pixels
 
@@ -25,11 +28,15 @@ def residual() -> gati_jax.Bundle:
     rng = np.random.default_rng(3)
     chain = to_chain(network, drawn(rng, jax.eval_shape(lambda: fold(init(network, jax.random.key(0))))), normalization)
     caches = []
-    for site, selector in ((0, LinearSelector()), (1, SortedSelector(hidden=3, top=2))):
+    # At site 1, deviations that may be negative would leave no hidden unit alive, and all scores the same.
+    for site, selector, draw in (
+        (0, LinearSelector(), functools.partial(drawn, rng)),
+        (1, SortedSelector(hidden=3, top=2), functools.partial(made.drawn, np.random.default_rng(3))),
+    ):
         predictor, activation = Grid(5, cells=2, hidden=6), jnp.zeros((1, *chain.site_specs[site].shape))
         params = {
-            "predictor": drawn(rng, jax.eval_shape(predictor.init, jax.random.key(0), activation)),
-            "selector": drawn(rng, jax.eval_shape(selector.init, jax.random.key(0), jnp.zeros((1, 5)))),
+            "predictor": draw(jax.eval_shape(predictor.init, jax.random.key(0), activation)),
+            "selector": draw(jax.eval_shape(selector.init, jax.random.key(0), jnp.zeros((1, 5)))),
         }
         caches.append(Candidate(f"grid@{site}", site, predictor, selector, params))
     return half_hit(chain, caches, pixels(64))

@@ -10,7 +10,7 @@ from serve import assemble
 from serve.engine import routes
 from serve.engine.engine import Engine
 from serve.engine.onnx_runner import OnnxRunner
-from serve.engine.records import Job, Step
+from serve.engine.records import Job, Step, StepError
 from serve.engine.runner import JaxRunner
 from serve.settings import Settings, parse
 from tests.serve import on_onnx
@@ -70,7 +70,7 @@ def test_only_the_request_of_a_failed_step_has_an_error(residual, monkeypatch):
     engine = Engine(runner)
     engine.start()
     (failed,) = engine.submit(np.full((1, 8, 8, 3), 7, np.uint8), route=0)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(StepError, match="failed: RuntimeError on the way to exit 0"):
         failed.result(60)
     answers = [future.result(60) for future in engine.submit(pixels(6), route=0)]
     check(answers, predict_batch(residual.cascade, pixels(6)), 1e-4)
