@@ -49,6 +49,11 @@ def to_value(array: np.ndarray) -> Value:
     return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
 
+def to_array(value: Value) -> np.ndarray:
+    """Copy an array out of ONNX Runtime, which uses its memory again once the value is gone."""
+    return np.array(value.numpy())
+
+
 class Spans:
     """The sessions of a base, cut at the sites where something may look in; weights are in one session each.
 
@@ -96,7 +101,7 @@ class Lookup:
     def __call__(self, x: Value) -> tuple[Float[np.ndarray, "batch classes"], Float[np.ndarray, " batch"]]:
         """Return logits and scores for activations."""
         logits, score = self._session.run_with_ort_values(["logits", "score"], {"activation": x})
-        return logits.numpy(), score.numpy()
+        return to_array(logits), to_array(score)
 
 
 class OnnxCascade:
@@ -142,7 +147,7 @@ class OnnxCascade:
             elif site > at:
                 x = self.spans.run(x, everyone, at, site)
             at = site
-            found.append(lookup(x) if lookup else (x.numpy(), everyone))
+            found.append(lookup(x) if lookup else (to_array(x), everyone))
         logits, scores = zip(*found, strict=True)
         n, classes = len(images), chain.classes
         return logits[-1], np.reshape(logits[:-1], (-1, n, classes)), np.reshape(scores[:-1], (-1, n))
@@ -164,4 +169,4 @@ class OnnxCascade:
                 return
         end = len(self.cascade.chain)
         x = self.spans.first(images, end) if x is None else self.spans.run(x, rows, at, end)
-        logits[left] = x.numpy()
+        logits[left] = to_array(x)

@@ -35,10 +35,10 @@ class OnnxRunner:
 
     def __init__(self, sources: Sequence[CascadeRoute], *, capacity: int = 256) -> None:
         """Open the sessions, and run every stage once."""
-        from gati_jax.export.sessions import Lookup, Spans, to_value  # noqa: PLC0415 (of the extra onnx)
+        from gati_jax.export.sessions import Lookup, Spans, to_array, to_value  # noqa: PLC0415 (of the extra onnx)
 
         started, chain = time.perf_counter(), sources[0].cascade.chain
-        self.capacity, self._depth, self._to_value = capacity, len(chain), to_value
+        self.capacity, self._depth, self._to_value, self._to_array = capacity, len(chain), to_value, to_array
         self._sites = [source.cascade.sites for source in sources]
         self._spans = Spans(chain, {site for sites in self._sites for site in sites})
         self._slabs: dict[int, Shaped[np.ndarray, "slots channels height width"]] = {}
@@ -69,10 +69,10 @@ class OnnxRunner:
         else:
             x = self._first(step.jobs, stop)
         if stop == self._depth and step.stage == len(sites):
-            logits, score = x.numpy(), np.full(len(slots), np.inf, np.float32)
+            logits, score = self._to_array(x), np.full(len(slots), np.inf, np.float32)
         else:
             logits, score = self._lookups[step.route][step.stage](x)
-            self._slabs[stop][slots] = x.numpy()
+            self._slabs[stop][slots] = self._to_array(x)
         hit = score >= self._thresholds[step.route][step.stage]
         return _Done(StageResult(hit, logits.argmax(-1), score, logits))
 
@@ -85,7 +85,7 @@ class OnnxRunner:
         for kind in kinds:
             places.append(np.array([i for i, job in enumerate(jobs) if job.image.dtype == kind]))
             images = np.stack([jobs[i].image for i in places[-1]])
-            parts.append(self._spans.first(images, stop).numpy())
+            parts.append(self._to_array(self._spans.first(images, stop)))
         order = np.argsort(np.concatenate(places))
         return self._to_value(np.concatenate(parts)[order])
 
