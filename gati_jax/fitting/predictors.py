@@ -154,8 +154,9 @@ def base_runner(chain: Chain, inputs: Inputs) -> Run:
         found = [spans.first(np.asarray(images), stops[0])]
         for start, stop in itertools.pairwise(stops):
             found.append(spans.run(found[-1], np.arange(len(images)), start, stop))
+        # Views, and XLA reads arrays of the host where they are: ``found`` must live until it has.
         *sites, logits = (value.numpy() for value in found)
-        return _summarize(sites, inputs=static), jnp.asarray(logits)
+        return jax.block_until_ready(_summarize(sites, inputs=static)), jnp.array(logits)
 
     return run
 
