@@ -12,7 +12,8 @@ HOSTILE = "<script>alert('x')</script>\"&"
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 MEASURED = {
-    "device": "cpu-cpu", "driver": "while_loop", "numerics": "reference", "dtype": "float32", "batch": 1,
+    "device": "cpu-cpu", "driver": "while_loop", "backend": "xla", "numerics": "reference", "dtype": "float32",
+    "batch": 1,
     "requests": 10, "full": "tuned", "full_ms": 2.0, "cascade_ms": 1.6, "speedup": 1.25, "ideal": 4 / 3,
     "conversion": 0.9375, "lookup_share": None, "spread": 0.1,
 }  # fmt: skip
@@ -83,7 +84,18 @@ def test_the_page_is_well_formed_says_what_the_evaluation_says_and_loads_nothing
     assert ["2", "0", "0.0%", "-", ""] in p.rows  # without hits there is no agreement
     assert ["5", "6", "60.0%", "75.00%", ""] in p.rows
     assert ["9 (base)", "4", "40.0%", "100.00%", ""] in p.rows
-    assert ["cpu-cpu", "reference", "1", "2.000 ms (tuned)", "1.600 ms", "1.250", "1.333", "0.938", "10%"] in p.rows
+    assert [
+        "cpu-cpu",
+        "xla",
+        "reference",
+        "1",
+        "2.000 ms (tuned)",
+        "1.600 ms",
+        "1.250",
+        "1.333",
+        "0.938",
+        "10%",
+    ] in p.rows
     for text_part in ("3 of 77", "by hand", "1.23 MB", "0.05 MB", "would save 50.0%", "saves 25.0%", "12.50% of 10"):
         assert text_part in p.text
     assert not {"script", "link", "img", "iframe", "object"} & set(p.tags)
