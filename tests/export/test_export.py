@@ -46,7 +46,7 @@ def test_spans_and_file_answer_as_the_library_does(case):
     for size in (1, 7):
         assert_same(cascade.predict(images[:size]), jax.tree.map(lambda v, n=size: v[:n], expected), thresholds)
     assert_same(export.answer_one_by_one(folder / "cascade.onnx", images, thresholds), expected, thresholds)
-    session = ort.InferenceSession(folder / "cascade.onnx", quiet())
+    session = runner.open_session(folder / "cascade.onnx", quiet())
     index, site, score, logits = session.run(None, {"images": images[3:4]})  # by the default thresholds
     assert_same((index, site, score, logits), jax.tree.map(lambda v: v[3:4], expected), thresholds)
     assert [(v.dtype, v.shape) for v in (index, site, score)] == [("int32", (1,)), ("int32", (1,)), ("float32", (1,))]
@@ -259,7 +259,8 @@ def test_more_caches_than_can_be_nested_are_exported_as_spans(small, tmp_path, m
     again = first._replace(start=first.site)
     deep = models.single_model(bundle, [first, *[again] * (models.MOST_NESTED - 2), last])
     onnx.checker.check_model(deep, full_check=True)
-    ort.InferenceSession(onnx.load_from_string(deep.SerializeToString()).SerializeToString(), quiet())
+    (tmp_path / "deep.onnx").write_bytes(onnx.load_from_string(deep.SerializeToString()).SerializeToString())
+    runner.open_session(tmp_path / "deep.onnx", quiet())
     monkeypatch.setattr(models, "MOST_NESTED", 1)
     manifest = export.export_bundle(bundle, tmp_path / "deep")
     assert manifest["one_file"] is None

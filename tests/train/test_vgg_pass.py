@@ -20,7 +20,7 @@ def made(tmp_path_factory):
     (folder / "bare.toml").write_text(f'{BARE}weights = "{weights}"\n[fit]\nbatch = 64\n')
     with small_and_repeatable(SMALL):
         json_of(base.main, *DIGITS, *SPLITS, "--out", str(folder / "base"), "--base.training.epochs", "4")
-        bare = ["--config", str(folder / "bare.toml"), *SPLITS, *FIT]
+        bare = ["--config", str(folder / "bare.toml"), *SPLITS, *FIT, "--plan.backend", "xla"]
         fitted = json_of(caches.main, *bare, "--fit.epochs", "2", "--out", str(folder / "caches"))
     return weights, fitted, gati_jax.load_bundle(folder / "caches" / "bundle")
 

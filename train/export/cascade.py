@@ -13,6 +13,16 @@ import numpy as np
 import onnxruntime
 
 
+def open_session(file: Path, options: Any = None) -> Any:  # noqa: ANN401 (onnxruntime is untyped)
+    """Open a model; where the process has one pool of threads for all sessions, it is shared."""
+    options = options or onnxruntime.SessionOptions()
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except RuntimeError:
+        options.use_per_session_threads = False
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
 class Prediction(NamedTuple):
     """The answers to a batch, as the library gives them."""
 
@@ -37,8 +47,7 @@ class Cascade:
         self.thresholds = np.array([*thresholds, -np.inf], np.float32)  # at the end the network answers
         if (checked := self.manifest["onnxruntime"]) not in {"", onnxruntime.__version__}:
             warnings.warn(f"checked with onnxruntime {checked}, not with this one: {self.promise}", stacklevel=2)
-        files = [str(Path(folder) / span["file"]) for span in self.manifest["spans"]]
-        self.sessions: list[Any] = [onnxruntime.InferenceSession(f, providers=["CPUExecutionProvider"]) for f in files]
+        self.sessions = [open_session(Path(folder) / span["file"]) for span in self.manifest["spans"]]
 
     def predict(self, images: np.ndarray) -> Prediction:
         """Answer images[batch, height, width, channels] of the manifest's shape and dtype."""

@@ -152,7 +152,7 @@ def answer_one_by_one(file: Path, images: np.ndarray, thresholds: np.ndarray) ->
     """Answer images by the single file, one after another."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # it warns that thresholds can be given
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    session = runner.open_session(file, options)
     given = {THRESHOLDS: thresholds} if len(thresholds) else {}
     rows = [session.run(None, {"images": images[i : i + 1], **given}) for i in range(len(images))]
     return runner.Prediction(*map(np.concatenate, zip(*rows, strict=True)))
