@@ -145,7 +145,7 @@ def check_tuning(
     if tuning.device != (here := device_name(tuning.backend)) or len(array) == 0:
         raise InputError(f"tuning: expected one of {here} and 1 row or more, got {tuning.device} and {len(array)}")
     before = {check.programs: check.number for one in bundle.tunings for check in one.checks}
-    shared = spans_of(bundle.chain, bundle.cascades.values()) if tuning.backend == "onnxruntime" else None
+    shared = spans_of(bundle.chain, bundle.caches) if tuning.backend == "onnxruntime" else None
 
     def each_way(cascade: Cascade, rows: np.ndarray) -> Iterator[tuple[ArrayLike, ArrayLike]]:
         return ((p.class_index, p.exit) for p in run_by(tuning, cascade, shared).each_way(rows))

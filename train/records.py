@@ -64,7 +64,7 @@ def _read(record: type[R], path: Path) -> R | None:
     except FileNotFoundError:
         return None
     except ValidationError:
-        _log.warning("%s is damaged: it is made anew", path)
+        _log.warning("%s is damaged or of an older version: it is made anew", path)
         return None
 
 

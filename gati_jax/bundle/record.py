@@ -161,7 +161,7 @@ class Bundle:
     @functools.cached_property
     def _tuned(self) -> Callable[[str, Backend], TunedCascade]:
         """The cascade of each plan by each tuning, made once; those on ONNX Runtime share the base's sessions."""
-        spans = functools.cache(lambda: spans_of(self.chain, self.cascades.values()))
+        spans = functools.cache(lambda: spans_of(self.chain, self.caches))
 
         def build(name: str, backend: Backend) -> TunedCascade:
             tuning, shared = self.tunings_here[backend], spans() if backend == "onnxruntime" else None

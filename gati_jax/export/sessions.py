@@ -5,6 +5,7 @@ itself, so that activations stay where ONNX Runtime has put them. All sessions s
 for each, the pools fight for the cores.
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable
@@ -32,11 +33,16 @@ Value = Any
 @functools.cache
 def _share_threads() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    onnxruntime.set_global_thread_pool_sizes(cores, 1)
+    with contextlib.suppress(Exception):  # the process has one pool for all sessions already
+        onnxruntime.set_global_thread_pool_sizes(cores, 1)
 
 
 def open_session(model: ModelProto) -> Any:  # noqa: ANN401 (onnxruntime is untyped)
-    """Return a session on the CPU that shares its threads with all others."""
+    """Return a session on the CPU that shares its threads with all others.
+
+    From then on every session of the process has to (``use_per_session_threads`` is to be False): that is how ONNX
+    Runtime has it.
+    """
     _share_threads()
     options = onnxruntime.SessionOptions()
     options.use_per_session_threads = False

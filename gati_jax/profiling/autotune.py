@@ -84,6 +84,7 @@ def probe(chain: Chain, caches: Sequence[Candidate] = (), *, sizes: Sequence[int
     """
     networks, tiles = _networks(chain, caches), []
     for plain in reference_tuning(sizes).tiles:
+        _log.info("trying programs of the whole network for batches of %d", plain.size)
         (start,) = _starts(networks, (plain.size,), rounds)
         ms = _time_networks(networks, (start, plain), 2 * rounds).sum(1)
         right = all(_error(network, start) <= TOLERANCE for network in networks)

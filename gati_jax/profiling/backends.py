@@ -110,11 +110,14 @@ class OnnxTunedCascade(TunedCascade):
         return OnnxCascade(self.cascade, self.shared)
 
 
-def spans_of(chain: Chain, cascades: Iterable[Cascade]) -> "Spans":
-    """Return the sessions of a base that all these cascades can share."""
+def spans_of(chain: Chain, caches: Iterable[Candidate]) -> "Spans":
+    """Return the sessions of a base that cascades with any of these caches can share.
+
+    Those of all caches of a bundle, whether open or not, are those that its plans were certified with.
+    """
     from gati_jax.export.sessions import Spans  # noqa: PLC0415 (of the extra onnx)
 
-    return Spans(chain, {site for cascade in cascades for site in cascade.sites})
+    return Spans(chain, {cache.site for cache in caches})
 
 
 def run_by(tuning: Tuning, cascade: Cascade, spans: "Spans | None" = None) -> TunedCascade:

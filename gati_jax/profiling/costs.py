@@ -39,11 +39,10 @@ def device_name(backend: Backend = "xla") -> str:
     It is that of JAX's default device: "cpu-" and the processor's model, or platform and kind; or "onnxruntime-cpu-"
     and the processor's model, for ONNX Runtime always runs on the processor here.
     """
-    device, platform = jax.devices()[0], "cpu"
-    if backend == "xla":
-        platform = device.platform
-    kind = _processor() if platform == "cpu" else device.device_kind
-    name = f"{platform}-{kind}" if backend == "xla" else f"{backend}-{platform}-{kind}"
+    device = jax.devices()[0]
+    on_cpu = backend == "onnxruntime" or device.platform == "cpu"
+    name = f"cpu-{_processor()}" if on_cpu else f"{device.platform}-{device.device_kind}"
+    name = name if backend == "xla" else f"{backend}-{name}"
     return re.sub(r"[^\w.+-]+", "-", name.lower())[:100].rstrip("-")
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
+from gati_jax import __version__
 from gati_jax.caches import Candidate, Network, network_with_algorithms
 from gati_jax.certification import ArithmeticCheck
 from gati_jax.errors import InputError
@@ -109,7 +110,9 @@ class Tuning:
     def programs(self) -> str:
         """A digest of what decides on answers: the device, the compiler, and the options and algorithms of tiles."""
         if self.onnxruntime:
-            return hashlib.sha256(repr((self.device, self.onnxruntime)).encode()).hexdigest()[:32]
+            # Another version of this library may make other graphs.
+            parts = (self.device, self.onnxruntime, __version__)
+            return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
         tiles = [(tile.size, tile.options, sorted(tile.algorithms.items())) for tile in self.tiles]
         return hashlib.sha256(repr((self.device, self.jaxlib, tiles)).encode()).hexdigest()[:32]
 

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 class OnnxRunner:
     """Runs routes on ONNX Runtime, on the CPU; see ``JaxRunner``, whose place it takes.
 
-    All routes share the base's sessions, which are cut at the sites of any route's caches. A step is done when
+    All routes share the base's sessions, which are cut at the sites of all caches. A step is done when
     ``dispatch`` returns.
 
     Args:
@@ -40,7 +40,7 @@ class OnnxRunner:
         started, chain = time.perf_counter(), sources[0].cascade.chain
         self.capacity, self._depth, self._to_value, self._to_array = capacity, len(chain), to_value, to_array
         self._sites = [source.cascade.sites for source in sources]
-        self._spans = Spans(chain, {site for sites in self._sites for site in sites})
+        self._spans = Spans(chain, {site for source in sources for site in (*source.cuts, *source.cascade.sites)})
         self._slabs: dict[int, Shaped[np.ndarray, "slots channels height width"]] = {}
         for site in {site for sites in self._sites for site in sites}:
             height, width, channels = chain.site_specs[site].shape

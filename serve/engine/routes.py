@@ -29,6 +29,8 @@ class CascadeRoute:
     """The risk that ``epsilon`` is wrong."""
     leave: tuple[float, ...]
     """See ``Route``."""
+    cuts: tuple[int, ...] = ()
+    """Sites of all the bundle's caches: there ONNX Runtime's sessions end, as when its plans were certified."""
     tuning: Tuning | None = None
     """The fastest programs on this device, if measured; None runs the reference arithmetic."""
 
@@ -50,20 +52,19 @@ def load(bundle: Bundle, *, reference: bool = False, backend: Backend | None = N
             "backend: expected a bundle that was tuned for onnxruntime on this device, and checked, got none; run"
             " python -m train.tune --bundle DIR"
         )
-    found = []
+    found, how = [], {"tuning": tuning, "cuts": tuple(sorted({cache.site for cache in bundle.caches}))}
     for name, cascade in bundle.cascades.items():
         certificate = bundle.certificates[name]
         bound, shares = bundle.bound_of(name, "fast" if tuning else "reference", backend), _shares(cascade, certificate)
-        route = CascadeRoute(
-            name=name, cascade=cascade, epsilon=bound.epsilon, delta=bound.delta, leave=shares, tuning=tuning
+        found.append(
+            CascadeRoute(name=name, cascade=cascade, epsilon=bound.epsilon, delta=bound.delta, leave=shares, **how)
         )
-        found.append(route)
     base = Cascade(bundle.chain, (), jnp.zeros(0))
     taken = {route.name for route in found}
     name = next(name for name in (BASE, *(f"{BASE}-{k}" for k in range(len(found)))) if name not in taken)
     epsilon, delta = (base_check.upper, base_check.delta) if base_check else (0.0, 0.0)
     return [
-        *found, CascadeRoute(name=name, cascade=base, epsilon=epsilon, delta=delta, leave=(1.0,), tuning=tuning)
+        *found, CascadeRoute(name=name, cascade=base, epsilon=epsilon, delta=delta, leave=(1.0,), **how)
     ]  # fmt: skip
 
 

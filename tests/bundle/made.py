@@ -1,5 +1,6 @@
 """A bundle made by hand, and how to damage and forge it."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -16,6 +17,8 @@ import gati_jax
 from gati_jax import Candidate, Certificate, Chain, CostTable, Plan
 from gati_jax.bundle.files import digests
 from gati_jax.caches import FullyConnected, SortedSelector
+from gati_jax.certification import ArithmeticCheck
+from gati_jax.profiling import Tuning
 
 WIDTH, CLASSES = 4, 3
 
@@ -156,3 +159,15 @@ def same_plan(one: Plan, other: Plan) -> bool:
         return [v.tobytes() if isinstance(v, np.ndarray) else v for v in vars(plan).values()]
 
     return values(one) == values(other) and one.hash == other.hash
+
+
+def checked(bundle: gati_jax.Bundle, tuning: Tuning, differ: int = 3) -> Tuning:
+    """As if its answers had been compared on 1000 rows."""
+    checks = tuple(
+        ArithmeticCheck(
+            arithmetic="fast", programs=tuning.programs, device=tuning.device, cascade=cascade, data_fingerprint="",
+            n=1000, differ=differ, delta=0.01, comparisons=comparisons,
+        )
+        for cascade, (_, comparisons) in bundle.compared.items()
+    )  # fmt: skip
+    return dataclasses.replace(tuning, checks=checks)

@@ -10,11 +10,10 @@ import pytest
 
 import gati_jax
 from gati_jax import InputError
-from gati_jax.certification import ArithmeticCheck
 from gati_jax.profiling import Backend, Tuning, device_name, onnx_tuning, reference_tuning
 from gati_jax.profiling.backends import OnnxTunedCascade
 from gati_jax.profiling.tuned_cascade import OPTIONS, TunedCascade
-from tests.bundle.made import PIXELS, at, edit, in_memory
+from tests.bundle.made import PIXELS, at, checked, edit, in_memory
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 MANY = 8
@@ -25,18 +24,6 @@ def timed(tuning: Tuning, one: float, many: float) -> Tuning:
     first, *_, last = tuning.tiles
     tiles = (dataclasses.replace(first, milliseconds=float(one)), dataclasses.replace(last, milliseconds=float(many)))
     return dataclasses.replace(tuning, tiles=tiles)
-
-
-def checked(bundle: gati_jax.Bundle, tuning: Tuning, differ: int = 3) -> Tuning:
-    """As if its answers had been compared on 1000 rows."""
-    checks = tuple(
-        ArithmeticCheck(
-            arithmetic="fast", programs=tuning.programs, device=tuning.device, cascade=cascade, data_fingerprint="",
-            n=1000, differ=differ, delta=0.01, comparisons=comparisons,
-        )
-        for cascade, (_, comparisons) in bundle.compared.items()
-    )  # fmt: skip
-    return dataclasses.replace(tuning, checks=checks)
 
 
 @pytest.fixture(scope="module")

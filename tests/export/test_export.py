@@ -23,6 +23,7 @@ from tests.export.made import CASES, CLASSES, OF_SMALL, VGGS, N, assert_same, ma
 
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
 ort = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+from gati_jax.export.sessions import open_session  # noqa: E402
 from train.export import __main__ as script  # noqa: E402
 from train.export import cascade as runner  # noqa: E402
 from train.export import folder as export  # noqa: E402
@@ -46,17 +47,11 @@ def test_spans_and_file_answer_as_the_library_does(case):
     for size in (1, 7):
         assert_same(cascade.predict(images[:size]), jax.tree.map(lambda v, n=size: v[:n], expected), thresholds)
     assert_same(export.answer_one_by_one(folder / "cascade.onnx", images, thresholds), expected, thresholds)
-    session = runner.open_session(folder / "cascade.onnx", quiet())
+    session = open_session(onnx.load(folder / "cascade.onnx"))
     index, site, score, logits = session.run(None, {"images": images[3:4]})  # by the default thresholds
     assert_same((index, site, score, logits), jax.tree.map(lambda v: v[3:4], expected), thresholds)
     assert [(v.dtype, v.shape) for v in (index, site, score)] == [("int32", (1,)), ("int32", (1,)), ("float32", (1,))]
     assert cascade.predict(images[:0]).logits.shape == (0, CLASSES)
-
-
-def quiet() -> Any:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    return options
 
 
 def test_models_are_well_formed_and_hold_every_weight_once(case):
@@ -259,8 +254,7 @@ def test_more_caches_than_can_be_nested_are_exported_as_spans(small, tmp_path, m
     again = first._replace(start=first.site)
     deep = models.single_model(bundle, [first, *[again] * (models.MOST_NESTED - 2), last])
     onnx.checker.check_model(deep, full_check=True)
-    (tmp_path / "deep.onnx").write_bytes(onnx.load_from_string(deep.SerializeToString()).SerializeToString())
-    runner.open_session(tmp_path / "deep.onnx", quiet())
+    open_session(onnx.load_from_string(deep.SerializeToString()))
     monkeypatch.setattr(models, "MOST_NESTED", 1)
     manifest = export.export_bundle(bundle, tmp_path / "deep")
     assert manifest["one_file"] is None

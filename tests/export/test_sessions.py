@@ -81,7 +81,7 @@ def test_plans_share_the_sessions_of_their_base(monkeypatch):
     opened, new = [], sessions.open_session
     monkeypatch.setattr(sessions, "open_session", lambda model: opened.append(model) or new(model))
     bundle, images = with_two_plans()
-    spans = spans_of(bundle.chain, bundle.cascades.values())
+    spans = spans_of(bundle.chain, bundle.caches)
     on_onnx = {name: OnnxCascade(cascade, spans) for name, cascade in bundle.cascades.items()}
     assert len(opened) == 3  # lookups
     for name, cascade in on_onnx.items():
@@ -91,6 +91,25 @@ def test_plans_share_the_sessions_of_their_base(monkeypatch):
     assert len(opened) == 3 + 3  # to site 1, to site 2, to the logits
     table = gati_jax.replay(bundle.chain, bundle.caches, images[:5])
     assert {one.sites for one in replays_on_onnx(table, bundle.chain, bundle.caches, images[:5])} == {(1, 1, 2)}
+
+
+def test_what_answers_is_what_was_replayed_bit_by_bit():
+    """By the sessions that all plans of a bundle share, image by image: this is what was certified."""
+    bundle, images = with_two_plans()
+    caches = sorted(bundle.caches, key=lambda cache: cache.site)
+    table = gati_jax.replay(bundle.chain, bundle.caches, images)
+    alone, *_ = replays_on_onnx(table, bundle.chain, caches, images)
+    spans = spans_of(bundle.chain, bundle.caches)
+    for cascade in bundle.cascades.values():
+        served = OnnxCascade(cascade, spans)
+        index = [alone.names.index(cache.name) for cache in cascade.caches]
+        for row, image in enumerate(images[:24]):
+            found = served.predict(image[None])
+            hits = [i for i, t in zip(index, np.asarray(cascade.thresholds), strict=True) if alone.scores[i, row] >= t]
+            expected = (
+                (alone.classes[hits[0], row], alone.scores[hits[0], row]) if hits else (alone.answers[row], np.inf)
+            )
+            assert (found.class_index[0], found.score[0]) == expected
 
 
 def test_sessions_without_a_cut_at_a_cache_are_refused():

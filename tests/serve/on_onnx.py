@@ -7,10 +7,10 @@ import pytest
 
 import gati_jax
 from gati_jax import CostTable
-from gati_jax.certification import ArithmeticCheck
 from gati_jax.profiling import onnx_tuning
 from serve.engine import routes
 from serve.engine.onnx_runner import OnnxRunner
+from tests.bundle.made import checked
 
 
 def tuned(bundle: gati_jax.Bundle, *, differ: int = 3, steady: bool = True) -> gati_jax.Bundle:
@@ -18,13 +18,6 @@ def tuned(bundle: gati_jax.Bundle, *, differ: int = 3, steady: bool = True) -> g
     pytest.importorskip("onnx", reason="needs the extra onnx")
     pytest.importorskip("onnxruntime", reason="needs the extra onnx")
     tuning = onnx_tuning(bundle.chain, bundle.caches, sizes=(1, 5))
-    checks = tuple(
-        ArithmeticCheck(
-            arithmetic="fast", programs=tuning.programs, device=tuning.device, cascade=cascade, data_fingerprint="",
-            n=1000, differ=differ, delta=0.01, comparisons=comparisons,
-        )
-        for cascade, (_, comparisons) in bundle.compared.items()
-    )  # fmt: skip
     tiles = tuning.tiles
     if steady:  # n blocks take n ms for one request, and three times as long for five; a lookup takes a quarter
         blocks, lookups = range(1, 1 + len(bundle.chain)), [cache.name for cache in bundle.caches]
@@ -40,7 +33,7 @@ def tuned(bundle: gati_jax.Bundle, *, differ: int = 3, steady: bool = True) -> g
             )
             for tile, ms in zip(tiles, (1, 3), strict=True)
         )
-    return dataclasses.replace(bundle, tunings=(dataclasses.replace(tuning, tiles=tiles, checks=checks),))
+    return dataclasses.replace(bundle, tunings=(checked(bundle, dataclasses.replace(tuning, tiles=tiles), differ),))
 
 
 def sources(bundle: gati_jax.Bundle, *thresholds: float) -> list[routes.CascadeRoute]:

@@ -1,8 +1,6 @@
-"""Run an exported cascade: NumPy and onnxruntime are all that it needs.
+"""Run an exported cascade, with NumPy and onnxruntime alone: python cascade.py images.npy [plan]."""
 
-python cascade.py images.npy [plan]
-"""
-
+import contextlib
 import json
 import sys
 import warnings
@@ -11,16 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
-
-
-def open_session(file: Path, options: Any = None) -> Any:  # noqa: ANN401 (onnxruntime is untyped)
-    """Open a model; where the process has one pool of threads for all sessions, it is shared."""
-    options = options or onnxruntime.SessionOptions()
-    try:
-        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except RuntimeError:
-        options.use_per_session_threads = False
-        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 class Prediction(NamedTuple):
@@ -39,15 +27,19 @@ class Cascade:
         """Open the folder; ``plan`` is one of ``manifest["plans"]``, by default the first."""
         self.manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
         plans = self.manifest["plans"]
-        plan = next(iter(plans)) if plan is None else plan
-        if plan not in plans:
+        if (plan := next(iter(plans)) if plan is None else plan) not in plans:
             raise ValueError(f"plan: expected one of {', '.join(plans)}, got {plan!r}")
         self.promise: str = plans[plan]["promise"]
         thresholds = [np.inf if t is None else t for t in plans[plan]["thresholds"]]
         self.thresholds = np.array([*thresholds, -np.inf], np.float32)  # at the end the network answers
         if (checked := self.manifest["onnxruntime"]) not in {"", onnxruntime.__version__}:
             warnings.warn(f"checked with onnxruntime {checked}, not with this one: {self.promise}", stacklevel=2)
-        self.sessions = [open_session(Path(folder) / span["file"]) for span in self.manifest["spans"]]
+        options = onnxruntime.SessionOptions()
+        options.use_per_session_threads = False  # for the pools of several sessions would fight for the cores
+        with contextlib.suppress(Exception):  # the process has one for all already
+            onnxruntime.set_global_thread_pool_sizes()
+        files = [str(Path(folder) / span["file"]) for span in self.manifest["spans"]]
+        self.sessions: list[Any] = [onnxruntime.InferenceSession(f, options, ["CPUExecutionProvider"]) for f in files]
 
     def predict(self, images: np.ndarray) -> Prediction:
         """Answer images[batch, height, width, channels] of the manifest's shape and dtype."""
@@ -55,9 +47,8 @@ class Cascade:
         if images.shape[1:] != tuple(spec["shape"]) or images.dtype != spec["dtype"] or not np.isfinite(images).all():
             expected = f"finite {spec['dtype']}[batch, {str(spec['shape'])[1:-1]}]"
             raise ValueError(f"images: expected {expected}, got {images.dtype}{list(images.shape)}, or not finite")
-        n, rows, x = len(images), np.arange(len(images)), images
-        classes, exits, scores = np.zeros(n, np.int32), np.zeros(n, np.int32), np.zeros(n, np.float32)
-        answers = Prediction(classes, exits, scores, np.zeros((n, self.manifest["classes"]), np.float32))
+        n, classes, rows, x = len(images), self.manifest["classes"], np.arange(len(images)), images
+        answers = Prediction(np.zeros(n, "i4"), np.zeros(n, "i4"), np.zeros(n, "f4"), np.zeros((n, classes), "f4"))
         without_cache = onnxruntime.RunOptions()
         without_cache.only_execute_path_to_fetches = True
         for span, session, threshold in zip(self.manifest["spans"], self.sessions, self.thresholds, strict=True):
@@ -68,9 +59,9 @@ class Cascade:
                 x = session.run(["next"], given, without_cache)[0]
                 continue
             index, score, logits, *following = session.run(None, given)
-            hit, site = score >= threshold, np.full(len(rows), span["site"])
-            for column, values in zip(answers, (index, site, score, logits), strict=True):
-                column[rows[hit]] = values[hit]
+            hit = score >= threshold
+            for column, values in zip(answers, (index[hit], span["site"], score[hit], logits[hit]), strict=True):
+                column[rows[hit]] = values
             rows, x = rows[~hit], following[0][~hit] if following else x
         return answers
 
@@ -83,6 +74,6 @@ if __name__ == "__main__":
         answers = cascade.predict(np.load(sys.argv[1]))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    names = cascade.manifest["class_names"] or range(cascade.manifest["classes"])
+    names = cascade.manifest["class_names"] or range(answers.logits.shape[1])
     for index, site, score in zip(*answers[:3], strict=True):
         print(names[index], f"exit {site}", f"score {score:.3f}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
+import onnx
 from onnx import ModelProto, helper
 from pydantic_core import to_json
 
@@ -24,6 +24,7 @@ from gati_jax.bundle.files import replacing
 from gati_jax.bundle.manifest import read_json, write_json
 from gati_jax.certification import ArithmeticCheck, ServedBound, cascade_id, served_bound
 from gati_jax.export.models import OPSET, check_exportable
+from gati_jax.export.sessions import VERSION, open_session
 from gati_jax.inference import check_arithmetic
 from gati_jax.options import Strict
 from gati_jax.profiling import device_name
@@ -101,7 +102,7 @@ def _manifest(
     manifest = {
         "format_version": 1,
         "opset": OPSET,
-        "onnxruntime": onnxruntime.__version__ if checks else "",
+        "onnxruntime": VERSION if checks else "",
         "input": {"dtype": str(input_dtype(chain)), "shape": chain.input_spec.shape},
         "normalization": chain.normalization,
         "classes": chain.classes,
@@ -129,7 +130,7 @@ def _checks(
     bundle: Bundle, images: np.ndarray, folder: Path, models: Mapping[str, ModelProto], counts: Path | None
 ) -> dict[str, ArithmeticCheck]:
     """Compare the models in a folder with the certified arithmetic."""
-    device = f"onnxruntime {onnxruntime.__version__} on a CPU, reference on {device_name()}"
+    device = f"onnxruntime {VERSION} on a CPU, reference on {device_name()}"
     digest = hashlib.sha256(device.encode())
     for model in models.values():
         digest.update(model.SerializeToString(deterministic=True))
@@ -150,9 +151,7 @@ def _checks(
 
 def answer_one_by_one(file: Path, images: np.ndarray, thresholds: np.ndarray) -> runner.Prediction:
     """Answer images by the single file, one after another."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it warns that thresholds can be given
-    session = runner.open_session(file, options)
+    session = open_session(onnx.load(file))
     given = {THRESHOLDS: thresholds} if len(thresholds) else {}
     rows = [session.run(None, {"images": images[i : i + 1], **given}) for i in range(len(images))]
     return runner.Prediction(*map(np.concatenate, zip(*rows, strict=True)))
