@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from gati_jax import InputError
 from gati_jax.profiling import AnyBatch, stages_ms
 
 from .records import Job, Route, StageResult, Step
 from .routes import CascadeRoute
-from .runner import BUCKETS, LEAST_MS, stage_thresholds
+from .runner import BUCKETS, LEAST_MS, ROUNDS, stage_thresholds
 
 _log = logging.getLogger(__name__)
 
@@ -22,15 +21,12 @@ _log = logging.getLogger(__name__)
 class OnnxRunner:
     """Runs routes on ONNX Runtime, on the CPU; see ``JaxRunner``, whose place it takes.
 
-    All routes share the base's sessions, which are cut at the sites of all caches. A step is done when
-    ``dispatch`` returns.
+    All routes share the base's sessions, which are cut at the sites of all caches. A step is done when ``dispatch``
+    returns.
 
     Args:
-        sources: The routes, see ``routes.load``; their tuning is one for ONNX Runtime, with costs.
+        sources: The routes, see ``routes.load``; they share a base, which has an ONNX form as their caches have.
         capacity: Slots. Memory: capacity x the sizes of all activations at sites of caches.
-
-    Raises:
-        InputError: The tuning is not, or has none.
     """
 
     def __init__(self, sources: Sequence[CascadeRoute], *, capacity: int = 256) -> None:
@@ -50,8 +46,8 @@ class OnnxRunner:
             opened |= {id(c): Lookup(chain, c) for c in source.cascade.caches if id(c) not in opened}
         self._lookups = [[opened[id(cache)] for cache in source.cascade.caches] for source in sources]
         self._thresholds = [stage_thresholds(source.cascade.thresholds) for source in sources]
-        self.routes = tuple(_route(source) for source in sources)
-        self._warm_up(np.zeros(chain.input_spec.shape, np.float32 if chain.normalization is None else np.uint8))
+        image = np.zeros(chain.input_spec.shape, np.float32 if chain.normalization is None else np.uint8)
+        self.routes = self._describe(sources, image)
         _log.info("warm-up: %d lookups on ONNX Runtime in %.1f s", len(opened), time.perf_counter() - started)
 
     def dispatch(self, step: Step) -> "_Done":
@@ -68,7 +64,7 @@ class OnnxRunner:
             x = self._spans.run(self._to_value(self._slabs[start]), slots, start, stop)
         else:
             x = self._first(step.jobs, stop)
-        if stop == self._depth and step.stage == len(sites):
+        if step.stage == len(sites):
             logits, score = self._to_array(x), np.full(len(slots), np.inf, np.float32)
         else:
             logits, score = self._lookups[step.route][step.stage](x)
@@ -89,11 +85,35 @@ class OnnxRunner:
         order = np.argsort(np.concatenate(places))
         return self._to_value(np.concatenate(parts)[order])
 
-    def _warm_up(self, image: Shaped[np.ndarray, "*input"]) -> None:
-        job = Job(image=image, route=0, arrived=0.0, slot=0)
-        for route, sites in enumerate(self._sites):
-            for stage in range(len(sites) + 1):
-                self.dispatch(Step(route=route, stage=stage, bucket=1, jobs=(job,)))
+    def _describe(self, sources: Sequence[CascadeRoute], image: Shaped[np.ndarray, "*input"]) -> tuple[Route, ...]:
+        """Run every stage, and describe the routes with times from their tuning, or all measured now."""
+        known = [_tuned_ms(source) for source in sources]
+        rounds = 0 if all(known) else ROUNDS  # times from two days are not comparable
+        found = []
+        for number, (source, tuned) in enumerate(zip(sources, known, strict=True)):
+            stages = range(len(source.cascade.sites) + 1)
+            measured = {n: tuple(self._time(number, stage, image, n, rounds) for stage in stages) for n in BUCKETS}
+            ms = measured if rounds else tuned
+            route = Route(
+                name=source.name,
+                sites=source.cascade.sites,
+                depth=self._depth,
+                epsilon=source.epsilon,
+                stage_ms={rows: tuple(max(LEAST_MS, one) for one in each) for rows, each in ms.items()},
+                leave=source.leave,
+            )
+            found.append(route)
+        return tuple(found)
+
+    def _time(self, route: int, stage: int, image: Shaped[np.ndarray, "*input"], rows: int, rounds: int) -> float:
+        """Run a stage, once to warm up; return the median milliseconds of further rounds."""
+        jobs = tuple(Job(image=image, route=route, arrived=0.0, slot=slot % self.capacity) for slot in range(rows))
+        times = []
+        for _ in range(1 + rounds):
+            start = time.perf_counter()
+            self.dispatch(Step(route=route, stage=stage, bucket=rows, jobs=jobs))
+            times.append((time.perf_counter() - start) * 1e3)
+        return float(np.median(times[1:] or times))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,22 +126,15 @@ class _Done:
         return self.found
 
 
-def _route(source: CascadeRoute) -> Route:
-    """Describe a route with the times of its tuning."""
+def _tuned_ms(source: CascadeRoute) -> dict[int, tuple[float, ...]]:
+    """Return every stage's milliseconds by bucket, from the tuning; empty if it was not measured with these caches."""
     tables = {t.size: t.costs for t in (source.tuning.tiles if source.tuning else ()) if t.costs is not None}
     names = {cache.name for cache in source.cascade.caches}
     if not tables or any(names - set(costs.lookup_ms) for costs in tables.values()):
-        raise InputError("tuning: expected costs of every cache on ONNX Runtime; run python -m train.tune --bundle DIR")
+        return {}
     by_size, between = {size: stages_ms(source.cascade, costs) for size, costs in tables.items()}, AnyBatch(())
     stages = range(len(source.cascade.sites) + 1)
-    return Route(
-        name=source.name,
-        sites=source.cascade.sites,
-        depth=len(source.cascade.chain),
-        epsilon=source.epsilon,
-        stage_ms={
-            rows: tuple(max(LEAST_MS, between.milliseconds(rows, {s: by_size[s][i] for s in by_size})) for i in stages)
-            for rows in BUCKETS
-        },
-        leave=source.leave,
-    )
+    return {
+        rows: tuple(between.milliseconds(rows, {size: ms[i] for size, ms in by_size.items()}) for i in stages)
+        for rows in BUCKETS
+    }

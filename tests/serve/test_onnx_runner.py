@@ -11,7 +11,7 @@ from serve.engine import routes
 from serve.engine.engine import Engine
 from serve.engine.onnx_runner import OnnxRunner
 from serve.engine.records import Job, Step, StepError
-from serve.engine.runner import JaxRunner
+from serve.engine.runner import BUCKETS, JaxRunner
 from serve.settings import Settings, parse
 from tests.serve import on_onnx
 from tests.serve.fake_runner import pixels
@@ -94,10 +94,13 @@ def test_what_is_promised_holds_what_was_compared(residual):
     assert (base.epsilon, base.delta) == (upper, 0.01)
 
 
-def test_costs_are_needed(residual):
+def test_times_that_the_tuning_does_not_have_are_measured_when_the_runner_starts(residual):
+    """As of a bundle with several plans, whose tuning has the costs of the default one's caches."""
     bundle = on_onnx.tuned(residual, steady=False)
-    with pytest.raises(InputError, match="tuning: expected costs of every cache on ONNX Runtime; run python -m train"):
-        OnnxRunner(routes.load(bundle), capacity=4)
+    found = OnnxRunner(routes.load(bundle, backend="onnxruntime"), capacity=4)
+    assert [sorted(route.stage_ms) for route in found.routes] == [list(BUCKETS)] * 2
+    assert all(0 < ms < np.inf for route in found.routes for stages in route.stage_ms.values() for ms in stages)
+    check(through_engine(found, pixels(4)), gati_jax.infer_batch(residual, pixels(4), numerics="reference"))
 
 
 @pytest.fixture(scope="module")
