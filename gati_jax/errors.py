@@ -15,6 +15,20 @@ class BundleError(InputError):
     """A bundle folder is incomplete, damaged, too new, or made for another network."""
 
 
+def check_share(name: str, value: float | int) -> None:  # noqa: PYI041 (beartype tells them apart)
+    """Check that a value lies strictly between 0 and 1.
+
+    Args:
+        name: The argument, for the message.
+        value: What was given for it.
+
+    Raises:
+        InputError: It is 0 or less, 1 or more, or NaN.
+    """
+    if not 0 < value < 1:
+        raise InputError(f"{name}: expected a number between 0 and 1, got {value}")
+
+
 def printable(text: str, *, most: int = 200) -> str:
     """Return text of an untrusted file as a message may show it: its start, escaped where it does not print.
 

@@ -11,9 +11,8 @@ from .bundle import Bundle
 from .caches.candidate import fitted_rows
 from .certification import ArithmeticCheck
 from .certification.looks import MOST_DUPLICATES
-from .checks import check_share
 from .data import check_distinct_rows, fingerprint, row_digests
-from .errors import InputError
+from .errors import InputError, check_share
 from .models import check_images
 from .profiling import Backend, TunedCascade, Tuning, device_name, run_by, spans_of
 from .runtime import Cascade, Prediction, predict_batch, predict_one

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [
-    *("errors", "checks", "options", "pytrees", "data", "planning", "certification", "models", "caches", "runtime"),
+    *("errors", "files", "options", "pytrees", "data", "planning", "certification", "models", "caches", "runtime"),
     *("export", "fitting", "profiling", "bundle", "inference", "adaptation"),
 ]
 HEAVY = {"jax", "flax", "optax", "orbax"}

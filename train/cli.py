@@ -19,7 +19,7 @@ from rich.table import Table
 
 from gati_jax import InputError, Ledger, __version__
 from gati_jax.certification import AnyLedger
-from gati_jax.checks import write_atomically
+from gati_jax.files import write_atomically
 from gati_jax.options import Strict, describe_options
 
 from .config import M, did_you_mean, keys_of, load

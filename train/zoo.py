@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from safetensors.numpy import save
 
 from gati_jax import InputError, Normalization, WeightsError
-from gati_jax.checks import write_atomically
+from gati_jax.files import write_atomically
 from gati_jax.models import NAMES, read_metadata, read_weights
 from gati_jax.options import describe_error
 from train import cli

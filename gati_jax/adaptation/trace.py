@@ -33,8 +33,8 @@ import safetensors.numpy
 from jaxtyping import Float64, Int16, Int32, Shaped, UInt8
 from pydantic import Field, JsonValue, ValidationError
 
-from gati_jax.checks import write_atomically
 from gati_jax.errors import InputError
+from gati_jax.files import write_atomically
 from gati_jax.options import Strict
 
 FORMAT_VERSION = 2

@@ -19,8 +19,7 @@ from jaxtyping import Bool, Float, Int, UInt64
 from pydantic import Field
 
 from gati_jax.caches import Candidate
-from gati_jax.certification import SEQUENTIAL, Certificate, trial_level
-from gati_jax.certification.sequential import SequentialCertifier
+from gati_jax.certification import SEQUENTIAL, Certificate, SequentialCertifier, trial_level
 from gati_jax.data import fingerprint
 from gati_jax.errors import InputError
 from gati_jax.fitting import Outputs

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from gati_jax.caches import Candidate, build_predictor, build_selector
 from gati_jax.certification import Certificate, Looks, find_ledger
 from gati_jax.errors import BundleError, InputError, describe_mismatch
+from gati_jax.files import check_files, present
 from gati_jax.models import Chain, check_chain, check_logits, fold, init, probe_chain, to_chain
 from gati_jax.planning import Plan, ReplaySource
 from gati_jax.profiling import Tuning, cannot_run
 from gati_jax.profiling.tuned_cascade import OPTIONS, applicable
 from gati_jax.pytrees import restore_spec
 
-from .files import check_files, present
 from .manifest import (
     FITTED,
     LOOKS,

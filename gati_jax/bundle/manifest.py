@@ -12,8 +12,8 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from gati_jax.caches import PredictorSpec, SelectorSpec
 from gati_jax.certification import NO_LOOKS, Certificate, Looks
-from gati_jax.checks import write_atomically
 from gati_jax.errors import BundleError
+from gati_jax.files import write_atomically
 from gati_jax.models import Architecture, Normalization
 from gati_jax.options import Strict
 from gati_jax.planning import CostTable, Plan, ReplaySource

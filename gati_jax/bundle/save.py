@@ -7,11 +7,11 @@ from gati_jax.caches import Candidate, choose, describe_predictor, describe_sele
 from gati_jax.caches.candidate import fitted_rows
 from gati_jax.certification import AnyLedger, Certificate, Ledger, find_ledger
 from gati_jax.errors import InputError
+from gati_jax.files import digests, present, replacing
 from gati_jax.models import Architecture, Chain, to_chain
 from gati_jax.planning import CostTable, Plan
 from gati_jax.profiling import Tuning
 
-from .files import digests, present, replacing
 from .load import named_arrays
 from .manifest import (
     FITTED,

@@ -12,6 +12,7 @@ from .arithmetic import ServedBound as ServedBound
 from .arithmetic import cascade_id as cascade_id
 from .arithmetic import comparisons_of as comparisons_of
 from .arithmetic import served_bound as served_bound
+from .betting import SequentialCertifier as SequentialCertifier
 from .certificate import CONDITIONAL as CONDITIONAL
 from .certificate import SEQUENTIAL as SEQUENTIAL
 from .certificate import Certificate as Certificate
@@ -28,4 +29,3 @@ from .looks import Ledger as Ledger
 from .looks import Looks as Looks
 from .looks import count_duplicates as count_duplicates
 from .looks import find_ledger as find_ledger
-from .sequential import SequentialCertifier as SequentialCertifier

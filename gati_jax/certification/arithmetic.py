@@ -16,8 +16,7 @@ tuning of a bundle is checked at 6 delta / (pi^2 j^2), and delta is the risk tha
 import dataclasses
 import math
 
-from gati_jax.checks import check_share
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, check_share
 from gati_jax.planning.binomial import upper_bound
 
 from .certificate import Certificate, trial_level

@@ -1,4 +1,4 @@
-"""Testing by betting: an e-process against too many disagreements, and a confidence sequence for their mean.
+"""Testing by betting: alarms at too many disagreements, bounds on their mean, and certifying on traffic as it comes.
 
 **Betting against a hypothesis.** A capital starts at 1 and is multiplied, for every request, by a factor whose mean
 given the past is at most 1 if the hypothesis is true. Such a capital is a nonnegative supermartingale: it ever comes to
@@ -31,6 +31,21 @@ multiplies the capital by r < 1, any other request by (1 - q r m) / (1 - q m). T
 let p_t be the mean of D_t given the past: a factor's mean is 1 + s_t (m - p_t) <= exp(s_t (m - p_t)), so the capital
 over exp(sum of s_t (m - p_t)) is a supermartingale. With confidence 1 - delta, at all times at once, the mean of the
 p_t so far, weighted by s_t (about proportional to q_t), is below the bound.
+
+**Certifying on traffic** (`SequentialCertifier`) decides at any time how far along its path a plan may go. The null
+hypothesis of a step is that at every time, the mean of the conditional risks so far is more than epsilon, where a
+request's conditional risk is the mean of its loss given all before it. Requests need not be independent. A rejection
+says, with confidence 1 - delta, that at some time the traffic so far was served with a mean conditional risk of at most
+epsilon; for a path of one step, at the time of the rejection. It extends to later traffic as far as that is like it,
+which the monitor watches. The plan, the order of its steps and when to give up are fixed before the first request.
+
+Each step bets against it with the factors of the confidence sequence, at m = epsilon: r for an observed loss and (1 -
+q r epsilon) / (1 - q epsilon) for none, for several r < 1. Under the null hypothesis the capital ever comes to 1 /
+delta with probability at most delta.
+
+The path is walked from its strictest step on. A step is certified once its capital has come to 1 / delta and all
+before it are certified, possibly at different times. This needs no correction for the number of steps (fixed-sequence
+testing): to certify anything wrongly, the first step whose null hypothesis is true must have been rejected.
 """
 
 import itertools
@@ -39,12 +54,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.optimize import root_scalar
 from scipy.special import xlogy
 
-from gati_jax.checks import check_share
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, check_share
 
 RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0)
 """What the bets of an e-process take for the risk, over epsilon."""
@@ -56,6 +70,8 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
 """r: what the bets of a confidence sequence take for the risk, over the one that they bet against."""
 LARGEST_MEAN = 1 - 1e-12
 """At 1 stakes would be infinite."""
+MAXIMUM = 50_000
+"""Requests after which a certifier gives up, by default."""
 _ACCURACY = 1e-13
 
 
@@ -216,3 +232,81 @@ def log_bets(counts: Mapping[float, Count], m: float) -> Float[np.ndarray, " bet
     for q, c in counts.items():
         logs = logs + (c.requests - c.seen) * (np.log1p(-q * shares * m) - math.log1p(-q * m))
     return logs
+
+
+class SequentialCertifier:
+    """Certifies steps of a path from the losses of requests, one after another.
+
+    Example:
+        >>> certifier = SequentialCertifier(steps=2, epsilon=0.05, delta=0.05)
+        >>> for i in range(400):
+        ...     certifier.add(np.array([False, i % 10 == 0]))  # the second step disagrees on 10 %
+        >>> certifier.certified, certifier.decided
+        (0, False)
+    """
+
+    __slots__ = (
+        "_kept", "_log_bets", "_lost", "_reached", "certified", "delta", "epsilon", "losses", "maximum", "n", "steps",
+    )  # fmt: skip
+
+    def __init__(self, steps: int, epsilon: float, delta: float, *, maximum: int = MAXIMUM) -> None:
+        """Start without any request.
+
+        Args:
+            steps: Of the path, strict to loose, without the bare base, which needs no certificate.
+            epsilon: The disagreement to certify.
+            delta: The risk of certifying any step wrongly.
+            maximum: Requests after which it gives up: steps that are not certified by then never are, and if none is,
+                the result is inconclusive.
+
+        Raises:
+            InputError: An argument is out of its range.
+        """
+        if steps < 1 or maximum < 1:
+            raise InputError(f"steps, maximum: expected 1 or more, got {steps} and {maximum}")
+        check_share("epsilon", epsilon)
+        check_share("delta", delta)
+        self.steps, self.epsilon, self.delta, self.maximum = steps, epsilon, delta, maximum
+        self.n = 0
+        self.losses = np.zeros(steps, np.int64)
+        """Observed so far, by step."""
+        self.certified = -1
+        """The farthest certified step; -1 where none is."""
+        self._reached: Bool[np.ndarray, " steps"] = np.zeros(steps, bool)
+        self._log_bets: Float[np.ndarray, "bets steps"] = np.zeros((len(SHARES), steps))
+        self._lost = log_bets({1.0: Count(1, 1)}, epsilon)[:, None]
+        self._kept: dict[float, Float[np.ndarray, "bets one"]] = {}  # by q: few are ever used
+
+    @property
+    def decided(self) -> bool:
+        """Whether further requests would change nothing."""
+        return self.certified == self.steps - 1 or self.n >= self.maximum
+
+    def add(self, losses: Bool[np.ndarray, " steps"], q: float = 1.0) -> None:
+        """Take one request; once decided, it is ignored.
+
+        Args:
+            losses: By step, whether it is observed to disagree there.
+            q: The probability, fixed before it came, of observing a disagreement: 1 where the base's answer is always
+                computed.
+
+        Raises:
+            InputError: Losses of another shape or dtype; q outside (0, 1].
+        """
+        if losses.shape != (self.steps,) or losses.dtype != bool:
+            raise InputError(f"losses: expected bool[{self.steps}], got {losses.dtype}{list(losses.shape)}")
+        if not 0 < q <= 1:
+            raise InputError(f"q: expected a probability above 0, got {q}")
+        if self.decided:
+            return
+        self.n += 1
+        self.losses += losses
+        if q not in self._kept:
+            self._kept[q] = log_bets({q: Count(1, 0)}, self.epsilon)[:, None]
+        self._log_bets += np.where(losses, self._lost, self._kept[q])
+        self._reached |= self.log_capital() >= -math.log(self.delta)
+        self.certified = self.steps - 1 if self._reached.all() else int(self._reached.argmin()) - 1
+
+    def log_capital(self) -> Float[np.ndarray, " steps"]:
+        """Return the logarithm of each step's capital; 0 before the first request."""
+        return np.asarray(log_capital(self._log_bets))

@@ -11,8 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import Field
 
-from gati_jax.checks import check_share
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, check_share
 from gati_jax.planning.binomial import p_value
 
 from .accuracy_gap import AccuracyGap

@@ -20,9 +20,8 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Shaped
 
-from gati_jax.checks import check_share
 from gati_jax.data import check_distinct_rows, fingerprint
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, check_share
 from gati_jax.planning.binomial import p_value, samples_needed
 from gati_jax.planning.tables import Outcome, ReplayTable, neighbours_resemble, replay_plan
 from gati_jax.planning.threshold_path import Plan

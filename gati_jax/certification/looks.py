@@ -21,9 +21,9 @@ import numpy as np
 from jaxtyping import UInt64
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from gati_jax.checks import write_atomically
 from gati_jax.data import fingerprint
 from gati_jax.errors import InputError
+from gati_jax.files import write_atomically
 from gati_jax.planning.threshold_path import Plan
 
 from .certificate import MARGINAL, Method

@@ -29,7 +29,7 @@ from gati_jax.models import (
     winograd_where_wide,
     with_algorithms,
 )
-from gati_jax.runtime.compilation import CompilerOptions
+from gati_jax.runtime import CompilerOptions
 
 from .costs import device_name, prefix_program, time_interleaved
 from .tuned_cascade import MOST_ROWS, MOST_TILES, OPTIONS, Tile, Tuning, tuned_chain

@@ -23,9 +23,10 @@ from gati_jax.caches import Candidate, Network, lookup
 from gati_jax.models import Chain
 from gati_jax.models.chain import reference
 from gati_jax.planning import CostTable
+from gati_jax.pytrees import Packed, pack, unpack
+from gati_jax.runtime import CompilerOptions, compiled
 from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
 from gati_jax.runtime.cascade import Cascade, predict_one
-from gati_jax.runtime.compilation import CompilerOptions, Packed, compiled, pack, unpack
 
 _log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from gati_jax.certification import ArithmeticCheck
 from gati_jax.errors import InputError
 from gati_jax.models import Algorithm, Architecture, Chain, layers, with_algorithms
 from gati_jax.planning import CostTable
+from gati_jax.runtime import CompilerOptions
 from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
 from gati_jax.runtime.cascade import Cascade, Prediction, predict_one, predict_only
-from gati_jax.runtime.compilation import CompilerOptions
 
 from .costs import Backend, measure_costs, measure_steadily
 

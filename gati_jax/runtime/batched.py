@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from gati_jax.errors import InputError
 from gati_jax.models.chain import reference
+from gati_jax.pytrees import Packed, pack, unpack
 
-from .cascade import Cascade, Prediction, run_stage
-from .compilation import CompilerOptions, Packed, compiled, pack, unpack
+from .cascade import Cascade, CompilerOptions, Prediction, compiled, run_stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

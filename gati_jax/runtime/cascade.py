@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,37 @@ from gati_jax.caches import Candidate, lookup
 from gati_jax.errors import InputError
 from gati_jax.models import Chain
 from gati_jax.models.chain import reference
+from gati_jax.pytrees import Packed, pack, unpack
 
-from .compilation import CompilerOptions, Packed, compiled, pack, unpack
+CompilerOptions = tuple[tuple[str, str], ...]
+"""Names and values."""
+
+
+@functools.cache
+def compiled(
+    function: Callable[..., Any],
+    options: CompilerOptions,
+    *,
+    static: tuple[str, ...] = (),
+    keep_unused: bool = False,
+    donate: tuple[str, ...] = (),
+) -> jax.stages.Wrapped:
+    """Return ``function`` jitted with compiler options; the same function and options give the same object.
+
+    Args:
+        function: A function at module level, for the cache would keep whatever a closure holds.
+        options: Compiler options.
+        static: Names of static arguments.
+        keep_unused: Pass arrays to the program even if it does not read them.
+        donate: Names of arguments whose memory the results may take.
+    """
+    return jax.jit(
+        function,
+        static_argnames=static,
+        donate_argnames=donate,
+        keep_unused=keep_unused,
+        compiler_options=dict(options) or None,
+    )
 
 
 @jax.tree_util.register_dataclass

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from gati_jax.models import Chain
 from gati_jax.models.chain import reference
-from gati_jax.runtime import Cascade
+from gati_jax.pytrees import pack, unpack
+from gati_jax.runtime import Cascade, CompilerOptions, compiled
 from gati_jax.runtime.cascade import run_stage
-from gati_jax.runtime.compilation import CompilerOptions, compiled, pack, unpack
 
 SCORE, LOGITS = 0, 1  # columns of a program's output
 THREADS = min(4, os.cpu_count() or 1)  # a compiler takes some hundred MB

@@ -13,8 +13,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from gati_jax import InputError
 from gati_jax.profiling import Tile, stages_ms, tuned_cache, tuned_chain
-from gati_jax.runtime import Cascade
-from gati_jax.runtime.compilation import CompilerOptions
+from gati_jax.runtime import Cascade, CompilerOptions
 
 from . import programs
 from .programs import LOGITS, SCORE, Key, Program

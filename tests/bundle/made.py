@@ -15,9 +15,9 @@ import pytest
 
 import gati_jax
 from gati_jax import Candidate, Certificate, Chain, CostTable, Plan
-from gati_jax.bundle.files import digests
 from gati_jax.caches import FullyConnected, SortedSelector
 from gati_jax.certification import ArithmeticCheck
+from gati_jax.files import digests
 from gati_jax.profiling import Tuning
 
 WIDTH, CLASSES = 4, 3

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gati_jax import BundleError
-from gati_jax.bundle.files import check_files, digests, present, previous, replacing
-from gati_jax.checks import write_atomically
+from gati_jax.files import check_files, digests, present, previous, replacing, write_atomically
 
 names = st.text("abcXYZ.-_ é", min_size=1, max_size=8).filter(lambda name: name.strip(".") != "")
 paths = st.lists(names, min_size=1, max_size=3).map("/".join)

@@ -11,7 +11,7 @@ import pytest
 
 import gati_jax
 from gati_jax.bundle import Versions, save
-from gati_jax.bundle.files import previous
+from gati_jax.files import previous
 from tests.bundle.made import COSTS, answers, in_memory, load, make
 from tests.bundle.victim import SAVES, Countdown, make_mortal, save_bundle, save_version
 

@@ -11,9 +11,8 @@ import pytest
 
 import gati_jax
 from gati_jax.caches import FullyConnected, SortedSelector, lookup
-from gati_jax.runtime import Cascade, check_cascade, predict_batch, predict_one, predict_stepwise
+from gati_jax.runtime import Cascade, check_cascade, compiled, predict_batch, predict_one, predict_stepwise
 from gati_jax.runtime import cascade as drivers
-from gati_jax.runtime.compilation import compiled
 
 INF = float("inf")
 DEPTH = 5

@@ -12,8 +12,8 @@ from typing import Any
 
 import gati_jax
 from gati_jax import InputError
-from gati_jax.bundle.files import present
 from gati_jax.bundle.manifest import read_manifest
+from gati_jax.files import present
 from train import cli
 from train.evaluate import certify_images
 

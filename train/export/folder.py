@@ -20,11 +20,11 @@ from onnx import ModelProto, helper
 from pydantic_core import to_json
 
 from gati_jax import Bundle, Certificate, InputError
-from gati_jax.bundle.files import replacing
 from gati_jax.bundle.manifest import read_json, write_json
 from gati_jax.certification import ArithmeticCheck, ServedBound, cascade_id, served_bound
 from gati_jax.export.models import OPSET, check_exportable
 from gati_jax.export.sessions import VERSION, open_session
+from gati_jax.files import replacing
 from gati_jax.inference import check_arithmetic
 from gati_jax.options import Strict
 from gati_jax.profiling import device_name

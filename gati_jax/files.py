@@ -1,4 +1,4 @@
-"""Files and folders that are replaced as a whole, and digests of the files of a bundle."""
+"""Files and folders that are replaced as a whole, and digests of the files of a folder."""
 
 import contextlib
 import glob
@@ -9,9 +9,36 @@ import tempfile
 from collections.abc import Generator, Mapping
 from pathlib import Path
 
-from gati_jax.errors import BundleError
+from .errors import BundleError
 
 _LONGEST_NAME = 200
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file as a whole: a reader, or a process killed half-way, finds the old content or the new one.
+
+    The content goes to a hidden file ``.<name>.<random>`` in the same folder, reaches the disk, and is then renamed
+    over ``path``. Missing folders are created; the file is readable by everybody.
+
+    Args:
+        path: The file to create or replace.
+        content: Its bytes.
+
+    Raises:
+        OSError: The file cannot be written; what was there stays as it is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.chmod(0o644)  # temporary files are private
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager
