@@ -1,10 +1,11 @@
 """Answers from a bundle: one request, or a batch of them."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import UInt64
 from numpy.typing import ArrayLike
 
 from .bundle import Bundle
@@ -14,6 +15,7 @@ from .certification.looks import MOST_DUPLICATES
 from .data import check_distinct_rows, fingerprint, row_digests
 from .errors import InputError, check_share
 from .models import check_images
+from .planning import ReplayTable, replay_plan
 from .profiling import Backend, TunedCascade, Tuning, device_name, run_by, spans_of
 from .runtime import Cascade, Prediction, predict_batch, predict_one
 
@@ -121,6 +123,8 @@ def check_tuning(
     images: Any,  # noqa: ANN401 (anything that NumPy takes)
     *,
     delta: float = 0.01,
+    certified: ReplayTable | None = None,
+    replays: Sequence[ReplayTable] = (),
 ) -> Tuning:
     """Compare a tuning's answers with those of the certified arithmetic, which makes it what answers by default.
 
@@ -132,21 +136,29 @@ def check_tuning(
         images: The certify rows, or others that no plan was composed on and no cache fitted on, each drawn by itself;
             labels are not needed.
         delta: The risk that a bound is wrong; it comes on top of the certificate's.
+        certified: The replay of ``images`` that was certified, if it is still there: nothing is run in that arithmetic
+            then.
+        replays: Replays of ``images`` in the tuning's arithmetic, as ``replays_on_onnx`` makes them: nothing is run at
+            all then.
 
     Returns:
         The tuning with its checks, for ``save_tuning``.
 
     Raises:
         InputError: Nothing is certified, the tuning is of another device, there are no images, plans were composed or
-            caches fitted on some of them, or some repeat others.
+            caches fitted on some of them, some repeat others, or a replay is of other rows or another bundle.
     """
     array = check_images(bundle.chain, images)
     if tuning.device != (here := device_name(tuning.backend)) or len(array) == 0:
         raise InputError(f"tuning: expected one of {here} and 1 row or more, got {tuning.device} and {len(array)}")
+    for table in replays:
+        _check_replay("replays", table, bundle, row_digests(array))
     before = {check.programs: check.number for one in bundle.tunings for check in one.checks}
     shared = spans_of(bundle.chain, bundle.caches) if tuning.backend == "onnxruntime" else None
 
     def each_way(cascade: Cascade, rows: np.ndarray) -> Iterator[tuple[ArrayLike, ArrayLike]]:
+        if replays:
+            return (_replayed(cascade, table) for table in replays)
         return ((p.class_index, p.exit) for p in run_by(tuning, cascade, shared).each_way(rows))
 
     checks = check_arithmetic(
@@ -158,6 +170,7 @@ def check_tuning(
         device=tuning.device,
         number=before.get(tuning.programs, 1 + max(before.values(), default=0)),
         delta=delta,
+        certified=certified,
     )
     return dataclasses.replace(tuning, checks=checks)
 
@@ -172,6 +185,7 @@ def check_arithmetic(
     device: str,
     number: int,
     delta: float = 0.01,
+    certified: ReplayTable | None = None,
 ) -> tuple[ArithmeticCheck, ...]:
     """Compare an arithmetic's answers with those of the certified one; a row differs if it does in any way.
 
@@ -184,9 +198,10 @@ def check_arithmetic(
         device: Where both run.
         number: See ``ArithmeticCheck``.
         delta: As for ``check_tuning``.
+        certified: As for ``check_tuning``.
 
     Raises:
-        InputError: As ``check_tuning``.
+        InputError: As ``check_tuning``, or the replay is of other rows.
     """
     array = check_images(bundle.chain, images)
     check_share("delta", delta)
@@ -201,11 +216,11 @@ def check_arithmetic(
     repeated = len(rows) - len(np.unique(rows))
     if repeated > MOST_DUPLICATES * len(rows) and fingerprint(rows) != bundle.certificate.data_fingerprint:
         raise InputError(f"images: expected distinct rows, or the certify rows, got {repeated} of {len(rows)} copies")
+    if certified is not None:
+        _check_replay("certified", certified, bundle, rows)
     checks = []
     for key, (cascade, comparisons) in bundle.compared.items():
-        starts = range(0, len(array), _CHUNK)
-        parts = [predict_batch(cascade, array[start : start + _CHUNK]) for start in starts]
-        classes, exits = (np.concatenate([getattr(p, name) for p in parts]) for name in ("class_index", "exit"))
+        classes, exits = _replayed(cascade, certified) if certified else _answered(cascade, array)
         differ = np.zeros(len(array), bool)
         for found, left in each_way(cascade, array):
             differ |= (np.asarray(found) != classes) | (np.asarray(left) != exits)
@@ -223,3 +238,23 @@ def check_arithmetic(
         )
         checks.append(check)
     return tuple(checks)
+
+
+def _answered(cascade: Cascade, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return classes and exits in the reference arithmetic."""
+    parts = [predict_batch(cascade, images[start : start + _CHUNK]) for start in range(0, len(images), _CHUNK)]
+    return np.concatenate([p.class_index for p in parts]), np.concatenate([p.exit for p in parts])
+
+
+def _check_replay(argument: str, table: ReplayTable, bundle: Bundle, rows: UInt64[np.ndarray, " n"]) -> None:
+    if not np.array_equal(table.rows, rows):
+        raise InputError(f"{argument}: expected a replay of the images in their order, got other rows")
+    for plan in bundle.plans.values():
+        plan.source.check(table.take(plan.names).source, argument)
+
+
+def _replayed(cascade: Cascade, table: ReplayTable) -> tuple[np.ndarray, np.ndarray]:
+    """Return classes and exits by a replay."""
+    table = table.take([cache.name for cache in cascade.caches])
+    found = replay_plan(table, np.asarray(cascade.thresholds))
+    return found.classes, np.append(table.sites, table.depth)[found.exits]

@@ -66,10 +66,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # From here on nothing may be chosen: the plans are fixed, and the certify split is opened.
     certify = gati_jax.replay(chain, chosen, parts["certify"].images, labels=parts["certify"].labels)
+    on_onnx = also_certified(found.tuning, certify, chain, chosen, parts["certify"].images)
     certificates = gati_jax.certify_together(
         plans, certify, config.plan.delta, ledger=arguments.ledger, reveal=arguments.reveal, base_saw_data=saw_certify,
         duplicates=True,  # what `count_duplicates` let pass above
-        arithmetics=also_certified(found.tuning, certify, chain, chosen, parts["certify"].images),
+        arithmetics=on_onnx,
     )  # fmt: skip
     default = tightest(certificates)
     plan, certificate = plans[default][0], certificates[default]
@@ -89,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         costs=[costs],
         ledger=arguments.ledger,
     )
-    keep_tuning(path, found.tuning, parts["certify"].images, rounds=config.measure_rounds)
+    replays = certify, *next(iter(on_onnx.values()), ())
+    keep_tuning(path, found.tuning, parts["certify"].images, replays, rounds=config.measure_rounds)
 
     result = Caches(
         **dict(summary(select, certify, costs, plan, certificate)),
@@ -161,8 +163,18 @@ def also_certified(
     return {tuning.programs: replays_on_onnx(table, chain, caches, images)}
 
 
-def keep_tuning(path: Path, tuning: Tuning, certify: np.ndarray, *, rounds: int) -> None:
-    """Keep in a new bundle what its plans were made for, with its costs and a bound of how its answers differ."""
+def keep_tuning(
+    path: Path, tuning: Tuning, certify: np.ndarray, replays: Sequence[ReplayTable], *, rounds: int
+) -> None:
+    """Keep in a new bundle what its plans were made for, with its costs and a bound of how its answers differ.
+
+    Args:
+        path: Of the bundle.
+        tuning: What its plans were made for.
+        certify: Images.
+        replays: Of these images: the certified one, then those of ``also_certified``.
+        rounds: See ``measure_costs``.
+    """
     bundle = gati_jax.load_bundle(path)
     if tuning.is_reference or len(bundle.compared) == 1:
         return
@@ -172,7 +184,9 @@ def keep_tuning(path: Path, tuning: Tuning, certify: np.ndarray, *, rounds: int)
         tuning = tuning_for(tuning, bundle.chain, bundle.caches)
     tuning = run_by(tuning, bundle.cascade).measured(rounds=max(5, rounds // 3))
     _log.info("comparing the answers of %s with the reference arithmetic's", tuning.backend)
-    gati_jax.save_tuning(path, gati_jax.check_tuning(bundle, tuning, certify))
+    gati_jax.save_tuning(
+        path, gati_jax.check_tuning(bundle, tuning, certify, certified=replays[0], replays=replays[1:])
+    )
 
 
 def check_open(ledger: AnyLedger, rows: UInt64[np.ndarray, " n"], out: Path) -> None:

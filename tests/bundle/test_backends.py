@@ -10,10 +10,11 @@ import pytest
 
 import gati_jax
 from gati_jax import InputError
-from gati_jax.profiling import Backend, Tuning, device_name, onnx_tuning, reference_tuning
+from gati_jax.planning import Plan
+from gati_jax.profiling import Backend, Tuning, device_name, onnx_tuning, reference_tuning, replays_on_onnx
 from gati_jax.profiling.backends import OnnxTunedCascade
 from gati_jax.profiling.tuned_cascade import OPTIONS, TunedCascade
-from tests.bundle.made import PIXELS, at, checked, edit, in_memory
+from tests.bundle.made import PIXELS, at, checked, edit, in_memory, make_certificate
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 MANY = 8
@@ -152,6 +153,29 @@ def test_rows_are_compared_with_those_of_the_backend(residual, on_onnx, monkeypa
     assert [(check.differ, check.n) for check in tuning.checks] == [(3, len(PIXELS))] * 2  # one in each way
     assert {(check.device, check.programs) for check in tuning.checks} == {(tuning.device, tuning.programs)}
     assert tuning.device == device_name("onnxruntime") != device_name()
+
+
+def test_replays_that_are_still_there_are_compared_instead(residual, on_onnx, answered, monkeypatch):
+    """The certified one, and those on ONNX Runtime: nothing is run again, and the counts are the same."""
+    chain, caches, plan, _ = residual
+    table = gati_jax.replay(chain, caches, PIXELS)
+    plan = Plan(**{**vars(plan), "source": table.source})
+    bundle = in_memory((chain, caches, plan, make_certificate(plan, step=1)))
+    found = gati_jax.check_tuning(bundle, on_onnx, PIXELS)
+    replays = replays_on_onnx(table, chain, caches, PIXELS)
+    answered.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr("gati_jax.inference.predict_batch", None)
+        patched.setattr(OnnxTunedCascade, "each_way", None)
+        assert gati_jax.check_tuning(bundle, on_onnx, PIXELS, certified=table, replays=replays) == found
+        wrong = dataclasses.replace(replays[1], answers=(replays[1].answers + (np.arange(len(PIXELS)) == 0)) % 5)
+        counted = gati_jax.check_tuning(bundle, on_onnx, PIXELS, certified=table, replays=(replays[0], wrong))
+        assert counted.checks[0].differ == found.checks[0].differ + 1
+    for other in (gati_jax.replay(chain, caches[:1], PIXELS), gati_jax.replay(chain, caches, PIXELS[::-1])):
+        with pytest.raises(InputError, match="expected"):
+            gati_jax.check_tuning(bundle, on_onnx, PIXELS, certified=other)
+        with pytest.raises(InputError, match="expected"):
+            gati_jax.check_tuning(bundle, on_onnx, PIXELS, certified=table, replays=(other,))
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------

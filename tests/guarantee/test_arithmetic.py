@@ -32,9 +32,9 @@ def bundle_of(*tunings: Tuning) -> gati_jax.Bundle:
     return gati_jax.Bundle(chain=chain, caches=caches, plan=plan, certificate=certificate, tunings=tunings)
 
 
-def check(bundle: gati_jax.Bundle, tuning: Tuning, **options: float) -> gati_jax.Bundle:
+def check(bundle: gati_jax.Bundle, tuning: Tuning, delta: float = 0.01) -> gati_jax.Bundle:
     """The bundle with this tuning, after a check of it."""
-    return dataclasses.replace(bundle, tunings=(gati_jax.check_tuning(bundle, tuning, REQUESTS, **options),))
+    return dataclasses.replace(bundle, tunings=(gati_jax.check_tuning(bundle, tuning, REQUESTS, delta=delta),))
 
 
 @pytest.fixture
