@@ -32,7 +32,7 @@ serve: $(STAMP)  ## Serve the quickstart's bundle (BUNDLE=runs/r56/bundle ARGS='
 	$(PY) -m serve --bundle $(or $(BUNDLE),runs/digits/caches/bundle) $(ARGS)
 
 test: $(STAMP)  ## Run the tests (TESTS='-m slow' for those on real CIFAR-10)
-	$(PY) -m pytest -n auto --dist loadfile $(TESTS)
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(STAMP)  ## Check style and types
 	$(VENV)/bin/ruff check .

@@ -4,6 +4,7 @@ Every test runs with strict dtype promotion, rank promotion that raises, warning
 annotation of the library checked by beartype.
 """
 
+import gc
 from pathlib import Path
 
 import jax
@@ -21,7 +22,24 @@ import gati_jax  # noqa: E402
 from gati_jax import data  # noqa: E402
 from gati_jax.fitting import apply_gradients  # noqa: E402
 
+LONG = {"test_small_first.py", "test_autotune.py", "test_pass.py", "test_drivers.py", "test_docs.py"}
+"""Files of minutes: they come first, so that all workers end at about the same time."""
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 20_000
+"""Of a process's memory: Linux allows 65,530, a program takes a dozen, and without room the compiler crashes."""
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs():
+    """Forget the programs of earlier files where there are many."""
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

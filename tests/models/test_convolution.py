@@ -42,7 +42,7 @@ def by_hand(x: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
     return np.moveaxis(np.array(outputs), 1, -1)[:, ::stride, ::stride]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     height=st.integers(1, 9), width=st.integers(1, 9), kernel=st.sampled_from([1, 3, 7]), stride=st.integers(1, 2),
     seed=st.integers(0, 99),
@@ -130,7 +130,7 @@ def test_what_cannot_be_done_is_refused():
         with_algorithms(own, {})
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(
     st.sampled_from([1, 3, 5, 7]), st.integers(1, 3), st.integers(4, 9), st.integers(4, 9), st.integers(1, 3),
     st.integers(1, 4),
