@@ -1,5 +1,6 @@
 """Errors of the public functions, which command lines print as one line, and what several rooms raise them with."""
 
+import numbers
 from collections.abc import Mapping, Sequence
 
 
@@ -23,8 +24,10 @@ def check_share(name: str, value: float | int) -> None:  # noqa: PYI041 (beartyp
         value: What was given for it.
 
     Raises:
-        InputError: It is 0 or less, 1 or more, or NaN.
+        InputError: It is 0 or less, 1 or more, NaN, or no number.
     """
+    if not isinstance(value, numbers.Real):
+        raise InputError(f"{name}: expected a number between 0 and 1, got {value!r:.100}")
     if not 0 < value < 1:
         raise InputError(f"{name}: expected a number between 0 and 1, got {value}")
 

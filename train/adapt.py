@@ -36,6 +36,7 @@ from gati_jax.adaptation import (
 from gati_jax.fitting.loop import progress_bar
 from train import cli
 
+from .evaluate import close_shown
 from .results import Adaptation, EventResult, MechanismsResult, PhaseResult, TraceResult, WindowResult
 
 EXAMPLE = "python -m train.adapt --bundle runs/r56/bundle --trace runs/blur.safetensors --out runs/blur"
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     if trace.images is None:
         raise InputError(f"--trace: expected images in {arguments.trace}, got rows of a data set alone")
     epsilon = arguments.epsilon or bundle.certificate.epsilon
+    close_shown(arguments.ledger, bundle, trace.images, "trace", reveal=True)
 
     # --- Simulate ---------------------------------------------------------------------------------------------------
     replay_cache = ReplayCache(bundle.chain, trace.images)
@@ -97,6 +99,7 @@ def parser() -> cli.Parser:
     p = cli.parser("Simulate adaptation on a trace.", EXAMPLE)
     p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
     p.add_argument("--trace", type=Path, required=True, metavar="FILE", help="written by benchmarks.traces")
+    cli.add_ledger(p)
     p.add_argument("--epsilon", type=cli.share, metavar="E", help="disagreement to promise (default: as certified)")
     p.add_argument(
         "--delta", type=cli.share, default=0.05, metavar="D", help="risk that it is exceeded (default: 0.05)"

@@ -112,12 +112,17 @@ def parser(description: str, example: str, *, out: bool = True, as_json: bool = 
     return p
 
 
-def add_looks(p: Parser) -> None:
-    """Add the flags of scripts that open the certify split."""
+def add_ledger(p: Parser) -> None:
+    """Add the flag of scripts that show how often a plan disagrees on rows."""
     counted = (
         "where looks at certify rows are counted (default: the user's own; none: this is the only one, on your word)"
     )
     p.add_argument("--ledger", type=ledger, default="user", metavar="FILE", help=counted)
+
+
+def add_looks(p: Parser) -> None:
+    """Add the flags of scripts that open the certify split."""
+    add_ledger(p)
     p.add_argument("--reveal", action="store_true", help="say why a look failed; this closes its rows for other plans")
 
 

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = getattr(config.data.splits, arguments.split)
     split = data.load(config.data.name, rows, arguments.data_dir or config.data.dir)
     check_fingerprint(bundle, arguments.split, split)
-    close_shown(arguments.ledger, bundle, split, arguments.split, reveal=arguments.reveal)
+    close_shown(arguments.ledger, bundle, split.images, arguments.split, reveal=arguments.reveal)
     if arguments.split == "select":
         _log.warning("the plan was composed on select, with other selectors: its agreement here says little")
 
@@ -123,13 +123,13 @@ def certify_images(bundle: Bundle, path: Path, folder: Path | None) -> np.ndarra
     return certify.images
 
 
-def close_shown(ledger: AnyLedger, bundle: Bundle, split: data.Dataset, name: str, *, reveal: bool) -> None:
+def close_shown(ledger: AnyLedger, bundle: Bundle, images: np.ndarray, name: str, *, reveal: bool) -> None:
     """Close the rows that are about to be shown: a plan that is chosen by what they show cannot be certified on them.
 
     Raises:
         InputError: They are the certify rows, some are open, and that they are closed is not what was asked for.
     """
-    rows, counted = data.row_digests(split.images), find_ledger(ledger)
+    rows, counted = data.row_digests(images), find_ledger(ledger)
     if counted is None:
         _log.warning("no ledger knows that these rows are shown: certify no plan on them that was chosen by it")
         return

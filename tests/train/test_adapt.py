@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from gati_jax import InputError, data
-from gati_jax.adaptation import Trace, save_trace
+from gati_jax import InputError, Ledger, data
+from gati_jax.adaptation import Trace, load_trace, save_trace
 from gati_jax.bundle import Versions
 from tests.train.one_pass import json_of
 from train import adapt
@@ -32,7 +32,17 @@ def trace(tmp_path_factory):
 
 
 def test_every_mechanism_is_a_row_and_the_windows_add_up(run, trace, tmp_path, capsys):
-    arguments = ["--bundle", str(run.folder / "caches" / "bundle"), "--trace", str(trace), "--out", str(tmp_path)]
+    ledger = tmp_path / "looks.json"
+    arguments = [
+        "--ledger",
+        str(ledger),
+        "--bundle",
+        str(run.folder / "caches" / "bundle"),
+        "--trace",
+        str(trace),
+        "--out",
+        str(tmp_path),
+    ]
     result = json_of(adapt.main, *arguments)
     written = tmp_path / "adaptation.json"
     assert result == json.loads(written.read_text()) == Adaptation.read(written).as_json()
@@ -44,6 +54,7 @@ def test_every_mechanism_is_a_row_and_the_windows_add_up(run, trace, tmp_path, c
         "+ refitted heads",
         "+ exact cache",
     ]
+    assert not len(Ledger(ledger).still_open(data.row_digests(load_trace(trace).images)))  # what was shown is closed
     n = result["trace"]["n"]
     assert sum(count for window in result["windows"] for count in window["exits"].values()) == n == 480
     assert sum(phase["n"] for phase in result["phases"]) == n

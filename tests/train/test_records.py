@@ -103,7 +103,7 @@ def test_rows_that_were_evaluated_certify_no_plan_that_was_chosen_by_it(run, tmp
     ledger = gati_jax.Ledger(tmp_path / "few.json")
     ledger.reveal(rows[:9], {"default": (run.bundle.plan, 0.1)}, 0.05)
     with pytest.raises(InputError, match="split: expected test, or certify with --reveal"):
-        evaluate.close_shown(ledger, run.bundle, data.load("digits", "all[1197:1497]"), "certify", reveal=False)
+        evaluate.close_shown(ledger, run.bundle, data.load("digits", "all[1197:1497]").images, "certify", reveal=False)
 
 
 @pytest.mark.usefixtures("tiny")
