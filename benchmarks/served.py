@@ -15,11 +15,11 @@ import numpy as np
 import gati_jax
 from benchmarks import targets
 from gati_jax import data
+from serve import assemble
 from serve.engine import routes
 from serve.engine.engine import Engine
 from serve.engine.programs import settle
 from serve.engine.records import Runner
-from serve.engine.runner import JaxRunner
 from train.config import build_config
 
 from .driving import run
@@ -36,7 +36,7 @@ def runner_of(name: str, path: Path, images: np.ndarray, folder: Path) -> tuple[
     if name == ONNX:
         return onnx_runner(path, images, folder), 0
     found = routes.load(gati_jax.load_bundle(path))
-    runner = JaxRunner([route for route in found if name == CASCADE or not route.cascade.sites], capacity=CAPACITY)
+    runner = assemble.runner_of([r for r in found if name == CASCADE or not r.cascade.sites], CAPACITY)
     return runner, routes.default(runner.routes)
 
 

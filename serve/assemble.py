@@ -46,10 +46,7 @@ def assemble(settings: Settings) -> Parts:
     service = Service(_describe(bundle, sources, settings), tally=tally, timeout=settings.timeout)
 
     def start() -> Backend:
-        tuning = sources[0].tuning
-        on_onnx = tuning is not None and tuning.backend == "onnxruntime"
-        kind = OnnxRunner if on_onnx else JaxRunner
-        runner = kind(sources, capacity=settings.capacity)
+        runner = runner_of(sources, settings.capacity)
         engine = Engine(
             runner,
             max_wait_ms=settings.max_wait_ms,
@@ -72,6 +69,13 @@ def assemble(settings: Settings) -> Parts:
         return Backend(adaptive.adapting, choose_route, adaptive.adapting.notes)
 
     return Parts(service=service, metrics=metrics, start=start)
+
+
+def runner_of(sources: Sequence[routes.CascadeRoute], capacity: int) -> JaxRunner | OnnxRunner:
+    """Return what runs cascades by the backend of their tuning; ``capacity`` is in images."""
+    tuning = sources[0].tuning
+    kind = OnnxRunner if tuning is not None and tuning.backend == "onnxruntime" else JaxRunner
+    return kind(sources, capacity=capacity)
 
 
 def _adapt(bundle: gati_jax.Bundle, settings: Settings, metrics: Metrics) -> "AdaptiveParts":
