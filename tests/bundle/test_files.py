@@ -74,7 +74,7 @@ def test_a_locked_file_is_locked_until_it_is_closed(tmp_path):
     with pytest.raises(InputError, match="lock is locked"):
         lock_file(path)
     threading.Timer(0.05, held.close).start()
-    lock_file(path, seconds=30).close()
+    lock_file(path, seconds=30.0).close()
     lock_file(path).close()
     assert path.read_text() == "stays"
     with pytest.raises(OSError, match="No such file"):

@@ -81,6 +81,7 @@ def test_a_claimed_folder_is_written_by_one_alone(tmp_path, monkeypatch):
     one.release()
     other.claim()
     assert other.next_trial() == 3
+    other.release()
 
 
 def test_a_repaired_record_has_no_history_and_goes_on_counting(copy):

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import gati_jax
@@ -48,7 +48,7 @@ def ended(folder):
 
 
 @contextlib.contextmanager
-def running(parts, *, capacity=64) -> Iterator[AdaptiveEngine]:
+def running(parts, *, capacity=64) -> Generator[AdaptiveEngine]:
     """Start a server's engine, without its worker."""
     runner = JaxRunner(parts.sources, capacity=capacity, buckets=(1, 4))
     engine = Engine(runner, observer=parts.adapting, shadow=parts.adapting.shadow)

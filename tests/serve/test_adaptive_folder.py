@@ -317,18 +317,18 @@ DAMAGES = {"empty": b"", "no JSON": b'{"history": [1', "not UTF-8": b"\xff" * 99
 def test_damaged_versions_begin_closed_and_no_number_comes_again(tmp_path, caplog, damage, copy):
     saved = certified()
     versions = Versions(tmp_path, chain=saved.chain)
-    number, trials = versions.save(saved), [versions.next_trial() for _ in range(3)]
+    number = versions.save(saved)
     assert build(tmp_path).adapting.state == "open"
     ended(tmp_path)
+    trials = [versions.next_trial() for _ in range(3)]
     for name in ("versions.json", *(() if copy else ("versions.copy.json",))):
         (tmp_path / name).write_bytes(DAMAGES[damage])
-    for _ in range(2):
-        parts = build(tmp_path)
-        assert parts.adapting.state == "safe"
-        assert parts.adapting.controller.monitor.version == 3
+    first, parts = build(tmp_path), build(tmp_path)
+    assert first.adapting.state == parts.adapting.state == "safe"
+    assert first.adapting.controller.monitor.version == parts.adapting.controller.monitor.version == 3
+    recovery = parts.worker.recovery
     (line,) = [record for record in caplog.records if "begin closed" in record.getMessage()]
     assert "versions.json" in line.why
-    recovery = parts.worker.recovery
     assert isinstance(recovery, Recovery)
     assert recovery.work()
     assert recovery.trial
