@@ -1,4 +1,4 @@
-"""Files and folders that are replaced as a whole, and digests of the files of a folder."""
+"""Files and folders that are replaced as a whole, locks between processes, and digests of the files of a folder."""
 
 import contextlib
 import glob
@@ -6,12 +6,20 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Generator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
-from .errors import BundleError
+from .errors import BundleError, InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where there are no locks between processes
+    fcntl = None
 
 _LONGEST_NAME = 200
+_AGAIN = 0.01  # seconds between two tries to lock a file
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -39,6 +47,53 @@ def write_atomically(path: Path, content: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+    with contextlib.suppress(OSError):  # not every file system syncs folders; the new content is in place
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a rename reach the disk: a loss of power could undo it otherwise."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_file(path: Path, *, seconds: float = 0.0) -> BinaryIO:
+    """Open a file, created if need be, and keep other processes and threads from locking it.
+
+    Args:
+        path: The file; its content stays as it is.
+        seconds: How long to wait while it is locked.
+
+    Returns:
+        The file: the lock ends when it is closed, or with the process, however that ends.
+
+    Raises:
+        InputError: It is locked elsewhere.
+        OSError: It cannot be opened.
+    """
+    file, until = path.open("ab"), time.monotonic() + seconds
+    try:
+        while not (locked := _lock(file)) and time.monotonic() < until:
+            time.sleep(_AGAIN)
+    except BaseException:
+        file.close()
+        raise
+    if not locked:
+        file.close()
+        raise InputError(f"{path.parent}: expected a folder that no other process uses, {path.name} is locked")
+    return file
+
+
+def _lock(file: BinaryIO) -> bool:
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -112,7 +112,7 @@ class Settings(BaseModel):
         for name, field in type(self).model_fields.items():
             if name.startswith("adapt_") and not self.adapt and getattr(self, name) != field.default:
                 raise InputError(f"{_flag(name)}: expected together with --adapt, got it alone")
-        if self.adapt and self.versions.is_file():
+        if self.adapt and self.versions.exists() and not self.versions.is_dir():
             raise InputError(f"--adapt-dir: expected a folder, got the file {self.versions}")
         if self.adapt and self.versions.resolve().is_relative_to(self.bundle.resolve()):
             raise InputError(

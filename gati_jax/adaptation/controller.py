@@ -104,7 +104,7 @@ class AdaptationController:
         bundle: Bundle,
         config: ControllerConfig,
         *,
-        level: Callable[[], float],
+        level: Callable[[], float | None],
         on_change: Callable[[Served], None] = lambda _: None,
         on_event: Callable[[Event], None] = lambda _: None,
     ) -> None:
@@ -113,7 +113,7 @@ class AdaptationController:
         Args:
             bundle: Certified for at most ``config.monitor.epsilon``, or its caches begin closed.
             config: See ``ControllerConfig``.
-            level: Returns the part of delta of a trial of the nearest cache that begins, see ``trial_level``.
+            level: Returns the part of delta of a trial of the nearest cache, see ``trial_level``; None: not yet.
             on_change: Called with what is to be served whenever that changes, before the next request is asked.
             on_event: Called with every event.
 
@@ -132,9 +132,8 @@ class AdaptationController:
         )
         self.trial = NearestTrial(config.monitor.epsilon, config.nearest_trial)
         self.events: collections.deque[Event] = collections.deque(maxlen=_RECENT_EVENTS)
-        """The latest ones."""
         self.event_counts: collections.Counter[EventKind] = collections.Counter()
-        """Of all events, by kind."""
+        """Of all events, by kind, not only those that are kept."""
         self._level, self._on_change, self._on_event = level, on_change, on_event
         self._random = np.random.default_rng(config.seed)
         self._numbers = 0  # of requests
@@ -147,14 +146,18 @@ class AdaptationController:
             self._costs = costs_of(bundle)
             self._cost_guard = CostGuard(config.cost_guard, self._costs.full_ms)
         self._bundle = f"{bundle.plan.hash}:{bundle.certificate.step}"
-        self.number = 0
-        """Of the version that is served, see ``ControllerState``."""
+        self.number = 0  # of the version that is served, see ``ControllerState``
         self.epoch = 0
         """Counts changes of what is served, the nearest cache included."""
         self.closed_at: int | None = None
         """Requests logged when a cache was last closed; None while all that were certified are open."""
         if (bundle.bound_of(numerics="reference").epsilon or math.inf) > config.monitor.epsilon:
             self._close(range(self.depth), "no certificate for this epsilon")
+
+    @property
+    def is_safe(self) -> bool:
+        """Whether the base alone answers: every cache is closed, the nearest one too, none is merely paused."""
+        return not (self._paused or self.served).is_open and self.trial.state != "open"
 
     # --- Requests -----------------------------------------------------------------------------------------------------
 
@@ -169,8 +172,8 @@ class AdaptationController:
         return tickets
 
     def admit(self, images: Shaped[np.ndarray, "n h w c"], keys: list[bytes], now: float) -> list[Ticket]:
-        """Number the requests, toss their coins and ask the exact cache."""
-        q, lookups, tickets = self.monitor.q, self.trial.lookups, list[Ticket]()
+        """Number the requests, toss their coins and ask the exact cache, unless the base alone answers."""
+        q, lookups, tickets, is_safe = self.monitor.q, self.trial.lookups, list[Ticket](), self.is_safe
         for image, key in zip(images, keys, strict=True):
             ticket = Ticket(
                 number=self._numbers,
@@ -183,7 +186,8 @@ class AdaptationController:
             )
             self._numbers += 1
             tickets.append(ticket)
-            self.input_cache.ask_exact(ticket, now)
+            if not is_safe:
+                self.input_cache.ask_exact(ticket, now)
         self._waiting.extend(tickets)
         return tickets
 
@@ -322,8 +326,8 @@ class AdaptationController:
     def resume(self, state: ControllerState, served: Served, number: int) -> None:
         """Go on where another process stopped, with the version that could be loaded; 0 is the bundle as it was given.
 
-        Another bundle begins closed. So does a version before the one that was served last: it was left because of an
-        alarm. A later one was certified and saved, but the process ended before it was served.
+        Another bundle begins closed, and so does any version but the one that was served last: an earlier one was left
+        because of an alarm; a later one was saved but never served, perhaps because of an alarm meanwhile.
         """
         if state.bundle != self._bundle:
             self.distrust(state.monitor.version + 1, "what is remembered is of another bundle")
@@ -331,9 +335,6 @@ class AdaptationController:
         self.monitor.resume(state.monitor)
         if (state.epsilon, state.delta) != (self.config.monitor.epsilon, self.config.monitor.delta):
             self.monitor.next_version()  # evidence against another hypothesis
-        if number > state.number:
-            self.adopt(served, f"version {number}", number=number)
-            return
         if number:
             self.closed_at, self.number = None, number
             self._serve(served)
@@ -372,12 +373,11 @@ class AdaptationController:
         before = self.trial.state
         state = self.trial.add(ticket.number, ticket.nearest_class, ticket.nearest_score, observation)
         if state == "open" and before == "trial":
-            self.input_cache.threshold = self.trial.threshold
+            self.input_cache.threshold = score = self.trial.threshold
             self.epoch += 1
             self.monitor.shadow_all(on=False)
             self.monitor.next_version()
-            what = f"nearest cache, from a score of {self.trial.threshold:.2f}, after {self.trial.n} requests"
-            self.emit("opened", what)
+            self.emit("opened", f"nearest cache, from a score of {score:.2f}, after {self.trial.n} requests")
         elif state == "inconclusive":
             self.monitor.shadow_all(on=False)
             self.emit("inconclusive", f"nearest cache stays closed after {self.trial.n} requests")

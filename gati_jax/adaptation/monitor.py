@@ -134,7 +134,7 @@ _Stakes = Annotated[int, Field(ge=1, lt=2**31)]
 class MonitorState(Strict):
     """The evidence of a monitor's present version, for the next process; q starts low there."""
 
-    version: Annotated[int, Field(ge=1, lt=2**31)]
+    version: Annotated[int, Field(ge=1, lt=2**53)]
     watched: Natural
     alarmed: bool
     playing: Annotated[tuple[_Capital, ...], Field(min_length=len(RATIOS), max_length=len(RATIOS))]

@@ -163,9 +163,10 @@ class Recovery:
             if (found := self._refit(count, *self.rows, pause)) is None:
                 return True
             (caches, plan), what = found, "refitted heads"
-        else:
+        number = self.versions.next_trial()
+        if plan is self.certified.plan:
             self._refit_next = True
-        self.trial = Trial(caches, plan, version=self.versions.next_trial(), after=count - 1, config=config)
+        self.trial = Trial(caches, plan, version=number, after=count - 1, config=config)
         self._cursor = None
         self.controller.emit("trial", f"{self.trial.version}: {what}, {len(plan.path) - 1} steps")
         return True

@@ -226,10 +226,10 @@ class NearestTrial:
         """Whether the cache would not answer a request, open or by the threshold on trial; NaN: it was not asked."""
         return not score >= self.threshold
 
-    def begin(self, level: Callable[[], float], now: int) -> bool:
+    def begin(self, level: Callable[[], float | None], now: int) -> bool:
         """Begin a trial if it would be worth it, and return whether; to be called after every request.
 
-        Only requests after the number ``now`` count; ``level`` returns the trial's part of the risk.
+        Only requests after the number ``now`` count; ``level`` returns the trial's part of the risk, or None: not yet.
         """
         if self.state != "watching" or len(self._past) < self.config.known or self._since < self._wait:
             return False
@@ -237,9 +237,11 @@ class NearestTrial:
         threshold = self._propose()
         if np.mean(np.array(self._scores) >= threshold) < self.config.share:
             return False
+        if (risk := level()) is None:
+            return False
         self.state, self.threshold, self.n = "trial", threshold, 0
         self._after = now + self.config.gap
-        self._certifier = SequentialCertifier(1, self.epsilon, level(), maximum=self.config.most)
+        self._certifier = SequentialCertifier(1, self.epsilon, risk, maximum=self.config.most)
         return True
 
     def _propose(self) -> float:

@@ -2,22 +2,28 @@
 
     DIR/versions/000001/   a bundle folder each, complete before ``versions.json`` names it
     DIR/versions.json      {"history": [1, 2, 4], "newest": 4, "trials": 5}: the last of the history is current
+    DIR/versions.copy.json the same, written first: what was counted is not lost with one damaged file
+    DIR/lock               locked while a process writes; a server holds it as long as it runs
 
 A version enters the history once its folder is whole, and is deleted once the history is without it; ``versions.json``
 is written atomically. So the current version can always be loaded, wherever a save was killed; if its folder is damaged
 from outside, or by a loss of power, the version before it takes its place. Numbers are never used twice. One process
-may write at a time; any number may read.
+may write at a time, and waits for the one that does; any number may read.
 """
 
+import contextlib
 import logging
 import shutil
 import threading
+import time
+from collections.abc import Generator
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, BinaryIO, NamedTuple
 
 from pydantic import Field, model_validator
 
 from gati_jax.errors import BundleError, InputError
+from gati_jax.files import lock_file
 from gati_jax.models import Chain
 from gati_jax.options import Strict
 
@@ -29,6 +35,8 @@ from .save import save_bundle, save_tuning
 _log = logging.getLogger(__name__)
 _KEEP = 5
 _MAX_BYTES = 2**20
+_DIGITS = 6  # of a version's folder
+_PATIENCE = 10.0  # seconds to wait for another process that writes
 
 Number = Annotated[int, Field(ge=1, lt=10**6)]
 
@@ -71,7 +79,29 @@ class Versions:
         if keep < 1:
             raise InputError(f"keep: expected 1 or more, got {keep}")
         self.folder, self.keep, self._chain = Path(folder), keep, chain
-        self._file, self._lock = self.folder / "versions.json", threading.Lock()
+        self._file, self._copy = self.folder / "versions.json", self.folder / "versions.copy.json"
+        self._lock = threading.Lock()
+        self._claimed: BinaryIO | None = None
+
+    def claim(self) -> None:
+        """Keep all other processes, and all other ``Versions``, from writing to the folder, until ``release``.
+
+        What killed processes have left half-written is deleted.
+
+        Raises:
+            InputError: Another one writes to it, or has claimed it.
+            OSError: The folder cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._claimed = lock_file(self.folder / "lock")
+        for stale in (*self.folder.glob(".*.json.*"), *self.folder.glob("versions/.*")):
+            shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Let others write to the folder again."""
+        if self._claimed is not None:
+            self._claimed.close()
+            self._claimed = None
 
     @property
     def history(self) -> tuple[int, ...]:
@@ -85,7 +115,7 @@ class Versions:
 
     def path(self, number: int) -> Path:
         """Return a version's bundle folder."""
-        return self.folder / "versions" / f"{number:06d}"
+        return self.folder / "versions" / f"{number:0{_DIGITS}d}"
 
     def save(self, bundle: Bundle) -> int:
         """Save a bundle, its tunings included, as the current version; return its number.
@@ -95,7 +125,8 @@ class Versions:
         Raises:
             InputError: As ``save_bundle``.
         """
-        number = self._read().newest + 1
+        with self._writing():
+            number = self._read().newest + 1
         path = self.path(number)
         shutil.rmtree(path, ignore_errors=True)  # of a save that was killed
         save_bundle(
@@ -111,10 +142,10 @@ class Versions:
         )
         for tuning in bundle.tunings:  # heads of the same shapes run as the old ones do
             save_tuning(path, tuning)
-        with self._lock:  # a trial may have started meanwhile
+        with self._writing():  # a trial may have started meanwhile
             history = (*self.history, number)[-self.keep :]
             self._update(history=history, newest=number)
-        self._prune(history)
+            self._prune(history)
         return number
 
     def load_current(self) -> Loaded:
@@ -135,26 +166,54 @@ class Versions:
 
         The number is stored before the trial starts: the share of delta that a killed trial was given is spent.
         """
-        with self._lock:
+        with self._writing():
             trials = self._read().trials + 1
             self._update(trials=trials)
         return trials
 
     def withdraw(self, number: int) -> None:
         """Take a version out of the history, as after an alarm: the one before it becomes current."""
-        with self._lock:
+        with self._writing():
             self._update(history=tuple(n for n in self.history if n != number))
 
+    def repair(self) -> None:
+        """Replace a damaged ``versions.json`` by one without a history, in which no number comes a second time.
+
+        Where its copy is damaged, too, trials are counted on from the seconds of the clock, which no count has reached:
+        the level of later trials is far below what they need in other folders, and sound.
+        """
+        with self._writing():
+            known = _Record(trials=int(time.time()))
+            with contextlib.suppress(BundleError):
+                known = read_json(self._copy, _Record, most_bytes=_MAX_BYTES)
+            names = [path.name for path in (self.folder / "versions").glob("*")]
+            newest = max([known.newest, *(int(name) for name in names if name.isdecimal() and len(name) == _DIGITS)])
+            self._write(_Record(newest=newest, trials=known.trials))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Generator[None]:
+        """Keep others from writing between a read and a write."""
+        with self._lock, contextlib.ExitStack() as stack:
+            if self._claimed is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock_file(self.folder / "lock", seconds=_PATIENCE))
+            yield
+
     def _read(self) -> _Record:
-        return read_json(self._file, _Record, most_bytes=_MAX_BYTES) if self._file.exists() else _Record()
+        file = next((file for file in (self._file, self._copy) if file.exists()), None)
+        return _Record() if file is None else read_json(file, _Record, most_bytes=_MAX_BYTES)
 
     def _update(self, **values: object) -> None:
-        write_json(self._file, self._read().model_copy(update=values))
+        self._write(self._read().model_copy(update=values))
+
+    def _write(self, record: _Record) -> None:
+        write_json(self._copy, record)
+        write_json(self._file, record)
 
     def _prune(self, history: tuple[int, ...]) -> None:
         """Delete versions that have left the history, and files of killed writes; readers hold versions in memory."""
         for path in (self.folder / "versions").iterdir():
-            if path.name not in {f"{number:06d}" for number in history}:
+            if path.name not in {self.path(number).name for number in history}:
                 shutil.rmtree(path, ignore_errors=True)
-        for stale in self.folder.glob(".versions.json.*"):
+        for stale in self.folder.glob(".versions.*"):
             stale.unlink(missing_ok=True)

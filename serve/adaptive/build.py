@@ -1,6 +1,7 @@
 """From a bundle and a folder of versions to the parts of an adaptive server."""
 
 import dataclasses
+import errno
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
@@ -14,7 +15,6 @@ from gati_jax import Bundle, BundleError, InputError
 from gati_jax.adaptation import (
     AdaptationController,
     ControllerConfig,
-    ControllerState,
     Event,
     ExactCacheConfig,
     MonitorConfig,
@@ -26,9 +26,7 @@ from gati_jax.adaptation import (
     served_by,
 )
 from gati_jax.bundle import Versions
-from gati_jax.bundle.manifest import read_json, write_json
 from gati_jax.bundle.record import certified_only
-from gati_jax.certification import trial_level
 from gati_jax.pytrees import tree_digest
 from gati_jax.runtime import Cascade
 from serve.engine import routes
@@ -38,12 +36,11 @@ from serve.engine.routes import CascadeRoute
 from serve.engine.runner import JaxRunner, Prepared
 
 from .engine import AdaptiveEngine, Swap
+from .folder import STATE, StateFolder, refused
 from .worker import Worker
 
 _PIECE = 32  # requests that a trial takes at once: a step of the server may have to wait for them
-STATE = "monitor.json"
-"""What must survive a restart, beside ``versions.json``."""
-_MAX_BYTES = 2**20
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 _log = logging.getLogger(__name__)
 
 
@@ -52,6 +49,7 @@ class AdaptiveParts(NamedTuple):
 
     adapting: AdaptiveEngine
     worker: Worker
+    store: StateFolder
     sources: list[CascadeRoute]
     """For the runner: the plan that adapts, and the base."""
 
@@ -89,26 +87,41 @@ def build(
         config: The controller's, in place of one that follows from ``epsilon`` and ``without``.
 
     Raises:
-        InputError: A bundle that cannot adapt, or a folder of something else.
+        InputError: A bundle that cannot adapt; a folder that is none, cannot be written, or is another process's. A
+            full disk is no error.
     """
     certified = certified_only(bundle)
     config = config or _controller_config(bundle, epsilon, without, capacity)
     epsilon, delta = config.monitor.epsilon, config.monitor.delta
     versions = Versions(folder, chain=bundle.chain if bundle.chain.network is None else None)
+    try:
+        store = StateFolder(versions, delta)
+    except OSError as error:
+        raise refused(folder, error) from error
 
     def controller(on_change: Callable[[Served], None], on_event: Callable[[Event], None]) -> AdaptationController:
-        level = lambda: trial_level(delta, versions.next_trial())  # noqa: E731
-        return AdaptationController(bundle, config, level=level, on_change=on_change, on_event=on_event)
+        return AdaptationController(bundle, config, level=store.level, on_change=on_change, on_event=on_event)
 
-    file = folder / STATE
-    adapting = AdaptiveEngine(
-        controller, observer=observer, classes=bundle.chain.classes, keep=lambda state: _keep(file, state)
-    )
-    number, current = _current_version(versions, certified, epsilon) or (0, served_by(certified))
-    adapting.resume(lambda controller: _resume(controller, file, versions, number, current))
+    try:
+        adapting = AdaptiveEngine(controller, observer=observer, classes=bundle.chain.classes, store=store)
+        number, current = _current_version(versions, certified, epsilon) or (0, served_by(certified))
+        try:
+            adapting.resume(lambda controller: _resume(controller, store, number, current))
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise refused(folder, error) from error
+            adapting.saver.failing = True
+            _log.error("adaptation: the disk is full: trials wait for space", extra={"why": str(error)})
+    except BaseException:
+        store.close()
+        raise
     trial = TrialConfig(epsilon=epsilon, delta=delta)
     recovery = RecoveryConfig(trial=trial, refit="refit" not in without, piece=_PIECE)
-    worker = Worker(Recovery(bundle, adapting, versions, recovery, number=number), share, adapting.keep)
+    worker = Worker(
+        Recovery(bundle, adapting, versions, recovery, number=number),
+        share,
+        allowed=lambda: not (adapting.unsaved or adapting.saver.failing),
+    )
     if bundle.tuned is not None:
         _log.warning("adaptation: the tuning is not used: later caches are certified in the reference arithmetic alone")
     plan, base = routes.load(certified, reference=True)
@@ -116,7 +129,7 @@ def build(
     same = len(plan.leave) == len(served.caches) + 1
     leave = plan.leave if same else (*[routes.UNKNOWN] * len(served.caches), 1.0)
     plan = dataclasses.replace(plan, cascade=_cascade(plan, served), epsilon=epsilon, leave=leave)
-    return AdaptiveParts(adapting, worker, [plan, base])
+    return AdaptiveParts(adapting, worker, store, [plan, base])
 
 
 def _controller_config(
@@ -138,46 +151,30 @@ def _controller_config(
     )
 
 
-def _resume(controller: AdaptationController, file: Path, versions: Versions, number: int, current: Served) -> None:
-    """Go on where the last server with this folder stopped; where that is not known, begin with all caches closed.
-
-    A monitor's version is unknown then, too. It counts alarms, each of which closes something, and what opens it again,
-    which takes a trial: depth + 2 at most for a trial, and one more for a version that was found at the first start.
-    Trials are counted in another file. So no server before has come to the version that is begun with here.
-    """
-    state, why = None, ""
-    if file.exists():
-        try:
-            state = read_json(file, ControllerState, most_bytes=_MAX_BYTES)
-        except (BundleError, OSError) as error:
-            why = str(error)
-    elif versions.trials:
-        why = f"{file} is missing, although there have been trials"
+def _resume(controller: AdaptationController, store: StateFolder, number: int, current: Served) -> None:
+    """Go on where the last server with this folder stopped; where that is not known, begin with all caches closed."""
+    state, why = store.read()
     if state is not None:
         controller.resume(state, current, number)
+        if why:
+            controller.distrust(state.monitor.version + 1, "what is remembered is not the last that happened")
         if controller.monitor.version != state.monitor.version:
-            versions.next_trial()  # another promise or bundle: counts for the bound, too
-        why = "" if state.bundle == controller.state.bundle else f"{file} is of another bundle"
+            store.owe_trial()  # another promise or bundle: counts for the bound of ``unknown_version``, too
+        if state.bundle != controller.state.bundle:
+            why = f"{store.versions.folder / STATE} is of another bundle"
     elif why:
-        controller.distrust((controller.depth + 3) * (versions.trials + 1) + 1, "the monitor's state is unknown")
+        controller.distrust(store.unknown_version(controller.depth), "the monitor's state is unknown")
     elif number:
-        controller.adopt(current, f"version {number}, of {versions.folder}", number=number)
+        controller.adopt(current, f"version {number}, of {store.versions.folder}", number=number)
     if why:
         _log.warning("adaptation: all caches begin closed, until a trial opens them", extra={"why": why})
 
 
-def _keep(file: Path, state: ControllerState) -> None:
-    try:
-        write_json(file, state)
-    except OSError as error:
-        _log.error("adaptation: a restart will forget what the monitor has seen", extra={"why": str(error)})
-
-
 def _current_version(versions: Versions, certified: Bundle, epsilon: float) -> tuple[int, Served] | None:
     """Return the folder's current version, if it fits."""
-    if not versions.history:
-        return None
     try:
+        if not versions.history:
+            return None
         number, bundle = versions.load_current()
     except BundleError as error:
         _log.warning("adaptation: the bundle is served as it was given", extra={"why": str(error)})

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from jaxtyping import Shaped
@@ -26,6 +26,8 @@ from gati_jax.adaptation import (
 from serve.engine.engine import Engine
 from serve.engine.records import Answer, Job, Observer, ServeError, Statistics, Step
 
+from .worker import Saver
+
 T = TypeVar("T")
 Swap = Callable[[], None]
 Build = Callable[[Callable[[Served], None], Callable[[Event], None]], AdaptationController]
@@ -33,12 +35,28 @@ ADAPTED, BASE = 0, 1  # routes: of the plan that adapts, and of the base
 UNWATCHED = "unwatched"
 """What a response says in place of a version where the monitor has not seen the request."""
 SAFE, PART, OPEN, FAILED = STATES = ("safe", "part", "open", "failed")
-"""All caches closed, some of them, none; adaptation has failed. In the first and the last, the base answers."""
+"""All caches closed, some of them (or all in the network are paused for their cost), none; adaptation has failed. In
+the first and the last, the base alone answers: nor do stored answers, exact or nearest."""
 LAYERS = {EXACT: "exact", NEAREST: "nearest"}
-_ENDING = 5.0  # seconds for the worker to end behind its present piece
+_ENDING = 5.0  # seconds for the worker to end behind its present piece, and for the saver to save
+_SAVING = 1.0  # seconds that a change waits for a slow disk before it is made all the same
 _SURE = 30.0  # logits of answers from the input cache, where only the class is known
 _WARNINGS = {"alarm", "closed", "inconclusive"}
 _log = logging.getLogger(__name__)
+
+
+class Store(Protocol):
+    """Where the state is saved: ``StateFolder``."""
+
+    def holds(self, state: ControllerState) -> bool:
+        """Whether a restart would serve as this state does."""
+        ...
+
+    def write(self, state: ControllerState) -> None:
+        """Write the state; raises OSError."""
+
+    def close(self) -> None:
+        """Let another process use it."""
 
 
 class AdaptiveEngine:
@@ -48,23 +66,19 @@ class AdaptiveEngine:
         build: Makes the controller, given its ``on_change`` and its ``on_event``.
         observer: Called with all that the engine reports.
         classes: Of the network.
-        keep: Writes down what must survive a restart: at each change of what is served, and with each ``keep``.
+        store: Keeps what must survive a restart.
     """
 
-    def __init__(
-        self,
-        build: Build,
-        *,
-        observer: Observer,
-        classes: int,
-        keep: Callable[[ControllerState], None] = lambda _: None,
-    ) -> None:
+    def __init__(self, build: Build, *, observer: Observer, classes: int, store: Store) -> None:
         """Prepare; ``serve`` starts."""
         self.cache_answers: collections.Counter[str] = collections.Counter()
         """Answers of the input cache, by layer."""
         self.failed = False
-        self._lock, self._writing = threading.Lock(), threading.Lock()  # the second is taken last
-        self._write, self._taken, self._written = keep, 0, 0  # of states: how many were taken, and which was written
+        self.unsaved = False
+        """Whether what is to be served is not on disk yet: until then the base alone answers."""
+        self.saver = Saver(self.save)
+        self._lock, self._saving = threading.Lock(), threading.Lock()  # the second is taken first
+        self._store = store
         self._stopping = False
         self._engine: Engine | None = None
         self._prepare: Callable[[Served], Swap] | None = None
@@ -74,17 +88,18 @@ class AdaptiveEngine:
         self._observer = observer
         self._logits = np.eye(classes, dtype=np.float32) * np.float32(_SURE)
         self.controller = build(self._on_change, self._on_event)
-        self._kept = self.controller.epoch, self.controller.monitor.version  # at the last change
+        self._seen: tuple[int, int] | None = None  # epoch and version at the last change
 
     def serve(
         self, engine: Engine, prepare: Callable[[Served], Swap], *, end: Callable[[float | None], bool] = lambda _: True
     ) -> None:
-        """Take an engine, not started, that is to serve what the controller decides; this is its observer.
+        """Take an engine, not started, that is to serve what the controller decides; start to save changes.
 
         ``prepare`` brings caches to the device, in any thread, and returns what is to be done between two steps;
         ``end`` ends the worker, in so many seconds at most.
         """
         self._engine, self._prepare, self._end = engine, prepare, end
+        self.saver.start()
 
     # --- For the service, see its protocol ``Engine`` -----------------------------------------------------------------
 
@@ -102,17 +117,20 @@ class AdaptiveEngine:
         refusals depended on the coin, those that are served would be the ones that nobody compares.
         """
         tickets = self._ask(images) if route == ADAPTED and images.dtype == np.uint8 else []
-        closed = self._closed
-        asked = [ticket for ticket in tickets if ticket.cached is None]
-        stored = [ticket for ticket in tickets if ticket.cached is not None and ticket.cached.exit == NEAREST]
-        version = str(self.controller.monitor.version) if tickets else UNWATCHED
-        self._notes = {"adaptation": SAFE if closed and not stored else version}
-        if not tickets:
-            route = BASE if route == ADAPTED and closed else route
-            with self._lock:  # see below
-                return self.engine.submit(images, route=route, deadline=deadline, request_id=request_id)
         try:
             with self._lock:  # nothing else is admitted until the shadow jobs have taken the spare places
+                base_alone = self._base_alone
+                closed = base_alone or self._swapping > 0 or not self.controller.served.is_open
+                if base_alone:
+                    for ticket in tickets:
+                        ticket.cached = None
+                asked = [ticket for ticket in tickets if ticket.cached is None]
+                stored = [ticket for ticket in tickets if ticket.cached is not None and ticket.cached.exit == NEAREST]
+                version = str(self.controller.monitor.version) if tickets else UNWATCHED
+                self._notes = {"adaptation": SAFE if closed and len(asked) == len(tickets) else version}
+                if not tickets:
+                    route = BASE if route == ADAPTED and closed else route
+                    return self.engine.submit(images, route=route, deadline=deadline, request_id=request_id)
                 answers = self.engine.submit(
                     images if len(asked) == len(images) else images[[ticket.cached is None for ticket in tickets]],
                     route=[BASE if closed or ticket.frequent else ADAPTED for ticket in asked],
@@ -144,8 +162,10 @@ class AdaptiveEngine:
         self._stopping = True
         self._end(0.0)
         finished = self.engine.stop(timeout)
-        self.keep()
-        if not self._end(_ENDING):
+        self.saver.stop(_ENDING)
+        if self._end(_ENDING):
+            self._store.close()
+        else:
             _log.warning("adaptation: recovery was stopped in the middle of a piece")
         return finished
 
@@ -162,8 +182,9 @@ class AdaptiveEngine:
     @property
     def state(self) -> str:
         """One of ``STATES``."""
-        closed = np.isinf(self.controller.served.thresholds)
-        return FAILED if self.failed else SAFE if closed.all() else PART if closed.any() else OPEN
+        if self.failed or self._base_alone:
+            return FAILED if self.failed else SAFE
+        return PART if np.isinf(self.controller.served.thresholds).any() else OPEN
 
     def read(self, get: Callable[[AdaptationController], T]) -> T:
         """Read from the controller, under the lock."""
@@ -233,43 +254,53 @@ class AdaptiveEngine:
     # --- Restarts -----------------------------------------------------------------------------------------------------
 
     def resume(self, work: Callable[[AdaptationController], None]) -> None:
-        """Have the controller go on where another process stopped, before anything is served."""
+        """Have the controller go on where another process stopped, before anything is served, and save its state.
+
+        Raises:
+            OSError: See ``save``.
+        """
         self._guarded(lambda: work(self.controller), None)
+        self.save()
 
-    def keep(self) -> None:
-        """Write down what must survive a restart."""
-        with self._lock:
-            if self.failed:
-                return
-            taken = self._take()
-        self._put(*taken)
+    def save(self) -> None:
+        """Write down what must survive a restart.
 
-    def _take(self) -> tuple[int, ControllerState]:
-        self._taken += 1
-        return self._taken, self.controller.state
+        Raises:
+            OSError: It cannot be written; the base alone answers until what has changed can be.
+        """
+        with self._saving:  # one after the other: never an older state over a newer one
+            with self._lock:
+                if self.failed:
+                    return
+                state = self.controller.state
+            try:
+                self._store.write(state)
+            finally:
+                with self._lock:
+                    self.unsaved = not self.failed and not self._store.holds(self.controller.state)
 
-    def _put(self, number: int, state: ControllerState) -> None:
-        with self._writing:
-            if number > self._written:  # never an older one over a newer
-                self._write(state)
-                self._written = number
+    def _note_change(self) -> None:
+        """Have a change saved, if a restart would not know of it. The lock is held."""
+        self.unsaved = not self._store.holds(self.controller.state)
+        if self.unsaved:
+            self.saver.changed()
 
     # --- The controller -----------------------------------------------------------------------------------------------
 
     def _guarded(self, work: Callable[[], T], otherwise: T, *, take: bool = True, changes: bool = True) -> T:
         """Do something with the controller, unless that has failed once; take the lock for it, unless it is held.
 
-        What ``changes`` the controller is written down if that is what is served: an alarm must not be forgotten.
+        What ``changes`` what is served is saved, by another thread: an alarm must not be forgotten.
         """
         with self._lock if take else contextlib.nullcontext():
             if self.failed:
                 return otherwise
             try:
                 done = work()
-                served = (self.controller.epoch, self.controller.monitor.version)
-                if changes and served != self._kept:
-                    self._kept = served
-                    self._put(*self._take())
+                seen = (self.controller.epoch, self.controller.monitor.version)
+                if changes and seen != self._seen:
+                    self._seen = seen
+                    self._note_change()
             except Exception:  # noqa: BLE001 (clients are answered all the same)
                 self.failed = True
                 _log.exception("adaptation has failed; from now on the base answers")
@@ -289,9 +320,9 @@ class AdaptiveEngine:
         return tickets
 
     @property
-    def _closed(self) -> bool:
-        """Whether requests that come now are the base's."""
-        return self.failed or self._swapping > 0 or not self.controller.served.is_open
+    def _base_alone(self) -> bool:
+        """Whether the base alone answers requests that come now; stored answers count as caches."""
+        return self.failed or self.unsaved or self.controller.is_safe
 
     def _answered(self, ticket: Ticket, answer: Answer) -> bool:
         return self.controller.answered(ticket, answer.exit, answer.score, answer.logits, time.monotonic())
@@ -318,9 +349,11 @@ class AdaptiveEngine:
         self._guarded(lambda: self.controller.lost(ticket), None)
 
     def _on_change(self, served: Served) -> None:
-        """Have the engine serve this between two steps. The lock is held."""
+        """Have the engine serve this between two steps, once it is saved. The lock is held."""
         if self._engine is None or self._prepare is None:
             return
+        self._note_change()
+        wait = self.unsaved
         prepared, swap = self._prepared or (None, None)
         if swap is None or prepared is not served:
             swap = self._prepare(served)
@@ -328,6 +361,8 @@ class AdaptiveEngine:
         self._swapping += 1
 
         def work() -> None:
+            if wait:  # no client may read that all is safe where a restart, now, would not know it
+                self.saver.wait(_SAVING)
             swap()
             with self._lock:
                 self._swapping -= 1

@@ -1,6 +1,7 @@
 """What Prometheus reads of adaptation at /metrics.
 
     gati_adaptation_state{state}                1 for the present one: open, part, safe or failed
+    gati_adaptation_unsaved                     1 while the state cannot be written to --adapt-dir, and trials pause
     gati_adaptation_version                     of what is served; counts from 1
     gati_adaptation_q                           share of hits that are shadowed
     gati_adaptation_disagreement{bound}         "estimate" and "upper", of the present version
@@ -47,6 +48,7 @@ class AdaptiveGauges(Collector):
         now, watched, counts = adapting.read(lambda c: (c.monitor.report, c.monitor.watched, c.event_counts.copy()))
         nearest = adapting.controller.input_cache.nearest
         yield _gauge("state", "1 for the present state", {one: float(one == state) for one in STATES}, "state")
+        yield _gauge("unsaved", "1 while the state cannot be saved", float(adapting.saver.failing))
         yield _gauge("version", "Of what is served", now.version)
         yield _gauge("q", "Share of hits that are shadowed", now.q)
         bounds = {"estimate": now.estimate, "upper": now.upper}

@@ -1,4 +1,4 @@
-"""The worker: runs trials and refits in a thread of its own, in a share of the time, until the server stops."""
+"""Threads in the background: the worker runs trials and refits in a share of the time; the saver saves the state."""
 
 import logging
 import threading
@@ -8,7 +8,8 @@ from typing import Protocol
 
 from gati_jax.errors import InputError
 
-_KEEP = 5.0  # seconds between two calls of ``keep``
+_SAVE = 5.0  # seconds between two saves while nothing changes
+_AGAIN = 1.0  # seconds before a save that failed is tried again
 _IDLE = 0.25  # seconds between two looks at whether there is something to do
 _RETRY = (1.0, 60.0)  # seconds before a piece that failed is tried again: at first, and at most
 _log = logging.getLogger(__name__)
@@ -27,11 +28,11 @@ class _StoppingError(Exception):
 
 
 class Worker:
-    """Runs pieces of work in a thread of its own, in a share of the time, and ``keep`` between them, by the clock."""
+    """Runs pieces of work in a thread of its own, in a share of the time, while it is ``allowed`` to."""
 
-    def __init__(self, recovery: Works, share: float, keep: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, recovery: Works, share: float, allowed: Callable[[], bool] = lambda: True) -> None:
         """Prepare."""
-        self.recovery, self._keep = recovery, keep
+        self.recovery, self._allowed = recovery, allowed
         self._stopping = threading.Event()
         self.throttle = Throttle(share, sleep=self._sleep)
         self._thread = threading.Thread(target=self._run, name="adaptation", daemon=True)
@@ -50,28 +51,104 @@ class Worker:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        wait, keep_at = _RETRY[0], time.monotonic() + _KEEP
+        wait = _RETRY[0]
         while not self._stopping.is_set():
             try:
-                if time.monotonic() >= keep_at:
-                    self._keep()
-                    keep_at = time.monotonic() + _KEEP
-                if self.recovery.work(self.throttle.start()):
+                if self._allowed() and self.recovery.work(self.throttle.start()):
                     self.throttle()
                 else:
                     self._sleep(_IDLE)
                 wait = _RETRY[0]
             except _StoppingError:
                 return
-            except Exception:  # noqa: BLE001 (the server goes on)
+            except Exception as error:  # noqa: BLE001 (the server goes on)
                 self.failures += 1
-                _log.exception("adaptation: recovery failed; it is tried again", extra={"seconds": wait})
+                bug = not isinstance(error, OSError)  # a disk that is full is none
+                _log.error(
+                    "adaptation: recovery failed; it is tried again",
+                    exc_info=bug,
+                    extra={"seconds": wait, "why": str(error)},
+                )
                 self._stopping.wait(wait)
                 wait = min(2 * wait, _RETRY[1])
 
     def _sleep(self, seconds: float) -> None:
         if self._stopping.wait(seconds):
             raise _StoppingError
+
+
+class Saver:
+    """Saves the state in a thread of its own, at once when it has changed and every few seconds.
+
+    So no thread that answers waits for a disk. What cannot be saved is tried again until it can.
+    """
+
+    def __init__(self, save: Callable[[], None]) -> None:
+        """Prepare; ``save`` raises OSError where the disk is full, say."""
+        self._save = save
+        self._wake = threading.Condition()
+        self._wanted = self._tried = 0  # changes: how many there were, and how many a save has taken along
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="adaptation-state", daemon=True)
+        self.failing = False
+        """Whether the last save failed."""
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, timeout: float) -> None:
+        """End the thread, and save once more; if it hangs in a save, leave it there."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        if not self._thread.is_alive():
+            self.try_to_save()
+
+    def changed(self) -> None:
+        """Have the state saved at once."""
+        with self._wake:
+            self._wanted += 1
+            self._wake.notify_all()
+
+    def wait(self, timeout: float) -> None:
+        """Wait until the changes so far are saved, or a save of them has failed."""
+        with self._wake:
+            wanted = self._wanted
+            self._wake.wait_for(lambda: self._tried >= wanted or self._stopping, timeout)
+
+    def try_to_save(self) -> None:
+        """Save; where that fails, say so once."""
+        with self._wake:
+            wanted = self._wanted
+        try:
+            self._save()
+        except Exception as error:  # noqa: BLE001 (tried again)
+            if not self.failing:
+                _log.error(
+                    "adaptation: the state cannot be saved: trials pause, and what changes is answered by the base",
+                    exc_info=not isinstance(error, OSError),
+                    extra={"why": str(error)},
+                )
+            self.failing = True
+        else:
+            if self.failing:
+                _log.warning("adaptation: the state is saved again, and trials go on")
+            self.failing = False
+        with self._wake:
+            self._tried = wanted
+            self._wake.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                seconds = _AGAIN if self.failing else _SAVE
+                self._wake.wait_for(lambda: self._stopping or self._wanted > self._tried, seconds)
+                if self._stopping:
+                    return
+            self.try_to_save()
 
 
 class Throttle:

@@ -218,6 +218,30 @@ def test_frequent_inputs_go_to_the_base_once_and_are_known_then():
     assert EXACT not in one.monitor.report.shadows
 
 
+def test_where_all_is_closed_the_exact_cache_does_not_answer_but_learns():
+    one = controller(exact=ExactCacheConfig(often=2))
+    served = one.served
+    answer(one, ask(one), hit=False, class_index=1)
+    assert ask(one).cached is not None
+    one.on_alarm(Alarm((1,), 100.0, 1))
+    assert one.is_safe
+    other = IMAGE + 1
+    for image in (IMAGE, other, other):
+        ticket = ask(one, image)
+        assert ticket.cached is None
+        answer(one, ticket, hit=False)
+    one.adopt(served, "certified")
+    assert not one.is_safe
+    assert {ask(one, image).cached is None for image in (IMAGE, other)} == {False}
+
+
+def test_no_trial_of_the_nearest_cache_begins_without_a_number():
+    one, levels = with_nearest(), [None, None, 0.05]
+    one._level = lambda: levels.pop(0)
+    miss_while(one, "watching")
+    assert (state(one), levels) == ("trial", [])
+
+
 def test_lost_shadows_certify_nothing():
     """A nearest cache that is always wrong, whose every base answer is lost."""
     one = with_nearest()
@@ -270,8 +294,10 @@ def pause(one):
 def test_an_alarm_while_caches_are_paused_closes_them_for_good():
     one = controller(world.dear(), cost_guard=CostGuardConfig(requests=1, pause=20))
     pause(one)
+    assert not one.is_safe, "a pause for the cost's sake"
     one.on_alarm(Alarm((1,), 100.0, 1))
     assert one.closed_at is not None
+    assert one.is_safe
     for _ in range(50):
         answer(one, ask(one), hit=False)
     assert not one.served.is_open

@@ -138,7 +138,7 @@ def test_the_bound_shares_delta_with_those_of_other_versions():
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 0}, {"version": 2**40}, {"playing": [1.0]}, {"playing": [math.nan] * 5}, {"playing": [-1.0] * 5},
+        {"version": 0}, {"version": 2**53}, {"playing": [1.0]}, {"playing": [math.nan] * 5}, {"playing": [-1.0] * 5},
         {"restarts": [0] * 5}, {"counts": [[0.5, 1, 2]]}, {"counts": [[0.0, 2, 1]]}, {"counts": [[0.5, 2, 1]] * 1000},
         {"shadows": {str(i): 1 for i in range(10_000)}}, {"watched": -1}, {"more": 1},
     ],

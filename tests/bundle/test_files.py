@@ -3,14 +3,15 @@
 import contextlib
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gati_jax import BundleError
-from gati_jax.files import check_files, digests, present, previous, replacing, write_atomically
+from gati_jax import BundleError, InputError
+from gati_jax.files import check_files, digests, lock_file, present, previous, replacing, write_atomically
 
 names = st.text("abcXYZ.-_ é", min_size=1, max_size=8).filter(lambda name: name.strip(".") != "")
 paths = st.lists(names, min_size=1, max_size=3).map("/".join)
@@ -64,6 +65,20 @@ def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, mo
     with pytest.raises(type(error)):
         write_atomically(tmp_path / "x", b"new")
     assert read(tmp_path) == {"x": b"old"}
+
+
+def test_a_locked_file_is_locked_until_it_is_closed(tmp_path):
+    path = tmp_path / "lock"
+    path.write_text("stays")
+    held = lock_file(path)
+    with pytest.raises(InputError, match="lock is locked"):
+        lock_file(path)
+    threading.Timer(0.05, held.close).start()
+    lock_file(path, seconds=30.0).close()
+    lock_file(path).close()
+    assert path.read_text() == "stays"
+    with pytest.raises(OSError, match="No such file"):
+        lock_file(tmp_path / "a" / "lock")
 
 
 @settings(max_examples=80, deadline=None)

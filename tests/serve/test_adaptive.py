@@ -1,6 +1,7 @@
 """Adaptation in the server: a drift and back over HTTP, swaps under load, requests, lost shadows."""
 
 import collections
+import contextlib
 import dataclasses
 import math
 import re
@@ -35,12 +36,10 @@ from serve.engine import routes
 from serve.engine.engine import Engine
 from serve.engine.records import DeadlineError, OverloadedError
 from serve.engine.runner import JaxRunner
-from serve.metrics import Metrics
-from serve.protocol.model import Tally
 from serve.settings import Settings
 from tests.adaptation import world
 from tests.serve import fake
-from tests.serve.adapted import DEPTH, PATIENCE, QUIET, build
+from tests.serve.adapted import DEPTH, PATIENCE, QUIET, build, running
 from tests.serve.fake_runner import pixels
 
 
@@ -54,22 +53,10 @@ def right(images, classes):
 @pytest.fixture
 def start(tmp_path):
     """Start an adaptive engine without its worker."""
-    engines = []
-
-    def started(config=QUIET, *, capacity=64):
-        metrics = Metrics(Tally())
-        one = build(tmp_path, config=config, capacity=capacity, observer=metrics)
-        runner = JaxRunner(one.sources, capacity=capacity, buckets=(1, 4))
-        engine = Engine(runner, observer=one.adapting, shadow=one.adapting.shadow)
-        metrics._routes = engine.routes
-        one.adapting.serve(engine, swapper(runner, one.sources[0]))
-        engine.start()
-        engines.append(engine)
-        return one.adapting
-
-    yield started
-    for engine in engines:
-        assert engine.stop(PATIENCE)
+    with contextlib.ExitStack() as stack:
+        yield lambda config=QUIET, *, capacity=64: stack.enter_context(
+            running(build(tmp_path, config=config, capacity=capacity), capacity=capacity)
+        )
 
 
 def results(futures):

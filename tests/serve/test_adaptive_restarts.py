@@ -23,7 +23,7 @@ from gati_jax.bundle.record import certified_only
 from gati_jax.pytrees import tree_digest
 from serve.adaptive.worker import Throttle, Worker
 from tests.adaptation import world
-from tests.serve.adapted import DEPTH, PATIENCE, QUIET, as_given, build, certified, of, served
+from tests.serve.adapted import DEPTH, PATIENCE, QUIET, as_given, build, certified, ended, of, served
 
 
 def test_without_versions_the_bundle_is_served_as_it_was_given(tmp_path):
@@ -31,7 +31,7 @@ def test_without_versions_the_bundle_is_served_as_it_was_given(tmp_path):
     assert parts.adapting.controller.served.thresholds.tolist() == as_given()
     assert [source.name for source in parts.sources] == ["default", "base"]
     assert parts.sources[0].epsilon == world.EPSILON
-    assert not list(tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"lock", "monitor.json"}, "it can be written"
 
 
 def test_the_current_version_is_served(tmp_path):
@@ -130,8 +130,9 @@ def test_a_server_killed_in_an_update_resumes_the_last_good_version(tmp_path):
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), *cases], check=True, cwd=root, env=environment)
     for where, expected in cases.items():
         assert served(tmp_path / where) == of(expected), where
-        Versions(tmp_path / where, chain=new.chain).save(new)
-        assert served(tmp_path / where) == of(new), where
+        ended(tmp_path / where)
+        kept = Versions(tmp_path / where, chain=new.chain)
+        assert kept.save(new) == kept.load_current().number, where
 
 
 # Restarts
@@ -139,8 +140,7 @@ def test_a_server_killed_in_an_update_resumes_the_last_good_version(tmp_path):
 
 def alarmed(parts):
     """Have every cache closed by an alarm."""
-    controller = parts.adapting.controller
-    parts.adapting.resume(lambda _: controller.on_alarm(Alarm(tuple(range(DEPTH)), 100.0, controller.monitor.version)))
+    parts.adapting.resume(lambda one: one.on_alarm(Alarm(tuple(range(DEPTH)), 100.0, one.monitor.version)))
 
 
 def test_an_alarm_and_its_delta_outlive_the_server(tmp_path):
@@ -165,7 +165,7 @@ def test_evidence_outlives_the_server(tmp_path):
         assert (monitor.version, monitor.watched, monitor.report.disagreements) == (1, 50 * number, number)
         for observation in [miss] * 49 + [wrong]:
             monitor.watch(observation)
-        parts.adapting.keep()
+        parts.adapting.save()
 
 
 def test_a_version_whose_alarm_has_fired_is_withdrawn(tmp_path):
@@ -183,9 +183,12 @@ def test_a_version_whose_alarm_has_fired_is_withdrawn(tmp_path):
     assert versions.history == ()
     parts = build(tmp_path)
     assert (parts.adapting.state, parts.adapting.controller.number) == ("safe", 0), "nor the bundle, before a trial"
+    ended(tmp_path)
     versions.save(saved)  # as a trial does, the server being killed before it could serve it
     parts = build(tmp_path)
-    assert (parts.adapting.state, parts.adapting.controller.monitor.version) == ("open", 4)
+    assert parts.adapting.state == "safe", "an alarm may have come meanwhile"
+    parts.worker.recovery.work()
+    assert versions.history == ()
 
 
 DAMAGES = {
@@ -199,7 +202,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_cannot_be_trusted_begins_closed_and_with_fresh_numbers(tmp_path, caplog, damage):
-    build(tmp_path).adapting.keep()
+    build(tmp_path).adapting.save()
     file = tmp_path / "monitor.json"
     text = file.read_bytes()
     file.write_bytes(DAMAGES[damage](text))
@@ -210,12 +213,12 @@ def test_what_cannot_be_trusted_begins_closed_and_with_fresh_numbers(tmp_path, c
     (line,) = [record for record in caplog.records if "begin closed" in record.getMessage()]
     assert len(line.why) < 500
     assert "monitor.json" in line.why
-    parts.adapting.keep()
+    parts.adapting.save()
     assert build(tmp_path).adapting.state == "safe", "until a trial"
 
 
 def test_another_promise_shares_delta_and_where_trials_came_before_a_missing_file_is_no_fresh_start(tmp_path):
-    build(tmp_path).adapting.keep()
+    build(tmp_path).adapting.save()
     wide = dataclasses.replace(QUIET, monitor=MonitorConfig(epsilon=2 * world.EPSILON, drift=False))
     controller = build(tmp_path, config=wide).adapting.controller
     assert (controller.monitor.version, controller.served.is_open) == (2, True)
@@ -225,24 +228,7 @@ def test_another_promise_shares_delta_and_where_trials_came_before_a_missing_fil
     assert not controller.served.is_open
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path, caplog):
-    parts = build(tmp_path)
-    (tmp_path / "monitor.json").mkdir()
-    alarmed(parts)
-    assert "a restart will forget" in caplog.text
-    assert not parts.adapting.failed
-
-
 # The worker
-
-
-def test_the_worker_keeps_what_a_restart_needs(monkeypatch):
-    monkeypatch.setattr("serve.adaptive.worker._KEEP", 0.0)
-    kept = threading.Event()
-    worker = Worker(Job(), 0.9, kept.set)
-    worker.start()
-    assert kept.wait(PATIENCE)
-    assert worker.stop(PATIENCE)
 
 
 @given(st.floats(0.01, 1), st.lists(st.floats(0, 10), min_size=1, max_size=20))
