@@ -24,7 +24,7 @@ _FILES = (pb.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR)
 _SERVICES = [service.full_name for file in _FILES for service in file.services_by_name.values()]
 _LIVENESS, _READINESS = ("liveness",), ("", "readiness", _SERVICES[0])
 _AHEAD = 8  # requests of one stream that are answered at a time
-_LONGEST = 4096  # bytes of a question about the protocol, which its answer repeats
+_LONGEST = 1024  # bytes of a question about the protocol, which its answer repeats
 _POLL = 0.25  # seconds
 
 Context = grpc.aio.ServicerContext[bytes, Message]
@@ -157,7 +157,7 @@ async def _parse(kind: type[Any], body: bytes, context: Context) -> Any:  # noqa
     with contextlib.suppress(DecodeError):
         if len(body) <= _LONGEST:
             return kind.FromString(body)
-    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"message: expected a {kind.__name__} of 4 kB at most")
+    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"message: expected a {kind.__name__} of 1 kB at most")
     raise AssertionError  # abort has raised
 
 
