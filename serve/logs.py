@@ -233,8 +233,9 @@ def configure(level: str, *, access: bool = False) -> None:
         _handler = Handler(os.dup(2))
         logging.basicConfig(level=logging.WARNING, handlers=[_handler], force=True)
         logging.captureWarnings(capture=True)
-        sys.excepthook, threading.excepthook = _uncaught, lambda args: _uncaught(*args[:3])
-        sys.unraisablehook = lambda args: _uncaught(*args[:3])
+        sys.excepthook = _uncaught
+        threading.excepthook = lambda args: _uncaught(args.exc_type, args.exc_value, args.exc_traceback)
+        sys.unraisablehook = lambda args: _uncaught(args.exc_type, args.exc_value, args.exc_traceback)
         faulthandler.enable(_handler.descriptor)  # a crash leaves no time for a queue: these lines are no JSON
         if sys.platform != "win32":
             _handler.capture()

@@ -256,7 +256,7 @@ _STATUS: dict[type[ServeError], int] = {
     StoppingError: 503,
     DeadlineError: 504,
 }
-REASONS: dict[type[ServeError], str] = {
+REASONS: dict[type[Exception], str] = {
     RequestError: "invalid",
     UnauthorizedError: "unauthorized",
     UnknownModelError: "unknown_model",
