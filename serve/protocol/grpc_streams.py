@@ -71,13 +71,14 @@ def infer(service: Service, begin: Begin, answer: Callable[[bytes, Context], Awa
 
 def to_part(reply: Message | Refusal, body: bytes) -> pb.ModelStreamInferResponse:
     """Return the part of a stream that answers a request; errors name the request, too."""
+    part = pb.ModelStreamInferResponse()
     if isinstance(reply, Refusal):
-        part = pb.ModelStreamInferResponse(error_message=reply.message)
+        part.error_message = reply.message
         with contextlib.suppress(DecodeError):
             part.infer_response.id = pb.ModelInferRequest.FromString(body).id
-        return part
-    part = pb.ModelStreamInferResponse(infer_response=reply)
-    part.infer_response.parameters["triton_final_response"].bool_param = True  # of a request that has one answer
+    elif isinstance(reply, pb.ModelInferResponse):
+        part.infer_response.MergeFrom(reply)
+        part.infer_response.parameters["triton_final_response"].bool_param = True  # of a request with one answer
     return part
 
 

@@ -188,16 +188,17 @@ def test_what_is_inflated_is_what_was_compressed_or_refused(data, encoding, limi
 
 @pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
 def test_tritonclient_compresses(sockets, algorithm):
-    given = tritonclient.http.InferInput("images", [2, 2, 3, 1], "UINT8").set_data_from_numpy(images(1, 2))
-    with tritonclient.http.InferenceServerClient(f"127.0.0.1:{sockets[0]}") as client:
-        result = client.infer("gati", [given], request_compression_algorithm=algorithm)
-        assert result is not None
-        assert result.as_numpy("class_index").tolist() == [1, 2]
-    given = tritonclient.grpc.InferInput("images", [2, 2, 3, 1], "UINT8").set_data_from_numpy(images(1, 2))
-    with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{sockets[1]}") as client:
-        result = client.infer("gati", [given], compression_algorithm=algorithm)
-        assert result is not None
-        assert result.as_numpy("class_index").tolist() == [1, 2]
+    for port, module, option in zip(
+        sockets,
+        (tritonclient.http, tritonclient.grpc),
+        ("request_compression_algorithm", "compression_algorithm"),
+        strict=True,
+    ):
+        given: Any = module.InferInput("images", [2, 2, 3, 1], "UINT8").set_data_from_numpy(images(1, 2))
+        client: Any = module.InferenceServerClient(f"127.0.0.1:{port}")
+        with client:
+            result = client.infer("gati", [given], **{option: algorithm})
+            assert result.as_numpy("class_index").tolist() == [1, 2]
 
 
 def test_a_small_grpc_message_does_not_fill_the_memory(front, sockets):
@@ -222,10 +223,10 @@ def test_tritonclient_streams(sockets):
 
     with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{sockets[1]}") as client:
         client.start_stream(take)
-        for i in range(20):
+        for i in range(21):
             given = tritonclient.grpc.InferInput("images", [1, 2, 3, 1], "UINT8").set_data_from_numpy(images(i))
-            client.async_stream_infer("gati", [given], request_id=str(i), enable_empty_final_response=True)
-        client.async_stream_infer("other", [given])
+            name = "gati" if i < 20 else "other"
+            client.async_stream_infer(name, [given], request_id=str(i), enable_empty_final_response=True)
         assert enough.wait(30)
         client.stop_stream()
     assert [result.as_numpy("class_index").tolist() for result, error in results if error is None] == [
