@@ -48,9 +48,9 @@ docs:  ## Build the documentation into site/; needs no network, and fails on a d
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # A process may also import tritonclient's messages, which bear the same names: ours stay out of the shared pool.
-stubs: $(STAMP)  ## Compile serve/protocol/inference.proto
-	$(PY) -m grpc_tools.protoc -I serve/protocol --python_out=serve/protocol --pyi_out=serve/protocol inference.proto
-	sed -i 's/_descriptor_pool.Default()/_descriptor_pool.DescriptorPool()/' serve/protocol/inference_pb2.py
+stubs: $(STAMP)  ## Compile serve/protocol/*.proto
+	cd serve/protocol && $(abspath $(PY)) -m grpc_tools.protoc -I . --python_out=. --pyi_out=. *.proto
+	sed -i 's/_descriptor_pool.Default()/_descriptor_pool.DescriptorPool()/' serve/protocol/*_pb2.py
 
 constraints: $(STAMP)  ## Resolve all extras together anew
 	$(PY) -m pip install --quiet uv

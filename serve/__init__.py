@@ -43,6 +43,7 @@ Failures:
     shadow jobs, which are reported to the observer as lost; then the thread ends.
 
 So there are two kinds of threads: any number that submit, and one that owns the device. They share the scheduler and
-some counters behind one lock, which is held for microseconds. ``assemble`` puts the parts together from the
+some counters behind one lock, which is held for microseconds. Lines of the log are written by a thread of their own
+(``logs``), so that whoever reads them cannot stall a request. ``assemble`` puts the parts together from the
 ``settings``. Importing the engine, the scheduler, its policy and the records needs no JAX.
 """

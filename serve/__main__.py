@@ -1,5 +1,6 @@
 """``python -m serve``: see ``serve.settings`` for the command line and ``serve.lifecycle`` for the process."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -13,18 +14,24 @@ from .settings import parse
 def main() -> None:
     """Serve a bundle."""
     settings = parse(None, os.environ)
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, access=settings.access_log)
     from .assemble import assemble  # noqa: PLC0415 (--help and bad options need no JAX)
 
     sys.exit(lifecycle.run(settings, assemble(settings)))
 
 
 def run(main: Callable[[], None]) -> None:
-    """Turn bad input into one line and exit code 2."""
+    """Turn bad input into one line, of JSON unless a person reads it at a terminal, and exit code 2."""
+    terminal = sys.stderr.isatty()  # before ``configure`` replaces it
     try:
         main()
     except (InputError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        if terminal:
+            logs.close()
+            sys.stderr.write(f"error: {error}\n")
+        else:
+            logs.configure("info")
+            logging.getLogger("serve").error(str(error))  # noqa: TRY400 (the line says it all)
         sys.exit(2)
 
 

@@ -1,17 +1,23 @@
 """The metrics at /metrics, in Prometheus' format; adaptation adds its own (``serve.adaptive.gauges``).
 
     gati_requests_total{protocol,method,code}   requests by their HTTP status (gRPC's are translated)
+    gati_request_duration_seconds{protocol,method}
+                                                histogram: from a request's headers to the last byte of its answer
+    gati_requests_in_flight{protocol}           requests that are not answered yet
     gati_latency_seconds{plan,exit}             histogram: from an image's arrival to its answer, by the exit it left at
     gati_step_seconds{plan,stage,bucket}        histogram: from a step's dispatch to its result
     gati_batch_occupancy{stage,bucket}          histogram: the share of a step's rows that are requests
     gati_left_total{plan,exit}                  images by exit: hits of a site, or answers of the base
     gati_failed_steps_total{plan,stage}         steps whose requests got an error
-    gati_refused_total{reason}                  overloaded, stopping or too_large (requests), deadline (images)
+    gati_refused_total{reason}                  requests by ``REASONS``; deadline counts images
     gati_queue_depth{plan,stage}                images that wait
     gati_slots{state}                           places for images in the engine: used, and admitted at most
     gati_backlog_seconds                        expected work for the images in flight
     gati_ready                                  1 while the server takes requests
     gati_bundle_info{model,version}             1: the served bundle
+    gati_log_lines_left_out_total{reason}       lines of the log: stalled (its reader), repeated (warnings)
+
+The process has the metrics that Prometheus' clients share, process_cpu_seconds_total and the like, on Linux.
 
 Observations come from the engine's thread; gauges are read at each scrape.
 """
@@ -20,15 +26,20 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
+from serve import logs
 from serve.engine.records import Answer, Job, Route, Statistics, Step
+from serve.protocol import messages
 from serve.protocol.model import Tally
 from serve.protocol.service import Service
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+REASONS = ("overloaded", "stopping", "too_large", "deadline", "unknown_path", *messages.REASONS.values())
+"""Why requests are refused: four by the engine (too_large are more images than it ever admits), others before it."""
 _SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 _SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
@@ -45,14 +56,23 @@ class Metrics:
         seconds = functools.partial(Histogram, registry=self.registry, buckets=_SECONDS)
         shares = functools.partial(Histogram, registry=self.registry, buckets=_SHARES)
         self._requests = counter("gati_requests", "Requests", ("protocol", "method", "code"))
+        self._in_flight = Gauge("gati_requests_in_flight", "Unanswered", ("protocol",), registry=self.registry)
+        self._duration = Histogram(
+            "gati_request_duration_seconds",
+            "From headers to answer",
+            ("protocol", "method"),
+            registry=self.registry,
+            buckets=(*_SECONDS, 8.0, 16.0, 32.0, 64.0),
+        )
         self._latency = seconds("gati_latency_seconds", "From arrival to answer", ("plan", "exit"))
         self._steps = seconds("gati_step_seconds", "From dispatch to result", ("plan", "stage", "bucket"))
         self._occupancy = shares("gati_batch_occupancy", "Share of rows in use", ("stage", "bucket"))
         self._left = counter("gati_left", "Images by exit", ("plan", "exit"))
         self._failed = counter("gati_failed_steps", "Failed steps", ("plan", "stage"))
         self._refused = counter("gati_refused", "Refusals", ("reason",))
-        for reason in ("overloaded", "stopping", "too_large", "deadline"):
+        for reason in REASONS:
             self._refused.labels(reason)
+        ProcessCollector(registry=self.registry)
 
     def watch(self, routes: Sequence[Route], statistics: Callable[[], Statistics], service: Service) -> None:
         """Report an engine's gauges; called before it starts."""
@@ -63,9 +83,15 @@ class Metrics:
                 self._failed.labels(route.name, stage)
         self.registry.register(Gauges(self._routes, statistics, service))
 
-    def request(self, protocol: str, method: str, code: int) -> None:
-        """Count a request."""
-        self._of_request(protocol, method, code).inc()
+    def in_flight(self, protocol: str) -> Gauge:
+        """Return the number of a protocol's requests that are not answered yet."""
+        return self._in_flight.labels(protocol)
+
+    def request(self, protocol: str, method: str, code: int, seconds: float) -> None:
+        """Count a request, and the seconds from its headers to the last byte of its answer."""
+        requests, duration = self._of_request(protocol, method, code)
+        requests.inc()
+        duration.observe(seconds)
 
     def step(self, step: Step, seconds: float, *, failed: bool) -> None:
         """Count a step, see ``Observer``."""
@@ -89,15 +115,15 @@ class Metrics:
         """Count a refusal, see ``Observer``."""
         self._refused.labels(reason).inc()
 
-    def page(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+    def page(self, media_type: str = CONTENT_TYPE) -> bytes:
+        """Return all metrics, in one of the formats of ``negotiate``."""
+        return (generate_latest if media_type == CONTENT_TYPE else openmetrics.generate_latest)(self.registry)
 
     # Finding a series by its labels takes longer than counting, and there are few.
 
     @functools.cache  # noqa: B019 (lives as long as the server)
-    def _of_request(self, protocol: str, method: str, code: int) -> Counter:
-        return self._requests.labels(protocol, method, code)
+    def _of_request(self, protocol: str, method: str, code: int) -> tuple[Counter, Histogram]:
+        return self._requests.labels(protocol, method, code), self._duration.labels(protocol, method)
 
     @functools.cache  # noqa: B019
     def _of_step(self, route: int, stage: int, bucket: int) -> tuple[Histogram, Histogram]:
@@ -108,6 +134,15 @@ class Metrics:
         return self._latency.labels(plan, exit_), self._left.labels(plan, exit_)
 
 
+def negotiate(accept: str) -> str:
+    """Return the media type of the metrics for a client's Accept header: OpenMetrics for those who ask for it.
+
+    The client library's own negotiation raises on versions that are no numbers, and echoes those that are.
+    """
+    offers = {offer.partition(";")[0].strip().lower() for offer in accept.split(",")}
+    return openmetrics.CONTENT_TYPE_LATEST if "application/openmetrics-text" in offers else CONTENT_TYPE
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Gauges(Collector):
     """The state of an engine, read at each scrape."""
@@ -116,7 +151,7 @@ class Gauges(Collector):
     statistics: Callable[[], Statistics]
     service: Service
 
-    def collect(self) -> Iterator[GaugeMetricFamily | InfoMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """Return the gauges."""
         now = self.statistics()
         depth = GaugeMetricFamily("gati_queue_depth", "Images that wait", labels=("plan", "stage"))
@@ -132,3 +167,7 @@ class Gauges(Collector):
         yield GaugeMetricFamily("gati_ready", "1 while the server takes requests", value=float(self.service.ready))
         bundle = {"model": self.service.model.name, "version": self.service.model.version}
         yield InfoMetricFamily("gati_bundle", "The served bundle", value=bundle)
+        lines = CounterMetricFamily("gati_log_lines_left_out", "Lines that were not written", labels=("reason",))
+        for reason, count in logs.left_out().items():
+            lines.add_metric((reason,), count)
+        yield lines

@@ -79,6 +79,9 @@ class Settings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="debug logs every request"
     )
+    access_log: bool = Field(
+        default=False, description="log a line for each request: client, path, status, bytes and milliseconds"
+    )
     overlap: bool = Field(
         default=False,
         description="dispatch the next stage before the last one's hits are known, where that is expected to pay",

@@ -7,13 +7,23 @@ import dataclasses
 import json
 import math
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
 
-from .messages import Parameter, RequestError, RequestInput, parse_request
+from .messages import (
+    EncodingError,
+    Given,
+    Parameter,
+    Parameters,
+    RequestError,
+    RequestInput,
+    TooLargeError,
+    parse_request,
+)
 from .model import INPUT, Model
 
 DTYPES = {"UINT8": np.dtype("u1"), "INT32": np.dtype("<i4"), "FP32": np.dtype("<f4")}
@@ -23,6 +33,10 @@ _COMMAS = 10_000  # in a JSON body beside those between numbers
 _LARGEST = float(np.finfo(np.float32).max)
 _PARAMETERS = ("epsilon", "deadline_ms", "timeout", "binary_data_output")
 _SIZE = "binary_data_size"
+_HINTS = {"content_type", "triton_enable_empty_final_response"}
+"""Parameters that clients send to any server and that change nothing here: MLServer's codecs name the Python type that
+an array was; perf_analyzer asks for an end of each answer, and there is one part."""
+_WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # zlib's
 
 
 class Incoming(NamedTuple):
@@ -102,7 +116,7 @@ def outputs_of(request: Request, model: Model) -> dict[str, bool]:
             raise RequestError(
                 f"outputs[{i}].name: expected each at most once of {', '.join(model.outputs)}, got {name[:100]!r}"
             )
-        if unknown := parameters.keys() - {"binary_data"}:
+        if unknown := parameters.keys() - {"binary_data", *_HINTS}:
             raise RequestError(f"outputs[{i}].parameters: expected binary_data alone, got {min(unknown)[:100]!r}")
         binary = parameters.get("binary_data", default)
         if not isinstance(binary, bool):
@@ -119,7 +133,7 @@ def limits_of(parameters: Mapping[str, Parameter]) -> tuple[float | None, float 
     Raises:
         RequestError: A parameter is out of its bounds, or unknown.
     """
-    if unknown := parameters.keys() - set(_PARAMETERS):
+    if unknown := parameters.keys() - {*_PARAMETERS, *_HINTS}:
         raise RequestError(f"parameters: expected {', '.join(_PARAMETERS)} at most, got {min(unknown)[:100]!r}")
     epsilon = _number(parameters, "epsilon", 0.0, 1.0)
     deadline_ms = _number(parameters, "deadline_ms", 1e-3, 1e9)
@@ -138,6 +152,49 @@ def _number(parameters: Mapping[str, Parameter], name: str, low: float, high: fl
 
 
 # HTTP bodies
+
+
+def check_encoding(encoding: str) -> None:
+    """Check a Content-Encoding header.
+
+    Raises:
+        EncodingError: It is not known.
+    """
+    if encoding.strip().lower() not in {"", "identity", *_WINDOW_BITS}:
+        raise EncodingError(f"Content-Encoding: expected gzip, deflate or none, got {encoding[:100]!r}")
+
+
+def inflate(body: bytes, encoding: str, limit: int) -> bytes:
+    """Undo a Content-Encoding.
+
+    Inflation ends at the limit, however small the body was: 32 kB of gzip may be 32 MB of zeros. One stream is read,
+    because each of many empty ones would have the rest of the body copied.
+
+    Args:
+        body: What was sent.
+        encoding: The header's value, which ``check_encoding`` let pass.
+        limit: The most bytes that may result.
+
+    Raises:
+        RequestError: The body is not encoded so.
+        TooLargeError: More bytes would result.
+    """
+    bits = _WINDOW_BITS.get(encoding.strip().lower())
+    if bits is None:
+        return body
+    if bits == _WINDOW_BITS["deflate"] and (int.from_bytes(body[:2], "big") % 31 or body[:1] == b"\0"):
+        bits = -bits  # some clients leave out zlib's header, whose two bytes are a multiple of 31
+    stream = zlib.decompressobj(bits)
+    try:
+        inflated = stream.decompress(body, limit + 1)
+    except zlib.error:
+        raise RequestError(f"body: expected {encoding[:20]} data, as Content-Encoding says, got other bytes") from None
+    if len(inflated) > limit:
+        raise TooLargeError(f"body: expected at most {limit} bytes once it is inflated, got more")
+    if not stream.eof or stream.unused_data:
+        got = "bytes behind it" if stream.eof else "a part of it"
+        raise RequestError(f"body: expected one whole stream of {encoding[:20]}, got {got}")
+    return inflated
 
 
 def decode(
@@ -177,18 +234,31 @@ def decode(
     return Request(
         model=model,
         version=version,
-        id=message.id,
-        parameters=message.parameters,
+        id=message.id or "",
+        parameters=_present(message.parameters),
         inputs=inputs,
-        outputs=[(output.name, output.parameters) for output in message.outputs],
+        outputs=[(output.name, _present(output.parameters)) for output in message.outputs or ()],
     )
+
+
+def _present(parameters: Given) -> Parameters:
+    return {name: value for name, value in (parameters or {}).items() if value is not None}
+
+
+def size_of(field: str, parameters: Mapping[str, Parameter]) -> Parameter | None:
+    """Return the ``binary_data_size`` of an input's parameters, if it is there.
+
+    Raises:
+        RequestError: There are others that matter: a region of shared memory, for example.
+    """
+    if unknown := parameters.keys() - {_SIZE, *_HINTS}:
+        raise RequestError(f"{field}.parameters: expected {_SIZE} alone, got {min(unknown)[:100]!r}")
+    return parameters.get(_SIZE)
 
 
 def _incoming(field: str, tensor: RequestInput, rest: memoryview) -> tuple[Incoming, memoryview]:
     """Return a tensor with its part of the bytes, and the remaining bytes."""
-    if unknown := tensor.parameters.keys() - {_SIZE}:
-        raise RequestError(f"{field}.parameters: expected {_SIZE} alone, got {min(unknown)[:100]!r}")
-    size = tensor.parameters.get(_SIZE)
+    size = size_of(field, _present(tensor.parameters))
     shape = tuple(tensor.shape)
     if size is None:
         return Incoming(field, tensor.name, tensor.datatype, shape, numbers=tensor.data), rest

@@ -1,9 +1,11 @@
 """The protocol over gRPC: methods, messages, tokens, and errors as status codes."""
 
+import contextvars
 import logging
 import time
+import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
@@ -14,9 +16,11 @@ from serve import logs
 from serve.engine.records import ServeError
 from serve.metrics import Metrics
 
+from . import grpc_streams as streams
+from . import health_pb2
 from . import inference_pb2 as pb
-from .codec import MOST_NUMBERS, Incoming, Request, to_bytes
-from .messages import Parameter, Parameters, RequestError, refusal
+from .codec import MOST_NUMBERS, Incoming, Request, size_of, to_bytes
+from .messages import REASONS, Parameter, Parameters, Refusal, RequestError, UnauthorizedError, refusal
 from .service import Response, Service, check_token
 
 HEALTH = ("ServerLive", "ServerReady")
@@ -31,10 +35,12 @@ _CODES = {
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 _CONTENTS = {"UINT8": "uint_contents", "INT32": "int_contents", "FP32": "fp32_contents"}
-_log = logging.getLogger("serve.grpc")
+_log, _access = logging.getLogger("serve.grpc"), logging.getLogger(logs.ACCESS)
+_arrived: contextvars.ContextVar[float] = contextvars.ContextVar("arrived")
 
 Context = grpc.aio.ServicerContext[bytes, Message]
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 Method = Callable[[Any, Context], Awaitable[Message]]
 
 
@@ -44,23 +50,69 @@ def create_server(service: Service, metrics: Metrics, *, limit: int, token: str 
     See ``serve.protocol.http.create_app`` for the arguments; the token comes as the metadata ``authorization``.
     """
     server = grpc.aio.server(
+        interceptors=(_Clock(),),
         options=(
             ("grpc.so_reuseport", 0),  # otherwise a second server on the same port silently takes half of the requests
             ("grpc.max_receive_message_length", limit),
             ("grpc.max_send_message_length", -1),
-        )
+        ),
     )
+    methods = _methods(service)
+    # Messages are parsed by the method: here, a message that cannot be parsed would be an internal error.
+    unary, stream = grpc.unary_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
     handlers = {
-        # Messages are parsed by the method: here, a message that cannot be parsed would be an internal error.
-        name: grpc.unary_unary_rpc_method_handler(
-            _guard(name, method, metrics, None if name in HEALTH else token),
-            request_deserializer=None,
-            response_serializer=getattr(pb, f"{name}Response").SerializeToString,
+        name: unary(
+            _guard(name, getattr(pb, f"{name}Request"), method, metrics, None if name in HEALTH else token),
+            response_serializer=_serialize,
         )
-        for name, method in _methods(service).items()
+        for name, method in methods.items()
     }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers),))
+
+    async def begin(context: Context) -> None:
+        await _begin_stream(context, metrics, token)
+
+    async def answer(body: bytes, context: Context) -> Message:
+        _arrived.set(time.perf_counter())
+        work = _work(methods["ModelInfer"], pb.ModelInferRequest, body, context)
+        return streams.to_part(await _attempt(work, "ModelStreamInfer", context, metrics), body)
+
+    async def check(request: health_pb2.HealthCheckRequest, _: Context) -> Message:
+        return streams.check(service, request)
+
+    reflect = stream(streams.reflect(service, begin), response_serializer=_serialize)
+    services = {
+        _SERVICE.full_name: handlers
+        | {"ModelStreamInfer": stream(streams.infer(service, begin, answer), response_serializer=_serialize)},
+        streams.HEALTH: {
+            "Check": unary(
+                _guard("HealthCheck", health_pb2.HealthCheckRequest, check, metrics, None),
+                response_serializer=_serialize,
+            ),
+            "Watch": grpc.unary_stream_rpc_method_handler(streams.watch(service), response_serializer=_serialize),
+        },
+        **{name: {"ServerReflectionInfo": reflect} for name in streams.REFLECTION},
+    }
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler(name, methods) for name, methods in services.items()]
+    )
     return server
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+class _Clock(grpc.aio.ServerInterceptor):
+    """Notes when a call's headers were there: its message comes later, and a method is called after that."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """Pass on a call."""
+        _arrived.set(time.perf_counter())
+        return await continuation(handler_call_details)
 
 
 def _methods(service: Service) -> dict[str, Method]:
@@ -114,8 +166,10 @@ def decode(message: pb.ModelInferRequest, most_numbers: int = MOST_NUMBERS) -> R
         field, shape = f"inputs[{i}]", tuple(tensor.shape)
         if raw and tensor.HasField("contents"):
             raise RequestError(f"{field}.contents: expected nothing beside raw_input_contents")
-        if tensor.parameters:
-            raise RequestError(f"{field}.parameters: expected none, got {min(tensor.parameters)[:100]!r}")
+        size = size_of(field, _parameters(f"{field}.parameters", tensor.parameters))
+        if size is not None and not (raw and size == len(raw[i])):  # KServe's client sends it beside the bytes
+            got = f"{str(size)[:20]}, and {len(raw[i])} bytes" if raw else "no bytes"
+            raise RequestError(f"{field}.parameters.binary_data_size: expected that of raw_input_contents, got {got}")
         contents = () if raw else getattr(tensor.contents, _CONTENTS.get(tensor.datatype, "bytes_contents"))
         if len(contents) > most_numbers:
             raise RequestError(f"{field}.contents: expected at most {most_numbers} numbers, got {len(contents)}")
@@ -162,39 +216,85 @@ def _parameters(field: str, given: Mapping[str, pb.InferParameter]) -> Parameter
 
 
 def _guard(
-    name: str, method: Method, metrics: Metrics, token: str | None
+    name: str, kind: type[Message], method: Method, metrics: Metrics, token: str | None
 ) -> Callable[[bytes, Context], Awaitable[Message]]:
     """Wrap a method: token, request id, counts, and errors as status codes."""
-    kind = getattr(pb, f"{name}Request")
 
     async def call(body: bytes, context: Context) -> Message:
-        given = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        request_id = logs.identify(given.get("x-request-id"))
-        logs.request_id.set(request_id)
-        trailing = (("x-request-id", request_id),)
-        status, started = 499, time.perf_counter()  # if it is cancelled: the client has left
-        try:
-            check_token(token, given.get("authorization"))
-            reply = await method(_parse(kind, body), context)
-        except Exception as error:  # noqa: BLE001 (logged; the client gets INTERNAL)
-            status, message, retry_after = refusal(error)
-            if not isinstance(error, ServeError):
-                _log.exception("a request failed", extra={"method": name})
-            if retry_after is not None:  # gRPC's name for it, which clients' retry policies heed
-                trailing = (*trailing, ("grpc-retry-pushback-ms", str(round(retry_after * 1e3))))
-        else:
-            status = 200
-            context.set_trailing_metadata(trailing)
-            return reply
-        finally:
-            metrics.request("grpc", name, status)
-            if _log.isEnabledFor(logging.DEBUG):
-                ms = round((time.perf_counter() - started) * 1e3, 3)
-                _log.debug("request", extra={"path": name, "status": status, "ms": ms})
-        await context.abort(_CODES.get(status, grpc.StatusCode.INVALID_ARGUMENT), message, trailing)
-        raise AssertionError  # abort has raised
+        request_id = _begin(context)
+        reply = await _attempt(_work(method, kind, body, context, token), name, context, metrics)
+        if isinstance(reply, Refusal):
+            await _abort(context, reply, request_id)
+        context.set_trailing_metadata((("x-request-id", request_id),))
+        return reply
 
     return call
+
+
+async def _begin_stream(context: Context, metrics: Metrics, token: str | None) -> None:
+    """Check the token of a stream; its messages are counted one by one."""
+    request_id = _begin(context)
+    context.set_trailing_metadata((("x-request-id", request_id),))
+    try:
+        check_token(token, _metadata(context).get("authorization"))
+    except UnauthorizedError as error:
+        refused = refusal(error)
+        metrics.request("grpc", "stream", refused.status, time.perf_counter() - _arrived.get())
+        metrics.refused(REASONS[UnauthorizedError])
+        await _abort(context, refused, request_id)
+
+
+async def _work(
+    method: Method, kind: type[Message], body: bytes, context: Context, token: str | None = None
+) -> Message:
+    check_token(token, _metadata(context).get("authorization"))
+    return await method(_parse(kind, body), context)
+
+
+async def _attempt(work: Awaitable[T], name: str, context: Context, metrics: Metrics) -> T | Refusal:
+    """Return what a method returns, or why it does not; count it, and log it if that is asked for."""
+    status, reason = 499, None  # if it is cancelled: the client has left
+    with metrics.in_flight("grpc").track_inprogress():
+        try:
+            reply = await work
+        except Exception as error:  # noqa: BLE001 (logged; the client gets INTERNAL)
+            reply, reason = refusal(error), REASONS.get(type(error))
+            status = reply.status
+            if not isinstance(error, ServeError):
+                _log.exception("a request failed", extra={"method": name})
+        else:
+            status = 200
+        finally:
+            seconds = time.perf_counter() - _arrived.get()
+            metrics.request("grpc", name, status, seconds)
+            if reason:
+                metrics.refused(reason)
+            if _access.isEnabledFor(logging.INFO):
+                line = {"protocol": "grpc", "client": _address(context), "method": "POST", "path": name}
+                _access.info("request", extra=line | {"status": status, "ms": round(seconds * 1e3, 3)})
+    return reply
+
+
+async def _abort(context: Context, refused: Refusal, request_id: str) -> NoReturn:
+    trailing = (("x-request-id", request_id),)
+    if refused.retry_after is not None:  # gRPC's name for it, which clients' retry policies heed
+        trailing = (*trailing, ("grpc-retry-pushback-ms", str(round(refused.retry_after * 1e3))))
+    await context.abort(_CODES.get(refused.status, grpc.StatusCode.INVALID_ARGUMENT), refused.message, trailing)
+    raise AssertionError  # abort has raised
+
+
+def _begin(context: Context) -> str:
+    given = _metadata(context)
+    return logs.begin(given.get("x-request-id"), given.get("traceparent"))
+
+
+def _metadata(context: Context) -> dict[str, str]:
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def _address(context: Context) -> str:
+    """Return the client's address as HTTP's lines have it: gRPC writes "ipv4:127.0.0.1:5" and "ipv6:%5B::1%5D:5"."""
+    return urllib.parse.unquote(context.peer().partition(":")[2])
 
 
 def _parse(kind: type[M], body: bytes) -> M:

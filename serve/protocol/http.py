@@ -12,22 +12,24 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse
+from starlette.responses import HTMLResponse, JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gati_jax import __version__
 from serve import logs
 from serve.engine.records import ServeError
-from serve.metrics import CONTENT_TYPE, Metrics
+from serve.metrics import Metrics, negotiate
 
-from . import codec, messages
+from . import codec, messages, page
 from .messages import EncodingError, SlowBodyError, TooLargeError, UnauthorizedError, refusal
 from .service import Service, check_token
 
 HEALTH = ("/v2/health/live", "/v2/health/ready")
 _REFS = "#/components/schemas/{model}"
 _GONE = 499  # nginx's "client closed request", for /metrics only
-_log = logging.getLogger("serve.http")
+_REASON = "gati.refused"  # key of a scope
+_PATH = 200  # characters of a path in a log line
+_log, _access = logging.getLogger("serve.http"), logging.getLogger(logs.ACCESS)
 T = TypeVar("T")
 _DESCRIPTION = (
     "Classifies images, each answered at the first exit that is confident enough. Speaks the Open Inference Protocol "
@@ -40,7 +42,13 @@ _BODY = {
             "in": "header",
             "description": "Bytes of the JSON, if tensors follow it as bytes.",
             "schema": {"type": "integer", "minimum": 0},
-        }
+        },
+        {
+            "name": "Content-Encoding",
+            "in": "header",
+            "description": "How the body is compressed; other headers describe it before that.",
+            "schema": {"enum": ["gzip", "deflate", "identity"]},
+        },
     ],
     "requestBody": {
         "required": True,
@@ -61,7 +69,14 @@ def create_app(service: Service, metrics: Metrics, *, limit: int, token: str | N
         limit: The most bytes of a body.
         token: The bearer token that clients must send on all paths but health; None for no check.
     """
-    app = FastAPI(title="GATI-JAX", version=__version__, description=_DESCRIPTION)
+    app = FastAPI(
+        title="GATI-JAX",
+        version=__version__,
+        description=_DESCRIPTION,
+        docs_url=None,  # FastAPI's pages load scripts from another host
+        redoc_url=None,
+        redirect_slashes=False,  # a redirect would be to the host that the client's Host header names
+    )
     app.openapi = lambda: _describe(app)  # as FastAPI's documentation extends it
     handlers = _Handlers(service, metrics, limit)
     for where, endpoint, codes in (
@@ -72,6 +87,11 @@ def create_app(service: Service, metrics: Metrics, *, limit: int, token: str | N
     ):
         app.get(where, responses=_errors(*codes))(endpoint)
     app.get("/metrics", response_class=Response)(handlers.metrics)
+
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(page.render(app.openapi()), headers=page.HEADERS)
+
+    app.get("/docs", include_in_schema=False)(docs)
     for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         path = {
             "parameters": [
@@ -122,9 +142,10 @@ class _Handlers:
         """Return statistics of all models."""
         return self._service.statistics("")
 
-    async def metrics(self) -> Response:
-        """Return the metrics in Prometheus' format."""
-        return Response(self._metrics.page(), media_type=CONTENT_TYPE)
+    async def metrics(self, request: Request) -> Response:
+        """Return the metrics in Prometheus' format, or in that of OpenMetrics if the Accept header asks for it."""
+        media_type = negotiate(request.headers.get("accept", ""))
+        return Response(self._metrics.page(media_type), media_type=media_type, headers={"vary": "accept"})
 
     async def model(self, request: Request) -> messages.ModelMetadata:
         """Describe the model's inputs and outputs."""
@@ -167,8 +188,7 @@ class _Handlers:
     async def _read(self, request: Request) -> bytes:
         """Read a body; one that is too large is refused before it is read, if its length is announced."""
         length, encoding = (request.headers.get(name, "") for name in ("content-length", "content-encoding"))
-        if encoding not in {"", "identity"}:  # a small body of zeros could fill the memory
-            raise EncodingError(f"Content-Encoding: expected none, got {encoding!r}")
+        codec.check_encoding(encoding)
         if length.isdecimal() and int(length[:20]) > self._limit:
             raise TooLargeError(f"Content-Length: expected at most {self._limit} bytes, got {length[:20]}")
         seconds, chunks, size = self._service.timeout, [], 0
@@ -181,7 +201,9 @@ class _Handlers:
                         chunks.append(chunk)
         except TimeoutError:
             raise SlowBodyError(f"body: expected all of it within {seconds:g} s") from None
-        return b"".join(chunks)  # no copy of a single one
+        body = b"".join(chunks)  # no copy of a single one
+        # In a thread: a small body may take as long as the largest one.
+        return await asyncio.to_thread(codec.inflate, body, encoding, self._limit) if encoding else body
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -207,10 +229,11 @@ def _model_of(request: Request) -> tuple[str, str]:
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    del request
+    request.scope[_REASON] = messages.REASONS.get(type(error))
     if isinstance(error, HTTPException):  # no such route, or not with this method
+        request.scope[_REASON] = "unknown_path"
         return JSONResponse({"error": f"path: {error.detail}"}, error.status_code, headers=error.headers)
-    return _explain(error)
+    return _explain(error, {"accept-encoding": "gzip, deflate"} if isinstance(error, EncodingError) else None)
 
 
 def _explain(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -249,29 +272,52 @@ class _Guard:
             await self._app(scope, receive, send)
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        request_id = logs.identify(headers.get(b"x-request-id", b"").decode("latin-1"))
-        logs.request_id.set(request_id)
-        status, started = 500, time.perf_counter()
+        given = (headers.get(name, b"").decode("latin-1") for name in (b"x-request-id", b"traceparent"))
+        request_id = logs.begin(*given)
+        status, size, started = 500, 0, time.perf_counter()
 
         async def respond(message: Message) -> None:
-            nonlocal status
+            nonlocal status, size
             if message["type"] == "http.response.start":
                 status = message["status"]
                 last = ((b"connection", b"close"),) if self._service.draining else ()
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), *last]
+            size += len(message.get("body", b""))
             await send(message)
 
-        try:
-            if scope["path"] not in HEALTH:
-                check_token(self._token, headers.get(b"authorization", b"").decode("latin-1"))
-            await self._app(scope, receive, respond)
-        except UnauthorizedError as error:
-            await _explain(error, {"www-authenticate": "Bearer"})(scope, receive, respond)
-        except Exception:  # noqa: BLE001 (logged; the application has sent a 500 before it raised)
-            _log.exception("a request failed", extra={"path": scope["path"]})
-        finally:
-            endpoint = getattr(scope.get("endpoint"), "__name__", "none")
-            self._metrics.request("http", endpoint, status)
-            if _log.isEnabledFor(logging.DEBUG):
-                ms = round((time.perf_counter() - started) * 1e3, 3)
-                _log.debug("request", extra={"path": scope["path"], "status": status, "ms": ms})
+        routed = _as_routed(scope)
+        with self._metrics.in_flight("http").track_inprogress():
+            try:
+                if routed["path"] not in HEALTH:
+                    check_token(self._token, headers.get(b"authorization", b"").decode("latin-1"))
+                await self._app(routed, receive, respond)
+            except UnauthorizedError as error:
+                routed[_REASON] = messages.REASONS[UnauthorizedError]
+                await _explain(error, {"www-authenticate": "Bearer"})(routed, receive, respond)
+            except Exception:  # noqa: BLE001 (logged; the application has sent a 500 before it raised)
+                _log.exception("a request failed", extra={"path": scope["path"][:_PATH]})
+            finally:
+                self._count(scope, routed, status, size, time.perf_counter() - started)
+
+    def _count(self, scope: Scope, routed: Scope, status: int, size: int, seconds: float) -> None:
+        """Count a request that has ended, and log it if that is asked for."""
+        self._metrics.request("http", getattr(routed.get("endpoint"), "__name__", "none"), status, seconds)
+        if reason := routed.get(_REASON):
+            self._metrics.refused(reason)
+        if _access.isEnabledFor(logging.INFO):
+            line = {"protocol": "http", "client": _address(scope.get("client")), "method": scope["method"]}
+            line |= {"path": scope["path"][:_PATH], "status": status, "bytes": size, "ms": round(seconds * 1e3, 3)}
+            _access.info("request", extra=line)
+
+
+def _as_routed(scope: Scope) -> Scope:
+    """Return a request as its route knows it: without a slash at the end, and HEAD as GET, whose body is not sent."""
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    return {**scope, "path": scope["path"].removesuffix("/") or "/", "method": method}
+
+
+def _address(client: tuple[str, int] | None) -> str:
+    if client is None:
+        return ""
+    host, port = client
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -12,6 +12,8 @@ from serve.engine.records import DeadlineError, OverloadedError, ServeError, Ste
 
 Parameter = bool | int | float | str
 Parameters = dict[str, Parameter]
+Given = dict[str, Parameter | None] | None
+"""Parameters as clients write them: null for none, and for those that they leave out."""
 
 
 class _Message(BaseModel):
@@ -24,7 +26,7 @@ class RequestInput(_Message):
     name: str
     datatype: str = Field(examples=["UINT8", "FP32"])
     shape: Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=8, examples=[[1, 32, 32, 3]])]
-    parameters: Parameters = {}
+    parameters: Given = {}
     data: Any = Field(default=None, description="Nested or flat, in row-major order; left out if it is sent as binary.")
 
 
@@ -32,18 +34,18 @@ class RequestedOutput(_Message):
     """A requested output."""
 
     name: str
-    parameters: Parameters = {}
+    parameters: Given = {}
 
 
 class InferenceRequest(_Message):
     """Images to classify."""
 
-    id: str = Field(default="", max_length=200)
-    parameters: Parameters = Field(
+    id: Annotated[str, Field(max_length=200)] | None = ""
+    parameters: Given = Field(
         default={}, description="epsilon, deadline_ms, timeout (microseconds), binary_data_output"
     )
     inputs: list[RequestInput]
-    outputs: list[RequestedOutput] = []
+    outputs: list[RequestedOutput] | None = []
 
 
 class ResponseOutput(_Message):
@@ -227,7 +229,7 @@ class SlowBodyError(ServeError):
 
 
 class EncodingError(ServeError):
-    """The body is compressed."""
+    """The body is compressed in a way that the server does not know."""
 
 
 class NotReadyError(ServeError):
@@ -254,6 +256,16 @@ _STATUS: dict[type[ServeError], int] = {
     StoppingError: 503,
     DeadlineError: 504,
 }
+REASONS: dict[type[Exception], str] = {
+    RequestError: "invalid",
+    UnauthorizedError: "unauthorized",
+    UnknownModelError: "unknown_model",
+    SlowBodyError: "slow_body",
+    TooLargeError: "body_too_large",
+    EncodingError: "encoding",
+    NotReadyError: "not_ready",
+}
+"""By error, the reason of a refusal that the engine does not count."""
 _RETRY_AFTER = 1.0  # seconds, of a server that warms up or is replaced
 
 

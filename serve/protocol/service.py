@@ -97,6 +97,11 @@ class Service:
         self.draining = True
 
     @property
+    def closed(self) -> bool:
+        """Whether new requests are refused."""
+        return self._closed
+
+    @property
     def ready(self) -> bool:
         """Whether the server takes new requests."""
         return self._backend is not None and not self.draining and self._backend.engine.statistics().running

@@ -34,7 +34,7 @@ class Slow(fake.FakeEngine):
 
 def main():
     settings = parse(["--bundle", "none", "--json", "--http-port", "0", "--grpc-port", "0", *sys.argv[1:]], os.environ)
-    logs.configure("info")
+    logs.configure(settings.log_level, access=settings.access_log)
     front = fake.Front(ready=False)
     engine = Slow()
     threading.Thread(target=listen, daemon=True).start()

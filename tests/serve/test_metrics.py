@@ -4,12 +4,14 @@ import re
 
 import numpy as np
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families
 
 import serve.metrics
 from serve.engine.records import Job, Step
 from serve.protocol.model import Tally, Times
 from tests.serve import fake
+from tests.serve.transports import Grpc, Http, ask, tensor
 
 
 def jobs(count, route=0):
@@ -31,7 +33,9 @@ def test_everything_that_happens_is_counted(front):
     for value in (0, 3, 1):
         metrics.answered(jobs(1, route=1)[0], fake.answer(value), 0.01)
     metrics.refused("overloaded")
-    metrics.request("http", "infer", 429)
+    metrics.request("http", "infer", 429, 0.02)
+    with metrics.in_flight("http").track_inprogress():
+        assert samples(front)("gati_requests_in_flight", protocol="http") == 1
     got = samples(front)
     assert got("gati_step_seconds_count", plan="loose", stage=0, bucket=4) == 3
     assert got("gati_step_seconds_sum", plan="loose", stage=0, bucket=4) == pytest.approx(0.009)
@@ -44,6 +48,8 @@ def test_everything_that_happens_is_counted(front):
     assert got("gati_latency_seconds_bucket", plan="loose", exit=0, le=0.016) == 2
     assert got("gati_refused_total", reason="overloaded") == 1
     assert got("gati_requests_total", protocol="http", method="infer", code=429) == 1
+    assert got("gati_request_duration_seconds_sum", protocol="http", method="infer") == pytest.approx(0.02)
+    assert got("gati_requests_in_flight", protocol="http") == 0
 
 
 def test_series_are_there_before_anything_happens_and_gauges_are_read_at_each_scrape(front):
@@ -64,11 +70,61 @@ def test_series_are_there_before_anything_happens_and_gauges_are_read_at_each_sc
 def test_the_documentation_names_every_metric_and_no_other(front):
     metrics = front.metrics
     metrics.step(Step(0, 0, 1, jobs(1)), 0.001, failed=False)
-    metrics.request("http", "infer", 200)
+    metrics.request("http", "infer", 200, 0.1)
     families = {family.name for family in text_string_to_metric_families(metrics.page().decode())}
+    families = {name for name in families if not name.startswith("process_")}  # Prometheus' own
     documented = set(re.findall(r"^    (gati_\w+)", serve.metrics.__doc__ or "", re.MULTILINE))
     created = {name for name in families if name.endswith("_created")}
     assert {name.removesuffix("_total") for name in documented} == families - created
+
+
+OPEN_METRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
+
+
+def test_openmetrics_if_it_is_asked_for_with_names_that_do_not_clash(front):
+    """The parser refuses names that clash: those of one family with what is added to another one's."""
+    response = ask(front, "GET", "/metrics", headers={"accept": OPEN_METRICS})
+    assert response.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    families = {family.name: family for family in open_metrics(response.text)}
+    assert families["gati_refused"].type == "counter"
+    assert families["gati_request_duration_seconds"].type == "histogram"
+    assert {"process_cpu_seconds", "process_resident_memory_bytes", "process_open_fds"} <= families.keys()
+
+
+@pytest.mark.parametrize(
+    "accept", ["", "*/*", "text/plain", "application/json", ";,;", "text/plain;version=x;escaping=\xe9"]
+)
+def test_everybody_else_gets_prometheus_text(front, accept):
+    response = ask(front, "GET", "/metrics", headers={"accept": accept.encode("latin-1")})
+    assert (response.status_code, response.headers["content-type"]) == (200, serve.metrics.CONTENT_TYPE)
+
+
+def test_a_version_that_is_no_number_is_no_fault(front):
+    accept = {"accept": "application/openmetrics-text;version=x"}
+    assert ask(front, "GET", "/metrics", headers=accept).status_code == 200
+
+
+def test_refusals_are_counted_by_reason_over_both_transports():
+    front, good = fake.Front(token="secret"), {"authorization": "Bearer secret"}
+    message = {"inputs": [tensor()]}
+    with front.sockets() as ports:
+        for transport in (Http(front), Grpc(ports[1])):
+            transport.infer(message)
+            transport.infer({"inputs": []}, good)
+            transport.infer(message, good, model="other")
+            assert transport.infer(message, good).status in {200, "OK"}
+    ask(front, content=b"x" * 5000, headers=good)
+    ask(front, content=b"x", headers=good | {"content-encoding": "br"})
+    ask(front, "GET", "/nowhere", headers=good)
+    front.service.drain()
+    ask(front, "GET", "/v2/health/ready")
+    got = samples(front)
+    counts = {"unauthorized": 2, "invalid": 2, "unknown_model": 2}
+    counts |= dict.fromkeys(("body_too_large", "encoding", "unknown_path", "not_ready"), 1)
+    assert {reason: got("gati_refused_total", reason=reason) for reason in counts} == counts
+    for protocol, method in (("http", "infer"), ("grpc", "ModelInfer")):
+        assert got("gati_request_duration_seconds_count", protocol=protocol, method=method) >= 3
+        assert got("gati_requests_in_flight", protocol=protocol) == 0
 
 
 # The protocol's own statistics

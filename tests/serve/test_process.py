@@ -1,10 +1,12 @@
 """The process: its command line and logs, readiness, signals, drain, ports, and what it imports."""
 
+import contextlib
 import http.client
 import json
 import logging
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -41,7 +43,8 @@ class Process:
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         self.child = subprocess.Popen([sys.executable, *how, *words], env=ENVIRONMENT, text=True, **pipes)
         assert self.child.stdout
-        self.http = json.loads(self.child.stdout.readline())["http"]
+        where = json.loads(self.child.stdout.readline())
+        self.http, self.grpc, self.seen = where["http"], where["grpc"], []
 
     def get(self, path, body=None):
         try:
@@ -67,7 +70,8 @@ class Process:
         """Read the log up to a message."""
         assert self.child.stderr
         for line in self.child.stderr:
-            if json.loads(line)["message"] == message:
+            self.seen.append(json.loads(line))
+            if self.seen[-1]["message"] == message:
                 return
         raise AssertionError(message)
 
@@ -130,9 +134,7 @@ def test_a_drain_takes_no_longer_than_it_may():
 
 def test_an_idle_client_over_tls_does_not_delay_the_stop(tmp_path):
     """The closing connection waited for the client's own goodbye until the whole drain was over (then exit code 1)."""
-    pem, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    given = f"-newkey rsa:2048 -nodes -keyout {key} -out {pem} -subj /CN=localhost -addext subjectAltName=DNS:localhost"
-    subprocess.run(["openssl", "req", "-x509", *given.split()], check=True, capture_output=True)
+    pem, key = make_certificate(tmp_path)
     with Process("--grace", "0", "--drain", "60", "--tls-cert", str(pem), "--tls-key", str(key)) as server:
         server.release("warm", "answer")
         server.until("ready")
@@ -152,10 +154,83 @@ def test_stopped_while_warming_up_and_a_taken_port_is_one_line_and_exit_code_2()
             second = [sys.executable, "-m", "tests.serve.served", option, port]
             done = subprocess.run(second, capture_output=True, text=True, check=False, env=ENVIRONMENT)
             assert done.returncode == 2
-            assert done.stderr.startswith(f"error: {option}: cannot listen at 127.0.0.1")
             assert done.stderr.count("\n") == 1
+            line = json.loads(done.stderr)
+            assert line["level"] == "error"
+            assert line["message"].startswith(f"{option}: cannot listen at 127.0.0.1")
         server.child.send_signal(signal.SIGINT)
         assert server.child.wait(30) == 0
+
+
+def make_certificate(folder):
+    pem, key = folder / "cert.pem", folder / "key.pem"
+    given = f"-newkey rsa:2048 -nodes -keyout {key} -out {pem} -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    subprocess.run(["openssl", "req", "-x509", *given.split()], check=True, capture_output=True)
+    return pem, key
+
+
+def test_a_log_reader_that_stalls_stalls_no_request_and_gets_all_lines_later():
+    """Once the pipe was full (64 KiB, some 300 lines), a line blocked the event loop until somebody read."""
+    with Process("--grace", "0", "--access-log") as server:
+        server.release("warm", "answer")
+        server.until("ready")
+        host, port = server.http.removeprefix("http://").rsplit(":", 1)
+        client = http.client.HTTPConnection(host, int(port), timeout=30)
+        for _ in range(1000):
+            client.request("GET", "/v2/health/live", headers={"x-request-id": "a" * 100})
+            assert client.getresponse().read() == b'{"live":true}'
+        client.close()
+        server.child.send_signal(signal.SIGTERM)
+        lines = [json.loads(line) for line in server.child.communicate(timeout=60)[1].splitlines()]
+        requests = [line for line in lines if line["message"] == "request"]
+        assert len(requests) == 1000
+        assert requests[0]["client"].startswith("127.0.0.1:")
+        assert (requests[0]["path"], requests[0]["status"], requests[0]["bytes"]) == ("/v2/health/live", 200, 13)
+
+
+def test_all_of_standard_error_is_json_also_what_grpc_and_python_write_themselves(tmp_path):
+    pem, key = make_certificate(tmp_path)
+    code = """
+import os, runpy, sys, threading
+def spoil():
+    os.write(2, b"E0000 00:00:1.5       7 a.cc:1] no json\\n\\xff" + b"more\\n")
+    print("print", file=sys.stderr)
+    raise ValueError("of a thread")
+import serve.logs
+serve.logs.configure("info")
+spoiled = threading.Thread(target=spoil)
+spoiled.start()
+spoiled.join()
+runpy.run_module("tests.serve.served", run_name="__main__", alter_sys=True)
+"""
+    how = ("-c", code)
+    with Process("--grace", "0", "--tls-cert", str(pem), "--tls-key", str(key), how=how) as server:
+        for port in (server.http.rsplit(":", 1)[1], server.grpc.rsplit(":", 1)[1]):
+            with socket.create_connection(("127.0.0.1", int(port)), timeout=30) as client:
+                client.sendall(b"GET / HTTP/1.1\r\n\r\n")  # where a TLS handshake is expected
+                with contextlib.suppress(OSError):
+                    client.recv(100)
+        server.release("warm", "answer")
+        server.until("ready")
+        server.child.send_signal(signal.SIGTERM)
+        rest = server.child.communicate(timeout=60)[1]
+        lines = [*server.seen, *map(json.loads, rest.splitlines())]
+    native = [line["message"] for line in lines if line["logger"] == "stderr"]
+    assert {"E0000 00:00:1.5       7 a.cc:1] no json", "\ufffdmore", "print"} <= set(native)
+    assert any("Handshake failed" in message for message in native)
+    (uncaught,) = (line for line in lines if line["message"] == "uncaught exception")
+    assert "ValueError: of a thread" in uncaught["exception"]
+
+
+def test_at_a_terminal_bad_input_is_a_line_for_people():
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "serve", "--bundle", "b", "--http-port", "x"]
+    with subprocess.Popen(command, stderr=theirs, env=ENVIRONMENT) as child:
+        assert child.wait(60) == 2
+    os.close(theirs)
+    assert os.read(ours, 4096).startswith(b"error: --http-port: ")
+    os.close(ours)
 
 
 IMPORTED = """

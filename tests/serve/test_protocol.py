@@ -289,10 +289,13 @@ def test_debug_logs_report_every_request(sockets, name, caplog):
     with caplog.at_level(logging.DEBUG, "serve"), connect(name, sockets) as client:
         assert client.is_server_live()
         patience = time.monotonic() + 10  # the line may come after the answer
-        while not (lines := [r.message for r in caplog.records if r.name == f"serve.{name}"]):
+        while not (lines := [r for r in caplog.records if r.name == "serve.access"]):
             assert time.monotonic() < patience
             time.sleep(0.01)
-    assert "request" in lines
+    seen = vars(lines[0])
+    path = {"http": "/v2/health/live", "grpc": "ServerLive"}[name]
+    assert (seen["message"], seen["protocol"], seen["path"], seen["status"]) == ("request", name, path, 200)
+    assert seen["client"].startswith("127.0.0.1:")
 
 
 # gRPC's own messages: the same as Triton's, and what their parts may be
@@ -327,12 +330,13 @@ def test_messages_have_the_names_numbers_and_types_of_tritonclients():
             same(getattr(method, message), getattr(other, message))
 
 
-def test_the_compiled_messages_are_those_of_the_proto_file(tmp_path):
+@pytest.mark.parametrize("name", ["inference", "health", "reflection"])
+def test_the_compiled_messages_are_those_of_the_proto_file(tmp_path, name):
     if importlib.util.find_spec("grpc_tools") is None:
         pytest.skip("needs grpcio-tools")
     compiler = (sys.executable, "-m", "grpc_tools.protoc", f"-I{FOLDER}", f"--python_out={tmp_path}")
-    subprocess.run((*compiler, "inference.proto"), check=True)
-    written, committed = ((folder / "inference_pb2.py").read_text() for folder in (tmp_path, FOLDER))
+    subprocess.run((*compiler, f"{name}.proto"), check=True)
+    written, committed = ((folder / f"{name}_pb2.py").read_text() for folder in (tmp_path, FOLDER))
     descriptors = [re.search(r"AddSerializedFile\((.*)\)", text) for text in (written, committed)]
     assert descriptors[0]
     assert descriptors[1]
