@@ -84,9 +84,9 @@ class HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and accept connections."""
-        await super().startup(sockets=sockets or [])
         self._listener.listen(BACKLOG)
         self._listener.settimeout(0.0)
+        await super().startup(sockets=sockets or [])
         self._spare = os.open(os.devnull, os.O_RDONLY)
         self._accepting = asyncio.create_task(self._accept())
 
@@ -143,8 +143,8 @@ class HttpServer(uvicorn.Server):
 
     def _open(self, loop: asyncio.AbstractEventLoop, accepted: socket.socket) -> None:
         if len(self.server_state.connections) + len(self._opening) >= self.limits.connections:
-            accepted.close()
             self.refused("connections")
+            accepted.close()
             return
         accepted.settimeout(0.0)
         with contextlib.suppress(OSError):  # the client has left
@@ -177,8 +177,9 @@ class HttpServer(uvicorn.Server):
             self._spare = None
             with contextlib.suppress(OSError):
                 for _ in range(_BURST):
-                    self._listener.accept()[0].close()
+                    accepted = self._listener.accept()[0]
                     self.refused("descriptors")
+                    accepted.close()
         with contextlib.suppress(OSError):
             self._spare = os.open(os.devnull, os.O_RDONLY)
 
