@@ -88,7 +88,7 @@ def create_app(service: Service, metrics: Metrics, *, token: str | None = None, 
         app.add_exception_handler(kind, _on_error)
     if not admin:
         _add_models(app, handlers)
-    return _Guard(app, service, metrics, token)
+    return _Guard(app, service, metrics, token, admits=not admin)
 
 
 def _add_models(app: FastAPI, handlers: "_Handlers") -> None:
@@ -268,8 +268,8 @@ class _Guard:
     while it is being closed would get no answer.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, metrics: Metrics, token: str | None) -> None:
-        self._app, self._service, self._metrics, self._token = app, service, metrics, token
+    def __init__(self, app: ASGIApp, service: Service, metrics: Metrics, token: str | None, *, admits: bool) -> None:
+        self._app, self._service, self._metrics, self._token, self._admits = app, service, metrics, token, admits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on a request."""
@@ -311,7 +311,7 @@ class _Guard:
         """Pass on a request that may pass: by its token, and if it is for inference, once there is place for it."""
         if scope["path"] not in HEALTH:
             check_token(self._token, headers.get(b"authorization", b"").decode("latin-1"))
-        if scope["method"] != "POST":
+        if scope["method"] != "POST" or not self._admits:
             await self._app(scope, receive, send)
             return
         state, length = scope.setdefault("state", {}), headers.get(b"content-length", b"")

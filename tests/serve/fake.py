@@ -25,7 +25,8 @@ from serve.protocol.service import Backend, Service
 
 SHAPE = (2, 3, 1)
 EXITS = (0, 2, 4)
-LIMITS = Limits(capacity=16, max_body=4096, max_bodies=2**20, timeout=30.0)
+LIMIT = 4096
+LIMITS = Limits(capacity=16, max_body=LIMIT, max_bodies=2**20, timeout=30.0)
 ROUTES = tuple(
     Route(
         name=name, sites=EXITS[:-1], depth=4, epsilon=epsilon, stage_ms={1: (1.0,) * 3, 4: (2.0,) * 3}, leave=(0, 0, 1)
