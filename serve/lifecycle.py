@@ -87,12 +87,12 @@ def run(settings: Settings, build: Callable[[], Parts]) -> int:
 
 async def _serve(settings: Settings, parts: Parts, ports: Ports) -> int:
     stop = _on_signals()
-    door, tls = parts.service.door, _tls_files(settings)
+    limits, tls = parts.service.door.limits, _tls_files(settings)
     http, admin = (
         HttpServer(
             create_app(parts.service, parts.metrics, token=settings.token, admin=listener is ports.admin),
             listener,
-            door.limits,
+            limits,
             drain=settings.drain,
             tls=tls,
             refused=parts.metrics.refused,
@@ -119,7 +119,7 @@ async def _serve(settings: Settings, parts: Parts, ports: Ports) -> int:
     parts.service.drain()
     _log.info("stopping", extra={"grace": settings.grace, "drain": settings.drain})
     await asyncio.sleep(settings.grace)
-    door.close()
+    parts.service.close()
     await asyncio.sleep(_REFUSING)
     until = time.monotonic() + settings.drain
     http.should_exit = True

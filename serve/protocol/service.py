@@ -88,6 +88,10 @@ class Service:
         """Take requests from now on, and answer them by this backend."""
         self._backend = backend
 
+    def close(self) -> None:
+        """Refuse new requests, shortly before the sockets close, so that clients ask another server."""
+        self.door.close()
+
     def drain(self) -> None:
         """Turn not ready, so that balancers look elsewhere; requests that arrive are still answered."""
         self.draining = True
