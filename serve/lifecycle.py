@@ -43,11 +43,6 @@ _ENDING = 1.0  # seconds for an idle thread to end
 _OTHER_FILES = 512  # open files beside HTTP's connections: gRPC's, the bundle's, threads'
 T = TypeVar("T")
 
-try:
-    import resource
-except ImportError:  # there is none for Windows
-    resource = None
-
 try:  # half the time of asyncio's own event loop
     from uvloop import new_event_loop
 except ImportError:  # there is none for Windows
@@ -206,7 +201,9 @@ def _tls_files(settings: Settings) -> tuple[Path, Path] | None:
 
 def _allow_descriptors(connections: int) -> None:
     """Raise the process's limit of open files, where that is needed and allowed."""
-    if resource is None:
+    try:
+        import resource  # noqa: PLC0415 (there is none for Windows)
+    except ImportError:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + _OTHER_FILES

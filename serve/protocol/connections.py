@@ -14,7 +14,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import httptools
@@ -78,7 +78,7 @@ class HttpServer(uvicorn.Server):
         self._complained = -math.inf
 
     @contextlib.contextmanager
-    def capture_signals(self):  # noqa: ANN201 (uvicorn's)
+    def capture_signals(self) -> Generator[None]:
         """Leave signals to ``lifecycle``."""
         yield
 
@@ -214,7 +214,7 @@ class Connection(HttpToolsProtocol):
 
     @property
     def _is_busy(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+        return bool(self.cycle) and not self.cycle.response_complete
 
     def expire(self) -> None:
         """Close the connection: its time is over."""
@@ -259,7 +259,7 @@ class Connection(HttpToolsProtocol):
         self._in_head, self._in_body = True, False
         self._bytes = self._count = self._discarded = 0
         self._began = time.monotonic()
-        self.scope["state"]["arrived"] = self._began
+        self.scope.setdefault("state", {})["arrived"] = self._began
 
     def on_url(self, url: bytes) -> None:
         """Count a part of the path."""

@@ -301,6 +301,16 @@ def test_layers_are_also_known_by_their_former_names():
         ),
         ([*BUNDLE, "--grpc-port", "9" * 5000], "--grpc-port: "),
         ([*BUNDLE, "--http-port", "9000", "--grpc-port", "9000"], "--grpc-port: expected another port"),
+        (
+            [*BUNDLE, "--admin-port", "8000"],
+            "--admin-port: expected another port than --http-port's, got 8000 for both",
+        ),
+        ([*BUNDLE, "--max-bodies", "33554431"], "--max-bodies: expected --max-body (33554432) at least, got 33554431"),
+        ([*BUNDLE, "--keep-alive", "0"], "--keep-alive: expected a number greater than or equal to 0.1, got '0'"),
+        (
+            [*BUNDLE, "--header-bytes", "100"],
+            "--header-bytes: expected a number greater than or equal to 1024, got '100'",
+        ),
         ([*BUNDLE, "--max-body", "1000"], "--max-body: expected a number greater than or equal to 1024, got '1000'"),
         ([*BUNDLE, "--capacity", "0"], "--capacity: expected a number greater than or equal to 1, got '0'"),
         ([*BUNDLE, "--timeout", "nan"], "--timeout: expected a finite number, got 'nan'"),
