@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
 from typing import Self
 
@@ -199,7 +199,7 @@ class Admission:
         self.images = images
 
     @contextlib.asynccontextmanager
-    async def reading(self) -> AsyncIterator[None]:
+    async def reading(self) -> AsyncGenerator[None]:
         """Bound the time in which a body arrives, in all and without a byte; report what arrives by ``received``.
 
         Raises:

@@ -232,11 +232,12 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what has arrived."""
-        if self.transport.is_closing():
+        parser = self.parser
+        if parser is None or self.transport.is_closing():
             return
         events = self._events
         try:
-            self.parser.feed_data(data)
+            parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             pass  # answered as if it had not been asked for
         except httptools.HttpParserError:

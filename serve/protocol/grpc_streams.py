@@ -171,7 +171,7 @@ async def read(context: Context, admission: Admission, turn: asyncio.Semaphore) 
     async with admission.reading():
         async with turn:
             body = await context.read()
-        if body is grpc.aio.EOF:
+        if not isinstance(body, bytes):  # the end
             raise RequestError("message: expected one, got none")
         admission.received(len(body))
         return body
