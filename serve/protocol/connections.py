@@ -37,7 +37,7 @@ class HttpServer(uvicorn.Server):
 
     Args:
         app: The application.
-        listener: A bound socket; it listens from ``serve`` on.
+        listener: A bound socket; it listens from now on.
         limits: Of connections, heads and times.
         drain: Seconds that requests in flight have to finish, once ``should_exit`` is set.
         tls: Files of a certificate chain and its key.
@@ -72,6 +72,8 @@ class HttpServer(uvicorn.Server):
         )
         self.limits, self.refused = limits, refused
         self._listener, self._drain = listener, drain
+        listener.listen(BACKLOG)
+        listener.settimeout(0.0)
         self._opening: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
         self._spare: int | None = None
@@ -83,9 +85,7 @@ class HttpServer(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and accept connections."""
-        self._listener.listen(BACKLOG)
-        self._listener.settimeout(0.0)
+        """Accept connections."""
         await super().startup(sockets=sockets or [])
         self._spare = os.open(os.devnull, os.O_RDONLY)
         self._accepting = asyncio.create_task(self._accept())

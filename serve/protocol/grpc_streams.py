@@ -6,7 +6,7 @@ A stream ends with the service, with UNAVAILABLE: an idle one would delay the en
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -170,8 +170,8 @@ async def read(context: Context, admission: Admission, turn: asyncio.Semaphore) 
     """
     async with admission.reading():
         async with turn:
-            body = await context.read()
-        if not isinstance(body, bytes):  # the end
+            body = cast("bytes | object", await context.read())  # its end has another type
+        if not isinstance(body, bytes):
             raise RequestError("message: expected one, got none")
         admission.received(len(body))
         return body
