@@ -39,6 +39,8 @@ from .settings import Settings
 
 _log = logging.getLogger("serve")
 _REFUSING = 0.2  # seconds between the last admitted request and the closing of the sockets
+_SWITCH = 5e-4  # seconds after which a thread that waits for the interpreter gets it; with Python's 5 ms, an event loop
+# that is busy with refusals kept it from the engine, whose rate fell to a third
 _ENDING = 1.0  # seconds for an idle thread to end
 _OTHER_FILES = 512  # open files beside HTTP's connections: gRPC's, the bundle's, threads'
 T = TypeVar("T")
@@ -75,6 +77,7 @@ def run(settings: Settings, build: Callable[[], Parts]) -> int:
     """
     ports = _take_ports(settings)
     parts = build()
+    sys.setswitchinterval(_SWITCH)
     _allow_descriptors(parts.service.door.limits.connections)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_serve(settings, parts, ports))
