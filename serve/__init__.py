@@ -2,13 +2,15 @@
 
 The life of a request, with its files and threads:
 
- 1. A transport (``protocol.http`` or ``protocol.grpc``, in the event loop) decodes the request: ``protocol.codec``
-    turns its bytes, or numbers, into images, and ``protocol.service`` checks them against the ``protocol.model``.
+ 1. A transport (``protocol.http`` behind ``protocol.connections``, or ``protocol.grpc``, in the event loop) asks
+    ``protocol.admission`` for places before it reads a body: beyond the bounds of images or bytes on the way, the
+    request is refused at once (``OverloadedError``) with an estimate of when to try again. Then it decodes the body:
+    ``protocol.codec`` turns its bytes, or numbers, into images, and ``protocol.service`` checks them against the
+    ``protocol.model``; a request that is not expected to be answered by its deadline is refused here.
  2. ``engine.routes.choose_route`` turns the request's ``epsilon`` and ``deadline_ms`` into one of the bundle's routes:
     a certified plan, or the base without caches.
  3. ``Engine.submit`` (the same thread, under the engine's lock) makes a ``Job`` of each image. ``Scheduler.admit``
-    gives all of them slots, or none: beyond the bound the request is refused at once (``OverloadedError``) with an
-    estimate of when to try again. The service gets a future for each image and waits without polling.
+    gives all of them slots, or none. The service gets a future for each image and waits without polling.
  4. The engine's thread (``engine.loop``), woken or back from the last step, asks the ``engine.scheduler`` under the
     lock. Expired jobs are dropped first: their deadline has passed (``DeadlineError``), or their client has left. Then
     ``next_step`` selects the best queue, of a route and a stage, and the bucket that gains most (``engine.policy``),
@@ -43,7 +45,8 @@ Failures:
     shadow jobs, which are reported to the observer as lost; then the thread ends.
 
 So there are two kinds of threads: any number that submit, and one that owns the device. They share the scheduler and
-some counters behind one lock, which is held for microseconds. Lines of the log are written by a thread of their own
-(``logs``), so that whoever reads them cannot stall a request. ``assemble`` puts the parts together from the
+some counters behind one lock, which is held for microseconds. A further thread answers health and metrics on a port of
+their own, whatever the event loop is busy with; another one writes the log's lines (``logs``), so that whoever reads
+them cannot stall a request. ``assemble`` puts the parts together from the
 ``settings``. Importing the engine, the scheduler, its policy and the records needs no JAX.
 """

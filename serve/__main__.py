@@ -15,9 +15,13 @@ def main() -> None:
     """Serve a bundle."""
     settings = parse(None, os.environ)
     logs.configure(settings.log_level, access=settings.access_log)
-    from .assemble import assemble  # noqa: PLC0415 (--help and bad options need no JAX)
 
-    sys.exit(lifecycle.run(settings, assemble(settings)))
+    def build() -> lifecycle.Parts:
+        from .assemble import assemble  # noqa: PLC0415 (neither --help, bad options nor taken ports need JAX)
+
+        return assemble(settings)
+
+    sys.exit(lifecycle.run(settings, build))
 
 
 def run(main: Callable[[], None]) -> None:

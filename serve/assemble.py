@@ -14,6 +14,7 @@ from serve.engine.engine import Engine
 from serve.engine.onnx_runner import OnnxRunner
 from serve.engine.programs import settle
 from serve.engine.runner import JaxRunner
+from serve.protocol.admission import Door, limits_of
 from serve.protocol.model import Bound, Model, Tally
 from serve.protocol.service import Backend, Service
 
@@ -43,7 +44,8 @@ def assemble(settings: Settings) -> Parts:
     sources = (
         adaptive.sources if adaptive else routes.load(bundle, reference=settings.reference, backend=settings.backend)
     )
-    service = Service(_describe(bundle, sources, settings), tally=tally, timeout=settings.timeout)
+    door = Door(limits_of(settings), refused=metrics.refused)
+    service = Service(_describe(bundle, sources, settings), tally=tally, door=door)
 
     def start() -> Backend:
         runner = runner_of(sources, settings.capacity)

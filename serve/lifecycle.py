@@ -1,32 +1,35 @@
 """From the first open socket to the last answer.
 
-1. Sockets open: live returns 200, ready 503, and inference 503.
-2. A thread compiles and warms up every program, and starts the engine. Ready turns 200.
-3. SIGTERM or SIGINT: ready turns 503 first, while requests are still answered, so that balancers look elsewhere.
-4. After ``--grace``, sockets close, requests in flight are finished and the engine stops, all within ``--drain``.
-   A second signal ends the process at once.
+1. Ports are taken, so that one which is not free is reported before the bundle is loaded.
+2. Sockets open: live returns 200, ready 503, and inference 503.
+3. A thread compiles and warms up every program, and starts the engine. Ready turns 200.
+4. SIGTERM or SIGINT: ready turns 503 first, while requests are still answered, so that balancers look elsewhere.
+5. After ``--grace``, sockets close, requests in flight are finished and the engine stops, all within ``--drain``.
+   Bodies that are not here by then get 503. A second signal ends the process at once.
+
+Health and metrics have a port and a thread of their own besides, from the second step until the process ends.
 """
 
 import asyncio
 import concurrent.futures
-import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import grpc
 import grpc.aio
-import uvicorn
 
 from gati_jax import InputError
+from serve.protocol.connections import HttpServer
 from serve.protocol.grpc import create_server
 from serve.protocol.http import create_app
 from serve.protocol.service import Backend, Service
@@ -36,7 +39,11 @@ from .settings import Settings
 
 _log = logging.getLogger("serve")
 _REFUSING = 0.2  # seconds between the last admitted request and the closing of the sockets
+_SWITCH = 5e-4  # seconds after which a thread that waits for the interpreter gets it; with Python's 5 ms, an event loop
+# that is busy with refusals kept it from the engine, whose rate fell to a third
 _ENDING = 1.0  # seconds for an idle thread to end
+_OTHER_FILES = 512  # open files beside HTTP's connections: gRPC's, the bundle's, threads'
+T = TypeVar("T")
 
 try:  # half the time of asyncio's own event loop
     from uvloop import new_event_loop
@@ -54,51 +61,50 @@ class Parts:
     """Compile, warm up and start the engine; takes minutes, so it runs in a thread of its own."""
 
 
-def run(settings: Settings, parts: Parts) -> int:
-    """Serve until a signal comes; return the exit code.
+class Ports(NamedTuple):
+    """Sockets that are bound and do not listen; gRPC, which opens its own, takes the place of its one."""
+
+    http: socket.socket
+    grpc: socket.socket | None
+    admin: socket.socket
+
+
+def run(settings: Settings, build: Callable[[], Parts]) -> int:
+    """Load the service by ``build``, and serve it until a signal comes; return the exit code.
 
     Raises:
-        InputError: A port is not available.
+        InputError: A port is not available, or ``build`` raises it.
     """
+    ports = _take_ports(settings)
+    parts = build()
+    sys.setswitchinterval(_SWITCH)
+    _allow_descriptors(parts.service.door.limits.connections)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(_serve(settings, parts))
+        return runner.run(_serve(settings, parts, ports))
 
 
-class _HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers, which would close the sockets at once."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None]:
-        """Leave signals to ``_on_signals``."""
-        yield
-
-
-async def _serve(settings: Settings, parts: Parts) -> int:
+async def _serve(settings: Settings, parts: Parts, ports: Ports) -> int:
     stop = _on_signals()
-    listener = _listen(settings, settings.http_port, "--http-port")
-    app = create_app(parts.service, parts.metrics, limit=settings.max_body, token=settings.token)
-    http = _HttpServer(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=math.ceil(settings.drain),
-            ssl_certfile=settings.tls_cert,
-            ssl_keyfile=settings.tls_key,
+    limits, tls = parts.service.door.limits, _tls_files(settings)
+    http, admin = (
+        HttpServer(
+            create_app(parts.service, parts.metrics, token=settings.token, admin=listener is ports.admin),
+            listener,
+            limits,
+            drain=settings.drain,
+            tls=tls,
+            refused=parts.metrics.refused,
         )
+        for listener in (ports.http, ports.admin)
     )
-    rpc = create_server(parts.service, parts.metrics, limit=settings.max_body, token=settings.token)
-    grpc_port = _bind(rpc, settings)
+    rpc = create_server(parts.service, parts.metrics, token=settings.token)
+    grpc_port = _bind(rpc, settings, ports)
     await rpc.start()
-    serving = asyncio.create_task(http.serve(sockets=[listener]))
-    _announce(settings, listener.getsockname()[1], grpc_port)
+    _in_thread(lambda: asyncio.run(admin.serve()), "admin")
+    serving = asyncio.create_task(http.serve())
+    _announce(settings, ports, grpc_port)
     stopping = asyncio.create_task(stop.wait())
-    warming = _in_thread(parts.start)
+    warming = _in_thread(parts.start, "warm-up")
     await asyncio.wait({warming, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
         serving.result()  # raises why it did not start
@@ -115,24 +121,12 @@ async def _serve(settings: Settings, parts: Parts) -> int:
     await asyncio.sleep(_REFUSING)
     until = time.monotonic() + settings.drain
     http.should_exit = True
-    hanging_up = asyncio.create_task(_hang_up(http))
     await asyncio.gather(serving, rpc.stop(settings.drain))
-    hanging_up.cancel()
     finished = await asyncio.to_thread(backend.engine.stop, max(_ENDING, until - time.monotonic()))
     if not finished:
         _leave(1, "stopped before all admitted requests were answered")
     _log.info("stopped")
     return 0
-
-
-async def _hang_up(http: _HttpServer) -> None:
-    """Abort idle connections: over TLS, closing them would wait for the client."""
-    while True:
-        await asyncio.sleep(_REFUSING)
-        for connection in list(http.server_state.connections):
-            cycle = getattr(connection, "cycle", None)
-            if cycle is None or cycle.response_complete:
-                connection.transport.abort()
 
 
 def _on_signals() -> asyncio.Event:
@@ -160,9 +154,9 @@ def _leave(code: int, message: str) -> None:
     os._exit(code)
 
 
-def _in_thread(work: Callable[[], Backend]) -> asyncio.Future[Backend]:
+def _in_thread(work: Callable[[], T], name: str) -> asyncio.Future[T]:
     """Run something in a daemon thread, for which the process does not wait when it exits."""
-    done: concurrent.futures.Future[Backend] = concurrent.futures.Future()
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def body() -> None:
         try:
@@ -170,23 +164,31 @@ def _in_thread(work: Callable[[], Backend]) -> asyncio.Future[Backend]:
         except Exception as error:  # noqa: BLE001 (raised where it is awaited)
             done.set_exception(error)
 
-    threading.Thread(target=body, name="warm-up", daemon=True).start()
+    threading.Thread(target=body, name=name, daemon=True).start()
     return asyncio.wrap_future(done)
 
 
-def _listen(settings: Settings, port: int, option: str) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server((settings.host, port), family=family, backlog=2048)
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"{option}: cannot listen at {settings.host} port {port}: {error}") from None
+def _take_ports(settings: Settings) -> Ports:
+    def take(name: str) -> socket.socket:
+        port = getattr(settings, f"{name}_port")
+        taken = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+        try:
+            if os.name == "posix":  # elsewhere two servers could share a port by it
+                taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind((settings.host, port))
+        except (OSError, UnicodeError) as error:
+            taken.close()
+            raise InputError(f"--{name}-port: cannot listen at {settings.host} port {port}: {error}") from None
+        return taken
+
+    return Ports(take("http"), take("grpc") if settings.grpc_port else None, take("admin"))
 
 
-def _bind(server: grpc.aio.Server, settings: Settings) -> int:
+def _bind(server: grpc.aio.Server, settings: Settings, ports: Ports) -> int:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"{host}:{settings.grpc_port}"
-    if settings.grpc_port:
-        _listen(settings, settings.grpc_port, "--grpc-port").close()  # grpc would log pages about a taken port
+    if ports.grpc is not None:
+        ports.grpc.close()
     try:
         if settings.tls_cert is None or settings.tls_key is None:
             return server.add_insecure_port(address)
@@ -196,10 +198,30 @@ def _bind(server: grpc.aio.Server, settings: Settings) -> int:
         raise InputError(f"--grpc-port: cannot listen at {address}") from None
 
 
-def _announce(settings: Settings, http_port: int, grpc_port: int) -> None:
+def _tls_files(settings: Settings) -> tuple[Path, Path] | None:
+    return None if settings.tls_cert is None or settings.tls_key is None else (settings.tls_cert, settings.tls_key)
+
+
+def _allow_descriptors(connections: int) -> None:
+    """Raise the process's limit of open files, where that is needed and allowed."""
+    try:
+        import resource  # noqa: PLC0415 (there is none for Windows)
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _OTHER_FILES
+    if hard == resource.RLIM_INFINITY or hard >= wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    else:
+        _log.warning("only %d files may be open, too few for --connections %d", hard, connections)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _announce(settings: Settings, ports: Ports, grpc_port: int) -> None:
     scheme = "http" if settings.tls_cert is None else "https"
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    where = {"http": f"{scheme}://{host}:{http_port}", "grpc": f"{host}:{grpc_port}"}
+    http, admin = (f"{scheme}://{host}:{port.getsockname()[1]}" for port in (ports.http, ports.admin))
+    where = {"http": http, "grpc": f"{host}:{grpc_port}", "admin": admin}
     _log.info("listening", extra=where)
     if settings.json_output:
         sys.stdout.write(json.dumps(where) + "\n")

@@ -38,7 +38,9 @@ from serve.protocol.model import Tally
 from serve.protocol.service import Service
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-REASONS = ("overloaded", "stopping", "too_large", "deadline", "unknown_path", *messages.REASONS.values())
+DOOR = ("memory", "late", "head", "slow", "connections", "descriptors")
+"""Why the door refuses, besides: bytes of bodies, a deadline that cannot be met; connections and requests' heads."""
+REASONS = ("overloaded", "stopping", "too_large", "deadline", "unknown_path", *messages.REASONS.values(), *DOOR)
 """Why requests are refused: four by the engine (too_large are more images than it ever admits), others before it."""
 _SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 _SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)

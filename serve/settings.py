@@ -5,6 +5,7 @@ Only the token is no flag: it comes from the environment, where ``ps`` does not 
 
 import argparse
 import ipaddress
+import itertools
 import re
 import ssl
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,7 @@ def _rename_layers(layers: Any) -> Any:  # noqa: ANN401 (checked by the validato
 Name = Annotated[str, AfterValidator(_check_name)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(ge=0, le=86400)]
+Patience = Annotated[float, Field(ge=0.1, le=86400)]
 Layers = Annotated[tuple[Literal["nearest", "exact", "refit"], ...], BeforeValidator(_rename_layers)]
 
 
@@ -58,7 +60,16 @@ class Settings(BaseModel):
     )
     http_port: Port = Field(default=8000, description="0 takes a free one")
     grpc_port: Port = Field(default=8001, description="0 takes a free one")
+    admin_port: Port = Field(
+        default=8002, description="health and metrics alone, in a thread of their own; 0 takes a free one"
+    )
     max_body: int = Field(default=32 * 2**20, ge=1024, le=2**31 - 1, description="bytes of the largest request")
+    max_bodies: int = Field(
+        default=256 * 2**20,
+        ge=1024,
+        le=2**40,
+        description="bytes of bodies in memory, of all requests; more are refused (429)",
+    )
     capacity: int = Field(
         default=256,
         ge=1,
@@ -68,11 +79,39 @@ class Settings(BaseModel):
     max_wait_ms: Seconds = Field(
         default=2.0, description="age that counts as much as the whole gain of a step; 0 is first come, first served"
     )
-    timeout: Seconds = Field(default=60.0, description="seconds that a request may take, and its body to arrive")
+    timeout: Seconds = Field(
+        default=60.0, description="seconds that a request may take, from its first byte; its body must be there by then"
+    )
+    idle_timeout: Patience = Field(default=10.0, description="seconds without a byte after which a body is given up")
+    header_bytes: int = Field(
+        default=32 * 2**10,
+        ge=1024,
+        le=2**20,
+        description="bytes of a request's path and headers, or of gRPC's metadata",
+    )
+    header_count: int = Field(default=100, ge=10, le=10_000, description="headers of a request")
+    header_timeout: Patience = Field(
+        default=10.0, description="seconds from a request's first byte to its last header, and of a TLS handshake"
+    )
+    keep_alive: Patience = Field(
+        default=75.0, description="seconds that a connection may be idle; longer than a load balancer keeps it"
+    )
+    connections: int = Field(
+        default=1024, ge=1, le=2**16, description="HTTP connections at once; further ones are closed"
+    )
+    grpc_streams: int = Field(
+        default=1024,
+        ge=1,
+        le=2**16,
+        description="requests at once on a gRPC connection; further ones wait in the client",
+    )
     grace: Seconds = Field(
         default=2.0, description="seconds from SIGTERM, when readiness turns 503, to the closing of the sockets"
     )
-    drain: Seconds = Field(default=30.0, description="seconds, after that, to finish the requests in flight")
+    drain: Seconds = Field(
+        default=20.0,
+        description="seconds, after that, to finish the requests in flight; Kubernetes kills 30 s after SIGTERM",
+    )
     tls_cert: Path | None = Field(default=None, description="certificate chain, in PEM; together with --tls-key")
     tls_key: Path | None = Field(default=None, description="its private key")
     token: str | None = Field(default=None, repr=False)
@@ -103,8 +142,15 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if self.http_port == self.grpc_port != 0:
-            raise InputError(f"--grpc-port: expected another port than --http-port's, got {self.grpc_port} for both")
+        for one, other in itertools.combinations(("http_port", "grpc_port", "admin_port"), 2):
+            if (port := getattr(self, one)) == getattr(self, other) != 0:
+                raise InputError(f"{_flag(other)}: expected another port than {_flag(one)}'s, got {port} for both")
+        if self.max_bodies < self.max_body:
+            raise InputError(f"--max-bodies: expected --max-body ({self.max_body}) at least, got {self.max_bodies}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise InputError("--tls-cert: expected together with --tls-key, got one of them")
         if self.tls_cert is not None and self.tls_key is not None:

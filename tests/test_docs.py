@@ -98,7 +98,7 @@ def drawn(random: np.random.Generator, shapes: Any) -> Any:
 def server(clone) -> Iterator[str]:
     """The HTTP address of `make serve` on that bundle."""
     bundle = str(clone / "runs/digits/caches/bundle")
-    ports = ["--http-port", "0", "--grpc-port", "0", "--grace", "0", "--json"]
+    ports = ["--http-port", "0", "--grpc-port", "0", "--admin-port", "0", "--grace", "0", "--json"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "serve", "--bundle", bundle, *ports]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as process:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Shaped
 
+from gati_jax.errors import printable
+
 from .messages import (
     EncodingError,
     Given,
@@ -109,7 +111,7 @@ def outputs_of(request: Request, model: Model) -> dict[str, bool]:
     """
     default = request.parameters.get("binary_data_output", request.binary)
     if not isinstance(default, bool):
-        raise RequestError(f"parameters.binary_data_output: expected true or false, got {default!r}")
+        raise RequestError(f"parameters.binary_data_output: expected true or false, got {printable(repr(default))}")
     requested: dict[str, bool] = {}
     for i, (name, parameters) in enumerate(request.outputs):
         if name not in model.outputs or name in requested:
@@ -120,7 +122,8 @@ def outputs_of(request: Request, model: Model) -> dict[str, bool]:
             raise RequestError(f"outputs[{i}].parameters: expected binary_data alone, got {min(unknown)[:100]!r}")
         binary = parameters.get("binary_data", default)
         if not isinstance(binary, bool):
-            raise RequestError(f"outputs[{i}].parameters.binary_data: expected true or false, got {binary!r}")
+            got = printable(repr(binary))
+            raise RequestError(f"outputs[{i}].parameters.binary_data: expected true or false, got {got}")
         requested[name] = binary
     return requested or dict.fromkeys(model.outputs, default)
 
@@ -293,7 +296,9 @@ def to_array(tensor: Incoming) -> Shaped[np.ndarray, "..."]:
         RequestError: The datatype is none of ``DTYPES``, or the data is not of this shape or type, or not finite.
     """
     if tensor.datatype not in DTYPES:
-        raise RequestError(f"{tensor.field}.datatype: expected one of {', '.join(DTYPES)}, got {tensor.datatype!r}")
+        raise RequestError(
+            f"{tensor.field}.datatype: expected one of {', '.join(DTYPES)}, got {tensor.datatype[:100]!r}"
+        )
     if any(size < 0 for size in tensor.shape):
         raise RequestError(f"{tensor.field}.shape: expected no negative sizes, got {list(tensor.shape)}")
     array = _from_numbers(tensor) if tensor.raw is None else _from_bytes(tensor, tensor.raw)

@@ -19,8 +19,19 @@ from serve.metrics import Metrics
 from . import grpc_streams as streams
 from . import health_pb2
 from . import inference_pb2 as pb
+from .admission import Admission
 from .codec import MOST_NUMBERS, Incoming, Request, size_of, to_bytes
-from .messages import REASONS, Parameter, Parameters, Refusal, RequestError, UnauthorizedError, refusal
+from .messages import (
+    MOST_DIMENSIONS,
+    MOST_ID,
+    REASONS,
+    Parameter,
+    Parameters,
+    Refusal,
+    RequestError,
+    UnauthorizedError,
+    refusal,
+)
 from .service import Response, Service, check_token
 
 HEALTH = ("ServerLive", "ServerReady")
@@ -28,6 +39,7 @@ _SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 _CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     500: grpc.StatusCode.INTERNAL,
@@ -41,28 +53,33 @@ _arrived: contextvars.ContextVar[float] = contextvars.ContextVar("arrived")
 Context = grpc.aio.ServicerContext[bytes, Message]
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
-Method = Callable[[Any, Context], Awaitable[Message]]
+Method = Callable[[Any, Context, Admission], Awaitable[Message]]
 
 
-def create_server(service: Service, metrics: Metrics, *, limit: int, token: str | None = None) -> grpc.aio.Server:
+def create_server(service: Service, metrics: Metrics, *, token: str | None = None) -> grpc.aio.Server:
     """Return the gRPC side of a service, without a port.
 
     See ``serve.protocol.http.create_app`` for the arguments; the token comes as the metadata ``authorization``.
     """
+    limits = service.door.limits
     server = grpc.aio.server(
         interceptors=(_Clock(),),
         options=(
             ("grpc.so_reuseport", 0),  # otherwise a second server on the same port silently takes half of the requests
-            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_receive_message_length", limits.max_body),
             ("grpc.max_send_message_length", -1),
+            ("grpc.max_concurrent_streams", limits.grpc_streams),
+            ("grpc.max_metadata_size", limits.header_bytes),
+            ("grpc.absolute_max_metadata_size", limits.header_bytes),
         ),
     )
     methods = _methods(service)
-    # Messages are parsed by the method: here, a message that cannot be parsed would be an internal error.
-    unary, stream = grpc.unary_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
+    # Clients see unary methods. As a stream's, a message is read by the method, once the token was checked and the
+    # request admitted. It is parsed there, too: here, a message that cannot be parsed would be an internal error.
+    unary, stream = grpc.stream_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
     handlers = {
         name: unary(
-            _guard(name, getattr(pb, f"{name}Request"), method, metrics, None if name in HEALTH else token),
+            _guard(name, getattr(pb, f"{name}Request"), method, service, metrics, None if name in HEALTH else token),
             response_serializer=_serialize,
         )
         for name, method in methods.items()
@@ -72,11 +89,16 @@ def create_server(service: Service, metrics: Metrics, *, limit: int, token: str 
         await _begin_stream(context, metrics, token)
 
     async def answer(body: bytes, context: Context) -> Message:
-        _arrived.set(time.perf_counter())
-        work = _work(methods["ModelInfer"], pb.ModelInferRequest, body, context)
-        return streams.to_part(await _attempt(work, "ModelStreamInfer", context, metrics), body)
+        _arrived.set(time.monotonic())
 
-    async def check(request: health_pb2.HealthCheckRequest, _: Context) -> Message:
+        async def work() -> Message:
+            with service.admit() as admission:
+                admission.received(len(body))
+                return await methods["ModelInfer"](_parse(pb.ModelInferRequest, body), context, admission)
+
+        return streams.to_part(await _attempt(work(), "ModelStreamInfer", context, metrics), body)
+
+    async def check(request: health_pb2.HealthCheckRequest, _: Context, __: Admission) -> Message:
         return streams.check(service, request)
 
     reflect = stream(streams.reflect(service, begin), response_serializer=_serialize)
@@ -85,10 +107,10 @@ def create_server(service: Service, metrics: Metrics, *, limit: int, token: str 
         | {"ModelStreamInfer": stream(streams.infer(service, begin, answer), response_serializer=_serialize)},
         streams.HEALTH: {
             "Check": unary(
-                _guard("HealthCheck", health_pb2.HealthCheckRequest, check, metrics, None),
+                _guard("HealthCheck", health_pb2.HealthCheckRequest, check, service, metrics, None),
                 response_serializer=_serialize,
             ),
-            "Watch": grpc.unary_stream_rpc_method_handler(streams.watch(service), response_serializer=_serialize),
+            "Watch": stream(streams.watch(service), response_serializer=_serialize),
         },
         **{name: {"ServerReflectionInfo": reflect} for name in streams.REFLECTION},
     }
@@ -111,7 +133,7 @@ class _Clock(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
         """Pass on a call."""
-        _arrived.set(time.perf_counter())
+        _arrived.set(time.monotonic())
         return await continuation(handler_call_details)
 
 
@@ -119,12 +141,13 @@ def _methods(service: Service) -> dict[str, Method]:
     """Return what answers each method of the protocol; JSON's replies have the fields of gRPC's messages."""
     model = service.model
 
-    async def infer(request: pb.ModelInferRequest, context: Context) -> Message:
+    async def infer(request: pb.ModelInferRequest, context: Context, admission: Admission) -> Message:
         # If the client leaves, grpc cancels this coroutine, and the service abandons the images.
         model.check(request.model_name, request.model_version)
         remaining, request_id = context.time_remaining(), logs.request_id.get()
         decoded = decode(request, model.most_numbers)
-        return encode(await service.infer(decoded, remaining=remaining, request_id=request_id))
+        answering = service.infer(decoded, admission=admission, remaining=remaining, request_id=request_id)
+        return encode(await answering)
 
     def model_ready(request: pb.ModelReadyRequest) -> dict[str, Any]:
         model.check(request.name, request.version)
@@ -143,7 +166,7 @@ def _methods(service: Service) -> dict[str, Method]:
 
 
 def _replying(reply: Callable[[Any], dict[str, Any]], name: str) -> Method:
-    async def method(request: Message, _: Context) -> Message:
+    async def method(request: Message, _: Context, __: Admission) -> Message:
         message = getattr(pb, f"{name}Response")()
         return json_format.ParseDict(reply(request), message, ignore_unknown_fields=True)
 
@@ -156,6 +179,8 @@ def decode(message: pb.ModelInferRequest, most_numbers: int = MOST_NUMBERS) -> R
     Raises:
         RequestError: Its parts do not fit together.
     """
+    if len(message.id) > MOST_ID:
+        raise RequestError(f"id: expected at most {MOST_ID} characters, got {len(message.id)}")
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
         raise RequestError(
@@ -164,6 +189,8 @@ def decode(message: pb.ModelInferRequest, most_numbers: int = MOST_NUMBERS) -> R
     inputs = []
     for i, tensor in enumerate(message.inputs):
         field, shape = f"inputs[{i}]", tuple(tensor.shape)
+        if len(shape) > MOST_DIMENSIONS:
+            raise RequestError(f"{field}.shape: expected at most {MOST_DIMENSIONS} dimensions, got {len(shape)}")
         if raw and tensor.HasField("contents"):
             raise RequestError(f"{field}.contents: expected nothing beside raw_input_contents")
         size = size_of(field, _parameters(f"{field}.parameters", tensor.parameters))
@@ -216,13 +243,20 @@ def _parameters(field: str, given: Mapping[str, pb.InferParameter]) -> Parameter
 
 
 def _guard(
-    name: str, kind: type[Message], method: Method, metrics: Metrics, token: str | None
-) -> Callable[[bytes, Context], Awaitable[Message]]:
-    """Wrap a method: token, request id, counts, and errors as status codes."""
+    name: str, kind: type[Message], method: Method, service: Service, metrics: Metrics, token: str | None
+) -> Callable[[object, Context], Awaitable[Message]]:
+    """Wrap a method: token, admission, request id, counts, and errors as status codes."""
+    door = service.door
 
-    async def call(body: bytes, context: Context) -> Message:
+    async def work(context: Context) -> Message:
+        check_token(token, _metadata(context).get("authorization"))
+        with service.admit() if kind is pb.ModelInferRequest else door.enter(images=0) as admission:
+            body = await streams.read(context, admission, door.messages)
+            return await method(_parse(kind, body), context, admission)
+
+    async def call(_: object, context: Context) -> Message:
         request_id = _begin(context)
-        reply = await _attempt(_work(method, kind, body, context, token), name, context, metrics)
+        reply = await _attempt(work(context), name, context, metrics)
         if isinstance(reply, Refusal):
             await _abort(context, reply, request_id)
         context.set_trailing_metadata((("x-request-id", request_id),))
@@ -239,16 +273,9 @@ async def _begin_stream(context: Context, metrics: Metrics, token: str | None) -
         check_token(token, _metadata(context).get("authorization"))
     except UnauthorizedError as error:
         refused = refusal(error)
-        metrics.request("grpc", "stream", refused.status, time.perf_counter() - _arrived.get())
+        metrics.request("grpc", "stream", refused.status, time.monotonic() - _arrived.get())
         metrics.refused(REASONS[UnauthorizedError])
         await _abort(context, refused, request_id)
-
-
-async def _work(
-    method: Method, kind: type[Message], body: bytes, context: Context, token: str | None = None
-) -> Message:
-    check_token(token, _metadata(context).get("authorization"))
-    return await method(_parse(kind, body), context)
 
 
 async def _attempt(work: Awaitable[T], name: str, context: Context, metrics: Metrics) -> T | Refusal:
@@ -265,7 +292,7 @@ async def _attempt(work: Awaitable[T], name: str, context: Context, metrics: Met
         else:
             status = 200
         finally:
-            seconds = time.perf_counter() - _arrived.get()
+            seconds = time.monotonic() - _arrived.get()
             metrics.request("grpc", name, status, seconds)
             if reason:
                 metrics.refused(reason)

@@ -6,15 +6,18 @@ A stream ends with the service, with UNAVAILABLE: an idle one would delay the en
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
+from serve.engine.records import ServeError
+
 from . import health_pb2, reflection_pb2
 from . import inference_pb2 as pb
-from .messages import Refusal, UnknownModelError
+from .admission import Admission
+from .messages import Refusal, RequestError, UnknownModelError
 from .service import Service
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -95,10 +98,13 @@ def check(service: Service, request: health_pb2.HealthCheckRequest) -> Message:
     return health_pb2.HealthCheckResponse(status=status)
 
 
-def watch(service: Service) -> Callable[[bytes, Context], AsyncIterator[Message]]:
+def watch(service: Service) -> Stream:
     """Return Watch, which says when a service's health changes."""
 
-    async def call(body: bytes, context: Context) -> AsyncIterator[Message]:
+    async def call(_: object, context: Context) -> AsyncIterator[Message]:
+        body = b"?" * (_LONGEST + 1)
+        with contextlib.suppress(ServeError), service.door.enter(images=0) as admission:
+            body = await read(context, admission, service.door.messages)
         request, last = await _parse(health_pb2.HealthCheckRequest, body, context), None
         while not service.closed:
             if (status := _status(service, request)) != last:
@@ -152,6 +158,23 @@ def _declares(file: Any, symbol: str) -> bool:  # noqa: ANN401 (a FileDescriptor
     if service in _SERVICES:
         return any(method in one.methods_by_name for one in file.services_by_name.values() if one.full_name == service)
     return file.pool.FindFileContainingSymbol(symbol) is not None
+
+
+async def read(context: Context, admission: Admission, turn: asyncio.Semaphore) -> bytes:
+    """Read the one message of a call.
+
+    Its length is not announced, so it counts once it is here; until then, ``turn`` bounds how many there are.
+
+    Raises:
+        ServeError: It came too slowly, there is none, or its bytes are too many.
+    """
+    async with admission.reading():
+        async with turn:
+            body = cast("bytes | object", await context.read())  # its end has another type
+        if not isinstance(body, bytes):
+            raise RequestError("message: expected one, got none")
+        admission.received(len(body))
+        return body
 
 
 async def _parse(kind: type[Any], body: bytes, context: Context) -> Any:  # noqa: ANN401

@@ -21,7 +21,8 @@ from serve.engine.records import ServeError
 from serve.metrics import Metrics, negotiate
 
 from . import codec, messages, page
-from .messages import EncodingError, SlowBodyError, TooLargeError, UnauthorizedError, refusal
+from .admission import Admission
+from .messages import EncodingError, StoppingError, UnauthorizedError, refusal
 from .service import Service, check_token
 
 HEALTH = ("/v2/health/live", "/v2/health/ready")
@@ -60,38 +61,45 @@ _BODY = {
 }
 
 
-def create_app(service: Service, metrics: Metrics, *, limit: int, token: str | None = None) -> ASGIApp:
+def create_app(service: Service, metrics: Metrics, *, token: str | None = None, admin: bool = False) -> ASGIApp:
     """Return the HTTP side of a service.
 
     Args:
         service: Answers the requests.
         metrics: Counts them, and is shown at /metrics.
-        limit: The most bytes of a body.
+        admin: Whether to leave out all but health and metrics, for a listener of their own.
         token: The bearer token that clients must send on all paths but health; None for no check.
     """
     app = FastAPI(
         title="GATI-JAX",
         version=__version__,
         description=_DESCRIPTION,
+        openapi_url=None if admin else "/openapi.json",
         docs_url=None,  # FastAPI's pages load scripts from another host
         redoc_url=None,
         redirect_slashes=False,  # a redirect would be to the host that the client's Host header names
     )
     app.openapi = lambda: _describe(app)  # as FastAPI's documentation extends it
-    handlers = _Handlers(service, metrics, limit)
-    for where, endpoint, codes in (
-        ("/v2", handlers.server, ()),
-        (HEALTH[0], handlers.live, ()),
-        (HEALTH[1], handlers.ready, (503,)),
-        ("/v2/models/stats", handlers.all_statistics, ()),
-    ):
-        app.get(where, responses=_errors(*codes))(endpoint)
+    handlers = _Handlers(service, metrics)
+    app.get(HEALTH[0])(handlers.live)
+    app.get(HEALTH[1], responses=_errors(503))(handlers.ready)
     app.get("/metrics", response_class=Response)(handlers.metrics)
+    for kind in (ServeError, HTTPException, Exception):
+        app.add_exception_handler(kind, _on_error)
+    if not admin:
+        _add_models(app, handlers)
+    return _Guard(app, service, metrics, token, admits=not admin)
+
+
+def _add_models(app: FastAPI, handlers: "_Handlers") -> None:
+    """Add the routes of the server's and the models' descriptions, and of inference."""
 
     async def docs() -> HTMLResponse:
         return HTMLResponse(page.render(app.openapi()), headers=page.HEADERS)
 
     app.get("/docs", include_in_schema=False)(docs)
+    app.get("/v2")(handlers.server)
+    app.get("/v2/models/stats")(handlers.all_statistics)
     for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         path = {
             "parameters": [
@@ -114,16 +122,13 @@ def create_app(service: Service, metrics: Metrics, *, limit: int, token: str | N
             responses={200: {"model": messages.InferenceResponse}}
             | _errors(400, 404, 408, 413, 415, 429, 500, 503, 504),
         )(handlers.infer)
-    for kind in (ServeError, HTTPException, Exception):
-        app.add_exception_handler(kind, _on_error)
-    return _Guard(app, service, metrics, token)
 
 
 class _Handlers:
     """One coroutine a route."""
 
-    def __init__(self, service: Service, metrics: Metrics, limit: int) -> None:
-        self._service, self._metrics, self._limit = service, metrics, limit
+    def __init__(self, service: Service, metrics: Metrics) -> None:
+        self._service, self._metrics = service, metrics
 
     async def live(self) -> messages.Live:
         """Return whether the process answers."""
@@ -173,7 +178,9 @@ class _Handlers:
             self._service.model.check(model, version)
             most, header = self._service.model.most_numbers, request.headers.get(codec.HEADER_LENGTH)
             decoded = codec.decode(body, header, model=model, version=version, most_numbers=most)
-            answering = self._service.infer(decoded, request_id=logs.request_id.get())
+            answering = self._service.infer(
+                decoded, admission=request.state.admission, request_id=logs.request_id.get()
+            )
             answer = await _while_connected(request.receive, answering)
         except ClientDisconnect:
             return Response(status_code=_GONE)
@@ -186,24 +193,22 @@ class _Handlers:
         return Response(body, media_type="application/octet-stream", headers={codec.HEADER_LENGTH: str(json_bytes)})
 
     async def _read(self, request: Request) -> bytes:
-        """Read a body; one that is too large is refused before it is read, if its length is announced."""
-        length, encoding = (request.headers.get(name, "") for name in ("content-length", "content-encoding"))
+        """Read a body, which has been admitted already."""
+        encoding, chunks = request.headers.get("content-encoding", ""), []
         codec.check_encoding(encoding)
-        if length.isdecimal() and int(length[:20]) > self._limit:
-            raise TooLargeError(f"Content-Length: expected at most {self._limit} bytes, got {length[:20]}")
-        seconds, chunks, size = self._service.timeout, [], 0
-        try:
-            async with asyncio.timeout(seconds):
-                async for chunk in request.stream():
-                    if (size := size + len(chunk)) > self._limit:
-                        raise TooLargeError(f"body: expected at most {self._limit} bytes, got more")
-                    if chunk:  # starlette ends with an empty one
-                        chunks.append(chunk)
-        except TimeoutError:
-            raise SlowBodyError(f"body: expected all of it within {seconds:g} s") from None
+        admission: Admission = request.state.admission
+        async with admission.reading():
+            async for chunk in request.stream():
+                admission.received(len(chunk))
+                if chunk:  # starlette ends with an empty one
+                    chunks.append(chunk)
         body = b"".join(chunks)  # no copy of a single one
+        if encoding.strip().lower() in {"", "identity"}:
+            return body
+        most = self._service.door.limits.max_body
+        admission.expand(most)
         # In a thread: a small body may take as long as the largest one.
-        return await asyncio.to_thread(codec.inflate, body, encoding, self._limit) if encoding else body
+        return await asyncio.to_thread(codec.inflate, body, encoding, most)
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -257,14 +262,14 @@ def _describe(app: FastAPI) -> dict[str, Any]:
 
 
 class _Guard:
-    """The application, with request ids, tokens, counts and logs around it.
+    """The application, with request ids, tokens, admission, counts and logs around it.
 
     While the service is draining, connections are closed after each response: a client that sends a request on one
     while it is being closed would get no answer.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, metrics: Metrics, token: str | None) -> None:
-        self._app, self._service, self._metrics, self._token = app, service, metrics, token
+    def __init__(self, app: ASGIApp, service: Service, metrics: Metrics, token: str | None, *, admits: bool) -> None:
+        self._app, self._service, self._metrics, self._token, self._admits = app, service, metrics, token, admits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on a request."""
@@ -274,7 +279,7 @@ class _Guard:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         given = (headers.get(name, b"").decode("latin-1") for name in (b"x-request-id", b"traceparent"))
         request_id = logs.begin(*given)
-        status, size, started = 500, 0, time.perf_counter()
+        status, size, started = 0, 0, scope.get("state", {}).get("arrived", time.monotonic())
 
         async def respond(message: Message) -> None:
             nonlocal status, size
@@ -288,20 +293,37 @@ class _Guard:
         routed = _as_routed(scope)
         with self._metrics.in_flight("http").track_inprogress():
             try:
-                if routed["path"] not in HEALTH:
-                    check_token(self._token, headers.get(b"authorization", b"").decode("latin-1"))
-                await self._app(routed, receive, respond)
-            except UnauthorizedError as error:
-                routed[_REASON] = messages.REASONS[UnauthorizedError]
-                await _explain(error, {"www-authenticate": "Bearer"})(routed, receive, respond)
+                await self._admit(routed, headers, receive, respond)
+            except ServeError as error:  # before the application has begun
+                routed[_REASON] = messages.REASONS.get(type(error))
+                more = {"www-authenticate": "Bearer"} if isinstance(error, UnauthorizedError) else {}
+                await _explain(error, more)(routed, receive, respond)
+            except asyncio.CancelledError:  # by the server: the time for requests in flight is over
+                if status:
+                    raise
+                await _explain(StoppingError("stopping: no time is left for this request"))(routed, receive, respond)
             except Exception:  # noqa: BLE001 (logged; the application has sent a 500 before it raised)
                 _log.exception("a request failed", extra={"path": scope["path"][:_PATH]})
             finally:
-                self._count(scope, routed, status, size, time.perf_counter() - started)
+                self._count(scope, routed, status or 500, size, time.monotonic() - started)
+
+    async def _admit(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        """Pass on a request that may pass: by its token, and if it is for inference, once there is place for it."""
+        if scope["path"] not in HEALTH:
+            check_token(self._token, headers.get(b"authorization", b"").decode("latin-1"))
+        if scope["method"] != "POST" or not self._admits:
+            await self._app(scope, receive, send)
+            return
+        state, length = scope.setdefault("state", {}), headers.get(b"content-length", b"")
+        size = int(length[:20]) if length.isdigit() else 0
+        with self._service.admit(arrived=state.get("arrived"), size=size) as admission:
+            state["admission"] = admission
+            await self._app(scope, receive, send)
 
     def _count(self, scope: Scope, routed: Scope, status: int, size: int, seconds: float) -> None:
         """Count a request that has ended, and log it if that is asked for."""
-        self._metrics.request("http", getattr(routed.get("endpoint"), "__name__", "none"), status, seconds)
+        unrouted = "infer" if routed["path"].endswith("/infer") else "none"
+        self._metrics.request("http", getattr(routed.get("endpoint"), "__name__", unrouted), status, seconds)
         if reason := routed.get(_REASON):
             self._metrics.refused(reason)
         if _access.isEnabledFor(logging.INFO):

@@ -8,12 +8,16 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from gati_jax.errors import printable
 from serve.engine.records import DeadlineError, OverloadedError, ServeError, StepError, StoppingError
 
 Parameter = bool | int | float | str
 Parameters = dict[str, Parameter]
 Given = dict[str, Parameter | None] | None
 """Parameters as clients write them: null for none, and for those that they leave out."""
+MOST_DIMENSIONS = 8  # of a tensor
+MOST_ID = 200  # characters of a request's id
+_MOST_MESSAGE = 1000  # characters of an error; the values in it are cut at 200
 
 
 class _Message(BaseModel):
@@ -25,7 +29,9 @@ class RequestInput(_Message):
 
     name: str
     datatype: str = Field(examples=["UINT8", "FP32"])
-    shape: Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=8, examples=[[1, 32, 32, 3]])]
+    shape: Annotated[
+        list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=MOST_DIMENSIONS, examples=[[1, 32, 32, 3]])
+    ]
     parameters: Given = {}
     data: Any = Field(default=None, description="Nested or flat, in row-major order; left out if it is sent as binary.")
 
@@ -40,7 +46,7 @@ class RequestedOutput(_Message):
 class InferenceRequest(_Message):
     """Images to classify."""
 
-    id: Annotated[str, Field(max_length=200)] | None = ""
+    id: Annotated[str, Field(max_length=MOST_ID)] | None = ""
     parameters: Given = Field(
         default={}, description="epsilon, deadline_ms, timeout (microseconds), binary_data_output"
     )
@@ -205,7 +211,7 @@ def parse_request(text: bytes) -> InferenceRequest:
 
 def _path(location: tuple[int | str, ...]) -> str:
     """Write ("inputs", 0, "shape") as ``inputs[0].shape``."""
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in location).removeprefix(".")
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{printable(key)}" for key in location).removeprefix(".")
 
 
 class RequestError(ServeError):
@@ -278,6 +284,7 @@ def refusal(error: Exception) -> Refusal:
     if status is None:
         what = "the computation of this request failed" if isinstance(error, StepError) else "the server failed"
         return Refusal(500, f"{what}; its log says why, under this x-request-id")
+    message = printable(str(error), most=_MOST_MESSAGE)
     if isinstance(error, OverloadedError):
-        return Refusal(status, str(error), error.retry_after)
-    return Refusal(status, str(error), _RETRY_AFTER if status == 503 else None)  # noqa: PLR2004 (HTTP)
+        return Refusal(status, message, error.retry_after)
+    return Refusal(status, message, _RETRY_AFTER if status == 503 else None)  # noqa: PLR2004 (HTTP)

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from gati_jax import __version__
 from serve.engine.records import Answer, DeadlineError, Statistics, StepError, StoppingError
 
+from .admission import Admission, Door
 from .codec import DTYPES, Outgoing, Request, images_of, limits_of, outputs_of
 from .messages import ModelStatistics, NotReadyError, Parameters, RequestError, ServerMetadata, UnauthorizedError
 from .model import Model, Tally, Times
@@ -74,13 +75,12 @@ class Response:
 class Service:
     """Answers requests for one model; used from the event loop's thread only."""
 
-    def __init__(self, model: Model, *, tally: Tally, timeout: float = 60.0) -> None:
-        """Prepare; it is ready after ``warmed_up``. A request may take ``timeout`` seconds."""
+    def __init__(self, model: Model, *, tally: Tally, door: Door) -> None:
+        """Prepare; it is ready after ``warmed_up``. The transports ask the ``door`` before they read a request."""
         self.model = model
-        self.timeout = timeout
+        self.door = door
         self.draining = False
         self._backend: Backend | None = None
-        self._closed = False
         self._tally = tally
         self._names = [name.encode() for name in model.class_names] or [str(i).encode() for i in range(model.classes)]
 
@@ -90,7 +90,7 @@ class Service:
 
     def close(self) -> None:
         """Refuse new requests, shortly before the sockets close, so that clients ask another server."""
-        self._closed = True
+        self.door.close()
 
     def drain(self) -> None:
         """Turn not ready, so that balancers look elsewhere; requests that arrive are still answered."""
@@ -99,7 +99,7 @@ class Service:
     @property
     def closed(self) -> bool:
         """Whether new requests are refused."""
-        return self._closed
+        return self.door.closed
 
     @property
     def ready(self) -> bool:
@@ -115,6 +115,16 @@ class Service:
         if not self.ready:
             raise NotReadyError(_WARMING_UP if self._backend is None else "the server is stopping")
 
+    def admit(self, *, arrived: float | None = None, size: int = 0) -> Admission:
+        """Admit an inference request before its body is read, see ``Door.enter``.
+
+        Raises:
+            NotReadyError: The server is warming up.
+        """
+        if self._backend is None:
+            raise NotReadyError(_WARMING_UP)
+        return self.door.enter(arrived=arrived, size=size)
+
     def metadata(self) -> ServerMetadata:
         """Describe the server."""
         return ServerMetadata(name=NAME, version=__version__, extensions=EXTENSIONS)
@@ -129,17 +139,28 @@ class Service:
             self.model.check(name, version)
         return self._tally.snapshot(self.model.name, self.model.version)
 
-    async def infer(self, request: Request, *, remaining: float | None = None, request_id: str = "") -> Response:
+    async def infer(
+        self,
+        request: Request,
+        *,
+        admission: Admission | None = None,
+        remaining: float | None = None,
+        request_id: str = "",
+    ) -> Response:
         """Answer a request within ``remaining`` seconds; if this is cancelled, its images are abandoned.
+
+        Its own time-outs count from its arrival, see ``admission``, which the caller has entered; None enters one.
 
         Raises:
             ServeError: Why there is no answer.
         """
-        started = time.monotonic()
+        if admission is None:
+            with self.admit() as own:
+                return await self.infer(request, admission=own, remaining=remaining, request_id=request_id)
         try:
-            response, rows, times = await self._infer(request, started, remaining, request_id)
+            response, rows, times = await self._infer(request, admission, remaining, request_id)
         except BaseException as error:
-            self._tally.failed(time.monotonic() - started)
+            self._tally.failed(time.monotonic() - admission.arrived)
             if isinstance(error, StepError):
                 _log.exception("a request was lost with its step")
             raise
@@ -147,35 +168,39 @@ class Service:
         return response
 
     async def _infer(
-        self, request: Request, started: float, remaining: float | None, request_id: str
+        self, request: Request, admission: Admission, remaining: float | None, request_id: str
     ) -> tuple[Response, int, Times]:
-        if self._backend is None:
-            raise NotReadyError(_WARMING_UP)
-        if self._closed:
-            raise StoppingError("stopping: the server admits nothing more")
+        started = time.monotonic()
+        assert self._backend is not None, "the request was admitted before the warm-up"  # noqa: S101 (narrows the type)
         engine, choose_route, notes = self._backend
         self.model.check(request.model, request.version)
         epsilon, deadline_ms, seconds = limits_of(request.parameters)
         outputs = outputs_of(request, self.model)
         images = images_of(request, self.model)
-        seconds = min(seconds, self.timeout, math.inf if remaining is None else remaining)
+        deadline = admission.arrived + min(seconds, self.door.limits.timeout)
+        deadline = min(deadline, started + (math.inf if remaining is None else remaining))
         decoded = time.monotonic()
+        if deadline <= decoded:
+            raise DeadlineError("the deadline passed before the request was read")
+        admission.take(len(images), deadline)
         try:
             route = choose_route(epsilon, deadline_ms)
-            futures = engine.submit(images, route=route, deadline=started + seconds, request_id=request_id)
+            futures = engine.submit(images, route=route, deadline=deadline, request_id=request_id)
             noted = notes(route)
         except ValueError as error:
             raise RequestError(str(error)) from None
         try:
             # The engine lets a deadline pass at its next step; a step that hangs must not keep the client.
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(deadline - decoded):
                 answers = await _gather(futures)
         except TimeoutError:
-            raise DeadlineError(f"the deadline passed: no answer within {seconds * 1000:.3g} ms") from None
+            waited = time.monotonic() - admission.arrived
+            raise DeadlineError(f"the deadline passed: no answer within {waited * 1000:.3g} ms") from None
         finally:
             for future in futures:  # those that are not done: their images are abandoned
                 future.cancel()
         answered = time.monotonic()
+        admission.answered = True
         if bad := [i for i, answer in enumerate(answers) if not np.isfinite(answer.logits).all()]:
             raise RequestError(f"images: expected inputs with finite logits, got NaN or infinity for image {bad[0]}")
         plan = self.model.plans[route]
@@ -189,7 +214,7 @@ class Service:
         )
         now = time.monotonic()
         computing = min(max(answer.computed for answer in answers), answered - decoded)
-        return response, len(images), Times(now - started, decoded - started, computing, now - answered)
+        return response, len(images), Times(now - admission.arrived, decoded - started, computing, now - answered)
 
     def _output(self, name: str, answers: Sequence[Answer], *, binary: bool) -> Outgoing:
         datatype, shape = self.model.outputs[name]

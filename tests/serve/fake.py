@@ -9,13 +9,15 @@ import asyncio
 import contextlib
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import uvicorn
 
 from serve.engine.records import Answer, Job, Route, Statistics, Step
 from serve.metrics import Metrics
+from serve.protocol.admission import Door, Limits
+from serve.protocol.connections import HttpServer
 from serve.protocol.grpc import create_server
 from serve.protocol.http import create_app
 from serve.protocol.model import Bound, Model, Tally
@@ -24,6 +26,7 @@ from serve.protocol.service import Backend, Service
 SHAPE = (2, 3, 1)
 EXITS = (0, 2, 4)
 LIMIT = 4096
+LIMITS = Limits(capacity=16, max_body=LIMIT, max_bodies=2**20, timeout=30.0)
 ROUTES = tuple(
     Route(
         name=name, sites=EXITS[:-1], depth=4, epsilon=epsilon, stage_ms={1: (1.0,) * 3, 4: (2.0,) * 3}, leave=(0, 0, 1)
@@ -112,14 +115,15 @@ class FakeEngine:
 class Front:
     """A service in front of a fake engine."""
 
-    def __init__(self, *, token=None, timeout=30.0, ready=True):
+    def __init__(self, *, token=None, limits=LIMITS, ready=True, clock=time.monotonic):
         self.engine, tally = FakeEngine(), Tally()
         self.metrics = Metrics(tally)
         self.engine.observer = self.metrics
-        self.service = Service(MODEL, tally=tally, timeout=timeout)
+        self.door = Door(limits, refused=self.metrics.refused, clock=clock)
+        self.service = Service(MODEL, tally=tally, door=self.door)
         self.metrics.watch(ROUTES, self.engine.statistics, self.service)
         self.token = token
-        self.app = create_app(self.service, self.metrics, limit=LIMIT, token=token)
+        self.app = create_app(self.service, self.metrics, token=token)
         if ready:
             self.warm_up()
 
@@ -132,19 +136,19 @@ class Front:
 
 
 @contextlib.contextmanager
-def sockets(service, metrics, *, limit=LIMIT, token=None):
+def sockets(service, metrics, *, token=None):
     """Serve over real sockets from a thread of its own; yields HTTP's port and gRPC's."""
     ports, up, end = [], threading.Event(), {}
 
     async def serve():
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            app = create_app(service, metrics, limit=limit, token=token)
-            http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none", http="httptools"))
-            rpc = create_server(service, metrics, limit=limit, token=token)
+            app = create_app(service, metrics, token=token)
+            http = HttpServer(app, listener, service.door.limits, refused=metrics.refused)
+            rpc = create_server(service, metrics, token=token)
             ports.extend((listener.getsockname()[1], rpc.add_insecure_port("127.0.0.1:0")))
             await rpc.start()
             end["loop"], end["event"] = asyncio.get_running_loop(), asyncio.Event()
-            running = asyncio.create_task(http.serve(sockets=[listener]))
+            running = asyncio.create_task(http.serve())
             while not http.started:
                 await asyncio.sleep(0.001)
             up.set()

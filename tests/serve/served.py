@@ -4,13 +4,16 @@ import logging
 import os
 import sys
 import threading
+import time
 
 from serve import lifecycle, logs
 from serve.__main__ import run
+from serve.protocol.admission import limits_of
 from serve.protocol.service import Backend
 from serve.settings import parse
 from tests.serve import fake
 
+BLOCKS = 77  # the value of a pixel
 released = {"warm": threading.Event(), "answer": threading.Event()}
 
 
@@ -21,6 +24,12 @@ def listen():
 
 class Slow(fake.FakeEngine):
     """Answers when it is released."""
+
+    def submit(self, images, **how):
+        if images.max() == BLOCKS:  # in the event loop
+            logging.getLogger("serve").info("blocked")
+            time.sleep(60)
+        return super().submit(images, **how)
 
     def _run(self, jobs, route):
         logging.getLogger("serve").info("submitted")
@@ -33,9 +42,10 @@ class Slow(fake.FakeEngine):
 
 
 def main():
-    settings = parse(["--bundle", "none", "--json", "--http-port", "0", "--grpc-port", "0", *sys.argv[1:]], os.environ)
+    ports = [word for name in ("http", "grpc", "admin") for word in (f"--{name}-port", "0")]
+    settings = parse(["--bundle", "none", "--json", *ports, *sys.argv[1:]], os.environ)
     logs.configure(settings.log_level, access=settings.access_log)
-    front = fake.Front(ready=False)
+    front = fake.Front(ready=False, limits=limits_of(settings))
     engine = Slow()
     threading.Thread(target=listen, daemon=True).start()
 
@@ -43,7 +53,8 @@ def main():
         released["warm"].wait()
         return Backend(engine, fake.choose_route)
 
-    sys.exit(lifecycle.run(settings, lifecycle.Parts(service=front.service, metrics=front.metrics, start=start)))
+    parts = lifecycle.Parts(service=front.service, metrics=front.metrics, start=start)
+    sys.exit(lifecycle.run(settings, lambda: parts))
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def server(tmp_path, monkeypatch):
     parts = assemble.assemble(settings)
     backend = parts.start()
     parts.service.warmed_up(backend)
-    with fake.sockets(parts.service, parts.metrics, limit=2**20) as ports:
+    with fake.sockets(parts.service, parts.metrics) as ports:
         yield parts, ports[0], settings.versions
     assert backend.engine.stop(PATIENCE)
 

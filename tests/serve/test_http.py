@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import math
 import struct
@@ -136,7 +137,10 @@ def test_a_body_that_never_ends_gets_408():
         yield b"{"
         await asyncio.Event().wait()
 
-    assert ask(fake.Front(timeout=0.01), content=slow()).status_code == 408
+    for limits in ({"timeout": 0.01}, {"idle_timeout": 0.01}):
+        front = fake.Front(limits=dataclasses.replace(fake.LIMITS, **limits))
+        assert ask(front, content=slow()).status_code == 408
+        assert (front.door.images, front.door.bytes) == (0, 0)
 
 
 @pytest.mark.parametrize("unfit", ["", "a" * 129, "naïve", "tab\tbed"])

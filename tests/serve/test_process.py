@@ -21,6 +21,7 @@ import gati_jax
 from gati_jax import InputError
 from serve import logs
 from serve.settings import Settings, parse
+from tests.serve.transports import INFER
 
 BUNDLE = ["--bundle", "b"]
 ROOT = Path(__file__).parents[2]
@@ -41,22 +42,22 @@ class Process:
 
     def __init__(self, *words, how=("-m", "tests.serve.served")):
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        self.child = subprocess.Popen([sys.executable, *how, *words], env=ENVIRONMENT, text=True, **pipes)
+        command = [sys.executable, *how, *words]
+        self.child = subprocess.Popen(command, env=ENVIRONMENT, text=True, **pipes)
         assert self.child.stdout
         where = json.loads(self.child.stdout.readline())
-        self.http, self.grpc, self.seen = where["http"], where["grpc"], []
+        self.http, self.grpc, self.admin, self.seen = where["http"], where["grpc"], where["admin"], []
 
-    def get(self, path, body=None):
+    def get(self, path, body=None, *, admin=False):
         try:
-            with urllib.request.urlopen(self.http + path, body) as response:
+            with urllib.request.urlopen((self.admin if admin else self.http) + path, body, 30) as response:
                 return response.status
         except urllib.error.HTTPError as error:
             return error.code
 
-    def client(self):
+    def client(self, body=IMAGE):
         """Ask for an inference from another process, which prints the status."""
-        url = f"{self.http}/v2/models/gati/infer"
-        code = f"import urllib.request as u; print(u.urlopen({url!r}, {IMAGE!r}).status)"
+        code = f"import urllib.request as u; print(u.urlopen({self.http + INFER!r}, {body!r}).status)"
         command = [sys.executable, "-c", code]
         return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
@@ -150,7 +151,7 @@ def test_an_idle_client_over_tls_does_not_delay_the_stop(tmp_path):
 def test_stopped_while_warming_up_and_a_taken_port_is_one_line_and_exit_code_2():
     with Process() as server:
         port = server.http.rsplit(":", 1)[1]
-        for option in ("--http-port", "--grpc-port"):
+        for option in ("--http-port", "--grpc-port", "--admin-port"):
             second = [sys.executable, "-m", "tests.serve.served", option, port]
             done = subprocess.run(second, capture_output=True, text=True, check=False, env=ENVIRONMENT)
             assert done.returncode == 2
@@ -300,6 +301,16 @@ def test_layers_are_also_known_by_their_former_names():
         ),
         ([*BUNDLE, "--grpc-port", "9" * 5000], "--grpc-port: "),
         ([*BUNDLE, "--http-port", "9000", "--grpc-port", "9000"], "--grpc-port: expected another port"),
+        (
+            [*BUNDLE, "--admin-port", "8000"],
+            "--admin-port: expected another port than --http-port's, got 8000 for both",
+        ),
+        ([*BUNDLE, "--max-bodies", "33554431"], "--max-bodies: expected --max-body (33554432) at least, got 33554431"),
+        ([*BUNDLE, "--keep-alive", "0"], "--keep-alive: expected a number greater than or equal to 0.1, got '0'"),
+        (
+            [*BUNDLE, "--header-bytes", "100"],
+            "--header-bytes: expected a number greater than or equal to 1024, got '100'",
+        ),
         ([*BUNDLE, "--max-body", "1000"], "--max-body: expected a number greater than or equal to 1024, got '1000'"),
         ([*BUNDLE, "--capacity", "0"], "--capacity: expected a number greater than or equal to 1, got '0'"),
         ([*BUNDLE, "--timeout", "nan"], "--timeout: expected a finite number, got 'nan'"),

@@ -25,7 +25,7 @@ def served(residual, tmp_path_factory):
     parts = assemble(Settings(bundle=path, capacity=64, reference=True))
     backend = parts.start()
     parts.service.warmed_up(backend)
-    with fake.sockets(parts.service, parts.metrics, limit=2**20) as ports:
+    with fake.sockets(parts.service, parts.metrics) as ports:
         yield gati_jax.load_bundle(path), ports, parts
     assert backend.engine.stop(60)
 
