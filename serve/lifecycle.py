@@ -40,7 +40,7 @@ from .settings import Settings
 _log = logging.getLogger("serve")
 _REFUSING = 0.2  # seconds between the last admitted request and the closing of the sockets
 _SWITCH = 5e-4  # seconds after which a thread that waits for the interpreter gets it; with Python's 5 ms, an event loop
-# that is busy with refusals kept it from the engine, whose rate fell to a third
+# that is busy with refusals keeps it from the engine
 _ENDING = 1.0  # seconds for an idle thread to end
 _OTHER_FILES = 512  # open files beside HTTP's connections: gRPC's, the bundle's, threads'
 T = TypeVar("T")

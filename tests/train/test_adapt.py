@@ -54,7 +54,9 @@ def test_every_mechanism_is_a_row_and_the_windows_add_up(run, trace, tmp_path, c
         "+ refitted heads",
         "+ exact cache",
     ]
-    assert not len(Ledger(ledger).still_open(data.row_digests(load_trace(trace).images)))  # what was shown is closed
+    shown = load_trace(trace).images
+    assert shown is not None
+    assert not len(Ledger(ledger).still_open(data.row_digests(shown)))  # what was shown is closed
     n = result["trace"]["n"]
     assert sum(count for window in result["windows"] for count in window["exits"].values()) == n == 480
     assert sum(phase["n"] for phase in result["phases"]) == n
