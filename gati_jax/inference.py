@@ -151,8 +151,9 @@ def check_tuning(
     array = check_images(bundle.chain, images)
     if tuning.device != (here := device_name(tuning.backend)) or len(array) == 0:
         raise InputError(f"tuning: expected one of {here} and 1 row or more, got {tuning.device} and {len(array)}")
+    rows = row_digests(array)
     for table in replays:
-        _check_replay("replays", table, bundle, row_digests(array))
+        _check_replay("replays", table, bundle, rows)
     before = {check.programs: check.number for one in bundle.tunings for check in one.checks}
     shared = spans_of(bundle.chain, bundle.caches) if tuning.backend == "onnxruntime" else None
 

@@ -21,7 +21,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -39,8 +39,9 @@ from .settings import Settings
 
 _log = logging.getLogger("serve")
 _REFUSING = 0.2  # seconds between the last admitted request and the closing of the sockets
-_SWITCH = 5e-4  # seconds after which a thread that waits for the interpreter gets it; with Python's 5 ms, an event loop
-# that is busy with refusals keeps it from the engine
+_SWITCH = 5e-4
+"""Seconds after which a thread that waits for the interpreter gets it. With Python's 5 ms, an event loop that is busy
+with refusals keeps the engine waiting."""
 _ENDING = 1.0  # seconds for an idle thread to end
 _OTHER_FILES = 512  # open files beside HTTP's connections: gRPC's, the bundle's, threads'
 T = TypeVar("T")
@@ -100,20 +101,20 @@ async def _serve(settings: Settings, parts: Parts, ports: Ports) -> int:
     rpc = create_server(parts.service, parts.metrics, token=settings.token)
     grpc_port = _bind(rpc, settings, ports)
     await rpc.start()
-    _in_thread(lambda: asyncio.run(admin.serve()), "admin")
     serving = asyncio.create_task(http.serve())
+    servers = {serving, _in_thread(lambda: asyncio.run(admin.serve()), "admin")}
     _announce(settings, ports, grpc_port)
     stopping = asyncio.create_task(stop.wait())
     warming = _in_thread(parts.start, "warm-up")
-    await asyncio.wait({warming, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
-    if serving.done():
-        serving.result()  # raises why it did not start
+    await asyncio.wait({warming, stopping, *servers}, return_when=asyncio.FIRST_COMPLETED)
+    _check(servers)
     if not warming.done():
         _leave(0, "stopped before it was ready")
     backend = warming.result()
     parts.service.warmed_up(backend)
     _log.info("ready", extra={"model": parts.service.model.name, "version": parts.service.model.version})
-    await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({stopping, *servers}, return_when=asyncio.FIRST_COMPLETED)
+    _check(servers)
     parts.service.drain()
     _log.info("stopping", extra={"grace": settings.grace, "drain": settings.drain})
     await asyncio.sleep(settings.grace)
@@ -127,6 +128,13 @@ async def _serve(settings: Settings, parts: Parts, ports: Ports) -> int:
         _leave(1, "stopped before all admitted requests were answered")
     _log.info("stopped")
     return 0
+
+
+def _check(servers: Iterable[asyncio.Future[None]]) -> None:
+    """Raise why a server has ended: nothing but the end of the process ends one."""
+    for server in servers:
+        if server.done():
+            server.result()
 
 
 def _on_signals() -> asyncio.Event:

@@ -1,7 +1,7 @@
 """Logs on standard error: one JSON object a line, with the ids of the request that it is about.
 
-A line goes into a queue, and a thread writes it: whoever reads standard error may stall without stalling an inference.
-A full queue drops further lines; they are counted, and reported once lines are read again. What native code (gRPC's,
+A line goes into a queue, and a thread writes it: a reader of standard error that stalls does not stall an inference. A
+full queue drops further lines; they are counted, and reported once lines are read again. What native code (gRPC's,
 XLA's) writes to file descriptor 2 becomes such lines too.
 """
 
@@ -287,6 +287,6 @@ def _write(descriptor: int, data: bytes) -> None:
     while rest:
         try:
             rest = rest[os.write(descriptor, rest) :]
-        except BlockingIOError:  # whoever shares it has made it so
+        except BlockingIOError:  # another process that shares it has made it so
             with contextlib.suppress(ValueError):  # more than select can watch
                 select.select([], [descriptor], [], _PATIENCE)

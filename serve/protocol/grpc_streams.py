@@ -47,7 +47,7 @@ def infer(service: Service, begin: Begin, answer: Callable[[bytes, Context], Awa
     async def call(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[Message]:
         await begin(context)
         pending: asyncio.Queue[asyncio.Future[Message] | None] = asyncio.Queue()
-        free = asyncio.Semaphore(_AHEAD)  # whoever does not read answers cannot ask more
+        free = asyncio.Semaphore(_AHEAD)  # a client that reads no answers cannot ask more
 
         async def read() -> None:
             async for body in _until_closed(service, messages):

@@ -67,8 +67,8 @@ def create_app(service: Service, metrics: Metrics, *, token: str | None = None, 
     Args:
         service: Answers the requests.
         metrics: Counts them, and is shown at /metrics.
-        admin: Whether to leave out all but health and metrics, for a listener of their own.
         token: The bearer token that clients must send on all paths but health; None for no check.
+        admin: Whether to leave out all but health and metrics, for a listener of their own.
     """
     app = FastAPI(
         title="GATI-JAX",

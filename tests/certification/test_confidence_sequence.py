@@ -45,7 +45,7 @@ def test_bound_is_the_edge_of_what_is_ruled_out(counts, delta):
     upper = upper_bound(counts, delta)
     assert log_capital(log_bets(counts, min(upper, LARGEST_MEAN))) >= -math.log(delta) or upper == 1
     assert log_capital(log_bets(counts, upper - 1e-6)) < -math.log(delta)
-    # Whoever may look but once does at least as well: Clopper and Pearson's where q is 1.
+    # A single look does at least as well: Clopper and Pearson's where q is 1.
     if set(counts) == {1.0}:
         n, k = counts[1.0]
         assert upper >= beta.ppf(1 - delta, k + 1, n - k) - 1e-9 if k < n else upper == 1
