@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import select
 import signal
 import socket
 import subprocess
@@ -60,13 +61,21 @@ def serving(loop_factory=None, app=pages, **limits):
 
 
 def exchange(port, *parts, pause=0.0):
-    """Send parts with pauses between them; returns all that comes until the server hangs up."""
+    """Send parts with pauses between them; returns all that comes until the server hangs up.
+
+    What comes meanwhile is read before the next part is sent: sent to a socket that the server has closed, it would
+    bring a reset, by which the system forgets what was not read.
+    """
     with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
         got = b""
         with contextlib.suppress(ConnectionError):
             for part in parts:
                 client.sendall(part)
-                time.sleep(pause)
+                until = time.monotonic() + pause
+                while (left := until - time.monotonic()) > 0 and select.select([client], [], [], left)[0]:
+                    if not (data := client.recv(65536)):
+                        return got
+                    got += data
             while data := client.recv(65536):
                 got += data
         return got
