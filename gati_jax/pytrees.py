@@ -80,10 +80,15 @@ class Packed(Generic[T]):
     """The tree's structure, and the shape of every leaf in ``small`` (None for a large leaf)."""
 
 
-def pack(tree: T) -> Packed[T]:
-    """Pack a pytree of arrays into few arguments."""
+def pack(tree: T, *, most: int = _SMALL) -> Packed[T]:
+    """Pack a pytree of arrays into few arguments.
+
+    Args:
+        tree: Any.
+        most: Values of a small leaf; with -1 no leaf is moved, as for arrays that are arguments of a program already.
+    """
     leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, tree))
-    shapes = tuple(leaf.shape if leaf.size <= _SMALL and leaf.dtype == jnp.float32 else None for leaf in leaves)
+    shapes = tuple(leaf.shape if leaf.size <= most and leaf.dtype == jnp.float32 else None for leaf in leaves)
     small = [jnp.ravel(leaf) for leaf, shape in zip(leaves, shapes, strict=True) if shape is not None]
     large = tuple(leaf for leaf, shape in zip(leaves, shapes, strict=True) if shape is None)
     vector = jnp.concatenate(small) if small else jnp.zeros(0, jnp.float32)

@@ -136,13 +136,14 @@ def predict_tiled(
     count = len(images) if count is None else count
     if not 1 <= count <= len(images):
         raise InputError(f"count: expected 1 to {len(images)}, the length of images, got {count}")
-    return compiled(_predict_tiled, options)(cascade.packed, images, np.int32(count))
+    return compiled(answer_tiled, options)(cascade.packed, images, np.int32(count))
 
 
 @reference
-def _predict_tiled(
+def answer_tiled(
     packed: Packed[BatchedCascade], images: Shaped[Array, "batch *input"], count: Int[Array, ""]
 ) -> Prediction:
+    """Answer the first ``count`` rows of a batch: the program of ``predict_tiled``, to be traced."""
     schedule, cascade = unpack(packed).schedule, unpack(packed).cascades[0]
     batch = len(images)
     # One row more than is ever filled: were a tile as large as the buffer, the compiler would see that it can only

@@ -229,7 +229,8 @@ def predict_one(
 
 
 @reference
-def _predict_only(packed: Packed[Cascade], images: Shaped[Array | np.ndarray, "1 *input"]) -> Prediction:
+def answer_only(packed: Packed[Cascade], images: Shaped[Array | np.ndarray, "1 *input"]) -> Prediction:
+    """Answer a batch of one: the program of ``predict_only``, to be traced."""
     return jax.tree.map(lambda column: column[None], _predict_one(packed, images[0]))
 
 
@@ -237,7 +238,7 @@ def predict_only(
     cascade: Cascade, images: Shaped[Array | np.ndarray, "1 *input"], options: CompilerOptions = ()
 ) -> Prediction:
     """Answer a batch of one, as ``predict_one`` does; the batch dimension is handled inside the program."""
-    return compiled(_predict_only, options)(cascade.packed, images)
+    return compiled(answer_only, options)(cascade.packed, images)
 
 
 def predict_batch(cascade: Cascade, images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:

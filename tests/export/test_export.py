@@ -26,15 +26,19 @@ ort = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 from gati_jax.export.sessions import open_session  # noqa: E402
 from train.export import __main__ as script  # noqa: E402
 from train.export import cascade as runner  # noqa: E402
-from train.export import folder as export  # noqa: E402
 from train.export import models  # noqa: E402
+from train.export.folder import export_bundle  # noqa: E402
+
+
+def export_onnx(bundle: Bundle, folder: Path, **given: Any) -> dict[str, Any]:
+    return export_bundle(models.OnnxForm(bundle), folder, **given)
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory) -> tuple[Bundle, np.ndarray, Path]:
     bundle, images = CASES[request.param]()
     folder = tmp_path_factory.mktemp("case") / "export"
-    export.export_bundle(bundle, folder)
+    export_onnx(bundle, folder)
     return bundle, images, folder
 
 
@@ -46,7 +50,7 @@ def test_spans_and_file_answer_as_the_library_does(case):
     assert_same(cascade.predict(images), expected, thresholds)
     for size in (1, 7):
         assert_same(cascade.predict(images[:size]), jax.tree.map(lambda v, n=size: v[:n], expected), thresholds)
-    assert_same(export.answer_one_by_one(folder / "cascade.onnx", images, thresholds), expected, thresholds)
+    assert_same(models.answer_one_by_one(folder / "cascade.onnx", images, thresholds), expected, thresholds)
     session = open_session(onnx.load(folder / "cascade.onnx"))
     index, site, score, logits = session.run(None, {"images": images[3:4]})  # by the default thresholds
     assert_same((index, site, score, logits), jax.tree.map(lambda v: v[3:4], expected), thresholds)
@@ -71,7 +75,7 @@ def test_rows_at_a_threshold_are_the_only_ones_that_may_differ(tmp_path):
     bundle, images = CASES["basic, shortcut A"]()
     scores = gati_jax.replay(bundle.chain, bundle.caches, images).scores
     bundle = planned(bundle.chain, bundle.caches, scores[:, 0])
-    export.export_bundle(bundle, tmp_path / "export")
+    export_onnx(bundle, tmp_path / "export")
     found = runner.Cascade(tmp_path / "export").predict(images)
     assert_same(found, gati_jax.infer_batch(bundle, images), np.asarray(bundle.cascade.thresholds))
 
@@ -80,7 +84,7 @@ def test_rows_at_a_threshold_are_the_only_ones_that_may_differ(tmp_path):
 def two_plans(tmp_path_factory) -> tuple[Bundle, np.ndarray, Path]:
     bundle, images = with_two_plans()
     folder = tmp_path_factory.mktemp("plans") / "export"
-    export.export_bundle(bundle, folder)
+    export_onnx(bundle, folder)
     return bundle, images, folder
 
 
@@ -93,7 +97,7 @@ def test_one_folder_serves_every_plan(two_plans, plan):
     of_plan = json.loads((folder / "manifest.json").read_text())["plans"][plan]["thresholds"]
     given = np.array([np.inf if t is None else t for t in of_plan], np.float32)
     assert len(given) == 3
-    assert_same(export.answer_one_by_one(folder / "cascade.onnx", images, given), expected, np.asarray(thresholds))
+    assert_same(models.answer_one_by_one(folder / "cascade.onnx", images, given), expected, np.asarray(thresholds))
 
 
 ALONE = """
@@ -131,11 +135,11 @@ def metadata(folder: Path) -> list[dict[str, Any]]:
 
 def test_without_certify_rows_nothing_is_certified(small, tmp_path):
     bundle, _ = small
-    manifest = export.export_bundle(bundle, tmp_path / "a", why="they are lost")
+    manifest = export_onnx(bundle, tmp_path / "a", why="they are lost")
     assert manifest["plans"]["default"]["bound"]["epsilon"] is None
     assert manifest["plans"]["default"]["promise"] == "onnx arithmetic, of which nothing is certified: they are lost"
     nothing = dataclasses.replace(bundle, certificate=dataclasses.replace(bundle.certificate, step=-1))
-    manifest = export.export_bundle(nothing, tmp_path / "a", images=small[1])  # in place of the first
+    manifest = export_onnx(nothing, tmp_path / "a", images=small[1])  # in place of the first
     assert manifest["plans"]["default"]["promise"].endswith("nothing is certified: no plan is certified")
     assert metadata(tmp_path / "a") == [{"default": manifest["plans"]["default"]["promise"]}] * 2
 
@@ -144,7 +148,7 @@ def test_without_certify_rows_nothing_is_certified(small, tmp_path):
 def test_rows_that_any_form_answers_otherwise_are_in_the_promise(small, tmp_path, monkeypatch, way):
     bundle, images = small
     wrong = set(row_digests(images[:3]).tolist())
-    real, one_by_one = runner.Cascade.predict, export.answer_one_by_one
+    real, one_by_one = runner.Cascade.predict, models.answer_one_by_one
 
     def changed(answers: Any, rows: np.ndarray) -> Any:
         found = np.isin(row_digests(rows), list(wrong))
@@ -159,8 +163,8 @@ def test_rows_that_any_form_answers_otherwise_are_in_the_promise(small, tmp_path
         return changed(answers, rows) if way == "one file" else answers
 
     monkeypatch.setattr(runner.Cascade, "predict", predict)
-    monkeypatch.setattr(export, "answer_one_by_one", one_file)
-    manifest = export.export_bundle(bundle, tmp_path / "export", images=images)
+    monkeypatch.setattr(models, "answer_one_by_one", one_file)
+    manifest = export_onnx(bundle, tmp_path / "export", images=images)
     bound = manifest["plans"]["default"]["bound"]
     assert (bound["check"]["differ"], bound["check"]["n"], bound["numerics"]) == (3, N, "onnx")
     upper = bound["epsilon"] - bundle.certificate.epsilon
@@ -176,17 +180,17 @@ def test_each_other_export_that_is_compared_has_a_smaller_part_of_delta(small, t
     bundle, images = small
     other = dataclasses.replace(bundle, chain=dataclasses.replace(bundle.chain, normalization=OF_SMALL))
     given: Any = {"images": images, "counts": tmp_path / "tuning" / "exports" / "onnx.json"}
-    manifests = [export.export_bundle(b, tmp_path / "export", **given) for b in (bundle, bundle, other)]
+    manifests = [export_onnx(b, tmp_path / "export", **given) for b in (bundle, bundle, other)]
     checks = [manifest["plans"]["default"]["bound"]["check"] for manifest in manifests]
     assert [check["number"] for check in checks] == [1, 1, 2]
     assert all(check["differ"] == 0 for check in checks)
     with pytest.raises(gati_jax.InputError, match=r"images: expected .* copies|images.*fit"):
-        export.export_bundle(bundle, tmp_path / "export", images=np.tile(images[:4], (20, 1, 1, 1)))
+        export_onnx(bundle, tmp_path / "export", images=np.tile(images[:4], (20, 1, 1, 1)))
     assert json.loads((tmp_path / "export" / "manifest.json").read_text()) == manifests[-1]  # the last stays
 
 
 def test_another_onnxruntime_is_said_to_be_another(small, tmp_path):
-    export.export_bundle(small[0], tmp_path / "export", images=small[1])
+    export_onnx(small[0], tmp_path / "export", images=small[1])
     file = tmp_path / "export" / "manifest.json"
     file.write_text(file.read_text().replace(f'"onnxruntime": "{ort.__version__}"', '"onnxruntime": "1.0"'))
     with pytest.warns(UserWarning, match=r"checked with onnxruntime 1\.0, not with this one: onnx arithmetic"):
@@ -198,7 +202,7 @@ def test_another_onnxruntime_is_said_to_be_another(small, tmp_path):
 
 def test_odd_requests_are_refused_in_a_line(small, tmp_path):
     bundle, images = small
-    export.export_bundle(bundle, tmp_path / "export")
+    export_onnx(bundle, tmp_path / "export")
     cascade = runner.Cascade(tmp_path / "export")
     bad_ones: list[Any] = [images[0], images[:, :-1], images.astype(np.float32), [["a"]]]
     for bad in bad_ones:
@@ -213,7 +217,7 @@ def test_odd_requests_are_refused_in_a_line(small, tmp_path):
     [(["none.npy"], "error: .*none.npy"), (["images.npy", "other"], "error: plan: expected"), ([], "Run an exported")],
 )
 def test_the_runner_ends_with_a_line(small, tmp_path, arguments, message):
-    export.export_bundle(small[0], tmp_path / "export")
+    export_onnx(small[0], tmp_path / "export")
     np.save(tmp_path / "images.npy", small[1])
     command = [sys.executable, str(tmp_path / "export" / "cascade.py"), *arguments]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path, timeout=60)
@@ -232,15 +236,15 @@ def test_what_cannot_be_exported_is_named(small, tmp_path, monkeypatch, capsys):
     bundle, _ = small
     strange = dataclasses.replace(bundle.caches[0], selector=nn.Dense(1))
     with pytest.raises(gati_jax.InputError, match="got a Dense, which has no ONNX form"):
-        export.export_bundle(dataclasses.replace(bundle, caches=(strange,)), tmp_path / "out")
-    with pytest.raises(gati_jax.InputError, match="images: expected uint8, which the models take, got float32"):
-        export.export_bundle(bundle, tmp_path / "out", images=small[1].astype(np.float32))
+        export_onnx(dataclasses.replace(bundle, caches=(strange,)), tmp_path / "out")
+    with pytest.raises(gati_jax.InputError, match="images: expected uint8, which the programs take, got float32"):
+        export_onnx(bundle, tmp_path / "out", images=small[1].astype(np.float32))
     with pytest.raises(gati_jax.InputError, match=r"out: expected an export or nothing .*, which is left alone"):
-        export.export_bundle(bundle, tmp_path / "own")
+        export_onnx(bundle, tmp_path / "own")
     monkeypatch.setattr("gati_jax.export.models.MOST_BYTES", 100)
     with pytest.raises(gati_jax.InputError, match="expected at most 100 bytes of parameters"):
-        export.export_bundle(bundle, tmp_path / "out")
-    monkeypatch.setitem(sys.modules, "train.export.folder", None)
+        export_onnx(bundle, tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "train.export.models", None)
     with pytest.raises(gati_jax.InputError, match=r"format: onnx needs .*pip install '\.\[onnx\]'"):
         script.main(["--bundle", str(tmp_path / "own"), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
@@ -256,7 +260,7 @@ def test_more_caches_than_can_be_nested_are_exported_as_spans(small, tmp_path, m
     onnx.checker.check_model(deep, full_check=True)
     open_session(onnx.load_from_string(deep.SerializeToString()))
     monkeypatch.setattr(models, "MOST_NESTED", 1)
-    manifest = export.export_bundle(bundle, tmp_path / "deep")
+    manifest = export_onnx(bundle, tmp_path / "deep")
     assert manifest["one_file"] is None
     assert not (tmp_path / "deep" / "cascade.onnx").exists()
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import gati_jax
 from gati_jax.runtime import Cascade, predict_one
-from gati_jax.runtime.batched import BatchedCascade, Schedule, _predict_tiled, predict_tiled
+from gati_jax.runtime.batched import BatchedCascade, Schedule, answer_tiled, predict_tiled
 
 INF = float("inf")
 EIGHT_TWO = Schedule.of({8: 4.0, 2: 1.5})
@@ -53,7 +53,7 @@ def test_a_tile_as_large_as_the_batch_is_not_computed_where_it_is_not_run(chain,
     images = jnp.asarray(splits["test"][:8])
     batched = BatchedCascade.of(Cascade(chain, caches, jnp.full(len(caches), INF)), schedule)
     leaves, tree = jax.tree.flatten(batched.packed)
-    run = jax.jit(lambda leaves, *rows: _predict_tiled(tree.unflatten(leaves), *rows))
+    run = jax.jit(lambda leaves, *rows: answer_tiled(tree.unflatten(leaves), *rows))
     program = run.lower(leaves, images, np.int32(0)).compile().as_text() or ""
     outside = program[program.index("\nENTRY") :]
     assert " while(" in outside

@@ -1,6 +1,6 @@
-"""Export a saved bundle's cascades as ONNX models, which run without JAX and without this library.
+"""Export a saved bundle's cascades: as ONNX models, which run without JAX, or as StableHLO, which runs on JAX alone.
 
-The exported models compute in another arithmetic than the certified one. So their answers are compared with it on the
+Exported programs compute in another arithmetic than the certified one. So their answers are compared with it on the
 bundle's certify rows, as ``train.tune`` does for a tuning, and the manifest says what then holds of them.
 """
 
@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gati_jax
 from gati_jax import InputError
@@ -16,6 +16,11 @@ from gati_jax.bundle.manifest import read_manifest
 from gati_jax.files import present
 from train import cli
 from train.evaluate import certify_images
+
+from .folder import export_bundle
+
+if TYPE_CHECKING:
+    from .folder import Form
 
 EXAMPLE = "python -m train.export --bundle runs/r56/bundle --format onnx --out runs/r56/onnx"
 _log = logging.getLogger("train.export")
@@ -25,41 +30,59 @@ def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     p = cli.parser("Export a saved bundle's cascades.", EXAMPLE)
     p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
-    p.add_argument("--format", choices=("onnx",), default="onnx", help="of the models (default: onnx)")
+    p.add_argument("--format", choices=("onnx", "stablehlo"), default="onnx", help="of the programs (default: onnx)")
     p.add_argument("--data-dir", type=Path, metavar="DIR", help="TFDS's folder, if not where the bundle was fitted")
     arguments = p.parse_args(argv)
-    try:
-        from gati_jax.export.models import why_not  # noqa: PLC0415 (of the extra onnx)
-
-        from .folder import export_bundle  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise InputError(f"format: onnx needs the package {error.name}: pip install '.[onnx]'") from error
     folder = present(arguments.bundle)
     if arguments.out.resolve().is_relative_to(folder):
         raise InputError(
             f"out: expected a folder outside the bundle, which would not load any more, got {arguments.out}"
         )
-    if why := why_not(read_manifest(folder).network):
-        raise InputError(f"bundle: {why}")
-    bundle = gati_jax.load_bundle(folder)
+    form = form_of(arguments.format, folder)
+    bundle = form.bundle
     images, why = None, ""
     try:
         images = certify_images(bundle, folder, arguments.data_dir)
     except InputError as error:
         why = str(error)
         _log.warning("nothing is certified of the export, which cannot be compared with the certified answers: %s", why)
-    counts = folder / "tuning" / "exports" / "onnx.json"
-    manifest = export_bundle(bundle, arguments.out, images=images, why=why, counts=counts)
+    counts = folder / "tuning" / "exports" / f"{arguments.format}.json"
+    manifest = export_bundle(form, arguments.out, images=images, why=why, counts=counts)
     if arguments.json:
         print(json.dumps(manifest))
     else:
         show(manifest, arguments.out)
 
 
+def form_of(name: str, folder: Path) -> "Form":
+    """Load a bundle and bring it into a format.
+
+    Raises:
+        InputError: A package is missing, or the bundle cannot be exported.
+    """
+    if name == "stablehlo":
+        from .stablehlo import StableHloForm  # noqa: PLC0415 (beside the other format's packages)
+
+        return StableHloForm(gati_jax.load_bundle(folder))
+    try:
+        from gati_jax.export.models import why_not  # noqa: PLC0415 (of the extra onnx)
+
+        from .models import OnnxForm  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise InputError(f"format: onnx needs the package {error.name}: pip install '.[onnx]'") from error
+    if why := why_not(read_manifest(folder).network):
+        raise InputError(f"bundle: {why}")
+    return OnnxForm(gati_jax.load_bundle(folder))
+
+
 def show(manifest: Mapping[str, Any], out: Path) -> None:
-    """Print the spans, and what holds of each plan's answers."""
-    rows = [(span["file"], f"{span['start']}-{span['site']}", span["cache"] or "") for span in manifest["spans"]]
-    cli.show(f"Spans in {out}", ("file", "sites", "cache"), rows)
+    """Print the programs, and what holds of each plan's answers."""
+    if "spans" in manifest:
+        rows = [(span["file"], f"{span['start']}-{span['site']}", span["cache"] or "") for span in manifest["spans"]]
+        cli.show(f"Spans in {out}", ("file", "sites", "cache"), rows)
+    else:
+        rows = [(program["file"], program["plan"], str(program["rows"])) for program in manifest["programs"]]
+        cli.show(f"Programs in {out}", ("file", "plan", "rows"), rows)
     for name, plan in manifest["plans"].items():
         print(f"{name}: {plan['promise']}")
 

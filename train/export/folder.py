@@ -1,9 +1,6 @@
-"""An exported folder: its models, its manifest, and what holds of its answers.
+"""An exported folder: programs, a manifest with what holds of their answers, and ``cascade.py``, which runs them.
 
-cascade.onnx     one file for batch 1: nested Ifs, thresholds as an input
-span_0.onnx ...  from each open cache's site to the next, with the cache's lookup; the last ends with the classifier
-manifest.json    spans, plans with thresholds and promises, class names
-cascade.py       runs the spans
+What the programs are is a form's business: ``models`` has ONNX, ``stablehlo`` has StableHLO.
 """
 
 import hashlib
@@ -12,111 +9,130 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import onnx
-from onnx import ModelProto, helper
 from pydantic_core import to_json
 
 from gati_jax import Bundle, Certificate, InputError
 from gati_jax.bundle.manifest import read_json, write_json
 from gati_jax.certification import ArithmeticCheck, ServedBound, cascade_id, served_bound
-from gati_jax.export.models import OPSET, check_exportable
-from gati_jax.export.sessions import VERSION, open_session
 from gati_jax.files import replacing
 from gati_jax.inference import check_arithmetic
 from gati_jax.options import Strict
-from gati_jax.profiling import device_name
 from gati_jax.runtime import Cascade
 
-from . import cascade as runner
-from .models import ONE_FILE, THRESHOLDS, input_dtype, models_of, stages_of, thresholds_of
+_OWN = ("cascade.py", "manifest.json")  # files of every export
+Answers = tuple[np.ndarray, np.ndarray]
+"""Classes and exits, of all rows."""
 
-ARITHMETIC = "onnx"
-_CHUNK = 256
+
+class Form(Protocol):
+    """The programs of a bundle in one format."""
+
+    bundle: Bundle
+    arithmetic: str
+    """Its name in promises."""
+    runner: str
+    """The source of ``cascade.py``, which runs the programs without this library."""
+    device: str
+    """What the answers are compared on: the versions of its software, and the devices."""
+
+    def files(self, promises: Mapping[str, str]) -> dict[str, bytes]:
+        """Return the programs by file name; they bear the promises of each plan where their format has a place."""
+        ...
+
+    def describe(self, *, checked: bool) -> dict[str, Any]:
+        """Return the manifest's keys that only this form has."""
+        ...
+
+    def thresholds(self, cascade: Cascade) -> np.ndarray:
+        """Return the thresholds of a cascade of the bundle as the programs take them."""
+        ...
+
+    def each_way(self, folder: Path, cascade: Cascade, rows: np.ndarray) -> Iterator[Answers]:
+        """Answer all rows by the programs in a folder, in each way in which requests may come."""
+        ...
+
+
+def input_dtype(bundle: Bundle) -> np.dtype:
+    """Return the dtype of the images that the programs take: pixels where the bundle normalises them."""
+    return np.dtype(bundle.chain.input_spec.dtype if bundle.chain.normalization is None else np.uint8)
 
 
 def export_bundle(
-    bundle: Bundle, path: Path | str, *, images: np.ndarray | None = None, why: str = "", counts: Path | None = None
+    form: Form, path: Path | str, *, images: np.ndarray | None = None, why: str = "", counts: Path | None = None
 ) -> dict[str, Any]:
-    """Write the cascades of a bundle as ONNX models, and what holds of their answers.
+    """Write the cascades of a bundle as programs, and what holds of their answers.
 
     Args:
-        bundle: Its base must be a network of this library.
+        form: The bundle in a format.
         path: The folder; an earlier export there is replaced as a whole.
-        images: The certify rows, on which the exported models are compared with the certified arithmetic, see
+        images: The certify rows, on which the exported programs are compared with the certified arithmetic, see
             ``check_arithmetic``.
         why: Why there are no images.
-        counts: The file that numbers the exports of the bundle which were compared, so that delta holds for all of
-            them; None: there is no other, on your word.
+        counts: The file that numbers the exports of the bundle in this format which were compared, so that delta holds
+            for all of them; None: there is no other, on your word.
 
     Returns:
         The manifest.
 
     Raises:
-        InputError: The bundle cannot be exported, the images prove nothing, or ``path`` is something else.
+        InputError: The images prove nothing, or ``path`` is something else than an export.
     """
-    path = Path(path)
-    check_exportable(bundle.chain, bundle.caches)
-    dtype = input_dtype(bundle.chain)
-    if path.exists() and not (path.is_dir() and ((path / "span_0.onnx").is_file() or not any(path.iterdir()))):
+    path, bundle = Path(path), form.bundle
+    if path.exists() and not _is_export(path):
         raise InputError(f"out: expected an export or nothing at {path}, got something else, which is left alone")
-    if images is not None and images.dtype != dtype:
-        raise InputError(f"images: expected {dtype}, which the models take, got {images.dtype}")
-    models = models_of(bundle)
+    if images is not None and images.dtype != (dtype := input_dtype(bundle)):
+        raise InputError(f"images: expected {dtype}, which the programs take, got {images.dtype}")
     with replacing(path) as folder:
-        _write(folder, models, _manifest(bundle, models, {}, why))
+        _write(folder, form, _manifest(form, {}, why))
         promised = len(bundle.compared) > 1  # else there is nothing to keep
-        checks = _checks(bundle, images, folder, models, counts) if images is not None and promised else {}
-        manifest = _manifest(bundle, models, checks, why)
-        promises = json.dumps({name: plan["promise"] for name, plan in manifest["plans"].items()})
-        for model in models.values():
-            helper.set_model_props(model, {"gati_jax.promises": promises})
-        _write(folder, models, manifest)
+        checks = _checks(form, images, folder, counts) if images is not None and promised else {}
+        manifest = _manifest(form, checks, why)
+        _write(folder, form, manifest)
     return manifest
 
 
-def _write(folder: Path, models: Mapping[str, ModelProto], manifest: Mapping[str, Any]) -> None:
-    for name, model in models.items():
-        (folder / name).write_bytes(model.SerializeToString(deterministic=True))
-    (folder / "manifest.json").write_bytes(to_json(manifest, indent=2) + b"\n")
-    shutil.copyfile(runner.__file__, folder / "cascade.py")
+def _write(folder: Path, form: Form, manifest: Mapping[str, Any]) -> None:
+    for name, content in form.files({name: plan["promise"] for name, plan in manifest["plans"].items()}).items():
+        (folder / name).write_bytes(content)
+    runner, own = _OWN
+    (folder / own).write_bytes(to_json(manifest, indent=2) + b"\n")
+    shutil.copyfile(form.runner, folder / runner)
 
 
-def _manifest(
-    bundle: Bundle, models: Mapping[str, ModelProto], checks: Mapping[str, ArithmeticCheck], why: str
-) -> dict[str, Any]:
+def _is_export(path: Path) -> bool:
+    return path.is_dir() and (all((path / name).is_file() for name in _OWN) or not any(path.iterdir()))
+
+
+def _manifest(form: Form, checks: Mapping[str, ArithmeticCheck], why: str) -> dict[str, Any]:
     """Return what ``manifest.json`` says."""
-    chain, stages, plans = bundle.chain, stages_of(bundle), {}
+    bundle, chain, plans = form.bundle, form.bundle.chain, {}
     for name, certificate in bundle.certificates.items():
-        bound = _bound(certificate, checks.get(cascade_id(certificate)), why)
+        bound = _bound(form.arithmetic, certificate, checks.get(cascade_id(certificate)), why)
         where = f" ({bound.check.device})" if bound.check else ""
         plans[name] = {
-            "thresholds": thresholds_of(bundle.cascades[name], stages).tolist(),  # infinity becomes null
+            "thresholds": form.thresholds(bundle.cascades[name]).tolist(),  # infinity becomes null
             "promise": f"{bound}{where}",
             "bound": bound,
             "certificate": certificate,
         }
-    spans = [(stage.file, stage.start, stage.site, stage.cache and stage.cache.name) for stage in stages]
     manifest = {
         "format_version": 1,
-        "opset": OPSET,
-        "onnxruntime": VERSION if checks else "",
-        "input": {"dtype": str(input_dtype(chain)), "shape": chain.input_spec.shape},
+        "input": {"dtype": str(input_dtype(bundle)), "shape": chain.input_spec.shape},
         "normalization": chain.normalization,
         "classes": chain.classes,
         "class_names": bundle.class_names,
-        "one_file": ONE_FILE if ONE_FILE in models else None,
-        "spans": [dict(zip(("file", "start", "site", "cache"), span, strict=True)) for span in spans],
+        **form.describe(checked=bool(checks)),
         "plans": plans,
     }
     return json.loads(to_json(manifest, inf_nan_mode="null"))
 
 
-def _bound(certificate: Certificate, check: ArithmeticCheck | None, why: str) -> ServedBound:
+def _bound(arithmetic: str, certificate: Certificate, check: ArithmeticCheck | None, why: str) -> ServedBound:
     """Return what holds of the exported answers, which are in another arithmetic than the certified one."""
-    bound = served_bound(certificate, ARITHMETIC, check)
+    bound = served_bound(certificate, arithmetic, check)
     if bound.epsilon is not None or bound.why:
         return bound
     if not certificate.certified:
@@ -126,45 +142,32 @@ def _bound(certificate: Certificate, check: ArithmeticCheck | None, why: str) ->
     return replace(bound, why=why or "its answers were not compared with the certified arithmetic's")
 
 
-def _checks(
-    bundle: Bundle, images: np.ndarray, folder: Path, models: Mapping[str, ModelProto], counts: Path | None
-) -> dict[str, ArithmeticCheck]:
-    """Compare the models in a folder with the certified arithmetic."""
-    device = f"onnxruntime {VERSION} on a CPU, reference on {device_name()}"
-    digest = hashlib.sha256(device.encode())
-    for model in models.values():
-        digest.update(model.SerializeToString(deterministic=True))
-    programs, stages = digest.hexdigest()[:32], stages_of(bundle)
-
-    def each_way(cascade: Cascade, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        thresholds, spans = thresholds_of(cascade, stages), runner.Cascade(folder)
-        spans.thresholds = np.append(thresholds, np.float32(-np.inf))
-        for size in (_CHUNK, 1):
-            parts = [spans.predict(rows[i : i + size])[:2] for i in range(0, len(rows), size)]
-            yield np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-        if ONE_FILE in models:
-            yield answer_one_by_one(folder / ONE_FILE, rows, thresholds)[:2]
-
-    what = {"arithmetic": ARITHMETIC, "programs": programs, "device": device, "number": _number(counts, programs)}
-    return {check.cascade: check for check in check_arithmetic(bundle, images, each_way, **what)}
-
-
-def answer_one_by_one(file: Path, images: np.ndarray, thresholds: np.ndarray) -> runner.Prediction:
-    """Answer images by the single file, one after another."""
-    session = open_session(onnx.load(file))
-    given = {THRESHOLDS: thresholds} if len(thresholds) else {}
-    rows = [session.run(None, {"images": images[i : i + 1], **given}) for i in range(len(images))]
-    return runner.Prediction(*map(np.concatenate, zip(*rows, strict=True)))
+def _checks(form: Form, images: np.ndarray, folder: Path, counts: Path | None) -> dict[str, ArithmeticCheck]:
+    """Compare the programs in a folder with the certified arithmetic."""
+    digest = hashlib.sha256(form.device.encode())
+    for content in form.files({}).values():
+        digest.update(content)
+    programs = digest.hexdigest()[:32]
+    checks = check_arithmetic(
+        form.bundle,
+        images,
+        lambda cascade, rows: form.each_way(folder, cascade, rows),
+        arithmetic=form.arithmetic,
+        programs=programs,
+        device=form.device,
+        number=_number(counts, programs),
+    )
+    return {check.cascade: check for check in checks}
 
 
 class Compared(Strict):
-    """Models of a bundle that were compared with the certified arithmetic, by their digests, in order."""
+    """Programs of a bundle that were compared with the certified arithmetic, by their digests, in order."""
 
     programs: tuple[str, ...] = ()
 
 
 def _number(counts: Path | None, programs: str) -> int:
-    """Return j: these are the j-th models of the bundle that are compared. It is noted before anything is seen."""
+    """Return j: these are the j-th programs of the bundle that are compared. It is noted before anything is seen."""
     if counts is None:
         return 1
     known = read_json(counts, Compared).programs if counts.is_file() else ()

@@ -1,17 +1,40 @@
-"""Cascades as ONNX models: one for each span, for any number of rows, and one of nested Ifs for a single row."""
+"""Cascades as ONNX models: one for each span, for any number of rows, and one of nested Ifs for a single row.
 
-from collections.abc import Sequence
-from typing import NamedTuple
+cascade.onnx     one file for batch 1: nested Ifs, thresholds as an input
+span_0.onnx ...  from each open cache's site to the next, with the cache's lookup; the last ends with the classifier
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from gati_jax import Bundle, Candidate, Chain
 from gati_jax.export.graph import Graph, Value, answer_of
-from gati_jax.export.models import activation, emit_blocks, emit_classifier, emit_lookup, finish, images, model
+from gati_jax.export.models import (
+    OPSET,
+    activation,
+    check_exportable,
+    emit_blocks,
+    emit_classifier,
+    emit_lookup,
+    finish,
+    images,
+    model,
+)
+from gati_jax.export.sessions import VERSION, open_session
+from gati_jax.profiling import device_name
 from gati_jax.runtime import Cascade
 
+from . import cascade as runner
+from .folder import Answers, input_dtype
+
 ONE_FILE, THRESHOLDS = "cascade.onnx", "thresholds"
+_CHUNK = 256
 MOST_NESTED = 24  # a protocol buffer may be 100 messages deep, and an If takes three
 
 
@@ -34,22 +57,69 @@ def stages_of(bundle: Bundle) -> list[Stage]:
     return [Stage(*row) for row in zip(files, [0, *sites[:-1]], sites, [*caches, None], strict=True)]
 
 
-def models_of(bundle: Bundle) -> dict[str, ModelProto]:
-    """Return the models by file name; there is no single file for more caches than can be nested."""
-    stages = stages_of(bundle)
-    found = {stage.file: span_model(bundle.chain, stage, first=stage is stages[0]) for stage in stages}
-    return found | ({ONE_FILE: single_model(bundle, stages)} if len(stages) <= MOST_NESTED else {})
+class OnnxForm:
+    """A bundle as ONNX models, see ``folder.Form``.
+
+    Raises:
+        InputError: The bundle has no ONNX form.
+    """
+
+    arithmetic = "onnx"
+    runner = runner.__file__
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Convert; there is no single file for more caches than can be nested."""
+        check_exportable(bundle.chain, bundle.caches)
+        self.bundle = bundle
+        self._stages = stages_of(bundle)
+        self._models = {stage.file: span_model(bundle, stage, first=stage is self._stages[0]) for stage in self._stages}
+        if len(self._stages) <= MOST_NESTED:
+            self._models[ONE_FILE] = single_model(bundle, self._stages)
+        self.device = f"onnxruntime {VERSION} on a CPU, reference on {device_name()}"
+
+    def files(self, promises: Mapping[str, str]) -> dict[str, bytes]:
+        """Return the models, which have the promises among their properties."""
+        for one in self._models.values():
+            helper.set_model_props(one, {"gati_jax.promises": json.dumps(promises)})
+        return {name: one.SerializeToString(deterministic=True) for name, one in self._models.items()}
+
+    def describe(self, *, checked: bool) -> dict[str, Any]:
+        """Return the models and the versions of what runs them."""
+        spans = [(stage.file, stage.start, stage.site, stage.cache and stage.cache.name) for stage in self._stages]
+        return {
+            "opset": OPSET,
+            "onnxruntime": VERSION if checked else "",
+            "one_file": ONE_FILE if ONE_FILE in self._models else None,
+            "spans": [dict(zip(("file", "start", "site", "cache"), span, strict=True)) for span in spans],
+        }
+
+    def thresholds(self, cascade: Cascade) -> np.ndarray:
+        """Return float32[caches of all plans], infinity for those that are off in this one."""
+        return thresholds_of(cascade, self._stages)
+
+    def each_way(self, folder: Path, cascade: Cascade, rows: np.ndarray) -> Iterator[Answers]:
+        """Answer rows by spans, in batches and alone, and by the single file."""
+        spans = runner.Cascade(folder)
+        spans.thresholds = np.append(self.thresholds(cascade), np.float32(-np.inf))
+        for size in (_CHUNK, 1):
+            parts = [spans.predict(rows[i : i + size])[:2] for i in range(0, len(rows), size)]
+            yield np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+        if ONE_FILE in self._models:
+            yield answer_one_by_one(folder / ONE_FILE, rows, self.thresholds(cascade))[:2]
 
 
-def input_dtype(chain: Chain) -> np.dtype:
-    """Return the dtype of the images that the models take: pixels where the bundle normalises them."""
-    return np.dtype(np.float32 if chain.normalization is None else np.uint8)
+def answer_one_by_one(file: Path, images: np.ndarray, thresholds: np.ndarray) -> runner.Prediction:
+    """Answer images by the single file, one after another."""
+    session = open_session(onnx.load(file))
+    given = {THRESHOLDS: thresholds} if len(thresholds) else {}
+    rows = [session.run(None, {"images": images[i : i + 1], **given}) for i in range(len(images))]
+    return runner.Prediction(*map(np.concatenate, zip(*rows, strict=True)))
 
 
-def span_model(chain: Chain, stage: Stage, *, first: bool) -> ModelProto:
+def span_model(bundle: Bundle, stage: Stage, *, first: bool) -> ModelProto:
     """Return a stage for any number of rows; it gives class, score, logits, and what the next one takes."""
-    graph = Graph("")
-    x, given = images(graph, chain, "batch", input_dtype(chain)) if first else activation(chain, stage.start)
+    graph, chain = Graph(""), bundle.chain
+    x, given = images(graph, chain, "batch", input_dtype(bundle)) if first else activation(chain, stage.start)
     following, logits, score = _stage(graph, chain, stage, x)
     outputs = {"class_index": answer_of(graph, logits), "score": score, "logits": logits}
     outputs |= {"next": following} if stage.cache else {}
@@ -59,7 +129,7 @@ def span_model(chain: Chain, stage: Stage, *, first: bool) -> ModelProto:
 def single_model(bundle: Bundle, stages: Sequence[Stage]) -> ModelProto:
     """Return the whole cascade for one row, with the thresholds of the default plan unless others are given."""
     graph = Graph("")
-    x, given = images(graph, bundle.chain, 1, input_dtype(bundle.chain))
+    x, given = images(graph, bundle.chain, 1, input_dtype(bundle))
     inputs, defaults = [given], thresholds_of(bundle.cascade, stages)
     if len(defaults):
         graph.constants.append(numpy_helper.from_array(defaults, THRESHOLDS))
