@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,40 @@ def test_spans_and_file_answer_as_the_library_does(case):
     assert_same((index, site, score, logits), jax.tree.map(lambda v: v[3:4], expected), thresholds)
     assert [(v.dtype, v.shape) for v in (index, site, score)] == [("int32", (1,)), ("int32", (1,)), ("float32", (1,))]
     assert cascade.predict(images[:0]).logits.shape == (0, CLASSES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_ten_thousand_rows_are_answered_alike(case, engine, monkeypatch):
+    """At most one of a thousand differs, and lies at a threshold or is a tie."""
+    bundle, few, folder = case
+    if engine == "openvino":
+        monkeypatch.setattr(runner.onnxruntime, "InferenceSession", OpenVino)
+    rng = np.random.default_rng(7)
+    pixels = few.dtype == np.uint8
+    shape = (10_000, *few.shape[1:])
+    images = rng.integers(0, 256, shape, np.uint8) if pixels else rng.normal(size=shape).astype(np.float32)
+    found = runner.Cascade(folder).predict(images)
+    parts = [gati_jax.infer_batch(bundle, images[i : i + 500]) for i in range(0, len(images), 500)]
+    expected = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+    assert_same(found, expected, np.asarray(bundle.cascade.thresholds), most=0.001)
+
+
+class OpenVino:
+    """OpenVINO in the place of ONNX Runtime's session, as the runner uses it."""
+
+    def __init__(self, file: str, *_: Any) -> None:
+        core = pytest.importorskip("openvino", reason="needs the extra bench").Core()
+        exact = {"INFERENCE_PRECISION_HINT": "f32"}
+        self._model = core.compile_model(core.read_model(file), "CPU", exact)
+
+    def get_inputs(self) -> list[Any]:
+        return [types.SimpleNamespace(name=self._model.input(0).any_name)]
+
+    def run(self, names: list[str] | None, given: dict[str, np.ndarray], *_: Any) -> list[np.ndarray]:
+        found = self._model(given)
+        outputs = [self._model.output(name) for name in names] if names else self._model.outputs
+        return [found[output].copy() for output in outputs]
 
 
 def test_models_are_well_formed_and_hold_every_weight_once(case):
