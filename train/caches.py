@@ -76,9 +76,6 @@ def main(argv: list[str] | None = None) -> None:
     default = tightest(certificates)
     plan, certificate = plans[default][0], certificates[default]
     also = [(plans[name][0], certificates[name]) for name in plans if name != default]
-    for sentence in certificate.stays_off:
-        _log.warning(sentence)
-
     gati_jax.save_bundle(
         path,
         chain,
@@ -108,7 +105,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     result.write(arguments.out / "caches.json", print_json=arguments.json)
     if not arguments.json:
-        show(result, f"Plan for {config.base.title} on {config.data.name}")
+        print(f"{config.base.title} on {config.data.name}")
+        show(result, [(plan, certificate), *also])
+    for sentence in certificate.stays_off if arguments.json else ():  # else it was printed
+        _log.warning(sentence)
 
 
 def parser() -> cli.Parser:
@@ -285,38 +285,21 @@ def composition_entry(composition: Composition) -> dict[str, Any]:
     return {key: getattr(composition, key) for key in keys} | {"refused": dict(composition.refused)}
 
 
-def show(result: Caches, title: str) -> None:
-    """Print the base's accuracy, the plan and what was certified."""
+def show(result: Caches, pairs: Sequence[tuple[Plan, Certificate]]) -> None:
+    """Print the base's accuracy, the plans with their certificates, and what they are predicted to save."""
     if result.base:
         print(base_line(result.base))
-    columns = ("cache", "site", "threshold", "agreement on select")
-    rows = [(c.name, c.site, "off" if c.threshold is None else c.threshold, c.agreement) for c in result.plan]
-    cli.show(title, columns, rows)
-    for one in (result, *result.also):
-        print(f"plan {one.certificate.name}: {certificate_line(one.certificate)}")
+    for (plan, certificate), one in zip(pairs, (result, *result.also), strict=True):
         predicted = one.predicted
+        print(f"\n{certificate.name}: {plan.summary(certificate.step)}\n{certificate.summary()}")
         print(
-            f"  predicted {predicted.full_ms:.3f} ms -> {predicted.cascade_ms:.3f} ms on {predicted.device},"
+            f"predicted {predicted.full_ms:.3f} ms -> {predicted.cascade_ms:.3f} ms on {predicted.device},"
             f" batch {predicted.batch}"
         )
     for name, c in result.composition.items():
         known = "nothing is better" if c["proved"] else f"something may be {c['gap']:.1%} faster"
         print(f"composition {name}: {known}, with {c['grid']} thresholds a cache ({c['seconds']:.0f} s)")
     print(f"Bundle: {result.bundle}")
-
-
-def certificate_line(c: CertificateResult) -> str:
-    """Describe what was certified."""
-    if not c.certified:
-        return f"NOT certified at epsilon {c.epsilon}: every cache stays off, the base answers ({c.basis})"
-    together = (f", {c.plans} plans together" if c.plans > 1 else "") + f", {c.basis}"
-    certified = (
-        f"certified: {c.promise} (confidence {1 - c.delta:.0%}"
-        f"{together}; {c.disagreements} of {c.n} certify requests did)"
-    )
-    if gap := c.accuracy_gap:
-        certified += f"; loses at most {gap.upper:.2%} of accuracy (confidence {1 - gap.delta:.0%})"
-    return certified
 
 
 def small_networks(config: Config, chain: Chain) -> list[Head]:

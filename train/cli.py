@@ -1,11 +1,8 @@
 """What the scripts' command lines share: ``--config FILE --out DIR --json``, overrides, one clear line on bad input."""
 
 import argparse
-import importlib.metadata
 import json
 import logging
-import os
-import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +14,8 @@ from rich.markup import escape
 from rich.progress import track as rich_track
 from rich.table import Table
 
-from gati_jax import Bundle, Chain, InputError, Ledger, __version__, load_bundle
+from gati_jax import Bundle, Chain, InputError, Ledger, load_bundle
+from gati_jax.bundle import installed_versions as versions  # noqa: F401 (for the scripts)
 from gati_jax.certification import AnyLedger
 from gati_jax.files import write_atomically
 from gati_jax.imports import load_chain
@@ -240,14 +238,3 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -
         table.add_row(*(escape(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row))
     # Off a terminal, rich would cut tables at 80 columns.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": str(os.cpu_count()),
-        "gati-jax": __version__,
-    } | {package: importlib.metadata.version(package) for package in packages}

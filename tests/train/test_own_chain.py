@@ -179,7 +179,7 @@ def test_other_functions_of_the_same_parameters_are_refused(fitted, monkeypatch)
     del fitted
     monkeypatch.setattr(sys.modules["nets.own"], "SCALE", 2.0)
     jax.clear_caches()
-    with pytest.raises(gati_jax.BundleError, match="expected the functions that .* was certified with"):
+    with pytest.raises(gati_jax.BundleError, match=r"expected the functions that .* was certified with"):
         evaluate.main([*BUNDLE, *CHAIN, "--out", "out"])
 
 
@@ -209,7 +209,7 @@ def test_what_is_no_chain_is_refused_in_one_line(name, message):
 
 def test_a_chain_stands_alone_in_a_config(home):
     arguments = ["--config", "config.toml", *CHAIN, "--out", "refused", "--base.network", "resnet20"]
-    with pytest.raises(InputError, match="chain: expected it alone, .* got it with network"):
+    with pytest.raises(InputError, match=r"chain: expected it alone, .* got it with network"):
         caches.main(arguments)
     assert not (home / "refused").exists()
 
