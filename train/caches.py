@@ -21,6 +21,7 @@ from gati_jax import Bundle, Chain, Head, InputError, Ledger, ReplayTable, data
 from gati_jax.bundle.manifest import Provenance, read_looks
 from gati_jax.bundle.save import check_free
 from gati_jax.certification import AnyLedger, Certificate, count_duplicates, find_ledger, tightest
+from gati_jax.evaluation.records import CertificateResult, record_of
 from gati_jax.fitting import Candidates, network_head
 from gati_jax.imports import load_chain
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
@@ -30,7 +31,7 @@ from train import cli, zoo
 
 from .config import Base, Config, Source
 from .exploration import check_fit, explore
-from .results import BaseOnSelect, Caches, CertificateResult, PlannedCache, PlanResult, Predicted
+from .results import BaseOnSelect, Caches, PlannedCache, PlanResult, Predicted
 
 EXAMPLE = (
     "python -m train.caches --config configs/cifar10_resnet56.toml --out runs/r56"
@@ -274,7 +275,7 @@ def summary(
         candidates=agreement,
         plan=tuple(planned),
         sites=tuple(cache.site for cache in planned if cache.threshold is not None),
-        certificate=CertificateResult.of(certificate),
+        certificate=record_of(CertificateResult, certificate),
         predicted=Predicted.of(costs, cascade_ms=cascade_ms(certify.take(plan.names), thresholds, costs)),
     )
 

@@ -22,6 +22,11 @@ ERRORS_SHOWN = 3
 class Record(evaluation.Record):
     """Part of a result that is written to a file, and read back by its class."""
 
+    @classmethod
+    def of(cls, source: object, **more: Any) -> Self:  # noqa: ANN401 (fields of the record)
+        """Return a record of what an object has under the same names, and of further fields."""
+        return evaluation.record_of(cls, source, **more)
+
     def write(self, path: Path, *, print_json: bool) -> None:
         """Write the file; with ``print_json``, print the same on standard output."""
         cli.write_result(path, self.as_json())

@@ -1,6 +1,6 @@
 """The records of an evaluation, and their text."""
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,15 +23,18 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", from_attributes=True)
 
-    @classmethod
-    def of(cls, source: object, **more: Any) -> Self:  # noqa: ANN401 (fields of the record)
-        """Return a record of what an object has under the same names, and of further fields."""
-        own = {name: getattr(source, name) for name in cls.model_fields if hasattr(source, name)}
-        return cls.model_validate(own | more)
-
     def as_json(self) -> dict[str, object]:
         """Return it as JSON has it."""
         return self.model_dump(mode="json")
+
+
+R = TypeVar("R", bound=Record)
+
+
+def record_of(kind: type[R], source: object, **more: Any) -> R:  # noqa: ANN401 (fields of the record)
+    """Return a record of what an object has under the same names, and of further fields."""
+    own = {name: getattr(source, name) for name in kind.model_fields if hasattr(source, name)}
+    return kind.model_validate(own | more)
 
 
 class CertificateResult(Record):

@@ -20,7 +20,17 @@ from gati_jax.models import check_images
 from gati_jax.runtime import Prediction
 
 from . import timing
-from .records import BaseQuality, CascadeQuality, EvaluatedCertificate, Evaluation, Exit, Memory, Oracle, ServedResult
+from .records import (
+    BaseQuality,
+    CascadeQuality,
+    EvaluatedCertificate,
+    Evaluation,
+    Exit,
+    Memory,
+    Oracle,
+    ServedResult,
+    record_of,
+)
 
 TIMED, BATCHES = 150, (1, 8, 32, 128)
 _CHUNK = 250
@@ -81,8 +91,8 @@ def evaluate(
         n=len(table),
         base=BaseQuality(accuracy=accuracy(table.answers, right)),
         cascade=CascadeQuality(accuracy=accuracy(prediction.class_index, right), agreement=agreement),
-        certificate=EvaluatedCertificate.of(certificate, holds=holds),
-        served=ServedResult.of(bound := bundle.bound_of(), text=str(bound)),
+        certificate=record_of(EvaluatedCertificate, certificate, holds=holds),
+        served=record_of(ServedResult, bound := bundle.bound_of(), text=str(bound)),
         exits=tuple(_exit_of(site, exits == site, agrees) for site in (*bundle.cascade.sites, len(bundle.chain))),
         cost=timing.cost(exits, speed, measured) if speed else None,
         memory=Memory(base_bytes=bundle.chain.bytes, cache_bytes=sum(c.bytes for c in bundle.cascade.caches)),

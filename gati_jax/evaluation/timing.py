@@ -26,7 +26,7 @@ from gati_jax.profiling import (
 from gati_jax.profiling.speed import FullNetwork
 from gati_jax.runtime import Cascade
 
-from .records import Cost, Measured
+from .records import Cost, Measured, record_of
 
 _log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def describe(bundle: Bundle, speed: Speed, **more: Any) -> Measured:  # noqa: AN
     backend = "xla" if (tuning := bundle.tuning_of()) is None or more["numerics"] == "reference" else tuning.backend
     driver = "spans" if backend == "onnxruntime" else "while_loop" if speed.batch == 1 else "tiles"
     dtype = str(bundle.chain.input_spec.dtype)
-    return Measured.of(speed, driver=driver, backend=backend, dtype=dtype, requests=len(speed.exits), **more)
+    return record_of(Measured, speed, driver=driver, backend=backend, dtype=dtype, requests=len(speed.exits), **more)
 
 
 def _lookup_share(bundle: Bundle, speed: Speed) -> float | None:
