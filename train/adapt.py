@@ -35,8 +35,8 @@ from gati_jax.adaptation import (
 )
 from gati_jax.evaluation.run import show_rows
 from gati_jax.fitting.loop import progress_bar
-from train import cli
 
+from . import cli
 from .results import Adaptation, EventResult, MechanismsResult, PhaseResult, TraceResult, WindowResult
 
 EXAMPLE = "python -m train.adapt --bundle runs/r56/bundle --trace runs/blur.safetensors --out runs/blur"

@@ -27,8 +27,8 @@ from gati_jax.imports import load_chain
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
 from gati_jax.planning import Composition, CostTable, Plan, cascade_ms
 from gati_jax.profiling import Tuning, onnx_tuning, replays_on_onnx, run_by, tuning_for
-from train import cli, zoo
 
+from . import cli, zoo
 from .config import Base, Config, Source
 from .exploration import check_fit, explore
 from .results import BaseOnSelect, Caches, PlannedCache, PlanResult, Predicted
@@ -341,9 +341,7 @@ def read_base(base: Base, *, own: bool = False) -> Chain:
     if own and base.chain is not None:
         return load_chain(base.chain, "base.chain")
     if base.weights is None and base.chain is None:
-        raise InputError(
-            "base.weights: expected a .safetensors file (train one with python -m train.base), got nothing"
-        )
+        raise InputError("base.weights: expected a .safetensors file (train one with gati-jax train-base), got nothing")
     network = base.architecture()
     variables = import_state_dict(network, read_weights(base.weights))
     return to_chain(network, fold(variables), base.normalize())

@@ -97,8 +97,11 @@ def _outside_bundles(path: Path) -> Path:
 
 def parser(description: str, example: str, *, out: bool = True, as_json: bool = True) -> Parser:
     """Return a parser with the flags that most scripts have, ``--out DIR`` and ``--json``, and a whole command."""
+    module = f"python -m {example.split()[2]}"
+    prog = sys.argv[0] if sys.argv[0].startswith("gati-jax ") else module  # see ``gati_jax.commands``
+    example = example.replace(module, prog)
     p = Parser(
-        prog=f"python -m {example.split()[2]}",
+        prog=prog,
         description=description,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -113,7 +116,7 @@ def parser(description: str, example: str, *, out: bool = True, as_json: bool = 
 
 def add_bundle(p: Parser) -> None:
     """Add the flags of scripts that take a bundle, see ``read_bundle``."""
-    p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
+    p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder of the bundle")
     add_chain(p)
 
 

@@ -14,8 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 import gati_jax
 from gati_jax import Bundle, InputError, data
 from gati_jax.evaluation.run import BATCHES, TIMED
-from train import cli
 
+from . import cli
 from .config import Config, build_config
 from .results import Evaluation
 

@@ -17,8 +17,8 @@ from gati_jax.fitting import Candidates, head_sizes, untrained
 from gati_jax.fitting.fit import deal_folds
 from gati_jax.planning import Composition, compose_plan, prunable, rank
 from gati_jax.profiling import Tuning, unsteady
-from train import cli
 
+from . import cli
 from .config import Config
 from .records import costs_in, keep_composition, kept_composition, measured_tuning
 

@@ -14,7 +14,8 @@ from gati_jax import InputError
 from gati_jax.evaluation import records as evaluation
 from gati_jax.evaluation.records import CertificateResult
 from gati_jax.options import describe_error
-from train import cli
+
+from . import cli
 
 ERRORS_SHOWN = 3
 

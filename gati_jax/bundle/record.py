@@ -132,7 +132,7 @@ class Bundle:
         if found or tuning is None:
             return found
         known = "its answers were not compared with those of the certified arithmetic"
-        why = "nothing is certified" if len(self.compared) == 1 else f"{known}; run python -m train.tune --bundle DIR"
+        why = "nothing is certified" if len(self.compared) == 1 else f"{known}; run gati-jax tune --bundle DIR"
         warnings.warn(f"bundle: the tuning for this device is used only where it is asked for: {why}", stacklevel=2)
         return {}
 

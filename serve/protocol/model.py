@@ -8,8 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple, Self
 
-from serve.engine.records import Step
-
+from ..engine.records import Step
 from .messages import (
     BatchStatistics,
     ConfigParameter,
