@@ -5,14 +5,16 @@ know is marked CHECK. Where the library has a config for the same data and netwo
 taken over, with their comments.
 """
 
+import argparse
+import itertools
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from gati_jax import InputError, WeightsError, data
 from gati_jax.commands import CONFIGS
+from gati_jax.errors import printable
 from gati_jax.files import write_atomically
 from gati_jax.imports import load_chain
 from gati_jax.models import NAMES, architecture, import_state_dict, read_weights
@@ -24,6 +26,9 @@ from .zoo import Entry, read_entry
 EXAMPLE = "python -m train.init --data cifar10 --weights resnet56-cifar10.safetensors --out resnet56.toml"
 SPLITS = ("all", "train", "validation", "test")
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+TO_TRAIN = ("resnet18", "resnet20")  # where there are no weights yet
+TRAINED = Path("runs/base/base.safetensors")
+FIT = "[fit]\n"
 PLAIN = """\
 [fit]
 epochs = 20 # fewer for large data; --fit.minutes bounds the time
@@ -49,14 +54,25 @@ def main(argv: list[str] | None = None) -> None:
     entry = read_entry(arguments.weights) if arguments.weights else None
     if arguments.chain:
         load_chain(arguments.chain, "--chain")  # it fails now, if at all
-        base, network = [f"chain = {_toml(arguments.chain)}"], arguments.chain
+        below = f"[base]\nchain = {_toml(arguments.chain)}\n\n{PLAIN}"
+    elif arguments.weights:
+        network = entry.network if entry else network_of(arguments.weights, shape, classes)
+        base = known_base(arguments.weights, entry) if entry else plain_base(arguments.weights, network, shape, classes)
+        below = f"{base}\n\n{shipped(arguments.data, [network], FIT) or PLAIN}"
     else:
-        base, network = base_lines(arguments.weights, entry, shape, classes)
-    trained_on = entry.trained_on if entry and entry.dataset == arguments.data else None
-    text = config_text(arguments, rows, trained_on, "\n".join(base), network)
-    build(Config, tomllib.loads(text))  # what is written can be read
+        own = shipped(arguments.data, TO_TRAIN, "[base]\n", 'weights = "runs/')
+        below = own or f"{plain_base(None, TO_TRAIN[0], shape, classes)}\n\n{PLAIN}"
+    steps = [_fit(arguments.out)]
+    if not (arguments.weights or arguments.chain):
+        trained = Path(tomllib.loads(below)["base"]["weights"])
+        steps.insert(0, f"gati-jax train-base --config {arguments.out} --out {trained.parent}")
+    text = config_text(arguments, rows, entry, steps, below)
+    try:
+        build(Config, tomllib.loads(text))  # what is written can be read
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"--weights, --data-dir: expected names that TOML can hold, got others: {error}") from error
     write_atomically(arguments.out, text.encode())
-    print(f"written: {arguments.out}; look at the lines marked CHECK, then: {_fit(arguments.out)}")
+    print(f"written: {arguments.out}; look at the lines marked CHECK, then: {' && '.join(steps)}")
 
 
 def parser() -> cli.Parser:
@@ -91,26 +107,27 @@ def sizes_of(name: str, folder: Path | None) -> tuple[dict[str, int], tuple[int,
     return {split: len(part) for split, part in found.items()}, first.images.shape[1:], classes
 
 
-def base_lines(
-    weights: Path | None, entry: Entry | None, shape: tuple[int, ...], classes: int
-) -> tuple[list[str], str]:
-    """Return the lines of [base], and the network's name; empty if it is not known."""
-    if entry is not None:
-        told = f"# {entry.network}, {entry.accuracy:.2%} right on {entry.split}: the file says the rest itself"
-        return [told, f"weights = {_toml(str(weights))}"], entry.network
-    network = network_of(weights, shape, classes) if weights else "resnet20"
-    what = "found by the tensors of the weights" if weights else f"CHECK: one of {', '.join(NAMES)}"
+def known_base(weights: Path, entry: Entry) -> str:
+    """Return [base] for weights that describe themselves."""
+    told = printable(f"{entry.network}, {entry.accuracy:.2%} right on {entry.split}: the file says the rest itself")
+    return f"[base] # {told}\nweights = {_toml(str(weights))}"
+
+
+def plain_base(weights: Path | None, network: str, shape: tuple[int, ...], classes: int) -> str:
+    """Return [base] for other weights, or for those that train-base will write."""
+    usual = IMAGENET if shape[-1] == len(IMAGENET["mean"]) else {"mean": [0.5], "std": [0.5]}
     lines = [
-        f"network = {_toml(network)} # {what}",
-        f"weights = {_toml(str(weights or 'runs/base/base.safetensors'))}"
-        + ("" if weights else " # written by gati-jax train-base --out runs/base"),
+        "[base]",
+        f"network = {_toml(network)}" + (" # found by the tensors of the weights" if weights else " # CHECK"),
+        f"weights = {_toml(str(weights or TRAINED))}"
+        + ("" if weights else f" # gati-jax train-base --out {TRAINED.parent}"),
         f"classes = {classes}",
         f"input_shape = {list(shape)}",
         "",
         "[base.normalization] # CHECK: how its inputs were normalised in training, (pixel * scale - mean) / std",
+        *(f"{key} = {value}" for key, value in usual.items()),
     ]
-    usual = IMAGENET if shape[-1] == len(IMAGENET["mean"]) else {"mean": [0.5], "std": [0.5]}
-    return [*lines, *(f"{key} = {value}" for key, value in usual.items())], network
+    return "\n".join(lines)
 
 
 def network_of(weights: Path, shape: tuple[int, ...], classes: int) -> str:
@@ -141,36 +158,28 @@ def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def config_text(
-    arguments: Any,
-    rows: Mapping[str, int],
-    trained_on: tuple[str, ...] | None,
-    base: str,
-    network: str,  # noqa: ANN401 (a namespace)
+    arguments: argparse.Namespace, rows: Mapping[str, int], entry: Entry | None, steps: list[str], below: str
 ) -> str:
-    """Return the config."""
-    known = f"{arguments.data} and {network}" if network else arguments.data
-    run = arguments.out.stem
-    splits, trained, source = split_lines(rows, trained_on)
+    """Return the config; ``steps`` are the commands that it is for, ``below`` is what follows the data."""
+    run, commands = arguments.out.stem, "\n".join(f"#   {step}" for step in steps)
+    splits, trained, source = split_lines(rows, entry.trained_on if entry and entry.dataset == arguments.data else None)
     folder = f"\ndir = {_toml(str(arguments.data_dir))}" if arguments.data_dir else ""
     return f"""\
-# Caches for {known}, written by gati-jax init. Every key: gati-jax fit --help
+# Caches for a network on {arguments.data}, written by gati-jax init. Every key: gati-jax fit --help
 #
-#   {_fit(arguments.out)}
+{commands}
 #   gati-jax evaluate --bundle runs/{run}/bundle --out runs/{run}/eval
 #   gati-jax serve --bundle runs/{run}/bundle
 seed = 0
 
 [data]
 name = {_toml(arguments.data)}{folder}
-base_trained_on = {json.dumps(trained)} # {source}
+base_trained_on = {json.dumps(trained, ensure_ascii=False)} # {source}
 
 [data.splits] # disjoint; select and certify: rows that the base was not trained on
 {splits}
 
-[base]
-{base}
-
-{tail_of(arguments.data, network, trains=not (arguments.weights or arguments.chain))}"""
+{below}"""
 
 
 def split_lines(rows: Mapping[str, int], trained_on: tuple[str, ...] | None) -> tuple[str, list[str], str]:
@@ -196,17 +205,13 @@ def split_lines(rows: Mapping[str, int], trained_on: tuple[str, ...] | None) -> 
     return "\n".join(lines), trained, "CHECK: the rows that the base was trained on; a certificate depends on it"
 
 
-def tail_of(name: str, network: str, *, trains: bool) -> str:
-    """Return [fit] and all below it, of the library's own config for the same data and network, if there is one.
-
-    ``trains``: begin at [base.training], as the base is to be trained.
-    """
-    for file in sorted(CONFIGS.glob("*.toml")):
+def shipped(name: str, networks: Sequence[str], begin: str, holds: str = "") -> str | None:
+    """Return the library's own config for a data set and one of these networks, from a section on, if there is one."""
+    for network, file in itertools.product(networks, sorted(CONFIGS.glob("*.toml"))):
         text = file.read_text(encoding="utf-8")
-        begin = "\n[base.training]\n" if trains and "\n[base.training]\n" in text else "\n[fit]\n"
-        if f'\nname = "{name}"' in text and f'\nnetwork = "{network}"' in text and begin in text:
-            return f"# From here on as in {file.name} of the library.\n{begin.lstrip()}{text.partition(begin)[2]}"
-    return PLAIN
+        if f'\nname = "{name}"' in text and f'\nnetwork = "{network}"' in text and begin in text and holds in text:
+            return f"# From here on as in {file.name} of the library.\n{begin}{text.partition(begin)[2]}"
+    return None
 
 
 def _fit(out: Path) -> str:
