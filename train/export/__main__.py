@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gati_jax
-from gati_jax import InputError
+from gati_jax import Chain, InputError
 from gati_jax.bundle.manifest import read_manifest
 from gati_jax.files import present
-from train import cli
-from train.evaluate import certify_images
+
+from .. import cli
+from ..evaluate import certify_images
 
 from .folder import export_bundle
 
@@ -28,17 +29,13 @@ _log = logging.getLogger("train.export")
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    p = cli.parser("Export a saved bundle's cascades.", EXAMPLE)
-    p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
-    p.add_argument("--format", choices=("onnx", "stablehlo"), default="onnx", help="of the programs (default: onnx)")
-    p.add_argument("--data-dir", type=Path, metavar="DIR", help="TFDS's folder, if not where the bundle was fitted")
-    arguments = p.parse_args(argv)
+    arguments = parser().parse_args(argv)
     folder = present(arguments.bundle)
     if arguments.out.resolve().is_relative_to(folder):
         raise InputError(
             f"out: expected a folder outside the bundle, which would not load any more, got {arguments.out}"
         )
-    form = form_of(arguments.format, folder)
+    form = form_of(arguments.format, folder, cli.read_chain(arguments))
     bundle = form.bundle
     images, why = None, ""
     try:
@@ -54,8 +51,17 @@ def main(argv: list[str] | None = None) -> None:
         show(manifest, arguments.out)
 
 
-def form_of(name: str, folder: Path) -> "Form":
-    """Load a bundle and bring it into a format.
+def parser() -> cli.Parser:
+    """Return the command line's parser."""
+    p = cli.parser("Export a saved bundle's cascades.", EXAMPLE)
+    cli.add_bundle(p)
+    p.add_argument("--format", choices=("onnx", "stablehlo"), default="onnx", help="of the programs (default: onnx)")
+    p.add_argument("--data-dir", type=Path, metavar="DIR", help="TFDS's folder, if not where the bundle was fitted")
+    return p
+
+
+def form_of(name: str, folder: Path, chain: Chain | None) -> "Form":
+    """Load a bundle, of a chain of one's own where one is given, and bring it into a format.
 
     Raises:
         InputError: A package is missing, or the bundle cannot be exported.
@@ -63,16 +69,16 @@ def form_of(name: str, folder: Path) -> "Form":
     if name == "stablehlo":
         from .stablehlo import StableHloForm  # noqa: PLC0415 (beside the other format's packages)
 
-        return StableHloForm(gati_jax.load_bundle(folder))
+        return StableHloForm(gati_jax.load_bundle(folder, chain=chain))
     try:
         from gati_jax.export.models import why_not  # noqa: PLC0415 (of the extra onnx)
 
         from .models import OnnxForm  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        raise InputError(f"format: onnx needs the package {error.name}: pip install '.[onnx]'") from error
+        raise InputError(f"format: onnx needs the package {error.name}: pip install 'gati-jax[onnx]'") from error
     if why := why_not(read_manifest(folder).network):
         raise InputError(f"bundle: {why}")
-    return OnnxForm(gati_jax.load_bundle(folder))
+    return OnnxForm(gati_jax.load_bundle(folder, chain=chain))
 
 
 def show(manifest: Mapping[str, Any], out: Path) -> None:
