@@ -9,11 +9,11 @@ with their types, bounds and defaults are the module's own.
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
 import flax.linen as nn
-from pydantic import Field, SerializeAsAny, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, create_model
+from pydantic import Field, SerializeAsAny, ValidationError, WrapValidator, create_model
 from pydantic.errors import PydanticUserError
 
 from gati_jax.errors import InputError, printable
@@ -116,7 +116,7 @@ def register_head(module: Module) -> Module:
     return module
 
 
-def _own_or_known(value: Any, known: ValidatorFunctionWrapHandler, specs: Mapping[type[nn.Module], type[Spec]]) -> Spec:  # noqa: ANN401
+def _own_or_known(value: Any, known: Callable[[Any], Any], specs: Mapping[type[nn.Module], type[Spec]]) -> Spec:  # noqa: ANN401
     kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
     if not isinstance(kind, str) or ":" not in kind:
         return known(value)

@@ -13,7 +13,8 @@ from gati_jax.errors import InputError
 from gati_jax.models import AnyNetwork, Architecture, Chain
 from gati_jax.pytrees import tree_bytes
 
-from .graph import Graph, Value, emit, prepare
+from .graph import Graph, Value, prepare
+from .transformers import emit  # with its own modules added
 
 OPSET, IR_VERSION = 18, 8
 MOST_BYTES = 2**31 - 2**24  # of a protocol buffer, less what is no parameter
@@ -114,8 +115,8 @@ def images(graph: Graph, chain: Chain, batch: int | str, dtype: np.dtype) -> tup
 
 def activation(chain: Chain, site: int) -> tuple[Value, ValueInfoProto]:
     """Return the activation at a site, and the input that it comes from: channels first."""
-    height, width, channels = chain.site_specs[site].shape
-    x = Value("activation", (channels, height, width))
+    *positions, channels = chain.site_specs[site].shape
+    x = Value("activation", (channels, *positions))
     return x, info(x, TensorProto.FLOAT, BATCH)
 
 

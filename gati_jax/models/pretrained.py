@@ -221,33 +221,37 @@ def from_pretrained(
     """
     folder = _folder(source, revision)
     config = _read_json(folder / _CONFIG)
-    if "gati_jax" in config:
-        try:
-            saved = TypeAdapter(_Saved).validate_python(config)
-        except (ValidationError, InputError) as error:
-            raise WeightsError(f"source: {folder / _CONFIG} is damaged: {_first(error)}") from error
-        network = saved.network if input_shape is None else _resized(saved.network, input_shape)
-        return _chain(network, read_weights(folder), normalization or saved.normalization)
-    if isinstance(name := config.get("architecture"), str):
-        name = re.sub(r"(_patch\d+_\d+)?(\..*)?$", "", name, count=1)
-        data = config.get("pretrained_cfg", {})
-        if input_shape is None and "input_size" in data:
-            channels, *sides = data["input_size"]
-            input_shape = (*sides, channels)
-        own = _normalization(data, "mean", "std", 1 / 255)
-        return load_network(name, weights=folder, input_shape=input_shape, normalization=normalization or own)
-    images = _read_json(folder / _PREPROCESSOR) if (folder / _PREPROCESSOR).is_file() else {}
     try:
-        network = _of_hugging_face(config, images)
-    except (LookupError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+        network, shape, own = _described(config, folder)
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"source: {folder / _CONFIG} is damaged: {_first(error)}") from error
-    network = network if input_shape is None else _resized(network, input_shape)
-    if images and images.get("do_normalize", True):
+    shape, own = input_shape or shape, normalization or own
+    if isinstance(network, str):
+        return load_network(network, weights=folder, input_shape=shape, normalization=own)
+    return _chain(network if shape is None else _resized(network, shape), read_weights(folder), own)
+
+
+def _described(
+    config: Mapping[str, Any], folder: Path
+) -> tuple[AnyNetwork | str, tuple[int, ...] | None, Normalization | None]:
+    """Return the network of a config, or its name and the shape of its inputs; and how pixels are normalised."""
+    if "gati_jax" in config:
+        saved = _Saved.model_validate(config)
+        return saved.network, None, saved.normalization
+    if "architecture" in config:  # timm's: vit_tiny_patch16_224.augreg_in21k
+        name = re.sub(r"(_patch\d+_\d+)?(\..*)?$", "", config["architecture"], count=1)
+        data = config.get("pretrained_cfg", {})
+        channels, height, width = data.get("input_size", (0, 0, 0))
+        shape = (height, width, channels) if channels else None
+        return name, shape, _normalization(data, "mean", "std", 1 / 255)
+    images = _read_json(folder / _PREPROCESSOR) if (folder / _PREPROCESSOR).is_file() else {}
+    network, own = _of_hugging_face(config, images), None
+    if images.get("do_normalize", True):
         scale = images.get("rescale_factor", 1 / 255) if images.get("do_rescale", True) else 1.0
-        normalization = normalization or _normalization(images, "image_mean", "image_std", scale)
-    return _chain(network, read_weights(folder), normalization)
+        own = _normalization(images, "image_mean", "image_std", scale)
+    return network, None, own
 
 
 def _folder(source: Path | str, revision: str | None) -> Path:
