@@ -188,7 +188,7 @@ def _options(spec: Spec) -> dict[str, Any]:
 def _describe(module: nn.Module, specs: dict[type[nn.Module], type[Spec]]) -> Spec:
     kind = type(module)
     if kind not in specs:
-        known = ", ".join(sorted(each.__name__ for each in specs))
+        known = ", ".join(sorted(each.__name__ for each in specs if each not in _OWN.values()))
         raise InputError(
             f"candidates: a bundle can hold {known}, got {kind.__name__}: register it by gati_jax.register_head"
         )

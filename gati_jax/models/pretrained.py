@@ -24,7 +24,6 @@ from .networks import fold, to_chain, unfold
 from .spellings import Tensors, is_hugging_face, standard_names
 from .vit import Bert, ViT
 from .weights import (
-    IN_A_FOLDER,
     classifier_of,
     export_state_dict,
     import_state_dict,
@@ -34,7 +33,7 @@ from .weights import (
 )
 
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
-_HUB_FILES = (_CONFIG, _PREPROCESSOR, *IN_A_FOLDER, "model-*.safetensors")
+_HUB_FILES = (_CONFIG, _PREPROCESSOR, "model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 _HUGGING_FACE_EPSILON = 1e-12
 
 
@@ -104,6 +103,12 @@ def _images(shape: tuple[int, ...] | None, default: tuple[int, int, int]) -> tup
     return shape[0], shape[1], shape[2]
 
 
+def _tokens(shape: tuple[int, ...]) -> int:
+    if len(shape) != 1 or shape[0] < 1:
+        raise InputError(f"input_shape: expected the number of tokens, such as (128,), got {shape}")
+    return shape[0]
+
+
 def _resnet(name: str, tensors: Tensors, classes: int, shape: tuple[int, ...] | None, _: float) -> ResNet:
     *_, channels, kernel, _ = _shape(tensors, "conv1.weight", 4) or (0, 3, 3, 3)
     side = 32 if kernel == 3 else 224  # noqa: PLR2004
@@ -132,7 +137,7 @@ def _vit(name: str, tensors: Tensors, classes: int, shape: tuple[int, ...] | Non
 def _bert(name: str, tensors: Tensors, classes: int, shape: tuple[int, ...] | None, _: float) -> Bert:
     tables = [_shape(tensors, f"bert.embeddings.{n}_embeddings.weight", 2) for n in ("word", "position", "token_type")]
     (vocabulary, _), (positions, _), (segments, _) = (table or (2, 0) for table in tables)
-    (length,) = shape or (positions,)
+    length = positions if shape is None else _tokens(shape)
     network = bert(name, classes=classes, length=1, vocabulary=vocabulary)
     return dataclasses.replace(network, length=length, positions=positions, segments=segments)
 
@@ -293,8 +298,7 @@ def _first(error: Exception) -> str:
 
 def _resized(network: AnyNetwork, shape: tuple[int, ...]) -> AnyNetwork:
     if isinstance(network, Bert):
-        (length,) = shape
-        return dataclasses.replace(network, length=length)
+        return dataclasses.replace(network, length=_tokens(shape))
     return dataclasses.replace(network, input_shape=_images(shape, network.input_shape))
 
 

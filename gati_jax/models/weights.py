@@ -31,7 +31,7 @@ _IN_SAFETENSORS = {"F16", "BF16", "F32", "F64"}
 _TORCH = {".pth", ".pt", ".bin", ".ckpt"}
 _INDEX = ".safetensors.index.json"
 _MAX_JSON_BYTES, _MAX_SHARDS = 16 * 2**20, 1000
-IN_A_FOLDER = ("model.safetensors", f"model{_INDEX}", "pytorch_model.bin")
+_IN_A_FOLDER = ("model.safetensors", f"model{_INDEX}", "pytorch_model.bin")
 """The files of weights that a folder may have, in the order of preference."""
 _NESTED = ("state_dict", "model", "model_state_dict", "module", "ema", "model_ema", "state_dict_ema")
 """Where a checkpoint may keep its state dict; plain weights before their moving averages."""
@@ -275,9 +275,9 @@ def read_metadata(path: Path | str) -> dict[str, str]:
 def _existing(path: Path | str) -> Path:
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in IN_A_FOLDER if (path / name).is_file()]
+        found = [path / name for name in _IN_A_FOLDER if (path / name).is_file()]
         if not found:
-            raise WeightsError(f"weights: expected {', '.join(IN_A_FOLDER[:-1])} or {IN_A_FOLDER[-1]} in {path}")
+            raise WeightsError(f"weights: expected {', '.join(_IN_A_FOLDER[:-1])} or {_IN_A_FOLDER[-1]} in {path}")
         return found[0]
     if not path.is_file():
         raise WeightsError(f"weights: no such file: {path}")
