@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from gati_jax import WeightsError
-from gati_jax.models import VGG, Architecture, ResNet
+from gati_jax import InputError, WeightsError
+from gati_jax.models import VGG, Architecture, ResNet, ViT
 
 
 class PadChannels(nn.Module):
@@ -100,6 +100,8 @@ class VGGNetwork(nn.Module):
 
 def build(network: Architecture) -> nn.Module:
     """Return the network with fresh weights."""
+    if isinstance(network, ViT):
+        raise InputError("network: expected a ResNet or a VGG, got a ViT, for which there is no plain PyTorch here")
     return VGGNetwork(network) if isinstance(network, VGG) else Network(network)
 
 

@@ -14,6 +14,7 @@ from .bundle import load_bundle as load_bundle
 from .bundle import save_bundle as save_bundle
 from .bundle import save_tuning as save_tuning
 from .caches import Candidate as Candidate
+from .caches import register_head as register_head
 from .certification import Certificate as Certificate
 from .certification import Ledger as Ledger
 from .certification import certify as certify
@@ -37,7 +38,10 @@ from .inference import infer as infer
 from .inference import infer_batch as infer_batch
 from .models import Chain as Chain
 from .models import Normalization as Normalization
+from .models import from_pretrained as from_pretrained
+from .models import load_network as load_network
 from .models import resnet as resnet
+from .models import save_pretrained as save_pretrained
 from .planning import CostTable as CostTable
 from .planning import Plan as Plan
 from .planning import ReplayTable as ReplayTable

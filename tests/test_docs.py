@@ -29,7 +29,7 @@ import gati_jax
 from gati_jax import data
 from gati_jax.caches import Grid, SortedSelector
 from gati_jax.fitting import untrained
-from gati_jax.models import ResNet, fold, init, to_chain
+from gati_jax.models import ResNet, ViT, fold, init, to_chain
 from tests.conftest import dense_block, linear_classifier
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,6 +87,9 @@ def clone(tmp_path_factory) -> Path:
     plan = gati_jax.plan(gati_jax.replay(chain, caches, images[:200]), costs, epsilon=0.2)
     certificate = gati_jax.certify(plan, gati_jax.replay(chain, caches, images[200:]), epsilon=0.2)
     gati_jax.save_bundle(folder / "runs/digits/caches/bundle", chain, caches, plan, certificate)
+    vit = ViT(patch=2, width=8, depth=2, heads=2, hidden=16, input_shape=(8, 8, 1))
+    weights = drawn(random, jax.eval_shape(lambda: fold(init(vit, jax.random.key(0)))))
+    gati_jax.save_pretrained(to_chain(vit, weights, normalization), folder / "my_vit")
     return folder
 
 

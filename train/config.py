@@ -69,7 +69,9 @@ class BaseTraining(Strict):
 
     epochs: Count = Field(default=20, description="passes over the data")
     batch: Count = Field(default=128, description="images in a step")
-    optimizer: Literal["sgd", "muon"] = Field(default="sgd", description="sgd with Nesterov momentum, or muon")
+    optimizer: Literal["sgd", "muon", "adamw"] = Field(
+        default="sgd", description="sgd with Nesterov momentum, muon, or adamw, which transformers take"
+    )
     learning_rate: Positive = Field(default=0.1, description="at the peak of the one cycle")
     rest_learning_rate: Positive = Field(default=2e-3, description="with muon: Adam's, for all but convolutions")
     warm_up: Share = Field(default=0.2, description="share of the steps up to the peak")
@@ -92,7 +94,9 @@ class Base(Strict):
     chain: FunctionName | None = Field(
         default=None, description="package.module:function that returns a network of your own, in place of all below"
     )
-    network: str = Field(default="", description="resnet20/32/44/56/110, resnet18/34/50/101/152 or vgg11/13/16/19")
+    network: str = Field(
+        default="", description="resnet20/32/44/56/110, resnet18/34/50/101/152, vgg11/13/16/19 or vit_tiny/small/base"
+    )
     weights: Path | None = Field(default=None, description=".safetensors (or, with torch, .pth) state dict")
     classes: Classes = Field(default=10, description="number of classes")
     input_shape: tuple[Side, Side, Side] = Field(default=(32, 32, 3), description="height, width and channels")

@@ -75,10 +75,12 @@ def make_schedule(training: BaseTraining, n: int) -> optax.Schedule:
 
 
 def make_optimizer(training: BaseTraining, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Return SGD with Nesterov momentum, or Muon for all kernels but the classifier's; only kernels decay."""
+    """Return SGD with Nesterov momentum, AdamW, or Muon for all kernels but the classifier's; only kernels decay."""
     if training.optimizer == "sgd":
         decay = optax.add_decayed_weights(training.weight_decay, _kernels)
         return optax.chain(decay, optax.sgd(schedule, momentum=training.momentum, nesterov=True))
+    if training.optimizer == "adamw":
+        return optax.adamw(schedule, b1=training.momentum, weight_decay=training.weight_decay, mask=_kernels)
     rest = training.rest_learning_rate / training.learning_rate  # the same cycle, another height
     return optax.contrib.muon(
         schedule,

@@ -14,11 +14,11 @@ from jaxtyping import UInt64
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from gati_jax import __version__
-from gati_jax.caches import PredictorSpec, SelectorSpec
+from gati_jax.caches import PredictorSpec, SelectorSpec, UnregisteredError
 from gati_jax.certification import NO_LOOKS, Certificate, Looks
 from gati_jax.errors import BundleError
 from gati_jax.files import write_atomically
-from gati_jax.models import Architecture, Normalization
+from gati_jax.models import AnyNetwork, Normalization
 from gati_jax.options import Strict
 from gati_jax.planning import CostTable, Plan, ReplaySource
 from gati_jax.profiling import Tuning
@@ -75,7 +75,7 @@ class Manifest(Strict):
     """``manifest.json``."""
 
     format_version: Literal[1]
-    network: Architecture | None
+    network: AnyNetwork | None
     """None for a user's own chain, which must be passed to ``load_bundle``."""
     normalization: Normalization | None
     input_shape: Annotated[tuple[Site, ...], Field(max_length=8)]
@@ -171,6 +171,8 @@ def read_json(path: Path, record: type[T], *, most_bytes: int = MAX_JSON_BYTES) 
         return TypeAdapter(record).validate_json(_read_bounded(path, most_bytes))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+        if isinstance(cause := first.get("ctx", {}).get("error"), UnregisteredError):
+            raise BundleError(f"bundle: {path.parent} cannot be loaded: {cause}") from error
         where = ".".join(map(str, first["loc"])) or "the file"
         raise BundleError(f"bundle: {path} is damaged: {where}: {first['msg']}") from error
 

@@ -9,7 +9,7 @@ from gati_jax.caches.candidate import fitted_rows
 from gati_jax.certification import AnyLedger, Certificate, Ledger, find_ledger
 from gati_jax.errors import InputError
 from gati_jax.files import digests, present, replacing
-from gati_jax.models import Architecture, Chain, to_chain
+from gati_jax.models import AnyNetwork, Chain, to_chain
 from gati_jax.planning import CostTable, Plan
 from gati_jax.profiling import Tuning
 
@@ -95,7 +95,7 @@ def save_bundle(
             write_json(folder / LOOKS, looks)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
-            network=chain.network if isinstance(chain.network, Architecture) else None,
+            network=chain.network if isinstance(chain.network, AnyNetwork) else None,
             normalization=chain.normalization,
             input_shape=chain.input_spec.shape,
             input_dtype=str(chain.input_spec.dtype),
@@ -146,7 +146,7 @@ def _check_chain(chain: Chain, class_names: tuple[str, ...]) -> None:
         raise InputError(
             f"class_names: expected one for each of {chain.classes} logits, or none, got {len(class_names)}"
         )
-    if isinstance(chain.network, Architecture):
+    if isinstance(chain.network, AnyNetwork):
         rebuilt = to_chain(chain.network, tuple(chain.params))
         if (rebuilt.blocks, rebuilt.classifier) != (chain.blocks, chain.classifier):
             raise InputError(

@@ -5,9 +5,11 @@ frozen dataclass, so equal configurations share compiled programs. ``init`` need
 takes its means and scales from them. The paper's three predictors read the *flattened* activation. The pooling and
 convolutional ones read the picture, and reach the same accuracy with three to four orders of magnitude fewer
 parameters.
+
+Sites have any shape, their last axis the features: pictures [height, width, channels], sequences [time, channels],
+tokens [tokens, features], vectors. Pooling is over all axes but the last.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -18,17 +20,6 @@ from jaxtyping import Array, Float, Int
 from pydantic import Field
 
 from gati_jax.errors import InputError
-from gati_jax.models import (
-    Algorithm,
-    Architecture,
-    Normalization,
-    Variables,
-    choose_algorithms,
-    fold,
-    init,
-    store_params,
-    to_chain,
-)
 from gati_jax.models.convolution import patches
 
 from .candidate import Activation, Cascaded, Logits, Width
@@ -175,6 +166,21 @@ class GlobalAverage(nn.Module):
         return _mlp(x, self.hidden, self.classes, standardize=self.standardize)
 
 
+class ClassToken(nn.Module):
+    """The first token of [tokens, features], then an MLP: for transformers that answer by a class token."""
+
+    classes: int
+    hidden: Width = 128
+    standardize: bool = True
+
+    @nn.compact
+    def __call__(self, activation: Activation) -> Logits:
+        """Return class logits."""
+        if activation.ndim != 3:  # noqa: PLR2004
+            raise InputError(f"token: expected a site of [tokens, features], got {list(activation.shape[1:])}")
+        return _mlp(activation[:, 0], self.hidden, self.classes, standardize=self.standardize)
+
+
 class Grid(nn.Module):
     """Means over a grid of ``cells`` x ``cells`` fields, then an MLP."""
 
@@ -215,7 +221,8 @@ class Convolutional(nn.Module):
 
     With ``kernel=1, stride=1`` it is a bottleneck: channels are mixed and rectified at every position before the mean
     is taken over positions, which a pooling head cannot do. With ``kernel=3, stride=2`` it sees shapes as well, at a
-    tenth of a residual block's multiplications. A kernel larger than the picture shrinks to it.
+    tenth of a residual block's multiplications. A kernel larger than the picture shrinks to it. A sequence of
+    [time, channels] is a picture of one column.
     """
 
     classes: int
@@ -229,9 +236,11 @@ class Convolutional(nn.Module):
     @nn.compact
     def __call__(self, activation: Activation) -> Logits:
         """Return class logits."""
-        if activation.ndim != 4:  # noqa: PLR2004
-            raise InputError(f"conv2d: expected a site of [height, width, channels], got {list(activation.shape[1:])}")
-        x = Standardize(name="standardize")(activation) if self.standardize else activation
+        x = activation[:, :, None] if activation.ndim == 3 else activation  # noqa: PLR2004
+        if x.ndim != 4:  # noqa: PLR2004
+            expected = "a site of [height, width, channels] or [time, channels]"
+            raise InputError(f"conv2d: expected {expected}, got {list(activation.shape[1:])}")
+        x = Standardize(name="standardize")(x) if self.standardize else x
         for i, features in enumerate(self.channels):
             x = nn.relu(_Convolution(features, self.kernel, self.stride, name=f"conv_{i}")(x))
         x = grid_average(x, self.cells)
@@ -241,7 +250,7 @@ class Convolutional(nn.Module):
 class Summary(NamedTuple):
     """All that some predictors read of an activation: they give the same logits for its summary, up to rounding."""
 
-    kind: Literal["whole", "grid", "line"]
+    kind: Literal["whole", "grid", "line", "token"]
     size: int = 0
     """Cells per side of a grid of means, or bins of the flattened activation."""
 
@@ -252,7 +261,7 @@ class Summary(NamedTuple):
         if self.kind == "line":
             x = flatten_channels_first(activation)
             return adaptive_average(x, min(self.size, x.shape[1]), axis=1)
-        return activation
+        return activation[:, :1] if self.kind == "token" else activation
 
 
 def summary_for(predictor: nn.Module) -> Summary:
@@ -266,10 +275,12 @@ def summary_for(predictor: nn.Module) -> Summary:
             return Summary("grid", 1)
         case Pool():
             return Summary("line", predictor.size)
+        case ClassToken():
+            return Summary("token")
     return Summary("whole")
 
 
-_STANDARDIZING = FullyConnected | Pool | GlobalAverage | Grid | Convolutional
+_STANDARDIZING = FullyConnected | Pool | GlobalAverage | ClassToken | Grid | Convolutional
 
 
 def fold_standardize(predictor: nn.Module, variables: Any) -> tuple[nn.Module, Any]:  # noqa: ANN401 (pytrees)
@@ -321,59 +332,3 @@ def _rescaled(predictor: nn.Module, variables: dict[str, Any], scale: Channels, 
     moved = {"kernel": kernel * scale[:, None], "bias": bias + (shift @ kernel).reshape(-1, len(bias)).sum(0)}
     dtype = layer["kernel"].dtype
     return {**variables["params"], name: {leaf: jnp.asarray(value, dtype) for leaf, value in moved.items()}}
-
-
-class Network(nn.Module):
-    """A separately trained network at site 0, which answers the requests it is sure of; see ``import_network``.
-
-    Its input was normalised for the base; ``scale`` and ``shift`` convert it to the normalisation of its own training.
-    """
-
-    classes: int
-    network: Architecture
-    algorithms: tuple[tuple[Algorithm, ...], ...] = ()
-    """The convolution algorithms that its kernels are stored for, see ``network_with_algorithms``."""
-
-    @nn.compact
-    def __call__(self, activation: Activation) -> Logits:
-        """Return class logits."""
-        if activation.shape[1:] != self.network.input_shape:
-            expected, got = list(self.network.input_shape), list(activation.shape[1:])
-            raise InputError(f"network: expected a site with activations of shape {expected}, got {got}")
-        scale, shift = (
-            self.param(name, constant, self.network.input_shape[-1:], jnp.float32)
-            for name, constant in (("scale", nn.initializers.ones), ("shift", nn.initializers.zeros))
-        )
-        # A variable and not a param: Linen checks params against the shapes that direct convolutions store.
-        params = self.variable("params", "network", lambda: fold(init(self.network, self.make_rng("params")))).value
-        x = activation * scale.reshape(1, 1, 1, -1) + shift.reshape(1, 1, 1, -1)
-        return to_chain(self.network, params, algorithms=self.algorithms)(x)
-
-
-def import_network(
-    network: Architecture, variables: Variables, *, trained: Normalization, base: Normalization
-) -> tuple[Network, dict[str, Any]]:
-    """Return a trained network as a predictor at site 0, and its variables.
-
-    Args:
-        network: Its configuration.
-        variables: As ``import_state_dict`` reads them.
-        trained: The normalisation of its training images.
-        base: The normalisation of the base's inputs.
-    """
-    m0, s0, m1, s1 = (np.asarray(v, np.float64) for v in (base.mean, base.std, trained.mean, trained.std))
-    ratio = trained.scale / base.scale
-    params = {"scale": ratio * s0 / s1, "shift": (ratio * m0 - m1) / s1}
-    channels = network.input_shape[-1:]
-    small = {name: jnp.asarray(np.broadcast_to(v, channels), jnp.float32) for name, v in params.items()}
-    return Network(classes=network.classes, network=network), {"params": {**small, "network": fold(variables)}}
-
-
-def network_with_algorithms(
-    predictor: Network, variables: Mapping[str, Any], choice: Mapping[str, Algorithm]
-) -> tuple[Network, dict[str, Any]]:
-    """Return the same predictor, and its variables, with other convolutions: see ``choose_algorithms``."""
-    algorithms = choose_algorithms(predictor.network, choice)
-    params = variables["params"]
-    stored = store_params(predictor.network, params["network"], algorithms)
-    return predictor.clone(algorithms=algorithms), {"params": {**params, "network": stored}}

@@ -1,27 +1,35 @@
 """Caches as data: what a config or a manifest may name. A closed list with bounded numbers; never code to import.
 
+A program adds its own modules to the list, under their import paths, by ``register_head``. A path is only looked up
+there: naming a module that the program has not registered loads nothing.
+
 A spec is the record of a Linen module: ``{"kind": "grid", "cells": 4, "hidden": 128, "standardize": true}``. Its fields
 with their types, bounds and defaults are the module's own.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
+import typing
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
 import flax.linen as nn
-from pydantic import Field, ValidationError, create_model
+from pydantic import Field, SerializeAsAny, ValidationError, WrapValidator, create_model
+from pydantic.errors import PydanticUserError
 
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, printable
 from gati_jax.options import Strict
 
 from .candidate import Confidence, LinearSelector, ProbabilitySelector, SortedSelector
 from .neighbours import Centres, Neighbours
-from .predictors import Conv, Convolutional, FullyConnected, GlobalAverage, Grid, Network, Pool
+from .network import Network
+from .predictors import ClassToken, Conv, Convolutional, FullyConnected, GlobalAverage, Grid, Pool
 
 _PREDICTORS: dict[str, type[nn.Module]] = {
     "fc": FullyConnected,
     "pool": Pool,
     "conv": Conv,
     "gap": GlobalAverage,
+    "token": ClassToken,
     "grid": Grid,
     "conv2d": Convolutional,
     "network": Network,
@@ -45,9 +53,10 @@ class Spec(Strict):
 
 def _spec_of(kind: str, module: type[nn.Module]) -> type[Spec]:
     fields: dict[str, Any] = {"kind": (Literal[kind], kind)}
+    types = typing.get_type_hints(module, include_extras=True)
     for field in dataclasses.fields(module):
         if field.name not in _NOT_IN_A_SPEC:
-            fields[field.name] = (field.type, ... if field.default is dataclasses.MISSING else field.default)
+            fields[field.name] = (types[field.name], ... if field.default is dataclasses.MISSING else field.default)
     return create_model(f"{module.__name__}Spec", __base__=Spec, __doc__=module.__doc__, **fields)
 
 
@@ -56,12 +65,85 @@ _SELECTOR_SPECS = {module: _spec_of(kind, module) for kind, module in _SELECTORS
 GridSpec = _PREDICTOR_SPECS[Grid]
 SortedSelectorSpec = _SELECTOR_SPECS[SortedSelector]
 
+# --- A program's own --------------------------------------------------------------------------------------------------
+
+Module = TypeVar("Module", bound=type[nn.Module])
+_OWN: dict[str, type[nn.Module]] = {}
+"""By import path, such as "my_package.heads:Deep"."""
+
+
+class UnregisteredError(InputError):
+    """A bundle names a module that the program has not registered."""
+
+
+def register_head(module: Module) -> Module:
+    """Let bundles hold a predictor or a selector of your own; for use as a decorator of a Linen module.
+
+    A bundle keeps its import path ("my_package.heads:Deep") and its fields, never its code: the program that loads the
+    bundle has to register it as well, before. A module with a field ``classes`` is a predictor.
+
+    Args:
+        module: The class; its fields must have types that JSON can hold.
+
+    Returns:
+        The class.
+
+    Raises:
+        InputError: It is no Linen module, or JSON cannot hold a field.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> @register_head
+        ... class Linear(nn.Module):
+        ...     classes: int
+        ...     @nn.compact
+        ...     def __call__(self, activation):
+        ...         return nn.Dense(self.classes)(activation.reshape(len(activation), -1))
+    """
+    if not (isinstance(module, type) and issubclass(module, nn.Module)):
+        raise InputError(f"module: expected a class of Linen modules, got {module!r:.100}")
+    kind = f"{module.__module__}:{module.__qualname__}"
+    specs = _PREDICTOR_SPECS if "classes" in {field.name for field in dataclasses.fields(module)} else _SELECTOR_SPECS
+    try:
+        spec = _spec_of(kind, module)
+        spec.model_json_schema()
+    except (PydanticUserError, NameError, TypeError) as error:
+        reason = printable(str(error).partition("\n")[0])
+        raise InputError(f"module: expected fields that JSON can hold, got others in {kind}: {reason}") from error
+    if (before := _OWN.get(kind)) is not None:  # defined anew, in a notebook
+        specs.pop(before, None)
+    specs[module], _OWN[kind] = spec, module
+    return module
+
+
+def _own_or_known(value: Any, known: Callable[[Any], Any], specs: Mapping[type[nn.Module], type[Spec]]) -> Spec:  # noqa: ANN401
+    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    if not isinstance(kind, str) or ":" not in kind:
+        return known(value)
+    if (module := _OWN.get(kind)) not in specs:
+        raise UnregisteredError(
+            f"it has a head {printable(kind)} of your own: import that module, and call"
+            " gati_jax.register_head on it before"
+        )
+    return specs[module].model_validate(value)
+
+
 if TYPE_CHECKING:  # a union of models that exist at run time only
     PredictorSpec: TypeAlias = Spec
     SelectorSpec: TypeAlias = Spec
 else:
-    PredictorSpec = Annotated[Union[*_PREDICTOR_SPECS.values()], Field(discriminator="kind")]
-    SelectorSpec = Annotated[Union[*_SELECTOR_SPECS.values()], Field(discriminator="kind")]
+    PredictorSpec = Annotated[
+        Union[*_PREDICTOR_SPECS.values()],
+        Field(discriminator="kind"),
+        WrapValidator(lambda value, known: _own_or_known(value, known, _PREDICTOR_SPECS)),
+        SerializeAsAny(),
+    ]
+    SelectorSpec = Annotated[
+        Union[*_SELECTOR_SPECS.values()],
+        Field(discriminator="kind"),
+        WrapValidator(lambda value, known: _own_or_known(value, known, _SELECTOR_SPECS)),
+        SerializeAsAny(),
+    ]
 
 
 def build_predictor(spec: PredictorSpec, classes: int) -> nn.Module:
@@ -73,12 +155,12 @@ def build_predictor(spec: PredictorSpec, classes: int) -> nn.Module:
     options = _options(spec)
     if spec.kind == "network" and (got := options["network"].classes) != classes:
         raise InputError(f"network: expected one of {classes} classes, got {got}")
-    return _PREDICTORS[spec.kind](classes=classes, **options)
+    return (_PREDICTORS | _OWN)[spec.kind](classes=classes, **options)
 
 
 def build_selector(spec: SelectorSpec) -> nn.Module:
     """Return the selector that ``spec`` describes."""
-    return _SELECTORS[spec.kind](**_options(spec))
+    return (_SELECTORS | _OWN)[spec.kind](**_options(spec))
 
 
 def describe_predictor(predictor: nn.Module) -> PredictorSpec:
@@ -106,15 +188,20 @@ def _options(spec: Spec) -> dict[str, Any]:
 def _describe(module: nn.Module, specs: dict[type[nn.Module], type[Spec]]) -> Spec:
     kind = type(module)
     if kind not in specs:
-        known = ", ".join(sorted(each.__name__ for each in specs))
-        raise InputError(f"candidates: a bundle can hold {known}, got {kind.__name__}")
+        known = ", ".join(sorted(each.__name__ for each in specs if each not in _OWN.values()))
+        raise InputError(
+            f"candidates: a bundle can hold {known}, got {kind.__name__}: register it by gati_jax.register_head"
+        )
     if getattr(module, "algorithms", ()):
         raise InputError(f"candidates: expected {kind.__name__} as it was before tuning, got it with other algorithms")
     spec = specs[kind]
     try:
-        return spec(**{name: getattr(module, name) for name in spec.model_fields if name != "kind"})
+        found = spec(**{name: getattr(module, name) for name in spec.model_fields if name != "kind"})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise InputError(
             f"candidates: {kind.__name__}.{first['loc'][0]}: {first['msg']}, got {first['input']!r}"
         ) from error
+    if _options(spec.model_validate_json(found.model_dump_json())) != _options(found):
+        raise InputError(f"candidates: expected fields that stay the same in JSON, got {kind.__name__} with others")
+    return found

@@ -112,7 +112,7 @@ def _first_block(module: modules.FirstBlock, g: Graph, params: Params, x: Value)
 @emit.register
 def _stem(module: modules.Stem, g: Graph, params: Params, x: Value) -> Value:
     small = module.kernel == 3  # noqa: PLR2004
-    x = g.add("Relu", _convolution(g, params["conv"]["conv"], x, stride=1 if small else 2, pad=module.kernel // 2))
+    x = g.add("Relu", convolution(g, params["conv"]["conv"], x, stride=1 if small else 2, pad=module.kernel // 2))
     return x if small else _max_pool(g, x, kernel=3, pad=1)
 
 
@@ -121,9 +121,9 @@ def _residual_block(module: modules.ResidualBlock, g: Graph, params: Params, x: 
     layers, y = modules.residual_layers(module.features, module.stride, module.bottleneck), x
     for i, (_, kernel, stride) in enumerate(layers, 1):
         y = y if i == 1 else g.add("Relu", y)
-        y = _convolution(g, params[f"conv{i}"]["conv"], y, stride=stride, pad=kernel // 2)
+        y = convolution(g, params[f"conv{i}"]["conv"], y, stride=stride, pad=kernel // 2)
     if "shortcut" in params:
-        x = _convolution(g, params["shortcut"]["projection"]["conv"], x, stride=module.stride)
+        x = convolution(g, params["shortcut"]["projection"]["conv"], x, stride=module.stride)
     elif x.shape != y.shape:
         x = _subsample(g, x, module.stride, y.shape)
     return g.add("Relu", g.add("Add", y, x))
@@ -131,13 +131,13 @@ def _residual_block(module: modules.ResidualBlock, g: Graph, params: Params, x: 
 
 @emit.register
 def _convolution_block(module: modules.ConvolutionBlock, g: Graph, params: Params, x: Value) -> Value:
-    x = g.add("Relu", _convolution(g, params["conv"]["conv"], x, pad=1))
+    x = g.add("Relu", convolution(g, params["conv"]["conv"], x, pad=1))
     return _max_pool(g, x, kernel=2) if module.pool else x
 
 
 @emit.register
 def _classifier(_: modules.Classifier, g: Graph, params: Params, x: Value) -> Value:
-    return _dense(g, params["fc"], _global_average(g, x))
+    return dense(g, params["fc"], _global_average(g, x))
 
 
 # --- Predictors -------------------------------------------------------------------------------------------------------
@@ -145,26 +145,26 @@ def _classifier(_: modules.Classifier, g: Graph, params: Params, x: Value) -> Va
 
 @emit.register
 def _fully_connected(_: caches.FullyConnected, g: Graph, params: Params, x: Value) -> Value:
-    return _mlp(g, params, _flat(g, x))
+    return mlp(g, params, _flat(g, x))
 
 
 @emit.register
 def _pool(module: caches.Pool, g: Graph, params: Params, x: Value) -> Value:
     size = int(np.prod(x.shape))
     line = g.add("Reshape", x, g.ints(0, 1, 1, -1), shape=(1, 1, size))
-    return _mlp(g, params, _flat(g, _average(g, line, min(module.size, size), axis=3)))
+    return mlp(g, params, _flat(g, _average(g, line, min(module.size, size), axis=3)))
 
 
 @emit.register
 def _conv(module: caches.Conv, g: Graph, params: Params, x: Value) -> Value:
     line = g.add("Reshape", x, g.ints(0, 1, -1), shape=(1, int(np.prod(x.shape))))
-    x = g.add("Relu", _convolution(g, params["conv"], line, stride=module.stride))
-    return _dense(g, params["out"], _flat(g, x))
+    x = g.add("Relu", convolution(g, params["conv"], line, stride=module.stride))
+    return dense(g, params["out"], _flat(g, x))
 
 
 @emit.register
 def _global_average_head(_: caches.GlobalAverage, g: Graph, params: Params, x: Value) -> Value:
-    return _mlp(g, params, _global_average(g, x))
+    return mlp(g, params, _global_average(g, x))
 
 
 @emit.register
@@ -174,8 +174,10 @@ def _grid(module: caches.Grid, g: Graph, params: Params, x: Value) -> Value:
 
 @emit.register
 def _convolutional(module: caches.Convolutional, g: Graph, params: Params, x: Value) -> Value:
+    if len(x.shape) == 2:  # noqa: PLR2004 (a sequence is a picture of one column)
+        x = g.add("Unsqueeze", x, g.ints(3), shape=(*x.shape, 1))
     for i in range(len(module.channels)):
-        x = g.add("Relu", _convolution(g, params[f"conv_{i}"], x, stride=module.stride))
+        x = g.add("Relu", convolution(g, params[f"conv_{i}"], x, stride=module.stride))
     return _grid_mlp(g, params, x, module.cells)
 
 
@@ -211,7 +213,7 @@ def _nearest(g: Graph, params: Params, x: Value, cells: int | None, k: int) -> t
     """Return distances and indices of the nearest points, [k] each: see ``gati_jax.caches.nearest``."""
     layer, points = params["hidden"], g.constant(params["keys"])
     layer, x = (layer, _flat(g, x)) if cells is None else _on_grid(g, layer, x, cells)
-    key = g.add("Relu", _dense(g, layer, x))
+    key = g.add("Relu", dense(g, layer, x))
     length = g.add("ReduceL2", key, g.ints(1), shape=(1,))
     norms = g.constant(params["norms"])
     product = g.add("Gemm", key, points, norms, shape=norms.shape, alpha=-2.0, transB=1)
@@ -237,7 +239,7 @@ def _one_hot(params: Params, classes: int) -> np.ndarray:
 def _linear_selector(_: caches.LinearSelector, g: Graph, params: Params, x: Value) -> Value:
     kernel, bias = params["out"]["kernel"], params["out"]["bias"]
     layer = {"kernel": kernel[:, 1:] - kernel[:, :1], "bias": bias[1:] - bias[:1]}  # hit minus miss
-    return _column(g, _dense(g, layer, _log_probabilities(g, x)))
+    return _column(g, dense(g, layer, _log_probabilities(g, x)))
 
 
 @emit.register
@@ -254,10 +256,10 @@ def _sorted_selector(module: caches.SortedSelector, g: Graph, params: Params, x:
     top = min(module.top, x.shape[0])
     largest, _ = _top(g, _log_probabilities(g, x), top)
     hidden, out = params["hidden"], params["out"]
-    y = g.add("Relu", _dense(g, {**hidden, "kernel": hidden["kernel"] / -LOG_FLOOR}, largest))
+    y = g.add("Relu", dense(g, {**hidden, "kernel": hidden["kernel"] / -LOG_FLOOR}, largest))
     joined = g.add("Concat", y, largest, shape=(y.shape[0] + top,), axis=1)
     skip = np.pad(out["kernel"], ((0, top - 1), (0, 0)))  # of the largest only the first is an input of "out"
-    return _column(g, _dense(g, {**out, "kernel": skip}, joined))
+    return _column(g, dense(g, {**out, "kernel": skip}, joined))
 
 
 @emit.register
@@ -269,50 +271,52 @@ def _confidence(_: caches.Confidence, g: Graph, params: Params, x: Value) -> Val
 # --- What they are made of --------------------------------------------------------------------------------------------
 
 
-def _dense(g: Graph, layer: Params, x: Value) -> Value:
+def dense(g: Graph, layer: Params, x: Value) -> Value:
+    """Add a linear layer."""
     kernel, bias = (g.constant(layer[name]) for name in ("kernel", "bias"))
     return g.add("Gemm", x, kernel, bias, shape=bias.shape)
 
 
-def _mlp(g: Graph, params: Params, x: Value) -> Value:
-    return _dense(g, params["out"], g.add("Relu", _dense(g, params["hidden"], x)))
+def mlp(g: Graph, params: Params, x: Value) -> Value:
+    """Add the two layers of a head."""
+    return dense(g, params["out"], g.add("Relu", dense(g, params["hidden"], x)))
 
 
 def _grid_mlp(g: Graph, params: Params, x: Value, cells: int) -> Value:
     hidden, x = _on_grid(g, params["hidden"], x, cells)
-    return _mlp(g, {**params, "hidden": hidden}, x)
+    return mlp(g, {**params, "hidden": hidden}, x)
 
 
 def _on_grid(g: Graph, layer: Params, x: Value, cells: int) -> tuple[Params, Value]:
     """Return means over a grid, flat, and the layer behind them, whose rows come in their order: channels first."""
-    for axis in (2, 3):
+    for axis in range(2, len(x.shape) + 1):
         x = _average(g, x, min(cells, x.shape[axis - 1]), axis)
-    channels, rows, columns = x.shape
-    kernel = layer["kernel"].reshape(rows, columns, channels, -1)
-    return {**layer, "kernel": np.moveaxis(kernel, 2, 0).reshape(-1, kernel.shape[-1])}, _flat(g, x)
+    channels, *positions = x.shape
+    kernel = layer["kernel"].reshape(*positions, channels, -1)
+    return {**layer, "kernel": np.moveaxis(kernel, -2, 0).reshape(-1, kernel.shape[-1])}, _flat(g, x)
 
 
 def _average(g: Graph, x: Value, size: int, axis: int) -> Value:
-    """Average one axis of a picture in ``size`` bins: see ``gati_jax.caches.adaptive_average``."""
+    """Average one axis of positions in ``size`` bins: see ``gati_jax.caches.adaptive_average``."""
     n, shape = x.shape[axis - 1], (*x.shape[: axis - 1], size, *x.shape[axis:])
     if n % size == 0:
-        kernel = [n // size if i == axis else 1 for i in (2, 3)]
+        kernel = [n // size if i == axis else 1 for i in range(2, len(x.shape) + 1)]
         return g.add("AveragePool", x, shape=shape, kernel_shape=kernel, strides=kernel)
     index, weight = bins_of(n, size)
-    weight = g.constant(np.reshape(weight, (*weight.shape, *(1,) * (3 - axis))))
+    weight = g.constant(np.reshape(weight, (*weight.shape, *(1,) * (len(x.shape) - axis))))
     bins = g.add("Mul", g.add("Gather", x, g.constant(index, np.int64), axis=axis), weight)
     return g.add("ReduceSum", bins, g.ints(axis + 1), shape=shape, keepdims=0)
 
 
 def _global_average(g: Graph, x: Value) -> Value:
-    return _flat(g, g.add("GlobalAveragePool", x, shape=(x.shape[0], 1, 1)))
+    return _flat(g, g.add("GlobalAveragePool", x, shape=(x.shape[0], *(1,) * len(x.shape[1:]))))
 
 
 def _flat(g: Graph, x: Value) -> Value:
     return g.add("Flatten", x, shape=(int(np.prod(x.shape)),))
 
 
-def _convolution(g: Graph, layer: Params, x: Value, *, stride: int = 1, pad: int = 0) -> Value:
+def convolution(g: Graph, layer: Params, x: Value, *, stride: int = 1, pad: int = 0) -> Value:
     """Convolve a picture or a line with a kernel [*window, in, out]."""
     kernel = np.moveaxis(layer["kernel"], (-1, -2), (0, 1))
     sizes = tuple((n + 2 * pad - k) // stride + 1 for n, k in zip(x.shape[1:], kernel.shape[2:], strict=True))

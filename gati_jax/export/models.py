@@ -8,12 +8,13 @@ import numpy as np
 from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
 
 from gati_jax import __version__
-from gati_jax.caches import Candidate, fold_standardize
+from gati_jax.caches import Candidate, Network, fold_standardize
 from gati_jax.errors import InputError
-from gati_jax.models import Architecture, Chain
+from gati_jax.models import AnyNetwork, Architecture, Chain
 from gati_jax.pytrees import tree_bytes
 
-from .graph import Graph, Value, emit, prepare
+from .graph import Graph, Value, prepare
+from .transformers import emit  # with its own modules added
 
 OPSET, IR_VERSION = 18, 8
 MOST_BYTES = 2**31 - 2**24  # of a protocol buffer, less what is no parameter
@@ -22,14 +23,18 @@ BATCH, ROWS = "batch", "rows"
 
 def why_not(network: object, caches: Iterable[Candidate] = ()) -> str:
     """Return why a base of this network with these caches has no ONNX form; empty if it has one."""
-    if not isinstance(network, Architecture):
+    if not isinstance(network, AnyNetwork):
         return (
-            "expected a base that is a ResNet or a VGG of this library, got a user's own chain: its functions cannot be"
+            "expected a base that is a network of this library, got a user's own chain: its functions cannot be"
             " exported"
         )
-    modules = {type(module) for cache in caches for module in (cache.predictor, cache.selector)}
-    unknown = sorted(kind.__name__ for kind in modules if emit.dispatch(kind) is emit.dispatch(object))
-    return f"expected modules of this library, got a {unknown[0]}, which has no ONNX form" if unknown else ""
+    caches = tuple(caches)
+    predictors, selectors = [cache.predictor for cache in caches], [cache.selector for cache in caches]
+    networks = [network, *(predictor.network for predictor in predictors if isinstance(predictor, Network))]
+    modules = [module for each in networks for module in each.modules("folded")]
+    kinds = {type(module) for module in (*modules, *predictors, *selectors)}
+    unknown = sorted(kind.__name__ for kind in kinds if emit.dispatch(kind) is emit.dispatch(object))
+    return f"expected modules that can be exported, got a {unknown[0]}, which has no ONNX form" if unknown else ""
 
 
 def check_exportable(chain: Chain, caches: Iterable[Candidate] = ()) -> None:
@@ -110,8 +115,8 @@ def images(graph: Graph, chain: Chain, batch: int | str, dtype: np.dtype) -> tup
 
 def activation(chain: Chain, site: int) -> tuple[Value, ValueInfoProto]:
     """Return the activation at a site, and the input that it comes from: channels first."""
-    height, width, channels = chain.site_specs[site].shape
-    x = Value("activation", (channels, height, width))
+    *positions, channels = chain.site_specs[site].shape
+    x = Value("activation", (channels, *positions))
     return x, info(x, TensorProto.FLOAT, BATCH)
 
 

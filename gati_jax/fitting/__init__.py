@@ -8,6 +8,7 @@ from .freeze import choose_points as choose_points
 from .freeze import fit_freeze as fit_freeze
 from .heads import DEFAULT_HEADS as DEFAULT_HEADS
 from .heads import Head as Head
+from .heads import default_heads as default_heads
 from .heads import head_sizes as head_sizes
 from .heads import network_head as network_head
 from .heads import untrained as untrained

@@ -21,7 +21,7 @@ from gati_jax.models import Chain, check_chain, check_images, warn_of_inputs
 from gati_jax.models.chain import reference
 from gati_jax.pytrees import Static, call, tree_digest
 
-from .heads import DEFAULT_HEADS, Head, more_selectors, parts_of
+from .heads import Head, default_heads, more_selectors, parts_of
 from .loop import Pause, logged, no_pause
 from .predictors import DEFAULT_CONFIG, FitConfig, Trained, apply_gradients, train_predictors
 
@@ -69,7 +69,7 @@ def fit(
     images: Shaped[np.ndarray, "n ..."],
     *,
     select: Shaped[np.ndarray, "m ..."],
-    heads: Sequence[Head] = DEFAULT_HEADS,
+    heads: Sequence[Head] | None = None,
     config: FitConfig = DEFAULT_CONFIG,
     checkpoint: Path | str | None = None,
     progress: bool = True,
@@ -83,18 +83,20 @@ def fit(
         chain: The base.
         images: The fit split: uint8 or prepared inputs[n, ...].
         select: The select split[m, ...], disjoint from it.
-        heads: What to train, and at which sites.
+        heads: What to train, and at which sites; by default means over a grid at every site but the input, and for a
+            transformer of this library the class token, too.
         config: How to train it.
         checkpoint: A folder; an interrupted fit that is called again with the same arguments resumes from there.
         progress: Whether to draw a progress bar on a terminal.
 
     Raises:
-        InputError: Images that the chain does not take, overlapping splits, a site that the chain does not have, or a
-            chain whose logits are not finite or depend on the batch.
+        InputError: Images that the chain does not take, overlapping splits, a site that the chain does not have, a
+            head that no bundle can hold, or a chain whose logits are not finite or depend on the batch.
     """
     splits = check_splits(chain, images, select)
     check_chain(chain, splits.images)
     warn_of_inputs(chain, splits.images)
+    heads = default_heads(chain) if heads is None else heads
     parts = parts_of(chain, heads)
     fold = deal_folds(splits.select_rows, config)
     to_train = {name: part for name, part in parts.items() if part.variables is None}

@@ -14,16 +14,19 @@ from gati_jax.caches import (
     Candidate,
     Cascaded,
     Centres,
+    ClassToken,
     Grid,
     Neighbours,
     SortedSelector,
+    describe_predictor,
+    describe_selector,
     fold_standardize,
     import_network,
     predictor_inputs,
 )
 from gati_jax.caches.candidate import Part
 from gati_jax.errors import InputError
-from gati_jax.models import Architecture, Chain, Normalization, Variables
+from gati_jax.models import Architecture, Bert, Chain, Normalization, Variables, ViT
 from gati_jax.options import check_options
 from gati_jax.pytrees import tree_bytes
 
@@ -100,18 +103,31 @@ def network_head(
 DEFAULT_HEADS = (Head(name="grid", predictor=Grid, selector=DEFAULT_SELECTOR),)
 
 
+def default_heads(chain: Chain) -> tuple[Head, ...]:
+    """Return the heads to fit where none are named: means over a grid; of transformers, the class token as well."""
+    token = Head(name="token", predictor=ClassToken, selector=DEFAULT_SELECTOR)
+    return (*DEFAULT_HEADS, token) if isinstance(chain.network, ViT | Bert) else DEFAULT_HEADS
+
+
 def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
     """Return the parts of all heads by candidates' names.
 
     Raises:
-        InputError: A site that the chain does not have, names given twice, or a network of other classes.
+        InputError: A site that the chain does not have, or that no cache can read; names given twice; a network of
+            other classes; or a predictor or a selector that no bundle can hold.
     """
     parts: dict[str, Part] = {}
     for head in heads:
         sites = range(1, len(chain)) if head.sites is None else head.sites
         if bad := [site for site in sites if not 0 <= site < len(chain)]:
             raise InputError(f"heads: expected sites 0 to {len(chain) - 1} for {head.name}, got {bad}")
+        integers = {site: str(chain.site_specs[site].dtype) for site in sites}
+        if bad := [f"{kind} at {site}" for site, kind in integers.items() if not jnp.issubdtype(kind, jnp.floating)]:
+            raise InputError(f"heads: expected sites of floating-point numbers for {head.name}, got {', '.join(bad)}")
         predictor = head.predictor(chain.classes)
+        describe_predictor(predictor)  # what could not be saved later is refused before hours of training
+        for selector in (head.selector, *(each for _, each in head.selectors)):
+            describe_selector(selector)
         if (got := getattr(predictor, "classes", chain.classes)) != chain.classes:
             raise InputError(f"heads: expected {head.name} to have the base's {chain.classes} classes, got {got}")
         if isinstance(predictor, Neighbours | Centres) and head.variables is None:

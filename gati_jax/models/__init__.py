@@ -1,13 +1,17 @@
-"""Bases: chains of blocks, ResNets and VGGs as chains, and their weights."""
+"""Bases: chains of blocks, ResNets, VGGs and transformers as chains, and their weights."""
 
+from .architectures import BERTS as BERTS
 from .architectures import NAMES as NAMES
 from .architectures import RESNETS as RESNETS
 from .architectures import VGG as VGG
+from .architectures import AnyNetwork as AnyNetwork
 from .architectures import Architecture as Architecture
 from .architectures import ResNet as ResNet
 from .architectures import architecture as architecture
+from .architectures import bert as bert
 from .architectures import resnet as resnet
 from .architectures import vgg as vgg
+from .architectures import vit as vit
 from .chain import Block as Block
 from .chain import Chain as Chain
 from .chain import Normalization as Normalization
@@ -25,12 +29,18 @@ from .networks import init as init
 from .networks import layers as layers
 from .networks import store_params as store_params
 from .networks import to_chain as to_chain
+from .networks import unfold as unfold
 from .networks import winograd_where_wide as winograd_where_wide
 from .networks import with_algorithms as with_algorithms
+from .pretrained import from_pretrained as from_pretrained
+from .pretrained import load_network as load_network
+from .pretrained import save_pretrained as save_pretrained
 from .probe import check_chain as check_chain
 from .probe import check_logits as check_logits
 from .probe import probe_chain as probe_chain
 from .probe import warn_of_inputs as warn_of_inputs
+from .vit import Bert as Bert
+from .vit import ViT as ViT
 from .weights import export_state_dict as export_state_dict
 from .weights import import_state_dict as import_state_dict
 from .weights import read_metadata as read_metadata

@@ -1,4 +1,4 @@
-"""Configurations: residual networks for CIFAR and ImageNet, and VGG with batch norm for small images.
+"""Configurations by published names: residual networks, VGG with batch norm for small images, and transformers.
 
 They become modules (``modules``) and the list of their convolutions (``layers``), both one block at a time. Their
 bounds matter where a manifest, which is untrusted, becomes a network.
@@ -6,7 +6,7 @@ bounds matter where a manifest, which is untrusted, becomes a network.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from flax import linen as nn
 from pydantic import Field
@@ -15,6 +15,7 @@ from gati_jax.errors import InputError
 
 from .convolution import Algorithm, Layer
 from .modules import Classifier, ConvolutionBlock, FirstBlock, Norm, ResidualBlock, Size, Stem, residual_layers
+from .vit import Bert, ViT
 
 _Counts = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1, max_length=8)]
 _Channels = Annotated[tuple[Size, ...], Field(min_length=1, max_length=8)]
@@ -35,6 +36,7 @@ class ResNet:
     classes: _Classes = 10
     input_shape: tuple[Size, Size, Size] = (32, 32, 3)
     """Height, width, channels."""
+    input_dtype: ClassVar[str] = "float32"
 
     def __post_init__(self) -> None:
         """Refuse stages without widths, and a shortcut that cannot reach the bottleneck's width."""
@@ -115,6 +117,7 @@ class VGG:
     classes: _Classes = 10
     input_shape: tuple[Size, Size, Size] = (32, 32, 3)
     """Height, width, channels."""
+    input_dtype: ClassVar[str] = "float32"
 
     def __post_init__(self) -> None:
         """Refuse stages without channels, and images that would be pooled to nothing."""
@@ -159,7 +162,10 @@ class VGG:
         return tuple(blocks)
 
 
-Architecture = ResNet | VGG
+Architecture = ResNet | VGG | ViT
+"""A network of images."""
+AnyNetwork = Architecture | Bert
+"""A network that a bundle can rebuild."""
 
 _CIFAR = {f"resnet{6 * n + 2}": (n, n, n) for n in (3, 5, 7, 9, 18)}
 _IMAGENET = {
@@ -170,8 +176,19 @@ _IMAGENET = {
     "resnet152": (3, 8, 36, 3),
 }
 _VGGS = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
+_VITS = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}
+_BERTS = {
+    "bert_tiny": (128, 2, 2),
+    "bert_mini": (256, 4, 4),
+    "bert_small": (512, 8, 4),
+    "bert_medium": (512, 8, 8),
+    "bert_base": (768, 12, 12),
+}
 RESNETS = (*_CIFAR, *_IMAGENET)
-NAMES = (*RESNETS, *_VGGS)
+VITS = (*_VITS,)
+BERTS = (*_BERTS,)
+NAMES = (*RESNETS, *_VGGS, *VITS)
+"""Of networks of images."""
 
 
 def architecture(
@@ -181,7 +198,7 @@ def architecture(
     input_shape: tuple[int, int, int] = (32, 32, 3),
     shortcut: Literal["A", "B"] | None = None,
 ) -> Architecture:
-    """Return a published configuration; see ``resnet`` and ``vgg``.
+    """Return a published configuration; see ``resnet``, ``vgg`` and ``vit``.
 
     Raises:
         InputError: The name is not known, or a shortcut is given for a network without.
@@ -192,11 +209,12 @@ def architecture(
     """
     if name in RESNETS:
         return resnet(name, classes=classes, input_shape=input_shape, shortcut=shortcut)
-    if name not in _VGGS:
+    if name not in NAMES:
         raise InputError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
     if shortcut is not None:
         raise InputError(f"shortcut: expected none, for {name} has no shortcuts, got {shortcut!r}")
-    return vgg(name, classes=classes, input_shape=input_shape)
+    build = vit if name in _VITS else vgg
+    return build(name, classes=classes, input_shape=input_shape)
 
 
 def resnet(
@@ -255,3 +273,52 @@ def vgg(name: str, *, classes: int = 10, input_shape: tuple[int, int, int] = (32
         raise InputError(f"name: expected one of {', '.join(_VGGS)}, got {name!r}")
     channels = (64, 128, 256, 512, 512)
     return VGG(convolutions=_VGGS[name], channels=channels, classes=classes, input_shape=input_shape)
+
+
+def vit(
+    name: str, *, classes: int = 10, input_shape: tuple[int, int, int] = (32, 32, 3), patch: int | None = None
+) -> ViT:
+    """Return a published configuration (Dosovitskiy et al., arXiv:2010.11929; Touvron et al., arXiv:2012.12877).
+
+    Args:
+        name: "vit_tiny", "vit_small" or "vit_base".
+        classes: Number of classes.
+        input_shape: Height, width and channels, in whole patches.
+        patch: Pixels per side of a patch; by default 16, and 4 for images of less than 64 pixels.
+
+    Raises:
+        InputError: The name is not known, or the images are not whole patches.
+
+    Example:
+        >>> vit("vit_tiny").patch
+        4
+    """
+    if name not in _VITS:
+        raise InputError(f"name: expected one of {', '.join(VITS)}, got {name!r}")
+    width, heads = _VITS[name]
+    patch = patch or (16 if input_shape[0] >= 64 else 4)  # noqa: PLR2004
+    sizes = {"width": width, "depth": 12, "heads": heads, "hidden": 4 * width}
+    return ViT(patch=patch, **sizes, classes=classes, input_shape=input_shape)
+
+
+def bert(name: str, *, classes: int = 2, length: int = 128, vocabulary: int = 30_522) -> Bert:
+    """Return a published configuration (Devlin et al., arXiv:1810.04805; Turc et al., arXiv:1908.08962).
+
+    Args:
+        name: "bert_tiny", "bert_mini", "bert_small", "bert_medium" or "bert_base".
+        classes: Number of classes.
+        length: Tokens of an input, at most 512; shorter texts are padded with id 0.
+        vocabulary: Number of token ids.
+
+    Raises:
+        InputError: The name is not known, or the inputs are too long.
+
+    Example:
+        >>> bert("bert_mini", length=64).input_shape
+        (64,)
+    """
+    if name not in _BERTS:
+        raise InputError(f"name: expected one of {', '.join(BERTS)}, got {name!r}")
+    width, depth, heads = _BERTS[name]
+    sizes = {"width": width, "depth": depth, "heads": heads, "hidden": 4 * width}
+    return Bert(vocabulary=vocabulary, length=length, **sizes, classes=classes)

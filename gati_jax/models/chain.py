@@ -16,6 +16,8 @@ from gati_jax.errors import InputError
 from gati_jax.options import Positive, check_options
 from gati_jax.pytrees import register_pytree, tree_bytes
 
+from .vit import Bert
+
 Block = Callable[[Any, Array], Array]
 """``block(params, x[batch, ...]) -> y[batch, ...]``, pure; equal blocks share compiled programs."""
 _INPUT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
@@ -182,6 +184,10 @@ def check_images(chain: Chain, images: Any, *, batched: bool = True, argument: s
     if array.dtype != spec.dtype:
         pixels = "uint8 pixels or " if chain.normalization is not None else ""
         raise InputError(f"{argument}: expected {pixels}{spec.dtype}, got {array.dtype}")
+    if isinstance(chain.network, Bert) and array.size:
+        low, high, most = array.min(), array.max(), chain.network.vocabulary - 1
+        if low < 0 or high > most:  # XLA would take the row of another token
+            raise InputError(f"{argument}: expected token ids from 0 to {most}, got {low} to {high}")
     if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(array).all():
         raise InputError(f"{argument}: expected finite values, got NaN or infinity")
     return array

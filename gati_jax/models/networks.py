@@ -1,37 +1,40 @@
 """Functions of a network: its variables, training, inference as a chain, and its convolution algorithms.
 
-A network is a configuration (``ResNet`` or ``VGG``); its variables are a tuple with one ``{"params", "batch_stats"}``
-dictionary for each block and one for the classifier. Training and inference run the same modules, see ``modules.Norm``.
+A network is a configuration (``ResNet``, ``VGG``, ``ViT``, ``Bert``); its variables are a tuple with one ``{"params",
+"batch_stats"}`` dictionary for each block and one for the classifier, the latter only where there are batch norms.
+Training and inference run the same modules, see ``modules.Norm``.
 An inference chain has its batch norms folded into its convolutions, and each of these may run by another algorithm.
 """
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from gati_jax.errors import InputError
 from gati_jax.pytrees import call
 
-from .architectures import Architecture
+from .architectures import AnyNetwork, Architecture
 from .chain import Chain, Normalization
 from .convolution import Algorithm, Layer, store
 from .modules import EPSILON
 
-Images = Float[Array, "batch height width channels"]
+Inputs = Num[Array, "batch *input"]
 Logits = Float[Array, "batch classes"]
 Variables = tuple[dict[str, Any], ...]
 _WINOGRAD_CHANNELS = 32  # with fewer, its transforms cost more than they save
 
 
-def init(network: Architecture, key: PRNGKeyArray) -> Variables:
+def init(network: AnyNetwork, key: PRNGKeyArray) -> Variables:
     """Draw fresh variables."""
-    x = jax.ShapeDtypeStruct((1, *network.input_shape), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, *network.input_shape), network.input_dtype)
     variables = []
     for module, block_key in zip(network.modules("batch"), jax.random.split(key, network.depth + 1), strict=True):
         variables.append(module.init(block_key, jnp.zeros(x.shape, x.dtype)))
@@ -39,14 +42,14 @@ def init(network: Architecture, key: PRNGKeyArray) -> Variables:
     return tuple(variables)
 
 
-def apply(network: Architecture, variables: Variables, x: Images) -> Logits:
+def apply(network: AnyNetwork, variables: Variables, x: Inputs) -> Logits:
     """Return logits, normalising by running statistics."""
     for module, v in zip(network.modules("running"), variables, strict=True):
         x = call(module, v, x)
     return x
 
 
-def apply_train(network: Architecture, variables: Variables, x: Images) -> tuple[Logits, Variables]:
+def apply_train(network: AnyNetwork, variables: Variables, x: Inputs) -> tuple[Logits, Variables]:
     """Return logits, normalised by the batch's statistics, and variables with their running statistics advanced."""
     advanced = []
     for module, v in zip(network.modules("batch"), variables, strict=True):
@@ -73,6 +76,25 @@ def _fold(params: dict[str, Any], statistics: dict[str, Any]) -> dict[str, Any]:
     return {name: child for name, child in children.items() if not isinstance(child, dict) or child}
 
 
+def unfold(network: AnyNetwork, params: Sequence[Any]) -> Variables:
+    """Return variables that ``fold`` makes exactly these parameters of: their batch norms only add the biases."""
+
+    def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> Any:  # noqa: ANN401
+        block, _, *names = (key.idx if isinstance(key, jax.tree_util.SequenceKey) else key.key for key in path)
+        match names:
+            case [*_, "norm", "mean"]:
+                return np.zeros(shape.shape, shape.dtype)
+            case [*_, "norm", "var"]:
+                return np.ones(shape.shape, shape.dtype)
+            case [*_, "norm", "scale"]:
+                return np.asarray(jnp.sqrt(np.ones(shape.shape, shape.dtype) + EPSILON))  # what ``fold`` divides by
+            case [*above, "norm", "bias"]:
+                names = [*above, "conv", "bias"]
+        return functools.reduce(operator.getitem, names, params[block])
+
+    return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(lambda: init(network, jax.random.key(0))))
+
+
 @dataclasses.dataclass(frozen=True)
 class LinenBlock:
     """A Linen module as a block of a chain; equal modules make equal blocks."""
@@ -85,7 +107,7 @@ class LinenBlock:
 
 
 def to_chain(
-    network: Architecture,
+    network: AnyNetwork,
     params: tuple[Any, ...],
     normalization: Normalization | None = None,
     *,
@@ -96,7 +118,7 @@ def to_chain(
     ``algorithms`` are those that the kernels in ``params`` are stored for: see ``with_algorithms``.
     """
     *blocks, classifier = (LinenBlock(module) for module in network.modules("folded", algorithms))
-    spec = jax.ShapeDtypeStruct(network.input_shape, jnp.float32)
+    spec = jax.ShapeDtypeStruct(network.input_shape, network.input_dtype)
     return Chain(tuple(blocks), classifier, params, spec, normalization, network)
 
 
@@ -140,8 +162,9 @@ def store_params(
 
 
 def _stored(algorithms: Mapping[tuple[str, ...], Algorithm], path: tuple[Any, ...], leaf: Any) -> Any:  # noqa: ANN401
-    *names, _, last = (key.key for key in path)  # between them, the name of the convolution itself
-    algorithm = algorithms[tuple(names)]
+    names = [key.key for key in path]
+    *layer, last = names[:-2] + names[-1:]  # between them, the name of the convolution itself
+    algorithm = algorithms.get(tuple(layer), "direct")  # other leaves are no convolution's
     return leaf if last != "kernel" or algorithm == "direct" else jnp.asarray(store(leaf, algorithm))
 
 
@@ -149,7 +172,7 @@ def with_algorithms(chain: Chain, choice: Mapping[str, Algorithm]) -> Chain:
     """Return the same network with its convolutions done by other algorithms, their kernels stored accordingly.
 
     Args:
-        chain: The chain of a ``ResNet`` or ``VGG`` as ``to_chain`` makes it, without algorithms.
+        chain: The chain of an ``Architecture`` as ``to_chain`` makes it, without algorithms.
         choice: See ``choose_algorithms``.
 
     Raises:

@@ -261,8 +261,8 @@ class _OnnxPrograms:
         return calls
 
     def _activation(self, site: int) -> object:
-        height, width, channels = self._chain.site_specs[site].shape
-        drawn = np.random.default_rng(0).standard_normal((len(self._images), channels, height, width), np.float32)
+        *positions, channels = self._chain.site_specs[site].shape
+        drawn = np.random.default_rng(0).standard_normal((len(self._images), channels, *positions), np.float32)
         return self._new.to_value(drawn)
 
 

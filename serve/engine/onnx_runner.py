@@ -37,10 +37,10 @@ class OnnxRunner:
         self.capacity, self._depth, self._to_value, self._to_array = capacity, len(chain), to_value, to_array
         self._sites = [source.cascade.sites for source in sources]
         self._spans = Spans(chain, {site for source in sources for site in (*source.cuts, *source.cascade.sites)})
-        self._slabs: dict[int, Shaped[np.ndarray, "slots channels height width"]] = {}
+        self._slabs: dict[int, Shaped[np.ndarray, "slots channels *positions"]] = {}
         for site in {site for sites in self._sites for site in sites}:
-            height, width, channels = chain.site_specs[site].shape
-            self._slabs[site] = np.zeros((capacity, channels, height, width), np.float32)
+            *positions, channels = chain.site_specs[site].shape
+            self._slabs[site] = np.zeros((capacity, channels, *positions), np.float32)
         opened: dict[int, Lookup] = {}  # plans may share caches
         for source in sources:
             opened |= {id(c): Lookup(chain, c) for c in source.cascade.caches if id(c) not in opened}

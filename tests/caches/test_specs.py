@@ -24,6 +24,7 @@ PREDICTORS: dict[str, tuple[Any, dict[str, Any]]] = {
     "pool": (caches.Pool(CLASSES, 8, 9, standardize=False), {"size": 8, "hidden": 9, "standardize": False}),
     "conv": (caches.Conv(CLASSES, 4, 2), {"kernel": 4, "stride": 2}),
     "gap": (caches.GlobalAverage(CLASSES, 9, standardize=False), {"hidden": 9, "standardize": False}),
+    "token": (caches.ClassToken(CLASSES, 9, standardize=False), {"hidden": 9, "standardize": False}),
     "grid": (caches.Grid(CLASSES, 3, 9, standardize=False), {"cells": 3, "hidden": 9, "standardize": False}),
     "conv2d": (
         caches.Convolutional(CLASSES, (4, 5), 2, 1, 3, 9, standardize=False),

@@ -12,6 +12,7 @@ import gati_jax
 from gati_jax import Bundle, Candidate, Normalization, Plan, Prediction
 from gati_jax.caches import (
     Centres,
+    ClassToken,
     Confidence,
     Conv,
     Convolutional,
@@ -27,13 +28,14 @@ from gati_jax.caches import (
     stored_centres,
     stored_points,
 )
-from gati_jax.models import VGG, Architecture, ResNet, fold, init, to_chain
+from gati_jax.models import VGG, Architecture, ResNet, ViT, fold, init, to_chain
 from tests.bundle.made import cache_shapes, make_certificate
 
 CLASSES, N = 5, 96
 BASIC = ResNet(stages=(1, 1), widths=(4, 7), shortcut="A", classes=CLASSES, input_shape=(10, 9, 3))
 BOTTLENECK = ResNet(stages=(1, 1), widths=(2, 3), bottleneck=True, stem=7, classes=CLASSES, input_shape=(21, 18, 3))
 VGGS = VGG(convolutions=(1, 2), channels=(4, 6), classes=CLASSES, input_shape=(11, 9, 3))
+VIT = ViT(patch=3, width=8, depth=3, heads=2, hidden=10, classes=CLASSES, input_shape=(9, 12, 3))
 SMALL = ResNet(stages=(1,), widths=(3,), classes=CLASSES, input_shape=(11, 9, 3))
 OF_BASE = Normalization(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), scale=1 / 256)
 OF_SMALL = Normalization(mean=(0.4,), std=(0.25,))
@@ -140,6 +142,15 @@ CASES = {
         ],
     ),
     "VGG, small network": with_network,
+    "ViT": lambda: made(
+        VIT,
+        [
+            (1, ClassToken(CLASSES, 6), SortedSelector(4, 3)),
+            (1, Grid(CLASSES, 2, 6), LinearSelector()),
+            (2, Convolutional(CLASSES, (4,), 3, 2, 2, 8), ProbabilitySelector()),
+            (2, GlobalAverage(CLASSES, 6), SortedSelector(4, 3)),
+        ],
+    ),
     "no cache": lambda: made(VGGS, []),
 }
 

@@ -197,7 +197,7 @@ def test_sizes_that_cannot_be_are_refused(cascade, sizes):
 
 
 def test_a_user_s_own_chain_has_no_onnx_form(chain):
-    with pytest.raises(InputError, match=r"^backend: expected a base that is a ResNet or a VGG of this library"):
+    with pytest.raises(InputError, match=r"^backend: expected a base that is a network of this library"):
         onnx_tuning(chain)
 
 

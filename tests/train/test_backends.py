@@ -213,10 +213,10 @@ def test_it_is_not_tried_beside_an_accelerator_or_for_other_functions(run, timed
     timed["measured"].clear()
     assert planned_for(own, tmp_path / "own", "--seed", "1")[0] == "xla"
     assert timed["measured"] == ["xla"]
-    with pytest.raises(InputError, match=r"^backend: expected a base that is a ResNet or a VGG"):
+    with pytest.raises(InputError, match=r"^backend: expected a base that is a network of this library"):
         planned_for(own, tmp_path / "own", "--plan.backend", "onnxruntime")
     bundle = dataclasses.replace(own, tunings=())
-    with pytest.raises(InputError, match=r"^--backend: expected a base that is a ResNet or a VGG"):
+    with pytest.raises(InputError, match=r"^--backend: expected a base that is a network of this library"):
         tune.to_tune(bundle, "onnxruntime")
     assert tune.to_tune(bundle, "auto") == ["xla"]
     assert tune.to_tune(run.bundle, "auto") == ["onnxruntime", "xla"]

@@ -17,7 +17,6 @@ from gati_jax.files import present
 
 from .. import cli
 from ..evaluate import certify_images
-
 from .folder import export_bundle
 
 if TYPE_CHECKING:
