@@ -28,6 +28,7 @@ import pytest
 import gati_jax
 from gati_jax import data
 from gati_jax.caches import Grid, SortedSelector
+from gati_jax.commands import SCRIPTS
 from gati_jax.fitting import untrained
 from gati_jax.models import ResNet, fold, init, to_chain
 from tests.conftest import dense_block, linear_classifier
@@ -206,6 +207,11 @@ def test_commands_exist_and_take_their_options(words):
             assert options_of(module)
         case ["python", script]:
             assert (ROOT / script).is_file()
+        case ["gati-jax", "completion"]:
+            pass
+        case ["gati-jax", name, *rest]:
+            flags = {word for word in rest if word.startswith("--")}
+            assert flags <= options_of(SCRIPTS[name].module.removesuffix(".__main__"))
         case ["pip", "install", "-e", package]:
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             assert set(package.removeprefix(".[").removesuffix("]").split(",")) <= set(extras)
