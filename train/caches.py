@@ -239,7 +239,7 @@ def base_on_select(config: Base, chain: Chain, select: data.Dataset) -> BaseOnSe
     if why and not config.accept_low_accuracy:
         raise InputError(
             f"base: expected one that has learned the classes, got {why}: check base.weights, base.normalization"
-            f" ({config.normalization}) and the labels, or give --base.accept-low-accuracy true"
+            f" ({chain.normalization}) and the labels, or give --base.accept-low-accuracy true"
         )
     _log.info(base_line(base))
     return base

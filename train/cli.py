@@ -15,7 +15,7 @@ from rich.progress import track as rich_track
 from rich.table import Table
 
 from gati_jax import Bundle, Chain, InputError, Ledger, load_bundle
-from gati_jax.bundle import installed_versions as versions  # noqa: F401 (for the scripts)
+from gati_jax.bundle import installed_versions
 from gati_jax.certification import AnyLedger
 from gati_jax.files import write_atomically
 from gati_jax.imports import load_chain
@@ -24,6 +24,8 @@ from gati_jax.options import Strict, describe_options
 from .config import M, did_you_mean, keys_of, load
 
 Result = dict[str, Any]
+versions = installed_versions
+"""What results say of how they came about."""
 T = TypeVar("T")
 
 

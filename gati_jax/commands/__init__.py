@@ -78,8 +78,8 @@ def completion() -> str:
     return "\n".join(
         [
             "# gati-jax in bash and zsh: source <(gati-jax completion), or append that line to ~/.bashrc or ~/.zshrc",
-            'if [ -n "$ZSH_VERSION" ]; then',
-            "  autoload -U +X compinit && compinit -u",
+            'if [ -n "${ZSH_VERSION:-}" ]; then',
+            "  whence -w compdef > /dev/null || { autoload -U +X compinit && compinit; }",
             "  autoload -U +X bashcompinit && bashcompinit",
             "fi",
             "_gati_jax() {",

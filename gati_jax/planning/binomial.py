@@ -66,7 +66,7 @@ def rows_needed(rate: float, epsilon: float, delta: float, unit: str = "rows") -
 
     Example:
         >>> rows_needed(0.01, 0.02, 0.05)
-        'it takes 149 rows of which none disagrees, about 720 at the observed 1.00%'
+        'it takes 149 rows of which none disagrees, about 719 at the observed 1.00%'
     """
     least, likely = (samples_needed(share, epsilon, delta) for share in (0.0, rate))
     text = f"it takes {least or f'over {MOST_SAMPLES}'} {unit} of which none disagrees"

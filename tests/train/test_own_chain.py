@@ -141,13 +141,18 @@ def test_the_config_may_name_the_function(fitted, home):
     assert again["certificate"] == fitted["certificate"]
 
 
-def test_evaluate_tune_adapt_and_export_take_it(fitted, home, capsys):
+@pytest.mark.slow
+def test_it_is_tuned(fitted):
+    del fitted
+    (tuned,) = json_of(tune.main, *BUNDLE, *CHAIN, "--tiles", "1", "--rounds", "1")
+    assert tuned["checks"]
+
+
+def test_evaluate_adapt_and_export_take_it(fitted, home, capsys):
     del fitted
     result = json_of(evaluate.main, *BUNDLE, *CHAIN, "--out", "eval", "--timed", "2", "--ledger", "none")
     assert result["network"] == "nets.own:network"
     assert result["cascade"]["agreement"] > 0.6
-    (tuned,) = json_of(tune.main, *BUNDLE, *CHAIN, "--tiles", "1", "--rounds", "1")
-    assert tuned["checks"]
     images = data.load("digits", "all[1497:1577]").images
     item = np.tile(np.arange(len(images), dtype=np.int32), 3)
     save_trace(

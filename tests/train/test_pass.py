@@ -174,6 +174,6 @@ def test_an_uncertified_bundle_is_said_to_be_one(run, tmp_path, capsys):
     gati_jax.save_bundle(tmp_path / "b", bundle.chain, bundle.caches, bundle.plan, off, provenance=bundle.provenance)
     evaluate.main(["--bundle", str(tmp_path / "b"), "--out", str(tmp_path / "out"), "--timed", "1"])
     printed = capsys.readouterr().out
-    assert "nothing certified" in printed
+    assert "NOTHING CERTIFIED" in printed
     assert "NOT hold" not in printed
     assert "Nothing could be certified" in (tmp_path / "out" / "report.html").read_text()
