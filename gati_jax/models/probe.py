@@ -20,7 +20,8 @@ from .chain import Chain, Normalization, reference
 ROWS = 8
 _COLUMNS = 32  # logits that are kept of each row
 _NOISE = 1e-3  # of the logits' spread: true float32 differs by 1e-5 or so between batch sizes and machines
-_COARSE_NOISE = 5e-2  # where values are rounded on the way, a last bit may become a step
+COARSE_NOISE = 5e-2
+"""The same where values are rounded on the way, so that a last bit may become a step."""
 _COARSE = re.compile(r"f16\[|f8_|i[48]\[|\bround\b|\bfloor\b|\bsign\b")  # in a printed program
 _MANY = 256  # rows that are enough to see a base that always gives the same answer
 _SAME = 0.99
@@ -171,11 +172,15 @@ def _tolerance(chain: Chain, logits: Float[np.ndarray, "batch classes"]) -> floa
     return float(max(_noise(chain) * logits.std(), 1e-5 * np.abs(logits).max()))
 
 
+def is_coarse(chain: Chain) -> bool:
+    """Return whether a chain rounds values on the way, to half precision or to integers."""
+    spec = jax.ShapeDtypeStruct((1, *chain.input_spec.shape), chain.input_spec.dtype)
+    return bool(_COARSE.search(str(jax.make_jaxpr(Chain.__call__)(chain, spec))))
+
+
 def _noise(chain: Chain) -> float:
     """Return by which share of their spread outputs of one function may differ."""
-    spec = jax.ShapeDtypeStruct((1, *chain.input_spec.shape), chain.input_spec.dtype)
-    coarse = _COARSE.search(str(jax.make_jaxpr(Chain.__call__)(chain, spec)))
-    return _COARSE_NOISE if coarse else _NOISE
+    return COARSE_NOISE if is_coarse(chain) else _NOISE
 
 
 @jax.jit
