@@ -68,6 +68,15 @@ class Head:
 
     def __post_init__(self) -> None:
         """Check the options, and that the names of candidates differ."""
+        if isinstance(self.predictor, nn.Module) or not callable(self.predictor):
+            name = type(self.predictor).__name__
+            raise InputError(
+                "predictor: expected a function of the number of classes, such as the class Grid, got"
+                f" {_described(self.predictor)}; for options, lambda classes: {name}(classes, ...)"
+            )
+        for selector in (self.selector, *(selector for _, selector in self.selectors)):
+            if not isinstance(selector, nn.Module):
+                raise InputError(f"selector: expected an instance such as SortedSelector(), got {_described(selector)}")
         check_options(self)
         others = [name for name, _ in self.selectors]
         if len(set(others)) < len(others):
@@ -100,6 +109,23 @@ def network_head(
 DEFAULT_HEADS = (Head(name="grid", predictor=Grid, selector=DEFAULT_SELECTOR),)
 
 
+def _described(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"{type(value).__name__} {value!r:.60}"
+
+
+def _check_heads(heads: Sequence[Head]) -> Sequence[Head]:
+    if isinstance(heads, Head):
+        raise InputError(f"heads: expected a sequence of heads, got one: write [{heads.name}]")
+    if isinstance(heads, (str, Mapping)) or not isinstance(heads, Sequence):
+        raise InputError(f"heads: expected a sequence of gati_jax.Head, got {_described(heads)}")
+    for head in heads:
+        if not isinstance(head, Head):
+            raise InputError(
+                f"heads: expected gati_jax.Head(name=..., predictor=..., selector=...), got {_described(head)}"
+            )
+    return heads
+
+
 def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
     """Return the parts of all heads by candidates' names.
 
@@ -107,11 +133,13 @@ def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
         InputError: A site that the chain does not have, names given twice, or a network of other classes.
     """
     parts: dict[str, Part] = {}
-    for head in heads:
+    for head in _check_heads(heads):
         sites = range(1, len(chain)) if head.sites is None else head.sites
         if bad := [site for site in sites if not 0 <= site < len(chain)]:
             raise InputError(f"heads: expected sites 0 to {len(chain) - 1} for {head.name}, got {bad}")
         predictor = head.predictor(chain.classes)
+        if not isinstance(predictor, nn.Module):
+            raise InputError(f"heads: expected {head.name} to make a Linen module, got {_described(predictor)}")
         if (got := getattr(predictor, "classes", chain.classes)) != chain.classes:
             raise InputError(f"heads: expected {head.name} to have the base's {chain.classes} classes, got {got}")
         if isinstance(predictor, Neighbours | Centres) and head.variables is None:

@@ -11,7 +11,7 @@ import functools
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -23,9 +23,9 @@ from jaxtyping import Array, Num, PyTree
 from gati_jax.errors import InputError, listed, printable
 from gati_jax.pytrees import Fixed
 
-from .chain import Chain, Normalization, reference
-from .cut import Part, Segment, Whole, mark
-from .probe import COARSE_NOISE, ROWS, check_chain, is_coarse
+from .chain import ROWS, Chain, Normalization, WithoutParams, reference
+from .cut import Layout, Part, Segment, Whole
+from .probe import COARSE_NOISE, check_chain, is_coarse
 
 _TOLERANCE = 1e-5  # of the largest logit, in float32
 
@@ -155,46 +155,7 @@ def from_equinox(
     return _chain(function, leaves, names, sample, normalization, channel_axis)
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where a module has channels, which are last everywhere else.
-
-    Args:
-        rank: Dimensions of one input; values of as many dimensions have their channels in the same place.
-        axis: Of one value, from 0; None for last.
-    """
-
-    rank: int
-    axis: int | None
-
-    @classmethod
-    def of(cls, spec: jax.ShapeDtypeStruct, channel_axis: int | None) -> "Layout":
-        """Return the layout of a module with inputs of ``spec``."""
-        rank = len(spec.shape)
-        if channel_axis is None and rank > 1:
-            raise InputError(
-                "channel_axis: expected 0 (channels first, as Equinox's convolutions have them) or -1 (last, as in"
-                f" [time, channels]) for inputs of shape {list(spec.shape)}, got none"
-            )
-        if channel_axis is not None and not -rank <= channel_axis < rank:
-            raise InputError(f"channel_axis: expected an axis of one input {list(spec.shape)}, got {channel_axis}")
-        axis = (-1 if channel_axis is None else channel_axis) % rank
-        return cls(rank, None if axis == rank - 1 else axis)
-
-    def into(self, x: Array) -> Array:
-        """Move the channels of a batch of inputs to where the module has them."""
-        return x if self.axis is None else jnp.moveaxis(x, -1, self.axis + 1)
-
-    def mark(self, site: str, output: Any, *, batched: bool) -> Array:  # noqa: ANN401 (whatever a submodule returns)
-        """Mark a submodule's output, with channels last."""
-        if not isinstance(output, jax.Array):
-            raise InputError(f"sites: expected {site} to return one array, got {type(output).__name__}")
-        if self.axis is None or output.ndim - batched != self.rank:
-            return mark(output, site)
-        axis = self.axis + batched
-        return jnp.moveaxis(mark(jnp.moveaxis(output, axis, -1), site), -1, axis)
-
-
+@runtime_checkable
 class _Module(Protocol):
     """A module as a hashable function of its parameters' leaves."""
 
@@ -384,15 +345,14 @@ def _chain(
             )
         blocks.append(Segment(whole, index, tuple(used)))
         params.append(used)
-    chain = Chain(blocks, identity, (*params, ()), spec, normalization)
-    check_chain(chain, np.asarray(inputs))
+    chain = Chain(blocks, WithoutParams(_unchanged), (*params, ()), spec, normalization)
     _check_parity(chain, _Marked(module, (), layout), tuple(leaves.values()), inputs[:ROWS])
+    check_chain(chain, np.asarray(inputs))
     return chain
 
 
-def identity(_: PyTree, x: Array) -> Array:
-    """Return logits: the classifier of a chain whose last block ends with them."""
-    return x
+def _unchanged(logits: Array) -> Array:  # the last block ends with them
+    return logits
 
 
 def _prepared(sample: Any, normalization: Normalization | None) -> Num[Array, "n ..."]:  # noqa: ANN401
@@ -435,10 +395,10 @@ def _traced(whole: Whole, batch: int, layout: Layout) -> tuple[Part, ...]:
 
 def _check_parity(chain: Chain, own: _Marked, leaves: tuple[Array, ...], inputs: Num[Array, "n ..."]) -> None:
     """Check that the chain's logits are the module's own."""
-    expected = np.asarray(jax.jit(reference(own))(leaves, inputs), np.float64)
-    got = np.asarray(jax.jit(reference(Chain.__call__))(chain, inputs), np.float64)
+    logits = jax.jit(reference(own))(leaves, inputs), jax.jit(reference(Chain.__call__))(chain, inputs)
+    expected, got = (np.nan_to_num(np.asarray(each).astype(np.float64)) for each in logits)
     apart, most = np.abs(got - expected).max(), np.abs(expected).max()
-    if not apart <= (COARSE_NOISE * expected.std() if is_coarse(chain) else _TOLERANCE * most):
+    if apart > (COARSE_NOISE * expected.std() if is_coarse(chain) else _TOLERANCE * most):
         raise InputError(
             f"module: expected the same logits from the chain as from its own call, got ones that differ by {apart:.2g}"
             f" at most {most:.2g}: does it compute something else from call to call?"

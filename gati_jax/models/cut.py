@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 from jaxtyping import Array
@@ -24,6 +25,46 @@ _TRANSPARENT = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2
 def mark(value: Array, site: str) -> Array:
     """Return ``value``, marked in the program that is being traced."""
     return checkpoint_name(value, _MARK + site)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where a module has channels, which are last everywhere else.
+
+    Args:
+        rank: Dimensions of one input; values of as many dimensions have their channels in the same place.
+        axis: Of one value, from 0; None for last.
+    """
+
+    rank: int
+    axis: int | None
+
+    @classmethod
+    def of(cls, spec: jax.ShapeDtypeStruct, channel_axis: int | None) -> "Layout":
+        """Return the layout of a module with inputs of ``spec``."""
+        rank = len(spec.shape)
+        if channel_axis is None and rank > 1:
+            raise InputError(
+                "channel_axis: expected 0 (channels first, as Equinox's convolutions have them) or -1 (last, as in"
+                f" [time, channels]) for inputs of shape {list(spec.shape)}, got none"
+            )
+        if channel_axis is not None and not -rank <= channel_axis < rank:
+            raise InputError(f"channel_axis: expected an axis of one input {list(spec.shape)}, got {channel_axis}")
+        axis = (-1 if channel_axis is None else channel_axis) % rank
+        return cls(rank, None if axis == rank - 1 else axis)
+
+    def into(self, x: Array) -> Array:
+        """Move the channels of a batch of inputs to where the module has them."""
+        return x if self.axis is None else jnp.moveaxis(x, -1, self.axis + 1)
+
+    def mark(self, site: str, output: Any, *, batched: bool) -> Array:  # noqa: ANN401 (whatever a submodule returns)
+        """Mark a submodule's output, with channels last."""
+        if not isinstance(output, jax.Array):
+            raise InputError(f"sites: expected {site} to return one array, got {type(output).__name__}")
+        if self.axis is None or output.ndim - batched != self.rank:
+            return mark(output, site)
+        axis = self.axis + batched
+        return jnp.moveaxis(mark(jnp.moveaxis(output, axis, -1), site), -1, axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +120,7 @@ class Part(NamedTuple):
 
 @functools.lru_cache(maxsize=32)
 def _parts(closed: core.ClosedJaxpr, sites: tuple[str, ...]) -> tuple[Part, ...]:
-    """Cut a program of (\\*parameters, x)."""
+    """Cut a program of parameters and x."""
     flat = _Flat()
     equations = list(flat.equations(closed.jaxpr, closed.consts))
     *leaves, x = closed.jaxpr.invars
@@ -156,8 +197,8 @@ def _find_marks(equations: Sequence[core.JaxprEqn], sites: tuple[str, ...]) -> l
 
 def _behind(
     equations: Sequence[core.JaxprEqn],
-    target: Any,
-    start: core.Var | None,  # noqa: ANN401 (a variable or a literal)
+    target: Any,  # noqa: ANN401 (a variable or a literal)
+    start: core.Var | None,
 ) -> tuple[list[core.JaxprEqn], set[core.Var]]:
     """Return the equations by which ``target`` is computed from ``start``, and all variables that they read."""
     reached, steps = {target} if isinstance(target, core.Var) else set(), []
