@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from gati_jax import InputError
-from serve import lifecycle, logs
 
+from . import lifecycle, logs
 from .settings import parse
 
 

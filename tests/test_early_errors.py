@@ -27,7 +27,7 @@ from gati_jax.runtime import predict_batch
 ROOT = Path(__file__).resolve().parents[1]
 W = np.eye(4, dtype=np.float32)
 IMAGES = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
-PIXELS = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
+PIXELS = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
 
 
 def dense(params: Any, x: Any) -> Any:
@@ -125,7 +125,7 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
     "infer inside jit": (lambda: jax.jit(infer)(PIXELS[0]), TRACED),
     "infer inside vmap": (lambda: jax.vmap(infer)(PIXELS), TRACED),
     "infer inside grad": (
-        lambda: jax.grad(lambda x: infer(x).sum())(jnp.zeros((8, 8, 1))),
+        lambda: jax.grad(lambda x: infer(x).sum())(jnp.zeros((4, 4, 3))),
         r"image: .*for gradients bundle\.chain\(inputs\)",
     ),
     "a path instead of a bundle": (

@@ -33,10 +33,10 @@ from gati_jax.adaptation import (
     load_trace,
     simulate,
 )
+from gati_jax.evaluation.run import show_rows
 from gati_jax.fitting.loop import progress_bar
-from train import cli
 
-from .evaluate import close_shown
+from . import cli
 from .results import Adaptation, EventResult, MechanismsResult, PhaseResult, TraceResult, WindowResult
 
 EXAMPLE = "python -m train.adapt --bundle runs/r56/bundle --trace runs/blur.safetensors --out runs/blur"
@@ -56,12 +56,12 @@ class Named(NamedTuple):
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     arguments = parser().parse_args(argv)
-    bundle = gati_jax.load_bundle(arguments.bundle)
+    bundle = cli.read_bundle(arguments)
     trace = load_trace(arguments.trace)
     if trace.images is None:
         raise InputError(f"--trace: expected images in {arguments.trace}, got rows of a data set alone")
     epsilon = arguments.epsilon or bundle.certificate.epsilon
-    close_shown(arguments.ledger, bundle, trace.images, "trace", reveal=True)
+    show_rows(bundle, trace.images, arguments.ledger, reveal=True)
 
     # --- Simulate ---------------------------------------------------------------------------------------------------
     replay_cache = ReplayCache(bundle.chain, trace.images)
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
 def parser() -> cli.Parser:
     """Return the command line's parser."""
     p = cli.parser("Simulate adaptation on a trace.", EXAMPLE)
-    p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
+    cli.add_bundle(p)
     p.add_argument("--trace", type=Path, required=True, metavar="FILE", help="written by benchmarks.traces")
     cli.add_ledger(p)
     p.add_argument("--epsilon", type=cli.share, metavar="E", help="disagreement to promise (default: as certified)")

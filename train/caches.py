@@ -17,19 +17,21 @@ from jaxtyping import UInt64
 from scipy.stats import binom
 
 import gati_jax
-from gati_jax import Chain, Head, InputError, Ledger, ReplayTable, data
+from gati_jax import Bundle, Chain, Head, InputError, Ledger, ReplayTable, data
 from gati_jax.bundle.manifest import Provenance, read_looks
 from gati_jax.bundle.save import check_free
 from gati_jax.certification import AnyLedger, Certificate, count_duplicates, find_ledger, tightest
+from gati_jax.evaluation.records import CertificateResult, record_of
 from gati_jax.fitting import Candidates, network_head
+from gati_jax.imports import load_chain
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
 from gati_jax.planning import Composition, CostTable, Plan, cascade_ms
 from gati_jax.profiling import Tuning, onnx_tuning, replays_on_onnx, run_by, tuning_for
-from train import cli, zoo
 
+from . import cli, zoo
 from .config import Base, Config, Source
 from .exploration import check_fit, explore
-from .results import BaseOnSelect, Caches, CertificateResult, PlannedCache, PlanResult, Predicted
+from .results import BaseOnSelect, Caches, PlannedCache, PlanResult, Predicted
 
 EXAMPLE = (
     "python -m train.caches --config configs/cifar10_resnet56.toml --out runs/r56"
@@ -40,7 +42,7 @@ _log = logging.getLogger("train.caches")  # not __name__, which is "__main__"
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    arguments, config = cli.parse(Config, argv, "Fit, plan and certify caches for a frozen base.", EXAMPLE, looks=True)
+    arguments, config = cli.parse(parser(), Config, argv)
     config = zoo.completed(config)
     splits = config.data.splits.model_dump()
     data.check_disjoint(splits)
@@ -48,13 +50,13 @@ def main(argv: list[str] | None = None) -> None:
     # Refused before hours of work.
     path = arguments.out / "bundle"
     check_free(path)
-    chain = read_base(config.base)
+    chain = read_base(config.base, own=True)
     parts = load_parts(config.data, {name: splits[name] for name in ("fit", "select", "certify")}, chain)
     rows = data.row_digests(parts["certify"].images)
     count_duplicates(rows, drawn=config.plan.repeats)
     check_open(arguments.ledger, rows, arguments.out)
     check_fit(config, parts)
-    heads = [*(head.build() for head in config.fit.heads), *small_networks(config)]
+    heads = [*(head.build() for head in config.fit.heads), *small_networks(config, chain)]
     base = base_on_select(config.base, chain, parts["select"])
 
     found = explore(config, chain, heads, parts, arguments.out)
@@ -75,9 +77,6 @@ def main(argv: list[str] | None = None) -> None:
     default = tightest(certificates)
     plan, certificate = plans[default][0], certificates[default]
     also = [(plans[name][0], certificates[name]) for name in plans if name != default]
-    for sentence in certificate.stays_off:
-        _log.warning(sentence)
-
     gati_jax.save_bundle(
         path,
         chain,
@@ -91,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         ledger=arguments.ledger,
     )
     replays = certify, *next(iter(on_onnx.values()), ())
-    keep_tuning(path, found.tuning, parts["certify"].images, replays, rounds=config.measure_rounds)
+    bundle = gati_jax.load_bundle(path, chain=chain)
+    keep_tuning(path, bundle, found.tuning, parts["certify"].images, replays, rounds=config.measure_rounds)
 
     result = Caches(
         **dict(summary(select, certify, costs, plan, certificate)),
@@ -106,7 +106,17 @@ def main(argv: list[str] | None = None) -> None:
     )
     result.write(arguments.out / "caches.json", print_json=arguments.json)
     if not arguments.json:
-        show(result, f"Plan for {config.base.network} on {config.data.name}")
+        print(f"{config.base.title} on {config.data.name}")
+        show(result, [(plan, certificate), *also])
+    for sentence in certificate.stays_off if arguments.json else ():  # else it was printed
+        _log.warning(sentence)
+
+
+def parser() -> cli.Parser:
+    """Return the command line's parser."""
+    p = cli.config_parser(Config, "Fit, plan and certify caches for a frozen base.", EXAMPLE, looks=True)
+    cli.add_chain(p)
+    return p
 
 
 def load_parts(source: Source, splits: Mapping[str, str], chain: Chain) -> dict[str, data.Dataset]:
@@ -164,18 +174,18 @@ def also_certified(
 
 
 def keep_tuning(
-    path: Path, tuning: Tuning, certify: np.ndarray, replays: Sequence[ReplayTable], *, rounds: int
+    path: Path, bundle: Bundle, tuning: Tuning, certify: np.ndarray, replays: Sequence[ReplayTable], *, rounds: int
 ) -> None:
     """Keep in a new bundle what its plans were made for, with its costs and a bound of how its answers differ.
 
     Args:
         path: Of the bundle.
+        bundle: Loaded from there.
         tuning: What its plans were made for.
         certify: Images.
         replays: Of these images: the certified one, then those of ``also_certified``.
         rounds: See ``measure_costs``.
     """
-    bundle = gati_jax.load_bundle(path)
     if tuning.is_reference or len(bundle.compared) == 1:
         return
     if tuning.backend == "onnxruntime":
@@ -265,7 +275,7 @@ def summary(
         candidates=agreement,
         plan=tuple(planned),
         sites=tuple(cache.site for cache in planned if cache.threshold is not None),
-        certificate=CertificateResult.of(certificate),
+        certificate=record_of(CertificateResult, certificate),
         predicted=Predicted.of(costs, cascade_ms=cascade_ms(certify.take(plan.names), thresholds, costs)),
     )
 
@@ -276,18 +286,15 @@ def composition_entry(composition: Composition) -> dict[str, Any]:
     return {key: getattr(composition, key) for key in keys} | {"refused": dict(composition.refused)}
 
 
-def show(result: Caches, title: str) -> None:
-    """Print the base's accuracy, the plan and what was certified."""
+def show(result: Caches, pairs: Sequence[tuple[Plan, Certificate]]) -> None:
+    """Print the base's accuracy, the plans with their certificates, and what they are predicted to save."""
     if result.base:
         print(base_line(result.base))
-    columns = ("cache", "site", "threshold", "agreement on select")
-    rows = [(c.name, c.site, "off" if c.threshold is None else c.threshold, c.agreement) for c in result.plan]
-    cli.show(title, columns, rows)
-    for one in (result, *result.also):
-        print(f"plan {one.certificate.name}: {certificate_line(one.certificate)}")
+    for (plan, certificate), one in zip(pairs, (result, *result.also), strict=True):
         predicted = one.predicted
+        print(f"\n{certificate.name}: {plan.summary(certificate.step)}\n{certificate.summary()}")
         print(
-            f"  predicted {predicted.full_ms:.3f} ms -> {predicted.cascade_ms:.3f} ms on {predicted.device},"
+            f"predicted {predicted.full_ms:.3f} ms -> {predicted.cascade_ms:.3f} ms on {predicted.device},"
             f" batch {predicted.batch}"
         )
     for name, c in result.composition.items():
@@ -296,30 +303,17 @@ def show(result: Caches, title: str) -> None:
     print(f"Bundle: {result.bundle}")
 
 
-def certificate_line(c: CertificateResult) -> str:
-    """Describe what was certified."""
-    if not c.certified:
-        return f"NOT certified at epsilon {c.epsilon}: every cache stays off, the base answers ({c.basis})"
-    together = (f", {c.plans} plans together" if c.plans > 1 else "") + f", {c.basis}"
-    certified = (
-        f"certified: {c.promise} (confidence {1 - c.delta:.0%}"
-        f"{together}; {c.disagreements} of {c.n} certify requests did)"
-    )
-    if gap := c.accuracy_gap:
-        certified += f"; loses at most {gap.upper:.2%} of accuracy (confidence {1 - gap.delta:.0%})"
-    return certified
-
-
-def small_networks(config: Config) -> list[Head]:
-    """Read the networks that come before the base, as heads at site 0."""
+def small_networks(config: Config, chain: Chain) -> list[Head]:
+    """Read the networks that come before the base, ``chain``, as heads at site 0."""
     heads = []
     for small in config.fit.networks:
         trained_on = zoo.seen(zoo.read_entry(small.weights), small.trained_on, config.data.name)
         check_unseen(small.name, trained_on, config)
-        network = small.architecture(config.base)
+        network, base = small.architecture(chain), chain.normalization
         variables = import_state_dict(network, read_weights(small.weights))
-        trained, base = small.normalize(config.base), config.base.normalize()
-        heads.append(network_head(small.name, network, variables, trained=trained, base=base))
+        if base is not None:  # else it was refused
+            trained = small.normalization or base
+            heads.append(network_head(small.name, network, variables, trained=trained, base=base))
     return heads
 
 
@@ -333,12 +327,21 @@ def check_unseen(name: str, trained_on: Sequence[str], config: Config) -> None:
             )
 
 
-def read_base(base: Base) -> Chain:
-    """Read the base's weights into its inference chain."""
-    if base.weights is None:
-        raise InputError(
-            "base.weights: expected a .safetensors file (train one with python -m train.base), got nothing"
-        )
+def read_base(base: Base, *, own: bool = False) -> Chain:
+    """Read the base's weights into its inference chain.
+
+    Args:
+        base: Of a config.
+        own: Whether it may be a function of the user's own that returns the chain. Never if the config comes from a
+            bundle, which may not decide on what is imported.
+
+    Raises:
+        InputError: There are no weights, or they are not the network's; the function is refused or fails.
+    """
+    if own and base.chain is not None:
+        return load_chain(base.chain, "base.chain")
+    if base.weights is None and base.chain is None:
+        raise InputError("base.weights: expected a .safetensors file (train one with gati-jax train-base), got nothing")
     network = base.architecture()
     variables = import_state_dict(network, read_weights(base.weights))
     return to_chain(network, fold(variables), base.normalize())

@@ -1,11 +1,8 @@
 """What the scripts' command lines share: ``--config FILE --out DIR --json``, overrides, one clear line on bad input."""
 
 import argparse
-import importlib.metadata
 import json
 import logging
-import os
-import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +14,11 @@ from rich.markup import escape
 from rich.progress import track as rich_track
 from rich.table import Table
 
-from gati_jax import InputError, Ledger, __version__
+from gati_jax import Bundle, Chain, InputError, Ledger, load_bundle
+from gati_jax.bundle import installed_versions as versions  # noqa: F401 (for the scripts)
 from gati_jax.certification import AnyLedger
 from gati_jax.files import write_atomically
+from gati_jax.imports import load_chain
 from gati_jax.options import Strict, describe_options
 from gati_jax.profiling import missing_device
 
@@ -99,8 +98,11 @@ def _outside_bundles(path: Path) -> Path:
 
 def parser(description: str, example: str, *, out: bool = True, as_json: bool = True) -> Parser:
     """Return a parser with the flags that most scripts have, ``--out DIR`` and ``--json``, and a whole command."""
+    module = f"python -m {example.split()[2]}"
+    prog = sys.argv[0] if sys.argv[0].startswith("gati-jax ") else module  # see ``gati_jax.commands``
+    example = example.replace(module, prog)
     p = Parser(
-        prog=f"python -m {example.split()[2]}",
+        prog=prog,
         description=description,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -111,6 +113,28 @@ def parser(description: str, example: str, *, out: bool = True, as_json: bool = 
     if as_json:
         p.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
     return p
+
+
+def add_bundle(p: Parser) -> None:
+    """Add the flags of scripts that take a bundle, see ``read_bundle``."""
+    p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder of the bundle")
+    add_chain(p)
+
+
+def add_chain(p: Parser) -> None:
+    """Add the flag that names a user's own network."""
+    own = "package.module:function that returns the network, if it is one of your own"
+    p.add_argument("--chain", metavar="FUNCTION", help=own)
+
+
+def read_chain(arguments: argparse.Namespace) -> Chain | None:
+    """Return the user's own network, if ``--chain`` names one: a bundle names none."""
+    return load_chain(arguments.chain, "--chain") if arguments.chain else None
+
+
+def read_bundle(arguments: argparse.Namespace) -> Bundle:
+    """Load the bundle that ``--bundle`` names."""
+    return load_bundle(arguments.bundle, chain=read_chain(arguments))
 
 
 def add_ledger(p: Parser) -> None:
@@ -132,17 +156,22 @@ def ledger(text: str) -> AnyLedger:
     return None if text == "none" else "user" if text == "user" else Ledger(file(text))
 
 
-def parse(
-    model: type[M], argv: Sequence[str] | None, description: str, example: str, *, looks: bool = False
-) -> tuple[argparse.Namespace, M]:
-    """Parse ``--config FILE --out DIR [--section.key value ...]``; ``model`` is what the file may say."""
+def config_parser(model: type[Strict], description: str, example: str, *, looks: bool = False) -> Parser:
+    """Return a parser of ``--config FILE --out DIR [--section.key value ...]``; ``model`` is what the file may say."""
     p = parser(description, example)
     if looks:
         add_looks(p)
     p.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file, see configs/")
     p.epilog = f"{p.epilog}\n\n{help_of(model)}"
     p.keys = keys_of(model)
+    return p
+
+
+def parse(p: Parser, model: type[M], argv: Sequence[str] | None) -> tuple[argparse.Namespace, M]:
+    """Parse a command line by a ``config_parser`` of the same model."""
     arguments, overrides = p.parse_known_args(argv)
+    if chain := getattr(arguments, "chain", None):
+        overrides = [*overrides, "--base.chain", chain]
     return arguments, load(model, arguments.config, overrides)
 
 
@@ -218,14 +247,3 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -
         table.add_row(*(escape(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row))
     # Off a terminal, rich would cut tables at 80 columns.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": str(os.cpu_count()),
-        "gati-jax": __version__,
-    } | {package: importlib.metadata.version(package) for package in packages}

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from gati_jax.errors import InputError
 from gati_jax.fitting.loop import LoopState, progress_bar, resume
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("train.epochs")
 
 Epoch = Callable[..., tuple[LoopState, PyTree]]
 """``epoch(state, *arrays[n, ...]) -> (state, metrics[steps])``, pure."""

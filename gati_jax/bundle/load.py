@@ -123,7 +123,9 @@ def _skeleton(manifest: Manifest, chain: Chain | None) -> Chain:
     """Return the chain with parameters that are only shapes."""
     if chain is None:
         if (network := manifest.network) is None:
-            raise BundleError("bundle: it holds a user's own chain: pass it as load_bundle(path, chain=my_chain)")
+            raise BundleError(
+                "bundle: it holds a user's own chain: pass it as load_bundle(path, chain=my_chain), or as --chain"
+            )
         chain = to_chain(network, jax.eval_shape(lambda: fold(init(network, jax.random.key(0)))))
     expected = f"{manifest.input_dtype}{list(manifest.input_shape)}"
     if (got := _describe(chain.input_spec)) != expected:
@@ -164,7 +166,7 @@ def _read_devices(folder: Path, chain: Chain, caches: Sequence[Candidate]) -> tu
         except BundleError as error:
             raise BundleError(f"{error} (it holds only measurements: remove it, and tune again)") from error
         if device.tuning is not None and (reason := next(_misfits(device.tuning, file.stem, chain, caches), None)):
-            msg = f"bundle: the tuning in {file} is left out: {reason}; run python -m train.tune --bundle DIR again"
+            msg = f"bundle: the tuning in {file} is left out: {reason}; run gati-jax tune --bundle DIR again"
             warnings.warn(msg, stacklevel=3)
             device = device.model_copy(update={"tuning": None})
         found.append(device)

@@ -51,7 +51,8 @@ class Head:
         name: Prefix of the candidates' names: "grid" at site 9 becomes "grid@9".
         predictor: Returns the predictor for a number of classes.
         selector: The selector.
-        sites: Where to fit one; None for sites 1 .. N - 1.
+        sites: Where to fit one; None for sites 1 .. N - 1. Site k is the input of block k + 1. Its last axis has the
+            channels; those between it and the batch are positions, such as [height, width] or [time].
         variables: The predictor's, if it is trained already: then only its selector is fitted.
         selectors: Further selectors to try on the same predictor, by name: "linear" makes "grid+linear@9".
         cascaded: Whether each one behind the first site also reads the logits of the one at the site before, see

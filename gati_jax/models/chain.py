@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from gati_jax.pytrees import register_pytree, tree_bytes
 
 Block = Callable[[Any, Array], Array]
 """``block(params, x[batch, ...]) -> y[batch, ...]``, pure; equal blocks share compiled programs."""
+_INPUT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,9 @@ class Normalization:
         return (jnp.asarray(pixels, jnp.float32) * self.scale - mean) / std
 
 
-@register_pytree(leaves="params", static=("blocks", "classifier", "input_spec", "normalization", "network"))
+@register_pytree(
+    leaves="params", static=("blocks", "classifier", "input_spec", "normalization", "network", "input_name")
+)
 @dataclasses.dataclass(frozen=True)
 class Chain:
     """A frozen classifier as N blocks followed by a classifier.
@@ -57,6 +61,7 @@ class Chain:
         input_spec: Shape and dtype of one prepared input, without the batch dimension; or its shape, of float32.
         normalization: How uint8 inputs become prepared ones; None if the chain takes prepared inputs only.
         network: The configuration by which a bundle can rebuild the blocks; None for a user's own functions.
+        input_name: What a server calls the input in requests.
 
     Raises:
         InputError: ``params`` has not one entry for each block and the classifier, or holds something else than arrays
@@ -70,42 +75,51 @@ class Chain:
         (2, [[6.0, 6.0, 6.0, 6.0]])
     """
 
-    blocks: Sequence[Block]  # kept as a tuple, like params
+    blocks: tuple[Block, ...]
     classifier: Block
-    params: Sequence[PyTree]
+    params: tuple[PyTree, ...]
     input_spec: jax.ShapeDtypeStruct
-    normalization: Normalization | None = None
-    network: Hashable = None
+    normalization: Normalization | None
+    network: Hashable
+    input_name: str
 
-    def __post_init__(self) -> None:
-        """Check the lengths; a pytree that is unflattened does not come through here."""
-        blocks = _entries("blocks", self.blocks, "functions block(params, x[batch, ...])")
-        for name, function in (*(("blocks", block) for block in blocks), ("classifier", self.classifier)):
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        classifier: Block,
+        params: Sequence[PyTree],
+        input_spec: jax.ShapeDtypeStruct | Sequence[int],
+        normalization: Normalization | None = None,
+        network: Hashable = None,
+        *,
+        input_name: str = "images",
+    ) -> None:
+        """Check and convert the arguments; a pytree that is unflattened does not come through here."""
+        blocks = _entries("blocks", blocks, "functions block(params, x[batch, ...])")
+        for name, function in (*(("blocks", block) for block in blocks), ("classifier", classifier)):
             if not callable(function):
                 raise InputError(f"{name}: expected functions of parameters and a batch, got {_kind(function)}")
-        object.__setattr__(self, "blocks", blocks)
-        object.__setattr__(self, "params", _check_params(self.params))
-        object.__setattr__(self, "input_spec", _check_spec(self.input_spec))
-        if not self.blocks or len(self.params) != len(self.blocks) + 1:
-            expected = f"one entry for each of {len(self.blocks)} blocks and one for the classifier"
-            raise InputError(f"params: expected {expected}, got {len(self.params)}")
-        if self.normalization and len(self.normalization.mean) not in {1, self.input_spec.shape[-1]}:
+        params, spec = _check_params(params), _check_spec(input_spec)
+        if not blocks or len(params) != len(blocks) + 1:
+            expected = f"one entry for each of {len(blocks)} blocks and one for the classifier"
+            raise InputError(f"params: expected {expected}, got {len(params)}")
+        if normalization and len(normalization.mean) not in {1, spec.shape[-1]}:
+            raise InputError(f"normalization: expected {spec.shape[-1]} channels, got {len(normalization.mean)}")
+        if not _INPUT_NAME.fullmatch(input_name):
             raise InputError(
-                f"normalization: expected {self.input_spec.shape[-1]} channels, got {len(self.normalization.mean)}"
+                f"input_name: expected up to 100 letters, digits, dots, dashes or underscores, got {input_name!r}"
             )
+        values = blocks, classifier, params, spec, normalization, network, input_name
+        for field, value in zip(dataclasses.fields(self), values, strict=True):
+            object.__setattr__(self, field.name, value)
 
-    if TYPE_CHECKING:  # what it takes is more than what it keeps
-
-        def __init__(
-            self,
-            blocks: Sequence[Block],
-            classifier: Block,
-            params: Sequence[PyTree],
-            input_spec: jax.ShapeDtypeStruct | Sequence[int],
-            normalization: Normalization | None = None,
-            network: Hashable = None,
-        ) -> None:
-            """See the class."""
+    def __repr__(self) -> str:
+        """Describe it in a line."""
+        network = "functions of your own" if self.network is None else type(self.network).__name__
+        spec, pixels = self.input_spec, "" if self.normalization is None else " or pixels"
+        return (
+            f"Chain({len(self.blocks)} blocks of {network}; {self.input_name}: {spec.dtype}{list(spec.shape)}{pixels})"
+        )
 
     @classmethod
     def from_layers(

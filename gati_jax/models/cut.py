@@ -134,7 +134,8 @@ def _parts(closed: core.ClosedJaxpr, sites: tuple[str, ...]) -> tuple[Part, ...]
             raise _bypassed(sites[i - 1], equations, start, steps, x)
         used = tuple(k for k, leaf in enumerate(leaves) if leaf in reached)
         constants = [v for v in flat.constants if v in reached]
-        jaxpr = core.Jaxpr(constants, [start, *(leaves[k] for k in used)], [target], steps)
+        inputs = [start, *(leaves[k] for k in used)]
+        jaxpr = closed.jaxpr.replace(constvars=constants, invars=inputs, outvars=[target], eqns=steps)
         parts.append(Part(core.ClosedJaxpr(jaxpr, [flat.constants[v] for v in constants]), used))
     return tuple(parts)
 

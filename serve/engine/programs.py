@@ -25,7 +25,7 @@ SCORE, LOGITS = 0, 1  # columns of a program's output
 THREADS = min(4, os.cpu_count() or 1)  # a compiler takes some hundred MB
 
 Key = tuple[int, int, int]  # route, stage, bucket
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("serve.engine.programs")
 _LOG_SECONDS = 10.0  # between two lines
 
 

@@ -311,7 +311,8 @@ class Twice(nn.Module):
 class Repeated(nn.Module):
     @nn.compact
     def __call__(self, x):
-        body = nn.scan(lambda module, x, _: (module(x), None), {"params": 0}, {"params": True}, length=2)
+        step = lambda module, x, _: (module(x), None)  # noqa: E731
+        body = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
         return nn.Dense(3)(body(nn.Dense(6, name="dense"), x, None)[0])
 
 
@@ -344,9 +345,11 @@ class Wavering(nn.Module):
 
 
 def linen(module, **options):
-    module = module()
-    variables = module.init(jax.random.key(0), X)
-    return lambda: from_linen(module, variables, **{"sites": ["dense"], "sample": X, **options})
+    def make():
+        variables = module().init(jax.random.key(0), X)
+        return from_linen(module(), variables, **{"sites": ["dense"], "sample": X, **options})
+
+    return make
 
 
 class Drawing(nnx.Module):

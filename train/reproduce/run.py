@@ -14,11 +14,11 @@ import numpy as np
 import gati_jax
 from gati_jax import Certificate, Chain, InputError, Ledger, ReplayTable, data
 from gati_jax.certification import AnyLedger, count_duplicates, find_ledger
-from train import cli, zoo
-from train.caches import base_saw_certify, check_open, composition_entry, load_parts, read_base, small_networks
-from train.config import Config
-from train.exploration import Explored, explore
 
+from .. import cli, zoo
+from ..caches import base_saw_certify, check_open, composition_entry, load_parts, read_base, small_networks
+from ..config import Config
+from ..exploration import Explored, explore
 from . import results
 from .evaluation import BASE, OpenCaches, count_exits, evaluate, exit_times, measure_latency
 from .figures import draw
@@ -45,7 +45,8 @@ _log = logging.getLogger("train.reproduce")
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    arguments, config = cli.parse(Config, argv, "Reproduce the papers' experiment.", EXAMPLE, looks=True)
+    p = cli.config_parser(Config, "Reproduce the papers' experiment.", EXAMPLE, looks=True)
+    arguments, config = cli.parse(p, Config, argv)
 
     # --- Data and base ----------------------------------------------------------------------------------------------
     config = zoo.completed(config)
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     check_open(arguments.ledger, rows, arguments.out)
 
     # --- Exploration ------------------------------------------------------------------------------------------------
-    heads = [*(head.build() for head in config.fit.heads), *small_networks(config)]
+    heads = [*(head.build() for head in config.fit.heads), *small_networks(config, chain)]
     started = time.perf_counter()
     found = explore(config, chain, heads, parts, arguments.out)
     _log.info("explored %d candidates in %.0f s", len(found.candidates), time.perf_counter() - started)
