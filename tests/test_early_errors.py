@@ -91,6 +91,15 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: chain(params=(W, {"w": W, "rng": jax.random.key(0)}, W)),
         r"params: expected arrays and numbers, got key<fry>\[\] at \[1\]\['rng'\]",
     ),
+    "one layer": (lambda: Chain.from_layers([(dense, W)], (4,)), "layers: expected a block or more and .* got 1"),
+    "a layer of three": (
+        lambda: Chain.from_layers([(dense, W, W), np.tanh], (4,)),
+        "layers: expected a function, or a function and its parameters, got tuple",
+    ),
+    "a layer that is none": (
+        lambda: Chain.from_layers([{"w": W}, np.tanh], (4,)),
+        "layers: expected a function, or a function and its parameters, got dict",
+    ),
     "one block alone": (lambda: chain(blocks=dense), "blocks: expected a sequence of functions .* got function"),
     "blocks that cannot be called": (lambda: chain(blocks=(W, W)), "blocks: expected functions .* got ndarray"),
     "an array as input_spec": (

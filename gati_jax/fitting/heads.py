@@ -22,7 +22,7 @@ from gati_jax.caches import (
     predictor_inputs,
 )
 from gati_jax.caches.candidate import Part
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, kind_of
 from gati_jax.models import Architecture, Chain, Normalization, Variables
 from gati_jax.options import check_options
 from gati_jax.pytrees import tree_bytes
@@ -73,11 +73,11 @@ class Head:
             name = type(self.predictor).__name__
             raise InputError(
                 "predictor: expected a function of the number of classes, such as the class Grid, got"
-                f" {_described(self.predictor)}; for options, lambda classes: {name}(classes, ...)"
+                f" {kind_of(self.predictor)}; for options, lambda classes: {name}(classes, ...)"
             )
         for selector in (self.selector, *(selector for _, selector in self.selectors)):
             if not isinstance(selector, nn.Module):
-                raise InputError(f"selector: expected an instance such as SortedSelector(), got {_described(selector)}")
+                raise InputError(f"selector: expected an instance such as SortedSelector(), got {kind_of(selector)}")
         check_options(self)
         others = [name for name, _ in self.selectors]
         if len(set(others)) < len(others):
@@ -110,19 +110,15 @@ def network_head(
 DEFAULT_HEADS = (Head(name="grid", predictor=Grid, selector=DEFAULT_SELECTOR),)
 
 
-def _described(value: object) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else f"{type(value).__name__} {value!r:.60}"
-
-
 def _check_heads(heads: Sequence[Head]) -> Sequence[Head]:
     if isinstance(heads, Head):
         raise InputError(f"heads: expected a sequence of heads, got one: write [{heads.name}]")
     if isinstance(heads, (str, Mapping)) or not isinstance(heads, Sequence):
-        raise InputError(f"heads: expected a sequence of gati_jax.Head, got {_described(heads)}")
+        raise InputError(f"heads: expected a sequence of gati_jax.Head, got {kind_of(heads)}")
     for head in heads:
         if not isinstance(head, Head):
             raise InputError(
-                f"heads: expected gati_jax.Head(name=..., predictor=..., selector=...), got {_described(head)}"
+                f"heads: expected gati_jax.Head(name=..., predictor=..., selector=...), got {kind_of(head)}"
             )
     return heads
 
@@ -140,7 +136,7 @@ def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
             raise InputError(f"heads: expected sites 0 to {len(chain) - 1} for {head.name}, got {bad}")
         predictor = head.predictor(chain.classes)
         if not isinstance(predictor, nn.Module):
-            raise InputError(f"heads: expected {head.name} to make a Linen module, got {_described(predictor)}")
+            raise InputError(f"heads: expected {head.name} to make a Linen module, got {kind_of(predictor)}")
         if (got := getattr(predictor, "classes", chain.classes)) != chain.classes:
             raise InputError(f"heads: expected {head.name} to have the base's {chain.classes} classes, got {got}")
         if isinstance(predictor, Neighbours | Centres) and head.variables is None:

@@ -20,7 +20,7 @@ import numpy as np
 from flax import errors as flax_errors
 from jaxtyping import Array, Num, PyTree
 
-from gati_jax.errors import InputError, listed, printable
+from gati_jax.errors import InputError, kind_of, listed, printable
 from gati_jax.pytrees import Fixed
 
 from .chain import ROWS, Chain, Normalization, WithoutParams, reference
@@ -103,7 +103,7 @@ def from_nnx(
     from flax import nnx  # noqa: PLC0415 (most users have Linen modules, or none)
 
     if not isinstance(module, nnx.Module):
-        raise InputError(f"module: expected an nnx.Module, got {printable(repr(module), most=60)}")
+        raise InputError(f"module: expected an nnx.Module, got {kind_of(module)}")
     names = [_path_of(site, module, nnx.Module) for site in _check_sites(sites)]
     evaluated = nnx.merge(*nnx.split(module))
     evaluated.eval()
@@ -145,7 +145,7 @@ def from_equinox(
     except ImportError as error:
         raise InputError("module: Equinox modules need equinox (pip install equinox)") from error
     if not isinstance(module, eqx.Module):
-        raise InputError(f"module: expected an equinox.Module, got {printable(repr(module), most=60)}")
+        raise InputError(f"module: expected an equinox.Module, got {kind_of(module)}")
     names = [_path_of(site, module, eqx.Module) for site in _check_sites(sites)]
     both = {"module": eqx.nn.inference_mode(module), "state": state}
     arrays, static = eqx.partition(both, eqx.is_array)
@@ -282,7 +282,7 @@ def _path_of(site: Any, module: Any, kind: type) -> str:  # noqa: ANN401
     if not isinstance(site, str):
         found = [path for path, submodule in submodules.items() if submodule is site]
         if not found:
-            raise _unknown([printable(repr(site), most=60)], list(submodules))
+            raise _unknown([kind_of(site)], list(submodules))
         return found[0]
     path = ".".join(part for part in re.split(r"[.\[\]/]+", site) if part)
     if path not in submodules:
@@ -300,7 +300,7 @@ def _fixed(call: Mapping[str, Any]) -> Fixed:
 
 def _check_sites(sites: Sequence[Any]) -> list[Any]:
     if isinstance(sites, str) or not isinstance(sites, Sequence) or not sites:
-        raise InputError(f"sites: expected a list of submodules, got {printable(repr(sites), most=60)}")
+        raise InputError(f"sites: expected a list of submodules, got {kind_of(sites)}")
     return list(sites)
 
 

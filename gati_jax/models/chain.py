@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Num, PyTree, Shaped
 from pydantic import Field, FiniteFloat
 
-from gati_jax.errors import InputError, printable
+from gati_jax.errors import InputError, kind_of, printable
 from gati_jax.options import Positive, check_options
 from gati_jax.pytrees import register_pytree, tree_bytes
 
@@ -98,7 +98,7 @@ class Chain:
         blocks = _entries("blocks", blocks, "functions block(params, x[batch, ...])")
         for name, function in (*(("blocks", block) for block in blocks), ("classifier", classifier)):
             if not callable(function):
-                raise InputError(f"{name}: expected functions of parameters and a batch, got {_kind(function)}")
+                raise InputError(f"{name}: expected functions of parameters and a batch, got {kind_of(function)}")
         params, spec = _check_params(params), _check_spec(input_spec)
         if not blocks or len(params) != len(blocks) + 1:
             expected = f"one entry for each of {len(blocks)} blocks and one for the classifier"
@@ -151,7 +151,7 @@ class Chain:
         for layer in _entries("layers", layers, "functions of a batch, or pairs of a function and its parameters"):
             pair = layer if isinstance(layer, (tuple, list)) else (WithoutParams(layer), ())
             if len(pair) != 2 or not callable(pair[0]):  # noqa: PLR2004
-                raise InputError(f"layers: expected a function, or a function and its parameters, got {_kind(layer)}")
+                raise InputError(f"layers: expected a function, or a function and its parameters, got {kind_of(layer)}")
             functions.append(pair[0])
             params.append(pair[1])
         if len(functions) < 2:  # noqa: PLR2004
@@ -217,10 +217,6 @@ class WithoutParams:
         return self.function(x)
 
 
-def _kind(value: object) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else f"{type(value).__name__} {value!r:.60}"
-
-
 def _entries(argument: str, given: Any, expected: str) -> tuple[Any, ...]:  # noqa: ANN401
     if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
         raise InputError(f"{argument}: expected a sequence of {expected}, got {type(given).__name__}")
@@ -238,7 +234,7 @@ def _check_params(given: Any) -> tuple[PyTree, ...]:  # noqa: ANN401
             continue
         dtype = getattr(leaf, "dtype", None) if hasattr(leaf, "shape") else None
         if dtype is None or not any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_)):
-            got = _kind(leaf) if dtype is None else f"{dtype}{list(leaf.shape)}"
+            got = kind_of(leaf) if dtype is None else f"{dtype}{list(leaf.shape)}"
             raise InputError(f"params: expected arrays and numbers, got {got} at {jax.tree_util.keystr(path)}")
         leaves.append(leaf)
     return jax.tree.unflatten(structure, leaves)
@@ -251,7 +247,7 @@ def _check_spec(given: Any) -> jax.ShapeDtypeStruct:  # noqa: ANN401
         return jax.ShapeDtypeStruct(tuple(given), jnp.float32)
     raise InputError(
         "input_spec: expected the shape of one float32 input, such as (28, 28, 1), or"
-        f" jax.ShapeDtypeStruct(shape, dtype), got {_kind(given)}"
+        f" jax.ShapeDtypeStruct(shape, dtype), got {kind_of(given)}"
     )
 
 
@@ -337,10 +333,9 @@ def _as_array(chain: Chain, images: Any, argument: str) -> np.ndarray:  # noqa: 
         raise InputError(f"{argument}: expected an array, got rows of different lengths") from error
     if hasattr(images, "dtype") or array.dtype not in (np.int64, np.float64) or not array.size:
         return array
-    dtype = np.dtype(
-        np.uint8 if chain.normalization is not None and array.dtype == np.int64 else chain.input_spec.dtype
-    )
-    if dtype.kind in "iu" and array.dtype == np.int64:
+    whole = array.dtype == np.int64
+    dtype = np.dtype(np.uint8 if chain.normalization is not None and whole else chain.input_spec.dtype)
+    if whole and dtype.kind in "iu":
         least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
         if array.min() < least or array.max() > most:
             got = f"{array.min()} .. {array.max()}"

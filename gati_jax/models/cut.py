@@ -18,13 +18,28 @@ from jaxtyping import Array
 from gati_jax.errors import InputError, listed
 
 _MARK = "gati_jax site "
-_TRANSPARENT = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"}
+_TRANSPARENT = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_vmap_call"}
 """Calls that run their program once, so that a mark inside of them is a value of the program around them."""
+
+
+@functools.cache
+def _marker(site: str) -> Callable[[Array], Array]:
+    """Return the identity that marks its argument; under vmap, it marks the whole batch with its axis first."""
+
+    @jax.custom_batching.custom_vmap
+    def marked(value: Array) -> Array:
+        return checkpoint_name(value, _MARK + site)
+
+    @marked.def_vmap
+    def _(_: int, batched: list[bool], value: Array) -> tuple[Array, bool]:
+        return marked(value), batched[0]
+
+    return marked
 
 
 def mark(value: Array, site: str) -> Array:
     """Return ``value``, marked in the program that is being traced."""
-    return checkpoint_name(value, _MARK + site)
+    return _marker(site)(value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -263,6 +263,7 @@ def test_a_cut_that_a_shortcut_goes_around_is_refused_and_named(case):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.slow  # the docs' pages save and load one each
 def test_a_bundle_holds_it_and_gives_it_back(case, made, tmp_path):
     images = RANDOM.normal(size=(120, *case.x.shape[1:])).astype(np.float32)
     caches = untrained(made, (HEAD,))
@@ -367,7 +368,7 @@ def own(**options):
 
 
 REFUSED = {
-    "a string": (own(sites="stem"), "sites: expected a list of submodules, got 'stem'"),
+    "a string": (own(sites="stem"), "sites: expected a list of submodules, got str 'stem'"),
     "none": (own(sites=[]), "sites: expected a list of submodules"),
     "unknown": (own(sites=["stem", "block_7"]), "sites: expected submodules that are called, of stem, .*got block_7"),
     "unknown path": (lambda: from_nnx(NNX, sites=["blocks.7"], sample=X), "of stem, blocks, head, .*got blocks.7"),
@@ -409,11 +410,49 @@ def test_what_would_make_a_wrong_chain_is_refused_in_one_line(make, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("transform", [nn.jit, nn.remat], ids=["jit", "remat"])
-def test_submodules_inside_of_jit_and_remat_are_found(transform):
-    module = Linen(kind=transform(Block, static_argnums=(2,)))
+def test_submodules_inside_of_remat_are_found():
+    module = Linen(kind=nn.remat(Block, static_argnums=(2,)))
     chain = from_linen(module, VARIABLES, sites=["stem", "blocks_0", "blocks_1"], sample=X)
     np.testing.assert_allclose(chain.activations(jnp.asarray(X))[0][3], linen_activations(X)[2], rtol=1e-5, atol=1e-5)
+
+
+class Mapped(eqx.Module):
+    """Maps a layer over positions, behind an operation that puts the batch last."""
+
+    mix: eqx.nn.Linear
+    each: eqx.nn.Linear
+    head: eqx.nn.Linear
+
+    def __call__(self, x):
+        y = self.mix(x)
+        tokens = jax.vmap(self.each)(jnp.stack([y, 2 * y]))
+        return self.head(tokens.mean(0))
+
+
+def test_batches_come_first_whatever_vmap_does_inside():
+    keys = jax.random.split(jax.random.key(0), 3)
+    module = Mapped(*(eqx.nn.Linear(n, m, key=key) for n, m, key in zip((6, 5, 5), (5, 5, 3), keys, strict=True)))
+    chain = from_equinox(module, sites=["mix", "each"], sample=X)
+    sites, logits = chain.activations(jnp.asarray(X))
+    mixed = jax.vmap(module.mix)(X)
+    np.testing.assert_allclose(sites[1], mixed, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sites[2], jax.vmap(jax.vmap(module.each))(jnp.stack([mixed, 2 * mixed], 1)), rtol=1e-5)
+    np.testing.assert_allclose(logits, jax.vmap(module)(X), rtol=1e-5, atol=1e-6)
+
+
+def test_a_program_is_traced_once_for_all_of_its_blocks():
+    traced = []
+
+    class Noting(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            traced.append(len(x))
+            return nn.Dense(3)(nn.Dense(4, name="b")(nn.Dense(4, name="a")(x)))
+
+    chain = from_linen(Noting(), Noting().init(jax.random.key(0), X), sites=["a", "b"], sample=X)
+    traced.clear()
+    jax.block_until_ready(jax.jit(Chain.__call__)(chain, X[[0] * 7]))
+    assert traced == [7]
 
 
 class Tokens(nn.Module):
@@ -453,6 +492,3 @@ def test_layers_make_a_chain():
     np.testing.assert_array_equal(chain(jnp.asarray(X)), jnp.tanh(X @ w["w"]) @ v["w"])
     assert len(chain) == 2
     assert Chain.from_layers([(dense, w), jnp.tanh, (dense, v)], (6,)).blocks == chain.blocks
-    for layers, got in (([(dense, w)], "got 1"), ([(dense, w, v), jnp.tanh], "got tuple"), ([w, jnp.tanh], "got dict")):
-        with pytest.raises(InputError, match=f"layers: expected .*{got}"):
-            Chain.from_layers(layers, (6,))
