@@ -38,6 +38,9 @@ from .inference import infer as infer
 from .inference import infer_batch as infer_batch
 from .models import Chain as Chain
 from .models import Normalization as Normalization
+from .models import from_equinox as from_equinox
+from .models import from_linen as from_linen
+from .models import from_nnx as from_nnx
 from .models import from_pretrained as from_pretrained
 from .models import load_network as load_network
 from .models import resnet as resnet

@@ -32,6 +32,13 @@ def check_share(name: str, value: float | int) -> None:  # noqa: PYI041 (beartyp
         raise InputError(f"{name}: expected a number between 0 and 1, got {value}")
 
 
+def kind_of(value: object) -> str:
+    """Describe for a message what was given in place of something else: its type, and how its repr begins."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return f"{type(value).__name__} {printable(' '.join(repr(value).split()), most=60)}"
+
+
 def printable(text: str, *, most: int = 200) -> str:
     """Return text of an untrusted file as a message may show it: its start, escaped where it does not print.
 

@@ -57,7 +57,7 @@ def infer(
         >>> int(gati_jax.infer(bundle, image).exit)  # doctest: +SKIP
         3
     """
-    array = check_images(bundle.chain, image, batched=False, argument="image")
+    array = check_images(_check_bundle(bundle).chain, image, batched=False, argument="image")
     tuned = _tuned(bundle, numerics, plan, backend)
     return _finite("image", tuned.predict_one(array) if tuned else predict_one(bundle.cascade_of(plan), array))
 
@@ -87,10 +87,18 @@ def infer_batch(
         InputError: The shape, the dtype or a value is not what the bundle's network takes, or makes its logits
             infinite; there is no such plan; or the bundle has not been tuned for this backend.
     """
-    array = check_images(bundle.chain, images)
+    array = check_images(_check_bundle(bundle).chain, images)
     tuned = _tuned(bundle, numerics, plan, backend)
     found = tuned.predict(array) if tuned and len(array) else predict_batch(bundle.cascade_of(plan), array)
     return _finite("images", found)
+
+
+def _check_bundle(bundle: Bundle) -> Bundle:
+    if not isinstance(bundle, Bundle):
+        raise InputError(
+            f"bundle: expected what gati_jax.load_bundle returns, got {type(bundle).__name__} {bundle!r:.100}"
+        )
+    return bundle
 
 
 def _finite(argument: str, found: Prediction) -> Prediction:
@@ -148,7 +156,7 @@ def check_tuning(
         InputError: Nothing is certified, the tuning is of another device, there are no images, plans were composed or
             caches fitted on some of them, some repeat others, or a replay is of other rows or another bundle.
     """
-    array = check_images(bundle.chain, images)
+    array = check_images(_check_bundle(bundle).chain, images)
     if tuning.device != (here := device_name(tuning.backend)) or len(array) == 0:
         raise InputError(f"tuning: expected one of {here} and 1 row or more, got {tuning.device} and {len(array)}")
     rows = row_digests(array)

@@ -45,6 +45,28 @@ class Static:
         return self is other or (isinstance(other, Static) and self.values == other.values)
 
 
+class Fixed:
+    """A value as a static part of a function: by value where it can be hashed, otherwise the object that it is."""
+
+    def __init__(self, value: Any) -> None:  # noqa: ANN401 (anything)
+        """Hash once."""
+        self.value = value
+        try:
+            self._hash, self._by_value = hash(value), True
+        except TypeError:  # lists and arrays
+            self._hash, self._by_value = id(value), False
+
+    def __hash__(self) -> int:
+        """Return the remembered hash."""
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        """Compare by value where both have a hash."""
+        if not isinstance(other, Fixed) or self.value is other.value:
+            return isinstance(other, Fixed)
+        return self._by_value and other._by_value and self._hash == other._hash and self.value == other.value
+
+
 def register_pytree(*, leaves: str, static: tuple[str, ...]) -> Callable[[type[T]], type[T]]:
     """Register a frozen dataclass as a pytree whose one child is the field ``leaves``; the others are static.
 

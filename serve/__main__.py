@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from gati_jax import InputError
 
@@ -30,13 +31,23 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (InputError, OSError) as error:
-        if terminal:
-            logs.close()
-            sys.stderr.write(f"error: {error}\n")
-        else:
-            logs.configure("info")
-            logging.getLogger("serve").error(str(error))  # noqa: TRY400 (the line says it all)
-        sys.exit(2)
+        _fail(str(error), terminal=terminal)
+    except (RuntimeError, AssertionError):
+        from gati_jax.profiling import missing_device  # noqa: PLC0415 (as above)
+
+        if not (why := missing_device()):
+            raise
+        _fail(why, terminal=terminal)
+
+
+def _fail(line: str, *, terminal: bool) -> NoReturn:
+    if terminal:
+        logs.close()
+        sys.stderr.write(f"error: {line}\n")
+    else:
+        logs.configure("info")
+        logging.getLogger("serve").error(line)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

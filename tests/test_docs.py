@@ -101,11 +101,18 @@ def drawn(random: np.random.Generator, shapes: Any) -> Any:
 @pytest.fixture(scope="module")
 def server(clone) -> Iterator[str]:
     """The HTTP address of `make serve` on that bundle."""
-    bundle = str(clone / "runs/digits/caches/bundle")
+    with serving("--bundle", str(clone / "runs/digits/caches/bundle")) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def serving(*options: str, folder: Path | None = None) -> Iterator[str]:
+    """Serve, and yield the HTTP address."""
     ports = ["--http-port", "0", "--grpc-port", "0", "--admin-port", "0", "--grace", "0", "--json"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "serve", "--bundle", bundle, *ports]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as process:
+    command = [sys.executable, "-m", "serve", *options, *ports]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=environment, cwd=folder, **pipes) as process:
         assert process.stdout is not None
         printed = json.loads(process.stdout.readline())
         address = re.sub(r"^https?://", "", printed["http"])
@@ -177,6 +184,39 @@ def test_python_blocks_run_in_order(page, names, clone, tmp_path, monkeypatch, r
             done = subprocess.run(command.replace(SERVER, at), shell=True, check=True, capture_output=True)
             errors += "error" in json.loads(done.stdout)
     assert errors == REFUSED_ON_PURPOSE.get(name_of(page), 0)
+
+
+OWN_MODULES = [DOCS / "how-to" / f"{name}.md" for name in ("linen", "nnx", "equinox")]
+
+
+@pytest.mark.parametrize("page", [OWN_MODULES[0], *(pytest.param(p, marks=pytest.mark.slow) for p in OWN_MODULES[1:])])
+def test_a_users_own_module_is_served(page, names, tmp_path, monkeypatch):
+    """As the page says: its first block in a file of its own, the bundle made by the others, and the command."""
+    monkeypatch.chdir(tmp_path)
+    first, *others = blocks(page, "python")
+    (tmp_path / "my_network.py").write_text(first)
+    scope = dict(names)
+    for block in (first, *others):
+        exec(compile(block, name_of(page), "exec"), scope)
+    [command] = [words for _, words in commands(page) if words[:3] == ["python", "-m", "serve"]]
+    image = scope["certify_images"][0]
+    with serving(*command[3:], folder=tmp_path) as address:
+        body = {
+            "inputs": [{"name": "images", "datatype": "FP32", "shape": image.shape, "data": image.ravel().tolist()}]
+        }
+        request = urllib.request.Request(f"http://{address}/v2/models/gati/infer", json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=30) as response:
+            outputs = {output["name"]: output["data"] for output in json.load(response)["outputs"]}
+    assert outputs["class_index"] == [int(scope["prediction"].class_index)]
+    assert outputs["exit"] == [int(scope["prediction"].exit)]
+
+
+def test_the_lines_of_the_users_own_are_few():
+    """Beside his module: the function that returns its chain, and all behind it."""
+    for page in OWN_MODULES:
+        first, *others = blocks(page, "python")
+        own = first[first.index("def chain") :] + "".join(block for block in others if "reshape" not in block)
+        assert len([line for line in own.splitlines() if line.strip()]) <= 15 - 1  # and import gati_jax
 
 
 @functools.cache

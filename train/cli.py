@@ -20,6 +20,7 @@ from gati_jax.certification import AnyLedger
 from gati_jax.files import write_atomically
 from gati_jax.imports import load_chain
 from gati_jax.options import Strict, describe_options
+from gati_jax.profiling import missing_device
 
 from .config import M, did_you_mean, keys_of, load
 
@@ -210,6 +211,11 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (RuntimeError, AssertionError):
+        if not (why := missing_device()):
+            raise
+        print(f"error: {why}", file=sys.stderr)
+        sys.exit(2)
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

@@ -12,8 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from gati_jax.errors import InputError
-from gati_jax.fitting.loop import LoopState, checkpoint_folder, open_checkpoints, progress_bar
-from gati_jax.pytrees import restore_spec
+from gati_jax.fitting.loop import LoopState, progress_bar, resume
 
 _log = logging.getLogger("train.epochs")
 
@@ -96,16 +95,8 @@ def run_epochs(
     Raises:
         InputError: The last checkpoint is damaged.
     """
-    checkpointer = open_checkpoints(checkpoint, identity)
-    if checkpoint and checkpointer and checkpointer.latest:
-        try:
-            state = checkpointer.load(abstract_state=restore_spec(state))
-        except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
-            folder = checkpoint_folder(checkpoint, identity)
-            raise InputError(
-                f"checkpoint: expected one that can be read, got {type(error).__name__}; remove {folder} to begin anew"
-            ) from error
-        _log.info("%s: resumed at step %d of %d", description, int(state.step), steps * epochs)
+    message = f"{description}: resumed at step %d of {steps * epochs}"
+    checkpointer, state = resume(checkpoint, identity, state, message)
     first = int(state.step) // steps
     resident = tuple(jax.device_put(array) for array in arrays)
     state = jax.tree.map(jnp.copy, state)  # donated, and the caller keeps his own

@@ -25,7 +25,7 @@ from gati_jax.caches import (
     predictor_inputs,
 )
 from gati_jax.caches.candidate import Part
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, kind_of
 from gati_jax.models import Architecture, Bert, Chain, Normalization, Variables, ViT
 from gati_jax.options import check_options
 from gati_jax.pytrees import tree_bytes
@@ -54,7 +54,8 @@ class Head:
         name: Prefix of the candidates' names: "grid" at site 9 becomes "grid@9".
         predictor: Returns the predictor for a number of classes.
         selector: The selector.
-        sites: Where to fit one; None for sites 1 .. N - 1.
+        sites: Where to fit one; None for sites 1 .. N - 1. Site k is the input of block k + 1. Its last axis has the
+            channels; those between it and the batch are positions, such as [height, width] or [time].
         variables: The predictor's, if it is trained already: then only its selector is fitted.
         selectors: Further selectors to try on the same predictor, by name: "linear" makes "grid+linear@9".
         cascaded: Whether each one behind the first site also reads the logits of the one at the site before, see
@@ -71,6 +72,15 @@ class Head:
 
     def __post_init__(self) -> None:
         """Check the options, and that the names of candidates differ."""
+        if isinstance(self.predictor, nn.Module) or not callable(self.predictor):
+            name = type(self.predictor).__name__
+            raise InputError(
+                "predictor: expected a function of the number of classes, such as the class Grid, got"
+                f" {kind_of(self.predictor)}; for options, lambda classes: {name}(classes, ...)"
+            )
+        for selector in (self.selector, *(selector for _, selector in self.selectors)):
+            if not isinstance(selector, nn.Module):
+                raise InputError(f"selector: expected an instance such as SortedSelector(), got {kind_of(selector)}")
         check_options(self)
         others = [name for name, _ in self.selectors]
         if len(set(others)) < len(others):
@@ -109,6 +119,43 @@ def default_heads(chain: Chain) -> tuple[Head, ...]:
     return (*DEFAULT_HEADS, token) if isinstance(chain.network, ViT | Bert) else DEFAULT_HEADS
 
 
+def _check_heads(heads: Sequence[Head]) -> Sequence[Head]:
+    if isinstance(heads, Head):
+        raise InputError(f"heads: expected a sequence of heads, got one: write [{heads.name}]")
+    if isinstance(heads, (str, Mapping)) or not isinstance(heads, Sequence):
+        raise InputError(f"heads: expected a sequence of gati_jax.Head, got {kind_of(heads)}")
+    for head in heads:
+        if not isinstance(head, Head):
+            raise InputError(
+                f"heads: expected gati_jax.Head(name=..., predictor=..., selector=...), got {kind_of(head)}"
+            )
+    return heads
+
+
+def _check_sites(chain: Chain, name: str, sites: Sequence[int]) -> None:
+    if bad := [site for site in sites if not 0 <= site < len(chain)]:
+        raise InputError(f"heads: expected sites 0 to {len(chain) - 1} for {name}, got {bad}")
+    kinds = {site: str(chain.site_specs[site].dtype) for site in sites}
+    if bad := [f"{kind} at {site}" for site, kind in kinds.items() if not jnp.issubdtype(kind, jnp.floating)]:
+        raise InputError(f"heads: expected sites of floating-point numbers for {name}, got {', '.join(bad)}")
+
+
+def _predictor_of(head: Head, classes: int) -> nn.Module:
+    predictor = head.predictor(classes)
+    if not isinstance(predictor, nn.Module):
+        raise InputError(f"heads: expected {head.name} to make a Linen module, got {kind_of(predictor)}")
+    describe_predictor(predictor)  # what could not be saved later is refused before hours of training
+    for selector in (head.selector, *(each for _, each in head.selectors)):
+        describe_selector(selector)
+    if (got := getattr(predictor, "classes", classes)) != classes:
+        raise InputError(f"heads: expected {head.name} to have the base's {classes} classes, got {got}")
+    if isinstance(predictor, Neighbours | Centres) and head.variables is None:
+        raise InputError(
+            f"heads: expected {head.name} to be trained by gradients, got a neighbour cache: see fit_freeze"
+        )
+    return predictor
+
+
 def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
     """Return the parts of all heads by candidates' names.
 
@@ -117,23 +164,10 @@ def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
             other classes; or a predictor or a selector that no bundle can hold.
     """
     parts: dict[str, Part] = {}
-    for head in heads:
+    for head in _check_heads(heads):
         sites = range(1, len(chain)) if head.sites is None else head.sites
-        if bad := [site for site in sites if not 0 <= site < len(chain)]:
-            raise InputError(f"heads: expected sites 0 to {len(chain) - 1} for {head.name}, got {bad}")
-        integers = {site: str(chain.site_specs[site].dtype) for site in sites}
-        if bad := [f"{kind} at {site}" for site, kind in integers.items() if not jnp.issubdtype(kind, jnp.floating)]:
-            raise InputError(f"heads: expected sites of floating-point numbers for {head.name}, got {', '.join(bad)}")
-        predictor = head.predictor(chain.classes)
-        describe_predictor(predictor)  # what could not be saved later is refused before hours of training
-        for selector in (head.selector, *(each for _, each in head.selectors)):
-            describe_selector(selector)
-        if (got := getattr(predictor, "classes", chain.classes)) != chain.classes:
-            raise InputError(f"heads: expected {head.name} to have the base's {chain.classes} classes, got {got}")
-        if isinstance(predictor, Neighbours | Centres) and head.variables is None:
-            raise InputError(
-                f"heads: expected {head.name} to be trained by gradients, got a neighbour cache: see fit_freeze"
-            )
+        _check_sites(chain, head.name, sites)
+        predictor = _predictor_of(head, chain.classes)
         previous = None
         for site in sorted(sites):
             own = Cascaded(chain.classes, predictor) if previous else predictor

@@ -140,17 +140,14 @@ def run_loop(
         The state after the last step.
 
     Raises:
-        InputError: Fewer rows than one batch.
+        InputError: Fewer rows than one batch, or the last checkpoint is damaged.
     """
     n = len(arrays[0])
     per_epoch = n // config.batch
     if per_epoch == 0:
         raise InputError(f"images: expected at least one batch of {config.batch} rows, got {n}")
     total = per_epoch * config.epochs if config.steps is None else min(per_epoch * config.epochs, config.steps)
-    checkpointer = open_checkpoints(checkpoint, identity)
-    if checkpointer and checkpointer.latest:
-        state = checkpointer.load(abstract_state=restore_spec(state))
-        _log.info("%s: resumed at step %d of %d", description, int(state.step), total)
+    checkpointer, state = resume(checkpoint, identity, state, f"{description}: resumed at step %d of {total}")
     done = kept = int(state.step)
     began = saved = config.clock()
     took = 0.0
@@ -207,14 +204,37 @@ def checkpoint_folder(folder: Path, identity: str) -> Path:
     return folder / hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
 
 
-def open_checkpoints(folder: Path | None, identity: str) -> Any | None:  # noqa: ANN401 (orbax is untyped)
-    """Return a checkpointer of one identity that keeps the newest checkpoint; None without a folder."""
+def resume(
+    folder: Path | None, identity: str, state: LoopState, message: str
+) -> tuple[Any | None, LoopState]:  # Orbax is untyped
+    """Return a checkpointer of one identity that keeps the newest checkpoint, and the state to start from.
+
+    Args:
+        folder: For checkpoints; None for neither.
+        identity: Describes everything that a resumed run must share with the first.
+        state: The initial state, of which the newest checkpoint takes the place.
+        message: For the log, with a place for the step.
+
+    Raises:
+        InputError: The newest checkpoint is damaged.
+    """
     if folder is None:
-        return None
+        return None, state
     keep_newest: Any = ocp.training.preservation_policies.LatestN(1)
     path = checkpoint_folder(folder, identity).absolute()
     path.mkdir(parents=True, exist_ok=True)
-    return ocp.training.Checkpointer(str(path), preservation_policy=keep_newest, cleanup_tmp_directories=True)
+    try:
+        checkpointer = ocp.training.Checkpointer(
+            str(path), preservation_policy=keep_newest, cleanup_tmp_directories=True
+        )
+        if checkpointer.latest:
+            state = checkpointer.load(abstract_state=restore_spec(state))
+            _log.info(message, int(state.step))
+    except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
+        raise InputError(
+            f"checkpoint: expected one that can be read, got {type(error).__name__}; remove {path} to begin anew"
+        ) from error
+    return checkpointer, state
 
 
 class _Budget(BaseModel):
@@ -289,8 +309,15 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed or 0:.1f} steps/s")
 
 
-def progress_bar(wanted: bool) -> Progress:  # noqa: FBT001
-    """Return a progress bar; it is drawn if ``wanted`` and if standard error is a terminal."""
+def progress_bar(wanted: bool, *, steady: bool = False) -> Progress:  # noqa: FBT001
+    """Return a progress bar; it is drawn if ``wanted`` and if standard error is a terminal.
+
+    Args:
+        wanted: Whether to draw it.
+        steady: Draw it only when it is told to refresh, and not from a thread of its own, which would disturb a
+            measurement.
+    """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not (wanted and console.is_terminal))
+    drawn = wanted and console.is_terminal
+    return Progress(*columns, console=console, disable=not drawn, auto_refresh=not steady)

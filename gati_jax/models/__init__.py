@@ -1,5 +1,8 @@
 """Bases: chains of blocks, ResNets, VGGs and transformers as chains, and their weights."""
 
+from .adapters import from_equinox as from_equinox
+from .adapters import from_linen as from_linen
+from .adapters import from_nnx as from_nnx
 from .architectures import BERTS as BERTS
 from .architectures import NAMES as NAMES
 from .architectures import RESNETS as RESNETS

@@ -15,12 +15,12 @@ from jaxtyping import Array, Float, Num
 
 from gati_jax.errors import InputError
 
-from .chain import Chain, Normalization, reference
+from .chain import ROWS, Chain, Normalization, output_specs, reference
 
-ROWS = 8
 _COLUMNS = 32  # logits that are kept of each row
 _NOISE = 1e-3  # of the logits' spread: true float32 differs by 1e-5 or so between batch sizes and machines
-_COARSE_NOISE = 5e-2  # where values are rounded on the way, a last bit may become a step
+COARSE_NOISE = 5e-2
+"""The same where values are rounded on the way, so that a last bit may become a step."""
 _COARSE = re.compile(r"f16\[|f8_|i[48]\[|\bround\b|\bfloor\b|\bsign\b")  # in a printed program
 _MANY = 256  # rows that are enough to see a base that always gives the same answer
 _SAME = 0.99
@@ -61,27 +61,12 @@ def check_logits(chain: Chain) -> None:
     Raises:
         InputError: It has none, fails, or gives something else.
     """
-    spec = chain.input_spec
     if not jax.tree.leaves(chain.params):
         raise InputError(
             "chain: expected parameters, got none: weights that blocks close over are neither saved nor compared;"
             " pass them as params"
         )
-    batch = jax.ShapeDtypeStruct((ROWS, *spec.shape), spec.dtype)
-    try:
-        got = jax.eval_shape(lambda c, x: c.classifier(c.params[-1], c.span(x, 0, len(c))), chain, batch)
-    except (TypeError, ValueError, LookupError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        expected = f"functions of a batch of {spec.dtype}{list(spec.shape)}"
-        raise InputError(f"chain: expected {expected}, got an error from them: {reason}") from error
-    if not isinstance(got, jax.ShapeDtypeStruct):
-        raise InputError(f"chain: expected one array of logits[batch, classes], got {type(got).__name__}")
-    if len(got.shape) != 2 or got.shape[0] != ROWS or got.shape[1] < 2:  # noqa: PLR2004
-        hint = " (for one sigmoid logit z, return [0, z])" if got.shape in {(ROWS,), (ROWS, 1)} else ""
-        raise InputError(
-            f"chain: expected logits[batch, classes] of two classes or more, got {list(got.shape)}"
-            f" for a batch of {ROWS}{hint}"
-        )
+    output_specs(chain)
 
 
 def check_chain(chain: Chain, images: Num[np.ndarray, "n ..."] | None = None) -> None:
@@ -171,11 +156,15 @@ def _tolerance(chain: Chain, logits: Float[np.ndarray, "batch classes"]) -> floa
     return float(max(_noise(chain) * logits.std(), 1e-5 * np.abs(logits).max()))
 
 
+def is_coarse(chain: Chain) -> bool:
+    """Return whether a chain rounds values on the way, to half precision or to integers."""
+    spec = jax.ShapeDtypeStruct((1, *chain.input_spec.shape), chain.input_spec.dtype)
+    return bool(_COARSE.search(str(jax.make_jaxpr(Chain.__call__)(chain, spec))))
+
+
 def _noise(chain: Chain) -> float:
     """Return by which share of their spread outputs of one function may differ."""
-    spec = jax.ShapeDtypeStruct((1, *chain.input_spec.shape), chain.input_spec.dtype)
-    coarse = _COARSE.search(str(jax.make_jaxpr(Chain.__call__)(chain, spec)))
-    return _COARSE_NOISE if coarse else _NOISE
+    return COARSE_NOISE if is_coarse(chain) else _NOISE
 
 
 @jax.jit

@@ -3,14 +3,16 @@
 Programs that are compared take turns, so that a disturbance of the machine meets all of them.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -32,6 +34,17 @@ _log = logging.getLogger(__name__)
 
 
 Backend = Literal["xla", "onnxruntime"]
+
+
+def missing_device() -> str:
+    """Return in one line why JAX finds no device to run on; empty if it finds one."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # it asserts where a platform's plugin is not installed
+        wanted = jax.config.jax_platforms or "of any kind"
+        reason = (str(error).strip() or "JAX has no plugin for it").splitlines()[0]
+        return f"JAX_PLATFORMS: expected a device that is here, got {wanted}: {reason}"
+    return ""
 
 
 def device_name(backend: Backend = "xla") -> str:
@@ -84,6 +97,7 @@ def measure_costs(
     batch: int = 1,
     options: CompilerOptions = (),
     sites: Iterable[int] | None = None,
+    progress: bool = True,
 ) -> CostTable:
     """Measure the time of every block (as differences between prefixes of the base) and of every lookup.
 
@@ -94,22 +108,42 @@ def measure_costs(
         batch: Requests at once.
         options: Compiler options of the programs.
         sites: Where to end prefixes; blocks between two of them share the time equally. None: after every block.
+        progress: Whether to draw progress bars on a terminal.
 
     Returns:
-        Milliseconds of the batch, for ``plan``.
+        Milliseconds of the batch, for ``plan``. A line in the log says if they spread by more than ``MOST_SPREAD``.
     """
+    costs = measure_once(chain, candidates, rounds=rounds, batch=batch, options=options, sites=sites, progress=progress)
+    if costs.spread > MOST_SPREAD:
+        _log.warning("costs: %s: is the machine busy? A plan by them may not save what it says", unsteady(costs))
+    return costs
+
+
+def measure_once(
+    chain: Chain,
+    candidates: Iterable[Candidate],
+    *,
+    rounds: int = 60,
+    batch: int = 1,
+    options: CompilerOptions = (),
+    sites: Iterable[int] | None = None,
+    progress: bool = False,
+) -> CostTable:
+    """Measure as ``measure_costs`` does, without a warning: for ``measure_steadily``, which measures again."""
     depth, candidates = len(chain), tuple(candidates)
     images = jnp.zeros((batch, *chain.input_spec.shape), chain.input_spec.dtype)
     stops = [*sorted({site for site in (range(1, depth) if sites is None else sites) if site}), depth]
     announce("XLA", len(stops), len(candidates), batch, rounds)
     prefixes = {str(site): prefix_program(chain, site, images, options) for site in stops}
-    times = time_interleaved(prefixes, rounds=rounds)
+    times = time_interleaved(prefixes, rounds=rounds, progress=progress)
     until = np.maximum.accumulate([0.0, *(float(np.median(v)) for v in times.values())])
     return CostTable(
         device=device_name(),
         batch=batch,
         blocks_ms=tuple(np.diff(np.interp(range(depth + 1), [0, *stops], until)).tolist()),
-        lookup_ms=time_lookups(_XlaPrograms(chain, images, options), candidates, max(5, rounds // 2)),
+        lookup_ms=time_lookups(
+            _XlaPrograms(chain, images, options), candidates, max(5, rounds // 2), progress=progress
+        ),
         spread=spread(times[str(depth)]),
     )
 
@@ -146,6 +180,7 @@ def measure_steadily(measure: Callable[[], CostTable]) -> CostTable:
 
 LEAST_SHARE = 0.1
 _TURN = 4  # calls
+_REFRESH = 5  # turns
 Call = Callable[[], object]
 
 
@@ -195,7 +230,9 @@ def _lookup(packed: Packed[Candidate], activation: Float[Array, "batch *site"]) 
     return lookup(unpack(packed), activation)
 
 
-def time_lookups(programs: Programs, candidates: Iterable[Candidate], rounds: int) -> dict[str, float]:
+def time_lookups(
+    programs: Programs, candidates: Iterable[Candidate], rounds: int, *, progress: bool = False
+) -> dict[str, float]:
     """Return the time that each lookup adds to the cascade around it, by name.
 
     A lookup is too short to be timed alone: starting its program takes longer. So one at each site is timed in a
@@ -213,11 +250,13 @@ def time_lookups(programs: Programs, candidates: Iterable[Candidate], rounds: in
         alike.setdefault(_predictor_key(candidate), []).append(candidate)
     distinct = [candidate for candidate, *_ in alike.values()]
     singly = {cache.name: programs.lookup(cache) for cache in distinct}
-    alone = {name: float(np.median(ms)) for name, ms in time_interleaved(singly, rounds=rounds).items()}
+    alone = {
+        name: float(np.median(ms)) for name, ms in time_interleaved(singly, rounds=rounds, progress=progress).items()
+    }
     cascades = _cascades(cache for cache in distinct if not isinstance(cache.predictor, Network))
     calls = {str(i): [programs.all_miss(caches)] * _TURN for i, caches in enumerate([(), *cascades])}
     # The first call of a turn finds its weights cold.
-    turns = {int(i): np.median(ms[:, 1:], axis=1) for i, ms in time_turns(calls, rounds).items()}
+    turns = {int(i): np.median(ms[:, 1:], axis=1) for i, ms in time_turns(calls, rounds, progress=progress).items()}
     milliseconds = {cache.name: alone[cache.name] for cache in distinct}
     for i, caches in enumerate(cascades, start=1):
         whole = sum(alone[cache.name] for cache in caches)
@@ -244,14 +283,15 @@ def _predictor_key(candidate: Candidate) -> tuple[object, ...]:
 
 
 def time_interleaved(
-    programs: Mapping[str, Callable[[], object]], *, rounds: int
+    programs: Mapping[str, Callable[[], object]], *, rounds: int, progress: bool = False
 ) -> dict[str, Float[np.ndarray, " rounds"]]:
     """Return the milliseconds of every run of programs that take turns, by name; see ``time_turns``."""
-    return {name: ms[:, 0] for name, ms in time_turns({name: [p] for name, p in programs.items()}, rounds).items()}
+    turns = time_turns({name: [program] for name, program in programs.items()}, rounds, progress=progress)
+    return {name: ms[:, 0] for name, ms in turns.items()}
 
 
 def time_turns(
-    programs: Mapping[str, Sequence[Callable[[], object]]], rounds: int
+    programs: Mapping[str, Sequence[Callable[[], object]]], rounds: int, *, progress: bool = False
 ) -> dict[str, Float[np.ndarray, "rounds groups"]]:
     """Time programs in turn, each of them on all groups of requests before the next.
 
@@ -260,20 +300,42 @@ def time_turns(
 
     Args:
         programs: By name, a call for each group.
-        rounds: How often each takes its turn, after one to warm up.
+        rounds: How often each takes its turn, after one to warm up, which compiles it.
+        progress: Whether to draw a progress bar on a terminal.
 
     Returns:
         Milliseconds of every call.
     """
     times = {name: np.empty((rounds, len(calls))) for name, calls in programs.items()}
-    for i in range(-1, rounds):  # -1 warms up
-        for name, calls in programs.items():
-            for g, call in enumerate(calls):
-                start = time.perf_counter()
-                jax.block_until_ready(call())
-                if i >= 0:
-                    times[name][i, g] = (time.perf_counter() - start) * 1e3
+    with _watched((rounds + 1) * len(programs), progress) as done:
+        for i in range(-1, rounds):  # -1 warms up
+            for name, calls in programs.items():
+                for g, call in enumerate(calls):
+                    start = time.perf_counter()
+                    jax.block_until_ready(call())
+                    if i >= 0:
+                        times[name][i, g] = (time.perf_counter() - start) * 1e3
+                done("compiling" if i < 0 else "measuring")
     return times
+
+
+@contextlib.contextmanager
+def _watched(total: int, progress: bool) -> Generator[Callable[[str], None]]:  # noqa: FBT001
+    """Yield a function to call after each of ``total`` turns: it logs, and draws a bar, between what is timed."""
+    # Answering does without rich and Orbax, which these load.
+    from gati_jax.fitting.loop import ProgressLog, progress_bar  # noqa: PLC0415
+
+    log, count = ProgressLog("compiling and measuring", total), itertools.count(1)
+    with progress_bar(progress, steady=True) as bar:
+        task = bar.add_task("compiling", total=total)
+        bar.refresh()
+
+        def done(what: str) -> None:
+            now = next(count)
+            bar.update(task, completed=now, description=what, refresh=now == total or now % _REFRESH == 0)
+            log.update(now)
+
+        yield done
 
 
 def spread(times: Float[np.ndarray, " rounds"]) -> float:

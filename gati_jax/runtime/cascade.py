@@ -76,7 +76,10 @@ class Cascade:
     @functools.cached_property
     def packed(self) -> Packed["Cascade"]:
         """The same in few arguments, as drivers pass it to their programs."""
-        return pack(self)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
+            return pack(self)
+        with jax.ensure_compile_time_eval():  # it is kept, also where a program that is being traced asks first
+            return pack(self)
 
 
 class CascadeState(NamedTuple):

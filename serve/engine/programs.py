@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -25,6 +26,7 @@ THREADS = min(4, os.cpu_count() or 1)  # a compiler takes some hundred MB
 
 Key = tuple[int, int, int]  # route, stage, bucket
 _log = logging.getLogger("serve.engine.programs")
+_LOG_SECONDS = 10.0  # between two lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,12 +58,15 @@ def build(wanted: Mapping[Key, tuple[Cascade, CompilerOptions]], *, capacity: in
             source = slab(cascade, stage - 1, capacity) if stage else images
             after = slab(cascade, stage, capacity) if stage < len(cascade.caches) else None
             lowered[same] = program.lower(leaves, source, slots, after, structure=structure, stage=stage)
-    ready: dict[Any, Any] = {}
+    ready, said = dict[Any, Any](), time.monotonic()
     with ThreadPoolExecutor(THREADS, "compile") as pool:
         compiling = {pool.submit(one.compile): same for same, one in lowered.items()}
         for done in as_completed(compiling):
             ready[compiling[done]] = done.result()
-            _log.debug("warming up", extra={"ready": len(ready), "programs": len(lowered)})
+            recent = time.monotonic() - said < _LOG_SECONDS
+            level = logging.DEBUG if recent else logging.INFO
+            _log.log(level, "warming up", extra={"ready": len(ready), "programs": len(lowered)})
+            said = said if recent else time.monotonic()
     return {
         key: Program(run=ready[same], leaves=leaves, structure=structure)
         for key, (same, leaves, structure) in parts.items()

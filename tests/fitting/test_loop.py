@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import logging
+import shutil
 import time
 
 import jax
@@ -46,6 +47,27 @@ def run(seen, folder=None, *, config=CONFIG, stop_before=None, identity="one"):
     return run_loop(
         recorder(seen, stop_before), start(), (ROWS,), config, checkpoint=folder, identity=identity, progress=False
     )
+
+
+def test_a_checkpoint_of_which_any_file_is_cut_to_nothing_is_one_line(tmp_path):
+    run([], tmp_path / "whole")
+    files = [path for path in (tmp_path / "whole").rglob("*") if path.is_file() and path.stat().st_size]
+    steps, refused = set(), {}
+    for i, file in enumerate(files):
+        folder, seen = tmp_path / str(i), []
+        shutil.copytree(tmp_path / "whole", folder)
+        (folder / file.relative_to(tmp_path / "whole")).write_bytes(b"")
+        try:
+            run(seen, folder)
+            steps.add(len(seen))
+        except gati_jax.InputError as error:
+            refused[str(folder)] = str(error)
+    assert refused
+    for folder, message in refused.items():
+        assert message.startswith("checkpoint: expected one that can be read, got ")
+        assert folder in message
+        assert "\n" not in message
+    assert steps <= {0, 12}  # it was not needed, or said whether there is a checkpoint
 
 
 def test_every_epoch_sees_every_row_once_but_an_incomplete_batch_in_the_seeds_order():

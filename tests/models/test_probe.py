@@ -49,7 +49,7 @@ NO_FUNCTIONS = {
     "no class axis": (changed(classifier=lambda p, x: (x @ p)[:, 0]), r"logits\[batch, classes\].*got \[8\]"),
     "a map of logits": (changed(classifier=lambda p, x: (x @ p)[:, None]), r"got \[8, 1, 4\]"),
     "a batch in one": (changed(classifier=lambda p, x: (x @ p).mean(0, keepdims=True)), r"got \[1, 4\]"),
-    "a dictionary": (changed(classifier=lambda p, x: {"logits": x @ p}), "one array of logits.*got dict"),
+    "a dictionary": (changed(classifier=lambda p, x: {"logits": x @ p}), "classifier to return one array.*got dict"),
     "NaN": (changed(classifier=lambda p, x: jnp.log(-jnp.abs(x @ p))), "finite logits, got NaN or infinity for 8 of 8"),
     "no parameters": (
         changed(

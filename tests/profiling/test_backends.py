@@ -107,12 +107,12 @@ def made_up(monkeypatch):
     """Times by name, 1 ms for everything else; of a turn's calls the first does not count."""
     known = {}
 
-    def interleaved(programs, *, rounds):
+    def interleaved(programs, *, rounds, **_):
         for call in programs.values():
             call()
         return {name: np.full(rounds, known.get(name, 1.0)) for name in programs}
 
-    def turns(programs, rounds):
+    def turns(programs, rounds, **_):
         calls = {name: [1000.0, *[known.get(name, 1.0)] * (len(calls) - 1)] for name, calls in programs.items()}
         return {name: np.tile(ms, (rounds, 1)) for name, ms in calls.items()}
 

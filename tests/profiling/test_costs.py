@@ -62,10 +62,10 @@ def made_up(monkeypatch):
     """Times by name, 1 ms for everything else; of a turn's calls the first takes a second, and does not count."""
     known = {}
 
-    def interleaved(programs, *, rounds):
+    def interleaved(programs, *, rounds, **_):
         return {name: np.full(rounds, known.get(name, 1.0)) for name in programs}
 
-    def turns(programs, rounds):
+    def turns(programs, rounds, **_):
         calls = {name: [1000.0, *[known.get(name, 1.0)] * (len(calls) - 1)] for name, calls in programs.items()}
         return {name: np.tile(ms, (rounds, 1)) for name, ms in calls.items()}
 
@@ -113,6 +113,27 @@ def test_a_measurement_says_how_long_it_will_be(chain, candidates, caplog):
     with caplog.at_level(logging.INFO, logger="gati_jax"):
         measure_costs(chain, (c for c in candidates.items[:2]), rounds=7, batch=3, sites=(2, 4))
     assert "measuring 3 spans and 2 lookups on XLA in batches of 3, 7 rounds" in caplog.text
+
+
+@pytest.mark.parametrize(("each", "says"), [([1.0, 1.0, 1.02, 1.04], False), ([1.0, 1.0, 1.2, 1.4], True)])
+def test_times_that_spread_are_warned_of(chain, monkeypatch, caplog, each, says):
+    monkeypatch.setattr(costs, "time_interleaved", lambda programs, **_: dict.fromkeys(programs, np.array(each)))
+    monkeypatch.setattr(costs, "time_turns", lambda programs, *_, **__: {n: np.ones((2, 4)) for n in programs})
+    with caplog.at_level(logging.WARNING, logger="gati_jax"):
+        found = measure_costs(chain, (), rounds=2)
+    assert (found.spread > 0.1) == says
+    assert ("costs: the base's times spread by" in caplog.text) == says
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_measurement_shows_its_progress_on_a_terminal_only(chain, candidates, capsys, monkeypatch, terminal):
+    monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
+    measure_costs(chain, candidates.items[:1], rounds=2, sites=())
+    shown = capsys.readouterr().err
+    for text in ("compiling", "measuring", "3/3"):  # the whole base, in a round to compile and two to measure
+        assert (text in shown) == terminal
+    measure_costs(chain, candidates.items[:1], rounds=2, sites=(), progress=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_measured_costs_are_what_plan_takes(chain, candidates, splits):

@@ -1,8 +1,41 @@
 """What the scripts show while they work."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
 import pytest
 
 from train import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = {
+    "train": ["train.base", "--config", str(ROOT / "configs/digits.toml"), "--out"],
+    "serve": [
+        *("serve", "--http-port", "0", "--grpc-port", "0", "--admin-port", "0"),
+        *("--bundle", str(ROOT / "tests/fixtures/v1/bundle"), "--drain"),
+    ],
+}
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is a GPU here")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_platform_that_is_not_here_is_one_line(tmp_path, command):
+    last = str(tmp_path / "out") if command == "train" else "1"
+    done = subprocess.run(
+        [sys.executable, "-m", *COMMANDS[command], last],
+        env=os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "JAX_PLATFORMS: expected a device that is here, got cuda" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("terminal", [True, False])

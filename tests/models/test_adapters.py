@@ -1,0 +1,494 @@
+"""Chains from modules of Linen, NNX and Equinox: the module's own logits and activations, and cuts that are sound."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import gati_jax
+from gati_jax import Chain, InputError, from_equinox, from_linen, from_nnx
+from gati_jax.caches import Grid, SortedSelector
+from gati_jax.fitting import untrained
+from gati_jax.models.chain import reference
+
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(size=(5, 6)).astype(np.float32)
+PICTURES = RANDOM.normal(size=(5, 4, 2, 3)).astype(np.float32)  # height, width, channels
+HEAD = gati_jax.Head(name="grid", predictor=lambda n: Grid(n, cells=1, hidden=8), selector=SortedSelector())
+
+
+class Block(nn.Module):
+    """A shortcut around a normalised layer with dropout."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        y = nn.BatchNorm(use_running_average=not train, name="norm")(nn.Dense(x.shape[-1], name="dense")(x))
+        return x + nn.Dropout(0.5, deterministic=not train)(nn.relu(y))
+
+
+class Linen(nn.Module):
+    kind: Any = Block
+
+    def setup(self):
+        self.stem = nn.Dense(8)
+        self.blocks = [self.kind() for _ in range(2)]
+        self.head = nn.Dense(3)
+
+    def __call__(self, x, train=False):
+        x = jnp.tanh(self.stem(x))
+        for block in self.blocks:
+            x = 0.5 * block(x, train)  # what happens between submodules belongs to the network, too
+        return self.head(x)
+
+
+def varied(tree):
+    """The same tree with other numbers in it: batch statistics that are not 0 and 1."""
+    return jax.tree.map(lambda leaf: jnp.asarray(RANDOM.uniform(0.2, 1, leaf.shape), leaf.dtype), tree)
+
+
+LINEN = Linen()
+VARIABLES = varied(LINEN.init(jax.random.key(0), X))
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(8, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.dropout(nnx.relu(self.norm(self.dense(x))))
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.stem = nnx.Linear(6, 8, rngs=rngs)
+        self.blocks = nnx.List([NnxBlock(rngs) for _ in range(2)])
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = jnp.tanh(self.stem(x))
+        for block in self.blocks:
+            x = 0.5 * block(x)
+        return self.head(x)
+
+
+NNX = Nnx(nnx.Rngs(0))
+NNX.blocks[0].norm.mean[...] = jnp.linspace(0.0, 1.0, 8)
+
+
+class EquinoxBlock(eqx.Module):
+    """Channels come first."""
+
+    conv: eqx.nn.Conv2d
+    norm: eqx.nn.BatchNorm
+    dropout: eqx.nn.Dropout
+
+    def __init__(self, key):
+        self.conv = eqx.nn.Conv2d(5, 5, 1, key=key)
+        self.norm = eqx.nn.BatchNorm(5, axis_name="batch", mode="ema")
+        self.dropout = eqx.nn.Dropout(0.5)
+
+    def __call__(self, x, state, key=None):
+        y, state = self.norm(self.conv(x), state)
+        return x + self.dropout(jax.nn.relu(y), key=key), state
+
+
+class Equinox(eqx.Module):
+    stem: eqx.nn.Conv2d
+    blocks: list
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        keys = jax.random.split(key, 4)
+        self.stem = eqx.nn.Conv2d(3, 5, 1, key=keys[0])
+        self.blocks = [EquinoxBlock(keys[1]), EquinoxBlock(keys[2])]
+        self.head = eqx.nn.Linear(5, 3, key=keys[3])
+
+    def __call__(self, x, state, key=None):
+        x = jnp.tanh(self.stem(x))
+        for block in self.blocks:
+            x, state = block(x, state, key)
+        return self.head(x.mean((1, 2))), state
+
+
+EQUINOX, STATE = eqx.nn.make_with_state(Equinox)(jax.random.key(0))
+STATE = varied(STATE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A module, its chain, and its own logits and activations by the framework's own means."""
+
+    chain: Callable[..., Chain]
+    logits: Callable[[Any], Any]
+    activations: Callable[[Any], list[Any]]
+    x: np.ndarray
+    sites: list[Any]
+    inner: str
+    """A submodule that a shortcut goes around."""
+
+
+def linen_activations(x):
+    _, found = LINEN.apply(VARIABLES, x, capture_intermediates=True, mutable=["intermediates"])
+    return [found["intermediates"][name]["__call__"][0] for name in ("stem", "blocks_0", "blocks_1")]
+
+
+def nnx_evaluated():
+    module = nnx.merge(*nnx.split(NNX))
+    module.eval()
+    return module
+
+
+def nnx_activations(x):
+    module, found = nnx_evaluated(), []
+    y = module.stem(x)
+    found.append(y)
+    y = jnp.tanh(y)
+    for block in module.blocks:
+        found.append(block(y))
+        y = 0.5 * found[-1]
+    return found
+
+
+def equinox_logits(x):
+    module = eqx.nn.inference_mode(EQUINOX)
+    return jax.vmap(lambda one: module(one, STATE)[0])(jnp.moveaxis(x, -1, 1))
+
+
+def equinox_activations(x):
+    module = eqx.nn.inference_mode(EQUINOX)
+
+    def one(x):
+        found, state = [module.stem(x)], STATE
+        y = jnp.tanh(found[0])
+        for block in module.blocks:
+            y, state = block(y, state)
+            found.append(y)
+        return found
+
+    return [jnp.moveaxis(y, 1, -1) for y in jax.vmap(one)(jnp.moveaxis(x, -1, 1))]
+
+
+CASES = {
+    "linen": Case(
+        lambda **options: from_linen(LINEN, VARIABLES, **options),
+        lambda x: LINEN.apply(VARIABLES, x),
+        linen_activations,
+        X,
+        ["stem", "blocks_0", "blocks_1"],
+        "blocks_0/norm",
+    ),
+    "nnx": Case(
+        lambda **options: from_nnx(NNX, **options),
+        lambda x: nnx_evaluated()(x),  # noqa: PLW0108 (a fresh one each time)
+        nnx_activations,
+        X,
+        ["stem", "blocks[0]", NNX.blocks[1]],
+        "blocks.0.norm",
+    ),
+    "equinox": Case(
+        lambda **options: from_equinox(EQUINOX, STATE, channel_axis=0, **options),
+        equinox_logits,
+        equinox_activations,
+        PICTURES,
+        ["stem", "blocks.0", EQUINOX.blocks[1]],
+        "blocks.0.norm",
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def made(case) -> Chain:
+    return case.chain(sites=case.sites, sample=case.x)
+
+
+def test_logits_and_sites_are_the_modules_own_for_other_inputs_and_batches(case, made):
+    assert len(made) == 4
+    for n in (1, 3):
+        x = jnp.asarray(RANDOM.normal(size=(n, *case.x.shape[1:])).astype(np.float32))
+        sites, logits = made.activations(x)
+        np.testing.assert_allclose(logits, case.logits(x), rtol=1e-5, atol=1e-5)
+        for site, expected in zip(sites, [x, *case.activations(x)], strict=True):
+            np.testing.assert_allclose(site, expected, rtol=1e-5, atol=1e-5)
+    assert [spec.shape for spec in made.site_specs] == [site.shape[1:] for site in sites]
+
+
+def test_a_block_has_the_parameters_that_it_reads_and_no_others(made):
+    names = [name for params in made.params for name in params]
+    assert len(names) == len(set(names))
+    for k, block in enumerate(made.params[1:3]):
+        assert sum("norm" in name or "/" in name for name in block) == len(block) == 6, block
+        assert all("stem" not in name and "head" not in name for name in block), k
+    assert not made.params[-1]
+    assert {leaf.dtype for leaf in jax.tree.leaves(made.params)} == {jnp.dtype("float32")}  # no keys, no counters
+
+
+def test_equal_modules_make_equal_blocks_and_new_parameters_compile_nothing(case, made):
+    again = case.chain(sites=case.sites, sample=case.x)
+    assert again.blocks == made.blocks
+    assert hash(again.blocks) == hash(made.blocks)
+    traces = []
+    run = jax.jit(lambda chain, x: traces.append(0) or chain(x))
+    run(made, case.x)
+    other = dataclasses.replace(again, params=varied(again.params))
+    assert not np.allclose(run(other, case.x), run(made, case.x))
+    assert len(traces) == 1
+    fewer = case.chain(sites=case.sites[:2], sample=case.x)
+    assert fewer.blocks[0] != made.blocks[0]
+
+
+def test_products_are_exact_where_the_reference_asks_for_it(case, made):
+    plain = str(jax.make_jaxpr(Chain.__call__)(made, jnp.asarray(case.x)))
+    exact = str(jax.make_jaxpr(reference(Chain.__call__))(made, jnp.asarray(case.x)))
+    assert "HIGHEST" in exact
+    assert "HIGHEST" not in plain
+
+
+def test_a_cut_that_a_shortcut_goes_around_is_refused_and_named(case):
+    with pytest.raises(InputError, match=f"behind {case.inner} to be computed from its output alone, got float32") as e:
+        case.chain(sites=[case.sites[0], case.inner], sample=case.x)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.slow  # the docs' pages save and load one each
+def test_a_bundle_holds_it_and_gives_it_back(case, made, tmp_path):
+    images = RANDOM.normal(size=(120, *case.x.shape[1:])).astype(np.float32)
+    caches = untrained(made, (HEAD,))
+    costs = gati_jax.CostTable(device="test", batch=1, blocks_ms=(1.0,) * 4, lookup_ms={c.name: 0.1 for c in caches})
+    plan = gati_jax.plan(gati_jax.replay(made, caches, images[:60]), costs, epsilon=0.3)
+    certificate = gati_jax.certify(plan, gati_jax.replay(made, caches, images[60:]), epsilon=0.3, ledger=None)
+    gati_jax.save_bundle(tmp_path / "bundle", made, caches, plan, certificate)
+    structure = dataclasses.replace(made, params=varied(made.params))
+    bundle = gati_jax.load_bundle(tmp_path / "bundle", chain=structure)
+    jax.tree.map(np.testing.assert_array_equal, bundle.chain.params, made.params)
+    np.testing.assert_allclose(
+        bundle.chain(jnp.asarray(case.x)), case.logits(jnp.asarray(case.x)), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "params",
+    [nnx.state(nnx.Linear(6, 3, rngs=nnx.Rngs(0))), eqx.nn.Linear(6, 3, key=jax.random.key(0))],
+    ids=["nnx.State", "equinox.Module"],
+)
+def test_parameter_trees_of_other_libraries_are_saved_as_they_are(params, tmp_path):
+    def classifier(params, x):
+        if isinstance(params, nnx.State):
+            return x @ params["kernel"][...] + params["bias"][...].reshape(1, -1)
+        return jax.vmap(params)(x)
+
+    chain = Chain.from_layers([jnp.tanh, (classifier, params)], (6,))
+    images = RANDOM.normal(size=(40, 6)).astype(np.float32)
+    costs = gati_jax.CostTable(device="test", batch=1, blocks_ms=(1.0,), lookup_ms={})
+    plan = gati_jax.plan(gati_jax.replay(chain, (), images[:20]), costs, epsilon=0.3)
+    certificate = gati_jax.certify(plan, gati_jax.replay(chain, (), images[20:]), epsilon=0.3, ledger=None)
+    gati_jax.save_bundle(tmp_path / "bundle", chain, (), plan, certificate)
+    bundle = gati_jax.load_bundle(tmp_path / "bundle", chain=dataclasses.replace(chain, params=varied(chain.params)))
+    assert jax.tree.structure(bundle.chain.params) == jax.tree.structure(chain.params)
+    np.testing.assert_array_equal(bundle.chain(jnp.asarray(X)), chain(jnp.asarray(X)))
+
+
+class Twice(nn.Module):
+    def setup(self):
+        self.dense, self.head = nn.Dense(6), nn.Dense(3)
+
+    def __call__(self, x):
+        return self.head(self.dense(self.dense(x)))
+
+
+class Repeated(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        step = lambda module, x, _: (module(x), None)  # noqa: E731
+        body = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return nn.Dense(3)(body(nn.Dense(6, name="dense"), x, None)[0])
+
+
+class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return self.pair(x)[0]
+
+    def setup(self):
+        self.pair = Both()
+
+
+class Both(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x), x
+
+
+class Count:
+    calls = 0
+
+
+class Wavering(nn.Module):
+    count = Count()
+
+    @nn.compact
+    def __call__(self, x):
+        self.count.calls += 1
+        return nn.Dense(3)(nn.Dense(3, name="dense")(x)) * float(self.count.calls)
+
+
+def linen(module, **options):
+    def make():
+        variables = module().init(jax.random.key(0), X)
+        return from_linen(module(), variables, **{"sites": ["dense"], "sample": X, **options})
+
+    return make
+
+
+class Drawing(nnx.Module):
+    """Random also in evaluation."""
+
+    def __init__(self):
+        self.dense, self.rngs = nnx.Linear(6, 3, rngs=nnx.Rngs(0)), nnx.Rngs(1)
+
+    def __call__(self, x):
+        return self.dense(x) + jax.random.normal(self.rngs(), (len(x), 3))
+
+
+def own(**options):
+    return lambda: from_linen(LINEN, VARIABLES, **{"sites": ["stem"], "sample": X, **options})
+
+
+REFUSED = {
+    "a string": (own(sites="stem"), "sites: expected a list of submodules, got str 'stem'"),
+    "none": (own(sites=[]), "sites: expected a list of submodules"),
+    "unknown": (own(sites=["stem", "block_7"]), "sites: expected submodules that are called, of stem, .*got block_7"),
+    "unknown path": (lambda: from_nnx(NNX, sites=["blocks.7"], sample=X), "of stem, blocks, head, .*got blocks.7"),
+    "foreign object": (lambda: from_nnx(NNX, sites=[nnx.Rngs(0)], sample=X), "sites: expected submodules"),
+    "order": (own(sites=["blocks_0", "stem"]), "in the order of their calls, stem, blocks_0, got blocks_0, stem"),
+    "twice": (linen(Twice), "sites: expected dense to be called once, got 2 calls"),
+    "loop": (linen(Repeated), "sites: expected dense to be called once, got calls inside scan"),
+    "two outputs": (linen(Pair, sites=["pair"]), "sites: expected pair to return one array, got tuple"),
+    "two logits": (linen(Both, sites=["Dense_0"]), "module: expected it to return one array of logits, got tuple"),
+    "training": (own(train=True), "module: it (updates its variables|draws random numbers).*such as train=False"),
+    "argument": (own(training=False), "module: expected one that takes float32.batch, 6. .*got TypeError"),
+    "one row": (own(sample=X[0]), r"sample: expected a few inputs\[n, ...\], got float32\[6\]"),
+    "shape": (own(sample=X[:, :5]), r"module: expected one that takes float32\[batch, 5\]"),
+    "ragged": (own(sample=[[1.0], [1.0, 2.0]]), "sample: expected an array, got rows of different lengths"),
+    "axis": (own(channel_axis=2), r"channel_axis: expected an axis of one input \[6\], got 2"),
+    "no axis": (
+        lambda: from_equinox(EQUINOX, STATE, sites=["stem"], sample=PICTURES),
+        "channel_axis: expected 0 .* or -1 .* got none",
+    ),
+    "channels first": (
+        lambda: from_equinox(EQUINOX, STATE, sites=["stem"], sample=PICTURES.transpose(0, 3, 1, 2), channel_axis=0),
+        r"takes float32\[batch, 2, 3, 4\] \(the sample's channels, which are last, at channel_axis\)",
+    ),
+    "no state": (
+        lambda: from_equinox(EQUINOX, sites=["stem"], sample=PICTURES, channel_axis=0),
+        "module: .*missing 1 required positional argument: 'state'",
+    ),
+    "random": (lambda: from_nnx(Drawing(), sites=["dense"], sample=X), "draws random numbers .* in evaluation"),
+    "another kind": (lambda: from_nnx(LINEN, sites=["stem"], sample=X), "module: expected an nnx.Module, got"),
+    "Equinox's kind": (lambda: from_equinox(NNX, sites=["stem"], sample=X), "module: expected an equinox.Module, got"),
+    "calls that differ": (linen(Wavering), "module: expected the same logits from the chain as from its own call"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_would_make_a_wrong_chain_is_refused_in_one_line(make, message):
+    with pytest.raises(InputError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_submodules_inside_of_remat_are_found():
+    module = Linen(kind=nn.remat(Block, static_argnums=(2,)))
+    chain = from_linen(module, VARIABLES, sites=["stem", "blocks_0", "blocks_1"], sample=X)
+    np.testing.assert_allclose(chain.activations(jnp.asarray(X))[0][3], linen_activations(X)[2], rtol=1e-5, atol=1e-5)
+
+
+class Mapped(eqx.Module):
+    """Maps a layer over positions, behind an operation that puts the batch last."""
+
+    mix: eqx.nn.Linear
+    each: eqx.nn.Linear
+    head: eqx.nn.Linear
+
+    def __call__(self, x):
+        y = self.mix(x)
+        tokens = jax.vmap(self.each)(jnp.stack([y, 2 * y]))
+        return self.head(tokens.mean(0))
+
+
+def test_batches_come_first_whatever_vmap_does_inside():
+    keys = jax.random.split(jax.random.key(0), 3)
+    module = Mapped(*(eqx.nn.Linear(n, m, key=key) for n, m, key in zip((6, 5, 5), (5, 5, 3), keys, strict=True)))
+    chain = from_equinox(module, sites=["mix", "each"], sample=X)
+    sites, logits = chain.activations(jnp.asarray(X))
+    mixed = jax.vmap(module.mix)(X)
+    np.testing.assert_allclose(sites[1], mixed, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sites[2], jax.vmap(jax.vmap(module.each))(jnp.stack([mixed, 2 * mixed], 1)), rtol=1e-5)
+    np.testing.assert_allclose(logits, jax.vmap(module)(X), rtol=1e-5, atol=1e-6)
+
+
+def test_a_program_is_traced_once_for_all_of_its_blocks():
+    traced = []
+
+    class Noting(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            traced.append(len(x))
+            return nn.Dense(3)(nn.Dense(4, name="b")(nn.Dense(4, name="a")(x)))
+
+    chain = from_linen(Noting(), Noting().init(jax.random.key(0), X), sites=["a", "b"], sample=X)
+    traced.clear()
+    jax.block_until_ready(jax.jit(Chain.__call__)(chain, X[[0] * 7]))
+    assert traced == [7]
+
+
+class Tokens(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(20, 4, name="embed")(tokens)
+        x = x + self.param("position", nn.initializers.ones, x.shape[1:])[None]
+        x = nn.Dense(4, name="mix")(x)
+        return nn.Dense(3)(x[:, 0])
+
+
+def test_tokens_and_constants_on_the_way():
+    tokens = np.array([[1, 2, 3], [4, 5, 6]])
+    module = Tokens()
+    variables = module.init(jax.random.key(0), tokens)
+    chain = from_linen(module, variables, sites=["embed", "mix"], sample=tokens)
+    assert chain.input_spec == jax.ShapeDtypeStruct((3,), jnp.int32)
+    assert list(chain.params[1]) == ["params/mix/bias", "params/mix/kernel", "params/position"]
+    assert list(chain.params[2]) == ["params/Dense_0/bias", "params/Dense_0/kernel"]
+    np.testing.assert_allclose(chain(jnp.int32(tokens)), module.apply(variables, tokens), rtol=1e-5)
+
+
+def test_pixels_are_normalised_before_channels_are_moved():
+    pixels = RANDOM.integers(0, 256, PICTURES.shape, dtype=np.uint8)
+    normalization = gati_jax.Normalization(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    chain = CASES["equinox"].chain(sites=["stem"], sample=pixels, normalization=normalization)
+    x = chain.prepare(pixels)
+    np.testing.assert_allclose(chain(x), equinox_logits(normalization(pixels)), rtol=1e-5, atol=1e-6)
+
+
+def test_layers_make_a_chain():
+    def dense(params, x):
+        return x @ params["w"]
+
+    w, v = {"w": jnp.ones((6, 4))}, {"w": jnp.full((4, 3), 2.0)}
+    chain = Chain.from_layers([(dense, w), jnp.tanh, (dense, v)], (6,))
+    np.testing.assert_array_equal(chain(jnp.asarray(X)), jnp.tanh(X @ w["w"]) @ v["w"])
+    assert len(chain) == 2
+    assert Chain.from_layers([(dense, w), jnp.tanh, (dense, v)], (6,)).blocks == chain.blocks
