@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gati_jax
+from gati_jax import InputError
+from gati_jax.imports import load_chain
 from serve.engine import routes
 from serve.engine.engine import Engine
 from serve.engine.onnx_runner import OnnxRunner
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from .adaptive import AdaptiveParts
 
 _DIGITS = 12
+_DATATYPES = {"float32": "FP32", "int32": "INT32", "uint8": "UINT8"}
 _log = logging.getLogger(__name__)
 
 
@@ -33,9 +36,10 @@ def assemble(settings: Settings) -> Parts:
     """Load the bundle, and return the service with a function that starts its engine.
 
     Raises:
-        InputError: There is no valid bundle.
+        InputError: There is no valid bundle, or no chain for it.
     """
-    bundle = gati_jax.load_bundle(settings.bundle)
+    chain = settings.chain and load_chain(settings.chain, "--chain")
+    bundle = gati_jax.load_bundle(settings.bundle, chain=chain or None)
     if why := bundle.bound_of().why:
         _log.warning("nothing is promised, and the base answers by default: %s", why)
     tally = Tally()
@@ -98,12 +102,15 @@ def _adapt(bundle: gati_jax.Bundle, settings: Settings, metrics: Metrics) -> "Ad
 
 def _describe(bundle: gati_jax.Bundle, sources: Sequence[routes.CascadeRoute], settings: Settings) -> Model:
     bounds = {source.name: Bound(source.epsilon, source.delta) for source in sources if source.epsilon is not None}
-    normalization = bundle.chain.normalization
+    normalization, own = bundle.chain.normalization, str(bundle.chain.input_spec.dtype)
+    if own not in _DATATYPES:
+        raise InputError(f"bundle: expected a network that takes {', '.join(_DATATYPES)}, got one that takes {own}")
     return Model(
         name=settings.name,
         version=version_of(settings.bundle),
         input_shape=tuple(bundle.chain.input_spec.shape),
-        datatypes=("FP32",) if normalization is None else ("UINT8", "FP32"),
+        input_name=bundle.chain.input_name,
+        datatypes=(_DATATYPES[own],) if normalization is None else ("UINT8", _DATATYPES[own]),
         classes=bundle.chain.classes,
         class_names=bundle.class_names,
         plans=tuple(source.name for source in sources),

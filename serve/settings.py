@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gati_jax import InputError
-from gati_jax.options import Option, describe_error, describe_options
+from gati_jax.options import FunctionName, Option, describe_error, describe_options
 
 TOKEN = "GATI_TOKEN"  # noqa: S105 (the name of the variable)
 _EXAMPLE = """\
@@ -54,6 +54,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     bundle: Path = Field(description="folder written by train.caches")
+    chain: FunctionName | None = Field(
+        default=None, description="package.module:function that returns the network, for a bundle of one of your own"
+    )
     name: Name = Field(default="gati", description="the model's name in requests")
     host: str = Field(
         default="127.0.0.1", description="address to listen at; one that other machines can reach needs a token and TLS"

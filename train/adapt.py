@@ -56,7 +56,7 @@ class Named(NamedTuple):
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     arguments = parser().parse_args(argv)
-    bundle = gati_jax.load_bundle(arguments.bundle)
+    bundle = cli.read_bundle(arguments)
     trace = load_trace(arguments.trace)
     if trace.images is None:
         raise InputError(f"--trace: expected images in {arguments.trace}, got rows of a data set alone")
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
 def parser() -> cli.Parser:
     """Return the command line's parser."""
     p = cli.parser("Simulate adaptation on a trace.", EXAMPLE)
-    p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
+    cli.add_bundle(p)
     p.add_argument("--trace", type=Path, required=True, metavar="FILE", help="written by benchmarks.traces")
     cli.add_ledger(p)
     p.add_argument("--epsilon", type=cli.share, metavar="E", help="disagreement to promise (default: as certified)")

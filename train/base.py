@@ -39,7 +39,7 @@ _log = logging.getLogger("train.base")  # not __name__, which is "__main__"
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    arguments, config = cli.parse(Config, argv, "Train a base network.", EXAMPLE)
+    arguments, config = cli.parse(parser(), Config, argv)
     training = config.base.training
     images, labels, test = load_data(config)
 
@@ -86,6 +86,11 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(result))
     else:
         print(f"{entry.network} on {entry.dataset} {entry.split}: accuracy {accuracy:.4f} ({path})")
+
+
+def parser() -> cli.Parser:
+    """Return the command line's parser."""
+    return cli.config_parser(Config, "Train a base network.", EXAMPLE)
 
 
 def identity(config: Config, images: np.ndarray, labels: np.ndarray) -> str:

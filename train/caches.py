@@ -17,11 +17,12 @@ from jaxtyping import UInt64
 from scipy.stats import binom
 
 import gati_jax
-from gati_jax import Chain, Head, InputError, Ledger, ReplayTable, data
+from gati_jax import Bundle, Chain, Head, InputError, Ledger, ReplayTable, data
 from gati_jax.bundle.manifest import Provenance, read_looks
 from gati_jax.bundle.save import check_free
 from gati_jax.certification import AnyLedger, Certificate, count_duplicates, find_ledger, tightest
 from gati_jax.fitting import Candidates, network_head
+from gati_jax.imports import load_chain
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
 from gati_jax.planning import Composition, CostTable, Plan, cascade_ms
 from gati_jax.profiling import Tuning, onnx_tuning, replays_on_onnx, run_by, tuning_for
@@ -40,7 +41,7 @@ _log = logging.getLogger("train.caches")  # not __name__, which is "__main__"
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    arguments, config = cli.parse(Config, argv, "Fit, plan and certify caches for a frozen base.", EXAMPLE, looks=True)
+    arguments, config = cli.parse(parser(), Config, argv)
     config = zoo.completed(config)
     splits = config.data.splits.model_dump()
     data.check_disjoint(splits)
@@ -48,13 +49,13 @@ def main(argv: list[str] | None = None) -> None:
     # Refused before hours of work.
     path = arguments.out / "bundle"
     check_free(path)
-    chain = read_base(config.base)
+    chain = read_base(config.base, own=True)
     parts = load_parts(config.data, {name: splits[name] for name in ("fit", "select", "certify")}, chain)
     rows = data.row_digests(parts["certify"].images)
     count_duplicates(rows, drawn=config.plan.repeats)
     check_open(arguments.ledger, rows, arguments.out)
     check_fit(config, parts)
-    heads = [*(head.build() for head in config.fit.heads), *small_networks(config)]
+    heads = [*(head.build() for head in config.fit.heads), *small_networks(config, chain)]
     base = base_on_select(config.base, chain, parts["select"])
 
     found = explore(config, chain, heads, parts, arguments.out)
@@ -91,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         ledger=arguments.ledger,
     )
     replays = certify, *next(iter(on_onnx.values()), ())
-    keep_tuning(path, found.tuning, parts["certify"].images, replays, rounds=config.measure_rounds)
+    bundle = gati_jax.load_bundle(path, chain=chain)
+    keep_tuning(path, bundle, found.tuning, parts["certify"].images, replays, rounds=config.measure_rounds)
 
     result = Caches(
         **dict(summary(select, certify, costs, plan, certificate)),
@@ -106,7 +108,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     result.write(arguments.out / "caches.json", print_json=arguments.json)
     if not arguments.json:
-        show(result, f"Plan for {config.base.network} on {config.data.name}")
+        show(result, f"Plan for {config.base.title} on {config.data.name}")
+
+
+def parser() -> cli.Parser:
+    """Return the command line's parser."""
+    p = cli.config_parser(Config, "Fit, plan and certify caches for a frozen base.", EXAMPLE, looks=True)
+    cli.add_chain(p)
+    return p
 
 
 def load_parts(source: Source, splits: Mapping[str, str], chain: Chain) -> dict[str, data.Dataset]:
@@ -164,18 +173,18 @@ def also_certified(
 
 
 def keep_tuning(
-    path: Path, tuning: Tuning, certify: np.ndarray, replays: Sequence[ReplayTable], *, rounds: int
+    path: Path, bundle: Bundle, tuning: Tuning, certify: np.ndarray, replays: Sequence[ReplayTable], *, rounds: int
 ) -> None:
     """Keep in a new bundle what its plans were made for, with its costs and a bound of how its answers differ.
 
     Args:
         path: Of the bundle.
+        bundle: Loaded from there.
         tuning: What its plans were made for.
         certify: Images.
         replays: Of these images: the certified one, then those of ``also_certified``.
         rounds: See ``measure_costs``.
     """
-    bundle = gati_jax.load_bundle(path)
     if tuning.is_reference or len(bundle.compared) == 1:
         return
     if tuning.backend == "onnxruntime":
@@ -310,16 +319,17 @@ def certificate_line(c: CertificateResult) -> str:
     return certified
 
 
-def small_networks(config: Config) -> list[Head]:
-    """Read the networks that come before the base, as heads at site 0."""
+def small_networks(config: Config, chain: Chain) -> list[Head]:
+    """Read the networks that come before the base, ``chain``, as heads at site 0."""
     heads = []
     for small in config.fit.networks:
         trained_on = zoo.seen(zoo.read_entry(small.weights), small.trained_on, config.data.name)
         check_unseen(small.name, trained_on, config)
-        network = small.architecture(config.base)
+        network, base = small.architecture(chain), chain.normalization
         variables = import_state_dict(network, read_weights(small.weights))
-        trained, base = small.normalize(config.base), config.base.normalize()
-        heads.append(network_head(small.name, network, variables, trained=trained, base=base))
+        if base is not None:  # else it was refused
+            trained = small.normalization or base
+            heads.append(network_head(small.name, network, variables, trained=trained, base=base))
     return heads
 
 
@@ -333,9 +343,20 @@ def check_unseen(name: str, trained_on: Sequence[str], config: Config) -> None:
             )
 
 
-def read_base(base: Base) -> Chain:
-    """Read the base's weights into its inference chain."""
-    if base.weights is None:
+def read_base(base: Base, *, own: bool = False) -> Chain:
+    """Read the base's weights into its inference chain.
+
+    Args:
+        base: Of a config.
+        own: Whether it may be a function of the user's own that returns the chain. Never if the config comes from a
+            bundle, which may not decide on what is imported.
+
+    Raises:
+        InputError: There are no weights, or they are not the network's; the function is refused or fails.
+    """
+    if own and base.chain is not None:
+        return load_chain(base.chain, "base.chain")
+    if base.weights is None and base.chain is None:
         raise InputError(
             "base.weights: expected a .safetensors file (train one with python -m train.base), got nothing"
         )

@@ -17,9 +17,10 @@ from rich.markup import escape
 from rich.progress import track as rich_track
 from rich.table import Table
 
-from gati_jax import InputError, Ledger, __version__
+from gati_jax import Bundle, Chain, InputError, Ledger, __version__, load_bundle
 from gati_jax.certification import AnyLedger
 from gati_jax.files import write_atomically
+from gati_jax.imports import load_chain
 from gati_jax.options import Strict, describe_options
 
 from .config import M, did_you_mean, keys_of, load
@@ -112,6 +113,28 @@ def parser(description: str, example: str, *, out: bool = True, as_json: bool = 
     return p
 
 
+def add_bundle(p: Parser) -> None:
+    """Add the flags of scripts that take a bundle, see ``read_bundle``."""
+    p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
+    add_chain(p)
+
+
+def add_chain(p: Parser) -> None:
+    """Add the flag that names a user's own network."""
+    own = "package.module:function that returns the network, if it is one of your own"
+    p.add_argument("--chain", metavar="FUNCTION", help=own)
+
+
+def read_chain(arguments: argparse.Namespace) -> Chain | None:
+    """Return the user's own network, if ``--chain`` names one: a bundle names none."""
+    return load_chain(arguments.chain, "--chain") if arguments.chain else None
+
+
+def read_bundle(arguments: argparse.Namespace) -> Bundle:
+    """Load the bundle that ``--bundle`` names."""
+    return load_bundle(arguments.bundle, chain=read_chain(arguments))
+
+
 def add_ledger(p: Parser) -> None:
     """Add the flag of scripts that show how often a plan disagrees on rows."""
     counted = (
@@ -131,17 +154,22 @@ def ledger(text: str) -> AnyLedger:
     return None if text == "none" else "user" if text == "user" else Ledger(file(text))
 
 
-def parse(
-    model: type[M], argv: Sequence[str] | None, description: str, example: str, *, looks: bool = False
-) -> tuple[argparse.Namespace, M]:
-    """Parse ``--config FILE --out DIR [--section.key value ...]``; ``model`` is what the file may say."""
+def config_parser(model: type[Strict], description: str, example: str, *, looks: bool = False) -> Parser:
+    """Return a parser of ``--config FILE --out DIR [--section.key value ...]``; ``model`` is what the file may say."""
     p = parser(description, example)
     if looks:
         add_looks(p)
     p.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file, see configs/")
     p.epilog = f"{p.epilog}\n\n{help_of(model)}"
     p.keys = keys_of(model)
+    return p
+
+
+def parse(p: Parser, model: type[M], argv: Sequence[str] | None) -> tuple[argparse.Namespace, M]:
+    """Parse a command line by a ``config_parser`` of the same model."""
     arguments, overrides = p.parse_known_args(argv)
+    if chain := getattr(arguments, "chain", None):
+        overrides = [*overrides, "--base.chain", chain]
     return arguments, load(model, arguments.config, overrides)
 
 

@@ -13,12 +13,22 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from gati_jax import Augment, FitConfig, Head, InputError, Normalization
+from gati_jax import Augment, Chain, FitConfig, Head, InputError, Normalization
 from gati_jax.caches import GridSpec, PredictorSpec, SelectorSpec, SortedSelectorSpec, build_predictor, build_selector
 from gati_jax.data import DATASET_NAME
 from gati_jax.fitting.heads import HeadName, IsCascaded, Sites
 from gati_jax.models import Architecture, architecture
-from gati_jax.options import Count, NotNegative, Positive, Seed, Share, Strict, describe_error, describe_options
+from gati_jax.options import (
+    Count,
+    FunctionName,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    Strict,
+    describe_error,
+    describe_options,
+)
 
 DatasetName = Annotated[str, Field(pattern=f"^{DATASET_NAME}$")]
 Classes = Annotated[int, Field(ge=2, le=100_000)]
@@ -79,6 +89,9 @@ class BaseTraining(Strict):
 class Base(Strict):
     """The network and its weights."""
 
+    chain: FunctionName | None = Field(
+        default=None, description="package.module:function that returns a network of your own, in place of all below"
+    )
     network: str = Field(default="", description="resnet20/32/44/56/110, resnet18/34/50/101/152 or vgg11/13/16/19")
     weights: Path | None = Field(default=None, description=".safetensors (or, with torch, .pth) state dict")
     classes: Classes = Field(default=10, description="number of classes")
@@ -91,13 +104,28 @@ class Base(Strict):
     training: BaseTraining = BaseTraining()
 
     @model_validator(mode="after")
+    def _chain_stands_alone(self) -> "Base":
+        describing = ("network", "weights", "classes", "input_shape", "shortcut", "normalization")
+        given = [name for name in describing if getattr(self, name) != type(self).model_fields[name].default]
+        if self.chain is not None and given:
+            raise ValueError(f"chain: expected it alone, for its network says the rest, got it with {', '.join(given)}")
+        return self
+
+    @model_validator(mode="after")
     def _channels_agree(self) -> "Base":
         if self.normalization and len(self.normalization.mean) not in {1, self.input_shape[2]}:
             raise ValueError(f"normalization.mean: expected one number for each of {self.input_shape[2]} channels")
         return self
 
+    @property
+    def title(self) -> str:
+        """What results call the network."""
+        return self.chain or self.network
+
     def architecture(self) -> Architecture:
         """Return the network's configuration."""
+        if self.chain is not None:
+            raise InputError(f"base.chain: expected a network of this library here, got {self.chain}")
         if not self.network:
             raise InputError(
                 f"base.network: expected a name, or weights whose metadata say it, got neither ({self.weights})"
@@ -150,13 +178,15 @@ class NetworkSection(Strict):
     shortcut: Literal["A", "B"] | None = Field(default=None, description="as base.shortcut")
     normalization: Normalization | None = Field(default=None, description="that it was trained with; unset: the base's")
 
-    def architecture(self, base: Base) -> Architecture:
+    def architecture(self, base: Chain) -> Architecture:
         """Return the network's configuration, for inputs and classes of the base's."""
-        return architecture(self.network, classes=base.classes, input_shape=base.input_shape, shortcut=self.shortcut)
-
-    def normalize(self, base: Base) -> Normalization:
-        """Return how its inputs were normalised when it was trained."""
-        return self.normalization or base.normalize()
+        shape = base.input_spec.shape
+        if len(shape) != len(("height", "width", "channels")) or base.normalization is None:
+            raise InputError(
+                f"fit.networks: expected a base that normalises images [height, width, channels], got one that takes"
+                f" {base.input_spec.dtype}{list(shape)}" + ("" if base.normalization else " and has no normalization")
+            )
+        return architecture(self.network, classes=base.classes, input_shape=shape, shortcut=self.shortcut)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

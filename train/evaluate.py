@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
 
     # --- Bundle and data --------------------------------------------------------------------------------------------
-    bundle = gati_jax.load_bundle(arguments.bundle)
+    bundle = cli.read_bundle(arguments)
     config = fitted_on(bundle, arguments.bundle)
     rows = getattr(config.data.splits, arguments.split)
     split = data.load(config.data.name, rows, arguments.data_dir or config.data.dir)
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     result = Evaluation(
         dataset=config.data.name,
         split=rows,
-        network=config.base.network,
+        network=config.base.title,
         n=len(table),
         base=BaseQuality(accuracy=accuracy(table.answers, table.labels)),
         cascade=quality,
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 def parser() -> cli.Parser:
     """Return the command line's parser."""
     p = cli.parser("Evaluate a saved bundle.", EXAMPLE)
-    p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
+    cli.add_bundle(p)
     splits = ("select", "certify", "test")
     p.add_argument("--split", choices=splits, default="test", help="of the bundle's config (default: test)")
     cli.add_looks(p)

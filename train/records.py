@@ -28,6 +28,7 @@ from gati_jax.profiling import (
     tuned_chain,
     unsteady,
 )
+from gati_jax.pytrees import tree_digest
 from train import cli
 
 from .config import Config
@@ -81,6 +82,8 @@ def measured_tuning(path: Path, chain: Chain, candidates: Iterable[Candidate], c
         # Without ``minutes``: a fit that continues is planned with the same costs.
         "fit": config.model_dump_json(include={"fit"}, exclude={"fit": {"minutes"}}),
         "base": config.base.model_dump_json(),
+        # A function's name does not say what it returns today.
+        **({"chain": f"{chain.site_specs} {tree_digest(chain.params)}"} if config.base.chain else {}),
         "rounds": str(config.measure_rounds),
         "seed": str(config.seed),
         "device": device_name(),

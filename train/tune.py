@@ -26,16 +26,8 @@ _log = logging.getLogger("train.tune")
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    p = cli.parser("Tune a saved bundle for this device.", EXAMPLE, out=False)
-    p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
-    backends, which = ("auto", "xla", "onnxruntime"), "what to tune for (default: auto, all that can run here)"
-    p.add_argument("--backend", choices=backends, default="auto", help=which)
-    sizes, rounds = "rows in a tile, to try on XLA (default: 1 8 16)", "interleaved repeats of a timing (default: 7)"
-    p.add_argument("--tiles", type=cli.positive, nargs="+", default=[1, 8, 16], metavar="N", help=sizes)
-    p.add_argument("--rounds", type=cli.positive, default=7, metavar="N", help=rounds)
-    p.add_argument("--data-dir", type=Path, metavar="DIR", help="TFDS's folder, if not where the bundle was fitted")
-    arguments = p.parse_args(argv)
-    bundle, found = gati_jax.load_bundle(arguments.bundle), []
+    arguments = parser().parse_args(argv)
+    bundle, found = cli.read_bundle(arguments), []
     for backend in to_tune(bundle, arguments.backend):
         if backend == "xla":
             tuning = gati_jax.tune(bundle.chain, bundle.caches, sizes=arguments.tiles, rounds=arguments.rounds)
@@ -54,6 +46,19 @@ def main(argv: list[str] | None = None) -> None:
         show(tuning)
     compare(bundle)
     print(f"Answers by default: {bundle.bound_of()}")
+
+
+def parser() -> cli.Parser:
+    """Return the command line's parser."""
+    p = cli.parser("Tune a saved bundle for this device.", EXAMPLE, out=False)
+    cli.add_bundle(p)
+    backends, which = ("auto", "xla", "onnxruntime"), "what to tune for (default: auto, all that can run here)"
+    p.add_argument("--backend", choices=backends, default="auto", help=which)
+    sizes, rounds = "rows in a tile, to try on XLA (default: 1 8 16)", "interleaved repeats of a timing (default: 7)"
+    p.add_argument("--tiles", type=cli.positive, nargs="+", default=[1, 8, 16], metavar="N", help=sizes)
+    p.add_argument("--rounds", type=cli.positive, default=7, metavar="N", help=rounds)
+    p.add_argument("--data-dir", type=Path, metavar="DIR", help="TFDS's folder, if not where the bundle was fitted")
+    return p
 
 
 def to_tune(bundle: Bundle, wanted: str) -> list[Backend]:

@@ -123,7 +123,9 @@ def _skeleton(manifest: Manifest, chain: Chain | None) -> Chain:
     """Return the chain with parameters that are only shapes."""
     if chain is None:
         if (network := manifest.network) is None:
-            raise BundleError("bundle: it holds a user's own chain: pass it as load_bundle(path, chain=my_chain)")
+            raise BundleError(
+                "bundle: it holds a user's own chain: pass it as load_bundle(path, chain=my_chain), or as --chain"
+            )
         chain = to_chain(network, jax.eval_shape(lambda: fold(init(network, jax.random.key(0)))))
     expected = f"{manifest.input_dtype}{list(manifest.input_shape)}"
     if (got := _describe(chain.input_spec)) != expected:

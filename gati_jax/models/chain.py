@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -17,6 +18,7 @@ from gati_jax.pytrees import register_pytree, tree_bytes
 
 Block = Callable[[Any, Array], Array]
 """``block(params, x[batch, ...]) -> y[batch, ...]``, pure; equal blocks share compiled programs."""
+_INPUT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Normalization:
         return (jnp.asarray(pixels, jnp.float32) * self.scale - mean) / std
 
 
-@register_pytree(leaves="params", static=("blocks", "classifier", "input_spec", "normalization", "network"))
+@register_pytree(leaves="params", static=("blocks", "classifier", "input_spec", "normalization", "network", "input_name"))
 @dataclasses.dataclass(frozen=True)
 class Chain:
     """A frozen classifier as N blocks followed by a classifier.
@@ -56,6 +58,7 @@ class Chain:
         input_spec: Shape and dtype of one prepared input, without the batch dimension.
         normalization: How uint8 inputs become prepared ones; None if the chain takes prepared inputs only.
         network: The configuration by which a bundle can rebuild the blocks; None for a user's own functions.
+        input_name: What a server calls the input in requests.
 
     Raises:
         InputError: ``params`` has not one entry for each block and the classifier.
@@ -75,6 +78,7 @@ class Chain:
     input_spec: jax.ShapeDtypeStruct
     normalization: Normalization | None = None
     network: Hashable = None
+    input_name: str = "images"
 
     def __post_init__(self) -> None:
         """Check the lengths; a pytree that is unflattened does not come through here."""
@@ -86,6 +90,10 @@ class Chain:
         if self.normalization and len(self.normalization.mean) not in {1, self.input_spec.shape[-1]}:
             raise InputError(
                 f"normalization: expected {self.input_spec.shape[-1]} channels, got {len(self.normalization.mean)}"
+            )
+        if not _INPUT_NAME.fullmatch(self.input_name):
+            raise InputError(
+                f"input_name: expected up to 100 letters, digits, dots, dashes or underscores, got {self.input_name!r}"
             )
 
     def __len__(self) -> int:

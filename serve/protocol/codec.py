@@ -26,7 +26,7 @@ from .messages import (
     TooLargeError,
     parse_request,
 )
-from .model import INPUT, Model
+from .model import Model
 
 DTYPES = {"UINT8": np.dtype("u1"), "INT32": np.dtype("<i4"), "FP32": np.dtype("<f4")}
 HEADER_LENGTH = "inference-header-content-length"
@@ -86,10 +86,10 @@ def images_of(request: Request, model: Model) -> Shaped[np.ndarray, "n *input"]:
         RequestError: They do not fit the model.
     """
     if len(request.inputs) != 1:
-        raise RequestError(f"inputs: expected one tensor, {INPUT}, got {len(request.inputs)}")
+        raise RequestError(f"inputs: expected one tensor, {model.input_name}, got {len(request.inputs)}")
     tensor = request.inputs[0]
-    if tensor.name != INPUT:
-        raise RequestError(f"{tensor.field}.name: expected {INPUT}, got {tensor.name[:100]!r}")
+    if tensor.name != model.input_name:
+        raise RequestError(f"{tensor.field}.name: expected {model.input_name}, got {tensor.name[:100]!r}")
     if tensor.datatype not in model.datatypes:
         raise RequestError(
             f"{tensor.field}.datatype: expected {' or '.join(model.datatypes)}, got {tensor.datatype[:100]!r}"

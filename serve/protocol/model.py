@@ -25,7 +25,6 @@ from .messages import (
 )
 
 BYTES = "BYTES"
-INPUT = "images"
 PLATFORM = "gati_jax"
 _CONFIG_TYPES = {"UINT8": "TYPE_UINT8", "INT32": "TYPE_INT32", "FP32": "TYPE_FP32", BYTES: "TYPE_STRING"}
 
@@ -44,6 +43,7 @@ class Model:
     name: str
     version: str
     input_shape: tuple[int, ...]
+    input_name: str = "images"
     datatypes: tuple[str, ...]
     """Datatypes of images, the preferred one first."""
     classes: int
@@ -94,7 +94,7 @@ class Model:
             name=self.name,
             versions=[self.version],
             platform=PLATFORM,
-            inputs=[TensorMetadata(name=INPUT, datatype=self.datatypes[0], shape=[-1, *self.input_shape])],
+            inputs=[TensorMetadata(name=self.input_name, datatype=self.datatypes[0], shape=[-1, *self.input_shape])],
             outputs=[
                 TensorMetadata(name=name, datatype=datatype, shape=[-1, *shape])
                 for name, (datatype, shape) in self.outputs.items()
@@ -112,7 +112,7 @@ class Model:
             platform=PLATFORM,
             backend=PLATFORM,
             max_batch_size=self.max_rows,
-            input=[ConfigTensor(name=INPUT, data_type=_CONFIG_TYPES[self.datatypes[0]], dims=list(self.input_shape))],
+            input=[ConfigTensor(name=self.input_name, data_type=_CONFIG_TYPES[self.datatypes[0]], dims=list(self.input_shape))],
             output=[
                 ConfigTensor(name=name, data_type=_CONFIG_TYPES[datatype], dims=list(shape))
                 for name, (datatype, shape) in self.outputs.items()

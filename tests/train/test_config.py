@@ -263,7 +263,7 @@ def test_help_groups_flags_by_section_with_type_meaning_and_default():
 def test_an_unknown_flag_names_the_nearest(flag, rest):
     """Before a missing one is reported."""
     with pytest.raises(InputError) as caught:
-        cli.parse(Config, [flag, "3"], "Test.", "python -m train.test")
+        cli.parse(cli.config_parser(Config, "Test.", "python -m train.test"), Config, [flag, "3"])
     assert f"unknown flag {flag}{rest}" in str(caught.value)
 
 

@@ -23,11 +23,7 @@ _log = logging.getLogger("train.export")
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    p = cli.parser("Export a saved bundle's cascades.", EXAMPLE)
-    p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
-    p.add_argument("--format", choices=("onnx",), default="onnx", help="of the models (default: onnx)")
-    p.add_argument("--data-dir", type=Path, metavar="DIR", help="TFDS's folder, if not where the bundle was fitted")
-    arguments = p.parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         from gati_jax.export.models import why_not  # noqa: PLC0415 (of the extra onnx)
 
@@ -41,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     if why := why_not(read_manifest(folder).network):
         raise InputError(f"bundle: {why}")
-    bundle = gati_jax.load_bundle(folder)
+    bundle = gati_jax.load_bundle(folder, chain=cli.read_chain(arguments))
     images, why = None, ""
     try:
         images = certify_images(bundle, folder, arguments.data_dir)
@@ -54,6 +50,15 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(manifest))
     else:
         show(manifest, arguments.out)
+
+
+def parser() -> cli.Parser:
+    """Return the command line's parser."""
+    p = cli.parser("Export a saved bundle's cascades.", EXAMPLE)
+    cli.add_bundle(p)
+    p.add_argument("--format", choices=("onnx",), default="onnx", help="of the models (default: onnx)")
+    p.add_argument("--data-dir", type=Path, metavar="DIR", help="TFDS's folder, if not where the bundle was fitted")
+    return p
 
 
 def show(manifest: Mapping[str, Any], out: Path) -> None:

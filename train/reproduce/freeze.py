@@ -73,7 +73,8 @@ class FreezeExperiment(Experiment):
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    arguments, config = cli.parse(FreezeExperiment, argv, "Run Freeze Inference's protocol.", EXAMPLE)
+    p = cli.config_parser(FreezeExperiment, "Run Freeze Inference's protocol.", EXAMPLE)
+    arguments, config = cli.parse(p, FreezeExperiment, argv)
     splits = config.data.splits.model_dump()
     data.check_disjoint(splits)
     config = config.model_copy(update={"base": zoo.completed_base(config.base)})

@@ -45,7 +45,8 @@ _log = logging.getLogger("train.reproduce")
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    arguments, config = cli.parse(Config, argv, "Reproduce the papers' experiment.", EXAMPLE, looks=True)
+    p = cli.config_parser(Config, "Reproduce the papers' experiment.", EXAMPLE, looks=True)
+    arguments, config = cli.parse(p, Config, argv)
 
     # --- Data and base ----------------------------------------------------------------------------------------------
     config = zoo.completed(config)
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     check_open(arguments.ledger, rows, arguments.out)
 
     # --- Exploration ------------------------------------------------------------------------------------------------
-    heads = [*(head.build() for head in config.fit.heads), *small_networks(config)]
+    heads = [*(head.build() for head in config.fit.heads), *small_networks(config, chain)]
     started = time.perf_counter()
     found = explore(config, chain, heads, parts, arguments.out)
     _log.info("explored %d candidates in %.0f s", len(found.candidates), time.perf_counter() - started)

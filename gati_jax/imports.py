@@ -1,0 +1,86 @@
+"""Functions named as ``package.module:function``, on a command line or in a config: code of the user's own.
+
+Only names that the user gives are imported. A bundle is untrusted, and nothing that it says comes here.
+"""
+
+import importlib
+import inspect
+import sys
+import traceback
+from pathlib import Path
+
+from .errors import InputError
+from .models import Chain
+from .options import check_function_name
+
+_LONGEST = 300
+
+
+def load_chain(name: str, argument: str = "chain") -> Chain:
+    """Call a function of the user's own for the network that it returns.
+
+    Args:
+        name: ``package.module:function``; the function takes no arguments and returns a ``Chain``.
+        argument: What the name is called in messages.
+
+    Raises:
+        InputError: It cannot be imported, needs arguments, fails, or returns something else.
+    """
+    function = import_named(name, argument)
+    expected = f"{argument}: expected {name} to take no arguments and to return a gati_jax.Chain"
+    if isinstance(function, Chain):  # which is callable, too
+        raise InputError(f"{expected}, got a Chain itself: put it into a function")
+    if not callable(function):
+        raise InputError(f"{expected}, got {type(function).__name__}")
+    try:
+        signature = inspect.signature(function)
+        signature.bind()
+    except TypeError as error:
+        raise InputError(f"{expected}, got {name.partition(':')[2]}{signature}") from error
+    except ValueError:  # a function that is not written in Python may not tell
+        pass
+    try:
+        chain = function()
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{argument}: {name} failed: {_described(error)}") from error
+    if not isinstance(chain, Chain):
+        raise InputError(f"{expected}, got {type(chain).__name__} from it")
+    return chain
+
+
+def import_named(name: str, argument: str) -> object:
+    """Return what a module has under a name; the current directory is importable, as with ``python -m``.
+
+    Args:
+        name: ``package.module:name``.
+        argument: What it is called in messages.
+
+    Raises:
+        InputError: The name has another form, or cannot be imported.
+    """
+    try:
+        module_name, _, attribute = check_function_name(name).partition(":")
+    except ValueError as error:
+        raise InputError(f"{argument}: {error}, got {name!r:.200}") from error
+    if not {"", here := str(Path.cwd())} & set(sys.path):
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{argument}: cannot import {module_name}: {_described(error)}") from error
+    if not hasattr(module, attribute):
+        raise InputError(f"{argument}: expected a function {attribute} in {module.__name__}, got none")
+    return getattr(module, attribute)
+
+
+def _described(error: BaseException) -> str:
+    """Describe an error of the user's code in one line, with the last place in that code where it passed."""
+    text = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split())[:_LONGEST])))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    said = isinstance(error, SyntaxError) or not frames  # a syntax error says where it is
+    return text if said else f"{text} ({frames[-1].filename}, line {frames[-1].lineno})"
+
+
+def _is_users(file: str) -> bool:
+    installed = "site-packages" in file or Path(file).is_relative_to(Path(__file__).parent)
+    return not (installed or file.startswith("<") or Path(file).is_relative_to(Path(inspect.__file__).parent))
