@@ -4,7 +4,6 @@ from .copies import check_distinct_rows as check_distinct_rows
 from .copies import count_near_copies as count_near_copies
 from .copies import fingerprint as fingerprint
 from .sources import DATASET_NAME as DATASET_NAME
-from .sources import FUNCTION_NAME as FUNCTION_NAME
 from .sources import Dataset as Dataset
 from .sources import Reading as Reading
 from .sources import load as load

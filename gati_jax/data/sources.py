@@ -4,12 +4,11 @@ TensorFlow is not needed: ``tfds.data_source`` reads array_record files with ran
 """
 
 import dataclasses
-import importlib
 import inspect
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,8 +26,6 @@ from .streaming import ImageRows, Images, Source
 
 DATASET_NAME = r"[a-z0-9_]{1,100}(/[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99})?(:(\d{1,9}|\*)(\.(\d{1,9}|\*)){2})?"
 """As in TFDS: ``cifar10``, ``mnist_corrupted/identity:1.0.0``; it can neither leave a folder nor name code."""
-FUNCTION_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,99}(\.[A-Za-z_][A-Za-z0-9_]{0,99}){0,9}:[A-Za-z_][A-Za-z0-9_]{0,99}"
-"""``package.module:function``: it names code, so it may come from a person only, never from a file that is received."""
 _log = logging.getLogger(__name__)
 _Side = Annotated[int, Field(ge=1, le=4096)]
 
@@ -153,30 +150,25 @@ def load(name: str, split: str, data_dir: Path | str | None = None, **options: A
     return _dataset(f"{name} {place or reading.repository}", opened, rows, reading)
 
 
-def load_function(name: str, split: str, **options: Any) -> Dataset:  # noqa: ANN401 (checked)
-    """Load part of what a function returns. It runs code: the name must come from a person, never from a bundle.
+def load_function(function: Callable[..., Any], split: str, *, name: str = "", **options: Any) -> Dataset:  # noqa: ANN401
+    """Load part of what a function returns.
 
     Args:
-        name: ``package.module:function``. The function takes the name of a split, or nothing, for "all". It returns
-            images, or (images, labels), or a ``Source``.
+        function: Takes the name of a split, or nothing, for "all". It returns images, or (images, labels), or a
+            ``Source``: read by several threads if its images take more than ``memory_mb``.
         split: As for ``load``.
+        name: What messages call it; by default its own name.
         options: As for ``load``.
 
     Raises:
-        InputError: There is no such function, it has no such split, or it returns something else.
+        InputError: It has no such split, or returns something else.
     """
     rows, reading = Rows.parse(split), Reading.of(options)
-    if not re.fullmatch(FUNCTION_NAME, name):
-        raise InputError(f"data.name: expected package.module:function, got {name!r}")
-    module, _, attribute = name.partition(":")
-    try:
-        function: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"data.name: cannot import {name}: {error}") from error
+    name = name or getattr(function, "__qualname__", "the function")
     if not callable(function):
         raise InputError(f"data.name: expected a function, got {name}, which is {type(function).__name__}")
     if inspect.signature(function).parameters:
-        found: Any = function(rows.split)
+        found = function(rows.split)
     elif rows.split == "all":
         found = function()
     else:
@@ -186,8 +178,8 @@ def load_function(name: str, split: str, **options: Any) -> Dataset:  # noqa: AN
         expected = "images, (images, labels) or a sized, indexable source"
         raise InputError(f"data.name: expected {expected} from {name}, got {type(images).__name__}")
     given = None if labels is None else np.asarray(labels)
-    if given is not None and len(given) != len(images):
-        raise InputError(f"data.name: expected as many labels as images from {name}, got {len(given)}, {len(images)}")
+    if given is not None and given.shape[:1] != (len(images),):
+        raise InputError(f"data.name: expected {len(images)} labels, as images, from {name}, got {[*given.shape]}")
     return _dataset(name, Opened(Transformed(images, reading.transform, name), given), rows, reading)
 
 

@@ -1,4 +1,4 @@
-"""Run a frozen base for a fit: images from memory or a source, on the fastest backend, in pieces that fit into memory."""
+"""Run a frozen base for a fit: on images from memory or a source, in pieces that fit, by the fastest backend."""
 
 import functools
 import itertools

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     bundle = gati_jax.load_bundle(folder, chain=cli.read_chain(arguments))
     images, why = None, ""
     try:
-        images = certify_images(bundle, folder, arguments.data_dir)
+        images = certify_images(bundle, folder, arguments.data_dir, arguments.data_name)
     except InputError as error:
         why = str(error)
         _log.warning("nothing is certified of the export, which cannot be compared with the certified answers: %s", why)
@@ -57,7 +57,7 @@ def parser() -> cli.Parser:
     p = cli.parser("Export a saved bundle's cascades.", EXAMPLE)
     cli.add_bundle(p)
     p.add_argument("--format", choices=("onnx",), default="onnx", help="of the models (default: onnx)")
-    p.add_argument("--data-dir", type=Path, metavar="DIR", help="TFDS's folder, if not where the bundle was fitted")
+    cli.add_data(p)
     return p
 
 
