@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import gati_jax
 from gati_jax import InputError
 from gati_jax.bundle.manifest import read_manifest
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     bundle = gati_jax.load_bundle(folder, chain=cli.read_chain(arguments))
     images, why = None, ""
     try:
-        images = certify_images(bundle, folder, arguments.data_dir, arguments.data_name)
+        images = np.asarray(certify_images(bundle, folder, arguments.data_dir, arguments.data_name))
     except InputError as error:
         why = str(error)
         _log.warning("nothing is certified of the export, which cannot be compared with the certified answers: %s", why)
