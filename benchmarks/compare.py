@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 
 import gati_jax
-from gati_jax import Bundle, data
+from gati_jax import Bundle
 from gati_jax.profiling import device_name
 from gati_jax.profiling.costs import spread
 from gati_jax.profiling.speed import path_ms
@@ -130,7 +130,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Start the contenders, time them in turns, and collect their answers."""
     bundle = gati_jax.load_bundle(arguments.bundle)
     config = build_config(bundle.provenance.config)
-    test = data.load(config.data.name, config.data.splits.test, config.data.dir)
+    test = config.data.load(config.data.splits.test)
     ideal = ideal_speedups(bundle, test.images[: arguments.images], arguments.batches, arguments.rounds)
     runs = {name: (name, config.base.network, str(config.base.weights)) for name in arguments.contenders}
     for network, weights in arguments.smaller:

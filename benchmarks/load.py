@@ -183,7 +183,7 @@ def images_of(arguments: argparse.Namespace) -> Shaped[np.ndarray, "images ..."]
     if (own is None) == (arguments.data is None):
         found = "neither" if own is None else "both"
         raise InputError(f"--data: expected a data set, or a trace with images of its own, got {found}")
-    return data.load(arguments.data, arguments.split, arguments.data_dir).images if own is None else own
+    return np.asarray(data.load(arguments.data, arguments.split, arguments.data_dir).images) if own is None else own
 
 
 def expected_classes(path: Path, images: int) -> Int[np.ndarray, " images"]:

@@ -14,7 +14,6 @@ import numpy as np
 
 import gati_jax
 from benchmarks import targets
-from gati_jax import data
 from serve import assemble
 from serve.engine import routes
 from serve.engine.engine import Engine
@@ -45,7 +44,7 @@ def main() -> None:
     name, bundle, rows, classes = sys.argv[1:]
     answers = answers_descriptor()
     config = build_config(gati_jax.load_bundle(bundle).provenance.config)
-    images = data.load(config.data.name, config.data.splits.test, config.data.dir).images[: int(rows)]
+    images = config.data.load(config.data.splits.test).images[: int(rows)]
     expected = np.load(classes)
     with tempfile.TemporaryDirectory() as folder:
         runner, route = runner_of(name, Path(bundle), images, Path(folder))

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import gati_jax
-from gati_jax import InputError, data
+from gati_jax import InputError
 from gati_jax.profiling import device_name
 from gati_jax.profiling.costs import spread
 from train import cli
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     bundle = gati_jax.load_bundle(arguments.bundle)
     config = build_config(bundle.provenance.config)
-    images = data.load(config.data.name, config.data.splits.test, config.data.dir).images[: arguments.images]
+    images = config.data.load(config.data.splits.test).images[: arguments.images]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         np.save(folder / "base.npy", np.asarray(gati_jax.infer_batch(without_caches(bundle), images).class_index))

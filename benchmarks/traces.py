@@ -157,7 +157,7 @@ def make(kind: str, arguments: argparse.Namespace) -> Trace:
         return video(load_clips(arguments.data / "video"), arguments.requests, random)
     n = arguments.requests or 60_000
     pool = data.load("cifar10", arguments.split, arguments.data / "tfds")
-    rows, labels = pool.images, np.asarray(pool.labels)
+    rows, labels = np.asarray(pool.images), np.asarray(pool.labels)
     if kind == "zipf":
         content = zipf(rows, n, random, exponent=arguments.exponent)
     elif kind == "classes":

@@ -17,7 +17,7 @@ from typing import TextIO
 import numpy as np
 
 import gati_jax
-from gati_jax import Normalization, data
+from gati_jax import Normalization
 from gati_jax.models import architecture
 from train.config import Config, build_config
 
@@ -31,7 +31,7 @@ def main() -> None:
     name, bundle, network, weights, rows = sys.argv[1:]
     answers = answers_descriptor()
     config = build_config(gati_jax.load_bundle(bundle).provenance.config)
-    images = data.load(config.data.name, config.data.splits.test, config.data.dir).images[: int(rows)]
+    images = config.data.load(config.data.splits.test).images[: int(rows)]
     with tempfile.TemporaryDirectory() as folder:
         predict = CONTENDERS[name](task_of(Path(bundle), config, network, Path(weights), Path(folder)))
         print(json.dumps("ready"), file=answers)
@@ -57,15 +57,14 @@ def answers_descriptor() -> TextIO:
 
 def task_of(bundle: Path, config: Config, network: str, weights: Path, folder: Path) -> Task:
     """Return the input of a contender."""
-    load = functools.partial(data.load, config.data.name, data_dir=config.data.dir)
     return Task(
         bundle=bundle,
         network=architecture(network, classes=config.base.classes, input_shape=config.base.input_shape),
         weights=weights,
         normalization=normalization_of(network, config),
         cores=len(os.sched_getaffinity(0)),
-        fit=functools.partial(load, config.data.splits.fit),
-        select=functools.partial(load, config.data.splits.select),
+        fit=functools.partial(config.data.load, config.data.splits.fit),
+        select=functools.partial(config.data.load, config.data.splits.select),
         epsilon=config.plan.epsilon,
         folder=folder,
     )

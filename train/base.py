@@ -119,8 +119,8 @@ def load_data(config: Config) -> tuple[np.ndarray, np.ndarray, data.Dataset]:
         raise InputError("data.base_trained_on: expected at least one part of the data to train on, got none")
     trained_on = {f"base_trained_on {i}": part for i, part in enumerate(config.data.base_trained_on)}
     data.check_disjoint({"test": config.data.splits.test, **trained_on})
-    parts = [data.load(config.data.name, part, config.data.dir) for part in trained_on.values()]
-    test = data.load(config.data.name, config.data.splits.test, config.data.dir)
+    parts = [config.data.load(part, own=True) for part in trained_on.values()]
+    test = config.data.load(config.data.splits.test, own=True)
     if any(part.labels is None for part in (*parts, test)):
         raise InputError(f"data.name: expected images with labels to train and test on, got {config.data.name} without")
     network = config.base.architecture()

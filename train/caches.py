@@ -125,7 +125,7 @@ def load_parts(source: Source, splits: Mapping[str, str], chain: Chain) -> dict[
     Raises:
         InputError: A split has other images or classes than the base, or rows of another split.
     """
-    parts = {name: data.load(source.name, rows, source.dir) for name, rows in splits.items()}
+    parts = {name: source.load(rows, own=True) for name, rows in splits.items()}
     for name, part in parts.items():
         part.check(f"data.splits.{name}", chain.input_spec.shape, chain.classes)
     rows = {name: data.row_digests(part.images) for name, part in parts.items()}
@@ -138,7 +138,7 @@ def load_parts(source: Source, splits: Mapping[str, str], chain: Chain) -> dict[
         if images[0].dtype != np.uint8 or images[0].ndim != len("nhwc"):
             continue
         if one == other:
-            near = data.count_near_copies(images[0][np.unique(rows[one], return_index=True)[1]])
+            near = data.count_near_copies(data.take(images[0], np.unique(rows[one], return_index=True)[1]))
         else:
             near = data.count_near_copies(images[1], images[0])
         if near:
@@ -163,7 +163,7 @@ def provenance(config: Config, parts: Mapping[str, data.Dataset]) -> Provenance:
 
 
 def also_certified(
-    tuning: Tuning, table: ReplayTable, chain: Chain, candidates: Candidates, images: np.ndarray
+    tuning: Tuning, table: ReplayTable, chain: Chain, candidates: Candidates, images: data.Images
 ) -> dict[str, Sequence[ReplayTable]]:
     """Return replays in the arithmetic that plans were made for, where it runs as it will answer: on ONNX Runtime."""
     if tuning.backend != "onnxruntime":
@@ -174,7 +174,7 @@ def also_certified(
 
 
 def keep_tuning(
-    path: Path, bundle: Bundle, tuning: Tuning, certify: np.ndarray, replays: Sequence[ReplayTable], *, rounds: int
+    path: Path, bundle: Bundle, tuning: Tuning, certify: data.Images, replays: Sequence[ReplayTable], *, rounds: int
 ) -> None:
     """Keep in a new bundle what its plans were made for, with its costs and a bound of how its answers differ.
 

@@ -123,6 +123,14 @@ def add_bundle(p: Parser) -> None:
     add_chain(p)
 
 
+def add_data(p: Parser) -> None:
+    """Add the flags of scripts that read the data that a bundle was fitted on."""
+    where = "folder or file of the data, if not where the bundle was fitted"
+    p.add_argument("--data-dir", type=Path, metavar="DIR", help=where)
+    code = "package.module:function that the images come from, if the bundle was fitted on such: a bundle runs no code"
+    p.add_argument("--data-name", metavar="NAME", help=code)
+
+
 def add_chain(p: Parser) -> None:
     """Add the flag that names a user's own network."""
     own = "package.module:function that returns the network, if it is one of your own"

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import gati_jax
@@ -27,9 +26,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
 
     bundle = cli.read_bundle(arguments)
-    config = fitted_on(bundle, arguments.bundle)
+    config = fitted_on(bundle, arguments.bundle, arguments.data_name)
     rows = getattr(config.data.splits, arguments.split)
-    split = data.load(config.data.name, rows, arguments.data_dir or config.data.dir)
+    split = config.data.load(rows, arguments.data_dir, own=True)
     check_fingerprint(bundle, arguments.split, split)
 
     found = gati_jax.evaluate(
@@ -64,7 +63,7 @@ def parser() -> cli.Parser:
     splits = ("select", "certify", "test")
     p.add_argument("--split", choices=splits, default="test", help="of the bundle's config (default: test)")
     cli.add_looks(p)
-    p.add_argument("--data-dir", type=Path, metavar="DIR", help="TFDS's folder, if not where the bundle was fitted")
+    cli.add_data(p)
     p.add_argument(
         "--timed", type=cli.positive, default=TIMED, metavar="N", help="requests to time, from the first (default: 150)"
     )
@@ -79,21 +78,36 @@ def parser() -> cli.Parser:
     return p
 
 
-def fitted_on(bundle: Bundle, path: Path) -> Config:
-    """Return the experiment that a bundle comes from."""
+def fitted_on(bundle: Bundle, path: Path, own: str | None = None) -> Config:
+    """Return the experiment that a bundle comes from.
+
+    Args:
+        bundle: The bundle.
+        path: Its folder, for messages.
+        own: The data's name as the user gives it: code that a bundle names is run only if it is the same.
+
+    Raises:
+        InputError: It does not say, or its data come from code that the user has not named.
+    """
     if not bundle.provenance.config:
         raise InputError(f"bundle: {path} does not say what it was fitted on; expected one written by train.caches")
-    return build_config(bundle.provenance.config)
+    config = build_config(bundle.provenance.config)
+    if own != config.data.name and (own is not None or config.data.names_code):
+        why = ": that is code, which a bundle cannot ask to run" if config.data.names_code else ""
+        raise InputError(
+            f"--data-name: expected {config.data.name}, on which {path} was fitted{why}, got {own or 'nothing'}"
+        )
+    return config
 
 
-def certify_images(bundle: Bundle, path: Path, folder: Path | None) -> np.ndarray:
+def certify_images(bundle: Bundle, path: Path, folder: Path | None, own: str | None = None) -> data.Images:
     """Return the images that a bundle was certified on.
 
     Raises:
         InputError: They cannot be had, or are others now.
     """
-    config = fitted_on(bundle, path)
-    certify = data.load(config.data.name, config.data.splits.certify, folder or config.data.dir)
+    config = fitted_on(bundle, path, own)
+    certify = config.data.load(config.data.splits.certify, folder, own=True)
     check_fingerprint(bundle, "certify", certify)
     return certify.images
 

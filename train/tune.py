@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             tuning = onnx_tuning(bundle.chain, bundle.caches)
         tuning = run_by(tuning, bundle.cascade).measured(rounds=3 * arguments.rounds)
-        tuning = checked(bundle, tuning, arguments.bundle, arguments.data_dir)
+        tuning = checked(bundle, tuning, arguments.bundle, arguments.data_dir, arguments.data_name)
         gati_jax.save_tuning(arguments.bundle, tuning)
         found.append(tuning)
         others = [one for one in bundle.tunings if one.device != tuning.device]
@@ -58,7 +58,7 @@ def parser() -> cli.Parser:
     sizes, rounds = "rows in a tile, to try on XLA (default: 1 8 16)", "interleaved repeats of a timing (default: 7)"
     p.add_argument("--tiles", type=cli.positive, nargs="+", default=[1, 8, 16], metavar="N", help=sizes)
     p.add_argument("--rounds", type=cli.positive, default=7, metavar="N", help=rounds)
-    p.add_argument("--data-dir", type=Path, metavar="DIR", help="TFDS's folder, if not where the bundle was fitted")
+    cli.add_data(p)
     return p
 
 
@@ -93,10 +93,10 @@ def compare(bundle: Bundle) -> None:
         )
 
 
-def checked(bundle: Bundle, tuning: Tuning, path: Path, folder: Path | None) -> Tuning:
+def checked(bundle: Bundle, tuning: Tuning, path: Path, folder: Path | None, own: str | None = None) -> Tuning:
     """Compare a tuning with the certified arithmetic, where the certify rows can be had; else say what follows."""
     try:
-        return gati_jax.check_tuning(bundle, tuning, certify_images(bundle, path, folder))
+        return gati_jax.check_tuning(bundle, tuning, certify_images(bundle, path, folder, own))
     except InputError as error:
         text = "the tuning is saved, but not compared with the certified arithmetic, which stays the default: %s"
         _log.warning(text, error)

@@ -11,12 +11,12 @@ from numpy.typing import ArrayLike
 from gati_jax.bundle import Bundle
 from gati_jax.caches.candidate import fitted_rows
 from gati_jax.certification import AnyLedger, find_ledger
-from gati_jax.data import fingerprint, row_digests
+from gati_jax.data import Images, fingerprint, row_digests
 from gati_jax.errors import InputError
 from gati_jax.fitting import replay
+from gati_jax.fitting.base import open_images
 from gati_jax.fitting.loop import progress_bar
 from gati_jax.inference import infer_batch
-from gati_jax.models import check_images
 from gati_jax.runtime import Prediction
 
 from . import timing
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 def evaluate(
     bundle: Bundle,
-    images: Any,  # noqa: ANN401 (anything that NumPy takes)
+    images: Any,  # noqa: ANN401 (see Args)
     labels: ArrayLike | None = None,
     *,
     timed: int = TIMED,
@@ -52,7 +52,7 @@ def evaluate(
 
     Args:
         bundle: See ``load_bundle``.
-        images: As for ``infer_batch``; images on which nothing was fitted, chosen or certified say most.
+        images: As for ``infer_batch``, or a source of them, see ``fit``; images on which nothing was fitted, chosen or certified say most.
         labels: The right classes, int[n], for accuracies; agreement needs none.
         timed: So many requests are timed, from the first; 0: none, which saves most of the time.
         batches: Sizes to time where the bundle has been tuned for this device.
@@ -72,7 +72,7 @@ def evaluate(
         >>> bundle = gati_jax.load_bundle("runs/digits/caches/bundle")  # doctest: +SKIP
         >>> print(gati_jax.evaluate(bundle, images, labels).summary())  # doctest: +SKIP
     """
-    array = check_images(bundle.chain, images)
+    array = open_images(bundle.chain, images)
     if timed < 0 or not len(array):
         raise InputError(f"images, timed: expected 1 image or more, and 0 or more, got {len(array)} and {timed}")
     right = None if labels is None else np.asarray(labels)
@@ -100,7 +100,7 @@ def evaluate(
     )
 
 
-def show_rows(bundle: Bundle, images: np.ndarray, ledger: AnyLedger, *, reveal: bool) -> None:
+def show_rows(bundle: Bundle, images: Images, ledger: AnyLedger, *, reveal: bool) -> None:
     """Close rows that are about to be shown: a plan that is chosen by what they show cannot be certified on them.
 
     Args:
@@ -130,7 +130,7 @@ def show_rows(bundle: Bundle, images: np.ndarray, ledger: AnyLedger, *, reveal: 
     _log.info("these rows certify no other plan from now on, by %s", counted.path or "this process")
 
 
-def _answers(bundle: Bundle, images: np.ndarray, *, progress: bool) -> Prediction:
+def _answers(bundle: Bundle, images: Images, *, progress: bool) -> Prediction:
     """Answer as requests are answered by default: ``Evaluation.served`` says what holds of it."""
     with progress_bar(progress) as bar:
         starts = bar.track(range(0, len(images), _CHUNK), description="answering")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gati_jax.bundle import Bundle
+from gati_jax.data import Images
 from gati_jax.planning import ReplayTable, replay_plan
 from gati_jax.profiling import (
     Speed,
@@ -52,7 +53,7 @@ def contenders(bundle: Bundle) -> dict[FullNetwork, TunedCascade]:
 
 
 def measure(
-    bundle: Bundle, images: np.ndarray, exits: np.ndarray, batches: Sequence[int], timed: int
+    bundle: Bundle, images: Images, exits: np.ndarray, batches: Sequence[int], timed: int
 ) -> tuple[Speed, list[Measured]]:
     """Time what answers by default beside the fastest full network: one request at a time, then in batches.
 

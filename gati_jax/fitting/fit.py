@@ -15,12 +15,13 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped, UIn
 
 from gati_jax.caches import Candidate, choose, predict_all
 from gati_jax.caches.candidate import Part, fitted_rows
-from gati_jax.data import check_distinct_rows, fingerprint, full_batches, row_digests
+from gati_jax.data import Images, Source, check_distinct_rows, fingerprint, full_batches, read_batches, row_digests
 from gati_jax.errors import InputError
-from gati_jax.models import Chain, check_chain, check_images, warn_of_inputs
+from gati_jax.models import Chain, check_chain, warn_of_inputs
 from gati_jax.models.chain import reference
 from gati_jax.pytrees import Static, call, tree_digest
 
+from .base import open_images, rows_at_once
 from .heads import Head, default_heads, more_selectors, parts_of
 from .loop import Pause, logged, no_pause
 from .predictors import DEFAULT_CONFIG, FitConfig, Trained, apply_gradients, train_predictors
@@ -66,9 +67,9 @@ class Candidates:
 
 def fit(
     chain: Chain,
-    images: Shaped[np.ndarray, "n ..."],
+    images: Shaped[np.ndarray, "n ..."] | Source,
     *,
-    select: Shaped[np.ndarray, "m ..."],
+    select: Shaped[np.ndarray, "m ..."] | Source,
     heads: Sequence[Head] | None = None,
     config: FitConfig = DEFAULT_CONFIG,
     checkpoint: Path | str | None = None,
@@ -81,7 +82,8 @@ def fit(
 
     Args:
         chain: The base.
-        images: The fit split: uint8 or prepared inputs[n, ...].
+        images: The fit split: uint8 or prepared inputs[n, ...], or a source of them that need not fit into memory: see
+            ``gati_jax.data.Source``.
         select: The select split[m, ...], disjoint from it.
         heads: What to train, and at which sites; by default means over a grid at every site but the input, and for a
             transformer of this library the class token, too.
@@ -121,10 +123,10 @@ def fit(
 
 
 class CheckedSplits(NamedTuple):
-    """The fit and the select split, as arrays that the chain takes, and their digests."""
+    """The fit and the select split, as images that the chain takes, and their digests."""
 
-    images: Shaped[np.ndarray, "n ..."]
-    select: Shaped[np.ndarray, "m ..."]
+    images: Images
+    select: Images
     fit_rows: UInt64[np.ndarray, " n"]
     select_rows: UInt64[np.ndarray, " m"]
 
@@ -148,16 +150,16 @@ class CheckedSplits(NamedTuple):
         )
 
 
-def check_splits(chain: Chain, images: np.ndarray, select: np.ndarray) -> CheckedSplits:
+def check_splits(chain: Chain, images: np.ndarray | Source, select: np.ndarray | Source) -> CheckedSplits:
     """Check that two splits are of the chain's inputs and one dtype, and share no rows.
 
     Raises:
         InputError: They are not, or do.
     """
-    images, select = check_images(chain, images), check_images(chain, select, argument="select")
-    if images.dtype != select.dtype:
-        raise InputError(f"select: expected {images.dtype}, as images, got {select.dtype}")
-    checked = CheckedSplits(images, select, row_digests(images), row_digests(select))
+    fit_images, select_images = open_images(chain, images), open_images(chain, select, argument="select")
+    if fit_images.dtype != select_images.dtype:
+        raise InputError(f"select: expected {fit_images.dtype}, as images, got {select_images.dtype}")
+    checked = CheckedSplits(fit_images, select_images, row_digests(fit_images), row_digests(select_images))
     check_distinct_rows(checked.select_rows, checked.fit_rows, names=("select", "fit"))
     return checked
 
@@ -199,7 +201,7 @@ def deal_folds(select_rows: UInt64[np.ndarray, " n"], config: FitConfig) -> Int[
 def fit_selectors(
     chain: Chain,
     parts: Mapping[str, Part],
-    select: np.ndarray,
+    select: Images,
     fold: Int[np.ndarray, " n"],
     config: FitConfig,
     pause: Pause = no_pause,
@@ -212,9 +214,10 @@ def fit_selectors(
     trained = {name: part.variables for name, part in parts.items()}
     static = Static(tuple(parts.items()))
     batches, found = [], []
-    steps = -(-len(select) // config.batch)
-    for rows in logged(full_batches(len(select), config.batch), steps, "fitting selectors: the base's answers"):
-        batches.append(jax.block_until_ready(_predict(chain, trained, select[rows], parts=static)))
+    size = rows_at_once(chain, config.batch)
+    read = read_batches((select,), full_batches(len(select), size))
+    for (images,) in logged(read, -(-len(select) // size), "fitting selectors: the base's answers"):
+        batches.append(jax.block_until_ready(_predict(chain, trained, images, parts=static)))
         pause()
     base_logits, logits = jax.tree.map(lambda *rows: jnp.concatenate(rows)[: len(select)], *batches)
     answers = jnp.argmax(base_logits, -1)

@@ -34,10 +34,12 @@ from gati_jax.caches import (
     vote,
 )
 from gati_jax.caches.candidate import Part
+from gati_jax.data import Images, Source
 from gati_jax.errors import InputError
 from gati_jax.models import Chain, check_chain, warn_of_inputs
 from gati_jax.options import Count, check_options
 
+from .base import rows_at_once
 from .fit import Candidates, check_splits, train
 from .heads import Head, parts_of
 from .loop import logged
@@ -101,9 +103,9 @@ DEFAULT_FREEZE = FreezeConfig()
 
 def fit_freeze(
     chain: Chain,
-    images: Shaped[np.ndarray, "n ..."],
+    images: Shaped[np.ndarray, "n ..."] | Source,
     *,
-    select: Shaped[np.ndarray, "m ..."],
+    select: Shaped[np.ndarray, "m ..."] | Source,
     sites: tuple[int, ...] | None = None,
     freeze: FreezeConfig = DEFAULT_FREEZE,
     config: FitConfig = DEFAULT_CONFIG,
@@ -177,7 +179,7 @@ def _as_trained(parts: dict[str, Part], heads: Candidates) -> dict[str, Part]:
 
 
 def _all_keys(
-    chain: Chain, networks: dict[int, PyTree], images: np.ndarray, cells: int | None, batch: int
+    chain: Chain, networks: dict[int, PyTree], images: Images, cells: int | None, batch: int
 ) -> tuple[dict[int, Keys], Labels]:
     """Return the keys of all images by site, and the base's answers."""
 
@@ -193,6 +195,7 @@ def _all_keys(
 
     keys = {site: np.empty((len(images), len(hidden["bias"])), np.float32) for site, hidden in networks.items()}
     answers = np.empty(len(images), np.int32)
+    batch = rows_at_once(chain, batch)
     starts = range(0, len(images), batch)
     for start in logged(starts, len(starts), "computing keys"):
         rows = slice(start, start + batch)

@@ -1,5 +1,6 @@
 """The training loop: epochs of shuffled batches, a progress bar, checkpoints, exact resumption, a time budget."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from gati_jax.data import batches
+from gati_jax.data import Images, batches, read_batches
 from gati_jax.errors import InputError
 from gati_jax.pytrees import restore_spec
 
@@ -116,7 +117,7 @@ class LoopConfig:
 def run_loop(
     step: Step,
     state: LoopState,
-    arrays: tuple[np.ndarray, ...],
+    arrays: tuple[Images, ...],
     config: LoopConfig,
     *,
     checkpoint: Path | None = None,
@@ -129,7 +130,7 @@ def run_loop(
     Args:
         step: See ``Step``.
         state: The initial state; a checkpoint of the same ``identity`` replaces it.
-        arrays: Rows to draw from, all arrays[n, ...] of one length.
+        arrays: Rows to draw from, all of one length; those of a source are read ahead of the steps.
         config: Epochs, batch size, seed.
         checkpoint: Folder for checkpoints, of which the newest is kept; None for no checkpoints.
         identity: Describes everything that a resumed run must share with the first (configuration, data).
@@ -154,12 +155,15 @@ def run_loop(
     losses: list[Array] = []
     log = ProgressLog(description, total, done=done, clock=config.clock)
     _log.info("%s: %d of %d steps are done", description, done, total)
-    with progress_bar(progress) as bar:
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress_bar(progress))
         task = bar.add_task(description, total=total, completed=done)
-        for rows in itertools.islice(_steps(n, config, done), max(0, total - done)):
+        order = itertools.islice(_steps(n, config, done), max(0, total - done))
+        batches_read = stack.enter_context(contextlib.closing(read_batches(arrays, order)))
+        for rows in batches_read:
             if _is_time_up(config, began, losses):
                 break
-            state, loss = step(state, *(array[rows] for array in arrays))
+            state, loss = step(state, *rows)
             losses.append(loss)
             done += 1
             log.update(done, loss)
@@ -245,7 +249,7 @@ class _Budget(BaseModel):
 
 
 def within_minutes(
-    step: Step, state: LoopState, arrays: tuple[np.ndarray, ...], loop: LoopConfig, minutes: float, record: Path | None
+    step: Step, state: LoopState, arrays: tuple[Images, ...], loop: LoopConfig, minutes: float, record: Path | None
 ) -> LoopConfig:
     """Return the loop shortened to as many steps as fit into the minutes, compilation and a few timed steps included.
 
@@ -291,7 +295,7 @@ def _read(record: Path | None) -> _Budget | None:
         return None
 
 
-def _seconds_a_step(step: Step, state: LoopState, arrays: tuple[np.ndarray, ...], loop: LoopConfig) -> float:
+def _seconds_a_step(step: Step, state: LoopState, arrays: tuple[Images, ...], loop: LoopConfig) -> float:
     rows = [array[: loop.batch] for array in arrays]
     state = jax.tree.map(jnp.copy, state)  # the step may donate its state
     state, loss = jax.block_until_ready(step(state, *rows))  # compiles

@@ -7,9 +7,8 @@ further steps draw their rows from it (data echoing: Choi et al., arXiv:1907.055
 
 import dataclasses
 import functools
-import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -18,19 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from pydantic import Field
 
-from gati_jax.caches import Activations, Summary, fold_standardize, predict_all, predictor_inputs, summary_for
+from gati_jax import data
+from gati_jax.caches import Activations, fold_standardize, predict_all, predictor_inputs, summary_for
 from gati_jax.caches.candidate import Logits, Part
 from gati_jax.errors import InputError
-from gati_jax.models import Architecture, Chain, fast_forward
+from gati_jax.models import Chain
 from gati_jax.options import Count, NotNegative, Positive, Seed, check_options
 from gati_jax.pytrees import Static, tree_bytes
 
+from .base import Images, Inputs, base_runner
 from .loop import LoopConfig, LoopState, Step, checkpoint_folder, report_budget, run_loop, within_minutes
 
-Images = Shaped[Array | np.ndarray, "batch *input"]
 _INIT_ROWS = 512  # enough for the features' means and scales
 _RECENT_BYTES, _RECENT_BATCHES = 2**28, 32  # at most: a checkpoint has them, too
 
@@ -133,57 +133,6 @@ def optimizer_of(config: FitConfig, steps: Int[Array, ""]) -> optax.GradientTran
     return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=0.9))
 
 
-Inputs = tuple[tuple[int, Summary], ...]
-"""Sites, ascending, and what is kept of their activations."""
-Run = Callable[[Images], tuple[list[Array], Logits]]
-
-
-def base_runner(chain: Chain, inputs: Inputs) -> Run:
-    """Return a function from images to summaries of the base's activations and its logits, on the fastest backend.
-
-    On a CPU that is ONNX Runtime, where it is installed and the base has an ONNX form; otherwise XLA. Results differ in
-    their last bits from those of ``Chain.activations``: they are to learn from, and never answers.
-    """
-    stops = [*dict.fromkeys(site for site, _ in inputs), len(chain)]
-    if (spans := _onnx_spans(chain, stops)) is None:
-        fast = fast_forward(chain)
-        return lambda images: _run_base(fast, images, inputs=inputs)
-    static = tuple((stops.index(site), summary) for site, summary in inputs)
-
-    def run(images: Images) -> tuple[list[Array], Logits]:
-        found = [spans.first(np.asarray(images), stops[0])]
-        for start, stop in itertools.pairwise(stops):
-            found.append(spans.run(found[-1], np.arange(len(images)), start, stop))
-        # Views, and XLA reads arrays of the host where they are: ``found`` must live until it has.
-        *sites, logits = (value.numpy() for value in found)
-        return jax.block_until_ready(_summarize(sites, inputs=static)), jnp.array(logits)
-
-    return run
-
-
-def _onnx_spans(chain: Chain, stops: Sequence[int]) -> Any | None:  # noqa: ANN401 (onnxruntime is optional)
-    if jax.default_backend() != "cpu" or not isinstance(chain.network, Architecture):
-        return None
-    try:
-        from gati_jax.export.sessions import Spans  # noqa: PLC0415 (optional)
-
-        return Spans(chain, stops)
-    except (ImportError, InputError):  # InputError: too large for a file of ONNX
-        return None
-
-
-@functools.partial(jax.jit, static_argnames="inputs")
-def _run_base(chain: Chain, images: Array, *, inputs: Inputs) -> tuple[list[Array], Array]:
-    sites, logits = chain.activations(chain.prepare(images))
-    return [summary(sites[site]) for site, summary in inputs], logits
-
-
-@functools.partial(jax.jit, static_argnames="inputs")
-def _summarize(activations: list[Array], *, inputs: Inputs) -> list[Array]:
-    """Return summaries of activations that are channels first, by their index."""
-    return [summary(jnp.moveaxis(activations[index], 1, -1)) for index, summary in inputs]
-
-
 def _on_summaries(parts: Mapping[str, Part]) -> tuple[Inputs, Static]:
     """Return what predictors read, and the parts that read it: their sites are indices of these inputs."""
     reads = {name: (part.site, summary_for(part.predictor)) for name, part in parts.items()}
@@ -209,7 +158,7 @@ def _init(
 def train_predictors(
     chain: Chain,
     parts: dict[str, Part],
-    images: np.ndarray,
+    images: data.Images,
     config: FitConfig,
     *,
     checkpoint: Path | None,

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Shaped
 
 from gati_jax.caches import Candidate, Centres, Neighbours, Network, fold_standardize, unfold_standardize
 from gati_jax.caches.candidate import Part
-from gati_jax.data import full_batches
+from gati_jax.data import Images, full_batches
 from gati_jax.errors import InputError
 from gati_jax.models import Chain, fast_forward
 from gati_jax.pytrees import Static
@@ -70,9 +70,7 @@ def refit(
     return splits.candidates(refitted, selectors, fold, float(config.epochs) if heads else None)
 
 
-def _train(
-    chain: Chain, heads: Mapping[str, Part], images: np.ndarray, config: FitConfig, pause: Pause
-) -> dict[str, Part]:
+def _train(chain: Chain, heads: Mapping[str, Part], images: Images, config: FitConfig, pause: Pause) -> dict[str, Part]:
     """Return the heads with their new variables, folded as they were."""
     base_logits, activations = _run_base(chain, images, sorted({p.site for p in heads.values()}), config, pause)
     first_rows = {site: jnp.asarray(rows[:_STATISTICS_ROWS]) for site, rows in activations.items()}
@@ -106,7 +104,7 @@ def _train(
 
 
 def _run_base(
-    chain: Chain, images: np.ndarray, sites: list[int], config: FitConfig, pause: Pause
+    chain: Chain, images: Images, sites: list[int], config: FitConfig, pause: Pause
 ) -> tuple[Float[np.ndarray, "n classes"], dict[int, Float[np.ndarray, "n ..."]]]:
     """Return the base's logits and its activations by site."""
     parts = []

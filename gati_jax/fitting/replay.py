@@ -11,13 +11,14 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from gati_jax.caches import Candidate, predict_all, replay_source
 from gati_jax.caches.candidate import fitted_rows
-from gati_jax.data import check_distinct_rows, full_batches, row_digests
+from gati_jax.data import ImageRows, Images, Source, check_distinct_rows, full_batches, read_batches, row_digests
 from gati_jax.errors import InputError
-from gati_jax.models import Chain, check_chain, check_images
+from gati_jax.models import Chain, check_chain
 from gati_jax.models.chain import reference
 from gati_jax.planning import ReplayTable
 from gati_jax.pytrees import call
 
+from .base import open_images, rows_at_once
 from .fit import Candidates
 from .loop import Pause, logged, no_pause
 
@@ -25,7 +26,7 @@ from .loop import Pause, logged, no_pause
 def replay(
     chain: Chain,
     candidates: Candidates | Iterable[Candidate],
-    images: Shaped[np.ndarray, "n ..."],
+    images: Shaped[np.ndarray, "n ..."] | Source,
     *,
     labels: Int[np.ndarray, " n"] | None = None,
     batch: int = 128,
@@ -39,20 +40,22 @@ def replay(
     Args:
         chain: The base.
         candidates: A fit's, or single ones, whose final selectors then score all rows.
-        images: uint8 or prepared inputs[n, ...].
-        labels: Ground truth, if there is any.
-        batch: Images in a step.
+        images: uint8 or prepared inputs[n, ...], or a source of them, see ``gati_jax.data.Source``.
+        labels: Ground truth, if there is any; by default that of the source, if its rows have labels.
+        batch: Images in a step; fewer, if their activations would not fit into memory.
         pause: Called after every step.
 
     Raises:
         InputError: Images that the chain does not take, or that the predictors were fitted on; or a chain whose logits
             are not finite or depend on the batch.
     """
-    images, items = check_images(chain, images), tuple(candidates)
+    images, items = open_images(chain, images), tuple(candidates)
     if len(images) == 0:
         raise InputError("images: expected at least one, got none")
     check_chain(chain, images)
     rows = row_digests(images)
+    if labels is None and isinstance(images, ImageRows):
+        labels = images.scan().labels
     if isinstance(candidates, Candidates):
         if str(images.dtype) != candidates.dtype:  # rows could not be told apart
             raise InputError(f"images: expected {candidates.dtype}, as in the fit, got {images.dtype}")
@@ -89,7 +92,7 @@ class Outputs(NamedTuple):
 def evaluate(
     chain: Chain,
     candidates: Iterable[Candidate],
-    images: Shaped[np.ndarray, "n ..."],
+    images: Shaped[np.ndarray, "n ..."] | Source,
     *,
     batch: int = 128,
     pause: Pause | None = None,
@@ -98,7 +101,7 @@ def evaluate(
 
     Arguments and errors as for ``replay``; the candidates' final selectors score all rows.
     """
-    images, items = check_images(chain, images), tuple(candidates)
+    images, items = open_images(chain, images), tuple(candidates)
     fold = np.zeros(len(images), np.int32)
     return _outputs(chain, items, _final_selectors(items), images, fold, batch=batch, pause=pause)
 
@@ -107,18 +110,19 @@ def _outputs(
     chain: Chain,
     items: tuple[Candidate, ...],
     selectors: tuple[PyTree, ...],
-    images: np.ndarray,
+    images: Images,
     fold: Int[np.ndarray, " n"],
     *,
     batch: int,
     pause: Pause | None,
 ) -> Outputs:
     _check_batch(batch)
-    pause, parts = pause or no_pause, []
-    for rows in logged(full_batches(len(images), batch), -(-len(images) // batch), "replaying"):
-        parts.append(jax.device_get(_replay_batch(chain, items, selectors, images[rows], fold[rows])))
+    pause, parts, n = pause or no_pause, [], len(images)
+    size = rows_at_once(chain, batch)
+    read = read_batches((images, fold), full_batches(n, size))
+    for some, of_fold in logged(read, -(-n // size), "replaying"):
+        parts.append(jax.device_get(_replay_batch(chain, items, selectors, some, of_fold)))
         pause()
-    n = len(images)
     return Outputs(*(np.concatenate(columns, axis=-1)[..., :n] for columns in zip(*parts, strict=True)))
 
 
@@ -137,7 +141,7 @@ def _unseen_fold(candidates: Candidates, rows: np.ndarray) -> Int[np.ndarray, " 
 
 
 def replay_logits(
-    chain: Chain, candidates: Iterable[Candidate], images: Shaped[np.ndarray, "n ..."], *, batch: int = 128
+    chain: Chain, candidates: Iterable[Candidate], images: Shaped[np.ndarray, "n ..."] | Source, *, batch: int = 128
 ) -> Float[np.ndarray, "candidates n classes"]:
     """Return the logits of every candidate's predictor, for exit rules other than its selector's.
 
@@ -146,11 +150,12 @@ def replay_logits(
     Raises:
         InputError: No candidates, images that the chain does not take, or a batch of no rows.
     """
-    images, items = check_images(chain, images), tuple(candidates)
+    images, items = open_images(chain, images), tuple(candidates)
     _check_batch(batch)
     if not (items and len(images)):
         raise InputError(f"candidates, images: expected at least one of each, got {len(items)} and {len(images)}")
-    parts = [np.asarray(_logits_batch(chain, items, images[rows])) for rows in full_batches(len(images), batch)]
+    read = read_batches((images,), full_batches(len(images), rows_at_once(chain, batch)))
+    parts = [np.asarray(_logits_batch(chain, items, some)) for (some,) in read]
     return np.concatenate(parts, axis=1)[:, : len(images)]
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
+from gati_jax.data import Images
 from gati_jax.errors import InputError
 
 from .chain import ROWS, Chain, Normalization, output_specs, reference
@@ -69,7 +70,7 @@ def check_logits(chain: Chain) -> None:
     output_specs(chain)
 
 
-def check_chain(chain: Chain, images: Num[np.ndarray, "n ..."] | None = None) -> None:
+def check_chain(chain: Chain, images: Images | None = None) -> None:
     """Check, once for a chain, that its logits are finite and the same for a row alone as in a batch.
 
     Args:
@@ -101,7 +102,7 @@ def check_chain(chain: Chain, images: Num[np.ndarray, "n ..."] | None = None) ->
     chain.__dict__["_checked"] = True
 
 
-def warn_of_inputs(chain: Chain, images: Num[np.ndarray, "n ..."]) -> None:
+def warn_of_inputs(chain: Chain, images: Images) -> None:
     """Warn of prepared inputs that are not normalised, and of a base that gives nearly all of them the same answer.
 
     Args:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from gati_jax.caches import Candidate, Network
+from gati_jax.data import Images
 from gati_jax.errors import InputError
 from gati_jax.models import Chain
 from gati_jax.planning import CostTable, ReplayTable
@@ -150,7 +151,7 @@ def onnx_version() -> str:
 
 
 def replays_on_onnx(
-    table: ReplayTable, chain: Chain, caches: Sequence[Candidate], images: Shaped[np.ndarray, "n ..."]
+    table: ReplayTable, chain: Chain, caches: Sequence[Candidate], images: Images
 ) -> tuple[ReplayTable, ...]:
     """Return replays on ONNX Runtime: of images one by one, and in batches; for ``certify_together``.
 

@@ -234,8 +234,9 @@ def test_a_batch_is_used_again_with_rows_of_recent_ones(monkeypatch, kept):
     """Each in ``reuse`` steps on the mean, all in one schedule, and the base runs once for each batch."""
     module = importlib.import_module("gati_jax.fitting.predictors")
     monkeypatch.setattr(module, "_RECENT_BYTES", (kept * 32 + 20) * 4 * (10 + tiny.CLASSES))
-    ran, run = [], module._run_base
-    monkeypatch.setattr(module, "_run_base", lambda *a, **k: (ran.append(len(a[1])), run(*a, **k))[1])
+    base = importlib.import_module("gati_jax.fitting.base")
+    ran, run = [], base._run_base
+    monkeypatch.setattr(base, "_run_base", lambda *a, **k: (ran.append(len(a[1])), run(*a, **k))[1])
     config = dataclasses.replace(tiny.CONFIG, epochs=2, reuse=3)
     found = tiny.fit(sites=(1,), config=config).items[0].params["predictor"]["params"]
     assert ran == [tiny.ROWS, *[32] * 16]  # all for the first values, then every batch once
@@ -246,7 +247,7 @@ def test_a_batch_is_used_again_with_rows_of_recent_ones(monkeypatch, kept):
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_the_fastest_backend_gives_the_bases_activations(monkeypatch, backend, dtype):
     """Of a residual network with random weights, at all sites, the input among them; a grid, a mean and the whole."""
-    module = importlib.import_module("gati_jax.fitting.predictors")
+    module = importlib.import_module("gati_jax.fitting.base")
     if backend == "xla":
         monkeypatch.setattr(module, "_onnx_spans", lambda *_: None)
     else:

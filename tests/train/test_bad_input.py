@@ -60,7 +60,7 @@ EVERY_SCRIPT = {
     "unknown network": (["--base.network", "resnet21"], "resnet21"),
     "unknown split": (["--data.splits.fit", "train", "--data.base_trained_on", '["train"]'], "split"),
     "no such rows": ([*SPLITS, *NO_ROWS], "all has 1797 rows"),
-    "split of another form": (["--data.splits.test", "all[10%:]"], "all[10%:]"),
+    "rows and percentages": (["--data.splits.test", "all[10%:]"], "all[10%:]"),
     "data folder": (["--data.name", "cifar10", "--data.dir", "nowhere"], "data.dir"),
     "normalization": (["--base.normalization.std", "[0]"], "normalization"),
 }

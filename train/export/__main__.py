@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import gati_jax
 from gati_jax import Chain, InputError
 from gati_jax.bundle.manifest import read_manifest
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     bundle = form.bundle
     images, why = None, ""
     try:
-        images = certify_images(bundle, folder, arguments.data_dir)
+        images = np.asarray(certify_images(bundle, folder, arguments.data_dir, arguments.data_name))
     except InputError as error:
         why = str(error)
         _log.warning("nothing is certified of the export, which cannot be compared with the certified answers: %s", why)
@@ -55,7 +57,7 @@ def parser() -> cli.Parser:
     p = cli.parser("Export a saved bundle's cascades.", EXAMPLE)
     cli.add_bundle(p)
     p.add_argument("--format", choices=("onnx", "stablehlo"), default="onnx", help="of the programs (default: onnx)")
-    p.add_argument("--data-dir", type=Path, metavar="DIR", help="TFDS's folder, if not where the bundle was fitted")
+    cli.add_data(p)
     return p
 
 

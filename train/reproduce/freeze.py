@@ -136,7 +136,7 @@ def freeze_protocol(
             for kind, those in names.items()
         },
         base=results.FreezeBase(accuracy=accuracy(requests.answers, requests.labels), bytes=base.bytes),
-        predictors={} if learned is None else predictor_agreement(base, learned, parts["serve"].images),
+        predictors={} if learned is None else predictor_agreement(base, learned, np.asarray(parts["serve"].images)),
         epochs=candidates.epochs,
         fit_seconds=fit_seconds,
         replay_seconds=time.perf_counter() - started,

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     }
 
     # --- Comparison -------------------------------------------------------------------------------------------------
-    images = {name: part.images for name, part in parts.items()}
+    images = {name: np.asarray(part.images) for name, part in parts.items()}
     result = results.Reproduction(
         **results.describe_run(config.data.name, config.base.network, splits),
         base=results.BaseResult(accuracy=accuracy(tables["test"].answers, tables["test"])),

@@ -1,0 +1,498 @@
+"""Picture files, archives, Hugging Face data sets and functions against what was written; streams against arrays."""
+
+import dataclasses
+import io
+import os
+import struct
+import threading
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+
+import gati_jax
+from gati_jax import data
+from gati_jax.data import pictures
+from gati_jax.errors import InputError
+from tests.fitting import tiny
+
+Image = pytest.importorskip("PIL.Image", reason="needs the extra train")
+RNG = np.random.default_rng(0)
+
+
+def encoded(image, kind="png", **options):
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def folder_of(path, classes=("bee", "ant"), n=8, size=(9, 7), ending="png"):
+    """Write class folders; the first pixel of each picture says its class and its number."""
+    for c, name in enumerate(sorted(classes)):
+        (path / name).mkdir(parents=True)
+        for i in range(n):
+            image = RNG.integers(0, 256, (*size, 3), np.uint8)
+            image[0, 0] = c, i, 0
+            (path / name / f"{i:03}.{ending}").write_bytes(encoded(image))
+    return path
+
+
+def ids(images):
+    return [tuple(row) for row in np.asarray(images)[:, 0, 0, :2].tolist()]
+
+
+# --- torchvision's evaluation transform -------------------------------------------------------------------------------
+
+TRANSFORMS = [
+    {"resize": 16, "crop": 14},
+    {"resize": 40, "crop": 41},
+    {"resize": (11, 23), "crop": (12, 8)},
+    {"resize": 13, "interpolation": "bicubic"},
+    {"crop": 9},
+    {"crop": (80, 5)},
+    {"resize": 15, "channels": 1, "interpolation": "lanczos"},
+]
+
+
+@pytest.mark.parametrize("size", [(31, 50), (50, 31), (24, 24), (25, 97)])
+@pytest.mark.parametrize("options", TRANSFORMS, ids=str)
+def test_pictures_are_torchvisions(options, size):
+    transforms = pytest.importorskip("torchvision.transforms", reason="compares with torchvision")
+    theirs = []
+    if resize := options.get("resize"):
+        filter_ = transforms.InterpolationMode(options.get("interpolation", "bilinear"))
+        theirs.append(transforms.Resize(resize, interpolation=filter_))
+    theirs += [transforms.CenterCrop(options["crop"])] if "crop" in options else []
+    ours = pictures.Transform(**options)
+    for kind, mode in (("jpeg", "RGB"), ("png", "RGBA"), ("png", "L"), ("png", "P"), ("jpeg", "CMYK"), ("webp", "RGB")):
+        shape = {"L": size, "P": size, "RGB": (*size, 3)}.get(mode, (*size, 4))
+        image = Image.frombytes(mode, size[::-1], RNG.integers(0, 256, shape, np.uint8).tobytes())
+        if mode == "P":
+            image.putpalette(RNG.integers(0, 256, 768, np.uint8).tobytes())
+        file = encoded(image, kind)
+        expected = Image.open(io.BytesIO(file)).convert("L" if options.get("channels") == 1 else "RGB")  # ImageFolder's
+        expected = np.asarray(transforms.Compose(theirs)(expected)).reshape(-1)
+        got = ours.picture(file, "x")
+        assert got.shape[2] == options.get("channels", 3)
+        assert np.abs(got.reshape(-1).astype(int) - expected).max() <= 1
+
+
+# --- Folders and CSV files --------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_shuffled_by_a_fixed_seed_and_labelled_by_its_sorted_folders(tmp_path):
+    folder = folder_of(tmp_path)
+    whole = data.load("folder", "all", folder)
+    assert whole.class_names == ("ant", "bee")
+    assert whole.labels is not None
+    assert [c for c, _ in ids(whole.images)] == whole.labels.tolist()
+    assert sorted(ids(whole.images)) == [(c, i) for c in range(2) for i in range(8)]
+    halves = [data.load("folder", split, folder) for split in ("all[:50%]", "all[50%:]")]
+    assert ids(halves[0].images) + ids(halves[1].images) == ids(whole.images)
+    assert all(len({c for c, _ in ids(half.images)}) == 2 for half in halves)  # which a sorted one would not have
+    in_order = data.load("folder", "all", folder, shuffle_seed="none")
+    assert ids(in_order.images) == sorted(ids(whole.images))
+    assert ids(data.load("folder", "all", folder, shuffle_seed=1).images) != ids(whole.images)
+
+
+def test_folders_of_splits_share_their_classes(tmp_path):
+    folder_of(tmp_path / "train", ("ant", "bee", "cat"))
+    folder_of(tmp_path / "val", ("bee", "cat"))
+    part = data.load("folder", "val", tmp_path)
+    assert part.class_names == ("ant", "bee", "cat")
+    assert part.labels is not None
+    assert set(part.labels.tolist()) == {1, 2}
+    for split in ("all", "test", "ant"):
+        with pytest.raises(InputError, match=r"split: expected .*train.*val"):
+            data.load("folder", split, tmp_path)
+
+
+def test_pictures_without_folders_have_no_labels(tmp_path):
+    (folder_of(tmp_path / "x", ["ant"]) / "ant").rename(tmp_path / "loose")
+    assert data.load("folder", "all", tmp_path / "loose").labels is None
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_csv_names_files_labels_and_splits(tmp_path, named):
+    folder = folder_of(tmp_path / "pictures")
+    lines = ["split,label,path"]
+    for i in range(8):
+        lines.append(f"{'train' if i < 6 else 'test'},{'zoo' if named else 7},pictures/ant/{i:03}.png")
+        lines.append(
+            f"train,{'air, fresh' if named else 2},{folder}/bee/{i:03}.png".replace("air, fresh", '"air, fresh"')
+        )
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(lines))
+    train, test = (data.load("folder", split, table) for split in ("train", "test"))
+    assert sorted(ids(test.images)) == [(0, 6), (0, 7)]
+    assert len(train) == 14
+    assert train.class_names == (("air, fresh", "zoo") if named else ())
+    label_of = {0: 1, 1: 0} if named else {0: 7, 1: 2}
+    for part in (train, test):
+        assert part.labels is not None
+        assert part.labels.tolist() == [label_of[c] for c, _ in ids(part.images)]
+
+
+def bomb():
+    """A PNG of 60,000 x 60,000 pixels that takes 60 bytes."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    body = b"IDAT" + zlib.compress(bytes(16))
+    chunks = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (header, body, b"IEND"))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+NOISE = RNG.integers(0, 256, (40, 40, 3), np.uint8)
+DAMAGED = {
+    "cut": (encoded(NOISE, "jpeg")[:900], "003.png: expected a picture that can be read, got .*truncated"),
+    "bits": (encoded(NOISE)[:60] + b"xxxx" + encoded(NOISE)[64:], "003.png: expected a picture that can be read, got"),
+    "empty": (b"", "003.png: expected a picture JPEG, PNG or WebP, got another file"),
+    "text": (b"hello, world", "003.png: expected a picture JPEG, PNG or WebP, got another file"),
+    "gif": (encoded(NOISE, "gif"), "003.png: expected a picture JPEG, PNG or WebP, got another file"),
+    "bomb": (bomb(), "003.png: expected .*(pixels|bomb)"),
+    "other size": (
+        encoded(NOISE),
+        r"one size, got \[.*\] in .*\.png, others have \[.*\]: set data.resize and data.crop",
+    ),
+}
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("case", DAMAGED)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_damaged_file_is_named_in_one_line(tmp_path, case, streamed):
+    content, message = DAMAGED[case]
+    folder = folder_of(tmp_path)
+    (folder / "bee" / "003.png").write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        data.row_digests(data.load("folder", "all", folder, memory_mb=0 if streamed else 512).images)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    folder = folder_of(tmp_path)
+    os.mkfifo(folder / "ant" / "pipe.png")
+    (folder / "bee" / "link.png").symlink_to(folder / "bee" / "000.png")
+    with pytest.raises(InputError, match=r"pipe\.png: expected a regular file"):
+        data.load("folder", "all", folder)
+    (folder / "ant" / "pipe.png").unlink()
+    assert len(data.load("folder", "all", folder)) == 17
+
+
+def odd_folders(path):
+    folder_of(path / "mixed")
+    (path / "mixed" / "loose.png").write_bytes(encoded(NOISE))
+    folder_of(path / "deep" / "train")
+    folder_of(path / "deep" / "train" / "bee" / "deeper")
+    (path / "none").mkdir()
+    tables = {
+        "no path": "file\na.png",
+        "gap": "path,label\na.png,1\nb.png,",
+        "nul": "path\na\0b.png",
+        "latin": "path\n\xe9",
+    }
+    for name, text in tables.items():
+        (path / f"{name}.csv").write_text(text, encoding="latin-1")
+
+
+ODD = {"deep": "train"} | dict.fromkeys(
+    ["mixed", "none", "nowhere", "no path.csv", "gap.csv", "nul.csv", "latin.csv"], "all"
+)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_other_layouts_are_refused_in_one_line(tmp_path, name):
+    odd_folders(tmp_path)
+    with pytest.raises(InputError) as caught:
+        data.load("folder", ODD[name], tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert name in str(caught.value) or "b.png" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"resize": 0}, "resize"),
+        ({"crop": [1, 2, 3]}, "crop"),
+        ({"filter": "box"}, "filter"),
+        ({"channels": 2}, "channels"),
+    ],
+)
+def test_bad_options_are_one_line(tmp_path, options, key):
+    with pytest.raises(InputError, match=f"data: {key}") as caught:
+        data.load("folder", "all", tmp_path, **options)
+    assert "\n" not in str(caught.value)
+
+
+# --- Archives ---------------------------------------------------------------------------------------------------------
+
+PIXELS, LABELS = RNG.integers(0, 256, (20, 6, 5, 3), np.uint8), np.arange(20)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("layout", ["one", "prefixes", "files"])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_archives_hold_what_was_saved(tmp_path, save, layout, streamed):
+    if layout == "files":
+        save(tmp_path / "train.npz", images=PIXELS, labels=LABELS)
+    elif layout == "one":
+        save(tmp_path / "x.npz", images=PIXELS, labels=LABELS)
+    else:
+        save(tmp_path / "x.npz", train_images=PIXELS, train_labels=LABELS, test_images=PIXELS[:3])
+    split, place = "all" if layout == "one" else "train", tmp_path if layout == "files" else tmp_path / "x.npz"
+    options = {"memory_mb": 0} if streamed else {}
+    parts = [data.load("npz", f"{split}{part}", place, **options) for part in ("[:30%]", "[30%:]")]
+    labels = np.concatenate([part.labels for part in parts if part.labels is not None])
+    assert sorted(labels.tolist()) == LABELS.tolist()
+    assert labels.tolist() != LABELS.tolist()
+    assert np.array_equal(np.concatenate([np.asarray(part.images) for part in parts]), PIXELS[labels])
+    assert np.array_equal(data.load("npz", split, place, shuffle_seed="none", **options).images, PIXELS)
+
+
+def archive(path, header, body, method=zipfile.ZIP_STORED):
+    text = f"{header}\n".encode()
+    with zipfile.ZipFile(path, "w", method) as file:
+        file.writestr("images.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + body)
+
+
+HEADERS = {
+    "objects": ({"descr": "|O", "fortran_order": False, "shape": (2, 2)}, b"\x80\x04K\x01."),
+    "larger than it is": ({"descr": "|u1", "fortran_order": False, "shape": (10**9, 10**9)}, bytes(100)),
+    "negative": ({"descr": "|u1", "fortran_order": False, "shape": (-10, -10)}, bytes(100)),
+    "one number": ({"descr": "|u1", "fortran_order": False, "shape": ()}, bytes(1)),
+    "text": ({"descr": "<U1", "fortran_order": False, "shape": (5, 5)}, bytes(100)),
+    "code": ("__import__('os').abort()", b""),
+}
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("case", HEADERS)
+def test_archives_of_anything_but_numbers_are_refused(tmp_path, case, method):
+    archive(tmp_path / "x.npz", *HEADERS[case], method)
+    with pytest.raises(InputError, match=r"data\.dir: expected an array") as caught:
+        data.load("npz", "all", tmp_path / "x.npz")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0, 30, 500, 1500])
+def test_a_cut_archive_is_one_line(tmp_path, kept):
+    np.savez(tmp_path / "x.npz", images=PIXELS)
+    (tmp_path / "x.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:kept])
+    with pytest.raises(InputError, match=r"data\.dir: expected an .npz file"):
+        data.load("npz", "all", tmp_path / "x.npz")
+
+
+# --- Hugging Face -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["saved", "saved splits", "parquet"])
+def test_hugging_faces_data_sets_are_what_was_written(tmp_path, kind, monkeypatch):
+    library = pytest.importorskip("datasets", reason="needs the extra huggingface")
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    features = library.Features(
+        {"id": library.Value("int64"), "img": library.Image(), "fine": library.ClassLabel(names=["a", "b"])}
+    )
+    rows = {"id": list(range(12)), "img": [{"bytes": encoded(PIXELS[i], "png"), "path": None} for i in range(12)]}
+    table = library.Dataset.from_dict(rows | {"fine": [i % 2 for i in range(12)]}, features=features)
+    place = tmp_path / "data"
+    if kind == "parquet":
+        place.mkdir()
+        table.to_parquet(place / "train-00000-of-00001.parquet")
+    else:
+        (table if kind == "saved" else library.DatasetDict(train=table)).save_to_disk(place)
+    split = "all" if kind == "saved" else "train"
+    for options in ({}, {"memory_mb": 0, "image_column": "img", "label_column": "fine"}):
+        loaded = data.load("huggingface", split, place, shuffle_seed="none", **options)
+        assert np.array_equal(np.asarray(loaded.images), PIXELS[:12])
+        assert loaded.labels is not None
+        assert loaded.labels.tolist() == [0, 1] * 6
+        assert loaded.class_names == ("a", "b")
+    for bad, message in (
+        ({"label_column": "none"}, "label_column: expected one of"),
+        ({"repository": "a/b"}, "one of them"),
+    ):
+        with pytest.raises(InputError, match=message):
+            data.load("huggingface", split, place, **bad)
+    with pytest.raises(InputError, match="split: expected one of"):
+        data.load("huggingface", "validation", place)
+
+
+def test_a_folder_of_something_else_is_not_given_to_datasets(tmp_path):
+    pytest.importorskip("datasets", reason="needs the extra huggingface")
+    (tmp_path / "x.py").write_text("raise SystemExit")
+    with pytest.raises(InputError, match="expected a folder of parquet files"):
+        data.load("huggingface", "all", tmp_path)
+    with pytest.raises(InputError, match="repository"):
+        data.load("huggingface", "all", repository="../../etc x")
+
+
+# --- Functions --------------------------------------------------------------------------------------------------------
+
+
+def test_a_function_gives_images_with_labels_or_a_source():
+    pairs = [(PIXELS[i], int(LABELS[i])) for i in range(20)]
+    by_name = [{"image": PIXELS[i], "label": LABELS[i]} for i in range(20)]
+    for function in (lambda: (PIXELS, LABELS), lambda split: {"all": pairs}[split], lambda: by_name):
+        for options in ({}, {"memory_mb": 0}):
+            loaded = data.load_function(function, "all[5:15]", **options)
+            assert loaded.labels is not None
+            assert np.array_equal(np.asarray(loaded.images), PIXELS[loaded.labels])
+    resized = data.load_function(lambda: PIXELS, "all", resize=(3, 4), shuffle_seed="none")
+    assert resized.labels is None
+    expected = Image.fromarray(PIXELS[7]).resize((4, 3), Image.Resampling.BILINEAR)
+    assert np.array_equal(resized.images[7], np.asarray(expected))
+
+
+BAD_FUNCTIONS = {
+    "no split": (lambda: PIXELS, "train", "split: expected all"),
+    "nothing": (lambda: None, "all", "expected images, .* got NoneType"),
+    "labels": (lambda: (PIXELS, LABELS[:3]), "all", "expected 20 labels"),
+    "names": (lambda: (PIXELS, ["a"] * 20), "all", "expected an integer as label"),
+    "text": (lambda: "images", "all", "expected images, .* got str"),
+    "no rows": (list, "all", "at least one row"),
+    "objects": (lambda: [object()] * 3, "all", "expected an array of numbers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FUNCTIONS)
+def test_what_else_a_function_gives_is_refused_in_one_line(case):
+    function, split, message = BAD_FUNCTIONS[case]
+    with pytest.raises(InputError, match=message) as caught:
+        data.load_function(function, split, name="mine:images")
+    assert "\n" not in str(caught.value)
+
+
+# --- Streams ----------------------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A source that remembers how many rows were read, and by which threads."""
+
+    def __init__(self, rows, labels=None):
+        self.rows, self.labels, self.reads, self.threads = rows, labels, 0, set()
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        assert type(index) is int
+        self.reads += 1
+        self.threads.add(threading.current_thread().name)
+        return self.rows[index] if self.labels is None else (self.rows[index], self.labels[index])
+
+
+@pytest.mark.parametrize(
+    "rows", [slice(2, 9), 3, -1, np.array([5, 5, 0, 19]), np.arange(20) % 3 == 0, slice(0, 0)], ids=str
+)
+def test_rows_are_indexed_as_an_array_is(rows):
+    images = data.ImageRows(Counting(PIXELS)).take(np.arange(20)[::-1])
+    assert images.shape == PIXELS.shape
+    assert np.array_equal(images[rows], PIXELS[::-1][rows])
+    assert np.array_equal(np.asarray(images), PIXELS[::-1])
+
+
+def test_batches_come_in_order_ahead_of_their_use_and_no_further():
+    source = Counting(np.arange(1000, dtype=np.float32)[:, None])
+    batches = data.read_batches((data.ImageRows(source), np.arange(1000)), data.full_batches(1000, 64))
+    for i, (rows, numbers) in zip(range(5), batches, strict=False):
+        assert np.array_equal(rows[:, 0], numbers)
+        assert source.reads <= 1 + 64 * (i + 1 + 3)
+    batches.close()
+    assert len(source.threads) > 1
+    last = list(data.read_batches((data.ImageRows(source),), data.full_batches(70, 64)))[-1][0]
+    assert last[:, 0].tolist() == [64, 65, 66, 67, 68, 69, *[64] * 58]
+
+
+def test_digests_labels_and_near_copies_of_a_stream_are_an_arrays():
+    other = np.concatenate([RNG.integers(0, 256, (9, 6, 5, 3), np.uint8), PIXELS[3:7, :, ::-1] ^ 1])
+    source = Counting(PIXELS, LABELS)
+    rows, others = data.ImageRows(source), data.ImageRows(Counting(other))
+    assert np.array_equal(data.row_digests(rows), data.row_digests(PIXELS))
+    assert data.row_digests(rows.take(np.array([4, 1]))).tolist() == data.row_digests(PIXELS[[4, 1]]).tolist()
+    assert np.array_equal(rows.scan().labels, LABELS)
+    assert source.reads == 1 + 20  # of the shape, then once for all
+    for one in (other, others):
+        for two in (PIXELS, rows):
+            assert data.count_near_copies(one, two) == 4
+    assert data.count_near_copies(others) == data.count_near_copies(other) == 0
+
+
+BROKEN = {
+    "other shape": (lambda i: PIXELS[i, :4] if i == 15 else PIXELS[i], r"one size .*\(row 15\)"),
+    "other dtype": (lambda i: PIXELS[i].astype(np.int32) if i == 15 else PIXELS[i], r"one size and dtype .*\(row 15\)"),
+    "not finite": (lambda i: np.where(i == 15, np.nan, PIXELS[i].astype(np.float32)), "expected finite values"),
+    "own error": (lambda i: {}[i] if i == 15 else PIXELS[i], r"row 15 of .* cannot be read: KeyError: 15"),
+    "augmented": (
+        lambda _: np.frombuffer(np.random.default_rng().bytes(90), np.uint8).reshape(6, 5, 3),
+        "the same whenever it is read",
+    ),
+}
+
+
+class Made:
+    """A source whose rows come from a function."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return self.function(index)
+
+
+def read_twice(rows):
+    rows.scan()
+    return rows[15]
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_rows_that_differ_are_refused_in_one_line(case):
+    function, message = BROKEN[case]
+    rows = data.ImageRows(Made(function), name="images")
+    with pytest.raises(InputError, match=f"images: .*{message}") as caught:
+        read_twice(rows)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fit_and_a_replay_of_a_source_are_those_of_the_array():
+    images, select = tiny.images()
+    options = {"heads": [tiny.head(1, 2)], "config": dataclasses.replace(tiny.CONFIG, epochs=2), "progress": False}
+    chain, labels = tiny.chain(), np.arange(len(select)) % tiny.CLASSES
+    found = gati_jax.fit(chain, Counting(images), select=Counting(select), **options)
+    expected = gati_jax.fit(chain, images, select=select, **options)
+    for one, other in zip(found, expected, strict=True):
+        assert all(np.array_equal(*leaves) for leaves in zip(*map(leaves_of, (one.params, other.params)), strict=True))
+    table = gati_jax.replay(chain, found, Counting(select, labels))
+    whole = gati_jax.replay(chain, expected, select, labels=labels)
+    for column in ("answers", "classes", "scores", "rows", "labels"):
+        assert np.array_equal(getattr(table, column), getattr(whole, column))
+    with pytest.raises(InputError, match="expected images and fit disjoint"):
+        gati_jax.replay(chain, found, Counting(images))
+    with pytest.raises(InputError, match="expected select and fit disjoint"):
+        gati_jax.fit(chain, Counting(images), select=Counting(images[:50]), **options)
+    with pytest.raises(InputError, match=r"select: expected shape \[batch, 12\]"):
+        gati_jax.fit(chain, Counting(images), select=Counting(select[:, :5]), **options)
+
+
+def leaves_of(tree):
+    return [np.asarray(leaf) for leaf in gati_jax.pytrees.jax.tree.leaves(tree)]
+
+
+def test_rows_run_in_pieces_where_activations_are_large(monkeypatch):
+    """The same rows' results, to rounding, and none of more than a piece."""
+    images, select = tiny.images()
+    base = __import__("importlib").import_module("gati_jax.fitting.base")
+    options = {"heads": [tiny.head(1)], "config": dataclasses.replace(tiny.CONFIG, epochs=2), "progress": False}
+    whole = gati_jax.fit(tiny.chain(), images, select=select, **options)
+    assert base.rows_at_once(tiny.chain(), 128) == 128
+    each = 4 * (12 + 10 + 9)
+    monkeypatch.setattr(base, "_SITE_BYTES", 9 * each)
+    assert base.rows_at_once(tiny.chain(), 32) == 8
+    sizes, run = [], base._run_base
+    monkeypatch.setattr(base, "_run_base", lambda *a, **k: (sizes.append(len(a[1])), run(*a, **k))[1])
+    found = gati_jax.fit(tiny.chain(), images, select=select, **options)
+    assert set(sizes) == {8}
+    for one, other in zip(leaves_of([c.params for c in found]), leaves_of([c.params for c in whole]), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-3)
