@@ -52,7 +52,8 @@ def evaluate(
 
     Args:
         bundle: See ``load_bundle``.
-        images: As for ``infer_batch``, or a source of them, see ``fit``; images on which nothing was fitted, chosen or certified say most.
+        images: As for ``infer_batch``, or a source of them, see ``fit``. Those on which nothing was fitted, chosen or
+            certified say most.
         labels: The right classes, int[n], for accuracies; agreement needs none.
         timed: So many requests are timed, from the first; 0: none, which saves most of the time.
         batches: Sizes to time where the bundle has been tuned for this device.
