@@ -82,7 +82,10 @@ def parser() -> cli.Parser:
 def fitted_on(bundle: Bundle, path: Path) -> Config:
     """Return the experiment that a bundle comes from."""
     if not bundle.provenance.config:
-        raise InputError(f"bundle: {path} does not say what it was fitted on; expected one written by train.caches")
+        raise InputError(
+            f"bundle: {path} does not say what it was fitted on; expected one that gati-jax fit wrote, for others there"
+            " is gati_jax.evaluate(bundle, images)"
+        )
     return build_config(bundle.provenance.config)
 
 
