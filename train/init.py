@@ -157,6 +157,8 @@ def network_of(weights: Path, shape: tuple[int, ...], classes: int) -> str:
 
 
 def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    if len(shape) != len(("height", "width", "channels")):
+        raise InputError(f"--data: expected images [height, width, channels], got {list(shape)}")
     height, width, channels = shape
     return height, width, channels
 
