@@ -38,8 +38,8 @@ def assemble(settings: Settings) -> Parts:
     Raises:
         InputError: There is no valid bundle, or no chain for it.
     """
-    chain = settings.chain and load_chain(settings.chain, "--chain")
-    bundle = gati_jax.load_bundle(settings.bundle, chain=chain or None)
+    chain = load_chain(settings.chain, "--chain") if settings.chain else None
+    bundle = gati_jax.load_bundle(settings.bundle, chain=chain)
     if why := bundle.bound_of().why:
         _log.warning("nothing is promised, and the base answers by default: %s", why)
     tally = Tally()

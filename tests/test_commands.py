@@ -101,7 +101,8 @@ def classify(params, x):
 
 def network():
     spec = jax.ShapeDtypeStruct((4, 4, 3), "float32")
-    return gati_jax.Chain((block,) * 2, classify, (1.0, 1.0, np.zeros((48, 10), np.float32)), spec)
+    one = np.ones((), np.float32)
+    return gati_jax.Chain((block,) * 2, classify, (one, one, np.zeros((48, 10), np.float32)), spec)
 """
 
 

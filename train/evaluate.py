@@ -90,7 +90,10 @@ def fitted_on(bundle: Bundle, path: Path, own: str | None = None) -> Config:
         InputError: It does not say, or its data come from code that the user has not named.
     """
     if not bundle.provenance.config:
-        raise InputError(f"bundle: {path} does not say what it was fitted on; expected one written by train.caches")
+        raise InputError(
+            f"bundle: {path} does not say what it was fitted on; expected one that gati-jax fit wrote, for others there"
+            " is gati_jax.evaluate(bundle, images)"
+        )
     config = build_config(bundle.provenance.config)
     if own != config.data.name and (own is not None or config.data.names_code):
         why = ": that is code, which a bundle cannot ask to run" if config.data.names_code else ""

@@ -29,6 +29,7 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 TO_TRAIN = ("resnet18", "resnet20")  # where there are no weights yet
 TRAINED = Path("runs/base/base.safetensors")
 FIT = "[fit]\n"
+_KERNEL = 4  # dimensions of a convolution's
 PLAIN = """\
 [fit]
 epochs = 20 # fewer for large data; --fit.minutes bounds the time
@@ -140,12 +141,15 @@ def network_of(weights: Path, shape: tuple[int, ...], classes: int) -> str:
     last = [array.shape for name, array in tensors.items() if name.endswith(("fc.weight", "linear.weight"))]
     if last and last[0][0] != classes:
         raise WeightsError(f"--weights: expected a classifier of the data's {classes} classes, got one of {last[0][0]}")
+    convolutions = sum(array.ndim == _KERNEL for array in tensors.values())
     for name in NAMES:
         try:
-            import_state_dict(architecture(name, classes=classes, input_shape=_three(shape)), tensors)
-        except InputError:
+            network = architecture(name, classes=classes, input_shape=_three(shape))
+            if sum(map(len, network.layers())) == convolutions:  # the others need no second look, which takes seconds
+                import_state_dict(network, tensors)
+                return name
+        except InputError:  # too deep for such images, or other tensors
             continue
-        return name
     raise WeightsError(
         f"--weights: expected the tensors of one of {', '.join(NAMES)}, got others; a network of your own is named by"
         " --chain package.module:function"
@@ -153,6 +157,8 @@ def network_of(weights: Path, shape: tuple[int, ...], classes: int) -> str:
 
 
 def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    if len(shape) != len(("height", "width", "channels")):
+        raise InputError(f"--data: expected images [height, width, channels], got {list(shape)}")
     height, width, channels = shape
     return height, width, channels
 
