@@ -9,6 +9,7 @@ with their types, bounds and defaults are the module's own.
 
 import dataclasses
 import typing
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
@@ -106,8 +107,10 @@ def register_head(module: T) -> T:
     specs = _PREDICTOR_SPECS if "classes" in {field.name for field in dataclasses.fields(module)} else _SELECTOR_SPECS
     try:
         spec = _spec_of(kind, module)
-        spec.model_json_schema()
-    except (PydanticUserError, NameError, TypeError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of defaults that JSON cannot hold
+            spec.model_json_schema()
+    except (PydanticUserError, UserWarning, NameError, TypeError) as error:
         reason = printable(str(error).partition("\n")[0])
         raise InputError(f"module: expected fields that JSON can hold, got others in {kind}: {reason}") from error
     if (before := _OWN.get(kind)) is not None:  # defined anew, in a notebook
