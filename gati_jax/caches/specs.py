@@ -9,6 +9,7 @@ with their types, bounds and defaults are the module's own.
 
 import dataclasses
 import typing
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
@@ -67,7 +68,7 @@ SortedSelectorSpec = _SELECTOR_SPECS[SortedSelector]
 
 # --- A program's own --------------------------------------------------------------------------------------------------
 
-Module = TypeVar("Module", bound=type[nn.Module])
+T = TypeVar("T")
 _OWN: dict[str, type[nn.Module]] = {}
 """By import path, such as "my_package.heads:Deep"."""
 
@@ -76,7 +77,7 @@ class UnregisteredError(InputError):
     """A bundle names a module that the program has not registered."""
 
 
-def register_head(module: Module) -> Module:
+def register_head(module: T) -> T:
     """Let bundles hold a predictor or a selector of your own; for use as a decorator of a Linen module.
 
     A bundle keeps its import path ("my_package.heads:Deep") and its fields, never its code: the program that loads the
@@ -106,8 +107,10 @@ def register_head(module: Module) -> Module:
     specs = _PREDICTOR_SPECS if "classes" in {field.name for field in dataclasses.fields(module)} else _SELECTOR_SPECS
     try:
         spec = _spec_of(kind, module)
-        spec.model_json_schema()
-    except (PydanticUserError, NameError, TypeError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of defaults that JSON cannot hold
+            spec.model_json_schema()
+    except (PydanticUserError, UserWarning, NameError, TypeError) as error:
         reason = printable(str(error).partition("\n")[0])
         raise InputError(f"module: expected fields that JSON can hold, got others in {kind}: {reason}") from error
     if (before := _OWN.get(kind)) is not None:  # defined anew, in a notebook
@@ -120,7 +123,8 @@ def _own_or_known(value: Any, known: Callable[[Any], Any], specs: Mapping[type[n
     kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
     if not isinstance(kind, str) or ":" not in kind:
         return known(value)
-    if (module := _OWN.get(kind)) not in specs:
+    module = _OWN.get(kind)
+    if module is None or module not in specs:
         raise UnregisteredError(
             f"it has a head {printable(kind)} of your own: import that module, and call"
             " gati_jax.register_head on it before"

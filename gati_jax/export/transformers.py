@@ -9,18 +9,18 @@ import math
 import numpy as np
 
 from gati_jax import caches
-from gati_jax.models import vit
+from gati_jax.models import transformers
 
 from .graph import Graph, Params, Value, convolution, dense, emit, mlp
 
 
 @emit.register
-def _first_block(module: vit.FirstEncoderBlock, g: Graph, params: Params, x: Value) -> Value:
+def _first_block(module: transformers.FirstEncoderBlock, g: Graph, params: Params, x: Value) -> Value:
     return emit(module.block, g, params["block"], emit(module.tokens, g, params["tokens"], x))
 
 
 @emit.register
-def _tokens(module: vit.PatchTokens, g: Graph, params: Params, x: Value) -> Value:
+def _tokens(module: transformers.PatchTokens, g: Graph, params: Params, x: Value) -> Value:
     x = convolution(g, params["patches"], x, stride=module.patch)
     patches = x.shape[1] * x.shape[2]
     x = g.add("Reshape", x, g.ints(0, module.width, patches), shape=(module.width, patches))
@@ -31,7 +31,7 @@ def _tokens(module: vit.PatchTokens, g: Graph, params: Params, x: Value) -> Valu
 
 
 @emit.register
-def _block(module: vit.EncoderBlock, g: Graph, params: Params, x: Value) -> Value:
+def _block(module: transformers.EncoderBlock, g: Graph, params: Params, x: Value) -> Value:
     def normalized(name: str, y: Value) -> Value:
         return _layer_norm(g, params[name], y, module.epsilon)
 
@@ -46,7 +46,7 @@ def _block(module: vit.EncoderBlock, g: Graph, params: Params, x: Value) -> Valu
 
 
 @emit.register
-def _classifier(module: vit.ClassTokenClassifier, g: Graph, params: Params, x: Value) -> Value:
+def _classifier(module: transformers.ClassTokenClassifier, g: Graph, params: Params, x: Value) -> Value:
     return dense(g, params["head"], _layer_norm(g, params["last_norm"], _class_token(g, x), module.epsilon))
 
 

@@ -42,8 +42,8 @@ from .probe import check_chain as check_chain
 from .probe import check_logits as check_logits
 from .probe import probe_chain as probe_chain
 from .probe import warn_of_inputs as warn_of_inputs
-from .vit import Bert as Bert
-from .vit import ViT as ViT
+from .transformers import Bert as Bert
+from .transformers import ViT as ViT
 from .weights import export_state_dict as export_state_dict
 from .weights import import_state_dict as import_state_dict
 from .weights import read_metadata as read_metadata

@@ -15,7 +15,7 @@ from gati_jax.errors import InputError
 
 from .convolution import Algorithm, Layer
 from .modules import Classifier, ConvolutionBlock, FirstBlock, Norm, ResidualBlock, Size, Stem, residual_layers
-from .vit import Bert, ViT
+from .transformers import Bert, ViT
 
 _Counts = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1, max_length=8)]
 _Channels = Annotated[tuple[Size, ...], Field(min_length=1, max_length=8)]

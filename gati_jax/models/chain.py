@@ -17,7 +17,7 @@ from gati_jax.errors import InputError, kind_of, printable
 from gati_jax.options import Positive, check_options
 from gati_jax.pytrees import register_pytree, tree_bytes
 
-from .vit import Bert
+from .transformers import Bert
 
 Block = Callable[[Any, Array], Array]
 """``block(params, x[batch, ...]) -> y[batch, ...]``, pure; equal blocks share compiled programs."""

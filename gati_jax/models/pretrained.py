@@ -22,7 +22,7 @@ from .architectures import BERTS, NAMES, RESNETS, VGG, VITS, AnyNetwork, ResNet,
 from .chain import Chain, Normalization
 from .networks import fold, to_chain, unfold
 from .spellings import Tensors, is_hugging_face, standard_names
-from .vit import Bert, ViT
+from .transformers import Bert, ViT
 from .weights import (
     classifier_of,
     export_state_dict,
@@ -110,7 +110,7 @@ def _tokens(shape: tuple[int, ...]) -> int:
 
 
 def _resnet(name: str, tensors: Tensors, classes: int, shape: tuple[int, ...] | None, _: float) -> ResNet:
-    *_, channels, kernel, _ = _shape(tensors, "conv1.weight", 4) or (0, 3, 3, 3)
+    channels, kernel = (_shape(tensors, "conv1.weight", 4) or (0, 3, 3, 3))[1:3]
     side = 32 if kernel == 3 else 224  # noqa: PLR2004
     network = resnet(name, classes=classes, input_shape=_images(shape, (side, side, channels)))
     projected = any(".downsample.0." in each for each in tensors)
@@ -122,7 +122,7 @@ def _resnet(name: str, tensors: Tensors, classes: int, shape: tuple[int, ...] | 
 
 
 def _vgg(name: str, tensors: Tensors, classes: int, shape: tuple[int, ...] | None, _: float) -> VGG:
-    _, channels, *_ = _shape(tensors, "features.0.weight", 4) or (0, 3)
+    channels = (_shape(tensors, "features.0.weight", 4) or (0, 3))[1]
     return vgg(name, classes=classes, input_shape=_images(shape, (32, 32, channels)))
 
 
@@ -354,7 +354,7 @@ def _sides(size: Any) -> tuple[int, int]:  # noqa: ANN401 (of a config)
 
 def _vit_of(config: Mapping[str, Any], _: Mapping[str, Any]) -> dict[str, Any]:
     shape = (*_sides(config.get("image_size", 224)), config.get("num_channels", 3))
-    patch, _ = _sides(config.get("patch_size", 16))
+    patch = _sides(config.get("patch_size", 16))[0]
     return {"patch": patch, "input_shape": shape, **_encoder_of(config)}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from gati_jax.errors import WeightsError, listed
 
 from .architectures import AnyNetwork, ResNet
-from .vit import Bert, ViT
+from .transformers import Bert, ViT
 
 Tensors = Mapping[str, np.ndarray]
 _Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]

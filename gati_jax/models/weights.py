@@ -18,13 +18,13 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from gati_jax.errors import WeightsError, describe_mismatch, printable
+from gati_jax.errors import WeightsError, describe_mismatch, listed, printable
 from gati_jax.options import describe_error
 
 from .architectures import VGG, AnyNetwork, ResNet
 from .networks import Variables, init
 from .spellings import Tensors, is_no_weight, standard_names
-from .vit import Bert, ViT
+from .transformers import Bert, ViT
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _IN_SAFETENSORS = {"F16", "BF16", "F32", "F64"}

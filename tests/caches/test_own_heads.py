@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,7 @@ import gati_jax
 from gati_jax import BundleError, InputError, caches
 from gati_jax.caches import specs
 from gati_jax.fitting import untrained
+from gati_jax.pytrees import call
 
 
 class Deep(nn.Module):
@@ -52,7 +54,7 @@ class Odd(nn.Module):
 @pytest.fixture(autouse=True)
 def _as_before():
     """Register for one test only."""
-    tables = specs._OWN, specs._PREDICTOR_SPECS, specs._SELECTOR_SPECS
+    tables: tuple[dict[Any, Any], ...] = (specs._OWN, specs._PREDICTOR_SPECS, specs._SELECTOR_SPECS)
     before = [dict(table) for table in tables]
     yield
     for table, content in zip(tables, before, strict=True):
@@ -71,7 +73,7 @@ def test_a_head_that_is_not_registered_is_refused_before_training(chain, splits)
         gati_jax.fit(chain, splits["fit"], select=splits["select"], heads=HEADS, progress=False)
 
 
-def saved(folder, chain, splits, predictor=Deep):
+def saved(folder, chain, splits, predictor: Callable[[int], nn.Module] = Deep):
     heads = (dataclasses.replace(HEADS[0], predictor=predictor),)
     candidates = untrained(chain, heads)
     costs = gati_jax.CostTable(
@@ -157,11 +159,11 @@ def test_the_class_token_head_reads_the_first_token_only():
     head = caches.ClassToken(classes=3, hidden=4)
     variables = head.init(jax.random.key(0), x)
     other = np.concatenate([x[:, :1], x[::-1, 1:]], axis=1)
-    expected = head.apply(variables, x)
-    np.testing.assert_array_equal(head.apply(variables, other), expected)
-    np.testing.assert_array_equal(head.apply(variables, caches.summary_for(head)(x)), expected)
+    expected = call(head, variables, x)
+    np.testing.assert_array_equal(call(head, variables, other), expected)
+    np.testing.assert_array_equal(call(head, variables, caches.summary_for(head)(jnp.asarray(x))), expected)
     folded, without = caches.fold_standardize(head, variables)
-    np.testing.assert_allclose(folded.apply(without, x), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(call(folded, without, x), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(InputError, match=r"token: expected a site of \[tokens, features\], got \[5\]"):
         head.init(jax.random.key(0), x[:, 0])
 
@@ -179,6 +181,6 @@ def test_a_sequence_is_convolved_along_its_time():
     pooled = np.concatenate([y[:, :3].mean(1), y[:, 2:].mean(1)], -1)  # bins 0 .. 3 and 2 .. 5 of five
     hidden = np.maximum(pooled @ params["hidden"]["kernel"] + params["hidden"]["bias"], 0)
     expected = hidden @ params["out"]["kernel"] + params["out"]["bias"]
-    np.testing.assert_allclose(head.apply({"params": params}, x), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(call(head, {"params": params}, x), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match=r"conv2d: expected a site of \[height, width, channels\] or \[time"):
         head.init(jax.random.key(0), x[:, 0])

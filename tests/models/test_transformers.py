@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 import gati_jax
 from gati_jax import InputError, models
 from gati_jax.models import AnyNetwork, Bert, Chain, ViT, bert, vit
+from gati_jax.pytrees import call
 
 SMALL_VIT = ViT(patch=4, width=12, depth=3, heads=3, hidden=20, classes=5, input_shape=(8, 12, 3))
 SMALL_BERT = Bert(vocabulary=60, length=9, positions=16, width=12, depth=3, heads=2, hidden=20, classes=3)
@@ -135,6 +136,7 @@ def test_networks_of_hugging_face_from_their_folders(torch, tmp_path):
     stirred(torch, model).save_pretrained(tmp_path / "vit")
     chain = gati_jax.from_pretrained(tmp_path / "vit")
     assert_close(chain, images(16), logits(torch, model, images(16)))
+    assert isinstance(chain.network, ViT)
     as_in_memory = models.import_state_dict(chain.network, state_of(model))  # transformers has other names there
     assert jax.tree.all(jax.tree.map(np.array_equal, models.fold(as_in_memory), tuple(chain.params)))
 
@@ -255,5 +257,5 @@ def test_bfloat16_computes_in_bfloat16():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 12, 3)), jnp.bfloat16)
     variables = models.init(SMALL_VIT, jax.random.key(0))
     block, *_ = SMALL_VIT.modules()
-    assert block.apply(variables[0], x).dtype == jnp.bfloat16
+    assert call(block, variables[0], x).dtype == jnp.bfloat16
     assert models.apply_train(SMALL_VIT, variables, x)[0].dtype == jnp.float32
