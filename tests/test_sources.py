@@ -188,6 +188,7 @@ def odd_folders(path):
     tables = {
         "no path": "file\na.png",
         "gap": "path,label\na.png,1\nb.png,",
+        "short": "label,path\n1,a.png\n2",
         "nul": "path\na\0b.png",
         "latin": "path\n\xe9",
     }
@@ -196,7 +197,7 @@ def odd_folders(path):
 
 
 ODD = {"deep": "train"} | dict.fromkeys(
-    ["mixed", "none", "nowhere", "no path.csv", "gap.csv", "nul.csv", "latin.csv"], "all"
+    ["mixed", "none", "nowhere", "no path.csv", "gap.csv", "short.csv", "nul.csv", "latin.csv"], "all"
 )
 
 
