@@ -355,7 +355,7 @@ BAD_FUNCTIONS = {
     "labels": (lambda: (PIXELS, LABELS[:3]), "all", "expected 20 labels"),
     "names": (lambda: (PIXELS, ["a"] * 20), "all", "expected an integer as label"),
     "text": (lambda: "images", "all", "expected images, .* got str"),
-    "no rows": (list, "all", "at least one row"),
+    "no rows": (list, "all", "all has 0 rows"),
     "objects": (lambda: [object()] * 3, "all", "expected an array of numbers"),
 }
 
@@ -428,7 +428,10 @@ def test_digests_labels_and_near_copies_of_a_stream_are_an_arrays():
 
 BROKEN = {
     "other shape": (lambda i: PIXELS[i, :4] if i == 15 else PIXELS[i], r"one size .*\(row 15\)"),
-    "other dtype": (lambda i: PIXELS[i].astype(np.int32) if i == 15 else PIXELS[i], r"one size and dtype .*\(row 15\)"),
+    "other dtype": (
+        lambda i: PIXELS[i].astype(np.int32) if i == 15 else PIXELS[i],
+        r"dtype, got int32.* and uint8.*row 15",
+    ),
     "not finite": (lambda i: np.where(i == 15, np.nan, PIXELS[i].astype(np.float32)), "expected finite values"),
     "own error": (lambda i: {}[i] if i == 15 else PIXELS[i], r"row 15 of .* cannot be read: KeyError: 15"),
     "augmented": (

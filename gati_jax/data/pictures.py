@@ -198,7 +198,8 @@ def list_pictures(place: Path, split: str) -> Listed:
     if not folders:
         return _some([str(place / name) for name in loose], None, (), place)
     if loose:
-        raise InputError(f"data.dir: expected class folders only, or pictures only, got {loose[0]} beside {folders[0]}")
+        got = f"{printable(loose[0])} beside {printable(folders[0])}/"
+        raise InputError(f"data.dir: expected class folders only, or pictures only, in {place}, got {got}")
     return _by_class(place, below, folders)
 
 
