@@ -355,7 +355,7 @@ BAD_FUNCTIONS = {
     "labels": (lambda: (PIXELS, LABELS[:3]), "all", "expected 20 labels"),
     "names": (lambda: (PIXELS, ["a"] * 20), "all", "expected an integer as label"),
     "text": (lambda: "images", "all", "expected images, .* got str"),
-    "no rows": (list, "all", "all has 0 rows"),
+    "no rows": (lambda: PIXELS[:0], "all", "all has 0 rows"),
     "objects": (lambda: [object()] * 3, "all", "expected an array of numbers"),
 }
 
