@@ -89,7 +89,7 @@ def test_percentages_divide_a_split_without_gaps_and_overlaps(n, cuts):
             part = Rows.parse(text).within(n)
             rows += range(part.start, part.stop)
     assert rows == list(range(round(n * cuts[0] / 100), round(n * cuts[-1] / 100)))
-    data.check_disjoint(dict(enumerate(splits)))
+    data.check_disjoint({text: text for text in splits})
 
 
 @pytest.mark.parametrize("other", ["all[50%:]", "all[:1%]"])

@@ -198,7 +198,8 @@ def list_pictures(place: Path, split: str) -> Listed:
     if not folders:
         return _some([str(place / name) for name in loose], None, (), place)
     if loose:
-        raise InputError(f"data.dir: expected class folders only, or pictures only, got {loose[0]} beside {folders[0]}")
+        got = f"{printable(loose[0])} beside {printable(folders[0])}/"
+        raise InputError(f"data.dir: expected class folders only, or pictures only, in {place}, got {got}")
     return _by_class(place, below, folders)
 
 
@@ -251,8 +252,8 @@ def _from_csv(file: Path, split: str) -> Listed:
             rows = [(row["path"], row.get("label"), row.get("split")) for row in table]
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"data.dir: expected a CSV file, got {file}: {error}") from error
-    names = [label for _, label, _ in rows]
-    labels, class_names = _named(names, file) if "label" in columns else (None, ())
+    _check_filled("path", [path for path, *_ in rows], file)
+    labels, class_names = _named([label for _, label, _ in rows], file) if "label" in columns else (None, ())
     known = sorted({one or "" for *_, one in rows}) if "split" in columns else ["all"]
     if split not in known:
         raise InputError(f"split: expected one of {', '.join(map(printable, known[:20]))} of {file}, got {split!r}")
@@ -263,14 +264,18 @@ def _from_csv(file: Path, split: str) -> Listed:
 
 def _named(names: Sequence[str | None], file: Path) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:
     """Return labels as integers: those that are given, or positions among the sorted names."""
-    for line, name in enumerate(names, 2):
-        if not name:
-            raise InputError(f"data.dir: expected a label in every line of {file}, got none in row {line}")
+    _check_filled("label", names, file)
     texts = [name or "" for name in names]
     if all(text.isdecimal() and len(text) < len(str(2**31)) for text in texts):
         return np.array(texts, np.int64).astype(np.int32), ()
     classes = {name: i for i, name in enumerate(sorted(set(texts)))}
     return np.array([classes[text] for text in texts], np.int32), tuple(classes)
+
+
+def _check_filled(column: str, values: Sequence[str | None], file: Path) -> None:
+    for row, value in enumerate(values, 1):
+        if not value:
+            raise InputError(f"data.dir: expected a {column} in every row of {file}, got none in row {row}")
 
 
 class Transformed:

@@ -167,7 +167,7 @@ def load_function(function: Callable[..., Any], split: str, *, name: str = "", *
     name = name or getattr(function, "__qualname__", "the function")
     if not callable(function):
         raise InputError(f"data.name: expected a function, got {name}, which is {type(function).__name__}")
-    if inspect.signature(function).parameters:
+    if _takes_arguments(function):
         found = function(rows.split)
     elif rows.split == "all":
         found = function()
@@ -181,6 +181,13 @@ def load_function(function: Callable[..., Any], split: str, *, name: str = "", *
     if given is not None and given.shape[:1] != (len(images),):
         raise InputError(f"data.name: expected {len(images)} labels, as images, from {name}, got {[*given.shape]}")
     return _dataset(name, Opened(Transformed(images, reading.transform, name), given), rows, reading)
+
+
+def _takes_arguments(function: Callable[..., Any]) -> bool:
+    try:
+        return bool(inspect.signature(function).parameters)
+    except ValueError:  # a function that is not written in Python may not tell
+        return True
 
 
 def _dataset(name: str, opened: Opened, rows: Rows, reading: Reading) -> Dataset:

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -102,8 +102,17 @@ class ImageRows:
         """Return n."""
         return len(self._at)
 
-    def __getitem__(self, rows: int | np.integer | slice | np.ndarray | Sequence[int]) -> np.ndarray:
-        """Read one image, or several as an array."""
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield image by image; some are read ahead."""
+        starts = range(0, len(self), _TASK_ROWS)
+        for images in self.batches(np.arange(start, min(start + _TASK_ROWS, len(self))) for start in starts):
+            yield from images
+
+    def __getitem__(self, rows: int | np.integer | slice | np.ndarray | Sequence[int] | tuple[Any, ...]) -> np.ndarray:
+        """Read one image, or several as an array; further indices choose parts of what was read."""
+        if isinstance(rows, tuple):
+            found = self[rows[0]]
+            return found[(*([slice(None)] if found.ndim == self.ndim else []), *rows[1:])]
         if isinstance(rows, int | np.integer):
             return self._checked(int(np.arange(len(self))[rows]))[0]
         return next(self.batches([np.arange(len(self))[rows]]))

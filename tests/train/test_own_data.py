@@ -44,7 +44,7 @@ def test_a_folder_of_jpegs_goes_from_the_docs_config_to_an_evaluation(tmp_path, 
     monkeypatch.chdir(tmp_path)
     digits = data.load("digits", "all")
     assert digits.labels is not None
-    for i, (image, label) in enumerate(zip(digits.images, digits.labels, strict=True)):
+    for i, (image, label) in enumerate(zip(np.asarray(digits.images), digits.labels, strict=True)):
         path = Path("photos", f"digit {label}", f"{i}.jpg")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image[..., 0] * 15).resize((24, 16), Image.Resampling.NEAREST).save(path, quality=95)
