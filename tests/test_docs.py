@@ -17,7 +17,7 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def server(clone) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def serving(*options: str, folder: Path | None = None) -> Iterator[str]:
+def serving(*options: str, folder: Path | None = None) -> Generator[str]:
     """Serve, and yield the HTTP address."""
     ports = ["--http-port", "0", "--grpc-port", "0", "--admin-port", "0", "--grace", "0", "--json"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

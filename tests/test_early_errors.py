@@ -38,6 +38,10 @@ def chain(**parts: Any) -> Chain:
     return Chain(**{"blocks": (dense, dense), "classifier": dense, "params": (W, W, W), "input_spec": (4,)} | parts)
 
 
+def from_layers(layers: Any) -> Chain:
+    return Chain.from_layers(layers, (4,))
+
+
 def fit(**options: Any) -> Any:
     return gati_jax.fit(**{"chain": chain(), "images": IMAGES[:20], "select": IMAGES[20:]} | options)
 
@@ -51,8 +55,8 @@ def bundle() -> gati_jax.Bundle:
     return gati_jax.load_bundle(ROOT / "tests/fixtures/v1/bundle")
 
 
-def infer(image: Any) -> Any:
-    return gati_jax.infer(bundle(), image).logits
+def infer(image: Any, given: Any = None) -> Any:
+    return gati_jax.infer(given or bundle(), image).logits
 
 
 TRACED = (
@@ -91,13 +95,13 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: chain(params=(W, {"w": W, "rng": jax.random.key(0)}, W)),
         r"params: expected arrays and numbers, got key<fry>\[\] at \[1\]\['rng'\]",
     ),
-    "one layer": (lambda: Chain.from_layers([(dense, W)], (4,)), "layers: expected a block or more and .* got 1"),
+    "one layer": (lambda: from_layers([(dense, W)]), "layers: expected a block or more and .* got 1"),
     "a layer of three": (
-        lambda: Chain.from_layers([(dense, W, W), np.tanh], (4,)),
+        lambda: from_layers([(dense, W, W), np.tanh]),
         "layers: expected a function, or a function and its parameters, got tuple",
     ),
     "a layer that is none": (
-        lambda: Chain.from_layers([{"w": W}, np.tanh], (4,)),
+        lambda: from_layers([{"w": W}, np.tanh]),
         "layers: expected a function, or a function and its parameters, got dict",
     ),
     "one block alone": (lambda: chain(blocks=dense), "blocks: expected a sequence of functions .* got function"),
@@ -138,7 +142,7 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
         r"image: .*for gradients bundle\.chain\(inputs\)",
     ),
     "a path instead of a bundle": (
-        lambda: gati_jax.infer("my/bundle", PIXELS[0]),  # pyright: ignore[reportArgumentType]
+        lambda: infer(PIXELS[0], "my/bundle"),
         "bundle: expected what gati_jax.load_bundle returns, got str 'my/bundle'",
     ),
     "a path instead of images": (

@@ -70,7 +70,7 @@ def from_linen(
         (3, (8,), (2, 3))
     """
     leaves, structure = _flatten(variables)
-    function = _Linen(Fixed(module), structure, _fixed(call))
+    function = _Linen(Fixed(module), structure, Fixed(tuple(sorted(call.items()))))
     return _chain(function, leaves, sites, sample, normalization, channel_axis)
 
 
@@ -109,7 +109,7 @@ def from_nnx(
     evaluated.eval()
     graph, state = nnx.split(evaluated)
     leaves, structure = _flatten(state, of_each="/value")
-    function = _Nnx(Fixed(graph), structure, _fixed(call))
+    function = _Nnx(Fixed(graph), structure, Fixed(tuple(sorted(call.items()))))
     return _chain(function, leaves, names, sample, normalization, channel_axis)
 
 
@@ -151,7 +151,7 @@ def from_equinox(
     arrays, static = eqx.partition(both, eqx.is_array)
     leaves, structure = _flatten(arrays)
     values, shape = jax.tree.flatten(static)
-    function = _Equinox(Fixed((tuple(values), shape)), structure, _fixed(call), state is not None)
+    function = _Equinox(Fixed((tuple(values), shape)), structure, Fixed(tuple(sorted(call.items()))), state is not None)
     return _chain(function, leaves, names, sample, normalization, channel_axis)
 
 
@@ -294,10 +294,6 @@ def _unknown(missing: Sequence[str], known: Sequence[str]) -> InputError:
     return InputError(f"sites: expected submodules that are called, of {listed(known)}, got {listed(missing)}")
 
 
-def _fixed(call: Mapping[str, Any]) -> Fixed:
-    return Fixed(tuple(sorted(call.items())))
-
-
 def _check_sites(sites: Sequence[Any]) -> list[Any]:
     if isinstance(sites, str) or not isinstance(sites, Sequence) or not sites:
         raise InputError(f"sites: expected a list of submodules, got {kind_of(sites)}")
@@ -345,14 +341,11 @@ def _chain(
             )
         blocks.append(Segment(whole, index, tuple(used)))
         params.append(used)
-    chain = Chain(blocks, WithoutParams(_unchanged), (*params, ()), spec, normalization)
+    unchanged = WithoutParams(jnp.asarray)  # the last block ends with the logits
+    chain = Chain(blocks, unchanged, (*params, ()), spec, normalization)
     _check_parity(chain, _Marked(module, (), layout), tuple(leaves.values()), inputs[:ROWS])
     check_chain(chain, np.asarray(inputs))
     return chain
-
-
-def _unchanged(logits: Array) -> Array:  # the last block ends with them
-    return logits
 
 
 def _prepared(sample: Any, normalization: Normalization | None) -> Num[Array, "n ..."]:  # noqa: ANN401

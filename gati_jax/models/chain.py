@@ -151,10 +151,10 @@ class Chain:
         """
         functions, params = [], []
         for layer in _entries("layers", layers, "functions of a batch, or pairs of a function and its parameters"):
-            pair = layer if isinstance(layer, (tuple, list)) else (WithoutParams(layer), ())
+            pair = layer if isinstance(layer, (tuple, list)) else (layer, ())
             if len(pair) != 2 or not callable(pair[0]):  # noqa: PLR2004
                 raise InputError(f"layers: expected a function, or a function and its parameters, got {kind_of(layer)}")
-            functions.append(pair[0])
+            functions.append(WithoutParams(layer) if callable(layer) else pair[0])
             params.append(pair[1])
         if len(functions) < 2:  # noqa: PLR2004
             raise InputError(f"layers: expected a block or more and the classifier, got {len(functions)}")
