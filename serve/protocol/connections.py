@@ -19,14 +19,16 @@ from pathlib import Path
 
 import httptools
 import uvicorn
-from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from starlette.responses import Response
+from starlette.types import ASGIApp, Scope
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from .admission import Limits
 
 BACKLOG = 2048
 _BURST = 128  # connections that are accepted in one turn
 _PAUSE = 0.1  # seconds
+_SPARE = 1.0  # seconds for which a connection has been idle that makes place for a new one
 _QUIET = 60.0  # seconds between two complaints of the same
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _log = logging.getLogger("serve.http")
@@ -42,6 +44,7 @@ class HttpServer(uvicorn.Server):
         drain: Seconds that requests in flight have to finish, once ``should_exit`` is set.
         tls: Files of a certificate chain and its key.
         refused: Called with the reason of each connection that is closed: "connections", "descriptors", "head", "slow".
+        refuse: Returns the answer to a request that is refused by its head, before the application is called.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class HttpServer(uvicorn.Server):
         drain: float = 0.0,
         tls: tuple[Path, Path] | None = None,
         refused: Callable[[str], None] = lambda _: None,
+        refuse: Callable[[Scope], Response | None] = lambda _: None,
     ) -> None:
         """Prepare; ``serve`` runs it."""
         cert, key = tls or (None, None)
@@ -70,7 +74,9 @@ class HttpServer(uvicorn.Server):
                 ssl_keyfile=key,
             )
         )
-        self.limits, self.refused = limits, refused
+        self.limits, self.refused, self.refuse = limits, refused, refuse
+        self.idle: dict[Connection, None] = {}
+        """Connections without a request, the one that has been idle longest first."""
         self._listener, self._drain = listener, drain
         listener.listen(BACKLOG)
         listener.settimeout(0.0)
@@ -96,7 +102,7 @@ class HttpServer(uvicorn.Server):
             self._accepting.result()  # raises why it ended
         now = time.monotonic()
         for connection in list(self.server_state.connections):
-            if isinstance(connection, Connection) and connection.due < now:
+            if isinstance(connection, Connection) and connection.is_over(now):
                 connection.expire()
         return await super().on_tick(counter)
 
@@ -144,8 +150,12 @@ class HttpServer(uvicorn.Server):
     def _open(self, loop: asyncio.AbstractEventLoop, accepted: socket.socket) -> None:
         if len(self.server_state.connections) + len(self._opening) >= self.limits.connections:
             self.refused("connections")
-            accepted.close()
-            return
+            idle = next(iter(self.idle), None)
+            if idle is None or not idle.is_spare(time.monotonic()):
+                accepted.close()
+                return
+            del self.idle[idle]
+            idle.transport.abort()
         accepted.settimeout(0.0)
         with contextlib.suppress(OSError):  # the client has left
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -187,38 +197,49 @@ class HttpServer(uvicorn.Server):
 class Connection(HttpToolsProtocol):
     """A connection whose requests' heads are bounded, in size and time, and which is not idle for ever.
 
-    ``due`` is when it is closed, by the monotonic clock; while a request is with the application, which has clocks of
-    its own, that is never.
+    While a request is with the application, which has clocks of its own, it is closed only if the client reads nothing
+    of the answers that are there.
     """
 
     def __init__(self, server: HttpServer) -> None:
         """Wait for a request."""
         super().__init__(server.config, server.server_state, server.lifespan.state, asyncio.get_running_loop())
-        self._limits, self._refused = server.limits, server.refused
+        self._limits, self._refused, self._refuse = server.limits, server.refused, server.refuse
+        self._idle = server.idle
+        self._answering: RequestResponseCycle | None = None  # of several requests, the one that is with the application
         self._in_head = self._in_body = False
         self._events = self._silent = 0  # of the parser; bytes without one
         self._bytes = self._count = 0  # of the head
         self._discarded = 0
-        self._began = self._last = time.monotonic()
+        self._began = self.last = self._read_at = time.monotonic()
+        self._unread = 0  # bytes of answers that the client has not taken
 
-    @property
-    def due(self) -> float:
-        """When the connection is closed unless something happens."""
-        if self._in_head:
-            return self._began + self._limits.header_timeout
+    def is_over(self, now: float) -> bool:
+        """Whether it is to be closed; called several times a second, by the monotonic clock."""
+        unread = self.transport.get_write_buffer_size()
+        if unread != self._unread:
+            self._unread, self._read_at = unread, now
+        if unread:
+            return now > self._read_at + self._limits.idle_timeout
         if self._is_busy:
-            return math.inf
+            return False
+        if self._in_head:
+            return now > self._began + self._limits.header_timeout
         if self._in_body:  # of a request that was refused: it is discarded
-            return self._began + self._limits.timeout
-        return self._last + self._limits.keep_alive
+            return now > self._began + self._limits.timeout
+        return now > self.last + self._limits.keep_alive
 
     @property
     def _is_busy(self) -> bool:
         return bool(self.cycle) and not self.cycle.response_complete
 
+    def is_spare(self, now: float) -> bool:
+        """Whether it may be closed for another one, if it is idle."""
+        return now > self.last + _SPARE and not self.transport.get_write_buffer_size()
+
     def expire(self) -> None:
         """Close the connection: its time is over."""
-        if self._in_head and not self._is_busy and not self.transport.is_closing():
+        if self._in_head and not self._is_busy and not self._unread and not self.transport.is_closing():
             self._reject(408, f"head: expected all of it within {self._limits.header_timeout:g} s", "slow")
         else:
             self.transport.abort()  # what the client has not read by now, it will not
@@ -229,6 +250,19 @@ class Connection(HttpToolsProtocol):
             self.cycle.keep_alive = False
         elif not self.transport.get_write_buffer_size():
             self.transport.abort()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to be idle."""
+        super().connection_made(transport)
+        self._idle[self] = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Abandon the request that is with the application; uvicorn abandons the last one that came."""
+        self._idle.pop(self, None)
+        if self._answering is not None and not self._answering.response_complete:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Parse what has arrived."""
@@ -256,6 +290,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Start the clocks of a request."""
         super().on_message_begin()
+        self._idle.pop(self, None)
         self._events += 1
         self._in_head, self._in_body = True, False
         self._bytes = self._count = self._discarded = 0
@@ -277,6 +312,22 @@ class Connection(HttpToolsProtocol):
         self._in_head, self._in_body = False, True
         super().on_headers_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        """Refuse a request by its head, or pass it to the application."""
+        refusal = None if self.pipeline or self.flow.write_paused else self._refuse(cycle.scope)
+        if refusal is None:
+            self._answering = cycle
+            super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
+            return
+        if not cycle.keep_alive:
+            refusal.headers["connection"] = "close"
+        head = b"".join(b"%s: %s\r\n" % header for header in refusal.raw_headers)
+        self.transport.write(STATUS_LINE[refusal.status_code] + head + b"\r\n" + bytes(refusal.body))
+        cycle.response_started = cycle.response_complete = True
+        if refusal.headers.get("connection") == "close":
+            self.transport.close()
+        self.on_response_complete()
+
     def on_body(self, body: bytes) -> None:
         """Keep a part of a body; one whose request was refused is discarded, up to the largest that may be."""
         self._events += 1
@@ -289,14 +340,22 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """End a request."""
         self._events += 1
-        self._in_body, self._last = False, time.monotonic()
+        self._in_body = False
         super().on_message_complete()
+        self._rest()
 
     def on_response_complete(self) -> None:
         """Begin to be idle, or to discard the rest of the body."""
-        self._last = time.monotonic()
         super().on_response_complete()
+        self._rest()
         self._unset_keepalive_if_required()  # uvicorn's timer, which the rest of a refused body would stop for good
+
+    def _rest(self) -> None:
+        """Begin to be idle, if there is nothing to answer and nothing to discard."""
+        self.last = time.monotonic()
+        if not (self._is_busy or self._in_head or self._in_body or self.transport.is_closing()):
+            self._idle.pop(self, None)
+            self._idle[self] = None
 
     def _measure(self, size: int, count: int) -> None:
         self._events += 1

@@ -16,7 +16,7 @@ from serve.engine.records import ServeError
 
 from . import health_pb2, reflection_pb2
 from . import inference_pb2 as pb
-from .admission import Admission
+from .admission import Admission, Turns
 from .messages import Refusal, RequestError, UnknownModelError
 from .service import Service
 
@@ -28,7 +28,7 @@ _SERVICES = [service.full_name for file in _FILES for service in file.services_b
 _LIVENESS, _READINESS = ("liveness",), ("", "readiness", _SERVICES[0])
 _AHEAD = 8  # requests of one stream that are answered at a time
 _LONGEST = 1024  # bytes of a question about the protocol, which its answer repeats
-_POLL = 0.25  # seconds
+_POLL = 0.5  # seconds between two looks at the health that is watched
 
 Context = grpc.aio.ServicerContext[bytes, Message]
 Stream = Callable[[AsyncIterator[bytes], Context], AsyncIterator[Message]]
@@ -104,13 +104,14 @@ def watch(service: Service) -> Stream:
     async def call(_: object, context: Context) -> AsyncIterator[Message]:
         body = b"?" * (_LONGEST + 1)
         with contextlib.suppress(ServeError), service.door.enter(images=0) as admission:
-            body = await read(context, admission, service.door.messages)
+            body = await read(context, admission, service.door.questions)
         request, last = await _parse(health_pb2.HealthCheckRequest, body, context), None
         while not service.closed:
             if (status := _status(service, request)) != last:
                 yield health_pb2.HealthCheckResponse(status=status)
                 last = status
-            await asyncio.sleep(_POLL)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(service.door.closing.wait(), _POLL)
         _end(service, context)
 
     return call
@@ -131,7 +132,7 @@ def reflect(service: Service, begin: Begin) -> Stream:
 def _status(service: Service, request: health_pb2.HealthCheckRequest) -> health_pb2.HealthCheckResponse.ServingStatus:
     if request.service not in {*_LIVENESS, *_READINESS}:
         return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-    well = request.service in _LIVENESS or service.ready
+    well = service.alive if request.service in _LIVENESS else service.ready
     return health_pb2.HealthCheckResponse.SERVING if well else health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -160,16 +161,16 @@ def _declares(file: Any, symbol: str) -> bool:  # noqa: ANN401 (a FileDescriptor
     return file.pool.FindFileContainingSymbol(symbol) is not None
 
 
-async def read(context: Context, admission: Admission, turn: asyncio.Semaphore) -> bytes:
+async def read(context: Context, admission: Admission, turns: Turns) -> bytes:
     """Read the one message of a call.
 
-    Its length is not announced, so it counts once it is here; until then, ``turn`` bounds how many there are.
+    Its length is not announced, so it counts once it is here; until then, ``turns`` bound how many there are.
 
     Raises:
         ServeError: It came too slowly, there is none, or its bytes are too many.
     """
     async with admission.reading():
-        async with turn:
+        async with turns.take(admission):
             body = cast("bytes | object", await context.read())  # its end has another type
         if not isinstance(body, bytes):
             raise RequestError("message: expected one, got none")
@@ -187,17 +188,16 @@ async def _parse(kind: type[Any], body: bytes, context: Context) -> Any:  # noqa
 
 async def _until_closed(service: Service, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Yield the messages of a stream until the service admits nothing more."""
-    reading = None
+    closing, reading = asyncio.ensure_future(service.door.closing.wait()), None
     try:
         while not service.closed:
-            reading = reading or asyncio.ensure_future(_next(messages))
-            await asyncio.wait((reading,), timeout=_POLL)
-            if reading.done():
-                body, reading = reading.result(), None
-                if body is None:
-                    return
-                yield body
+            reading = asyncio.ensure_future(_next(messages))
+            await asyncio.wait((reading, closing), return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done() or (body := reading.result()) is None:
+                return
+            yield body
     finally:
+        closing.cancel()
         if reading is not None:
             reading.cancel()
 

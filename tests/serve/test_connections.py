@@ -14,7 +14,9 @@ import urllib.error
 
 import numpy as np
 import pytest
+from starlette.responses import Response
 
+from serve.protocol import connections
 from serve.protocol.admission import Limits
 from serve.protocol.connections import HttpServer
 from serve.settings import parse
@@ -37,12 +39,12 @@ async def pages(scope, receive, send):
 
 
 @contextlib.contextmanager
-def serving(loop_factory=None, app=pages, **limits):
+def serving(loop_factory=None, app=pages, refuse=lambda _: None, **limits):
     """An HTTP server in a thread: its port and the reasons of its refusals."""
     listener, reasons = socket.socket(), []
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    server = HttpServer(app, listener, Limits(**limits), refused=reasons.append)
+    server = HttpServer(app, listener, Limits(**limits), refused=reasons.append, refuse=refuse)
 
     def body():
         with asyncio.Runner(loop_factory=loop_factory) as runner:
@@ -154,6 +156,96 @@ def test_connections_are_bounded_and_places_come_back():
             assert time.monotonic() < patience
         for client in kept:
             client.close()
+
+
+def test_the_connection_that_has_been_idle_longest_makes_place(monkeypatch):
+    """1,024 connections that asked nothing kept all others out for 75 s."""
+    monkeypatch.setattr(connections, "_SPARE", 0.1)
+    with serving(connections=3) as (port, reasons):
+        first, second, busy = (socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(3))
+        first.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        busy.sendall(b"POST /read HTTP/1.1\r\ncontent-length: 1\r\n\r\n")
+        assert is_ok(first)  # so the second has been idle longest
+        time.sleep(0.2)
+        new = socket.create_connection(("127.0.0.1", port), timeout=30)
+        new.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert is_ok(new)
+        assert second.recv(1) == b""
+        busy.sendall(b"x")
+        assert is_ok(busy)
+        first.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert is_ok(first)
+        assert reasons == ["connections"]
+        for client in (first, second, busy, new):
+            client.close()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_client_that_reads_nothing_does_not_keep_its_place(loop):
+    """The answer to its second request waited for ever until the first was read, with the places of its images."""
+    ended = []
+
+    async def big(scope, _, send):
+        try:
+            head = {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]}
+            await send(head)
+            await send({"type": "http.response.body", "body": body})
+        finally:
+            ended.append(scope["path"])
+
+    body = bytes(20_000_000)
+    with serving(pytest.importorskip(loop).new_event_loop, big, idle_timeout=0.5) as (port, _):
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+            client.sendall(b"GET /a HTTP/1.1\r\n\r\nGET /b HTTP/1.1\r\n\r\n")
+            patience = time.monotonic() + 20
+            while ended != ["/a", "/b"]:
+                assert time.monotonic() < patience
+                time.sleep(0.01)
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as slow:  # but not slower than allowed
+            slow.sendall(b"GET /c HTTP/1.1\r\n\r\n")
+            left = len(body)
+            while left > 0 and (data := slow.recv(2**20)):
+                left -= len(data)
+                time.sleep(0.05)
+            assert left <= 0
+
+
+def test_a_client_that_leaves_abandons_the_request_that_is_answered_and_not_only_the_last():
+    left = threading.Event()
+
+    async def waits(_, receive, __):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left.set()
+
+    with serving(app=waits) as (port, _):
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+            client.sendall(b"GET /a HTTP/1.1\r\n\r\nGET /b HTTP/1.1\r\n\r\n")
+            time.sleep(0.1)
+        assert left.wait(10)
+
+
+def test_half_a_head_behind_a_request_does_not_take_its_answer_away():
+    async def slow(scope, receive, send):
+        await asyncio.sleep(0.6)
+        await pages(scope, receive, send)
+
+    with serving(app=slow, header_timeout=0.2) as (port, _):
+        assert b"\r\n\r\nok" in exchange(port, b"GET / HTTP/1.1\r\n\r\nGET / HT")
+
+
+def test_a_request_refused_by_its_head_never_reaches_the_application():
+    def refuse(scope):
+        return Response(b"no", 429, {"x": "y"}) if scope["path"] == "/no" else None
+
+    no = b"POST /no HTTP/1.1\r\ncontent-length: 3\r\n\r\nabc"
+    with serving(refuse=refuse) as (port, _):
+        many = exchange(port, no * 3000 + b"GET /no HTTP/1.0\r\n\r\n")
+        assert many.count(b"HTTP/1.1 429 ") == 3001
+        assert many.count(b"\r\nconnection: close\r\n") == 1
+        assert many.endswith(b"\r\n\r\nno")
+        waits = b"POST /no HTTP/1.1\r\nexpect: 100-continue\r\ncontent-length: 3\r\n\r\n"
+        assert b" 100 " not in exchange(port, waits + b"abcGET /no HTTP/1.0\r\n\r\n")
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
