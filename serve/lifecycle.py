@@ -44,7 +44,7 @@ _SWITCH = 5e-4
 with refusals keeps the engine waiting."""
 _ENDING = 1.0  # seconds for an idle thread to end
 _CLOSING = 5.0  # seconds, after that, for what is saved at the end: a disk may hang
-_OTHER_FILES = 512  # open files beside HTTP's connections: gRPC's, the bundle's, threads'
+_OTHER_FILES = 512  # open files beside connections: the bundle's, threads'
 T = TypeVar("T")
 
 try:  # half the time of asyncio's own event loop
@@ -218,7 +218,7 @@ def _allow_descriptors(connections: int) -> None:
     except ImportError:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * connections + _OTHER_FILES  # the admin port has as many
+    wanted = 3 * connections + _OTHER_FILES  # HTTP, gRPC, the admin port
     if soft == resource.RLIM_INFINITY:
         return
     if hard == resource.RLIM_INFINITY or hard >= wanted:

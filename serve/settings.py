@@ -97,7 +97,7 @@ class Settings(BaseModel):
         default=75.0, description="seconds that a connection may be idle; longer than a load balancer keeps it"
     )
     connections: int = Field(
-        default=1024, ge=1, le=2**16, description="HTTP connections at once; further ones are closed"
+        default=1024, ge=1, le=2**16, description="connections at once, of HTTP and of gRPC; further ones are closed"
     )
     grpc_streams: int = Field(
         default=1024,

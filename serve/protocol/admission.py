@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Generator
 from types import TracebackType
 from typing import Self
 
@@ -30,7 +30,7 @@ _MEMORY = 5.0  # seconds of load over which the drain rate is averaged
 _LEAST = 0.25  # seconds of load before it is believed
 _RETRY = 1.0  # seconds, where no rate is known
 _FRESH = 0.1  # seconds in which a body is expected to arrive; one that takes longer holds up no other request
-_STALLED = 1.0  # seconds after which a message on its way makes place for another one
+_STALLED = 1.0  # seconds after which a message that has a place makes it for another one
 _QUESTIONS = 8  # gRPC's messages on their way to other methods than inference
 _INFLATING = 2  # bodies that are inflated at once
 
@@ -81,10 +81,10 @@ class Door:
         """Images whose bodies are here."""
         self.closing = asyncio.Event()
         """Set once nothing more is admitted."""
-        self.messages = Turns(max(1, limits.max_bodies // limits.max_body), clock)
-        """For gRPC's requests, whose length is not announced: so many may be on their way, of any length, at once."""
-        self.questions = Turns(_QUESTIONS, clock)
-        """For all other calls of gRPC, which some may make without a token: these do not hold up the requests."""
+        self.messages = Messages(self, max(1, limits.max_bodies // limits.max_body))
+        """gRPC's requests for inference."""
+        self.questions = Messages(self, _QUESTIONS)
+        """All other calls of gRPC, some of which need no token."""
         self.inflating = asyncio.Semaphore(_INFLATING)
         """For compressed bodies, each of which may take the memory of the largest body."""
         self._inside: set[Admission] = set()
@@ -215,34 +215,35 @@ class Door:
         self._at = now
 
 
-class Turns:
-    """Places for messages on their way, taken in order; one that has stalled makes place for one that waits."""
+class Messages:
+    """Places for messages of unknown length that do not arrive at once, each of which may become the largest one.
 
-    def __init__(self, most: int, clock: Callable[[], float]) -> None:
+    A message that has stalled makes place for another one, so that a few of them do not keep all others out.
+    """
+
+    def __init__(self, door: Door, most: int) -> None:
         """Start with all places free."""
-        self._most, self._clock = most, clock
+        self._door, self._most = door, most
         self._since: dict[Admission, float] = {}  # by who has a place, the longest first
-        self._next, self._left = asyncio.Lock(), asyncio.Event()
 
-    @contextlib.asynccontextmanager
-    async def take(self, admission: "Admission") -> AsyncGenerator[None]:
-        """Wait for a place, and hold it."""
-        async with self._next:
-            while len(self._since) >= self._most:
-                longest = next(iter(self._since))
-                if (left := self._since[longest] + _STALLED - self._clock()) <= 0:
-                    del self._since[longest]
-                    longest.cut(SlowBodyError(f"message: expected within {_STALLED:g} s, while others wait"))
-                else:
-                    self._left.clear()
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._left.wait(), left)
-            self._since[admission] = self._clock()
+    @contextlib.contextmanager
+    def place(self, admission: "Admission") -> Generator[None]:
+        """Hold a place.
+
+        Raises:
+            OverloadedError: There is none.
+        """
+        if len(self._since) >= self._most:
+            longest, since = next(iter(self._since.items()))
+            if self._door.clock() < since + _STALLED:
+                raise self._door.refuse("memory", f"{self._most} messages are on their way")
+            del self._since[longest]
+            longest.cut(SlowBodyError(f"message: expected within {_STALLED:g} s, while others come"))
+        self._since[admission] = self._door.clock()
         try:
             yield
         finally:
             self._since.pop(admission, None)
-            self._left.set()
 
 
 class Admission:

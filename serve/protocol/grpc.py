@@ -73,6 +73,12 @@ def create_server(service: Service, metrics: Metrics, *, token: str | None = Non
             ("grpc.max_receive_message_length", limits.max_body),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_concurrent_streams", limits.grpc_streams),
+            ("grpc.max_allowed_incoming_connections", limits.connections),
+            ("grpc.max_connection_idle_ms", round(limits.keep_alive * 1e3)),  # without a call
+            (
+                "grpc.keepalive_time_ms",
+                round(limits.keep_alive * 1e3),
+            ),  # finds dead clients
             ("grpc.max_metadata_size", limits.header_bytes),
             ("grpc.absolute_max_metadata_size", limits.header_bytes),
         ),

@@ -16,7 +16,7 @@ from serve.engine.records import ServeError
 
 from . import health_pb2, reflection_pb2
 from . import inference_pb2 as pb
-from .admission import Admission, Turns
+from .admission import Admission, Messages
 from .messages import Refusal, RequestError, UnknownModelError
 from .service import Service
 
@@ -28,6 +28,7 @@ _SERVICES = [service.full_name for file in _FILES for service in file.services_b
 _LIVENESS, _READINESS = ("liveness",), ("", "readiness", _SERVICES[0])
 _AHEAD = 8  # requests of one stream that are answered at a time
 _LONGEST = 1024  # bytes of a question about the protocol, which its answer repeats
+_SOON = 0.25  # seconds in which most messages are here: gRPC's clients send them with the call
 _POLL = 0.5  # seconds between two looks at the health that is watched
 
 Context = grpc.aio.ServicerContext[bytes, Message]
@@ -161,17 +162,25 @@ def _declares(file: Any, symbol: str) -> bool:  # noqa: ANN401 (a FileDescriptor
     return file.pool.FindFileContainingSymbol(symbol) is not None
 
 
-async def read(context: Context, admission: Admission, turns: Turns) -> bytes:
+async def read(context: Context, admission: Admission, messages: Messages) -> bytes:
     """Read the one message of a call.
 
-    Its length is not announced, so it counts once it is here; until then, ``turns`` bound how many there are.
+    Its length is not announced, so it counts once it is here; one that does not come at once needs a place for that.
 
     Raises:
         ServeError: It came too slowly, there is none, or its bytes are too many.
     """
     async with admission.reading():
-        async with turns.take(admission):
-            body = cast("bytes | object", await context.read())  # its end has another type
+        reading = asyncio.ensure_future(context.read())
+        try:
+            await asyncio.wait((reading,), timeout=_SOON)
+            await asyncio.sleep(0)  # it may be here, and the event loop be late
+            if not reading.done():
+                with messages.place(admission):
+                    await asyncio.wait((reading,))
+            body = cast("bytes | object", reading.result())  # its end has another type
+        finally:
+            reading.cancel()
         if not isinstance(body, bytes):
             raise RequestError("message: expected one, got none")
         admission.received(len(body))

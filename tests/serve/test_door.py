@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import resource
+import socket
 import threading
 import time
 from typing import Any
@@ -393,22 +394,56 @@ def test_a_message_that_is_cut_off_is_refused(body, sockets):
 
 def test_calls_whose_messages_do_not_come_hold_up_neither_health_nor_inference():
     """Eight of them did, for as long as a body may idle."""
-    front, end = fake.Front(), threading.Event()
+    limits = dataclasses.replace(fake.LIMITS, capacity=64, max_bodies=8 * fake.LIMIT)
+    front, end = fake.Front(limits=limits), threading.Event()
+
+    def slowly():
+        time.sleep(0.5)
+        yield infer().SerializeToString()
+
+    def ended(number):
+        """The codes of the calls for inference that have ended, so many."""
+        patience = time.monotonic() + 20
+        while sum(one.done() for one in waiting[:12]) < number:
+            assert time.monotonic() < patience
+            time.sleep(0.01)
+        return [one.code().name for one in waiting[:12] if one.done()]
+
     kserve = "inference.GRPCInferenceService"
     paths = (f"{kserve}/ModelInfer", f"{kserve}/ServerMetadata", "grpc.health.v1.Health/Check")
     with front.sockets() as ports, grpc.insecure_channel(f"127.0.0.1:{ports[1]}") as channel:
-        most = front.door.limits.max_bodies // front.door.limits.max_body
-        front.door.messages._most = most = 8
-        waiting = [channel.stream_unary(f"/{path}").future(withheld(end)) for path in paths for _ in range(most)]
-        time.sleep(0.2)
+        waiting = [channel.stream_unary(f"/{path}").future(withheld(end)) for path in paths for _ in range(12)]
+        time.sleep(0.5)  # some have all the places
         begun = time.monotonic()
         call(ports[1], "ServerLive", pb.ServerLiveRequest())
         call(ports[1], "ModelInfer", infer())
         call(ports[1], "ServerMetadata", pb.ServerMetadataRequest())
         assert time.monotonic() - begun < 8
+        codes = ended(4)
+        assert codes == 4 * ["RESOURCE_EXHAUSTED"]
+        time.sleep(0.8)  # the others have stalled
+        channel.stream_unary("/inference.GRPCInferenceService/ModelInfer").future(slowly()).result(timeout=30)
+        assert sorted(ended(5)) == ["DEADLINE_EXCEEDED", *codes]
         end.set()
         for one in waiting:
             one.cancel()
+
+
+def test_grpc_connections_are_bounded_and_not_idle_for_ever():
+    front = fake.Front(limits=dataclasses.replace(fake.LIMITS, connections=3, keep_alive=1.0))
+    with front.sockets() as ports, contextlib.ExitStack() as stack:
+
+        def connect():
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", ports[1]), timeout=20))
+            return client, client.recv(1000)  # its settings, or the end
+
+        idle = [connect() for _ in range(3)]
+        assert all(got for _, got in idle)
+        assert connect()[1] == b""
+        for client, _ in idle:
+            while client.recv(1000):
+                pass
+        call(ports[1], "ModelInfer", infer())
 
 
 def infer(**changes):
