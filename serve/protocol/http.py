@@ -10,8 +10,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse
@@ -23,13 +21,12 @@ from serve import logs
 from serve.engine.records import ServeError
 from serve.metrics import Metrics, negotiate
 
-from . import codec, messages, page
+from . import codec, messages, openapi, page
 from .admission import Admission
 from .messages import EncodingError, RequestError, StoppingError, UnauthorizedError, refusal
 from .service import Service, check_token
 
 HEALTH = ("/v2/health/live", "/v2/health/ready")
-_REFS = "#/components/schemas/{model}"
 _GONE = 499  # nginx's "client closed request", for /metrics only
 _REASON = "gati.refused"  # key of a scope
 _PATH = 200  # characters of a path in a log line
@@ -41,43 +38,9 @@ _HEADERS = {
 _TIMEOUTS = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
 _log, _access = logging.getLogger("serve.http"), logging.getLogger(logs.ACCESS)
 T = TypeVar("T")
-_DESCRIPTION = (
-    "Classifies images, each answered at the first exit that is confident enough. Speaks the Open Inference Protocol "
-    "(KServe v2); tensors are JSON, or bytes after the JSON."
-)
-_BODY = {
-    "parameters": [
-        {
-            "name": "Inference-Header-Content-Length",
-            "in": "header",
-            "description": "Bytes of the JSON, if tensors follow it as bytes.",
-            "schema": {"type": "integer", "minimum": 0},
-        },
-        {
-            "name": "Content-Encoding",
-            "in": "header",
-            "description": "How the body is compressed; other headers describe it before that.",
-            "schema": {"enum": ["gzip", "deflate", "identity"]},
-        },
-        *(
-            {"name": name, "in": "header", "description": text, "schema": {"type": "number", "exclusiveMinimum": 0}}
-            for name, text in (
-                ("X-Request-Timeout-Ms", "Milliseconds that the client waits; known before the body is read."),
-                ("X-Envoy-Expected-Rq-Timeout-Ms", "The same, as Envoy sends it."),
-            )
-        ),
-    ],
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": {"$ref": _REFS.format(model="InferenceRequest")}},
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-        },
-    },
-}
 
 
-def create_app(service: Service, metrics: Metrics, *, token: str | None = None, admin: bool = False) -> "Application":
+def create_app(service: Service, metrics: Metrics, *, token: str | None = None, admin: bool = False) -> "Guard":
     """Return the HTTP side of a service.
 
     Args:
@@ -89,13 +52,13 @@ def create_app(service: Service, metrics: Metrics, *, token: str | None = None, 
     app = FastAPI(
         title="GATI-JAX",
         version=__version__,
-        description=_DESCRIPTION,
+        description=openapi.DESCRIPTION,
         openapi_url=None if admin else "/openapi.json",
         docs_url=None,  # FastAPI's pages load scripts from another host
         redoc_url=None,
         redirect_slashes=False,  # a redirect would be to the host that the client's Host header names
     )
-    app.openapi = lambda: _describe(app)  # as FastAPI's documentation extends it
+    app.openapi = lambda: openapi.describe(app)  # as FastAPI's documentation extends it
     handlers = _Handlers(service, metrics)
     app.get(HEALTH[0], responses=_errors(503))(handlers.live)
     app.get(HEALTH[1], responses=_errors(503))(handlers.ready)
@@ -104,7 +67,7 @@ def create_app(service: Service, metrics: Metrics, *, token: str | None = None, 
         app.add_exception_handler(kind, _on_error)
     if not admin:
         _add_models(app, handlers)
-    return Application(app, None if admin else handlers.infer, service, metrics, token)
+    return Guard(app, None if admin else handlers.infer, service, metrics, token)
 
 
 def _add_models(app: FastAPI, handlers: "_Handlers") -> None:
@@ -134,7 +97,7 @@ def _add_models(app: FastAPI, handlers: "_Handlers") -> None:
         app.post(
             f"{model}/infer",
             response_class=Response,
-            openapi_extra=_BODY | {"parameters": path["parameters"] + _BODY["parameters"]},
+            openapi_extra=openapi.BODY | {"parameters": path["parameters"] + openapi.BODY["parameters"]},
             responses={200: {"model": messages.InferenceResponse}}
             | _errors(400, 404, 408, 413, 415, 429, 500, 503, 504),
         )(handlers.infer)
@@ -273,17 +236,7 @@ def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"model": messages.ErrorResponse} for code in codes}
 
 
-def _describe(app: FastAPI) -> dict[str, Any]:
-    """Return the OpenAPI description, with the request's body, which FastAPI does not read and so does not know."""
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        _, request = models_json_schema([(messages.InferenceRequest, "validation")], ref_template=_REFS)
-        schema["components"]["schemas"].update(request["$defs"])
-        app.openapi_schema = schema
-    return app.openapi_schema
-
-
-class Application:
+class Guard:
     """The routes, with request ids, tokens, admission, counts and logs around them.
 
     While the service is draining, connections are closed after each response: a client that sends a request on one
