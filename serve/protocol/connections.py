@@ -1,14 +1,12 @@
-"""HTTP connections: uvicorn's server and protocol, with the bounds that they lack.
+"""uvicorn's server, with bounded connections; ``http_connection`` is one of them.
 
-uvicorn reads headers of any length, waits for them for ever, and lets the event loop accept: libuv takes one connection
-a turn, so that under load, when turns are long, new connections wait for seconds behind kept ones. Here all connections
-that wait are accepted in one turn.
+uvicorn lets the event loop accept: libuv takes one connection a turn, so that under load, when turns are long, new
+connections wait for seconds behind kept ones. Here all connections that wait are accepted in one turn.
 """
 
 import asyncio
 import contextlib
 import errno
-import json
 import logging
 import math
 import os
@@ -17,18 +15,16 @@ import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
-import httptools
 import uvicorn
 from starlette.responses import Response
 from starlette.types import ASGIApp, Scope
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from .admission import Limits
+from .http_connection import Connection, Shared
 
 BACKLOG = 2048
 _BURST = 128  # connections that are accepted in one turn
 _PAUSE = 0.1  # seconds
-_SPARE = 1.0  # seconds for which a connection has been idle that makes place for a new one
 _QUIET = 60.0  # seconds between two complaints of the same
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _log = logging.getLogger("serve.http")
@@ -74,9 +70,7 @@ class HttpServer(uvicorn.Server):
                 ssl_keyfile=key,
             )
         )
-        self.limits, self.refused, self.refuse = limits, refused, refuse
-        self.idle: dict[Connection, None] = {}
-        """Connections without a request, the one that has been idle longest first."""
+        self._shared = Shared(limits, refused, refuse)
         self._listener, self._drain = listener, drain
         listener.listen(BACKLOG)
         listener.settimeout(0.0)
@@ -148,13 +142,13 @@ class HttpServer(uvicorn.Server):
                 await asyncio.sleep(_PAUSE)  # without descriptors, even an accept of nothing fails
 
     def _open(self, loop: asyncio.AbstractEventLoop, accepted: socket.socket) -> None:
-        if len(self.server_state.connections) + len(self._opening) >= self.limits.connections:
-            self.refused("connections")
-            idle = next(iter(self.idle), None)
+        if len(self.server_state.connections) + len(self._opening) >= self._shared.limits.connections:
+            self._shared.refused("connections")
+            idle = next(iter(self._shared.idle), None)
             if idle is None or not idle.is_spare(time.monotonic()):
                 accepted.close()
                 return
-            del self.idle[idle]
+            del self._shared.idle[idle]
             idle.transport.abort()
         accepted.settimeout(0.0)
         with contextlib.suppress(OSError):  # the client has left
@@ -165,14 +159,15 @@ class HttpServer(uvicorn.Server):
 
     async def _connect(self, loop: asyncio.AbstractEventLoop, accepted: socket.socket) -> None:
         tls = self.config.ssl
-        timeout = None if tls is None else self.limits.header_timeout
+        timeout = None if tls is None else self._shared.limits.header_timeout
         try:
-            await loop.connect_accepted_socket(
-                lambda: Connection(self), accepted, ssl=tls, ssl_handshake_timeout=timeout
-            )
+            await loop.connect_accepted_socket(self._connection, accepted, ssl=tls, ssl_handshake_timeout=timeout)
         except OSError as error:  # TLS's, too
             accepted.close()
             _log.debug("a connection failed: %s", error)
+
+    def _connection(self) -> Connection:
+        return Connection(self.config, self.server_state, self._shared)
 
     def _refuse_all(self, error: OSError) -> None:
         """Refuse the connections that wait, by the descriptor that was kept for this.
@@ -188,192 +183,7 @@ class HttpServer(uvicorn.Server):
             with contextlib.suppress(OSError):
                 for _ in range(_BURST):
                     accepted = self._listener.accept()[0]
-                    self.refused("descriptors")
+                    self._shared.refused("descriptors")
                     accepted.close()
         with contextlib.suppress(OSError):
             self._spare = os.open(os.devnull, os.O_RDONLY)
-
-
-class Connection(HttpToolsProtocol):
-    """A connection whose requests' heads are bounded, in size and time, and which is not idle for ever.
-
-    While a request is with the application, which has clocks of its own, it is closed only if the client reads nothing
-    of the answers that are there.
-    """
-
-    def __init__(self, server: HttpServer) -> None:
-        """Wait for a request."""
-        super().__init__(server.config, server.server_state, server.lifespan.state, asyncio.get_running_loop())
-        self._limits, self._refused, self._refuse = server.limits, server.refused, server.refuse
-        self._idle = server.idle
-        self._answering: RequestResponseCycle | None = None  # of several requests, the one that is with the application
-        self._in_head = self._in_body = False
-        self._events = self._silent = 0  # of the parser; bytes without one
-        self._bytes = self._count = 0  # of the head
-        self._discarded = 0
-        self._began = self.last = self._read_at = time.monotonic()
-        self._unread = 0  # bytes of answers that the client has not taken
-
-    def is_over(self, now: float) -> bool:
-        """Whether it is to be closed; called several times a second, by the monotonic clock."""
-        unread = self.transport.get_write_buffer_size()
-        if unread != self._unread:
-            self._unread, self._read_at = unread, now
-        if unread:
-            return now > self._read_at + self._limits.idle_timeout
-        if self._is_busy:
-            return False
-        if self._in_head:
-            return now > self._began + self._limits.header_timeout
-        if self._in_body:  # of a request that was refused: it is discarded
-            return now > self._began + self._limits.timeout
-        return now > self.last + self._limits.keep_alive
-
-    @property
-    def _is_busy(self) -> bool:
-        return bool(self.cycle) and not self.cycle.response_complete
-
-    def is_spare(self, now: float) -> bool:
-        """Whether it may be closed for another one, if it is idle."""
-        return now > self.last + _SPARE and not self.transport.get_write_buffer_size()
-
-    def expire(self) -> None:
-        """Close the connection: its time is over."""
-        if self._in_head and not self._is_busy and not self._unread and not self.transport.is_closing():
-            self._reject(408, f"head: expected all of it within {self._limits.header_timeout:g} s", "slow")
-        else:
-            self.transport.abort()  # what the client has not read by now, it will not
-
-    def shutdown(self) -> None:
-        """Close the connection if no request is with the application, or after that."""
-        if self._is_busy:
-            self.cycle.keep_alive = False
-        elif not self.transport.get_write_buffer_size():
-            self.transport.abort()
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to be idle."""
-        super().connection_made(transport)
-        self._idle[self] = None
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Abandon the request that is with the application; uvicorn abandons the last one that came."""
-        self._idle.pop(self, None)
-        if self._answering is not None and not self._answering.response_complete:
-            self._answering.disconnected = True
-            self._answering.message_event.set()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        """Parse what has arrived."""
-        parser = self.parser
-        if parser is None or self.transport.is_closing():
-            return
-        events = self._events
-        try:
-            parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # answered as if it had not been asked for
-        except httptools.HttpParserError:
-            if self._bytes > self._limits.header_bytes or self._count > self._limits.header_count:
-                self._reject_head()
-            else:
-                self._reject(400, "head: expected a request of HTTP/1.1", "head")
-        else:
-            # A header, or a trailer, is one event when it is complete: an endless one grows in the parser.
-            self._silent = self._silent + len(data) if self._events == events else 0
-            if self._silent > self._limits.header_bytes:
-                self._reject_head()
-
-    # The parser's events; an exception stops it
-
-    def on_message_begin(self) -> None:
-        """Start the clocks of a request."""
-        super().on_message_begin()
-        self._idle.pop(self, None)
-        self._events += 1
-        self._in_head, self._in_body = True, False
-        self._bytes = self._count = self._discarded = 0
-        self._began = time.monotonic()
-        self.scope.setdefault("state", {})["arrived"] = self._began
-
-    def on_url(self, url: bytes) -> None:
-        """Count a part of the path."""
-        self._measure(len(url), 0)
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Count a header, or a trailer."""
-        self._measure(len(name) + len(value), 1)
-        super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        """Pass the request to the application."""
-        self._in_head, self._in_body = False, True
-        super().on_headers_complete()
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
-        """Refuse a request by its head, or pass it to the application."""
-        refusal = None if self.pipeline or self.flow.write_paused else self._refuse(cycle.scope)
-        if refusal is None:
-            self._answering = cycle
-            super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
-            return
-        if not cycle.keep_alive:
-            refusal.headers["connection"] = "close"
-        head = b"".join(b"%s: %s\r\n" % header for header in refusal.raw_headers)
-        self.transport.write(STATUS_LINE[refusal.status_code] + head + b"\r\n" + bytes(refusal.body))
-        cycle.response_started = cycle.response_complete = True
-        if refusal.headers.get("connection") == "close":
-            self.transport.close()
-        self.on_response_complete()
-
-    def on_body(self, body: bytes) -> None:
-        """Keep a part of a body; one whose request was refused is discarded, up to the largest that may be."""
-        self._events += 1
-        super().on_body(body)
-        if self.cycle.response_complete:
-            self._discarded += len(body)
-            if self._discarded > self._limits.max_body:
-                self.transport.abort()
-
-    def on_message_complete(self) -> None:
-        """End a request."""
-        self._events += 1
-        self._in_body = False
-        super().on_message_complete()
-        self._rest()
-
-    def on_response_complete(self) -> None:
-        """Begin to be idle, or to discard the rest of the body."""
-        super().on_response_complete()
-        self._rest()
-        self._unset_keepalive_if_required()  # uvicorn's timer, which the rest of a refused body would stop for good
-
-    def _rest(self) -> None:
-        """Begin to be idle, if there is nothing to answer and nothing to discard."""
-        self.last = time.monotonic()
-        if not (self._is_busy or self._in_head or self._in_body or self.transport.is_closing()):
-            self._idle.pop(self, None)
-            self._idle[self] = None
-
-    def _measure(self, size: int, count: int) -> None:
-        self._events += 1
-        self._bytes, self._count = self._bytes + size, self._count + count
-        if self._bytes > self._limits.header_bytes or self._count > self._limits.header_count:
-            raise ValueError("the head is too large")
-
-    def _reject_head(self) -> None:
-        most = f"{self._limits.header_bytes} bytes in {self._limits.header_count} headers"
-        self._reject(431, f"head: expected at most {most}, got more", "head")
-
-    def _reject(self, status: int, message: str, reason: str) -> None:
-        """Answer without the application, and hang up."""
-        self._refused(reason)
-        if self._is_busy:  # an answer is being written
-            self.transport.abort()
-            return
-        body = json.dumps({"error": message}).encode()
-        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[status] + head + body)
-        self.transport.close()

@@ -267,7 +267,7 @@ class Guard:
         async def respond(message: Message) -> None:
             nonlocal status, size
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status = scope.setdefault("state", {})["status"] = message["status"]
                 last = ((b"connection", b"close"),) if self._service.draining else ()
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), *last]
             size += len(message.get("body", b""))
