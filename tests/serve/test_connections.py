@@ -1,4 +1,4 @@
-"""What reaches a server from outside: bounds of connections and heads, the admin port, the stop, descriptors."""
+"""HTTP connections: bounds of their number, heads, idle times and answers, and the pace of refusals."""
 
 import asyncio
 import contextlib
