@@ -74,7 +74,8 @@ def lock_file(path: Path, *, seconds: float = 0.0) -> BinaryIO:
         InputError: It is locked elsewhere.
         OSError: It cannot be opened.
     """
-    file, until = path.open("ab"), time.monotonic() + seconds
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)  # a pipe in its place is an error
+    file, until = os.fdopen(os.open(path, flags, 0o666), "ab"), time.monotonic() + seconds
     try:
         while not (locked := _lock(file)) and time.monotonic() < until:
             time.sleep(_AGAIN)
@@ -103,7 +104,7 @@ def replacing(path: Path) -> Generator[Path]:
     A folder cannot be renamed over another one, so the old one is first moved aside, to ``previous(path)``. A process
     that is killed between the two renames leaves it there, where ``present`` finds it.
     """
-    path = path.resolve()
+    path = resolved(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.saving-*"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -121,6 +122,11 @@ def replacing(path: Path) -> Generator[Path]:
     shutil.rmtree(previous(path), ignore_errors=True)
 
 
+def resolved(path: Path) -> Path:
+    """Return a path without links; where these lead in a circle, a path that does not exist."""
+    return Path(os.path.realpath(path))
+
+
 def previous(path: Path) -> Path:
     """Return where the old folder waits while the new one takes its place."""
     return path.with_name(f".{path.name}.previous")
@@ -128,7 +134,7 @@ def previous(path: Path) -> Path:
 
 def present(path: Path) -> Path:
     """Return ``path``, or the old folder where a killed save left only that."""
-    path = path.resolve()
+    path = resolved(path)
     return previous(path) if not path.exists() and previous(path).exists() else path
 
 
@@ -146,7 +152,7 @@ def check_files(folder: Path, expected: Mapping[str, str]) -> None:
     """
     for name, digest in expected.items():
         file = folder / name
-        if "\0" in name or len(name) > _LONGEST_NAME or not file.resolve().is_relative_to(folder.resolve()):
+        if "\0" in name or len(name) > _LONGEST_NAME or not resolved(file).is_relative_to(resolved(folder)):
             raise BundleError(f"bundle: manifest.json lists {name[:_LONGEST_NAME]!r}, which is no file of the bundle")
         if not file.is_file():
             raise BundleError(f"bundle: {name} is missing from {folder}")

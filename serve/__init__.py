@@ -3,8 +3,9 @@
 The life of a request, with its files and threads:
 
  1. A transport (``protocol.http`` behind ``protocol.connections``, or ``protocol.grpc``, in the event loop) asks
-    ``protocol.admission`` for places before it reads a body: beyond the bounds of images or bytes on the way, the
-    request is refused at once (``OverloadedError``) with an estimate of when to try again. Then it decodes the body:
+    ``protocol.admission`` for places before it reads a body: beyond the bounds of images or bytes on the way, or
+    where the head has a deadline that is not expected to be met, the request is refused at once (``OverloadedError``)
+    with an estimate of when to try again; over HTTP, before it has a task. Then it decodes the body:
     ``protocol.codec`` turns its bytes, or numbers, into images, and ``protocol.service`` checks them against the
     ``protocol.model``; a request that is not expected to be answered by its deadline is refused here.
  2. ``engine.routes.choose_route`` turns the request's ``epsilon`` and ``deadline_ms`` into one of the bundle's routes:
@@ -12,9 +13,9 @@ The life of a request, with its files and threads:
  3. ``Engine.submit`` (the same thread, under the engine's lock) makes a ``Job`` of each image. ``Scheduler.admit``
     gives all of them slots, or none. The service gets a future for each image and waits without polling.
  4. The engine's thread (``engine.loop``), woken or back from the last step, asks the ``engine.scheduler`` under the
-    lock. Expired jobs are dropped first: their deadline has passed (``DeadlineError``), or their client has left. Then
-    ``next_step`` selects the best queue, of a route and a stage, and the bucket that gains most (``engine.policy``),
-    whatever requests its jobs belong to.
+    lock. Jobs that would be served in vain are dropped first: too little is left until their deadline
+    (``DeadlineError``), or their client has left. Then ``next_step`` selects the best queue, of a route and a stage,
+    and the bucket that gains most (``engine.policy``), whatever requests its jobs belong to.
  5. ``JaxRunner.dispatch`` (the engine's thread, without the lock) starts the program (``engine.programs``) of that
     route, stage and bucket: it gathers the jobs' rows from the slab of the previous site (the first stage takes the
     images), runs the blocks up to the next site, looks up its cache, and scatters the activations into that site's
@@ -40,7 +41,7 @@ Failures:
  - A client that leaves: its futures are cancelled. Jobs that wait are dropped before the next step, jobs in a step
     after it. Until then the slot counts, because its row may still be written.
  - The engine itself (a bug): its thread logs the error, fails all jobs in flight and admits nothing more;
-    ``Statistics.running`` turns false, and with it readiness.
+    ``Statistics.running`` turns false, and with it readiness and liveness.
  - Stopping (``lifecycle``): nothing more is admitted (``StoppingError``); what was admitted is finished, except for
     shadow jobs, which are reported to the observer as lost; then the thread ends.
 

@@ -43,7 +43,8 @@ _SWITCH = 5e-4
 """Seconds after which a thread that waits for the interpreter gets it. With Python's 5 ms, an event loop that is busy
 with refusals keeps the engine waiting."""
 _ENDING = 1.0  # seconds for an idle thread to end
-_OTHER_FILES = 512  # open files beside HTTP's connections: gRPC's, the bundle's, threads'
+_CLOSING = 5.0  # seconds, after that, for what is saved at the end: a disk may hang
+_OTHER_FILES = 512  # open files beside connections: the bundle's, threads'
 T = TypeVar("T")
 
 try:  # half the time of asyncio's own event loop
@@ -87,17 +88,15 @@ def run(settings: Settings, build: Callable[[], Parts]) -> int:
 async def _serve(settings: Settings, parts: Parts, ports: Ports) -> int:
     stop = _on_signals()
     limits, tls = parts.service.door.limits, _tls_files(settings)
-    http, admin = (
-        HttpServer(
-            create_app(parts.service, parts.metrics, token=settings.token, admin=listener is ports.admin),
-            listener,
-            limits,
-            drain=settings.drain,
-            tls=tls,
-            refused=parts.metrics.refused,
-        )
-        for listener in (ports.http, ports.admin)
-    )
+
+    def listen(listener: socket.socket) -> HttpServer:
+        app = create_app(parts.service, parts.metrics, token=settings.token, admin=listener is ports.admin)
+        refused = parts.metrics.refused
+        return HttpServer(
+            app, listener, limits, drain=settings.drain, tls=tls, refused=refused, refuse=app.refuse
+        )  # fmt: skip
+
+    http, admin = listen(ports.http), listen(ports.admin)
     rpc = create_server(parts.service, parts.metrics, token=settings.token)
     grpc_port = _bind(rpc, settings, ports)
     await rpc.start()
@@ -123,8 +122,10 @@ async def _serve(settings: Settings, parts: Parts, ports: Ports) -> int:
     until = time.monotonic() + settings.drain
     http.should_exit = True
     await asyncio.gather(serving, rpc.stop(settings.drain))
-    finished = await asyncio.to_thread(backend.engine.stop, max(_ENDING, until - time.monotonic()))
-    if not finished:
+    left = max(_ENDING, until - time.monotonic())
+    stopped = _in_thread(lambda: backend.engine.stop(left), "stop")
+    await asyncio.wait((stopped,), timeout=left + _CLOSING)
+    if not (stopped.done() and stopped.result()):
         _leave(1, "stopped before all admitted requests were answered")
     _log.info("stopped")
     return 0
@@ -217,7 +218,9 @@ def _allow_descriptors(connections: int) -> None:
     except ImportError:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + _OTHER_FILES
+    wanted = 3 * connections + _OTHER_FILES  # HTTP, gRPC, the admin port
+    if soft == resource.RLIM_INFINITY:
+        return
     if hard == resource.RLIM_INFINITY or hard >= wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     else:

@@ -77,7 +77,7 @@ class Repeats(logging.Filter):
         """Start with none."""
         super().__init__()
         self.left_out = 0
-        self._clock, self._lock = clock, threading.Lock()
+        self._clock, self._lock = clock, threading.RLock()  # garbage that is collected within may warn
         self._seen: dict[tuple[str, int], tuple[float, int]] = {}  # by place: since when, and how many
 
     def filter(self, record: logging.LogRecord) -> bool:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gati_jax import InputError
+from gati_jax.files import resolved
 from gati_jax.options import FunctionName, Option, describe_error, describe_options
 
 TOKEN = "GATI_TOKEN"  # noqa: S105 (the name of the variable)
@@ -101,7 +102,7 @@ class Settings(BaseModel):
         default=75.0, description="seconds that a connection may be idle; longer than a load balancer keeps it"
     )
     connections: int = Field(
-        default=1024, ge=1, le=2**16, description="HTTP connections at once; further ones are closed"
+        default=1024, ge=1, le=2**16, description="connections at once, of HTTP and of gRPC; further ones are closed"
     )
     grpc_streams: int = Field(
         default=1024,
@@ -167,7 +168,7 @@ class Settings(BaseModel):
                 raise InputError(f"{_flag(name)}: expected together with --adapt, got it alone")
         if self.adapt and self.versions.exists() and not self.versions.is_dir():
             raise InputError(f"--adapt-dir: expected a folder, got the file {self.versions}")
-        if self.adapt and self.versions.resolve().is_relative_to(self.bundle.resolve()):
+        if self.adapt and resolved(self.versions).is_relative_to(resolved(self.bundle)):
             raise InputError(
                 f"--adapt-dir: expected a folder outside the bundle, which would not load any more, got {self.versions}"
             )

@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 _KEEP = 5
 _MAX_BYTES = 2**20
 _DIGITS = 6  # of a version's folder
+_UNKNOWN = 10**9  # of trials
 _PATIENCE = 10.0  # seconds to wait for another process that writes
 
 Number = Annotated[int, Field(ge=1, lt=10**6)]
@@ -53,6 +54,11 @@ class _Record(Strict):
         if list(self.history) != sorted(set(self.history)) or any(n > self.newest for n in self.history):
             raise ValueError(f"history: expected rising numbers up to {self.newest}")
         return self
+
+
+def unknown_trials() -> int:
+    """Return a number of trials that no count has reached, and behind which no trial's level matters any more."""
+    return max(int(time.time()), _UNKNOWN)  # the clock may have begun anew
 
 
 class Loaded(NamedTuple):
@@ -183,7 +189,7 @@ class Versions:
         the level of later trials is far below what they need in other folders, and sound.
         """
         with self._writing():
-            known = _Record(trials=int(time.time()))
+            known = _Record(trials=unknown_trials())
             with contextlib.suppress(BundleError):
                 known = read_json(self._copy, _Record, most_bytes=_MAX_BYTES)
             names = [path.name for path in (self.folder / "versions").glob("*")]

@@ -38,7 +38,7 @@ SAFE, PART, OPEN, FAILED = STATES = ("safe", "part", "open", "failed")
 """All caches closed, some of them (or all in the network are paused for their cost), none; adaptation has failed. In
 the first and the last, the base alone answers: nor do stored answers, exact or nearest."""
 LAYERS = {EXACT: "exact", NEAREST: "nearest"}
-_ENDING = 5.0  # seconds for the worker to end behind its present piece, and for the saver to save
+_ENDING = 2.0  # seconds for the worker to end behind its present piece, and for the saver to save
 _SAVING = 1.0  # seconds that a change waits for a slow disk before it is made all the same
 _SURE = 30.0  # logits of answers from the input cache, where only the class is known
 _WARNINGS = {"alarm", "closed", "inconclusive"}
@@ -148,6 +148,11 @@ class AdaptiveEngine:
             answer.add_done_callback(lambda done, ticket=ticket: self._ended(done, ticket))
         network, known = iter(answers), iter(cached)
         return [next(network if ticket.cached is None else known) for ticket in tickets]
+
+    @property
+    def running(self) -> bool:
+        """Whether the engine's thread is alive."""
+        return self.engine.running
 
     def statistics(self) -> Statistics:
         """Return the engine's."""
@@ -367,7 +372,8 @@ class AdaptiveEngine:
             with self._lock:
                 self._swapping -= 1
 
-        self._engine.between_steps(work)
+        # What a swap that has failed leaves on the device is not known: the base answers, and an operator is told.
+        self._engine.between_steps(lambda: self._guarded(work, None, take=False, changes=False))
 
     def _on_event(self, event: Event) -> None:
         level = logging.WARNING if event.kind in _WARNINGS else logging.INFO

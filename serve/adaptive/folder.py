@@ -9,12 +9,12 @@ moment: what was served, the next one knows.
 """
 
 import logging
-import time
 
 from gati_jax import BundleError, InputError
 from gati_jax.adaptation import ControllerState
 from gati_jax.bundle import Versions
 from gati_jax.bundle.manifest import read_json, write_json
+from gati_jax.bundle.versions import unknown_trials
 from gati_jax.certification import trial_level
 
 STATE, ASIDE = "monitor.json", "monitor.unsaved.json"
@@ -50,7 +50,7 @@ class StateFolder:
         try:
             self._trials = versions.trials
         except BundleError as error:
-            self._damage, self._trials = str(error), int(time.time())  # see ``Versions.repair``
+            self._damage, self._trials = str(error), unknown_trials()  # see ``Versions.repair``
         except OSError:
             versions.release()
             raise

@@ -139,6 +139,11 @@ class Engine:
             self._thread.join(None if timeout is None else max(timeout, _LEAST))
         return not self._thread.is_alive()
 
+    @property
+    def running(self) -> bool:
+        """Whether its thread is alive."""
+        return self._thread.is_alive()
+
     def statistics(self) -> Statistics:
         """Return a snapshot of the queues and counters."""
         with self._loop.wake:
@@ -149,7 +154,7 @@ class Engine:
                 admitted=scheduler.capacity,
                 backlog_ms=scheduler.backlog_ms,
                 leave=scheduler.leave,
-                running=self._thread.is_alive(),
+                running=self.running,
                 **self._loop.count,
             )
 

@@ -101,7 +101,8 @@ class Loop:
                 self.count["expired"] += len(expired)
             self._report_lost(lost)
             for job in expired:
-                job.done.set_exception(DeadlineError(f"deadline: it passed after {now - job.arrived:.3f} s"))
+                late = f"deadline: no time is left for an answer after {now - job.arrived:.3f} s"
+                job.done.set_exception(DeadlineError(late))
                 self.notify(lambda observer: observer.refused("deadline"))
             if step or busy or (stopping and not self.between):
                 return step
@@ -148,7 +149,8 @@ class Loop:
         answered = [(job, answer) for job, answer in leaving if job in claimed]
         shadows = self._choose_shadows(step, answered)
         with self.wake:
-            abandoned = self.scheduler.finish(step, [answer is not None for answer in answers], shadows)
+            left = [answer is not None for answer in answers]
+            abandoned = self.scheduler.finish(step, left, shadows, seconds=now - since)
             self.claim(abandoned)
             self.count.update(answered=len(answered), shadowed=len(shadowed), steps=1)
             self._narrow(running, now)

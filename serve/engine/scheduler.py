@@ -4,11 +4,14 @@ A shadow job's client has been answered. So it queues behind all clients, and no
 waits: it takes rows that would be padding, and the device when that would be idle. But a server that is never idle must
 not collect shadow jobs until its slots are full: after ``BEHIND`` seconds a shadow job counts as a client that has just
 arrived.
+
+Beyond the device's capacity, jobs with equal deadlines come to the head of a queue as their time runs out. So a job
+that cannot be answered by its deadline is dropped, and one that is likely to be late lets all others go first.
 """
 
 import bisect
 import itertools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from . import policy
@@ -16,6 +19,9 @@ from .records import Job, OverloadedError, Route, Step
 
 PATIENCE = 1.0  # seconds: a job without a deadline is ordered, within its queue, as if it had this one
 BEHIND = 0.25  # seconds that a shadow job stands behind clients
+_NONE, _MOST = 0.01, 0.9  # shares that leave: fewer than the first are none, the second are as good as all
+_MEMORY = 0.05  # weight of the newest step in the mean of what steps take
+_LONGEST = 4.0  # times the expected time that a step counts at most
 _Key = tuple[int, int]  # route and stage
 
 
@@ -38,6 +44,17 @@ class Waiting(NamedTuple):
         """Whether a step may be run for it; otherwise it only fills up other steps."""
         return not self.job.is_shadow or self.since <= now
 
+    def is_late(self, soon: float) -> bool:
+        """Whether its client wants an answer before this time."""
+        return not self.job.is_shadow and self.job.deadline is not None and self.job.deadline < soon
+
+
+class _Line(NamedTuple):
+    """A queue as it would be served now."""
+
+    in_time: list[Waiting]
+    late: list[Waiting]  # likely so
+
 
 class Scheduler:
     """Queues, slots, and the choice of the next step.
@@ -59,6 +76,7 @@ class Scheduler:
         self._running: list[Step] = []
         self._numbers = itertools.count()
         self._shares = policy.Shares(self.routes)
+        self._slowness = 1.0  # what steps take, over what the routes expect: the processor may have other work
 
     # State
 
@@ -112,8 +130,14 @@ class Scheduler:
             self._queue(job, 0)
 
     def drop(self, now: float) -> list[Job]:
-        """Remove, and return, the waiting jobs that no client waits for: abandoned, or too late."""
-        return self._remove(lambda job: job.abandoned or (job.deadline is not None and job.deadline <= now))
+        """Remove, and return, the waiting jobs that would be served in vain: abandoned, or too late for any exit."""
+        first = {key: now + self._until_ms(key, _NONE) / 1e3 for key in self._queues}
+
+        def goes(job: Job) -> bool:
+            late = job.deadline is not None and (job.deadline <= now or job.deadline < first[job.route, job.stage])
+            return late or job.abandoned
+
+        return self._remove(goes)
 
     def drop_shadows(self) -> list[Job]:
         """Remove, and return, the waiting shadow jobs, when the server stops."""
@@ -130,25 +154,33 @@ class Scheduler:
 
         Queues are compared by their gain (see ``policy``), times one plus the age of their oldest job in units of
         ``max_wait``. So a large enough age outweighs any gain, and no job starves. But if some job would miss its
-        deadline by waiting for one more step, and can still make it, the one that is due first goes first.
+        deadline by waiting for one more step, and can still make it, the one that is due first goes first. Jobs that
+        are likely to be late are served as shadow jobs are.
         """
         if not self._queues:
             return None
-        choices = {key: self._shares.choose_bucket(*key, rows) for key, rows in self._counted(now).items()}
-        urgent = self._urgent(choices, now)
-        key = urgent or max(choices, key=lambda key: (self._score(key, choices[key], now), key[1]))  # deeper on ties
-        queue, bucket = self._queues[key], choices[key].bucket
-        self._keep(key, queue[bucket:])
-        step = Step(*key, bucket, tuple(waiting.job for waiting in queue[:bucket]))
+        lines = {key: self._line_up(key, now) for key in self._queues}
+        choices = {key: self._shares.choose_bucket(*key, rows) for key, rows in self._counted(lines, now).items()}
+        urgent = self._urgent(lines, choices, now)
+        key = urgent or max(choices, key=lambda key: (self._score(lines[key], choices[key], now), key[1]))  # deeper
+        line, bucket = [*lines[key].in_time, *lines[key].late], choices[key].bucket
+        self._keep(key, sorted(line[bucket:]))
+        step = Step(*key, bucket, tuple(waiting.job for waiting in line[:bucket]))
         self._running.append(step)
         return step
 
-    def finish(self, step: Step, left: Sequence[bool], shadows: Collection[Job] = ()) -> list[Job]:
+    def finish(
+        self, step: Step, left: Sequence[bool], shadows: Collection[Job] = (), *, seconds: float | None = None
+    ) -> list[Job]:
         """Free the slots of the jobs that left; queue the others for the next stage.
 
         Some of the jobs that left may continue as shadow jobs. Returns those that were abandoned instead of queued.
+        ``seconds`` is what the step took, if that is known.
         """
         self._running.remove(step)
+        if seconds is not None:
+            ratio = min(seconds * 1e3 / self._step_ms((step.route, step.stage), step.bucket), _LONGEST)
+            self._slowness += _MEMORY * (ratio - self._slowness)
         followed = self._is_followed(step)
         clients = [is_out for job, is_out in zip(step.jobs, left, strict=True) if not job.is_shadow]
         self._shares.learn(step, len(clients), sum(clients))
@@ -231,35 +263,61 @@ class Scheduler:
 
     # The choice
 
-    def _counted(self, now: float) -> dict[_Key, int]:
-        """Return, by queue, the jobs that a step would be run for; shadow jobs only if no client waits."""
-        everyone = {key: len(queue) for key, queue in self._queues.items()}
-        if not self._shadows:
-            return everyone
-        counted = {key: sum(waiting.counts(now) for waiting in queue) for key, queue in self._queues.items()}
-        return {key: rows for key, rows in counted.items() if rows} or everyone
+    def _line_up(self, key: _Key, now: float) -> _Line:
+        queue, soon = self._queues[key], now + self._until_ms(key, _MOST) / 1e3
+        if queue[0].due >= soon:
+            return _Line(queue, [])
+        return _Line(
+            [waiting for waiting in queue if not waiting.is_late(soon)],
+            [waiting for waiting in queue if waiting.is_late(soon)],
+        )
 
-    def _score(self, key: _Key, choice: policy.Choice, now: float) -> float:
-        since = min(now, *(waiting.since for waiting in self._queues[key][: choice.bucket]))
+    def _counted(self, lines: Mapping[_Key, _Line], now: float) -> dict[_Key, int]:
+        """Return, by queue, the jobs that a step would be run for.
+
+        Those that are likely to be late are left out if there are others, and shadow jobs if any client waits.
+        """
+        for clients in ({key: line.in_time for key, line in lines.items()}, self._queues):
+            rows = {key: sum(waiting.counts(now) for waiting in queue) for key, queue in clients.items()}
+            if any(rows.values()):
+                return {key: count for key, count in rows.items() if count}
+        return {key: len(queue) for key, queue in self._queues.items()}
+
+    def _score(self, line: _Line, choice: policy.Choice, now: float) -> float:
+        served = (*line.in_time[: choice.bucket], *line.late[: max(0, choice.bucket - len(line.in_time))])
+        since = min(now, *(waiting.since for waiting in served))
         return choice.gain * (1 + (now - since) / self._max_wait)
 
-    def _urgent(self, choices: dict[_Key, policy.Choice], now: float) -> _Key | None:
+    def _urgent(self, lines: Mapping[_Key, _Line], choices: dict[_Key, policy.Choice], now: float) -> _Key | None:
         """Return the queue whose first client would miss its deadline only if another step came first."""
-        step_ms = {key: self._step_ms(key, choice.bucket) for key, choice in choices.items()}
+        step_ms = {key: self._step_ms(key, choice.bucket) * self._slowness for key, choice in choices.items()}
         urgent: list[tuple[float, _Key]] = []
         for key, choice in choices.items():
-            deadline = next((waiting.job.deadline for waiting in self._queues[key] if not waiting.job.is_shadow), None)
+            clients = (waiting.job for waiting in lines[key].in_time if not waiting.job.is_shadow)
+            deadline = next((job.deadline for job in clients), None)
             if deadline is None:
                 continue
-            slack_ms = (deadline - now) * 1e3 - self._alone_ms(key, choice.bucket)
+            slack_ms = (deadline - now) * 1e3 - self._until_ms(key, _MOST, choice.bucket)
             if 0 <= slack_ms < max((ms for other, ms in step_ms.items() if other != key), default=0):
                 urgent.append((deadline, key))
         return min(urgent)[1] if urgent else None
 
+    def _until_ms(self, key: _Key, share: float, bucket: int | None = None) -> float:
+        """Return when this share of the jobs of a queue would have left, each served at once and alone.
+
+        Args:
+            key: The queue.
+            share: In (0, 1).
+            bucket: Of its first step; None for the smallest one.
+        """
+        route, stage = key
+        stage_ms, leave = self.routes[route].stage_ms, self.leave[route]
+        alone = stage_ms[min(stage_ms)]
+        ms, staying = stage_ms[bucket or min(stage_ms)][stage], 1 - leave[stage]
+        while 1 - staying < share and stage + 1 < len(alone):
+            stage += 1
+            ms, staying = ms + alone[stage], staying * (1 - leave[stage])
+        return ms * self._slowness
+
     def _step_ms(self, key: _Key, bucket: int) -> float:
         return self.routes[key[0]].stage_ms[bucket][key[1]]
-
-    def _alone_ms(self, key: _Key, bucket: int) -> float:
-        """Return the time of a job that is served at once, in this bucket, then alone, and leaves at the last stage."""
-        stage_ms = self.routes[key[0]].stage_ms
-        return self._step_ms(key, bucket) + sum(stage_ms[min(stage_ms)][key[1] + 1 :])

@@ -5,7 +5,9 @@ the door with nothing but its head: for a place among the images on the way, and
 gives back when it is over, however it ends.
 
 How long a request will wait follows from the drain rate: images answered per second, measured while at least ``FULL``
-are on the way. With fewer, the server idles now and then, and the rate would tell of the clients and not of it.
+wait, whose bodies are here. With fewer, the server idles now and then, and the rate would tell of the clients and not
+of it. A request whose deadline will have passed by then is refused: with its head if that has the deadline, else once
+its body is decoded.
 """
 
 import asyncio
@@ -13,19 +15,23 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Generator
 from types import TracebackType
 from typing import Self
 
-from ..engine.records import OverloadedError, StoppingError
+from ..engine.records import DeadlineError, OverloadedError, ServeError, StoppingError
 from ..engine.scheduler import PATIENCE
 from .messages import SlowBodyError, TooLargeError
 
-FULL = 8  # images on the way with which the device is taken to be busy: a batch
+FULL = 8  # images that wait with which the device is taken to be busy: a batch
 MARGIN = 0.7  # share of the time left that the expected wait may take; steps and other requests cause the rest
 _MEMORY = 5.0  # seconds of load over which the drain rate is averaged
 _LEAST = 0.25  # seconds of load before it is believed
 _RETRY = 1.0  # seconds, where no rate is known
+_FRESH = 0.1  # seconds in which a body is expected to arrive; one that takes longer holds up no other request
+_STALLED = 1.0  # seconds after which a message that has a place makes it for another one
+_QUESTIONS = 8  # gRPC's messages on their way to other methods than inference
+_INFLATING = 2  # bodies that are inflated at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +62,7 @@ class Door:
     Args:
         limits: What it keeps.
         refused: Called with the reason of each refusal: "overloaded" (images), "memory" (bytes), "late" (a deadline
-            that cannot be met).
+            that cannot be met), "deadline" (one that has passed), "stopping".
         clock: Seconds.
     """
 
@@ -70,28 +76,45 @@ class Door:
         """Open it, with nobody inside."""
         self.limits, self.refused, self.clock = limits, refused, clock
         self.images = self.bytes = 0
-        self.closed = False
-        self.messages = asyncio.Semaphore(max(1, limits.max_bodies // limits.max_body))
-        """gRPC's messages have no announced length: so many may be on their way, of any length, at once."""
+        self.waiting = 0
+        """Images whose bodies are here."""
+        self.closing = asyncio.Event()
+        """Set once nothing more is admitted."""
+        self.messages = Messages(self, max(1, limits.max_bodies // limits.max_body))
+        """gRPC's requests for inference."""
+        self.questions = Messages(self, _QUESTIONS)
+        """All other calls of gRPC, some of which need no token."""
+        self.inflating = asyncio.Semaphore(_INFLATING)
+        """For compressed bodies, each of which may take the memory of the largest body."""
         self._inside: set[Admission] = set()
         self._answered = self._loaded = 0.0
         self._at = clock()
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more is admitted."""
+        return self.closing.is_set()
 
     @property
     def rate(self) -> float | None:
         """Images answered per second under load; None if there was none."""
         return self._answered / self._loaded if self._loaded >= _LEAST and self._answered else None
 
-    def enter(self, *, arrived: float | None = None, size: int = 0, images: int = 1) -> "Admission":
+    def enter(
+        self, *, arrived: float | None = None, size: int = 0, images: int = 1, patience: float = math.inf
+    ) -> "Admission":
         """Admit a request, of which the head alone is known.
 
         Args:
             arrived: When its first byte came, by the door's clock; its time-outs count from there. None for now.
             size: The announced bytes of its body; 0 if there is none, or its length is not known.
             images: The least that it may hold; 0 for a request that asks for no inference.
+            patience: Seconds from its arrival to its deadline, where the head has one.
 
         Raises:
-            OverloadedError: Too many images, or bytes, are on the way.
+            DeadlineError: The deadline has passed.
+            OverloadedError: Too many images, or bytes, are on the way; or those before it are expected to take until
+                the deadline.
             StoppingError: The door is closed.
             TooLargeError: The body is larger than any may be.
         """
@@ -100,7 +123,10 @@ class Door:
         if self.closed and images:
             self.refused("stopping")
             raise StoppingError("stopping: the server admits nothing more")
-        admission = Admission(self, self.clock() if arrived is None else arrived)
+        arrived = self.clock() if arrived is None else arrived
+        admission = Admission(self, arrived, arrived + patience)
+        if images:
+            self.check_time(admission, images)
         self.reserve(images, size)
         admission.images, admission.size = images, size
         self._inside.add(admission)
@@ -120,6 +146,23 @@ class Door:
         self._advance()
         self.images, self.bytes = more, self.bytes + size
 
+    def check_time(self, admission: "Admission", images: int) -> None:
+        """Check that a request of so many images can be answered by its deadline.
+
+        Raises:
+            DeadlineError: The deadline has passed.
+            OverloadedError: The images before it are expected to take until then.
+        """
+        left, rate = admission.deadline - self.clock(), self.rate
+        if left <= 0:
+            self.refused("deadline")
+            raise DeadlineError("the deadline passed before the request was read")
+        if rate and (self.images + images) / rate > MARGIN * left:  # the sum below takes longer
+            ahead = self.ahead_of(admission)
+            wait = (ahead + images) / rate
+            if ahead >= FULL and wait > MARGIN * left:
+                raise self.refuse("late", f"{wait * 1e3:.0f} ms expected, and {left * 1e3:.0f} ms left")
+
     def refuse(self, reason: str, message: str) -> OverloadedError:
         """Return a refusal; it asks clients to come back when all that is here now will have been answered."""
         self.refused(reason)
@@ -131,41 +174,92 @@ class Door:
         if admission in self._inside:
             self._inside.remove(admission)
             self._advance()
-            self._answered += admission.images if admission.answered and self.images >= FULL else 0
+            self._answered += admission.images if admission.answered and self.waiting >= FULL else 0
             self.images -= admission.images
+            self.waiting -= admission.images if admission.is_whole else 0
             self.bytes -= admission.size
+
+    def take(self, admission: "Admission", images: int) -> None:
+        """Give a request places for all of its images, now that its body is here.
+
+        Raises:
+            OverloadedError: There are not enough.
+        """
+        self.reserve(images - admission.images, 0)
+        self.waiting += images
+        admission.images, admission.is_whole = images, True
 
     def ahead_of(self, admission: "Admission") -> int:
         """Return the images that are expected to be answered before those of a request."""
-        return sum(other.images for other in self._inside if other is not admission and other.due <= admission.due)
+        fresh = self.clock() - _FRESH
+        return sum(
+            other.images
+            for other in self._inside
+            if other is not admission and other.due <= admission.due and (other.is_whole or other.arrived > fresh)
+        )
 
     def close(self) -> None:
         """Admit nothing more, and cut off the bodies that are still on their way: they cannot be answered."""
-        self.closed = True
+        self.closing.set()
         for admission in self._inside:
-            admission.cut()
+            admission.cut(StoppingError("stopping: the body came too late"))
 
     def _advance(self) -> None:
         """Let the time since the last change count, if the server was under load."""
         now = self.clock()
-        if self.images >= FULL:
+        if self.waiting >= FULL:
             passed = now - self._at
             keep = math.exp(-passed / _MEMORY)
             self._answered, self._loaded = self._answered * keep, self._loaded * keep + passed
         self._at = now
 
 
+class Messages:
+    """Places for messages of unknown length that do not arrive at once, each of which may become the largest one.
+
+    A message that has stalled makes place for another one, so that a few of them do not keep all others out.
+    """
+
+    def __init__(self, door: Door, most: int) -> None:
+        """Start with all places free."""
+        self._door, self._most = door, most
+        self._since: dict[Admission, float] = {}  # by who has a place, the longest first
+
+    @contextlib.contextmanager
+    def place(self, admission: "Admission") -> Generator[None]:
+        """Hold a place.
+
+        Raises:
+            OverloadedError: There is none.
+        """
+        if len(self._since) >= self._most:
+            longest, since = next(iter(self._since.items()))
+            if self._door.clock() < since + _STALLED:
+                raise self._door.refuse("memory", f"{self._most} messages are on their way")
+            del self._since[longest]
+            longest.cut(SlowBodyError(f"message: expected within {_STALLED:g} s, while others come"))
+        self._since[admission] = self._door.clock()
+        try:
+            yield
+        finally:
+            self._since.pop(admission, None)
+
+
 class Admission:
     """What one request has taken; a context manager that gives it back."""
 
-    def __init__(self, door: Door, arrived: float) -> None:
+    def __init__(self, door: Door, arrived: float, deadline: float) -> None:
         """Begin with nothing."""
         self.arrived = arrived
-        self.due = math.inf
-        """When its images are due, as the scheduler orders them; infinity until they are all here."""
+        self.deadline = min(deadline, arrived + door.limits.timeout)
+        """When an answer is too late, by the door's clock."""
         self.images = self.size = 0
+        self.is_whole = False
+        """Whether its images are all here."""
         self.answered = False
         self._door, self._received = door, 0
+        self._cut: ServeError | None = None
+        self._until_deadline = False  # whether that is what its body waits for
         self._patience: asyncio.Timeout | None = None
 
     def __enter__(self) -> Self:
@@ -176,34 +270,34 @@ class Admission:
         """Give everything back."""
         self._door.leave(self)
 
-    def take(self, images: int, deadline: float) -> None:
+    @property
+    def due(self) -> float:
+        """When its images are due, as the scheduler orders them."""
+        return min(self.deadline, self.arrived + PATIENCE)
+
+    def take(self, images: int, patience: float = math.inf) -> None:
         """Take places for all of a request's images.
 
         Args:
             images: Their number.
-            deadline: When answers are too late, by the door's clock.
+            patience: Seconds from the arrival to the deadline that the body has.
 
         Raises:
+            DeadlineError: The deadline has passed.
             OverloadedError: There are not enough places, or those before it are expected to take until the deadline.
         """
-        door = self._door
-        self.due = min(deadline, self.arrived + PATIENCE)
-        left, rate = deadline - door.clock(), door.rate
-        if rate and (door.images + images) / rate > MARGIN * left:  # the sum below takes longer
-            ahead = door.ahead_of(self)
-            wait = (ahead + images) / rate
-            if ahead >= FULL and wait > MARGIN * left:
-                raise door.refuse("late", f"{wait * 1e3:.0f} ms expected, and {max(left, 0) * 1e3:.0f} ms left")
-        door.reserve(images - self.images, 0)
-        self.images = images
+        self.deadline = min(self.deadline, self.arrived + patience)
+        self._door.check_time(self, images)
+        self._door.take(self, images)
 
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncGenerator[None]:
         """Bound the time in which a body arrives, in all and without a byte; report what arrives by ``received``.
 
         Raises:
+            DeadlineError: The deadline passed before the body was here.
             SlowBodyError: Time ran out.
-            StoppingError: The door was closed before the body was here.
+            ServeError: Why it was ``cut``: the door was closed, say.
         """
         limits = self._door.limits
         try:
@@ -211,8 +305,13 @@ class Admission:
                 self.received(0)
                 yield
         except TimeoutError:
-            if self._door.closed:
-                raise StoppingError("stopping: the body came too late") from None
+            if self._cut is not None:
+                if isinstance(self._cut, StoppingError):
+                    self._door.refused("stopping")
+                raise self._cut from None
+            if self._until_deadline:
+                self._door.refused("deadline")
+                raise DeadlineError("the deadline passed before the body was here") from None
             waits = f"all of it within {limits.timeout:g} s, and a part every {limits.idle_timeout:g} s"
             raise SlowBodyError(f"body: expected {waits}") from None
         finally:
@@ -232,19 +331,22 @@ class Admission:
         if self.images and (more := self._received - self.size) > 0:
             self._door.reserve(0, more)
             self.size += more
-        self._wait(min(self.arrived + limits.timeout - self._door.clock(), limits.idle_timeout))
+        left = self.deadline - self._door.clock()
+        self._until_deadline = self.deadline < self.arrived + limits.timeout and left <= limits.idle_timeout
+        self._wait(min(left, limits.idle_timeout) if self._cut is None else 0.0)
 
-    def expand(self, size: int) -> None:
-        """Take the bytes that a body may have once it is inflated, besides its own.
+    def hold(self, size: int) -> None:
+        """Hold so many bytes from now on.
 
         Raises:
             OverloadedError: Too many bytes are on the way.
         """
-        self._door.reserve(0, size)
-        self.size += size
+        self._door.reserve(0, size - self.size)
+        self.size = size
 
-    def cut(self) -> None:
-        """End the reading of its body."""
+    def cut(self, why: ServeError) -> None:
+        """End the reading of its body, if it is not here yet, by this error."""
+        self._cut = why
         self._wait(0.0)
 
     def _wait(self, seconds: float) -> None:

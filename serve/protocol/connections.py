@@ -1,14 +1,12 @@
-"""HTTP connections: uvicorn's server and protocol, with the bounds that they lack.
+"""uvicorn's server, with bounded connections; ``http_connection`` is one of them.
 
-uvicorn reads headers of any length, waits for them for ever, and lets the event loop accept: libuv takes one connection
-a turn, so that under load, when turns are long, new connections wait for seconds behind kept ones. Here all connections
-that wait are accepted in one turn.
+uvicorn lets the event loop accept: libuv takes one connection a turn, so that under load, when turns are long, new
+connections wait for seconds behind kept ones. Here all connections that wait are accepted in one turn.
 """
 
 import asyncio
 import contextlib
 import errno
-import json
 import logging
 import math
 import os
@@ -17,12 +15,12 @@ import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
-import httptools
 import uvicorn
-from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from starlette.responses import Response
+from starlette.types import ASGIApp, Scope
 
 from .admission import Limits
+from .http_connection import Connection, Shared
 
 BACKLOG = 2048
 _BURST = 128  # connections that are accepted in one turn
@@ -42,6 +40,7 @@ class HttpServer(uvicorn.Server):
         drain: Seconds that requests in flight have to finish, once ``should_exit`` is set.
         tls: Files of a certificate chain and its key.
         refused: Called with the reason of each connection that is closed: "connections", "descriptors", "head", "slow".
+        refuse: Returns the answer to a request that is refused by its head, before the application is called.
     """
 
     def __init__(
@@ -53,6 +52,7 @@ class HttpServer(uvicorn.Server):
         drain: float = 0.0,
         tls: tuple[Path, Path] | None = None,
         refused: Callable[[str], None] = lambda _: None,
+        refuse: Callable[[Scope], Response | None] = lambda _: None,
     ) -> None:
         """Prepare; ``serve`` runs it."""
         cert, key = tls or (None, None)
@@ -70,7 +70,7 @@ class HttpServer(uvicorn.Server):
                 ssl_keyfile=key,
             )
         )
-        self.limits, self.refused = limits, refused
+        self._shared = Shared(limits, refused, refuse)
         self._listener, self._drain = listener, drain
         listener.listen(BACKLOG)
         listener.settimeout(0.0)
@@ -96,7 +96,7 @@ class HttpServer(uvicorn.Server):
             self._accepting.result()  # raises why it ended
         now = time.monotonic()
         for connection in list(self.server_state.connections):
-            if isinstance(connection, Connection) and connection.due < now:
+            if isinstance(connection, Connection) and connection.is_over(now):
                 connection.expire()
         return await super().on_tick(counter)
 
@@ -142,10 +142,14 @@ class HttpServer(uvicorn.Server):
                 await asyncio.sleep(_PAUSE)  # without descriptors, even an accept of nothing fails
 
     def _open(self, loop: asyncio.AbstractEventLoop, accepted: socket.socket) -> None:
-        if len(self.server_state.connections) + len(self._opening) >= self.limits.connections:
-            self.refused("connections")
-            accepted.close()
-            return
+        if len(self.server_state.connections) + len(self._opening) >= self._shared.limits.connections:
+            self._shared.refused("connections")
+            idle = next(iter(self._shared.idle), None)
+            if idle is None or not idle.is_spare(time.monotonic()):
+                accepted.close()
+                return
+            del self._shared.idle[idle]
+            idle.transport.abort()
         accepted.settimeout(0.0)
         with contextlib.suppress(OSError):  # the client has left
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -155,14 +159,15 @@ class HttpServer(uvicorn.Server):
 
     async def _connect(self, loop: asyncio.AbstractEventLoop, accepted: socket.socket) -> None:
         tls = self.config.ssl
-        timeout = None if tls is None else self.limits.header_timeout
+        timeout = None if tls is None else self._shared.limits.header_timeout
         try:
-            await loop.connect_accepted_socket(
-                lambda: Connection(self), accepted, ssl=tls, ssl_handshake_timeout=timeout
-            )
+            await loop.connect_accepted_socket(self._connection, accepted, ssl=tls, ssl_handshake_timeout=timeout)
         except OSError as error:  # TLS's, too
             accepted.close()
             _log.debug("a connection failed: %s", error)
+
+    def _connection(self) -> Connection:
+        return Connection(self.config, self.server_state, self._shared)
 
     def _refuse_all(self, error: OSError) -> None:
         """Refuse the connections that wait, by the descriptor that was kept for this.
@@ -178,143 +183,7 @@ class HttpServer(uvicorn.Server):
             with contextlib.suppress(OSError):
                 for _ in range(_BURST):
                     accepted = self._listener.accept()[0]
-                    self.refused("descriptors")
+                    self._shared.refused("descriptors")
                     accepted.close()
         with contextlib.suppress(OSError):
             self._spare = os.open(os.devnull, os.O_RDONLY)
-
-
-class Connection(HttpToolsProtocol):
-    """A connection whose requests' heads are bounded, in size and time, and which is not idle for ever.
-
-    ``due`` is when it is closed, by the monotonic clock; while a request is with the application, which has clocks of
-    its own, that is never.
-    """
-
-    def __init__(self, server: HttpServer) -> None:
-        """Wait for a request."""
-        super().__init__(server.config, server.server_state, server.lifespan.state, asyncio.get_running_loop())
-        self._limits, self._refused = server.limits, server.refused
-        self._in_head = self._in_body = False
-        self._events = self._silent = 0  # of the parser; bytes without one
-        self._bytes = self._count = 0  # of the head
-        self._discarded = 0
-        self._began = self._last = time.monotonic()
-
-    @property
-    def due(self) -> float:
-        """When the connection is closed unless something happens."""
-        if self._in_head:
-            return self._began + self._limits.header_timeout
-        if self._is_busy:
-            return math.inf
-        if self._in_body:  # of a request that was refused: it is discarded
-            return self._began + self._limits.timeout
-        return self._last + self._limits.keep_alive
-
-    @property
-    def _is_busy(self) -> bool:
-        return bool(self.cycle) and not self.cycle.response_complete
-
-    def expire(self) -> None:
-        """Close the connection: its time is over."""
-        if self._in_head and not self._is_busy and not self.transport.is_closing():
-            self._reject(408, f"head: expected all of it within {self._limits.header_timeout:g} s", "slow")
-        else:
-            self.transport.abort()  # what the client has not read by now, it will not
-
-    def shutdown(self) -> None:
-        """Close the connection if no request is with the application, or after that."""
-        if self._is_busy:
-            self.cycle.keep_alive = False
-        elif not self.transport.get_write_buffer_size():
-            self.transport.abort()
-
-    def data_received(self, data: bytes) -> None:
-        """Parse what has arrived."""
-        parser = self.parser
-        if parser is None or self.transport.is_closing():
-            return
-        events = self._events
-        try:
-            parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # answered as if it had not been asked for
-        except httptools.HttpParserError:
-            if self._bytes > self._limits.header_bytes or self._count > self._limits.header_count:
-                self._reject_head()
-            else:
-                self._reject(400, "head: expected a request of HTTP/1.1", "head")
-        else:
-            # A header, or a trailer, is one event when it is complete: an endless one grows in the parser.
-            self._silent = self._silent + len(data) if self._events == events else 0
-            if self._silent > self._limits.header_bytes:
-                self._reject_head()
-
-    # The parser's events; an exception stops it
-
-    def on_message_begin(self) -> None:
-        """Start the clocks of a request."""
-        super().on_message_begin()
-        self._events += 1
-        self._in_head, self._in_body = True, False
-        self._bytes = self._count = self._discarded = 0
-        self._began = time.monotonic()
-        self.scope.setdefault("state", {})["arrived"] = self._began
-
-    def on_url(self, url: bytes) -> None:
-        """Count a part of the path."""
-        self._measure(len(url), 0)
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Count a header, or a trailer."""
-        self._measure(len(name) + len(value), 1)
-        super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        """Pass the request to the application."""
-        self._in_head, self._in_body = False, True
-        super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        """Keep a part of a body; one whose request was refused is discarded, up to the largest that may be."""
-        self._events += 1
-        super().on_body(body)
-        if self.cycle.response_complete:
-            self._discarded += len(body)
-            if self._discarded > self._limits.max_body:
-                self.transport.abort()
-
-    def on_message_complete(self) -> None:
-        """End a request."""
-        self._events += 1
-        self._in_body, self._last = False, time.monotonic()
-        super().on_message_complete()
-
-    def on_response_complete(self) -> None:
-        """Begin to be idle, or to discard the rest of the body."""
-        self._last = time.monotonic()
-        super().on_response_complete()
-        self._unset_keepalive_if_required()  # uvicorn's timer, which the rest of a refused body would stop for good
-
-    def _measure(self, size: int, count: int) -> None:
-        self._events += 1
-        self._bytes, self._count = self._bytes + size, self._count + count
-        if self._bytes > self._limits.header_bytes or self._count > self._limits.header_count:
-            raise ValueError("the head is too large")
-
-    def _reject_head(self) -> None:
-        most = f"{self._limits.header_bytes} bytes in {self._limits.header_count} headers"
-        self._reject(431, f"head: expected at most {most}, got more", "head")
-
-    def _reject(self, status: int, message: str, reason: str) -> None:
-        """Answer without the application, and hang up."""
-        self._refused(reason)
-        if self._is_busy:  # an answer is being written
-            self.transport.abort()
-            return
-        body = json.dumps({"error": message}).encode()
-        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[status] + head + body)
-        self.transport.close()

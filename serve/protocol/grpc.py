@@ -2,6 +2,7 @@
 
 import contextvars
 import logging
+import math
 import time
 import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping
@@ -23,6 +24,7 @@ from .codec import MOST_NUMBERS, Incoming, Request, size_of, to_bytes
 from .messages import (
     MOST_DIMENSIONS,
     MOST_ID,
+    MOST_ITEMS,
     REASONS,
     Parameter,
     Parameters,
@@ -45,6 +47,8 @@ _CODES = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+_MOST_FIELDS = 4 * MOST_ITEMS  # of a message
+_WIDTHS = {0: 0, 1: 8, 2: 0, 5: 4}  # bytes, by wire type, where those are known
 _CONTENTS = {"UINT8": "uint_contents", "INT32": "int_contents", "FP32": "fp32_contents"}
 _log, _access = logging.getLogger("serve.grpc"), logging.getLogger(logs.ACCESS)
 _arrived: contextvars.ContextVar[float] = contextvars.ContextVar("arrived")
@@ -68,6 +72,12 @@ def create_server(service: Service, metrics: Metrics, *, token: str | None = Non
             ("grpc.max_receive_message_length", limits.max_body),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_concurrent_streams", limits.grpc_streams),
+            ("grpc.max_allowed_incoming_connections", limits.connections),
+            ("grpc.max_connection_idle_ms", round(limits.keep_alive * 1e3)),  # without a call
+            (
+                "grpc.keepalive_time_ms",
+                round(limits.keep_alive * 1e3),
+            ),  # finds dead clients
             ("grpc.max_metadata_size", limits.header_bytes),
             ("grpc.absolute_max_metadata_size", limits.header_bytes),
         ),
@@ -91,7 +101,7 @@ def create_server(service: Service, metrics: Metrics, *, token: str | None = Non
         _arrived.set(time.monotonic())
 
         async def work() -> Message:
-            with service.admit() as admission:
+            with service.admit(patience=_remaining(context)) as admission:
                 admission.received(len(body))
                 return await methods["ModelInfer"](_parse(pb.ModelInferRequest, body), context, admission)
 
@@ -140,20 +150,18 @@ def _methods(service: Service) -> dict[str, Method]:
     """Return what answers each method of the protocol; JSON's replies have the fields of gRPC's messages."""
     model = service.model
 
-    async def infer(request: pb.ModelInferRequest, context: Context, admission: Admission) -> Message:
+    async def infer(request: pb.ModelInferRequest, _: Context, admission: Admission) -> Message:
         # If the client leaves, grpc cancels this coroutine, and the service abandons the images.
         model.check(request.model_name, request.model_version)
-        remaining, request_id = context.time_remaining(), logs.request_id.get()
         decoded = decode(request, model.most_numbers)
-        answering = service.infer(decoded, admission=admission, remaining=remaining, request_id=request_id)
-        return encode(await answering)
+        return encode(await service.infer(decoded, admission=admission, request_id=logs.request_id.get()))
 
     def model_ready(request: pb.ModelReadyRequest) -> dict[str, Any]:
         model.check(request.name, request.version)
         return {"ready": service.ready}
 
     replies: dict[str, Callable[[Any], dict[str, Any]]] = {
-        "ServerLive": lambda _: {"live": True},
+        "ServerLive": lambda _: {"live": service.alive},
         "ServerReady": lambda _: {"ready": service.ready},
         "ServerMetadata": lambda _: service.metadata().model_dump(),
         "ModelReady": model_ready,
@@ -180,6 +188,9 @@ def decode(message: pb.ModelInferRequest, most_numbers: int = MOST_NUMBERS) -> R
     """
     if len(message.id) > MOST_ID:
         raise RequestError(f"id: expected at most {MOST_ID} characters, got {len(message.id)}")
+    for name, items in (("inputs", message.inputs), ("outputs", message.outputs)):
+        if len(items) > MOST_ITEMS:
+            raise RequestError(f"{name}: expected at most {MOST_ITEMS} items, got {len(items)}")
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
         raise RequestError(
@@ -187,9 +198,11 @@ def decode(message: pb.ModelInferRequest, most_numbers: int = MOST_NUMBERS) -> R
         )
     inputs = []
     for i, tensor in enumerate(message.inputs):
-        field, shape = f"inputs[{i}]", tuple(tensor.shape)
-        if len(shape) > MOST_DIMENSIONS:
-            raise RequestError(f"{field}.shape: expected at most {MOST_DIMENSIONS} dimensions, got {len(shape)}")
+        field = f"inputs[{i}]"
+        if len(tensor.shape) > MOST_DIMENSIONS:
+            got = len(tensor.shape)
+            raise RequestError(f"{field}.shape: expected at most {MOST_DIMENSIONS} dimensions, got {got}")
+        shape = tuple(tensor.shape)
         if raw and tensor.HasField("contents"):
             raise RequestError(f"{field}.contents: expected nothing beside raw_input_contents")
         size = size_of(field, _parameters(f"{field}.parameters", tensor.parameters))
@@ -232,6 +245,8 @@ def encode(response: Response) -> pb.ModelInferResponse:
 
 
 def _parameters(field: str, given: Mapping[str, pb.InferParameter]) -> Parameters:
+    if len(given) > MOST_ITEMS:
+        raise RequestError(f"{field}: expected at most {MOST_ITEMS} items, got {len(given)}")
     parameters: dict[str, Parameter] = {}
     for name, value in given.items():
         kind = value.WhichOneof("parameter_choice")
@@ -249,8 +264,15 @@ def _guard(
 
     async def work(context: Context) -> Message:
         check_token(token, _metadata(context).get("authorization"))
-        with service.admit() if kind is pb.ModelInferRequest else door.enter(images=0) as admission:
-            body = await streams.read(context, admission, door.messages)
+        if kind is pb.ModelInferRequest:
+            arrived = _arrived.get()
+            patience = time.monotonic() - arrived + _remaining(context)
+            with service.admit(arrived=arrived, patience=patience) as admission:
+                body = await streams.read(context, admission, door.messages)
+                return await method(_parse(kind, body), context, admission)
+        with door.enter(images=0) as admission:
+            # Probes say nothing that matters: they are answered even if their message does not come.
+            body = b"" if name in HEALTH else await streams.read(context, admission, door.questions)
             return await method(_parse(kind, body), context, admission)
 
     async def call(_: object, context: Context) -> Message:
@@ -309,6 +331,11 @@ async def _abort(context: Context, refused: Refusal, request_id: str) -> NoRetur
     raise AssertionError  # abort has raised
 
 
+def _remaining(context: Context) -> float:
+    remaining = context.time_remaining()
+    return math.inf if remaining is None else remaining
+
+
 def _begin(context: Context) -> str:
     given = _metadata(context)
     return logs.begin(given.get("x-request-id"), given.get("traceparent"))
@@ -325,6 +352,36 @@ def _address(context: Context) -> str:
 
 def _parse(kind: type[M], body: bytes) -> M:
     try:
+        _check_fields(body)
         return kind.FromString(body)
     except DecodeError:
         raise RequestError(f"message: expected a {kind.__name__}, got something else") from None
+
+
+def _check_fields(body: bytes) -> None:
+    """Check the number of a message's own fields: two bytes each may become a hundred, of an empty tensor.
+
+    Raises:
+        DecodeError: It is no message.
+        RequestError: There are too many.
+    """
+    at = count = 0
+    while at < len(body):
+        tag, at = _varint(body, at)
+        if tag & 7 not in _WIDTHS:
+            raise DecodeError
+        size, at = _varint(body, at) if tag & 7 in {0, 2} else (_WIDTHS[tag & 7], at)
+        at += 0 if tag & 7 == 0 else size
+        count += 1
+        if count > _MOST_FIELDS:
+            raise RequestError(f"message: expected at most {_MOST_FIELDS} fields, got more")
+
+
+def _varint(body: bytes, at: int) -> tuple[int, int]:
+    """Return a number in Protocol Buffers' variable-length form, and where it ends."""
+    number = 0
+    for shift, byte in enumerate(body[at : at + 10]):
+        number |= (byte & 127) << (7 * shift)
+        if byte < 128:  # noqa: PLR2004 (the last byte)
+            return number, at + shift + 1
+    raise DecodeError

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError, Message
 from ..engine.records import ServeError
 from . import health_pb2, reflection_pb2
 from . import inference_pb2 as pb
-from .admission import Admission
+from .admission import Admission, Messages
 from .messages import Refusal, RequestError, UnknownModelError
 from .service import Service
 
@@ -27,7 +27,8 @@ _SERVICES = [service.full_name for file in _FILES for service in file.services_b
 _LIVENESS, _READINESS = ("liveness",), ("", "readiness", _SERVICES[0])
 _AHEAD = 8  # requests of one stream that are answered at a time
 _LONGEST = 1024  # bytes of a question about the protocol, which its answer repeats
-_POLL = 0.25  # seconds
+_SOON = 0.25  # seconds in which most messages are here: gRPC's clients send them with the call
+_POLL = 0.5  # seconds between two looks at the health that is watched
 
 Context = grpc.aio.ServicerContext[bytes, Message]
 Stream = Callable[[AsyncIterator[bytes], Context], AsyncIterator[Message]]
@@ -103,13 +104,14 @@ def watch(service: Service) -> Stream:
     async def call(_: object, context: Context) -> AsyncIterator[Message]:
         body = b"?" * (_LONGEST + 1)
         with contextlib.suppress(ServeError), service.door.enter(images=0) as admission:
-            body = await read(context, admission, service.door.messages)
+            body = await read(context, admission, service.door.questions)
         request, last = await _parse(health_pb2.HealthCheckRequest, body, context), None
         while not service.closed:
             if (status := _status(service, request)) != last:
                 yield health_pb2.HealthCheckResponse(status=status)
                 last = status
-            await asyncio.sleep(_POLL)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(service.door.closing.wait(), _POLL)
         _end(service, context)
 
     return call
@@ -130,7 +132,7 @@ def reflect(service: Service, begin: Begin) -> Stream:
 def _status(service: Service, request: health_pb2.HealthCheckRequest) -> health_pb2.HealthCheckResponse.ServingStatus:
     if request.service not in {*_LIVENESS, *_READINESS}:
         return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-    well = request.service in _LIVENESS or service.ready
+    well = service.alive if request.service in _LIVENESS else service.ready
     return health_pb2.HealthCheckResponse.SERVING if well else health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -159,17 +161,25 @@ def _declares(file: Any, symbol: str) -> bool:  # noqa: ANN401 (a FileDescriptor
     return file.pool.FindFileContainingSymbol(symbol) is not None
 
 
-async def read(context: Context, admission: Admission, turn: asyncio.Semaphore) -> bytes:
+async def read(context: Context, admission: Admission, messages: Messages) -> bytes:
     """Read the one message of a call.
 
-    Its length is not announced, so it counts once it is here; until then, ``turn`` bounds how many there are.
+    Its length is not announced, so it counts once it is here; one that does not come at once needs a place for that.
 
     Raises:
         ServeError: It came too slowly, there is none, or its bytes are too many.
     """
     async with admission.reading():
-        async with turn:
-            body = cast("bytes | object", await context.read())  # its end has another type
+        reading = asyncio.ensure_future(context.read())
+        try:
+            await asyncio.wait((reading,), timeout=_SOON)
+            await asyncio.sleep(0)  # it may be here, and the event loop be late
+            if not reading.done():
+                with messages.place(admission):
+                    await asyncio.wait((reading,))
+            body = cast("bytes | object", reading.result())  # its end has another type
+        finally:
+            reading.cancel()
         if not isinstance(body, bytes):
             raise RequestError("message: expected one, got none")
         admission.received(len(body))
@@ -186,17 +196,16 @@ async def _parse(kind: type[Any], body: bytes, context: Context) -> Any:  # noqa
 
 async def _until_closed(service: Service, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Yield the messages of a stream until the service admits nothing more."""
-    reading = None
+    closing, reading = asyncio.ensure_future(service.door.closing.wait()), None
     try:
         while not service.closed:
-            reading = reading or asyncio.ensure_future(_next(messages))
-            await asyncio.wait((reading,), timeout=_POLL)
-            if reading.done():
-                body, reading = reading.result(), None
-                if body is None:
-                    return
-                yield body
+            reading = asyncio.ensure_future(_next(messages))
+            await asyncio.wait((reading, closing), return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done() or (body := reading.result()) is None:
+                return
+            yield body
     finally:
+        closing.cancel()
         if reading is not None:
             reading.cancel()
 

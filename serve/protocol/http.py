@@ -1,67 +1,46 @@
 """The protocol over HTTP: routes, their OpenAPI description, tokens, errors, and clients that leave."""
 
 import asyncio
+import contextvars
 import logging
 import math
+import re
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gati_jax import __version__
+from gati_jax.errors import printable
 
 from .. import logs
 from ..engine.records import ServeError
 from ..metrics import Metrics, negotiate
-from . import codec, messages, page
+from . import codec, messages, openapi, page
 from .admission import Admission
-from .messages import EncodingError, StoppingError, UnauthorizedError, refusal
+from .messages import EncodingError, RequestError, StoppingError, UnauthorizedError, refusal
 from .service import Service, check_token
 
 HEALTH = ("/v2/health/live", "/v2/health/ready")
-_REFS = "#/components/schemas/{model}"
 _GONE = 499  # nginx's "client closed request", for /metrics only
 _REASON = "gati.refused"  # key of a scope
 _PATH = 200  # characters of a path in a log line
+_INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
+_HEADERS = {
+    UnauthorizedError: {"www-authenticate": "Bearer"},
+    EncodingError: {"accept-encoding": "gzip, deflate"},
+}
+_TIMEOUTS = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
 _log, _access = logging.getLogger("serve.http"), logging.getLogger(logs.ACCESS)
 T = TypeVar("T")
-_DESCRIPTION = (
-    "Classifies images, each answered at the first exit that is confident enough. Speaks the Open Inference Protocol "
-    "(KServe v2); tensors are JSON, or bytes after the JSON."
-)
-_BODY = {
-    "parameters": [
-        {
-            "name": "Inference-Header-Content-Length",
-            "in": "header",
-            "description": "Bytes of the JSON, if tensors follow it as bytes.",
-            "schema": {"type": "integer", "minimum": 0},
-        },
-        {
-            "name": "Content-Encoding",
-            "in": "header",
-            "description": "How the body is compressed; other headers describe it before that.",
-            "schema": {"enum": ["gzip", "deflate", "identity"]},
-        },
-    ],
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": {"$ref": _REFS.format(model="InferenceRequest")}},
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-        },
-    },
-}
 
 
-def create_app(service: Service, metrics: Metrics, *, token: str | None = None, admin: bool = False) -> ASGIApp:
+def create_app(service: Service, metrics: Metrics, *, token: str | None = None, admin: bool = False) -> "Guard":
     """Return the HTTP side of a service.
 
     Args:
@@ -73,22 +52,22 @@ def create_app(service: Service, metrics: Metrics, *, token: str | None = None, 
     app = FastAPI(
         title="GATI-JAX",
         version=__version__,
-        description=_DESCRIPTION,
+        description=openapi.DESCRIPTION,
         openapi_url=None if admin else "/openapi.json",
         docs_url=None,  # FastAPI's pages load scripts from another host
         redoc_url=None,
         redirect_slashes=False,  # a redirect would be to the host that the client's Host header names
     )
-    app.openapi = lambda: _describe(app)  # as FastAPI's documentation extends it
+    app.openapi = lambda: openapi.describe(app)  # as FastAPI's documentation extends it
     handlers = _Handlers(service, metrics)
-    app.get(HEALTH[0])(handlers.live)
+    app.get(HEALTH[0], responses=_errors(503))(handlers.live)
     app.get(HEALTH[1], responses=_errors(503))(handlers.ready)
     app.get("/metrics", response_class=Response)(handlers.metrics)
     for kind in (ServeError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
     if not admin:
         _add_models(app, handlers)
-    return _Guard(app, service, metrics, token, admits=not admin)
+    return Guard(app, None if admin else handlers.infer, service, metrics, token)
 
 
 def _add_models(app: FastAPI, handlers: "_Handlers") -> None:
@@ -118,7 +97,7 @@ def _add_models(app: FastAPI, handlers: "_Handlers") -> None:
         app.post(
             f"{model}/infer",
             response_class=Response,
-            openapi_extra=_BODY | {"parameters": path["parameters"] + _BODY["parameters"]},
+            openapi_extra=openapi.BODY | {"parameters": path["parameters"] + openapi.BODY["parameters"]},
             responses={200: {"model": messages.InferenceResponse}}
             | _errors(400, 404, 408, 413, 415, 429, 500, 503, 504),
         )(handlers.infer)
@@ -131,7 +110,8 @@ class _Handlers:
         self._service, self._metrics = service, metrics
 
     async def live(self) -> messages.Live:
-        """Return whether the process answers."""
+        """Return whether the process answers; if not, it is to be restarted."""
+        self._service.check_alive()
         return messages.Live(live=True)
 
     async def ready(self) -> messages.Ready:
@@ -173,9 +153,9 @@ class _Handlers:
     async def infer(self, request: Request) -> Response:
         """Classify images."""
         try:
-            body = await self._read(request)
             model, version = _model_of(request)
             self._service.model.check(model, version)
+            body = await self._read(request)
             most, header = self._service.model.most_numbers, request.headers.get(codec.HEADER_LENGTH)
             decoded = codec.decode(body, header, model=model, version=version, most_numbers=most)
             answering = self._service.infer(
@@ -205,10 +185,15 @@ class _Handlers:
         body = b"".join(chunks)  # no copy of a single one
         if encoding.strip().lower() in {"", "identity"}:
             return body
-        most = self._service.door.limits.max_body
-        admission.expand(most)
-        # In a thread: a small body may take as long as the largest one.
-        return await asyncio.to_thread(codec.inflate, body, encoding, most)
+        door = self._service.door
+        async with door.inflating:
+            most = min(door.limits.max_body, door.limits.max_bodies - len(body))
+            admission.hold(len(body) + most)
+            try:  # in a thread: a small body may take as long as the largest one
+                body = await asyncio.to_thread(codec.inflate, body, encoding, most)
+            finally:
+                admission.hold(len(body))
+        return body
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -238,38 +223,37 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException):  # no such route, or not with this method
         request.scope[_REASON] = "unknown_path"
         return JSONResponse({"error": f"path: {error.detail}"}, error.status_code, headers=error.headers)
-    return _explain(error, {"accept-encoding": "gzip, deflate"} if isinstance(error, EncodingError) else None)
+    return _explain(error)
 
 
-def _explain(error: Exception, headers: dict[str, str] | None = None) -> JSONResponse:
+def _explain(error: Exception, headers: Mapping[str, str] | None = None) -> JSONResponse:
     status, message, retry_after = refusal(error)
     retry = {} if retry_after is None else {"retry-after": str(max(1, math.ceil(retry_after)))}  # whole seconds
-    return JSONResponse({"error": message}, status, headers=retry | (headers or {}))
+    return JSONResponse({"error": message}, status, headers={**retry, **(headers or {})})
 
 
 def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"model": messages.ErrorResponse} for code in codes}
 
 
-def _describe(app: FastAPI) -> dict[str, Any]:
-    """Return the OpenAPI description, with the request's body, which FastAPI does not read and so does not know."""
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        _, request = models_json_schema([(messages.InferenceRequest, "validation")], ref_template=_REFS)
-        schema["components"]["schemas"].update(request["$defs"])
-        app.openapi_schema = schema
-    return app.openapi_schema
-
-
-class _Guard:
-    """The application, with request ids, tokens, admission, counts and logs around it.
+class Guard:
+    """The routes, with request ids, tokens, admission, counts and logs around them.
 
     While the service is draining, connections are closed after each response: a client that sends a request on one
     while it is being closed would get no answer.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, metrics: Metrics, token: str | None, *, admits: bool) -> None:
-        self._app, self._service, self._metrics, self._token, self._admits = app, service, metrics, token, admits
+    def __init__(
+        self,
+        app: ASGIApp,
+        infer: Callable[[Request], Awaitable[Response]] | None,
+        service: Service,
+        metrics: Metrics,
+        token: str | None,
+    ) -> None:
+        """Wrap an application; ``infer`` answers requests for inference, if it has any."""
+        self._app, self._infer = app, infer
+        self._service, self._metrics, self._token = service, metrics, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on a request."""
@@ -277,14 +261,13 @@ class _Guard:
             await self._app(scope, receive, send)
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        given = (headers.get(name, b"").decode("latin-1") for name in (b"x-request-id", b"traceparent"))
-        request_id = logs.begin(*given)
+        request_id = _begin(headers)
         status, size, started = 0, 0, scope.get("state", {}).get("arrived", time.monotonic())
 
         async def respond(message: Message) -> None:
             nonlocal status, size
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status = scope.setdefault("state", {})["status"] = message["status"]
                 last = ((b"connection", b"close"),) if self._service.draining else ()
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), *last]
             size += len(message.get("body", b""))
@@ -295,30 +278,75 @@ class _Guard:
             try:
                 await self._admit(routed, headers, receive, respond)
             except ServeError as error:  # before the application has begun
-                routed[_REASON] = messages.REASONS.get(type(error))
-                more = {"www-authenticate": "Bearer"} if isinstance(error, UnauthorizedError) else {}
-                await _explain(error, more)(routed, receive, respond)
+                await self._refusal(routed, error)(routed, receive, respond)
             except asyncio.CancelledError:  # by the server: the time for requests in flight is over
                 if status:
                     raise
                 await _explain(StoppingError("stopping: no time is left for this request"))(routed, receive, respond)
-            except Exception:  # noqa: BLE001 (logged; the application has sent a 500 before it raised)
+            except Exception as error:  # noqa: BLE001 (the client gets a 500)
                 _log.exception("a request failed", extra={"path": scope["path"][:_PATH]})
+                if not status:  # the framework sends it before it raises
+                    await _explain(error)(routed, receive, respond)
             finally:
                 self._count(scope, routed, status or 500, size, time.monotonic() - started)
 
+    def refuse(self, scope: Scope) -> Response | None:
+        """Return why an inference request is refused by its head; None if it may be passed on.
+
+        Under overload, most requests end here. To make a task for each, and to read its body, would take the time in
+        which others are answered.
+        """
+        if scope["method"] != "POST" or self._infer is None:
+            return None
+        # In a context of its own, as a task has: the request's id is of this request alone.
+        return contextvars.copy_context().run(self._refuse, _as_routed(scope))
+
+    def _refuse(self, scope: Scope) -> Response | None:
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        try:
+            self._enter(scope, headers)
+        except ServeError as error:
+            response, request_id = self._refusal(scope, error), _begin(headers)
+            response.headers["x-request-id"] = request_id
+            if self._service.draining:
+                response.headers["connection"] = "close"
+            seconds = time.monotonic() - scope["state"]["arrived"]
+            self._count(scope, scope, response.status_code, len(response.body), seconds)
+            return response
+        return None
+
+    def _refusal(self, scope: Scope, error: ServeError) -> Response:
+        scope[_REASON] = messages.REASONS.get(type(error))
+        return _explain(error, _HEADERS.get(type(error)))
+
     async def _admit(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         """Pass on a request that may pass: by its token, and if it is for inference, once there is place for it."""
-        if scope["path"] not in HEALTH:
-            check_token(self._token, headers.get(b"authorization", b"").decode("latin-1"))
-        if scope["method"] != "POST" or not self._admits:
+        if scope["method"] != "POST" or self._infer is None:
+            if scope["path"] not in HEALTH:
+                self._check_token(headers)
             await self._app(scope, receive, send)
             return
-        state, length = scope.setdefault("state", {}), headers.get(b"content-length", b"")
+        if "admission" not in scope.setdefault("state", {}):
+            self._enter(scope, headers)
+        with scope["state"]["admission"]:
+            found = _INFER.fullmatch(scope["path"])
+            if found is None:
+                await self._app(scope, receive, send)
+                return
+            # Without the framework's way to the same handler, which takes as long as all that the handler does.
+            scope |= {"endpoint": self._infer, "path_params": found.groupdict(default="")}
+            response = await self._infer(Request(scope, receive))
+        await response(scope, receive, send)
+
+    def _enter(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        """Take a place for a request, if it may have one."""
+        self._check_token(headers)
+        length, state = headers.get(b"content-length", b""), scope["state"]
         size = int(length[:20]) if length.isdigit() else 0
-        with self._service.admit(arrived=state.get("arrived"), size=size) as admission:
-            state["admission"] = admission
-            await self._app(scope, receive, send)
+        state["admission"] = self._service.admit(arrived=state.get("arrived"), size=size, patience=_patience(headers))
+
+    def _check_token(self, headers: dict[bytes, bytes]) -> None:
+        check_token(self._token, headers.get(b"authorization", b"").decode("latin-1"))
 
     def _count(self, scope: Scope, routed: Scope, status: int, size: int, seconds: float) -> None:
         """Count a request that has ended, and log it if that is asked for."""
@@ -332,10 +360,28 @@ class _Guard:
             _access.info("request", extra=line)
 
 
+def _begin(headers: Mapping[bytes, bytes]) -> str:
+    return logs.begin(*(headers.get(name, b"").decode("latin-1") for name in (b"x-request-id", b"traceparent")))
+
+
 def _as_routed(scope: Scope) -> Scope:
     """Return a request as its route knows it: without a slash at the end, and HEAD as GET, whose body is not sent."""
     method = "GET" if scope["method"] == "HEAD" else scope["method"]
     return {**scope, "path": scope["path"].removesuffix("/") or "/", "method": method}
+
+
+def _patience(headers: Mapping[bytes, bytes]) -> float:
+    """Return the seconds that a client waits, as far as the headers say.
+
+    Raises:
+        RequestError: They are no milliseconds.
+    """
+    given = {name: headers[name] for name in _TIMEOUTS if name in headers}
+    for name, value in given.items():
+        if not re.fullmatch(rb"\d{1,9}(\.\d{1,9})?", value) or not float(value):
+            got = printable(repr(value.decode("latin-1")))
+            raise RequestError(f"{name.decode()}: expected milliseconds above 0, got {got}")
+    return min((float(value) / 1e3 for value in given.values()), default=math.inf)
 
 
 def _address(client: tuple[str, int] | None) -> str:

@@ -6,7 +6,7 @@ statistics.
 
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from gati_jax.errors import printable
 
@@ -14,11 +14,22 @@ from ..engine.records import DeadlineError, OverloadedError, ServeError, StepErr
 
 Parameter = bool | int | float | str
 Parameters = dict[str, Parameter]
-Given = dict[str, Parameter | None] | None
-"""Parameters as clients write them: null for none, and for those that they leave out."""
 MOST_DIMENSIONS = 8  # of a tensor
 MOST_ID = 200  # characters of a request's id
+MOST_ITEMS = 100  # inputs, outputs, or parameters, of which the protocol knows a few
 _MOST_MESSAGE = 1000  # characters of an error; the values in it are cut at 200
+
+
+def _check_count(given: object) -> object:
+    """Check the number of items before each is: errors of a million of them would take gigabytes."""
+    if isinstance(given, list | dict) and len(given) > MOST_ITEMS:
+        raise ValueError(f"expected at most {MOST_ITEMS} items, got {len(given)}")
+    return given
+
+
+_Few = BeforeValidator(_check_count)
+Given = Annotated[dict[str, Parameter | None] | None, _Few]
+"""Parameters as clients write them: null for none, and for those that they leave out."""
 
 
 class _Message(BaseModel):
@@ -51,8 +62,8 @@ class InferenceRequest(_Message):
     parameters: Given = Field(
         default={}, description="epsilon, deadline_ms, timeout (microseconds), binary_data_output"
     )
-    inputs: list[RequestInput]
-    outputs: list[RequestedOutput] | None = []
+    inputs: Annotated[list[RequestInput], _Few]
+    outputs: Annotated[list[RequestedOutput] | None, _Few] = []
 
 
 class ResponseOutput(_Message):
@@ -207,7 +218,8 @@ def parse_request(text: bytes) -> InferenceRequest:
         return InferenceRequest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise RequestError(f"{_path(first['loc']) or 'body'}: {first['msg']}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise RequestError(f"{_path(first['loc']) or 'body'}: {message}") from None
 
 
 def _path(location: tuple[int | str, ...]) -> str:

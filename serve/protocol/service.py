@@ -42,6 +42,11 @@ class InferenceEngine(Protocol):
         """Admit all images or none."""
         ...
 
+    @property
+    def running(self) -> bool:
+        """Whether it answers: neither stopped nor ended by a bug."""
+        ...
+
     def statistics(self) -> Statistics:
         """Return a snapshot of the queues and counters."""
         ...
@@ -104,7 +109,21 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether the server takes new requests."""
-        return self._backend is not None and not self.draining and self._backend.engine.statistics().running
+        return self._backend is not None and not self.draining and self._backend.engine.running
+
+    @property
+    def alive(self) -> bool:
+        """Whether nothing has happened that only a restart can mend."""
+        return self._backend is None or self.draining or self._backend.engine.running
+
+    def check_alive(self) -> None:
+        """Check that the server need not be restarted.
+
+        Raises:
+            NotReadyError: The engine's thread has ended.
+        """
+        if not self.alive:
+            raise NotReadyError("the engine has ended: restart the server; its log says why")
 
     def check_ready(self) -> None:
         """Check that the server takes new requests.
@@ -115,7 +134,7 @@ class Service:
         if not self.ready:
             raise NotReadyError(_WARMING_UP if self._backend is None else "the server is stopping")
 
-    def admit(self, *, arrived: float | None = None, size: int = 0) -> Admission:
+    def admit(self, *, arrived: float | None = None, size: int = 0, patience: float = math.inf) -> Admission:
         """Admit an inference request before its body is read, see ``Door.enter``.
 
         Raises:
@@ -123,7 +142,7 @@ class Service:
         """
         if self._backend is None:
             raise NotReadyError(_WARMING_UP)
-        return self.door.enter(arrived=arrived, size=size)
+        return self.door.enter(arrived=arrived, size=size, patience=patience)
 
     def metadata(self) -> ServerMetadata:
         """Describe the server."""
@@ -139,26 +158,19 @@ class Service:
             self.model.check(name, version)
         return self._tally.snapshot(self.model.name, self.model.version)
 
-    async def infer(
-        self,
-        request: Request,
-        *,
-        admission: Admission | None = None,
-        remaining: float | None = None,
-        request_id: str = "",
-    ) -> Response:
-        """Answer a request within ``remaining`` seconds; if this is cancelled, its images are abandoned.
+    async def infer(self, request: Request, *, admission: Admission | None = None, request_id: str = "") -> Response:
+        """Answer a request; if this is cancelled, its images are abandoned.
 
-        Its own time-outs count from its arrival, see ``admission``, which the caller has entered; None enters one.
+        Its time-outs count from its arrival, see ``admission``, which the caller has entered; None enters one.
 
         Raises:
             ServeError: Why there is no answer.
         """
         if admission is None:
             with self.admit() as own:
-                return await self.infer(request, admission=own, remaining=remaining, request_id=request_id)
+                return await self.infer(request, admission=own, request_id=request_id)
         try:
-            response, rows, times = await self._infer(request, admission, remaining, request_id)
+            response, rows, times = await self._infer(request, admission, request_id)
         except BaseException as error:
             self._tally.failed(time.monotonic() - admission.arrived)
             if isinstance(error, StepError):
@@ -167,9 +179,7 @@ class Service:
         self._tally.answered(rows, times)
         return response
 
-    async def _infer(
-        self, request: Request, admission: Admission, remaining: float | None, request_id: str
-    ) -> tuple[Response, int, Times]:
+    async def _infer(self, request: Request, admission: Admission, request_id: str) -> tuple[Response, int, Times]:
         started = time.monotonic()
         assert self._backend is not None, "the request was admitted before the warm-up"  # noqa: S101 (narrows the type)
         engine, choose_route, notes = self._backend
@@ -177,12 +187,9 @@ class Service:
         epsilon, deadline_ms, seconds = limits_of(request.parameters)
         outputs = outputs_of(request, self.model)
         images = images_of(request, self.model)
-        deadline = admission.arrived + min(seconds, self.door.limits.timeout)
-        deadline = min(deadline, started + (math.inf if remaining is None else remaining))
         decoded = time.monotonic()
-        if deadline <= decoded:
-            raise DeadlineError("the deadline passed before the request was read")
-        admission.take(len(images), deadline)
+        admission.take(len(images), seconds)
+        deadline = admission.deadline
         try:
             route = choose_route(epsilon, deadline_ms)
             futures = engine.submit(images, route=route, deadline=deadline, request_id=request_id)
@@ -192,13 +199,16 @@ class Service:
         try:
             # The engine lets a deadline pass at its next step; a step that hangs must not keep the client.
             async with asyncio.timeout(deadline - decoded):
-                answers = await _gather(futures)
+                await _wait(futures)
         except TimeoutError:
-            waited = time.monotonic() - admission.arrived
-            raise DeadlineError(f"the deadline passed: no answer within {waited * 1000:.3g} ms") from None
+            if not all(future.done() for future in futures):  # else the event loop was late, and not the engine
+                self.door.refused("deadline")
+                waited = time.monotonic() - admission.arrived
+                raise DeadlineError(f"the deadline passed: no answer within {waited * 1000:.3g} ms") from None
         finally:
             for future in futures:  # those that are not done: their images are abandoned
                 future.cancel()
+        answers = _results(futures)
         answered = time.monotonic()
         admission.answered = True
         if bad := [i for i, answer in enumerate(answers) if not np.isfinite(answer.logits).all()]:
@@ -245,14 +255,10 @@ def check_token(token: str | None, authorization: str | None) -> None:
         raise UnauthorizedError("authorization: expected 'Bearer' and this server's token")
 
 
-async def _gather(futures: Sequence["Future[Answer]"]) -> list[Answer]:
-    """Wait for the answers of one request.
+async def _wait(futures: Sequence["Future[Answer]"]) -> None:
+    """Wait until all are done, or one has failed: then others may still be in flight.
 
-    The engine's thread wakes the loop once: when all are done, or when the first has failed. This takes a tenth of the
-    time of ``asyncio.wrap_future`` for 32 images.
-
-    Raises:
-        ServeError: One of them failed; others may still be in flight.
+    The engine's thread wakes the loop once. This takes a tenth of the time of ``asyncio.wrap_future`` for 32 images.
     """
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     missing = itertools.count(len(futures) - 1, -1)
@@ -265,6 +271,14 @@ async def _gather(futures: Sequence["Future[Answer]"]) -> list[Answer]:
     for future in futures:
         future.add_done_callback(one)
     await ended.wait()
+
+
+def _results(futures: Sequence["Future[Answer]"]) -> list[Answer]:
+    """Return the answers of one request, whose futures are all done unless one has failed.
+
+    Raises:
+        ServeError: One of them failed.
+    """
     try:
         for future in futures:
             if future.done():  # where one has failed, others may not be, and would block

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gati_jax import BundleError, InputError
+from gati_jax import BundleError, InputError, load_bundle
 from gati_jax.files import check_files, digests, lock_file, present, previous, replacing, write_atomically
 
 names = st.text("abcXYZ.-_ é", min_size=1, max_size=8).filter(lambda name: name.strip(".") != "")
@@ -79,6 +79,21 @@ def test_a_locked_file_is_locked_until_it_is_closed(tmp_path):
     assert path.read_text() == "stays"
     with pytest.raises(OSError, match="No such file"):
         lock_file(tmp_path / "a" / "lock")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="No such device"):
+        lock_file(tmp_path / "pipe")
+
+
+def test_links_that_lead_in_a_circle_are_no_file(tmp_path):
+    """Python 3.11 raises a RuntimeError, of which commands know nothing."""
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(BundleError, match="loop is missing"):
+        check_files(tmp_path, {"loop": "1 x"})
+    with pytest.raises(BundleError, match="expected a bundle folder"):
+        load_bundle(loop)
+    with pytest.raises(OSError), replacing(loop / "x"):  # noqa: PT011 (which, depends on the system)
+        pass
 
 
 @settings(max_examples=80, deadline=None)

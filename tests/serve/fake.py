@@ -108,6 +108,8 @@ class FakeEngine:
         self._pool.shutdown()
         return True
 
+    running = True
+
     def statistics(self):
         return Statistics(waiting={(1, 2): 5}, slots_in_use=3, admitted=16, backlog_ms=250.0, running=True)
 
@@ -143,7 +145,7 @@ def sockets(service, metrics, *, token=None):
     async def serve():
         with socket.create_server(("127.0.0.1", 0)) as listener:
             app = create_app(service, metrics, token=token)
-            http = HttpServer(app, listener, service.door.limits, refused=metrics.refused)
+            http = HttpServer(app, listener, service.door.limits, refused=metrics.refused, refuse=app.refuse)
             rpc = create_server(service, metrics, token=token)
             ports.extend((listener.getsockname()[1], rpc.add_insecure_port("127.0.0.1:0")))
             await rpc.start()

@@ -296,6 +296,24 @@ def test_where_adaptation_fails_the_base_answers(start, caplog):
     assert "adaptation has failed" in caplog.text
 
 
+def test_a_swap_that_fails_is_said_and_the_base_answers(start, caplog):
+    """The base answered, and nothing said why."""
+
+    def prepare(_):
+        def swap():
+            raise MemoryError("no room")
+
+        return swap
+
+    one = start()
+    one._prepare = prepare
+    one.read(lambda controller: controller.adopt(controller.served, "the same once more"))
+    settled(one)
+    assert (one.failed, one.state) == (True, "failed")
+    assert "no room" in caplog.text
+    assert {answer.exit for answer in results(one.submit(world.images(8, 5), route=0))} == {DEPTH}
+
+
 def test_every_hit_is_compared_with_the_base_where_the_monitor_shadows_all(start):
     one = start()
     one.read(lambda controller: controller.monitor.shadow_all(on=True))

@@ -338,7 +338,10 @@ def test_damaged_versions_begin_closed_and_no_number_comes_again(tmp_path, caplo
     assert versions.save(saved) > number
 
 
-def test_damage_of_both_files_begins_with_numbers_that_no_process_can_have_come_to(tmp_path):
+@pytest.mark.parametrize("now", [None, 5.0], ids=["now", "a clock that has begun anew"])
+def test_damage_of_both_files_begins_with_numbers_that_no_process_can_have_come_to(tmp_path, now, monkeypatch):
+    if now is not None:
+        monkeypatch.setattr("gati_jax.bundle.versions.time.time", lambda: now)
     build(tmp_path)
     for name in ("versions.json", "versions.copy.json", "monitor.json"):
         (tmp_path / name).write_bytes(b"")

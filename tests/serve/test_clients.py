@@ -1,16 +1,20 @@
 """What clients that exist send and ask for: KServe's, MLServer's, perf_analyzer, probes, grpcurl and browsers."""
 
+import asyncio
 import contextlib
+import dataclasses
 import functools
 import gzip
 import http.client
 import json
 import threading
+import time
 import tracemalloc
 import zlib
 from typing import Any
 
 import grpc
+import httpx
 import numpy as np
 import pytest
 import tritonclient.grpc
@@ -162,6 +166,28 @@ def test_a_compressed_body_that_is_something_else_is_refused(front, sent, encodi
     assert (response.status_code, response.json()["error"][: len(message)]) == (status, message)
     assert len(response.json()["error"]) < 250
     assert not front.engine.calls
+
+
+def test_compressed_bodies_hold_the_memory_of_the_largest_one_only_while_they_are_inflated():
+    """Each held it until it was answered: more than seven at once were refused."""
+    front = fake.Front(limits=dataclasses.replace(fake.LIMITS, max_bodies=4 * fake.LIMIT))
+    front.engine.silent = True
+    path, sent, how = "/v2/models/gati/infer", gzip.compress(INFLATED), {"content-encoding": "gzip"}
+
+    async def ask_all():
+        transport = httpx.ASGITransport(front.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            asking = [asyncio.ensure_future(client.post(path, content=sent, headers=how)) for _ in range(12)]
+            patience = time.monotonic() + 30
+            while len(front.engine.calls) < 12:
+                assert time.monotonic() < patience
+                assert not any(one.done() for one in asking)
+                await asyncio.sleep(0.01)
+            assert front.door.bytes == 12 * len(INFLATED)
+            for one in asking:
+                one.cancel()
+
+    asyncio.run(ask_all())
 
 
 def test_a_small_body_does_not_fill_the_memory():

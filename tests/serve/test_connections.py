@@ -1,31 +1,21 @@
-"""What reaches a server from outside: bounds of connections and heads, the admin port, the stop, descriptors."""
+"""HTTP connections: bounds of their number, heads, idle times and answers, and the pace of refusals."""
 
 import asyncio
 import contextlib
 import json
 import select
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.error
 
 import numpy as np
 import pytest
+from starlette.responses import Response
 
+from serve.protocol import http_connection
 from serve.protocol.admission import Limits
 from serve.protocol.connections import HttpServer
-from serve.settings import parse
-from tests.serve.test_process import BUNDLE, ENVIRONMENT, IMAGE, Process
 from tests.serve.transports import INFER, tensor
-
-FEW_DESCRIPTORS = """
-import resource, runpy
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-runpy.run_module("tests.serve.served", run_name="__main__", alter_sys=True)
-"""
 
 
 async def pages(scope, receive, send):
@@ -37,12 +27,12 @@ async def pages(scope, receive, send):
 
 
 @contextlib.contextmanager
-def serving(loop_factory=None, app=pages, **limits):
+def serving(loop_factory=None, app=pages, refuse=lambda _: None, **limits):
     """An HTTP server in a thread: its port and the reasons of its refusals."""
     listener, reasons = socket.socket(), []
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    server = HttpServer(app, listener, Limits(**limits), refused=reasons.append)
+    server = HttpServer(app, listener, Limits(**limits), refused=reasons.append, refuse=refuse)
 
     def body():
         with asyncio.Runner(loop_factory=loop_factory) as runner:
@@ -156,6 +146,138 @@ def test_connections_are_bounded_and_places_come_back():
             client.close()
 
 
+def test_the_connection_that_has_been_idle_longest_makes_place(monkeypatch):
+    """1,024 connections that asked nothing kept all others out for 75 s."""
+    monkeypatch.setattr(http_connection, "_SPARE", 0.1)
+    with serving(connections=3) as (port, reasons):
+        first, second, busy = (socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(3))
+        first.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        busy.sendall(b"POST /read HTTP/1.1\r\ncontent-length: 1\r\n\r\n")
+        assert is_ok(first)  # so the second has been idle longest
+        time.sleep(0.2)
+        new = socket.create_connection(("127.0.0.1", port), timeout=30)
+        new.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert is_ok(new)
+        assert second.recv(1) == b""
+        busy.sendall(b"x")
+        assert is_ok(busy)
+        first.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert is_ok(first)
+        assert reasons == ["connections"]
+        for client in (first, second, busy, new):
+            client.close()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_client_that_reads_nothing_does_not_keep_its_place(loop):
+    """The answer to its second request waited for ever until the first was read, with the places of its images."""
+    ended = []
+
+    async def big(scope, _, send):
+        try:
+            head = {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]}
+            await send(head)
+            await send({"type": "http.response.body", "body": body})
+        finally:
+            ended.append(scope["path"])
+
+    body = bytes(20_000_000)
+    with serving(pytest.importorskip(loop).new_event_loop, big, idle_timeout=0.5) as (port, _):
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+            client.sendall(b"GET /a HTTP/1.1\r\n\r\nGET /b HTTP/1.1\r\n\r\n")
+            patience = time.monotonic() + 20
+            while ended != ["/a", "/b"]:
+                assert time.monotonic() < patience
+                time.sleep(0.01)
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as slow:  # but not slower than allowed
+            slow.sendall(b"GET /c HTTP/1.1\r\n\r\n")
+            left = len(body)
+            while left > 0 and (data := slow.recv(2**20)):
+                left -= len(data)
+                time.sleep(0.05)
+            assert left <= 0
+
+
+def test_a_client_that_leaves_abandons_the_request_that_is_answered_and_not_only_the_last():
+    left = threading.Event()
+
+    async def waits(_, receive, __):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left.set()
+
+    with serving(app=waits) as (port, _):
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+            client.sendall(b"GET /a HTTP/1.1\r\n\r\nGET /b HTTP/1.1\r\n\r\n")
+            time.sleep(0.1)
+        assert left.wait(10)
+
+
+def test_half_a_head_behind_a_request_does_not_take_its_answer_away():
+    async def slow(scope, receive, send):
+        await asyncio.sleep(0.6)
+        await pages(scope, receive, send)
+
+    with serving(app=slow, header_timeout=0.2) as (port, _):
+        assert b"\r\n\r\nok" in exchange(port, b"GET / HTTP/1.1\r\n\r\nGET / HT")
+
+
+def test_a_request_refused_by_its_head_never_reaches_the_application():
+    def refuse(scope):
+        return Response(b"no", 429, {"x": "y"}) if scope["path"] == "/no" else None
+
+    no = b"POST /no HTTP/1.1\r\ncontent-length: 3\r\n\r\nabc"
+    with serving(refuse=refuse) as (port, _):
+        many = exchange(port, no * http_connection._AT_ONCE, b"GET /no HTTP/1.0\r\n\r\n", pause=0.1)
+        assert many.count(b"HTTP/1.1 429 ") == http_connection._AT_ONCE + 1
+        assert many.count(b"\r\nconnection: close\r\n") == 1
+        assert many.endswith(b"\r\n\r\nno")
+        waits = b"POST /no HTTP/1.1\r\nexpect: 100-continue\r\ncontent-length: 3\r\n\r\n"
+        assert b" 100 " not in exchange(port, waits + b"abcGET /no HTTP/1.0\r\n\r\n")
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("how", ["by its head", "by the application"])
+def test_clients_that_ask_again_at_once_are_not_read_at_once(monkeypatch, loop, how):
+    """Refusing 200 of them took a turn of the event loop so long that no answer was within 100 ms."""
+
+    async def app(scope, receive, send):
+        arrived.append(scope["state"]["arrived"])
+        if scope["path"] != "/no":
+            await pages(scope, receive, send)
+            return
+        scope["state"]["status"] = 429  # as the guard notes it
+        await send({"type": "http.response.start", "status": 429, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    def refuse(scope):
+        return Response(b"ok", 429) if how == "by its head" and scope["path"] == "/no" else None
+
+    def get(path):
+        sent = time.monotonic()
+        client.sendall(b"GET %s HTTP/1.1\r\n\r\n" % path)
+        assert is_ok(client)
+        return sent
+
+    monkeypatch.setattr(http_connection, "_REFUSAL", 0.3)
+    arrived = []
+    loop_factory = pytest.importorskip(loop).new_event_loop
+    with (
+        serving(loop_factory, app, refuse) as (port, _),
+        socket.create_connection(("127.0.0.1", port), timeout=30) as client,
+    ):
+        get(b"/no")
+        sent = get(b"/")
+        assert time.monotonic() - sent > 0.2
+        assert arrived[-1] <= sent + 0.01  # its deadline counts from when it came, at the latest
+        get(b"/no")
+        time.sleep(0.5)
+        assert get(b"/") < arrived[-1]
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as other:
+            other.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert is_ok(other)
+
+
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_new_connections_do_not_wait_for_one_turn_each(loop):
     """libuv accepts one connection a turn: of 60 in turns of 20 ms, the last one waited for 1.2 s."""
@@ -198,88 +320,3 @@ def test_a_request_reaches_the_service_with_the_time_of_its_first_byte(front):
     (asked,) = front.engine.calls
     assert begun + 0.3 <= asked["deadline"] <= begun + 0.35  # the pauses count
     assert np.array_equal(asked["images"], np.ones((1, 2, 3, 1), np.uint8))
-
-
-# The process
-
-
-def test_a_body_that_never_ends_does_not_hold_up_the_stop():
-    """The server waited for the whole drain, and then logged a traceback."""
-    with Process("--grace", "0", "--drain", "60") as server:
-        server.release("warm", "answer")
-        server.until("ready")
-        host, port = server.http.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=30) as client:
-            client.sendall(f"POST {INFER} HTTP/1.1\r\ncontent-length: 100\r\nexpect: 100-continue\r\n\r\n".encode())
-            assert client.recv(1000).split()[1] == b"100"  # it is admitted
-            client.sendall(b"{")
-            server.child.send_signal(signal.SIGTERM)
-            assert server.child.wait(30) == 0
-            assert client.recv(1000).split()[1] == b"503"
-        assert server.child.stderr
-        lines = [json.loads(line) for line in server.child.stderr]
-        assert lines[-1]["message"] == "stopped"
-        assert not [line for line in lines if "exception" in line]
-
-
-def test_requests_that_do_not_end_within_the_drain_get_503_and_no_traceback():
-    with Process("--grace", "0", "--drain", "0.3") as server:
-        server.warm_up()
-        host, port = server.http.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=30) as client:
-            client.sendall(b"POST %s HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % (INFER.encode(), len(IMAGE)) + IMAGE)
-            server.until("submitted")
-            server.child.send_signal(signal.SIGTERM)
-            assert server.child.wait(30) == 1
-            assert client.recv(1000).split()[1] == b"503"
-        assert server.child.stderr
-        assert not [line for line in server.child.stderr if "exception" in json.loads(line)]
-
-
-def test_health_and_metrics_are_answered_while_the_event_loop_is_busy():
-    with Process("--grace", "60") as server:
-        assert (server.get("/v2/health/live", admin=True), server.get("/v2/health/ready", admin=True)) == (200, 503)
-        server.warm_up()
-        with server.client(IMAGE.replace(b"[1,", b"[77,")) as client:
-            server.until("blocked")  # for a minute
-            for path in ("/v2/health/live", "/v2/health/ready", "/metrics"):
-                assert server.get(path, admin=True) == 200
-            assert server.get("/v2", admin=True) == 404
-            client.kill()
-
-
-def test_out_of_descriptors_new_connections_are_refused_and_come_back():
-    with Process("--grace", "0", how=("-c", FEW_DESCRIPTORS)) as server:
-        server.warm_up()
-        host, port = server.http.removeprefix("http://").split(":")
-        clients = [socket.create_connection((host, int(port)), timeout=30) for _ in range(80)]
-        with contextlib.suppress(ConnectionError):
-            assert clients[-1].recv(1) == b""
-        server.until("new connections are refused: Too many open files")
-        for client in clients:
-            client.close()
-        patience = time.monotonic() + 20
-        while True:
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                assert server.get("/v2/health/live") == 200
-                break
-            assert time.monotonic() < patience
-            time.sleep(0.05)
-        server.release("answer")
-        server.child.send_signal(signal.SIGTERM)
-        assert server.child.wait(30) == 0
-        assert server.child.stderr
-        assert "refused" not in server.child.stderr.read()
-
-
-def test_a_taken_port_is_reported_before_the_bundle_is_loaded():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        for option in ("--http-port", "--grpc-port", "--admin-port"):
-            command = [sys.executable, "-m", "serve", "--bundle", "nowhere", option, str(taken.getsockname()[1])]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
-            assert (done.returncode, json.loads(done.stderr)["message"][: len(option) + 1]) == (2, f"{option}:")
-
-
-def test_the_defaults_fit_the_30_seconds_of_kubernetes():
-    settings = parse(BUNDLE, {})
-    assert settings.grace + settings.drain <= 25

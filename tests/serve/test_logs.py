@@ -112,6 +112,22 @@ def test_a_line_about_one_request_always_passes(level, name):
     assert repeats.left_out == 0
 
 
+def test_a_warning_from_within_the_filter_does_not_wait_for_itself():
+    class Path(str):
+        """Warns when it is hashed, as garbage may that is collected then."""
+
+        def __hash__(self):
+            repeats.filter(record(line=2))
+            return super().__hash__()
+
+    repeats, one = logs.Repeats(), record()
+    one.pathname = Path("x")
+    filtering = threading.Thread(target=repeats.filter, args=(one,), daemon=True)
+    filtering.start()
+    filtering.join(10)
+    assert not filtering.is_alive()
+
+
 def test_places_are_forgotten_before_they_fill_the_memory():
     repeats = logs.Repeats()
     for line in range(10_000):
