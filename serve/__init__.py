@@ -4,8 +4,9 @@ The life of a request, with its files and threads:
 
  1. A transport (``protocol.http`` behind ``protocol.connections``, or ``protocol.grpc``, in the event loop) asks
     ``protocol.admission`` for places before it reads a body: beyond the bounds of images or bytes on the way, the
-    request is refused at once (``OverloadedError``) with an estimate of when to try again. Then it decodes the body:
-    ``protocol.codec`` turns its bytes, or numbers, into images, and ``protocol.service`` checks them against the
+    request is refused at once (``OverloadedError``) with an estimate of when to try again; over HTTP that takes no more
+    than the request's head and a prepared answer, because under overload most requests are such. Then it decodes the
+    body: ``protocol.codec`` turns its bytes, or numbers, into images, and ``protocol.service`` checks them against the
     ``protocol.model``; a request that is not expected to be answered by its deadline is refused here.
  2. ``engine.routes.choose_route`` turns the request's ``epsilon`` and ``deadline_ms`` into one of the bundle's routes:
     a certified plan, or the base without caches.

@@ -87,16 +87,18 @@ def run(settings: Settings, build: Callable[[], Parts]) -> int:
 async def _serve(settings: Settings, parts: Parts, ports: Ports) -> int:
     stop = _on_signals()
     limits, tls = parts.service.door.limits, _tls_files(settings)
+    apps = [create_app(parts.service, parts.metrics, token=settings.token, admin=admin) for admin in (False, True)]
     http, admin = (
         HttpServer(
-            create_app(parts.service, parts.metrics, token=settings.token, admin=listener is ports.admin),
+            app,
             listener,
             limits,
             drain=settings.drain,
             tls=tls,
             refused=parts.metrics.refused,
+            refuse=app.refuse,
         )
-        for listener in (ports.http, ports.admin)
+        for app, listener in zip(apps, (ports.http, ports.admin), strict=True)
     )
     rpc = create_server(parts.service, parts.metrics, token=settings.token)
     grpc_port = _bind(rpc, settings, ports)

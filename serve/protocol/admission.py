@@ -115,15 +115,24 @@ class Door:
         """
         limits, more = self.limits, self.images + images
         if images and more > limits.capacity:
-            raise self.refuse("overloaded", f"{self.images} of {limits.capacity} places are taken")
+            self.refused("overloaded")
+            raise self.full()
         if size and self.bytes + size > limits.max_bodies:
             raise self.refuse("memory", f"{self.bytes} of {limits.max_bodies} bytes for bodies are taken")
         self._advance()
         self.images, self.bytes = more, self.bytes + size
 
+    def full(self) -> OverloadedError:
+        """Return the refusal of a request that finds no place, without counting it."""
+        return self._overloaded(f"{self.images} of {self.limits.capacity} places are taken")
+
     def refuse(self, reason: str, message: str) -> OverloadedError:
-        """Return a refusal; it asks clients to come back when all that is here now will have been answered."""
+        """Return a refusal, and count it."""
         self.refused(reason)
+        return self._overloaded(message)
+
+    def _overloaded(self, message: str) -> OverloadedError:
+        """Return an error that asks clients to come back when all that is here now will have been answered."""
         retry = self.images / self.rate if self.rate else _RETRY
         return OverloadedError(f"overloaded: {message}; try again in {retry:.3f} s", retry)
 

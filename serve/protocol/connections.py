@@ -14,12 +14,13 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import httptools
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from .admission import Limits
@@ -32,6 +33,25 @@ _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _log = logging.getLogger("serve.http")
 
 
+class Reply(NamedTuple):
+    """An answer that is not the application's."""
+
+    status: int
+    headers: Sequence[tuple[bytes, bytes]]
+    body: bytes
+
+
+class _Answered:
+    """In the place of uvicorn's cycle of a request and its response: one that is over."""
+
+    response_complete = True
+    message_event = asyncio.Event()
+
+
+_ANSWERED: Any = _Answered()
+_CLOSE = ((b"connection", b"close"),)
+
+
 class HttpServer(uvicorn.Server):
     """uvicorn on one listening socket, without its signal handlers and with bounded connections.
 
@@ -42,6 +62,7 @@ class HttpServer(uvicorn.Server):
         drain: Seconds that requests in flight have to finish, once ``should_exit`` is set.
         tls: Files of a certificate chain and its key.
         refused: Called with the reason of each connection that is closed: "connections", "descriptors", "head", "slow".
+        refuse: Returns the answer to a request that the application need not see, by its head; None for any other.
     """
 
     def __init__(
@@ -53,6 +74,7 @@ class HttpServer(uvicorn.Server):
         drain: float = 0.0,
         tls: tuple[Path, Path] | None = None,
         refused: Callable[[str], None] = lambda _: None,
+        refuse: Callable[[Scope], Reply | None] = lambda _: None,
     ) -> None:
         """Prepare; ``serve`` runs it."""
         cert, key = tls or (None, None)
@@ -70,7 +92,7 @@ class HttpServer(uvicorn.Server):
                 ssl_keyfile=key,
             )
         )
-        self.limits, self.refused = limits, refused
+        self.limits, self.refused, self.refuse = limits, refused, refuse
         self._listener, self._drain = listener, drain
         listener.listen(BACKLOG)
         listener.settimeout(0.0)
@@ -194,7 +216,7 @@ class Connection(HttpToolsProtocol):
     def __init__(self, server: HttpServer) -> None:
         """Wait for a request."""
         super().__init__(server.config, server.server_state, server.lifespan.state, asyncio.get_running_loop())
-        self._limits, self._refused = server.limits, server.refused
+        self._limits, self._refused, self._refuse = server.limits, server.refused, server.refuse
         self._in_head = self._in_body = False
         self._events = self._silent = 0  # of the parser; bytes without one
         self._bytes = self._count = 0  # of the head
@@ -273,8 +295,17 @@ class Connection(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Pass the request to the application."""
+        """Pass the request to the application, unless its head is enough for an answer.
+
+        A client that does not read its answers, or sends on before it has them, waits as with the application.
+        """
         self._in_head, self._in_body = False, True
+        if not (self._is_busy or self.pipeline or self.flow.write_paused or self.transport.is_closing()):
+            path = self.url.partition(b"?")[0].decode("latin-1")
+            self.scope |= {"method": self.parser.get_method().decode("ascii"), "path": path}
+            if (reply := self._refuse(self.scope)) is not None:
+                self._answer(reply)
+                return
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -304,14 +335,29 @@ class Connection(HttpToolsProtocol):
         if self._bytes > self._limits.header_bytes or self._count > self._limits.header_count:
             raise ValueError("the head is too large")
 
+    def _answer(self, reply: Reply) -> None:
+        """Answer without the application; the body is discarded as it comes."""
+        self.cycle = _ANSWERED
+        keep = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
+        headers = [*self.server_state.default_headers, *reply.headers, *(() if keep else _CLOSE)]
+        lines = b"".join(b"%b: %b\r\n" % header for header in headers)
+        self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[reply.status], lines, reply.body))
+        self.server_state.total_requests += 1
+        if not keep:
+            self.transport.close()
+
     def _reject_head(self) -> None:
         most = f"{self._limits.header_bytes} bytes in {self._limits.header_count} headers"
         self._reject(431, f"head: expected at most {most}, got more", "head")
 
     def _reject(self, status: int, message: str, reason: str) -> None:
         """Answer without the application, and hang up."""
+        if self.transport.is_closing():  # what came before was the last request
+            return
         self._refused(reason)
         if self._is_busy:  # an answer is being written
+            self.cycle.disconnected = True  # before the application writes more, which would be an error
+            self.cycle.message_event.set()
             self.transport.abort()
             return
         body = json.dumps({"error": message}).encode()

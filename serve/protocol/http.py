@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Coroutine
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -22,11 +23,13 @@ from serve.metrics import Metrics, negotiate
 
 from . import codec, messages, page
 from .admission import Admission
+from .connections import Reply
 from .messages import EncodingError, StoppingError, UnauthorizedError, refusal
 from .service import Service, check_token
 
 HEALTH = ("/v2/health/live", "/v2/health/ready")
 _REFS = "#/components/schemas/{model}"
+_FRESH = 0.05  # seconds for which the same refusal is given: its estimate hardly changes
 _GONE = 499  # nginx's "client closed request", for /metrics only
 _REASON = "gati.refused"  # key of a scope
 _PATH = 200  # characters of a path in a log line
@@ -61,7 +64,7 @@ _BODY = {
 }
 
 
-def create_app(service: Service, metrics: Metrics, *, token: str | None = None, admin: bool = False) -> ASGIApp:
+def create_app(service: Service, metrics: Metrics, *, token: str | None = None, admin: bool = False) -> "Guard":
     """Return the HTTP side of a service.
 
     Args:
@@ -88,7 +91,7 @@ def create_app(service: Service, metrics: Metrics, *, token: str | None = None, 
         app.add_exception_handler(kind, _on_error)
     if not admin:
         _add_models(app, handlers)
-    return _Guard(app, service, metrics, token, admits=not admin)
+    return Guard(app, service, metrics, token, admits=not admin)
 
 
 def _add_models(app: FastAPI, handlers: "_Handlers") -> None:
@@ -261,7 +264,7 @@ def _describe(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
-class _Guard:
+class Guard:
     """The application, with request ids, tokens, admission, counts and logs around it.
 
     While the service is draining, connections are closed after each response: a client that sends a request on one
@@ -269,7 +272,9 @@ class _Guard:
     """
 
     def __init__(self, app: ASGIApp, service: Service, metrics: Metrics, token: str | None, *, admits: bool) -> None:
+        """Surround an application; one that does not admit has no inference."""
         self._app, self._service, self._metrics, self._token, self._admits = app, service, metrics, token, admits
+        self._prepared = (-math.inf, Response())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on a request."""
@@ -319,6 +324,34 @@ class _Guard:
         with self._service.admit(arrived=state.get("arrived"), size=size) as admission:
             state["admission"] = admission
             await self._app(scope, receive, send)
+
+    def refuse(self, scope: Scope) -> Reply | None:
+        """Return the answer to a request for inference that finds no place, by its head and path as it came.
+
+        Under overload most requests are such, and the application takes ten times as long to say the same. A request
+        that may have to hear something else gets None.
+        """
+        door, service, now = self._service.door, self._service, time.monotonic()
+        if door.images < door.limits.capacity or scope["method"] != "POST" or not self._admits:
+            return None
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        length = headers.get(b"content-length", b"")
+        size = int(length[:20]) if length.isdigit() else 0
+        if service.draining or door.closed or size > door.limits.max_body or _access.isEnabledFor(logging.INFO):
+            return None
+        if self._token is not None:
+            try:
+                check_token(self._token, headers.get(b"authorization", b"").decode("latin-1"))
+            except UnauthorizedError:
+                return None
+        if now - self._prepared[0] > _FRESH:
+            self._prepared = (now, _explain(door.full()))
+        door.refused("overloaded")
+        self._count(scope, scope, HTTPStatus.TOO_MANY_REQUESTS, 0, now - scope["state"]["arrived"])
+        request_id = logs.identify(headers.get(b"x-request-id", b"").decode("latin-1"))
+        prepared = self._prepared[1]
+        all_headers = (*prepared.raw_headers, (b"x-request-id", request_id.encode()))
+        return Reply(prepared.status_code, all_headers, bytes(prepared.body))
 
     def _count(self, scope: Scope, routed: Scope, status: int, size: int, seconds: float) -> None:
         """Count a request that has ended, and log it if that is asked for."""

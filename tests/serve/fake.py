@@ -143,7 +143,7 @@ def sockets(service, metrics, *, token=None):
     async def serve():
         with socket.create_server(("127.0.0.1", 0)) as listener:
             app = create_app(service, metrics, token=token)
-            http = HttpServer(app, listener, service.door.limits, refused=metrics.refused)
+            http = HttpServer(app, listener, service.door.limits, refused=metrics.refused, refuse=app.refuse)
             rpc = create_server(service, metrics, token=token)
             ports.extend((listener.getsockname()[1], rpc.add_insecure_port("127.0.0.1:0")))
             await rpc.start()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from serve.protocol.admission import Limits
-from serve.protocol.connections import HttpServer
+from serve.protocol.connections import HttpServer, Reply
 from serve.settings import parse
 from tests.serve.test_process import BUNDLE, ENVIRONMENT, IMAGE, Process
 from tests.serve.transports import INFER, tensor
@@ -37,12 +37,12 @@ async def pages(scope, receive, send):
 
 
 @contextlib.contextmanager
-def serving(loop_factory=None, app=pages, **limits):
+def serving(loop_factory=None, app=pages, refuse=lambda _: None, **limits):
     """An HTTP server in a thread: its port and the reasons of its refusals."""
     listener, reasons = socket.socket(), []
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    server = HttpServer(app, listener, Limits(**limits), refused=reasons.append)
+    server = HttpServer(app, listener, Limits(**limits), refused=reasons.append, refuse=refuse)
 
     def body():
         with asyncio.Runner(loop_factory=loop_factory) as runner:
@@ -115,6 +115,21 @@ def test_a_head_too_large_is_cut_off(parts):
         assert reasons == ["head"]
         assert exchange(port, b"GET / HTTP/1.1\r\nconnection: close\r\n\r\n").endswith(b"ok")
         assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("first", [b"GET / HTTP/1.1\r\n\r\n", b"GET /last HTTP/1.1\r\nconnection: close\r\n\r\n"])
+def test_nonsense_behind_a_request_is_no_error_of_the_application(first, caplog):
+    """uvloop raised where the application wrote to the connection that had been aborted meanwhile."""
+
+    def last(scope):
+        return Reply(429, [(b"content-length", b"0")], b"") if scope["path"] == "/last" else None
+
+    new_event_loop = pytest.importorskip("uvloop").new_event_loop
+    with serving(new_event_loop, refuse=last) as (port, _):
+        for _ in range(20):
+            got = exchange(port, first + b"nonsense\r\n\r\n")
+            assert got == b"" or got.startswith(b"HTTP/1.1 429")
+    assert not caplog.records
 
 
 def test_heads_and_idle_connections_have_their_time():

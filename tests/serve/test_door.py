@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import socket
 import threading
 import time
 from typing import Any
@@ -160,6 +161,112 @@ def test_a_full_server_refuses_before_it_reads(front, how):
     assert ask(front, "GET", "/v2").status_code == 200
     assert 'gati_requests_total{code="429",method="infer",protocol="http"} 1.0' in front.metrics.page().decode()
     assert len(held) == limits.capacity
+
+
+def head(*lines, body=b""):
+    return "\r\n".join(("POST /v2/models/gati/infer HTTP/1.1", "host: h", *lines, "", "")).encode() + body
+
+
+def take_answers(client, count):
+    """Read so many HTTP answers: their statuses, headers and bodies."""
+    file, found = client.makefile("rb"), []
+    for _ in range(count):
+        status = int(file.readline().split()[1])
+        lines = iter(file.readline, b"\r\n")
+        headers = dict(line.decode().strip().lower().split(": ", 1) for line in lines)
+        found.append((status, headers, file.read(int(headers["content-length"]))))
+    return found
+
+
+@contextlib.contextmanager
+def full(front):
+    """All places are taken."""
+    held = [front.door.enter() for _ in range(front.door.limits.capacity)]
+    with front.sockets() as ports, socket.create_connection(("127.0.0.1", ports[0]), timeout=30) as client:
+        yield client, held
+
+
+def test_a_refusal_by_the_head_alone_says_what_the_application_would_say(front):
+    with full(front) as (client, _):
+        client.sendall(head("content-length: 10", "x-request-id: mine"))  # and no body
+        ((status, headers, body),) = take_answers(client, 1)
+    slow = ask(front, content=b"1234567890", headers={"x-request-id": "mine"})
+    assert (status, body) == (slow.status_code, slow.content)
+    assert status == 429
+    assert {name: value for name, value in headers.items() if name != "date"} == dict(slow.headers)
+    assert (
+        front.metrics.page().decode().count('gati_requests_total{code="429",method="infer",protocol="http"} 2.0') == 1
+    )
+    assert 'gati_refused_total{reason="overloaded"} 2.0' in front.metrics.page().decode()
+
+
+def test_a_refused_connection_stays_in_order(front):
+    """Bodies of refused requests are discarded as they come, and what follows them is answered."""
+    body = json.dumps(BODY).encode()
+    whole = head(f"content-length: {len(body)}", body=body)
+    with full(front) as (client, held):
+        client.sendall(whole + whole + b"GET /v2/health/live HTTP/1.1\r\n\r\n" + whole[:-5])
+        assert [status for status, *_ in take_answers(client, 4)] == [429, 429, 200, 429]
+        for admission in held:
+            front.door.leave(admission)
+        client.sendall(whole[-5:] + whole)
+        client.sendall(head("transfer-encoding: chunked", body=b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)))
+        assert [status for status, *_ in take_answers(client, 2)] == [200, 200]
+        while front.door.images:  # an answer is sent before its place is free
+            time.sleep(0.001)
+        held += [front.door.enter() for _ in range(front.door.limits.capacity)]
+        client.sendall(head("transfer-encoding: chunked", body=b"5\r\n12345\r\n"))
+        client.sendall(b"0\r\n\r\n" + head("connection: close", "content-length: 0") + whole)
+        (_, kept, _), (status, closed, _) = take_answers(client, 2)
+        assert ("connection" in kept, status, closed["connection"]) == (False, 429, "close")
+        assert client.recv(1) == b""
+
+
+def test_a_refusal_behind_an_admitted_request_waits_for_its_answer():
+    front = fake.Front(limits=dataclasses.replace(fake.LIMITS, capacity=1))
+    body = json.dumps(BODY).encode()
+    with full(front) as (client, held):
+        front.door.leave(held[0])
+        client.sendall(head(f"content-length: {len(body)}", body=body) * 3)
+        statuses = [status for status, *_ in take_answers(client, 3)]
+        assert statuses[0] == 200
+        assert set(statuses) <= {200, 429}
+    front.engine.stop()
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        ((), 401),
+        (("authorization: Bearer wrong",), 401),
+        (("authorization: Bearer secret",), 429),
+        (("authorization: Bearer secret", f"content-length: {fake.LIMIT + 1}"), 413),
+        (("authorization: Bearer secret", "content-length: 9", "expect: 100-continue"), 429),
+    ],
+)
+def test_a_full_server_tells_others_what_they_have_to_hear(lines, status):
+    front = fake.Front(token="secret")
+    with full(front) as (client, _):
+        client.sendall(head(*lines))
+        assert take_answers(client, 1)[0][0] == status
+        client.sendall(b"x" * 9)
+    front.engine.stop()
+
+
+def test_a_client_that_reads_no_refusal_fills_no_memory(front):
+    """What it sends on is left to the system, as for a client that does not read other answers."""
+    with full(front) as (client, _):
+        client.setblocking(False)
+        sent, whole, until = 0, head("content-length: 0") * 100, time.monotonic() + 20
+        while time.monotonic() < until:
+            try:
+                sent += client.send(whole)
+                quiet = time.monotonic()
+            except BlockingIOError:
+                if time.monotonic() - quiet > 0.5:
+                    break
+                time.sleep(0.01)
+        assert time.monotonic() < until, f"{sent} bytes were taken"
 
 
 def test_bytes_of_bodies_without_a_length_count_as_they_come():
