@@ -96,8 +96,8 @@ def serving(bundle: Path, *options: str, module: Sequence[str] = ("serve", "--bu
             assert child.stdout is not None  # noqa: S101 (narrows the type)
             line = child.stdout.readline()
             where = json.loads(line) if line else dict.fromkeys(("http", "grpc", "admin"), ":0")
-            ports_ = (int(where[name].rpartition(":")[2]) for name in ("http", "grpc", "admin"))
-            server = Server(child, *ports_, folder, Path(own) / "log")
+            http, rpc, admin = (int(where[name].rpartition(":")[2]) for name in ("http", "grpc", "admin"))
+            server = Server(child, http, rpc, admin, folder, Path(own) / "log")
             _await_ready(server)
             yield server
         finally:

@@ -243,10 +243,12 @@ def slope(values: Sequence[float]) -> Slope:
         120.0
     """
     counted = np.array(values[round(SKIPPED * len(values)) :], float)
-    hours = np.arange(len(counted)) * TURN / 3600
-    fitted = scipy.stats.linregress(hours, counted)
-    wide = fitted.stderr * scipy.stats.t.ppf((1 + CONFIDENCE) / 2, max(1, len(counted) - 2))
-    rising = float(fitted.slope)
+    hours, free = np.arange(len(counted)) * TURN / 3600, max(1, len(counted) - 2)
+    away = hours - hours.mean()
+    rising = float(away @ counted / (away @ away))
+    rest = counted - counted.mean() - rising * away
+    error = float(np.sqrt(rest @ rest / free / (away @ away)))
+    wide = error * float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, free))
     growth = rising * float(hours[-1]) / float(counted.mean())
     return Slope(per_hour=rising, low=rising - wide, high=rising + wide, growth=growth)
 

@@ -106,7 +106,9 @@ class _Lane:
             values[i, : len(found)] = found
         return Outcomes(
             self.stream.rows[:n],
-            *(np.array(times[:n], np.float64) for times in (self.at, self.sent, self.done)),
+            np.array(self.at[:n], np.float64),
+            np.array(self.sent[:n], np.float64),
+            np.array(self.done[:n], np.float64),
             np.array(self.status[:n], np.int16),
             values,
             seconds,
@@ -118,10 +120,10 @@ class _Lane:
 class _Connection:
     """A socket with at most one request."""
 
-    __slots__ = ("buffer", "close", "index", "lane", "missing", "socket", "status", "unsent")
+    __slots__ = ("buffer", "close", "index", "lane", "missing", "peer", "status", "unsent")
 
     def __init__(self, lane: _Lane, connected: socket.socket) -> None:
-        self.lane, self.socket = lane, connected
+        self.lane, self.peer = lane, connected
         self.index, self.buffer, self.unsent = -1, b"", b""
         self.status, self.missing, self.close = CLOSED, -1, False
 
@@ -151,7 +153,7 @@ class _Driver:
                         self._handle(connection, event)
         finally:
             for connection in self._open.values():
-                connection.socket.close()
+                connection.peer.close()
             self._poll.close()
         seconds, busy = self._now(), time.process_time() - self._busy
         return [lane.outcomes(seconds, busy, self._error) for lane in self._lanes]
@@ -211,7 +213,7 @@ class _Driver:
     def _write(self, connection: _Connection, data: bytes) -> None:
         waited = bool(connection.unsent)
         try:
-            sent = connection.socket.send(data)
+            sent = connection.peer.send(data)
         except BlockingIOError:  # not connected yet, or full
             sent = 0
         except OSError as error:
@@ -220,14 +222,14 @@ class _Driver:
         connection.unsent = data[sent:]
         if bool(connection.unsent) != waited:
             wanted = select.EPOLLIN | select.EPOLLOUT if connection.unsent else select.EPOLLIN
-            self._poll.modify(connection.socket.fileno(), wanted)
+            self._poll.modify(connection.peer.fileno(), wanted)
 
     def _handle(self, connection: _Connection, event: int) -> None:
         if event & select.EPOLLOUT and connection.unsent:
             self._write(connection, connection.unsent)
-        if event & ~select.EPOLLOUT and connection.socket.fileno() >= 0:
+        if event & ~select.EPOLLOUT and connection.peer.fileno() >= 0:
             try:
-                data = connection.socket.recv(_CHUNK)
+                data = connection.peer.recv(_CHUNK)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -276,8 +278,8 @@ class _Driver:
 
     def _shut(self, connection: _Connection) -> None:
         """Close a connection; a request on it has no answer."""
-        del self._open[connection.socket.fileno()]
-        connection.socket.close()
+        del self._open[connection.peer.fileno()]
+        connection.peer.close()
         lane = connection.lane
         lane.free += 1
         if connection in lane.idle:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import httptools
 import uvicorn
 from starlette.types import ASGIApp, Scope
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from .admission import Limits
 
@@ -218,10 +218,22 @@ class Connection(HttpToolsProtocol):
         super().__init__(server.config, server.server_state, server.lifespan.state, asyncio.get_running_loop())
         self._limits, self._refused, self._refuse = server.limits, server.refused, server.refuse
         self._in_head = self._in_body = False
+        self._running: RequestResponseCycle | None = None
         self._events = self._silent = 0  # of the parser; bytes without one
         self._bytes = self._count = 0  # of the head
         self._discarded = 0
         self._began = self._last = time.monotonic()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the application that the client has left: uvicorn tells the request that came last, which may wait."""
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401 (uvicorn's)
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     @property
     def due(self) -> float:
@@ -299,12 +311,15 @@ class Connection(HttpToolsProtocol):
 
         A client that does not read its answers, or sends on before it has them, waits as with the application.
         """
-        self._in_head, self._in_body = False, True
+        self._in_head, self._in_body, parser = False, True, self.parser
+        assert parser is not None  # noqa: S101 (narrows the type)
         if not (self._is_busy or self.pipeline or self.flow.write_paused or self.transport.is_closing()):
+            scope: Any = self.scope
             path = self.url.partition(b"?")[0].decode("latin-1")
-            self.scope |= {"method": self.parser.get_method().decode("ascii"), "path": path}
-            if (reply := self._refuse(self.scope)) is not None:
-                self._answer(reply)
+            scope |= {"method": parser.get_method().decode("ascii"), "path": path}
+            if (reply := self._refuse(scope)) is not None:
+                keep = parser.get_http_version() != "1.0" and parser.should_keep_alive()
+                self._answer(reply, keep=keep)
                 return
         super().on_headers_complete()
 
@@ -335,10 +350,9 @@ class Connection(HttpToolsProtocol):
         if self._bytes > self._limits.header_bytes or self._count > self._limits.header_count:
             raise ValueError("the head is too large")
 
-    def _answer(self, reply: Reply) -> None:
+    def _answer(self, reply: Reply, *, keep: bool) -> None:
         """Answer without the application; the body is discarded as it comes."""
         self.cycle = _ANSWERED
-        keep = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
         headers = [*self.server_state.default_headers, *reply.headers, *(() if keep else _CLOSE)]
         lines = b"".join(b"%b: %b\r\n" % header for header in headers)
         self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[reply.status], lines, reply.body))
@@ -356,8 +370,6 @@ class Connection(HttpToolsProtocol):
             return
         self._refused(reason)
         if self._is_busy:  # an answer is being written
-            self.cycle.disconnected = True  # before the application writes more, which would be an error
-            self.cycle.message_event.set()
             self.transport.abort()
             return
         body = json.dumps({"error": message}).encode()

@@ -8,14 +8,15 @@ from benchmarks.grammar import Model, Random, frame, grpc_connection, http_reque
 from tests.serve import fake
 from tests.serve.transports import images
 
-MODEL = Model("gati", fake.SHAPE)
+MODEL = Model(name="gati", shape=fake.SHAPE)
 
 
 def test_no_generated_request_makes_the_server_fail(front, sockets):
-    sent = fuzz.send(*sockets, MODEL, seed=1, numbers=range(400))
+    http, rpc = sockets
+    sent = fuzz.send(http, rpc, MODEL, seed=1, numbers=range(400))
     assert sum(sent.values()) >= 350  # of the operations of the description, as many each
     assert min(sent.values()) > 10
-    assert fuzz.wrong(*sockets, images(0, 1, 2, 4), [0, 1, 2, 1]) == []
+    assert fuzz.wrong(http, rpc, images(0, 1, 2, 4), [0, 1, 2, 1]) == []
     counted = fuzz.counted(front.metrics.page())
     assert not [key for key in counted if fuzz.is_failure(key)], counted
     assert counted["http 200"] > 40  # so many come as far as the engine, or to a page
@@ -32,10 +33,11 @@ def test_a_request_is_the_same_whatever_came_before_it():
 
 
 def test_a_server_that_is_not_well_is_noticed(front, sockets):
-    assert fuzz.wrong(*sockets, images(1), [2]) == ["classes [1] instead of [2]"] * 2
-    assert fuzz.wrong(1, sockets[1], images(1), [1])[0].startswith("no answer")
+    http, rpc = sockets
+    assert fuzz.wrong(http, rpc, images(1), [2]) == ["classes [1] instead of [2]"] * 2
+    assert fuzz.wrong(1, rpc, images(1), [1])[0].startswith("no answer")
     front.engine.failure = RuntimeError("broken")
-    assert fuzz.wrong(*sockets, images(1), [1])[0].startswith("no answer")
+    assert fuzz.wrong(http, rpc, images(1), [1])[0].startswith("no answer")
     until = time.monotonic() + 30
     while not (failures := list(filter(fuzz.is_failure, fuzz.counted(front.metrics.page())))):
         assert time.monotonic() < until  # a request is counted after its answer

@@ -6,11 +6,12 @@ import socket
 import socketserver
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import overload, process, soak
+from benchmarks import overload, process, soak, table
 from benchmarks.overload import PLACES, PROBES, LoadResult, Overload, Watched, criteria, summarize
 from benchmarks.sockets import CLOSED, SILENT, Outcomes, Stream, drive, message
 from gati_jax import InputError
@@ -176,18 +177,27 @@ def test_the_figures_of_a_load():
 
 
 def result(*runs) -> Overload:
-    given = {"network": "n", "backend": "b", "machine": "m", "neighbours": 0, "deadline_ms": None, "versions": {}}
+    given: dict[str, Any] = {
+        "network": "n",
+        "backend": "b",
+        "machine": "m",
+        "neighbours": 0,
+        "deadline_ms": None,
+        "versions": {},
+    }
     return Overload(**given, runs=runs, commit="c", date="d")
 
 
-def test_a_result_is_read_back_and_judged(tmp_path):
+def test_a_result_is_read_back_and_judged(tmp_path, capsys):
     watched = Watched([outcomes([200] * 10, [10] * 10), *[outcomes([200], [5])] * len(PROBES)], (100.0, 101.0), 0.9)
     run = summarize(watched, ARGUMENTS, np.full(1, -1), "kept", 2.0, 1.0)
     good = result(run)
     assert all(one.holds for one in criteria(good))
     good.write(tmp_path / "o.json", print_json=False)
     assert Overload.read(tmp_path / "o.json") == good
-    for change, what in (
+    table.main([str(tmp_path / "o.json")])
+    assert [line.count("|") for line in capsys.readouterr().out.splitlines()] == [1 + len(overload.COLUMNS)] * 3
+    changes: list[tuple[dict[str, Any], str]] = [
         ({"probes": run.probes | {"ready": 1.1}}, "ready"),
         ({"probes_lost": 1}, "health"),
         ({"lost": 1}, "requests without"),
@@ -195,12 +205,12 @@ def test_a_result_is_read_back_and_judged(tmp_path):
         ({"p99_ms": run.bound_ms + 1}, "p99"),
         ({"p99_ms": None}, "p99"),
         ({"rss_mib": (100.0, 107.0)}, "growth"),
-    ):
-        wrong = result(run, LoadResult(**(run.model_dump() | change)))
+    ]
+    for change, what in changes:
+        wrong = result(run, LoadResult.model_validate(run.model_dump() | change))
         assert [one.what.startswith(what) or what in one.what for one in criteria(wrong) if not one.holds] == [True], (
             what
         )
-    assert len(overload.cells(run)) == len(overload.COLUMNS)
 
 
 def test_slopes_and_what_a_soak_finds():
@@ -209,7 +219,15 @@ def test_slopes_and_what_a_soak_finds():
     assert rising.growth == pytest.approx(3.5 / 101.75)
     noisy = soak.slope([100.0 + (-1) ** i for i in range(20)])
     assert noisy.low < 0 < noisy.high
-    given = {"network": "n", "machine": "m", "adapt": True, "seconds": 1.0, "capacity": 1.0, "rate": 1.0, "sent": 1}
+    given: dict[str, Any] = {
+        "network": "n",
+        "machine": "m",
+        "adapt": True,
+        "seconds": 1.0,
+        "capacity": 1.0,
+        "rate": 1.0,
+        "sent": 1,
+    }
     given |= {"answered": 1, "refused": {}, "different": 0, "versions": {}, "commit": "c", "date": "d", "turns": ()}
     clean = soak.Soak(**given, lost=0, rss=rising, descriptors=noisy, left_behind=(), exit_code=0)
     assert clean.problems == []

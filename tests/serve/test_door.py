@@ -257,7 +257,8 @@ def test_a_client_that_reads_no_refusal_fills_no_memory(front):
     """What it sends on is left to the system, as for a client that does not read other answers."""
     with full(front) as (client, _):
         client.setblocking(False)
-        sent, whole, until = 0, head("content-length: 0") * 100, time.monotonic() + 20
+        sent, whole, quiet = 0, head("content-length: 0") * 100, time.monotonic()
+        until = quiet + 20
         while time.monotonic() < until:
             try:
                 sent += client.send(whole)
