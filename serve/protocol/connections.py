@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import httptools
 import uvicorn
@@ -96,7 +96,7 @@ class HttpServer(uvicorn.Server):
         self._listener, self._drain = listener, drain
         listener.listen(BACKLOG)
         listener.settimeout(0.0)
-        self._opening: set[asyncio.Task[None]] = set()
+        self._opening: set[asyncio.Task[None] | None] = set()
         self._accepting: asyncio.Task[None] | None = None
         self._spare: int | None = None
         self._complained = -math.inf
@@ -176,11 +176,14 @@ class HttpServer(uvicorn.Server):
         task.add_done_callback(self._opening.discard)
 
     async def _connect(self, loop: asyncio.AbstractEventLoop, accepted: socket.socket) -> None:
-        tls = self.config.ssl
+        tls, task = self.config.ssl, asyncio.current_task()
         timeout = None if tls is None else self.limits.header_timeout
         try:
             await loop.connect_accepted_socket(
-                lambda: Connection(self), accepted, ssl=tls, ssl_handshake_timeout=timeout
+                lambda: Connection(self, lambda: self._opening.discard(task)),
+                accepted,
+                ssl=tls,
+                ssl_handshake_timeout=timeout,
             )
         except OSError as error:  # TLS's, too
             accepted.close()
@@ -213,16 +216,22 @@ class Connection(HttpToolsProtocol):
     its own, that is never.
     """
 
-    def __init__(self, server: HttpServer) -> None:
-        """Wait for a request."""
+    def __init__(self, server: HttpServer, opened: Callable[[], object] = lambda: None) -> None:
+        """Wait for a request; ``opened`` is called once the server counts this among its connections."""
         super().__init__(server.config, server.server_state, server.lifespan.state, asyncio.get_running_loop())
         self._limits, self._refused, self._refuse = server.limits, server.refused, server.refuse
         self._in_head = self._in_body = False
+        self._opened = opened
         self._running: RequestResponseCycle | None = None
         self._events = self._silent = 0  # of the parser; bytes without one
         self._bytes = self._count = 0  # of the head
         self._discarded = 0
         self._began = self._last = time.monotonic()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        super().connection_made(cast("asyncio.Transport", transport))
+        self._opened()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the application that the client has left: uvicorn tells the request that came last, which may wait."""
