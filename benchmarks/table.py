@@ -1,4 +1,4 @@
-"""Print a result of ``benchmarks.compare`` as the Markdown table of docs/results/performance.md."""
+"""Print a result of ``benchmarks.compare`` or ``benchmarks.overload`` as a table of docs/results/performance.md."""
 
 import argparse
 import json
@@ -12,6 +12,8 @@ from gati_jax import InputError
 from gati_jax.profiling.costs import spread
 from train import cli
 
+from .overload import COLUMNS, Overload, cells
+
 EXAMPLE = "python -m benchmarks.table benchmarks/results/resnet18-cpu.json"
 REFERENCE = "onnxruntime full"
 
@@ -19,7 +21,7 @@ REFERENCE = "onnxruntime full"
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__, epilog=f"example: {EXAMPLE}")
-    p.add_argument("result", type=Path, metavar="FILE", help="JSON written by benchmarks.compare")
+    p.add_argument("result", type=Path, metavar="FILE", help="JSON written by one of them")
     p.add_argument(
         "--reference",
         nargs="+",
@@ -29,7 +31,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = p.parse_args(argv)
     try:
-        rows = json.loads(arguments.result.read_text(encoding="utf-8"))["rows"]
+        result = json.loads(arguments.result.read_text(encoding="utf-8"))
+        if "runs" in result:
+            print("\n".join(markdown(COLUMNS, map(cells, Overload.read(arguments.result).runs))))
+            return
+        rows = result["rows"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"result: expected JSON written by benchmarks.compare, got {arguments.result}: {error!r}"

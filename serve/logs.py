@@ -9,6 +9,7 @@ import collections
 import contextlib
 import contextvars
 import faulthandler
+import itertools
 import json
 import logging
 import os
@@ -17,7 +18,6 @@ import select
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from types import TracebackType
@@ -32,6 +32,7 @@ request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", d
 _trace: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("trace", default=None)
 
 _LONGEST = 128  # characters of a client's request id
+_RUN, _NUMBERS = os.urandom(8).hex(), itertools.count()  # to ask the system for each id would give up the interpreter
 _LONGEST_TEXT = 16_000  # characters of a message, and of an exception, which is cut at its beginning
 _MOST_BYTES = 4 * 2**20  # that wait for the reader
 _PATIENCE = 1.0  # seconds that the end of the process waits for the reader
@@ -274,7 +275,7 @@ def identify(given: str | None) -> str:
     """Return a request's id: the client's, if it is short and printable ASCII, otherwise a new one."""
     if given and len(given) <= _LONGEST and given.isascii() and given.isprintable():
         return given
-    return uuid.uuid4().hex
+    return f"{_RUN}{next(_NUMBERS):016x}"
 
 
 def _uncaught(kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None) -> None:

@@ -74,7 +74,7 @@ class HttpServer(uvicorn.Server):
         self._listener, self._drain = listener, drain
         listener.listen(BACKLOG)
         listener.settimeout(0.0)
-        self._opening: set[asyncio.Task[None]] = set()
+        self._opening: set[asyncio.Task[None] | None] = set()
         self._accepting: asyncio.Task[None] | None = None
         self._spare: int | None = None
         self._complained = -math.inf
@@ -158,16 +158,17 @@ class HttpServer(uvicorn.Server):
         task.add_done_callback(self._opening.discard)
 
     async def _connect(self, loop: asyncio.AbstractEventLoop, accepted: socket.socket) -> None:
-        tls = self.config.ssl
+        tls, task = self.config.ssl, asyncio.current_task()
         timeout = None if tls is None else self._shared.limits.header_timeout
+
+        def connection() -> Connection:
+            return Connection(self.config, self.server_state, self._shared, lambda: self._opening.discard(task))
+
         try:
-            await loop.connect_accepted_socket(self._connection, accepted, ssl=tls, ssl_handshake_timeout=timeout)
+            await loop.connect_accepted_socket(connection, accepted, ssl=tls, ssl_handshake_timeout=timeout)
         except OSError as error:  # TLS's, too
             accepted.close()
             _log.debug("a connection failed: %s", error)
-
-    def _connection(self) -> Connection:
-        return Connection(self.config, self.server_state, self._shared)
 
     def _refuse_all(self, error: OSError) -> None:
         """Refuse the connections that wait, by the descriptor that was kept for this.

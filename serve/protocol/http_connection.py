@@ -58,11 +58,13 @@ class Connection(HttpToolsProtocol):
     of the answers that are there.
     """
 
-    def __init__(self, config: uvicorn.Config, state: ServerState, shared: "Shared") -> None:
-        """Wait for a request."""
+    def __init__(
+        self, config: uvicorn.Config, state: ServerState, shared: Shared, opened: Callable[[], object] = lambda: None
+    ) -> None:
+        """Wait for a request; ``opened`` is called once ``state`` counts this among its connections."""
         super().__init__(config, state, {}, asyncio.get_running_loop())
         self._limits, self._refused, self._refuse = shared.limits, shared.refused, shared.refuse
-        self._idle, self._pause = shared.idle, shared.pause
+        self._idle, self._pause, self._opened = shared.idle, shared.pause, opened
         self._refusals = 0  # of one reading
         self._paused = math.nan  # when reading was paused because of a refusal
         self._waiting_since: float | None = None  # when it was, if a request came meanwhile
@@ -114,6 +116,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to be idle."""
         super().connection_made(transport)
+        self._opened()
         self._idle[self] = None
 
     def connection_lost(self, exc: Exception | None) -> None:
