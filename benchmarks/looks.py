@@ -6,6 +6,7 @@ which plan comes next, knowing what the looks before it told. Intervals are Clop
 """
 
 import json
+import logging
 import warnings
 from collections.abc import Callable
 
@@ -111,6 +112,7 @@ def main() -> None:
     p.add_argument("--series", type=cli.positive, default=1000, metavar="N", help="series a game (default: 1000)")
     arguments = p.parse_args()
     warnings.simplefilter("ignore")
+    logging.getLogger("gati_jax").setLevel(logging.ERROR)  # most looks certify nothing, and would say so
     rows = []
     for name, play in PLAYERS.items():
         for risk in (1.0, 1.25):

@@ -1,3 +1,14 @@
+from . import adaptation as adaptation
+from . import bundle as bundle
+from . import caches as caches
+from . import certification as certification
+from . import data as data
+from . import evaluation as evaluation
+from . import fitting as fitting
+from . import models as models
+from . import planning as planning
+from . import profiling as profiling
+from . import runtime as runtime
 from .bundle import Bundle as Bundle
 from .bundle import load_bundle as load_bundle
 from .bundle import save_bundle as save_bundle
@@ -11,6 +22,8 @@ from .certification import certify_together as certify_together
 from .errors import BundleError as BundleError
 from .errors import InputError as InputError
 from .errors import WeightsError as WeightsError
+from .evaluation import Evaluation as Evaluation
+from .evaluation import evaluate as evaluate
 from .fitting import Augment as Augment
 from .fitting import FitConfig as FitConfig
 from .fitting import FreezeConfig as FreezeConfig

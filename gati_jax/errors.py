@@ -66,3 +66,15 @@ def describe_mismatch(expected: Mapping[str, str], found: Mapping[str, str]) -> 
         "misshapen": [f"{name} (expected {expected[name]}, got {found[name]})" for name in differ],
     }
     return "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in lists.items() if names)
+
+
+def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return rows as aligned text below a title; the first column is aligned to the left."""
+    cells = [list(columns), *([printable(_cell(value)) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]
+    return "\n".join([printable(title), *(f"  {line}" for line in lines)])
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import InputError
@@ -32,13 +33,8 @@ def load_chain(name: str, argument: str = "chain") -> Chain:
         raise InputError(f"{expected}, got a Chain itself: put it into a function")
     if not callable(function):
         raise InputError(f"{expected}, got {type(function).__name__}")
-    try:
-        signature = inspect.signature(function)
-        signature.bind()
-    except TypeError as error:
-        raise InputError(f"{expected}, got {name.partition(':')[2]}{signature}") from error
-    except ValueError:  # a function that is not written in Python may not tell
-        pass
+    if needed := _arguments(function):
+        raise InputError(f"{expected}, got {name.partition(':')[2]}{needed}")
     try:
         chain = function()
     except (Exception, SystemExit) as error:
@@ -71,6 +67,17 @@ def import_named(name: str, argument: str) -> object:
     if not hasattr(module, attribute):
         raise InputError(f"{argument}: expected a function {attribute} in {module.__name__}, got none")
     return getattr(module, attribute)
+
+
+def _arguments(function: Callable[..., object]) -> str:
+    """Return the arguments of a function that cannot be called without any; empty if it can, as far as is known."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # one that is not written in Python may not tell
+        return ""
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind not in optional]
+    return str(signature) if needed else ""
 
 
 def _described(error: BaseException) -> str:

@@ -108,7 +108,7 @@ def _tuned(bundle: Bundle, numerics: Numerics | None, plan: str | None, backend:
         raise InputError(f"backend: expected xla or onnxruntime, got {backend!r}")
     if numerics == "reference" and backend == "onnxruntime":
         raise InputError("backend: expected xla with the reference numerics, which were certified, got onnxruntime")
-    tuned, again = bundle.tuned_of(plan, backend), "run python -m train.tune --bundle DIR"
+    tuned, again = bundle.tuned_of(plan, backend), "run gati-jax tune --bundle DIR"
     if backend == "onnxruntime" and tuned is None:
         raise InputError(f"backend: this bundle has not been tuned for onnxruntime on this device; {again}")
     if numerics == "fast" and tuned is None:

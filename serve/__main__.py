@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 
 from gati_jax import InputError
-from serve import lifecycle, logs
 
+from . import lifecycle, logs
 from .settings import parse
 
 

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 import gati_jax
 from gati_jax import InputError
 from gati_jax.imports import load_chain
-from serve.engine import routes
-from serve.engine.engine import Engine
-from serve.engine.onnx_runner import OnnxRunner
-from serve.engine.programs import settle
-from serve.engine.runner import JaxRunner
-from serve.protocol.admission import Door, limits_of
-from serve.protocol.model import Bound, Model, Tally
-from serve.protocol.service import Backend, Service
 
+from .engine import routes
+from .engine.engine import Engine
+from .engine.onnx_runner import OnnxRunner
+from .engine.programs import settle
+from .engine.runner import JaxRunner
 from .lifecycle import Parts
 from .metrics import Metrics
+from .protocol.admission import Door, limits_of
+from .protocol.model import Bound, Model, Tally
+from .protocol.service import Backend, Service
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _DIGITS = 12
 _DATATYPES = {"float32": "FP32", "int32": "INT32", "uint8": "UINT8"}
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("serve.assemble")
 
 
 def assemble(settings: Settings) -> Parts:
@@ -38,8 +38,8 @@ def assemble(settings: Settings) -> Parts:
     Raises:
         InputError: There is no valid bundle, or no chain for it.
     """
-    chain = settings.chain and load_chain(settings.chain, "--chain")
-    bundle = gati_jax.load_bundle(settings.bundle, chain=chain or None)
+    chain = load_chain(settings.chain, "--chain") if settings.chain else None
+    bundle = gati_jax.load_bundle(settings.bundle, chain=chain)
     if why := bundle.bound_of().why:
         _log.warning("nothing is promised, and the base answers by default: %s", why)
     tally = Tally()

@@ -29,12 +29,12 @@ import grpc
 import grpc.aio
 
 from gati_jax import InputError
-from serve.protocol.connections import HttpServer
-from serve.protocol.grpc import create_server
-from serve.protocol.http import create_app
-from serve.protocol.service import Backend, Service
 
 from .metrics import Metrics
+from .protocol.connections import HttpServer
+from .protocol.grpc import create_server
+from .protocol.http import create_app
+from .protocol.service import Backend, Service
 from .settings import Settings
 
 _log = logging.getLogger("serve")

@@ -31,11 +31,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
-from serve import logs
-from serve.engine.records import Answer, Job, Route, Statistics, Step
-from serve.protocol import messages
-from serve.protocol.model import Tally
-from serve.protocol.service import Service
+from . import logs
+from .engine.records import Answer, Job, Route, Statistics, Step
+from .protocol import messages
+from .protocol.model import Tally
+from .protocol.service import Service
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 DOOR = ("memory", "late", "head", "slow", "connections", "descriptors")

@@ -8,6 +8,7 @@ import ipaddress
 import itertools
 import re
 import ssl
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
@@ -53,7 +54,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    bundle: Path = Field(description="folder written by train.caches")
+    bundle: Path = Field(description="folder of the bundle")
     chain: FunctionName | None = Field(
         default=None, description="package.module:function that returns the network, for a bundle of one of your own"
     )
@@ -204,6 +205,24 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"arguments: {message} (see --help)")
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser; it leaves values as text."""
+    prog = sys.argv[0] if sys.argv[0] == "gati-jax serve" else "python -m serve"  # see ``gati_jax.commands``
+    examples = _EXAMPLE.replace("python -m serve", prog)
+    parser = _Parser(
+        prog=prog,
+        description="Serve a bundle: the Open Inference Protocol (KServe v2) over HTTP and gRPC.",
+        epilog=f"{examples}\nenvironment:\n  {TOKEN}  clients must show this bearer token on everything but health",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for option in describe_options(Settings):
+        if option.key != "token":
+            parser.add_argument(_flag(option.key), **_how(option))
+    return parser
+
+
 def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settings:
     """Read the command line.
 
@@ -214,19 +233,8 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settings:
     Raises:
         InputError: An option is not what was expected.
     """
-    parser = _Parser(
-        prog="python -m serve",
-        description="Serve a bundle: the Open Inference Protocol (KServe v2) over HTTP and gRPC.",
-        epilog=f"{_EXAMPLE}\nenvironment:\n  {TOKEN}  clients must show this bearer token on everything but health",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    for option in describe_options(Settings):
-        if option.key != "token":
-            parser.add_argument(_flag(option.key), **_how(option))
     try:
-        return Settings(**vars(parser.parse_args(argv)), token=environ.get(TOKEN))
+        return Settings(**vars(parser().parse_args(argv)), token=environ.get(TOKEN))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if not first["loc"]:

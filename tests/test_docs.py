@@ -28,6 +28,7 @@ import pytest
 import gati_jax
 from gati_jax import data
 from gati_jax.caches import Grid, SortedSelector
+from gati_jax.commands import SCRIPTS
 from gati_jax.fitting import untrained
 from gati_jax.models import ResNet, fold, init, to_chain
 from tests.conftest import dense_block, linear_classifier
@@ -189,9 +190,16 @@ def options_of(module: str) -> set[str]:
     return set(re.findall(r"--[\w.-]+", printed.getvalue()))
 
 
+def as_module(words: list[str]) -> list[str]:
+    """`gati-jax NAME ...` as `python -m MODULE ...`."""
+    if words[0] != "gati-jax":
+        return words
+    return ["python", "-m", SCRIPTS[words[1]].module.removesuffix(".__main__"), *words[2:]]
+
+
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
 def test_commands_exist_and_take_their_options(words):
-    match words:
+    match as_module(words):
         case ["make", target, *variables]:
             assert re.search(rf"^{target}:", MAKEFILE, flags=re.MULTILINE)
             for variable in variables:

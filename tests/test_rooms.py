@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [
-    *("errors", "files", "options", "pytrees", "data", "planning", "certification", "models", "caches", "runtime"),
-    *("export", "fitting", "profiling", "bundle", "inference", "adaptation"),
+    *("errors", "files", "options", "pytrees", "data", "planning", "certification", "models", "imports", "caches"),
+    *("runtime", "export", "fitting", "profiling", "bundle", "inference", "evaluation", "adaptation"),
 ]
 HEAVY = {"jax", "flax", "optax", "orbax"}
 FILES = sorted((ROOT / "gati_jax").rglob("*.py"))

@@ -33,10 +33,10 @@ from gati_jax.adaptation import (
     load_trace,
     simulate,
 )
+from gati_jax.evaluation.run import show_rows
 from gati_jax.fitting.loop import progress_bar
-from train import cli
 
-from .evaluate import close_shown
+from . import cli
 from .results import Adaptation, EventResult, MechanismsResult, PhaseResult, TraceResult, WindowResult
 
 EXAMPLE = "python -m train.adapt --bundle runs/r56/bundle --trace runs/blur.safetensors --out runs/blur"
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     if trace.images is None:
         raise InputError(f"--trace: expected images in {arguments.trace}, got rows of a data set alone")
     epsilon = arguments.epsilon or bundle.certificate.epsilon
-    close_shown(arguments.ledger, bundle, trace.images, "trace", reveal=True)
+    show_rows(bundle, trace.images, arguments.ledger, reveal=True)
 
     # --- Simulate ---------------------------------------------------------------------------------------------------
     replay_cache = ReplayCache(bundle.chain, trace.images)

@@ -25,8 +25,8 @@ from gati_jax import InputError, Normalization, data
 from gati_jax.models import Architecture, Variables, apply, export_state_dict
 from gati_jax.models.chain import reference
 from gati_jax.profiling import device_name
-from train import cli
 
+from . import cli
 from .config import Config
 from .epochs import EpochRecord, run_epochs, scan_epoch, steps_per_epoch
 from .recipe import Recipe, begin, learning_rate, train_step

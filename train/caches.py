@@ -21,16 +21,17 @@ from gati_jax import Bundle, Chain, Head, InputError, Ledger, ReplayTable, data
 from gati_jax.bundle.manifest import Provenance, read_looks
 from gati_jax.bundle.save import check_free
 from gati_jax.certification import AnyLedger, Certificate, count_duplicates, find_ledger, tightest
+from gati_jax.evaluation.records import CertificateResult, record_of
 from gati_jax.fitting import Candidates, network_head
 from gati_jax.imports import load_chain
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
 from gati_jax.planning import Composition, CostTable, Plan, cascade_ms
 from gati_jax.profiling import Tuning, onnx_tuning, replays_on_onnx, run_by, tuning_for
-from train import cli, zoo
 
+from . import cli, zoo
 from .config import Base, Config, Source
 from .exploration import check_fit, explore
-from .results import BaseOnSelect, Caches, CertificateResult, PlannedCache, PlanResult, Predicted
+from .results import BaseOnSelect, Caches, PlannedCache, PlanResult, Predicted
 
 EXAMPLE = (
     "python -m train.caches --config configs/cifar10_resnet56.toml --out runs/r56"
@@ -76,9 +77,6 @@ def main(argv: list[str] | None = None) -> None:
     default = tightest(certificates)
     plan, certificate = plans[default][0], certificates[default]
     also = [(plans[name][0], certificates[name]) for name in plans if name != default]
-    for sentence in certificate.stays_off:
-        _log.warning(sentence)
-
     gati_jax.save_bundle(
         path,
         chain,
@@ -108,7 +106,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     result.write(arguments.out / "caches.json", print_json=arguments.json)
     if not arguments.json:
-        show(result, f"Plan for {config.base.title} on {config.data.name}")
+        print(f"{config.base.title} on {config.data.name}")
+        show(result, [(plan, certificate), *also])
+    for sentence in certificate.stays_off if arguments.json else ():  # else it was printed
+        _log.warning(sentence)
 
 
 def parser() -> cli.Parser:
@@ -238,7 +239,7 @@ def base_on_select(config: Base, chain: Chain, select: data.Dataset) -> BaseOnSe
     if why and not config.accept_low_accuracy:
         raise InputError(
             f"base: expected one that has learned the classes, got {why}: check base.weights, base.normalization"
-            f" ({config.normalization}) and the labels, or give --base.accept-low-accuracy true"
+            f" ({chain.normalization}) and the labels, or give --base.accept-low-accuracy true"
         )
     _log.info(base_line(base))
     return base
@@ -274,7 +275,7 @@ def summary(
         candidates=agreement,
         plan=tuple(planned),
         sites=tuple(cache.site for cache in planned if cache.threshold is not None),
-        certificate=CertificateResult.of(certificate),
+        certificate=record_of(CertificateResult, certificate),
         predicted=Predicted.of(costs, cascade_ms=cascade_ms(certify.take(plan.names), thresholds, costs)),
     )
 
@@ -285,38 +286,21 @@ def composition_entry(composition: Composition) -> dict[str, Any]:
     return {key: getattr(composition, key) for key in keys} | {"refused": dict(composition.refused)}
 
 
-def show(result: Caches, title: str) -> None:
-    """Print the base's accuracy, the plan and what was certified."""
+def show(result: Caches, pairs: Sequence[tuple[Plan, Certificate]]) -> None:
+    """Print the base's accuracy, the plans with their certificates, and what they are predicted to save."""
     if result.base:
         print(base_line(result.base))
-    columns = ("cache", "site", "threshold", "agreement on select")
-    rows = [(c.name, c.site, "off" if c.threshold is None else c.threshold, c.agreement) for c in result.plan]
-    cli.show(title, columns, rows)
-    for one in (result, *result.also):
-        print(f"plan {one.certificate.name}: {certificate_line(one.certificate)}")
+    for (plan, certificate), one in zip(pairs, (result, *result.also), strict=True):
         predicted = one.predicted
+        print(f"\n{certificate.name}: {plan.summary(certificate.step)}\n{certificate.summary()}")
         print(
-            f"  predicted {predicted.full_ms:.3f} ms -> {predicted.cascade_ms:.3f} ms on {predicted.device},"
+            f"predicted {predicted.full_ms:.3f} ms -> {predicted.cascade_ms:.3f} ms on {predicted.device},"
             f" batch {predicted.batch}"
         )
     for name, c in result.composition.items():
         known = "nothing is better" if c["proved"] else f"something may be {c['gap']:.1%} faster"
         print(f"composition {name}: {known}, with {c['grid']} thresholds a cache ({c['seconds']:.0f} s)")
     print(f"Bundle: {result.bundle}")
-
-
-def certificate_line(c: CertificateResult) -> str:
-    """Describe what was certified."""
-    if not c.certified:
-        return f"NOT certified at epsilon {c.epsilon}: every cache stays off, the base answers ({c.basis})"
-    together = (f", {c.plans} plans together" if c.plans > 1 else "") + f", {c.basis}"
-    certified = (
-        f"certified: {c.promise} (confidence {1 - c.delta:.0%}"
-        f"{together}; {c.disagreements} of {c.n} certify requests did)"
-    )
-    if gap := c.accuracy_gap:
-        certified += f"; loses at most {gap.upper:.2%} of accuracy (confidence {1 - gap.delta:.0%})"
-    return certified
 
 
 def small_networks(config: Config, chain: Chain) -> list[Head]:
@@ -357,9 +341,7 @@ def read_base(base: Base, *, own: bool = False) -> Chain:
     if own and base.chain is not None:
         return load_chain(base.chain, "base.chain")
     if base.weights is None and base.chain is None:
-        raise InputError(
-            "base.weights: expected a .safetensors file (train one with python -m train.base), got nothing"
-        )
+        raise InputError("base.weights: expected a .safetensors file (train one with gati-jax train-base), got nothing")
     network = base.architecture()
     variables = import_state_dict(network, read_weights(base.weights))
     return to_chain(network, fold(variables), base.normalize())

@@ -1,11 +1,8 @@
 """What the scripts' command lines share: ``--config FILE --out DIR --json``, overrides, one clear line on bad input."""
 
 import argparse
-import importlib.metadata
 import json
 import logging
-import os
-import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +14,8 @@ from rich.markup import escape
 from rich.progress import track as rich_track
 from rich.table import Table
 
-from gati_jax import Bundle, Chain, InputError, Ledger, __version__, load_bundle
+from gati_jax import Bundle, Chain, InputError, Ledger, load_bundle
+from gati_jax.bundle import installed_versions
 from gati_jax.certification import AnyLedger
 from gati_jax.files import write_atomically
 from gati_jax.imports import load_chain
@@ -26,6 +24,8 @@ from gati_jax.options import Strict, describe_options
 from .config import M, did_you_mean, keys_of, load
 
 Result = dict[str, Any]
+versions = installed_versions
+"""What results say of how they came about."""
 T = TypeVar("T")
 
 
@@ -99,8 +99,11 @@ def _outside_bundles(path: Path) -> Path:
 
 def parser(description: str, example: str, *, out: bool = True, as_json: bool = True) -> Parser:
     """Return a parser with the flags that most scripts have, ``--out DIR`` and ``--json``, and a whole command."""
+    module = f"python -m {example.split()[2]}"
+    prog = sys.argv[0] if sys.argv[0].startswith("gati-jax ") else module  # see ``gati_jax.commands``
+    example = example.replace(module, prog)
     p = Parser(
-        prog=f"python -m {example.split()[2]}",
+        prog=prog,
         description=description,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -115,7 +118,7 @@ def parser(description: str, example: str, *, out: bool = True, as_json: bool = 
 
 def add_bundle(p: Parser) -> None:
     """Add the flags of scripts that take a bundle, see ``read_bundle``."""
-    p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder written by train.caches")
+    p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder of the bundle")
     add_chain(p)
 
 
@@ -248,14 +251,3 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -
         table.add_row(*(escape(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row))
     # Off a terminal, rich would cut tables at 80 columns.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": str(os.cpu_count()),
-        "gati-jax": __version__,
-    } | {package: importlib.metadata.version(package) for package in packages}

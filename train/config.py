@@ -223,7 +223,9 @@ class NetworkSection(Strict):
                 f"fit.networks: expected a base that normalises images [height, width, channels], got one that takes"
                 f" {base.input_spec.dtype}{list(shape)}" + ("" if base.normalization else " and has no normalization")
             )
-        return architecture(self.network, classes=base.classes, input_shape=shape, shortcut=self.shortcut)
+        height, width, channels = shape
+        size = (height, width, channels)
+        return architecture(self.network, classes=base.classes, input_shape=size, shortcut=self.shortcut)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from gati_jax.errors import InputError
 from gati_jax.fitting.loop import LoopState, checkpoint_folder, open_checkpoints, progress_bar
 from gati_jax.pytrees import restore_spec
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("train.epochs")
 
 Epoch = Callable[..., tuple[LoopState, PyTree]]
 """``epoch(state, *arrays[n, ...]) -> (state, metrics[steps])``, pure."""

@@ -17,8 +17,8 @@ from gati_jax.fitting import Candidates, head_sizes, untrained
 from gati_jax.fitting.fit import deal_folds
 from gati_jax.planning import Composition, compose_plan, prunable, rank
 from gati_jax.profiling import Tuning, unsteady
-from train import cli
 
+from . import cli
 from .config import Config
 from .records import costs_in, keep_composition, kept_composition, measured_tuning
 
@@ -53,7 +53,9 @@ class Explored:
             "bytes": {c.name: c.bytes for c in alone},
             "seconds": config.plan.seconds,
         }
-        digest = hashlib.blake2b(repr((table.names, self.costs, budget)).encode(), digest_size=16)
+        measured = ", ".join(f"{f.name}={getattr(self.costs, f.name)!r}" for f in dataclasses.fields(self.costs))
+        text = f"({table.names!r}, CostTable({measured}), {budget!r})"
+        digest = hashlib.blake2b(text.encode(), digest_size=16)
         for column in (table.answers, table.classes, table.scores, table.rows):
             digest.update(np.ascontiguousarray(column).tobytes())
         path, identity = self.folder / f"composition-{epsilon:g}.json", digest.hexdigest()

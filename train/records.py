@@ -29,8 +29,8 @@ from gati_jax.profiling import (
     unsteady,
 )
 from gati_jax.pytrees import tree_digest
-from train import cli
 
+from . import cli
 from .config import Config
 
 _log = logging.getLogger("train.records")

@@ -4,35 +4,29 @@ A field with a default is one that older files lack. Keys that no record has are
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, Field, ValidationError
 
 from gati_jax import InputError
-from gati_jax.certification import AccuracyGap
+from gati_jax.evaluation import records as evaluation
+from gati_jax.evaluation.records import CertificateResult
 from gati_jax.options import describe_error
-from gati_jax.profiling import Backend, device_name
-from gati_jax.profiling.speed import FullNetwork
-from train import cli
+
+from . import cli
 
 ERRORS_SHOWN = 3
 
 
-class Record(BaseModel):
-    """Part of a result; made from an object with the same attributes, or from keywords."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", from_attributes=True)
+class Record(evaluation.Record):
+    """Part of a result that is written to a file, and read back by its class."""
 
     @classmethod
     def of(cls, source: object, **more: Any) -> Self:  # noqa: ANN401 (fields of the record)
         """Return a record of what an object has under the same names, and of further fields."""
-        own = {name: getattr(source, name) for name in cls.model_fields if hasattr(source, name)}
-        return cls.model_validate(own | more)
-
-    def as_json(self) -> dict[str, object]:
-        """Return what is written."""
-        return self.model_dump(mode="json")
+        return evaluation.record_of(cls, source, **more)
 
     def write(self, path: Path, *, print_json: bool) -> None:
         """Write the file; with ``print_json``, print the same on standard output."""
@@ -55,27 +49,6 @@ class Record(BaseModel):
                 problems[ERRORS_SHOWN:] = [f"and {len(more)} more"]
             name = name or path.stem
             raise InputError(f"{name}: expected a whole {name}.json, got {path}: {'; '.join(problems)}") from error
-
-
-class CertificateResult(Record):
-    """What was certified, see ``gati_jax.certification.Certificate``."""
-
-    name: str = "default"
-    epsilon: float
-    delta: float
-    n: int
-    certified: bool
-    disagreements: int
-    method: str = ""
-    numerics: str = "reference"
-    looks: int
-    promise: str = ""
-    """What is certified, in a sentence without its confidence."""
-    basis: str = ""
-    """What the confidence rests on: which look it is, or the user's word that there is no other."""
-    plans: int = 1
-    base_saw_data: bool = False
-    accuracy_gap: AccuracyGap | None = None
 
 
 # --- caches.json ----------------------------------------------------------------------------------------------------
@@ -125,113 +98,21 @@ class Caches(PlanResult):
     bundle: str
     fit_seconds: float
     epochs: float | None = None
-    dropped: dict[str, str] = {}  # candidates that were not fitted, and why
+    dropped: Mapping[str, str] = {}  # candidates that were not fitted, and why
     ranking: tuple[dict[str, str | int | float], ...] = ()
-    composition: dict[str, dict[str, Any]] = {}
+    composition: Mapping[str, Mapping[str, Any]] = {}
     """By plan: how good it is known to be, and why it left the other candidates out."""
 
 
 # --- evaluation.json ------------------------------------------------------------------------------------------------
 
 
-class EvaluatedCertificate(CertificateResult):
-    """The certificate beside what this split shows."""
-
-    holds: bool
-
-
-class ServedResult(Record):
-    """What holds of the answers that a bundle gives by default on this device, see ``Bundle.bound_of``."""
-
-    numerics: str
-    epsilon: float | None
-    delta: float
-    text: str
-
-
-class BaseQuality(Record):
-    """The base on this split; None without labels."""
-
-    accuracy: float | None
-
-
-class CascadeQuality(BaseQuality):
-    """The cascade on this split."""
-
-    agreement: float  # with the base
-
-
-class Exit(Record):
-    """The requests that leave at one site, or at the base."""
-
-    exit: int
-    hits: int
-    hit_rate: float
-    agreement: float | None  # None where no request leaves
-
-
-class Measured(Record):
-    """One way of answering, timed beside the full network. Milliseconds are of a batch."""
-
-    device: str = Field(default_factory=device_name)
-    driver: Literal["while_loop", "tiles", "spans"]
-    backend: Backend = "xla"
-    numerics: Literal["reference", "fast"]
-    dtype: str
-    batch: int
-    requests: int
-    full: FullNetwork  # the fastest here, and so the one that is compared with
-    reference_ms: float | None = None  # of the full network by the reference programs
-    full_ms: float
-    cascade_ms: float
-    speedup: float
-    ideal: float
-    conversion: float
-    spread: float
-    lookup_share: float | None = None  # of the cascade's time; None where lookups have not been measured on this device
-    predicted_ms: float | None = None  # by the costs of the tuned tiles
-    tiles: tuple[int, ...] | None = None
-    costs_spread: float | None = None
-
-
-class Cost(Record):
-    """What the exits save: ideally, by the measured time up to each exit, and really, on the timed requests."""
-
-    blocks_mean: float
-    saved_share: float
-    ideal_speedup: float
-    measured: tuple[Measured, ...]
-    """What answers by default: one request at a time, and in batches of several sizes where it has been tuned."""
-
-
-class Memory(Record):
-    """Parameters, in bytes."""
-
-    base_bytes: int
-    cache_bytes: int
-
-
-class Oracle(Record):
-    """Every request leaves at the bundle's first cache that agrees with the base."""
-
-    saved_share: float
-
-
-class Evaluation(Record):
-    """evaluation.json."""
+class Evaluation(evaluation.Evaluation, Record):
+    """evaluation.json: what was found, on what, and with what."""
 
     dataset: str
     split: str
     network: str
-    n: int
-    base: BaseQuality
-    cascade: CascadeQuality
-    certificate: EvaluatedCertificate
-    served: ServedResult | None = None
-    exits: tuple[Exit, ...]
-    cost: Cost
-    memory: Memory
-    oracle: Oracle
     versions: dict[str, str]
     seed: int
     date: str

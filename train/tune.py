@@ -17,8 +17,9 @@ import jax
 import gati_jax
 from gati_jax import Bundle, InputError
 from gati_jax.profiling import Backend, Tuning, onnx_tuning, onnx_unavailable, run_by
-from train import cli
-from train.evaluate import certify_images
+
+from . import cli
+from .evaluate import certify_images
 
 EXAMPLE = "python -m train.tune --bundle runs/r56/bundle"
 _log = logging.getLogger("train.tune")

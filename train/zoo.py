@@ -18,8 +18,8 @@ from gati_jax import InputError, Normalization, WeightsError
 from gati_jax.files import write_atomically
 from gati_jax.models import NAMES, read_metadata, read_weights
 from gati_jax.options import describe_error
-from train import cli
 
+from . import cli
 from .config import Base, Classes, Config, DatasetName, Side
 
 EXAMPLE = "python -m train.zoo --weights runs/gpu/cifar10_resnet18/base/base.safetensors --out models-zoo"

@@ -14,6 +14,7 @@ only in the shapes that those imply.
 
 from .load import load_bundle as load_bundle
 from .manifest import Provenance as Provenance
+from .manifest import installed_versions as installed_versions
 from .record import Bundle as Bundle
 from .save import save_bundle as save_bundle
 from .save import save_tuning as save_tuning

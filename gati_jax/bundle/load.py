@@ -166,7 +166,7 @@ def _read_devices(folder: Path, chain: Chain, caches: Sequence[Candidate]) -> tu
         except BundleError as error:
             raise BundleError(f"{error} (it holds only measurements: remove it, and tune again)") from error
         if device.tuning is not None and (reason := next(_misfits(device.tuning, file.stem, chain, caches), None)):
-            msg = f"bundle: the tuning in {file} is left out: {reason}; run python -m train.tune --bundle DIR again"
+            msg = f"bundle: the tuning in {file} is left out: {reason}; run gati-jax tune --bundle DIR again"
             warnings.warn(msg, stacklevel=3)
             device = device.model_copy(update={"tuning": None})
         found.append(device)

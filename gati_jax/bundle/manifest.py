@@ -1,7 +1,10 @@
 """The JSON files of a bundle. They are untrusted: every field is typed and bounded, and unknown ones are refused."""
 
+import importlib.metadata
 import json
 import math
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -10,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt64
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from gati_jax import __version__
 from gati_jax.caches import PredictorSpec, SelectorSpec
 from gati_jax.certification import NO_LOOKS, Certificate, Looks
 from gati_jax.errors import BundleError
@@ -54,6 +58,17 @@ class Provenance(Strict):
     """In bundles of older versions; newer ones have a looks.json."""
     command: Sequence[str] = ()
     config: Mapping[str, Any] = {}
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": str(os.cpu_count()),
+        "gati-jax": __version__,
+    } | {package: importlib.metadata.version(package) for package in packages}
 
 
 class Manifest(Strict):

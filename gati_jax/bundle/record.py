@@ -20,7 +20,7 @@ from gati_jax.certification import (
     served_bound,
 )
 from gati_jax.data import fingerprint
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, listed
 from gati_jax.models import Chain
 from gati_jax.planning import CostTable, Plan, ReplaySource
 from gati_jax.profiling import Backend, TunedCascade, Tuning, device_name, fastest, run_by, spans_of
@@ -47,6 +47,11 @@ class Bundle:
     """By device."""
     tunings: tuple[Tuning, ...] = ()
     """By device."""
+
+    def __repr__(self) -> str:
+        """Describe it in a line."""
+        plans = listed([_described(certificate) for certificate in self.certificates.values()], room=120)
+        return f"Bundle({self.chain!r}, {len(self.caches)} caches, {plans})"
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -127,7 +132,7 @@ class Bundle:
         if found or tuning is None:
             return found
         known = "its answers were not compared with those of the certified arithmetic"
-        why = "nothing is certified" if len(self.compared) == 1 else f"{known}; run python -m train.tune --bundle DIR"
+        why = "nothing is certified" if len(self.compared) == 1 else f"{known}; run gati-jax tune --bundle DIR"
         warnings.warn(f"bundle: the tuning for this device is used only where it is asked for: {why}", stacklevel=2)
         return {}
 
@@ -182,6 +187,10 @@ class Bundle:
         cascade = Cascade(self.chain, caches, jnp.asarray(thresholds[on], jnp.float32))
         check_cascade(cascade)
         return cascade
+
+
+def _described(certificate: Certificate) -> str:
+    return f"{certificate.name}: {f'{certificate.epsilon:.4g}' if certificate.certified else 'NOT CERTIFIED'}"
 
 
 def check_origin(plan: Plan, chain: Chain, caches: tuple[Candidate, ...], *, probed: bool = True) -> None:

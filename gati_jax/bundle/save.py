@@ -1,6 +1,7 @@
 """Write a bundle, as a whole or not at all; add what tuning found on a device."""
 
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 
 from gati_jax.caches import Candidate, choose, describe_predictor, describe_selector
@@ -24,6 +25,7 @@ from .manifest import (
     PlanEntry,
     Plans,
     Provenance,
+    installed_versions,
     read_json,
     read_looks,
     read_manifest,
@@ -56,7 +58,8 @@ def save_bundle(
         also: Up to three more plans, each with its certificate, under other names. All of them must have been certified
             together.
         class_names: Names of all classes, in the order of the logits, or none.
-        provenance: Versions, seeds, data, config.
+        provenance: Date, versions, seed, data, config; None: the date, the versions, and what plan and certificate say
+            of the data.
         costs: Measured costs.
         ledger: The one that the certificate was made with: its looks at the certify rows are copied into the bundle.
 
@@ -98,11 +101,21 @@ def save_bundle(
             input_dtype=str(chain.input_spec.dtype),
             class_names=class_names,
             caches=entries,
-            provenance=provenance or Provenance(),
+            provenance=provenance or _provenance(certificate),
             files=digests(folder),
         )
         write_json(folder / "manifest.json", manifest)
         _write_costs(folder, tuple(costs))
+
+
+def _provenance(certificate: Certificate) -> Provenance:
+    """Return what is known without being told."""
+    data = {"select": certificate.select_fingerprint, "certify": certificate.data_fingerprint}
+    return Provenance(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=installed_versions(),
+        data_fingerprints={name: digest for name, digest in data.items() if digest},
+    )
 
 
 def _write_costs(folder: Path, tables: tuple[CostTable, ...]) -> None:

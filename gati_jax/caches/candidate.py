@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree, UInt64
 from pydantic import Field
 
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, printable
 from gati_jax.models import Chain, probe_chain
 from gati_jax.planning import ReplaySource
 from gati_jax.planning.tables import NO_ROWS
@@ -56,6 +56,12 @@ class Candidate:
     params: dict[str, Any]
     previous: str | None = None
     fitted_rows: UInt64[np.ndarray, " n"] | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        """Describe it in a line."""
+        modules = " and ".join(type(module).__name__ for module in (self.predictor, self.selector))
+        behind = "" if self.previous is None else f", behind {printable(self.previous)}"
+        return f"Candidate({printable(self.name)!r} at site {self.site}: {modules}{behind})"
 
     @property
     def bytes(self) -> int:

@@ -11,9 +11,10 @@ import dataclasses
 import math
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from gati_jax.errors import InputError
+from gati_jax.planning.tables import ReplayTable
 
 from .betting import log_capital, smallest_ruled_out
 
@@ -94,6 +95,24 @@ def accuracy_gap_bound(
     losses, gains = int((base & ~cascade).sum()), int((cascade & ~base).sum())
     upper = gap_bound(losses, gains, len(base), delta / comparisons)
     return AccuracyGap(n=len(base), losses=losses, gains=gains, upper=upper, delta=delta, comparisons=comparisons)
+
+
+def certified_gap(
+    table: ReplayTable, classes: Int[np.ndarray, " n"], delta: float, *, level: float, steps: int
+) -> AccuracyGap | None:
+    """Bound the loss of accuracy at a certified step: the same data chose it, so all steps' bounds must hold.
+
+    Args:
+        table: Of the certify split; without labels there is no bound.
+        classes: The cascade's answers.
+        delta: The bound's.
+        level: That each p-value of the steps was compared with.
+        steps: Of the path.
+    """
+    if table.labels is None:
+        return None
+    comparisons = math.ceil(steps * delta / level)
+    return accuracy_gap_bound(table.answers == table.labels, classes == table.labels, delta, comparisons=comparisons)
 
 
 def gap_bound(losses: int, gains: int, n: int, delta: float) -> float:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import Field
 
 from gati_jax.errors import InputError, check_share
-from gati_jax.planning.binomial import p_value
+from gati_jax.planning.binomial import p_value, rows_needed
 
 from .accuracy_gap import AccuracyGap
 
@@ -234,6 +234,36 @@ class Certificate:
         if self.groups.tolerance is None:
             return f"at most {share} of a group's requests disagree with the base, in the mean over groups"
         return f"in at most {share} of groups, more than {100 * self.groups.tolerance:.6g}% of requests disagree"
+
+    def rows_needed(self, rate: float = 0.0) -> str:
+        """Say how many fresh certify rows (or groups) could certify anything in another look.
+
+        Args:
+            rate: The disagreement that is expected of the first caches, as select showed it.
+        """
+        level = (trial_level(self.delta, self.looks + 1) if self.recorded else self.delta) / self.plans
+        unit = "groups" if self.by_group else "rows that leave at every exit" if self.method == CONDITIONAL else "rows"
+        return f"to certify anything at {self.epsilon:.6g}, {rows_needed(rate, self.epsilon, level, unit)} on select"
+
+    def summary(self) -> str:
+        """Return it as text: what is certified, with which confidence, and why caches stay off."""
+        confidence = f"confidence {1 - self.delta:.6g}" + (f", {self.plans} plans together" if self.plans > 1 else "")
+        if self.certified:
+            counted = f"{self.disagreements} of {self.n} certify requests did"
+            lines = [f"Certified: {self.promise} ({confidence}, {self.basis}; {counted})"]
+        else:
+            all_off = "every cache stays off, the base answers every request"
+            tested = f"{self.n} certify requests, {confidence}, {self.basis}"
+            lines = [f"NOT CERTIFIED at {self.epsilon:.6g}: {all_off} ({tested})"]
+        if gap := self.accuracy_gap:
+            lines.append(f"loses at most {gap.upper:.2%} of accuracy (confidence {1 - gap.delta:.6g})")
+        return "\n  ".join([*lines, *self.stays_off])
+
+    def __repr__(self) -> str:
+        """Describe it in a line."""
+        what = self.promise if self.certified else f"NOT CERTIFIED at {self.epsilon:.6g}"
+        counted = f"{self.disagreements} of {self.n} did" if self.certified else f"{self.n} requests"
+        return f"Certificate({self.name!r}: {what}, confidence {1 - self.delta:.6g}; {counted})"
 
     @property
     def level(self) -> float:

@@ -13,7 +13,7 @@ Rows that come in groups (recordings, patients, cameras) are not independent, an
 import dataclasses
 import hashlib
 import itertools
-import math
+import logging
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 
@@ -26,7 +26,7 @@ from gati_jax.planning.binomial import p_value, samples_needed
 from gati_jax.planning.tables import Outcome, ReplayTable, neighbours_resemble, replay_plan
 from gati_jax.planning.threshold_path import Plan
 
-from .accuracy_gap import AccuracyGap, accuracy_gap_bound
+from .accuracy_gap import certified_gap
 from .betting import mean_p_value
 from .certificate import (
     BAD_GROUPS,
@@ -43,6 +43,7 @@ from .certificate import (
 )
 from .looks import AnyLedger, count_duplicates, find_ledger
 
+_log = logging.getLogger(__name__)
 _RESEMBLANCE = 0.1  # of neighbouring rows, above which they are taken to be of groups
 
 
@@ -241,6 +242,10 @@ def _look(
         name: _certify(plan, tables[name], epsilon, terms, name=name, repeated=repeated)
         for name, (plan, epsilon) in plans.items()
     }
+    needs = {name: one.rows_needed(plans[name][0].least_disagreement) for name, one in certificates.items()}
+    for name, one in certificates.items():
+        if not one.certified:
+            _log.warning("certify: NOTHING CERTIFIED of plan %s, the base answers every request: %s", name, needs[name])
     if counted is None or look is None:
         return certificates
     passed = any(certificate.certified for certificate in certificates.values())
@@ -252,7 +257,7 @@ def _look(
         "every cache stays off; why is told on request (reveal), which closes these rows for other plans; another plan"
         f" would be {following}"
     )
-    return {name: dataclasses.replace(one, stays_off=(untold,)) for name, one in certificates.items()}
+    return {name: dataclasses.replace(one, stays_off=(untold, needs[name])) for name, one in certificates.items()}
 
 
 def _certify(plan: Plan, table: ReplayTable, epsilon: float, terms: _Terms, *, name: str, repeated: int) -> Certificate:
@@ -285,7 +290,11 @@ def _certify(plan: Plan, table: ReplayTable, epsilon: float, terms: _Terms, *, n
         exits=exits,
         arithmetics=terms.arithmetics,
         groups=terms.grouping and terms.grouping.counts(outcomes[max(step, 0)].disagrees),
-        accuracy_gap=_gap(plan, table, outcomes[step], terms) if step > 0 else None,
+        accuracy_gap=certified_gap(
+            table, outcomes[step].classes, terms.delta, level=terms.level, steps=len(plan.path) - 1
+        )
+        if step > 0 and terms.grouping is None
+        else None,  # its bound is for independent rows
         stays_off=_stays_off(plan, step, outcomes, epsilon, terms),
     )
 
@@ -342,15 +351,6 @@ def _exit_rates(plan: Plan, step: int, outcome: Outcome, alpha: float) -> tuple[
         ExitRate(site=site, n=left[c], disagreements=wrong[c], p_value=p_value(wrong[c], left[c], alpha))
         for site, c in last.items()
     )
-
-
-def _gap(plan: Plan, table: ReplayTable, outcome: Outcome, terms: _Terms) -> AccuracyGap | None:
-    """Bound the loss of accuracy at the certified step: the same data chose it, so all steps' bounds must hold."""
-    if table.labels is None or terms.grouping is not None:  # its bound is for independent rows
-        return None
-    base, cascade = table.answers == table.labels, outcome.classes == table.labels
-    comparisons = math.ceil((len(plan.path) - 1) * terms.delta / terms.level)
-    return accuracy_gap_bound(base, cascade, terms.delta, comparisons=comparisons)
 
 
 def _stays_off(plan: Plan, step: int, outcomes: list[Outcome], epsilon: float, terms: _Terms) -> tuple[str, ...]:

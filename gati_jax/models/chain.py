@@ -43,7 +43,9 @@ class Normalization:
         return (jnp.asarray(pixels, jnp.float32) * self.scale - mean) / std
 
 
-@register_pytree(leaves="params", static=("blocks", "classifier", "input_spec", "normalization", "network", "input_name"))
+@register_pytree(
+    leaves="params", static=("blocks", "classifier", "input_spec", "normalization", "network", "input_name")
+)
 @dataclasses.dataclass(frozen=True)
 class Chain:
     """A frozen classifier as N blocks followed by a classifier.
@@ -95,6 +97,14 @@ class Chain:
             raise InputError(
                 f"input_name: expected up to 100 letters, digits, dots, dashes or underscores, got {self.input_name!r}"
             )
+
+    def __repr__(self) -> str:
+        """Describe it in a line."""
+        network = "functions of your own" if self.network is None else type(self.network).__name__
+        spec, pixels = self.input_spec, "" if self.normalization is None else " or pixels"
+        return (
+            f"Chain({len(self.blocks)} blocks of {network}; {self.input_name}: {spec.dtype}{list(spec.shape)}{pixels})"
+        )
 
     def __len__(self) -> int:
         """Return N, the number of blocks."""

@@ -61,5 +61,19 @@ def samples_needed(rate: float, epsilon: float, delta: float) -> int | None:
     return high
 
 
+def rows_needed(rate: float, epsilon: float, delta: float, unit: str = "rows") -> str:
+    """Say how many fresh rows would certify epsilon: at the least, and at an observed rate of disagreement.
+
+    Example:
+        >>> rows_needed(0.01, 0.02, 0.05)
+        'it takes 149 rows of which none disagrees, about 719 at the observed 1.00%'
+    """
+    least, likely = (samples_needed(share, epsilon, delta) for share in (0.0, rate))
+    text = f"it takes {least or f'over {MOST_SAMPLES}'} {unit} of which none disagrees"
+    if rate <= 0:
+        return text
+    return f"{text}, {f'about {likely}' if likely else f'and no number of {unit} does'} at the observed {rate:.2%}"
+
+
 def _passes(n: int, rate: float, epsilon: float, delta: float) -> bool:
     return p_value(math.ceil(rate * n), n, epsilon) <= delta

@@ -279,6 +279,21 @@ def prunable(
     return reasons
 
 
+def least_disagreement(table: ReplayTable, costs: CostTable) -> float | None:
+    """Return the smallest share of requests that must disagree before any candidate, alone, saves time.
+
+    None: no candidate saves time at any threshold.
+    """
+    rates = []
+    for i, (name, site) in enumerate(zip(table.names, table.sites, strict=True)):
+        order = np.argsort(-table.scores[i], kind="stable")
+        scores, wrong = table.scores[i][order], np.cumsum(~table.agrees[i][order])
+        saved = np.arange(1, len(table) + 1) * (costs.full_ms - costs.until(site)) - len(table) * costs.lookup_ms[name]
+        ends = np.append(scores[1:] < scores[:-1], True)  # equal scores leave together
+        rates += (wrong[ends & (saved > 0) & (scores > -np.inf)] / len(table)).tolist()
+    return min(rates, default=None)
+
+
 class Rank(NamedTuple):
     """What a candidate saves as the only cache."""
 

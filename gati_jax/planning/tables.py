@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
 from scipy.stats import rankdata
 
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, listed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,12 @@ class ReplayTable:
         """Return n."""
         return len(self.answers)
 
+    def __repr__(self) -> str:
+        """Describe it in a line."""
+        caches = listed(self.names, most=8, room=150) or "none"
+        labels = "without labels" if self.labels is None else "with labels"
+        return f"ReplayTable({len(self)} rows {labels}; {self.depth} blocks; candidates: {caches})"
+
     @property
     def agrees(self) -> Bool[np.ndarray, "candidates n"]:
         """Whether each candidate's class is the base's answer."""
@@ -197,6 +203,11 @@ class CostTable:
             raise InputError(
                 f"costs: expected non-negative milliseconds, got {self.blocks_ms} and {dict(self.lookup_ms)}"
             )
+
+    def __repr__(self) -> str:
+        """Describe it in a line."""
+        blocks = f"{len(self.blocks_ms)} blocks in {self.full_ms:.4g} ms"
+        return f"CostTable({self.device}, batch {self.batch}: {blocks}, {len(self.lookup_ms)} lookups)"
 
     @property
     def full_ms(self) -> float:

@@ -7,21 +7,24 @@ and lowers thresholds one at a time, and has a step before every request that co
 import dataclasses
 import hashlib
 import itertools
+import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 
-from gati_jax.errors import InputError, check_share
+from gati_jax.errors import InputError, check_share, listed, text_table
 
-from .binomial import largest_passing
-from .compose import Budget, Composition, check_tables, compose
+from .binomial import largest_passing, rows_needed, samples_needed
+from .compose import Budget, Composition, check_tables, compose, least_disagreement
 from .problem import MAX_THRESHOLDS
 from .tables import NO_ROWS, CostTable, ReplaySource, ReplayTable, cascade_ms, exit_ms, replay_plan
 
 SECONDS = 30.0  # of search
 SMALL_MOVE = 0.1  # of the budget; taken first, for a certificate can only stop between moves
+
+_log = logging.getLogger(__name__)
 
 Thresholds = Float[np.ndarray, " candidates"]
 
@@ -77,6 +80,34 @@ class Plan:
     def thresholds(self, step: int) -> Float[np.ndarray, " caches"]:
         """Return step ``step``'s thresholds; all off where nothing was certified (step -1)."""
         return self.path[step] if step >= 0 else np.full(len(self.names), np.inf, np.float32)
+
+    @property
+    def least_disagreement(self) -> float:
+        """What composition saw on the first step that opens a cache; 0 if none does."""
+        opened = np.isfinite(self.path).any(axis=1)
+        return float(self.disagreement[np.argmax(opened)]) if opened.any() else 0.0
+
+    def summary(self, step: int | None = None) -> str:
+        """Return the plan as text: its caches with their thresholds, and what composition saw.
+
+        Args:
+            step: Of the path, such as a certificate's; None: the last one.
+        """
+        if not self.names:
+            return f"EMPTY PLAN: it has no cache, the base answers every request (composed on {self.n} rows)"
+        step = len(self.path) - 1 if step is None else step
+        shown = [(t if np.isfinite(t) else "off") for t in self.thresholds(step).tolist()]
+        title = f"Plan: caches at {len(self.names)} of {self.depth} sites, composed on {self.n} rows"
+        table = text_table(title, ("cache", "site", "threshold"), list(zip(self.names, self.sites, shown, strict=True)))
+        at = max(step, 0)
+        seen = f"{self.disagreement[at]:.2%} of these rows disagree; {self.mean_ms[at]:.4g} ms, without caches"
+        return f"{table}\n  step {step} of {len(self.path) - 1}: {seen} {self.mean_ms[0]:.4g}"
+
+    def __repr__(self) -> str:
+        """Describe it in a line."""
+        caches = listed(self.names, room=150) or "no cache"
+        last = f"{len(self.path)} steps to {self.disagreement[-1]:.2%}"
+        return f"Plan({caches}; {self.depth} blocks, {last} on {self.n} rows)"
 
 
 def plan(
@@ -148,6 +179,10 @@ def compose_plan(
     opened = np.isfinite(path[-1])  # a cache of the composition that never saves time by itself stays off
     kept = part.take([name for name, is_on in zip(part.names, opened, strict=True) if is_on])
     steps = [thresholds[opened] for thresholds in path]
+    if not kept.names:
+        _log.warning(
+            "plan: EMPTY, the base answers every request: %s", _why_empty(table, costs, epsilon, delta, composition)
+        )
     return Plan(
         names=kept.names,
         sites=kept.sites,
@@ -160,6 +195,18 @@ def compose_plan(
         source=kept.source,
         fitted_rows=kept.fitted_rows,
     ), composition
+
+
+def _why_empty(table: ReplayTable, costs: CostTable, epsilon: float, delta: float, composition: Composition) -> str:
+    """Say why no cache was chosen, and how many rows it would take."""
+    rate = least_disagreement(table, costs)
+    if rate is None:
+        return "no candidate saves time at any threshold, for lookups take longer than the blocks behind them"
+    needed = samples_needed(rate, epsilon, delta)
+    if needed is not None and needed <= len(table):  # rows are not what is missing
+        return next((f"{name}: {why}" for name, why in composition.refused.items()), "no cache is within the budgets")
+    takes = rows_needed(rate, epsilon, delta)
+    return f"none that saves time can be certified at {epsilon:.2%} by {len(table)} rows: {takes}"
 
 
 def _path(table: ReplayTable, costs: CostTable, goal: Thresholds, target: int, last: int) -> list[Thresholds]:

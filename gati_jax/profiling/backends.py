@@ -133,7 +133,7 @@ def onnx_unavailable(chain: Chain, caches: Iterable[Candidate] = ()) -> str:
     try:
         from gati_jax.export.sessions import check_exportable  # noqa: PLC0415 (of the extra onnx)
     except ImportError as error:
-        return f"{error.name or 'onnxruntime'} cannot be imported: pip install '.[onnx]'"
+        return f"{error.name or 'onnxruntime'} cannot be imported: pip install 'gati-jax[onnx]'"
     try:
         check_exportable(chain, caches)
     except InputError as error:

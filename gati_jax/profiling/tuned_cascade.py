@@ -176,7 +176,7 @@ class TunedCascade:
         tables = {tile.size: tile.costs for tile in self.tuning.tiles}
         found = {size: table for size in self.schedule(batch).sizes if (table := tables[size]) is not None}
         if len(found) < len(self.schedule(batch).sizes):
-            raise InputError("tuning: expected measured costs for every tile; run python -m train.tune --bundle DIR")
+            raise InputError("tuning: expected measured costs for every tile; run gati-jax tune --bundle DIR")
         return found
 
     def measured(self, *, rounds: int = 21) -> Tuning:

@@ -29,19 +29,19 @@ from gati_jax.bundle import Versions
 from gati_jax.bundle.record import certified_only
 from gati_jax.pytrees import tree_digest
 from gati_jax.runtime import Cascade
-from serve.engine import routes
-from serve.engine.engine import Engine
-from serve.engine.records import Observer
-from serve.engine.routes import CascadeRoute
-from serve.engine.runner import JaxRunner, Prepared
 
+from ..engine import routes
+from ..engine.engine import Engine
+from ..engine.records import Observer
+from ..engine.routes import CascadeRoute
+from ..engine.runner import JaxRunner, Prepared
 from .engine import AdaptiveEngine, Swap
 from .folder import STATE, StateFolder, refused
 from .worker import Worker
 
 _PIECE = 32  # requests that a trial takes at once: a step of the server may have to wait for them
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("serve.adaptive.build")
 
 
 class AdaptiveParts(NamedTuple):

@@ -23,9 +23,9 @@ from gati_jax.adaptation import (
     Served,
     Ticket,
 )
-from serve.engine.engine import Engine
-from serve.engine.records import Answer, Job, Observer, ServeError, Statistics, Step
 
+from ..engine.engine import Engine
+from ..engine.records import Answer, Job, Observer, ServeError, Statistics, Step
 from .worker import Saver
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ _ENDING = 5.0  # seconds for the worker to end behind its present piece, and for
 _SAVING = 1.0  # seconds that a change waits for a slow disk before it is made all the same
 _SURE = 30.0  # logits of answers from the input cache, where only the class is known
 _WARNINGS = {"alarm", "closed", "inconclusive"}
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("serve.adaptive.engine")
 
 
 class Store(Protocol):

@@ -19,7 +19,7 @@ from gati_jax.certification import trial_level
 
 STATE, ASIDE = "monitor.json", "monitor.unsaved.json"
 _MAX_BYTES = 2**20
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("serve.adaptive.folder")
 
 
 class StateFolder:

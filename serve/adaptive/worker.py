@@ -12,7 +12,7 @@ _SAVE = 5.0  # seconds between two saves while nothing changes
 _AGAIN = 1.0  # seconds before a save that failed is tried again
 _IDLE = 0.25  # seconds between two looks at whether there is something to do
 _RETRY = (1.0, 60.0)  # seconds before a piece that failed is tried again: at first, and at most
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("serve.adaptive.worker")
 
 
 class Works(Protocol):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from .records import Answer, DeadlineError, Job, Observer, Runner, Running, StageResult, Step, StepError
 from .scheduler import Scheduler
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("serve.engine.loop")
 _MEMORY = 0.05  # weight of the newest turnaround in its running mean
 Shadow = Callable[[Job, Answer], bool]
 """Whether a job that a cache has answered continues for the base's answer. Called from the engine's thread."""

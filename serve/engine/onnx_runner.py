@@ -15,7 +15,7 @@ from .records import Job, Route, StageResult, Step
 from .routes import CascadeRoute
 from .runner import BUCKETS, LEAST_MS, ROUNDS, stage_thresholds
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("serve.engine.onnx_runner")
 
 
 class OnnxRunner:

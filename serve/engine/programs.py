@@ -24,7 +24,7 @@ SCORE, LOGITS = 0, 1  # columns of a program's output
 THREADS = min(4, os.cpu_count() or 1)  # a compiler takes some hundred MB
 
 Key = tuple[int, int, int]  # route, stage, bucket
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("serve.engine.programs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

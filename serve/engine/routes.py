@@ -50,7 +50,7 @@ def load(bundle: Bundle, *, reference: bool = False, backend: Backend | None = N
     if backend == "onnxruntime" and tuning is None:
         raise InputError(
             "backend: expected a bundle that was tuned for onnxruntime on this device, and checked, got none; run"
-            " python -m train.tune --bundle DIR"
+            " gati-jax tune --bundle DIR"
         )
     found, how = [], {"tuning": tuning, "cuts": tuple(sorted({cache.site for cache in bundle.caches}))}
     for name, cascade in bundle.cascades.items():

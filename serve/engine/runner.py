@@ -26,7 +26,7 @@ MOST_PROGRAMS = 42  # of a route
 ROUNDS = 5  # of a measurement
 LEAST_MS = 0.01  # differences of measured times may be 0 or less
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("serve.engine.runner")
 
 
 class Prepared(NamedTuple):

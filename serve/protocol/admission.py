@@ -17,9 +17,8 @@ from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
 from typing import Self
 
-from serve.engine.records import OverloadedError, StoppingError
-from serve.engine.scheduler import PATIENCE
-
+from ..engine.records import OverloadedError, StoppingError
+from ..engine.scheduler import PATIENCE
 from .messages import SlowBodyError, TooLargeError
 
 FULL = 8  # images on the way with which the device is taken to be busy: a batch

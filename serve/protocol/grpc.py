@@ -12,10 +12,9 @@ import grpc.aio
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError, Message
 
-from serve import logs
-from serve.engine.records import ServeError
-from serve.metrics import Metrics
-
+from .. import logs
+from ..engine.records import ServeError
+from ..metrics import Metrics
 from . import grpc_streams as streams
 from . import health_pb2
 from . import inference_pb2 as pb

@@ -12,8 +12,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
-from serve.engine.records import ServeError
-
+from ..engine.records import ServeError
 from . import health_pb2, reflection_pb2
 from . import inference_pb2 as pb
 from .admission import Admission

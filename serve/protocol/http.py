@@ -16,10 +16,10 @@ from starlette.responses import HTMLResponse, JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gati_jax import __version__
-from serve import logs
-from serve.engine.records import ServeError
-from serve.metrics import Metrics, negotiate
 
+from .. import logs
+from ..engine.records import ServeError
+from ..metrics import Metrics, negotiate
 from . import codec, messages, page
 from .admission import Admission
 from .messages import EncodingError, StoppingError, UnauthorizedError, refusal

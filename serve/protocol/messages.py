@@ -9,7 +9,8 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gati_jax.errors import printable
-from serve.engine.records import DeadlineError, OverloadedError, ServeError, StepError, StoppingError
+
+from ..engine.records import DeadlineError, OverloadedError, ServeError, StepError, StoppingError
 
 Parameter = bool | int | float | str
 Parameters = dict[str, Parameter]

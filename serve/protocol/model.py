@@ -8,8 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple, Self
 
-from serve.engine.records import Step
-
+from ..engine.records import Step
 from .messages import (
     BatchStatistics,
     ConfigParameter,
@@ -112,7 +111,11 @@ class Model:
             platform=PLATFORM,
             backend=PLATFORM,
             max_batch_size=self.max_rows,
-            input=[ConfigTensor(name=self.input_name, data_type=_CONFIG_TYPES[self.datatypes[0]], dims=list(self.input_shape))],
+            input=[
+                ConfigTensor(
+                    name=self.input_name, data_type=_CONFIG_TYPES[self.datatypes[0]], dims=list(self.input_shape)
+                )
+            ],
             output=[
                 ConfigTensor(name=name, data_type=_CONFIG_TYPES[datatype], dims=list(shape))
                 for name, (datatype, shape) in self.outputs.items()

@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Float
 
 from gati_jax import __version__
-from serve.engine.records import Answer, DeadlineError, Statistics, StepError, StoppingError
 
+from ..engine.records import Answer, DeadlineError, Statistics, StepError, StoppingError
 from .admission import Admission, Door
 from .codec import DTYPES, Outgoing, Request, images_of, limits_of, outputs_of
 from .messages import ModelStatistics, NotReadyError, Parameters, RequestError, ServerMetadata, UnauthorizedError

@@ -99,7 +99,7 @@ def test_a_backend_that_is_asked_for_answers(residual, on_onnx, answered):
 
 def test_without_a_check_a_backend_answers_only_where_it_is_asked_for(residual, on_onnx, answered):
     bundle = dataclasses.replace(in_memory(residual), tunings=(on_onnx,))
-    with pytest.warns(UserWarning, match="were not compared .* certified arithmetic; run python -m train.tune"):
+    with pytest.warns(UserWarning, match="were not compared .* certified arithmetic; run gati-jax tune"):
         gati_jax.infer(bundle, PIXELS[0])
     gati_jax.infer(bundle, PIXELS[0], backend="xla")  # for which it has not been tuned
     assert (answered, bundle.bound_of().numerics) == ([], "reference")
@@ -121,7 +121,7 @@ def test_an_arithmetic_that_was_certified_adds_nothing(residual, on_onnx):
     upper = bundle.checks_of("xla")["base"].upper
     assert (other.epsilon, other.delta) == (pytest.approx(0.1 + upper), pytest.approx(0.06))
     newer = dataclasses.replace(on_onnx, onnxruntime="99.0")  # another version is another arithmetic
-    with pytest.warns(UserWarning, match="run python -m train.tune"):
+    with pytest.warns(UserWarning, match="run gati-jax tune"):
         assert dataclasses.replace(bundle, tunings=(newer,)).bound_of(numerics="fast").epsilon is None
 
 
@@ -209,7 +209,7 @@ def test_without_the_package_its_tuning_is_left_out(file, monkeypatch, answered,
     with pytest.warns(UserWarning, match="is left out") as warned:
         bundle = gati_jax.load_bundle(file.parents[1])
     (text,) = (str(one.message) for one in warned)
-    assert f"{file} is left out: {missing} cannot be imported: pip install '.[onnx]'" in text
+    assert f"{file} is left out: {missing} cannot be imported: pip install 'gati-jax[onnx]'" in text
     gati_jax.infer(bundle, PIXELS[0])
     assert answered == ["xla"]
     with pytest.raises(InputError, match=r"^backend: this bundle has not been tuned for onnxruntime"):
@@ -233,7 +233,7 @@ UNFIT = {
 def test_a_tuning_that_cannot_be_of_this_is_left_out(file, answered, case):
     change, reason = UNFIT[case]
     edit(file, change)
-    with pytest.warns(UserWarning, match=f"the tuning in .* is left out: .*{reason}.*run python -m train.tune"):
+    with pytest.warns(UserWarning, match=f"the tuning in .* is left out: .*{reason}.*run gati-jax tune"):
         bundle = gati_jax.load_bundle(file.parents[1])
     gati_jax.infer(bundle, PIXELS[0])
     assert answered == ["xla"]

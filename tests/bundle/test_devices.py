@@ -82,7 +82,7 @@ def test_what_can_be_true_is_believed(tuned):
 def test_what_cannot_be_true_is_left_out(tuned, case):
     change, reason = UNFIT[case]
     edit(tuned, change)
-    with pytest.warns(UserWarning, match=f"the tuning in .* is left out: .*{reason}.*run python -m train.tune"):
+    with pytest.warns(UserWarning, match=f"the tuning in .* is left out: .*{reason}.*run gati-jax tune"):
         bundle = gati_jax.load_bundle(tuned.parents[1])
     assert (bundle.tunings, bundle.tuned) == ((), None)
     exits = np.asarray(gati_jax.infer_batch(bundle, PIXELS[:3]).exit)  # it answers without
@@ -142,5 +142,5 @@ def test_a_check_of_something_else_is_none(tuned, case):
     assert len(second_look(folder).checks) == 2  # warnings are errors
     edit(tuned, NOT_ITS_OWN[case])
     bundle = second_look(folder)
-    with pytest.warns(UserWarning, match="run python -m train.tune"):
+    with pytest.warns(UserWarning, match="run gati-jax tune"):
         assert bundle.checks == {}

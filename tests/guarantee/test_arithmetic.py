@@ -49,7 +49,7 @@ def named(monkeypatch) -> list[str]:
 
 def test_a_tuning_without_a_check_answers_only_where_it_is_asked_for(named):
     bundle = bundle_of(made_up(1, 4))
-    with pytest.warns(UserWarning, match="were not compared .* certified arithmetic; run python -m train.tune"):
+    with pytest.warns(UserWarning, match="were not compared .* certified arithmetic; run gati-jax tune"):
         found = gati_jax.infer_batch(bundle, REQUESTS)
     gati_jax.infer(bundle, REQUESTS[0])  # it is said once: warnings are errors
     bound = bundle.bound_of()

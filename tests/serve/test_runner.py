@@ -313,7 +313,7 @@ def test_a_tuning_decides_on_buckets_programs_and_times(residual):
         Tile(size=table.batch, milliseconds=table.full_ms, options=(), algorithms={}, costs=table) for table in costs
     )
     tuning = Tuning(device=device_name(), tiles=tiles)
-    with pytest.warns(UserWarning, match=r"run python -m train\.tune"):  # no check: the certified arithmetic answers
+    with pytest.warns(UserWarning, match=r"run gati-jax tune"):  # no check: the certified arithmetic answers
         unchecked = routes.load(dataclasses.replace(residual, tunings=(tuning,)))
     assert [(one.tuning, one.epsilon) for one in unchecked] == [(None, residual.certificate.epsilon), (None, 0.0)]
     checks = tuple(

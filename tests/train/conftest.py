@@ -8,6 +8,7 @@ import pytest
 
 import gati_jax
 from gati_jax import data
+from gati_jax.evaluation import timing
 from gati_jax.planning import ReplayTable
 from tests.train.one_pass import (
     DIGITS,
@@ -20,14 +21,14 @@ from tests.train.one_pass import (
     looks_in,
     small_and_repeatable,
 )
-from train import base, caches, evaluate, latency
+from train import base, caches, evaluate
 
 
 @pytest.fixture(scope="session", autouse=True)
 def only_reference_programs() -> Iterator[None]:
     """No search for the fastest full network, which compiles several programs; test_backends.py has it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency, "contenders", lambda _: {})
+        patch.setattr(timing, "contenders", lambda _: {})
         yield
 
 

@@ -13,6 +13,8 @@ import pytest
 
 import gati_jax
 from gati_jax import CostTable, InputError, data
+from gati_jax.evaluation import timing
+from gati_jax.evaluation.timing import contenders  # as it is: conftest.py replaces it
 from gati_jax.profiling import Tuning, backends, device_name, onnx_tuning, reference_tuning
 from tests.train.one_pass import (
     DIGITS,
@@ -24,9 +26,8 @@ from tests.train.one_pass import (
     looks_in,
     small_and_repeatable,
 )
-from train import caches, evaluate, latency, records, tune
+from train import caches, evaluate, records, tune
 from train.config import Config, load
-from train.latency import contenders  # as it is: conftest.py replaces it
 from train.records import costs_in, measured_tuning
 
 pytest.importorskip("onnx", reason="needs the extra onnx")
@@ -241,7 +242,7 @@ def test_a_speed_up_is_over_the_fastest_full_network_of_all(run, passed, chain, 
         searches.append(sizes)
         return reference_tuning(sizes)
 
-    monkeypatch.setattr(latency, "probe", probe)
+    monkeypatch.setattr(timing, "probe", probe)
     found = contenders(run.bundle)
     assert {name: way.tuning.backend for name, way in found.items()} == {"xla": "xla", "onnxruntime": "onnxruntime"}
     images = data.load("digits", "all[1497:1505]").images

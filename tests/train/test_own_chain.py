@@ -141,13 +141,18 @@ def test_the_config_may_name_the_function(fitted, home):
     assert again["certificate"] == fitted["certificate"]
 
 
-def test_evaluate_tune_adapt_and_export_take_it(fitted, home, capsys):
+@pytest.mark.slow
+def test_it_is_tuned(fitted):
+    del fitted
+    (tuned,) = json_of(tune.main, *BUNDLE, *CHAIN, "--tiles", "1", "--rounds", "1")
+    assert tuned["checks"]
+
+
+def test_evaluate_adapt_and_export_take_it(fitted, home, capsys):
     del fitted
     result = json_of(evaluate.main, *BUNDLE, *CHAIN, "--out", "eval", "--timed", "2", "--ledger", "none")
     assert result["network"] == "nets.own:network"
     assert result["cascade"]["agreement"] > 0.6
-    (tuned,) = json_of(tune.main, *BUNDLE, *CHAIN, "--tiles", "1", "--rounds", "1")
-    assert tuned["checks"]
     images = data.load("digits", "all[1497:1577]").images
     item = np.tile(np.arange(len(images), dtype=np.int32), 3)
     save_trace(
@@ -179,7 +184,7 @@ def test_other_functions_of_the_same_parameters_are_refused(fitted, monkeypatch)
     del fitted
     monkeypatch.setattr(sys.modules["nets.own"], "SCALE", 2.0)
     jax.clear_caches()
-    with pytest.raises(gati_jax.BundleError, match="expected the functions that .* was certified with"):
+    with pytest.raises(gati_jax.BundleError, match=r"expected the functions that .* was certified with"):
         evaluate.main([*BUNDLE, *CHAIN, "--out", "out"])
 
 
@@ -209,7 +214,7 @@ def test_what_is_no_chain_is_refused_in_one_line(name, message):
 
 def test_a_chain_stands_alone_in_a_config(home):
     arguments = ["--config", "config.toml", *CHAIN, "--out", "refused", "--base.network", "resnet20"]
-    with pytest.raises(InputError, match="chain: expected it alone, .* got it with network"):
+    with pytest.raises(InputError, match=r"chain: expected it alone, .* got it with network"):
         caches.main(arguments)
     assert not (home / "refused").exists()
 

@@ -12,11 +12,12 @@ from scipy.stats import binom
 
 import gati_jax
 from gati_jax import CostTable, data
+from gati_jax.evaluation import timing
 from gati_jax.models import apply, import_state_dict
 from gati_jax.planning import ReplayTable
 from gati_jax.profiling import Speed
 from tests.train.one_pass import HIDDEN, KEYS, TESTED, TINY, evaluate_arguments, json_of, strict
-from train import evaluate, latency
+from train import evaluate
 from train.results import Caches, Evaluation
 
 
@@ -112,8 +113,8 @@ def test_a_made_up_timing_gives_costs_by_hand(run):
     site = bundle.cascade.sites[0]
     exit_ms = dict.fromkeys(bundle.cascade.sites, 1.0) | {3: 4.0}
     speed = Speed(full_ms=4.0, cascade_ms=3.0, exit_ms=exit_ms, exits=(site, 3), spread=0.0)
-    described = latency.describe(bundle, speed, numerics="reference")
-    cost = latency.cost(np.array([site, 3, site, 3]), speed, [described])
+    described = timing.describe(bundle, speed, numerics="reference")
+    cost = timing.cost(np.array([site, 3, site, 3]), speed, [described])
     assert cost.ideal_speedup == pytest.approx(4 / 2.5)
     assert cost.saved_share == pytest.approx(1.5 / 4)
     assert cost.measured[0].speedup == pytest.approx(4 / 3)
@@ -133,7 +134,7 @@ def test_the_oracle_leaves_at_the_first_cache_that_agrees():
         scores=np.zeros((2, 4), np.float32), rows=np.arange(4, dtype=np.uint64),
     )  # fmt: skip
     speed = Speed(full_ms=8.0, cascade_ms=1.0, exit_ms={1: 1.0, 2: 3.0, 3: 8.0}, exits=(3,), spread=0.0)
-    assert latency.oracle_saved_share(table, speed) == pytest.approx(1 - (1 + 3 + 8 + 1) / 4 / 8)
+    assert timing.oracle_saved_share(table, speed) == pytest.approx(1 - (1 + 3 + 8 + 1) / 4 / 8)
 
 
 def test_nothing_is_chosen_on_test(run):
@@ -173,6 +174,6 @@ def test_an_uncertified_bundle_is_said_to_be_one(run, tmp_path, capsys):
     gati_jax.save_bundle(tmp_path / "b", bundle.chain, bundle.caches, bundle.plan, off, provenance=bundle.provenance)
     evaluate.main(["--bundle", str(tmp_path / "b"), "--out", str(tmp_path / "out"), "--timed", "1"])
     printed = capsys.readouterr().out
-    assert "nothing certified" in printed
+    assert "NOTHING CERTIFIED" in printed
     assert "NOT hold" not in printed
     assert "Nothing could be certified" in (tmp_path / "out" / "report.html").read_text()

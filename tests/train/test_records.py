@@ -80,7 +80,7 @@ def test_after_a_look_that_failed_another_plan_pays_for_both(run, tmp_path):
     arguments = [*caches_arguments(run.folder), "--out", str(out), *looks_in(out)]
     first = json_of(caches.main, *arguments, "--plan.epsilon", "0.001")
     assert (first["certificate"]["certified"], first["certificate"]["disagreements"]) == (False, 0)
-    with pytest.raises(InputError, match="split: expected test, or certify with --reveal"):
+    with pytest.raises(InputError, match="images: expected others than the certify rows"):
         json_of(evaluate.main, "--bundle", str(out / "bundle"), "--out", str(out), "--split", "certify", *looks_in(out))
     with pytest.warns(UserWarning, match="look 2 at this certify data"):
         second = json_of(caches.main, *arguments)
@@ -102,8 +102,8 @@ def test_rows_that_were_evaluated_certify_no_plan_that_was_chosen_by_it(run, tmp
     rows = data.row_digests(data.load("digits", "all[1197:1497]").images)
     ledger = gati_jax.Ledger(tmp_path / "few.json")
     ledger.reveal(rows[:9], {"default": (run.bundle.plan, 0.1)}, 0.05)
-    with pytest.raises(InputError, match="split: expected test, or certify with --reveal"):
-        evaluate.close_shown(ledger, run.bundle, data.load("digits", "all[1197:1497]").images, "certify", reveal=False)
+    with pytest.raises(InputError, match="images: expected others than the certify rows"):
+        gati_jax.evaluate(run.bundle, data.load("digits", "all[1197:1497]").images, ledger=ledger)
 
 
 @pytest.mark.usefixtures("tiny")

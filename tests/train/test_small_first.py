@@ -52,7 +52,7 @@ def test_what_the_plan_was_tuned_for_is_kept(passed):
     assert len(bundle.checks) == (2 if bundle.tunings else 0)
 
 
-def test_a_tuned_evaluation_says_how_fast_every_batch_is(passed, capsys):
+def test_a_tuned_evaluation_says_how_fast_every_batch_is(passed):
     folder, _ = passed
     bundle = ["--bundle", str(folder / "caches" / "bundle"), "--backend", "xla"]
     (tuning,) = json_of(tune.main, *bundle, "--tiles", "1", "4", "--rounds", "1")
@@ -79,8 +79,7 @@ def test_a_tuned_evaluation_says_how_fast_every_batch_is(passed, capsys):
         assert row["conversion"] == pytest.approx(row["speedup"] / row["ideal"])
         assert 0 < row["predicted_ms"] < np.inf
     slow = [row | {"full": "tuned", "reference_ms": 2 * row["full_ms"]} for row in measured]
-    evaluate.show(Evaluation.model_validate(result | {"cost": result["cost"] | {"measured": slow}}))
-    printed = capsys.readouterr().out
+    printed = Evaluation.model_validate(result | {"cost": result["cost"] | {"measured": slow}}).summary()
     assert "Tuned for this device: xla" in printed
     assert "answers by default" in printed
     assert "over the fastest full network here (tuned like the cascade)" in " ".join(printed.split())

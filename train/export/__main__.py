@@ -16,8 +16,9 @@ import gati_jax
 from gati_jax import InputError
 from gati_jax.bundle.manifest import read_manifest
 from gati_jax.files import present
-from train import cli
-from train.evaluate import certify_images
+
+from .. import cli
+from ..evaluate import certify_images
 
 EXAMPLE = "python -m train.export --bundle runs/r56/bundle --format onnx --out runs/r56/onnx"
 _log = logging.getLogger("train.export")
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
 
         from .folder import export_bundle  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        raise InputError(f"format: onnx needs the package {error.name}: pip install '.[onnx]'") from error
+        raise InputError(f"format: onnx needs the package {error.name}: pip install 'gati-jax[onnx]'") from error
     folder = present(arguments.bundle)
     if arguments.out.resolve().is_relative_to(folder):
         raise InputError(

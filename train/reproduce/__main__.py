@@ -1,7 +1,6 @@
 """``python -m train.reproduce``: see ``train.reproduce.run``."""
 
-from train import cli
-
+from .. import cli
 from .run import main
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from gati_jax.fitting import Candidates
 from gati_jax.planning import replay_plan
 from gati_jax.profiling import Tile, measure_batches, run_by, time_turns, tuned_chain
 from gati_jax.runtime import Cascade, predict_one
-from train.exploration import Explored
 
+from ..exploration import Explored
 from .policies import PlannedPolicy, accuracy
 from .results import Difference, Exits, Latency, PolicyResult
 

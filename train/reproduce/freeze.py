@@ -20,14 +20,14 @@ from pydantic import Field
 import gati_jax
 from gati_jax import Chain, FitConfig, FreezeConfig, Head, ReplayTable, data
 from gati_jax.caches import MIB, Conv, FullyConnected, LinearSelector, Pool, memory_report
+from gati_jax.evaluation.run import accuracy
 from gati_jax.fitting import Candidates
 from gati_jax.options import Strict
 from gati_jax.planning import replay_plan
-from train import cli, zoo
-from train.caches import load_parts, overlapping, read_base
-from train.config import Base, Experiment, Source
-from train.evaluate import accuracy
 
+from .. import cli, zoo
+from ..caches import load_parts, overlapping, read_base
+from ..config import Base, Experiment, Source
 from . import published, results
 from .policies import zero_error_thresholds
 

@@ -9,8 +9,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gati_jax import InputError
 from gati_jax.caches import MIB
-from train import cli
 
+from .. import cli
 from . import published
 from .figures import FIGURES
 from .results import KINDS, Freeze, Reproduction

@@ -12,7 +12,8 @@ from pydantic import AliasChoices, Field, computed_field
 
 from gati_jax.options import Positive
 from gati_jax.profiling import device_name
-from train import cli, results
+
+from .. import cli, results
 
 Kind = Literal["knn", "kmeans"]
 KINDS: dict[Kind, str] = {"knn": "k-NN", "kmeans": "k-means"}

@@ -14,11 +14,11 @@ import numpy as np
 import gati_jax
 from gati_jax import Certificate, Chain, InputError, Ledger, ReplayTable, data
 from gati_jax.certification import AnyLedger, count_duplicates, find_ledger
-from train import cli, zoo
-from train.caches import base_saw_certify, check_open, composition_entry, load_parts, read_base, small_networks
-from train.config import Config
-from train.exploration import Explored, explore
 
+from .. import cli, zoo
+from ..caches import base_saw_certify, check_open, composition_entry, load_parts, read_base, small_networks
+from ..config import Config
+from ..exploration import Explored, explore
 from . import results
 from .evaluation import BASE, OpenCaches, count_exits, evaluate, exit_times, measure_latency
 from .figures import draw

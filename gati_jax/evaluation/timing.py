@@ -1,4 +1,4 @@
-"""The latency figures of ``train.evaluate``: what the exits save ideally, and as measured."""
+"""Latency: what a bundle's exits save ideally, and as measured beside the fastest full network."""
 
 import dataclasses
 import logging
@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gati_jax import Bundle
+from gati_jax.bundle import Bundle
 from gati_jax.data import Images
 from gati_jax.planning import ReplayTable, replay_plan
 from gati_jax.profiling import (
@@ -27,9 +27,9 @@ from gati_jax.profiling import (
 from gati_jax.profiling.speed import FullNetwork
 from gati_jax.runtime import Cascade
 
-from .results import Cost, Measured
+from .records import Cost, Measured, record_of
 
-_log = logging.getLogger("train.evaluate")
+_log = logging.getLogger(__name__)
 
 
 def contenders(bundle: Bundle) -> dict[FullNetwork, TunedCascade]:
@@ -89,7 +89,7 @@ def describe(bundle: Bundle, speed: Speed, **more: Any) -> Measured:  # noqa: AN
     backend = "xla" if (tuning := bundle.tuning_of()) is None or more["numerics"] == "reference" else tuning.backend
     driver = "spans" if backend == "onnxruntime" else "while_loop" if speed.batch == 1 else "tiles"
     dtype = str(bundle.chain.input_spec.dtype)
-    return Measured.of(speed, driver=driver, backend=backend, dtype=dtype, requests=len(speed.exits), **more)
+    return record_of(Measured, speed, driver=driver, backend=backend, dtype=dtype, requests=len(speed.exits), **more)
 
 
 def _lookup_share(bundle: Bundle, speed: Speed) -> float | None:

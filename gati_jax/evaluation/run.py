@@ -1,0 +1,150 @@
+"""Evaluate a bundle on some images."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+
+from gati_jax.bundle import Bundle
+from gati_jax.caches.candidate import fitted_rows
+from gati_jax.certification import AnyLedger, find_ledger
+from gati_jax.data import Images, fingerprint, row_digests
+from gati_jax.errors import InputError
+from gati_jax.fitting import replay
+from gati_jax.fitting.base import open_images
+from gati_jax.fitting.loop import progress_bar
+from gati_jax.inference import infer_batch
+from gati_jax.runtime import Prediction
+
+from . import timing
+from .records import (
+    BaseQuality,
+    CascadeQuality,
+    EvaluatedCertificate,
+    Evaluation,
+    Exit,
+    Memory,
+    Oracle,
+    ServedResult,
+    record_of,
+)
+
+TIMED, BATCHES = 150, (1, 8, 32, 128)
+_CHUNK = 250
+_log = logging.getLogger(__name__)
+
+
+def evaluate(
+    bundle: Bundle,
+    images: Any,  # noqa: ANN401 (anything that NumPy takes, or a source)
+    labels: ArrayLike | None = None,
+    *,
+    timed: int = TIMED,
+    batches: Sequence[int] = BATCHES,
+    ledger: AnyLedger = "user",
+    reveal: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Answer images as requests are by default, and by the base, and time some of them.
+
+    Args:
+        bundle: See ``load_bundle``.
+        images: As for ``infer_batch``, or a ``gati_jax.data.Source`` of them; those on which nothing was fitted, chosen
+            or certified say most.
+        labels: The right classes, int[n], for accuracies; agreement needs none.
+        timed: So many requests are timed, from the first; 0: none, which saves most of the time.
+        batches: Sizes to time where the bundle has been tuned for this device.
+        ledger: Counts the rows as shown: a plan that is chosen by what they show cannot be certified on them. None:
+            nothing does, on your word that none will be.
+        reveal: Show also the rows that the bundle was certified on.
+        progress: Draw a progress bar on a terminal.
+
+    Returns:
+        Agreement, accuracies, exits, whether the certificate's bound holds here, times; ``summary()`` is its text.
+
+    Raises:
+        InputError: Images that the bundle does not take, labels of another number, or certify rows without ``reveal``.
+
+    Example:
+        >>> import gati_jax
+        >>> bundle = gati_jax.load_bundle("runs/digits/caches/bundle")  # doctest: +SKIP
+        >>> print(gati_jax.evaluate(bundle, images, labels).summary())  # doctest: +SKIP
+    """
+    array = open_images(bundle.chain, images)
+    if timed < 0 or not len(array):
+        raise InputError(f"images, timed: expected 1 image or more, and 0 or more, got {len(array)} and {timed}")
+    right = None if labels is None else np.asarray(labels)
+    if right is not None and (right.shape != (len(array),) or right.dtype.kind not in "iu"):
+        raise InputError(f"labels: expected {len(array)} whole numbers, got {right.dtype}{list(right.shape)}")
+    show_rows(bundle, array, ledger, reveal=reveal)
+    prediction = _answers(bundle, array, progress=progress)
+    exits = np.asarray(prediction.exit)
+    _log.info("replaying the %d requests through the base and every cache", len(array))
+    table = replay(bundle.chain, bundle.cascade.caches, array, labels=right)
+    speed, measured = timing.measure(bundle, array, exits, batches, timed) if timed else (None, [])
+    agrees = np.asarray(prediction.class_index == table.answers)
+    agreement, certificate = float(agrees.mean()), bundle.certificate
+    holds = certificate.certified and 1 - agreement <= certificate.mean_bound
+    return Evaluation(
+        n=len(table),
+        base=BaseQuality(accuracy=accuracy(table.answers, right)),
+        cascade=CascadeQuality(accuracy=accuracy(prediction.class_index, right), agreement=agreement),
+        certificate=record_of(EvaluatedCertificate, certificate, holds=holds),
+        served=record_of(ServedResult, bound := bundle.bound_of(), text=str(bound)),
+        exits=tuple(_exit_of(site, exits == site, agrees) for site in (*bundle.cascade.sites, len(bundle.chain))),
+        cost=timing.cost(exits, speed, measured) if speed else None,
+        memory=Memory(base_bytes=bundle.chain.bytes, cache_bytes=sum(c.bytes for c in bundle.cascade.caches)),
+        oracle=Oracle(saved_share=timing.oracle_saved_share(table, speed)) if speed else None,
+    )
+
+
+def show_rows(bundle: Bundle, images: Images, ledger: AnyLedger, *, reveal: bool) -> None:
+    """Close rows that are about to be shown: a plan that is chosen by what they show cannot be certified on them.
+
+    Args:
+        bundle: Whose answers are shown.
+        images: The rows.
+        ledger: Where they are closed.
+        reveal: Whether they may be those that the bundle was certified on.
+
+    Raises:
+        InputError: They are the certify rows, some are open, and ``reveal`` was not asked for.
+    """
+    rows, counted = row_digests(images), find_ledger(ledger)
+    if known := int(np.isin(rows, np.concatenate([bundle.plan.rows, fitted_rows(bundle.caches)])).sum()):
+        text = "the plan was composed, or its caches fitted, on %d of these %d rows: its agreement here says little"
+        _log.warning(text, known, len(rows))
+    if counted is None:
+        _log.warning("no ledger knows that these rows are shown: certify no plan on them that was chosen by it")
+        return
+    certified_on = fingerprint(rows) == bundle.certificate.data_fingerprint
+    if certified_on and not reveal and len(counted.still_open(rows)):
+        raise InputError(
+            "images: expected others than the certify rows (--split test), or reveal (--reveal), which closes these"
+            " rows for other plans: what they show could decide what is certified on them next"
+        )
+    plans = {name: (plan, bundle.certificates[name].epsilon) for name, plan in bundle.plans.items()}
+    counted.reveal(rows, plans, bundle.certificate.delta)
+    _log.info("these rows certify no other plan from now on, by %s", counted.path or "this process")
+
+
+def _answers(bundle: Bundle, images: Images, *, progress: bool) -> Prediction:
+    """Answer as requests are answered by default: ``Evaluation.served`` says what holds of it."""
+    with progress_bar(progress) as bar:
+        starts = bar.track(range(0, len(images), _CHUNK), description="answering")
+        chunks = [infer_batch(bundle, images[i : i + _CHUNK]) for i in starts]
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+
+
+def _exit_of(site: int, here: np.ndarray, agrees: np.ndarray) -> Exit:
+    """Summarise the requests that leave at a site: which do, and which of all agree with the base, are bool[n]."""
+    agreement = float(agrees[here].mean()) if here.any() else None
+    return Exit(exit=site, hits=int(here.sum()), hit_rate=float(here.mean()), agreement=agreement)
+
+
+def accuracy(classes: ArrayLike, labels: np.ndarray | None) -> float | None:
+    """Return the share of right classes, where labels are known."""
+    return None if labels is None else float(np.mean(np.asarray(classes) == labels))
