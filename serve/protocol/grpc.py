@@ -6,7 +6,7 @@ import math
 import time
 import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -332,7 +332,7 @@ async def _abort(context: Context, refused: Refusal, request_id: str) -> NoRetur
 
 
 def _remaining(context: Context) -> float:
-    remaining = context.time_remaining()
+    remaining = cast("float | None", context.time_remaining())  # none without a deadline, whatever its type says
     return math.inf if remaining is None else remaining
 
 

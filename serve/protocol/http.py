@@ -31,7 +31,7 @@ _GONE = 499  # nginx's "client closed request", for /metrics only
 _REASON = "gati.refused"  # key of a scope
 _PATH = 200  # characters of a path in a log line
 _INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
-_HEADERS = {
+_HEADERS: dict[type[Exception], dict[str, str]] = {
     UnauthorizedError: {"www-authenticate": "Bearer"},
     EncodingError: {"accept-encoding": "gzip, deflate"},
 }
@@ -334,7 +334,7 @@ class Guard:
                 await self._app(scope, receive, send)
                 return
             # Without the framework's way to the same handler, which takes as long as all that the handler does.
-            scope |= {"endpoint": self._infer, "path_params": found.groupdict(default="")}
+            scope.update(endpoint=self._infer, path_params=found.groupdict(default=""))
             response = await self._infer(Request(scope, receive))
         await response(scope, receive, send)
 

@@ -14,11 +14,13 @@ import select
 import sys
 import time
 from collections.abc import Callable
+from typing import cast
 
 import httptools
 import uvicorn
 from starlette.responses import Response
-from starlette.types import ASGIApp, Scope
+from starlette.types import Scope
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -113,7 +115,7 @@ class Connection(HttpToolsProtocol):
         elif not self.transport.get_write_buffer_size():
             self.transport.abort()
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         """Begin to be idle."""
         super().connection_made(transport)
         self._opened()
@@ -176,20 +178,20 @@ class Connection(HttpToolsProtocol):
         self._in_head, self._in_body = False, True
         super().on_headers_complete()
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         """Refuse a request by its head, or pass it to the application."""
         at_once = not self.pipeline and not self.flow.write_paused and self._refusals < _AT_ONCE
-        refusal = self._refuse(cycle.scope) if at_once else None
+        refusal = self._refuse(_scope_of(cycle)) if at_once else None
         if refusal is None:
             self._answering = cycle
-            super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
+            super()._start_asgi_task(cycle, app)
             return
         if not cycle.keep_alive:
             refusal.headers["connection"] = "close"
         head = b"".join(b"%s: %s\r\n" % header for header in refusal.raw_headers)
         self.transport.write(STATUS_LINE[refusal.status_code] + head + b"\r\n" + bytes(refusal.body))
         cycle.response_started = cycle.response_complete = True
-        cycle.scope["state"]["status"] = refusal.status_code
+        _scope_of(cycle)["state"]["status"] = refusal.status_code
         self._refusals += 1
         if refusal.headers.get("connection") == "close":
             self.transport.close()
@@ -217,7 +219,7 @@ class Connection(HttpToolsProtocol):
         answered = self._answering
         super().on_response_complete()
         self._rest()
-        if answered is not None and answered.scope["state"].get("status") in _REFUSED:
+        if answered is not None and _scope_of(answered)["state"].get("status") in _REFUSED:
             self._slow_down()
         self._unset_keepalive_if_required()  # uvicorn's timer, which the rest of a refused body would stop for good
 
@@ -266,3 +268,7 @@ class Connection(HttpToolsProtocol):
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + body)
         self.transport.close()
+
+
+def _scope_of(cycle: RequestResponseCycle) -> Scope:
+    return cast("Scope", cycle.scope)  # which uvicorn has a type of its own for
