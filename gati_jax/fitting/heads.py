@@ -75,7 +75,8 @@ class Head:
                 "predictor: expected a function of the number of classes, such as the class Grid, got"
                 f" {kind_of(self.predictor)}; for options, lambda classes: {name}(classes, ...)"
             )
-        for selector in (self.selector, *(selector for _, selector in self.selectors)):
+        selectors: list[Any] = [self.selector, *(selector for _, selector in self.selectors)]
+        for selector in selectors:
             if not isinstance(selector, nn.Module):
                 raise InputError(f"selector: expected an instance such as SortedSelector(), got {kind_of(selector)}")
         check_options(self)
@@ -110,7 +111,7 @@ def network_head(
 DEFAULT_HEADS = (Head(name="grid", predictor=Grid, selector=DEFAULT_SELECTOR),)
 
 
-def _check_heads(heads: Sequence[Head]) -> Sequence[Head]:
+def _check_heads(heads: Any) -> Sequence[Head]:  # noqa: ANN401 (checked here)
     if isinstance(heads, Head):
         raise InputError(f"heads: expected a sequence of heads, got one: write [{heads.name}]")
     if isinstance(heads, (str, Mapping)) or not isinstance(heads, Sequence):
@@ -121,6 +122,12 @@ def _check_heads(heads: Sequence[Head]) -> Sequence[Head]:
                 f"heads: expected gati_jax.Head(name=..., predictor=..., selector=...), got {kind_of(head)}"
             )
     return heads
+
+
+def _check_module(name: str, made: Any) -> nn.Module:  # noqa: ANN401 (checked here)
+    if not isinstance(made, nn.Module):
+        raise InputError(f"heads: expected {name} to make a Linen module, got {kind_of(made)}")
+    return made
 
 
 def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
@@ -134,9 +141,7 @@ def parts_of(chain: Chain, heads: Sequence[Head]) -> dict[str, Part]:
         sites = range(1, len(chain)) if head.sites is None else head.sites
         if bad := [site for site in sites if not 0 <= site < len(chain)]:
             raise InputError(f"heads: expected sites 0 to {len(chain) - 1} for {head.name}, got {bad}")
-        predictor = head.predictor(chain.classes)
-        if not isinstance(predictor, nn.Module):
-            raise InputError(f"heads: expected {head.name} to make a Linen module, got {kind_of(predictor)}")
+        predictor = _check_module(head.name, head.predictor(chain.classes))
         if (got := getattr(predictor, "classes", chain.classes)) != chain.classes:
             raise InputError(f"heads: expected {head.name} to have the base's {chain.classes} classes, got {got}")
         if isinstance(predictor, Neighbours | Centres) and head.variables is None:
