@@ -93,7 +93,7 @@ def infer_batch(
     return _finite("images", found)
 
 
-def _check_bundle(bundle: Bundle) -> Bundle:
+def _check_bundle(bundle: Any) -> Bundle:  # noqa: ANN401 (checked here)
     if not isinstance(bundle, Bundle):
         raise InputError(
             f"bundle: expected what gati_jax.load_bundle returns, got {type(bundle).__name__} {bundle!r:.100}"

@@ -78,7 +78,8 @@ class Head:
                 "predictor: expected a function of the number of classes, such as the class Grid, got"
                 f" {kind_of(self.predictor)}; for options, lambda classes: {name}(classes, ...)"
             )
-        for selector in (self.selector, *(selector for _, selector in self.selectors)):
+        selectors: list[Any] = [self.selector, *(selector for _, selector in self.selectors)]
+        for selector in selectors:
             if not isinstance(selector, nn.Module):
                 raise InputError(f"selector: expected an instance such as SortedSelector(), got {kind_of(selector)}")
         check_options(self)
@@ -119,7 +120,7 @@ def default_heads(chain: Chain) -> tuple[Head, ...]:
     return (*DEFAULT_HEADS, token) if isinstance(chain.network, ViT | Bert) else DEFAULT_HEADS
 
 
-def _check_heads(heads: Sequence[Head]) -> Sequence[Head]:
+def _check_heads(heads: Any) -> Sequence[Head]:  # noqa: ANN401 (checked here)
     if isinstance(heads, Head):
         raise InputError(f"heads: expected a sequence of heads, got one: write [{heads.name}]")
     if isinstance(heads, (str, Mapping)) or not isinstance(heads, Sequence):
@@ -140,10 +141,14 @@ def _check_sites(chain: Chain, name: str, sites: Sequence[int]) -> None:
         raise InputError(f"heads: expected sites of floating-point numbers for {name}, got {', '.join(bad)}")
 
 
+def _check_module(name: str, made: Any) -> nn.Module:  # noqa: ANN401 (checked here)
+    if not isinstance(made, nn.Module):
+        raise InputError(f"heads: expected {name} to make a Linen module, got {kind_of(made)}")
+    return made
+
+
 def _predictor_of(head: Head, classes: int) -> nn.Module:
-    predictor = head.predictor(classes)
-    if not isinstance(predictor, nn.Module):
-        raise InputError(f"heads: expected {head.name} to make a Linen module, got {kind_of(predictor)}")
+    predictor = _check_module(head.name, head.predictor(classes))
     describe_predictor(predictor)  # what could not be saved later is refused before hours of training
     for selector in (head.selector, *(each for _, each in head.selectors)):
         describe_selector(selector)

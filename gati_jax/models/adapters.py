@@ -173,7 +173,7 @@ class _Linen:
     def __call__(self, leaves: tuple[Array, ...], x: Array, sites: tuple[str, ...], layout: Layout) -> Any:  # noqa: ANN401
         seen: dict[str, None] = {}
 
-        def intercept(function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:  # noqa: ANN401
+        def intercept(function: Any, args: Any, kwargs: Any, context: Any) -> Any:  # noqa: ANN401
             output, site = function(*args, **kwargs), "/".join(context.module.path)
             if context.method_name != "__call__":
                 return output
@@ -294,7 +294,7 @@ def _unknown(missing: Sequence[str], known: Sequence[str]) -> InputError:
     return InputError(f"sites: expected submodules that are called, of {listed(known)}, got {listed(missing)}")
 
 
-def _check_sites(sites: Sequence[Any]) -> list[Any]:
+def _check_sites(sites: Any) -> list[Any]:  # noqa: ANN401 (checked here)
     if isinstance(sites, str) or not isinstance(sites, Sequence) or not sites:
         raise InputError(f"sites: expected a list of submodules, got {kind_of(sites)}")
     return list(sites)
@@ -328,9 +328,9 @@ def _chain(
     n, items = len(inputs), list(leaves.items())
     parts, of_more = _traced(whole, n, layout), _traced(whole, n + 1, layout)
     for site, part, other in zip(names, parts, of_more, strict=False):
-        shape, more = part.program.out_avals[0].shape, other.program.out_avals[0].shape
-        if (n, *shape[1:]) != shape or (n + 1, *shape[1:]) != more:
-            raise InputError(f"sites: expected {site} to return an array[batch, ...], got {list(shape)} for {n} inputs")
+        if (n, *part.shape[1:]) != part.shape or (n + 1, *part.shape[1:]) != other.shape:
+            got = f"{list(part.shape)} for {n} inputs"
+            raise InputError(f"sites: expected {site} to return an array[batch, ...], got {got}")
     blocks, params = [], []
     for index, part in enumerate(parts):
         used = dict(items[i] for i in part.leaves)

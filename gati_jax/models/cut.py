@@ -131,6 +131,8 @@ class Part(NamedTuple):
     """From the value of the site before and the parameters to the value of the site behind it."""
     leaves: tuple[int, ...]
     """Which parameters it takes."""
+    shape: tuple[int, ...]
+    """Of what it returns."""
 
 
 @functools.lru_cache(maxsize=32)
@@ -141,7 +143,7 @@ def _parts(closed: core.ClosedJaxpr, sites: tuple[str, ...]) -> tuple[Part, ...]
     *leaves, x = closed.jaxpr.invars
     marks = _find_marks(equations, sites)
     [output] = closed.jaxpr.outvars
-    targets = [*marks, flat.resolve(output)]
+    targets: list[Any] = [*marks, flat.resolve(output)]  # variables, or a literal
     parts = []
     for i, (start, target) in enumerate(zip([x, *marks], targets, strict=True)):
         steps, reached = _behind(equations, target, start)
@@ -151,7 +153,7 @@ def _parts(closed: core.ClosedJaxpr, sites: tuple[str, ...]) -> tuple[Part, ...]
         constants = [v for v in flat.constants if v in reached]
         inputs = [start, *(leaves[k] for k in used)]
         jaxpr = closed.jaxpr.replace(constvars=constants, invars=inputs, outvars=[target], eqns=steps)
-        parts.append(Part(core.ClosedJaxpr(jaxpr, [flat.constants[v] for v in constants]), used))
+        parts.append(Part(core.ClosedJaxpr(jaxpr, [flat.constants[v] for v in constants]), used, target.aval.shape))
     return tuple(parts)
 
 

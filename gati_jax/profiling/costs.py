@@ -41,7 +41,7 @@ def missing_device() -> str:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # it asserts where a platform's plugin is not installed
-        wanted = jax.config.jax_platforms or "of any kind"
+        wanted = getattr(jax.config, "jax_platforms", None) or "of any kind"
         reason = (str(error).strip() or "JAX has no plugin for it").splitlines()[0]
         return f"JAX_PLATFORMS: expected a device that is here, got {wanted}: {reason}"
     return ""
