@@ -106,8 +106,10 @@ def test_what_a_small_network_has_seen_counts_whatever_the_config_says(tmp_path,
     )
     monkeypatch.setattr(caches, "import_state_dict", lambda *_: ())
     monkeypatch.setattr(caches, "network_head", lambda *_, **__: None)
+    spec, none = jax.ShapeDtypeStruct((8, 8, 1), "float32"), np.zeros(1, np.float32)
+    chain = gati_jax.Chain((lambda _, x: x,), lambda _, x: x, (none, none), spec)
     with pytest.raises(InputError, match="other rows than select"):
-        caches.small_networks(completed(config))
+        caches.small_networks(completed(config), chain)
 
 
 def test_files_of_others_change_nothing(tmp_path):
