@@ -46,5 +46,4 @@ from .profiling import measure_costs as measure_costs
 from .profiling import tune as tune
 from .runtime import Prediction as Prediction
 
-__all__: list[str]
 __version__: str

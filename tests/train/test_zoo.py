@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+import gati_jax
 from gati_jax import InputError, WeightsError
 from gati_jax.models import read_metadata
 from tests.train.one_pass import BARE, ROOT
