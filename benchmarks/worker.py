@@ -87,7 +87,8 @@ def peak_mib() -> float | None:
 def normalization_of(network: str, config: Config) -> Normalization:
     """Return a network's normalisation; the bundle's config also has those of its small networks."""
     small = next((small for small in config.fit.networks if small.network == network), None)
-    return small.normalize(config.base) if small and network != config.base.network else config.base.normalize()
+    own = small.normalization if small and network != config.base.network else None
+    return own or config.base.normalize()
 
 
 if __name__ == "__main__":

@@ -338,9 +338,11 @@ def read_base(base: Base, *, own: bool = False) -> Chain:
     Raises:
         InputError: There are no weights, or they are not the network's; the function is refused or fails.
     """
-    if own and base.chain is not None:
-        return load_chain(base.chain, "base.chain")
-    if base.weights is None and base.chain is None:
+    if base.chain is not None:
+        if own:
+            return load_chain(base.chain, "base.chain")
+        raise InputError(f"base.chain: expected a network of this library here, got {base.chain}")
+    if base.weights is None:
         raise InputError("base.weights: expected a .safetensors file (train one with gati-jax train-base), got nothing")
     network = base.architecture()
     variables = import_state_dict(network, read_weights(base.weights))

@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+import gati_jax
 from gati_jax import InputError, WeightsError
 from gati_jax.models import read_metadata
 from tests.train.one_pass import BARE, ROOT
@@ -106,8 +108,10 @@ def test_what_a_small_network_has_seen_counts_whatever_the_config_says(tmp_path,
     )
     monkeypatch.setattr(caches, "import_state_dict", lambda *_: ())
     monkeypatch.setattr(caches, "network_head", lambda *_, **__: None)
+    spec, none = jax.ShapeDtypeStruct((8, 8, 1), "float32"), np.zeros(1, np.float32)
+    chain = gati_jax.Chain((lambda _, x: x,), lambda _, x: x, (none, none), spec)
     with pytest.raises(InputError, match="other rows than select"):
-        caches.small_networks(completed(config))
+        caches.small_networks(completed(config), chain)
 
 
 def test_files_of_others_change_nothing(tmp_path):
