@@ -101,12 +101,13 @@ def register_head(module: T) -> T:
         ...     def __call__(self, activation):
         ...         return nn.Dense(self.classes)(activation.reshape(len(activation), -1))
     """
-    if not (isinstance(module, type) and issubclass(module, nn.Module)):
+    given: object = module
+    if not (isinstance(given, type) and issubclass(given, nn.Module)):
         raise InputError(f"module: expected a class of Linen modules, got {module!r:.100}")
-    kind = f"{module.__module__}:{module.__qualname__}"
-    specs = _PREDICTOR_SPECS if "classes" in {field.name for field in dataclasses.fields(module)} else _SELECTOR_SPECS
+    kind = f"{given.__module__}:{given.__qualname__}"
+    specs = _PREDICTOR_SPECS if "classes" in {field.name for field in dataclasses.fields(given)} else _SELECTOR_SPECS
     try:
-        spec = _spec_of(kind, module)
+        spec = _spec_of(kind, given)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # of defaults that JSON cannot hold
             spec.model_json_schema()
@@ -115,7 +116,7 @@ def register_head(module: T) -> T:
         raise InputError(f"module: expected fields that JSON can hold, got others in {kind}: {reason}") from error
     if (before := _OWN.get(kind)) is not None:  # defined anew, in a notebook
         specs.pop(before, None)
-    specs[module], _OWN[kind] = spec, module
+    specs[given], _OWN[kind] = spec, given
     return module
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -52,14 +51,10 @@ class Odd(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def _as_before():
+def _as_before(monkeypatch):
     """Register for one test only."""
-    tables: tuple[dict[Any, Any], ...] = (specs._OWN, specs._PREDICTOR_SPECS, specs._SELECTOR_SPECS)
-    before = [dict(table) for table in tables]
-    yield
-    for table, content in zip(tables, before, strict=True):
-        table.clear()
-        table.update(content)
+    for name in ("_OWN", "_PREDICTOR_SPECS", "_SELECTOR_SPECS"):
+        monkeypatch.setattr(specs, name, dict(getattr(specs, name)))
 
 
 HEADS = (gati_jax.Head(name="deep", predictor=Deep, selector=Margin(0.5), sites=(1, 2)),)
@@ -155,13 +150,13 @@ def test_options_of_the_wrong_type_are_refused(chain, splits, tmp_path):
 
 def test_the_class_token_head_reads_the_first_token_only():
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(6, 4, 5)).astype(np.float32)
+    x = jnp.asarray(rng.normal(size=(6, 4, 5)), jnp.float32)
     head = caches.ClassToken(classes=3, hidden=4)
     variables = head.init(jax.random.key(0), x)
-    other = np.concatenate([x[:, :1], x[::-1, 1:]], axis=1)
+    other = jnp.concatenate([x[:, :1], x[::-1, 1:]], axis=1)
     expected = call(head, variables, x)
     np.testing.assert_array_equal(call(head, variables, other), expected)
-    np.testing.assert_array_equal(call(head, variables, caches.summary_for(head)(jnp.asarray(x))), expected)
+    np.testing.assert_array_equal(call(head, variables, caches.summary_for(head)(x)), expected)
     folded, without = caches.fold_standardize(head, variables)
     np.testing.assert_allclose(call(folded, without, x), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(InputError, match=r"token: expected a site of \[tokens, features\], got \[5\]"):
@@ -181,6 +176,6 @@ def test_a_sequence_is_convolved_along_its_time():
     pooled = np.concatenate([y[:, :3].mean(1), y[:, 2:].mean(1)], -1)  # bins 0 .. 3 and 2 .. 5 of five
     hidden = np.maximum(pooled @ params["hidden"]["kernel"] + params["hidden"]["bias"], 0)
     expected = hidden @ params["out"]["kernel"] + params["out"]["bias"]
-    np.testing.assert_allclose(call(head, {"params": params}, x), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(call(head, {"params": params}, jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match=r"conv2d: expected a site of \[height, width, channels\] or \[time"):
         head.init(jax.random.key(0), x[:, 0])
