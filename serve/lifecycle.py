@@ -7,7 +7,8 @@
 5. After ``--grace``, sockets close, requests in flight are finished and the engine stops, all within ``--drain``.
    Bodies that are not here by then get 503. A second signal ends the process at once.
 
-If gRPC's server ends by itself, another one takes its place. Health and metrics have a port and a thread of their own besides, from the second step until the process ends.
+If gRPC's server ends by itself, another one takes its place. Health and metrics have a port and a thread of their own
+besides, from the second step until the process ends.
 """
 
 import asyncio
@@ -153,10 +154,10 @@ class _Rpc:
 
     async def keep_serving(self) -> None:
         """Start another server whenever one has ended by itself; returns when it is stopped."""
-        ended = False
-        while self._server is not None and not ended:
+        serving = True
+        while self._server is not None and serving:
             try:
-                ended = await self._server.wait_for_termination(_LOOK)  # raises at once, and not when all is closed
+                serving = await self._server.wait_for_termination(_LOOK)  # raises at once, and not when all is closed
             except Exception as error:  # noqa: BLE001 (whatever ends the library's server)
                 _log.warning("gRPC's server has ended, another one begins: %.200r", error)
                 await self.start()
