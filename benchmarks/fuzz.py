@@ -93,13 +93,17 @@ def run(server: Server, images: np.ndarray, expected: Sequence[int], seed: int, 
     seen = counted(server.get(METRICS, admin=True)[1])
     for start in range(first, until, BATCH):
         numbers = range(start, min(start + BATCH, until))
-        kinds += send(server.http, server.grpc, model, seed, numbers)
+        with contextlib.suppress(OSError):
+            kinds += send(server.http, server.grpc, model, seed, numbers)
+        if server.child.poll() is not None:
+            problems.append(f"{name_of(numbers)}: it ended, exit code {server.child.returncode}: {server.last_words()}")
+            break
         found = wrong(server.http, server.grpc, images, expected)
         now, lines = counted(server.get(METRICS, admin=True)[1]), server.log.read_text("utf-8", "replace").splitlines()
         found += [f"{now[key] - seen[key]} x {key}" for key in now if is_failure(key) and now[key] > seen[key]]
         found += [error_of(line) for line in lines[logged:] if is_error(line)]
         seen, logged = now, len(lines)
-        problems += [f"requests {numbers.start} to {numbers.stop - 1}: {one}" for one in found]
+        problems += [f"{name_of(numbers)}: {one}" for one in found]
         done, seconds = numbers.stop - first, time.monotonic() - started
         print(f"{done} of {requests}, {seconds:.0f} s, {len(problems)} problems", file=sys.stderr)
     return Fuzz(
@@ -111,6 +115,11 @@ def run(server: Server, images: np.ndarray, expected: Sequence[int], seed: int, 
         counted=dict(sorted(seen.items())),
         problems=tuple(problems),
     )
+
+
+def name_of(numbers: range) -> str:
+    """Return what to call a batch."""
+    return f"requests {numbers.start} to {numbers.stop - 1}"
 
 
 def send(http: int, rpc: int, model: Model, seed: int, numbers: range) -> Counter[str]:
@@ -136,7 +145,10 @@ async def _send_raw(raw: Mapping[int, Sequence[bytes]]) -> None:
 
     async def one(port: int, sent: bytes) -> None:
         async with places:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:  # ``wrong`` will say so
+                return
             writer.write(sent)
             got, patience = b"", SILENCE
             with contextlib.suppress(OSError, TimeoutError):  # it hangs up, or waits for more
@@ -214,7 +226,7 @@ def _ask_grpc(port: int, images: np.ndarray) -> list[int]:
     request.outputs.add(name="class_index")
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-        answer = pb.ModelInferResponse.FromString(call(request.SerializeToString(), timeout=30))
+        answer = pb.ModelInferResponse.FromString(call(request.SerializeToString(), timeout=30, wait_for_ready=True))
     return np.frombuffer(answer.raw_output_contents[0], np.int32).tolist()
 
 
@@ -233,7 +245,12 @@ def is_failure(key: str) -> bool:
 
 
 def is_error(line: str) -> bool:
-    """Whether a line of the log tells of an error of ours; gRPC's own are about what it was sent."""
+    """Whether a line of the log tells of an error of ours; gRPC's own are about what it was sent.
+
+    One of these ends its server, which ``serve.lifecycle`` replaces: asyncio reports it, too.
+    """
+    if "_server_main_loop" in line:
+        return False
     try:
         read = json.loads(line)
         return read["level"] in {"error", "critical"} and not read["logger"].startswith(("grpc.", "stderr"))

@@ -7,7 +7,8 @@
 5. After ``--grace``, sockets close, requests in flight are finished and the engine stops, all within ``--drain``.
    Bodies that are not here by then get 503. A second signal ends the process at once.
 
-Health and metrics have a port and a thread of their own besides, from the second step until the process ends.
+If gRPC's server ends by itself, another one takes its place. Health and metrics have a port and a thread of their own
+besides, from the second step until the process ends.
 """
 
 import asyncio
@@ -42,6 +43,7 @@ _REFUSING = 0.2  # seconds between the last admitted request and the closing of 
 _SWITCH = 5e-4
 """Seconds after which a thread that waits for the interpreter gets it. With Python's 5 ms, an event loop that is busy
 with refusals keeps the engine waiting."""
+_LOOK = 0.2  # seconds until it is seen that gRPC's server has ended by itself
 _ENDING = 1.0  # seconds for an idle thread to end
 _CLOSING = 5.0  # seconds, after that, for what is saved at the end: a disk may hang
 _OTHER_FILES = 512  # open files beside connections: the bundle's, threads'
@@ -97,11 +99,14 @@ async def _serve(settings: Settings, parts: Parts, ports: Ports) -> int:
         )  # fmt: skip
 
     http, admin = listen(ports.http), listen(ports.admin)
-    rpc = create_server(parts.service, parts.metrics, token=settings.token)
-    grpc_port = _bind(rpc, settings, ports)
-    await rpc.start()
+    rpc = _Rpc(settings, parts)
+    grpc_port = await rpc.start(ports)
     serving = asyncio.create_task(http.serve())
-    servers = {serving, _in_thread(lambda: asyncio.run(admin.serve()), "admin")}
+    servers = {
+        serving,
+        _in_thread(lambda: asyncio.run(admin.serve()), "admin"),
+        asyncio.create_task(rpc.keep_serving()),
+    }
     _announce(settings, ports, grpc_port)
     stopping = asyncio.create_task(stop.wait())
     warming = _in_thread(parts.start, "warm-up")
@@ -129,6 +134,37 @@ async def _serve(settings: Settings, parts: Parts, ports: Ports) -> int:
         _leave(1, "stopped before all admitted requests were answered")
     _log.info("stopped")
     return 0
+
+
+class _Rpc:
+    """gRPC's server, or the one that has taken its place: a call whose path is no UTF-8 ends the library's."""
+
+    def __init__(self, settings: Settings, parts: Parts) -> None:
+        self._settings, self._parts = settings, parts
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, ports: Ports | None = None) -> int:
+        """Start a server on the same port as before; returns the port."""
+        self._server = create_server(self._parts.service, self._parts.metrics, token=self._settings.token)
+        port = _bind(self._server, self._settings, ports)
+        self._settings = self._settings.model_copy(update={"grpc_port": port})
+        await self._server.start()
+        return port
+
+    async def keep_serving(self) -> None:
+        """Start another server whenever one has ended by itself; returns when it is stopped."""
+        serving = True
+        while self._server is not None and serving:
+            try:
+                serving = await self._server.wait_for_termination(_LOOK)  # raises at once, and not when all is closed
+            except Exception as error:  # noqa: BLE001 (whatever ends the library's server)
+                _log.warning("gRPC's server has ended, another one begins: %.200r", error)
+                await self.start()
+
+    async def stop(self, grace: float) -> None:
+        """Finish the calls in flight, as far as the time allows."""
+        if self._server is not None:
+            await self._server.stop(grace)
 
 
 def _check(servers: Iterable[asyncio.Future[None]]) -> None:
@@ -193,10 +229,10 @@ def _take_ports(settings: Settings) -> Ports:
     return Ports(take("http"), take("grpc") if settings.grpc_port else None, take("admin"))
 
 
-def _bind(server: grpc.aio.Server, settings: Settings, ports: Ports) -> int:
+def _bind(server: grpc.aio.Server, settings: Settings, ports: Ports | None) -> int:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"{host}:{settings.grpc_port}"
-    if ports.grpc is not None:
+    if ports is not None and ports.grpc is not None:
         ports.grpc.close()
     try:
         if settings.tls_cert is None or settings.tls_key is None:

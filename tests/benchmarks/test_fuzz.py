@@ -20,7 +20,7 @@ def test_no_generated_request_makes_the_server_fail(front, sockets):
     counted = fuzz.counted(front.metrics.page())
     assert not [key for key in counted if fuzz.is_failure(key)], counted
     assert counted["http 200"] > 40  # so many come as far as the engine, or to a page
-    assert counted["grpc 200"] > 10
+    assert counted["grpc 200"] + counted["grpc 400"] > 10
     assert len(front.engine.calls) > 40
     assert counted["http 400"] > 10
 

@@ -15,9 +15,11 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 import gati_jax
+from benchmarks.grammar import END_HEADERS, END_STREAM, HEADERS, PREFACE, SETTINGS, frame, literal
 from gati_jax import InputError
 from serve import logs
 from serve.settings import Settings, parse
@@ -75,6 +77,15 @@ class Process:
             if self.seen[-1]["message"] == message:
                 return
         raise AssertionError(message)
+
+    def until_starts(self, text):
+        """Read the log up to a message that begins so."""
+        assert self.child.stderr
+        for line in self.child.stderr:
+            self.seen.append(json.loads(line))
+            if self.seen[-1]["message"].startswith(text):
+                return
+        raise AssertionError(text)
 
     def warm_up(self):
         self.release("warm")
@@ -146,6 +157,27 @@ def test_an_idle_client_over_tls_does_not_delay_the_stop(tmp_path):
         server.child.send_signal(signal.SIGTERM)
         assert server.child.wait(20) == 0
         client.close()
+
+
+def test_a_grpc_call_whose_path_is_no_text_does_not_end_the_server():
+    """grpcio decodes the path in the task that accepts all calls, which ended with it (found by generated requests)."""
+    fields = ((":method", "POST"), (":scheme", "http"), (":path", "/infer\udcee"), (":authority", "h"))
+    block = b"".join(literal(*field) for field in (*fields, ("te", "trailers"), ("content-type", "application/grpc")))
+    with Process("--grace", "0", "--drain", "60") as server:
+        server.release("warm", "answer")
+        server.until("ready")
+        port = int(server.grpc.rsplit(":", 1)[1])
+        for _ in range(2):
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+                client.sendall(
+                    PREFACE + frame(SETTINGS, 0, 0, b"") + frame(HEADERS, END_HEADERS | END_STREAM, 1, block)
+                )
+                server.until_starts("gRPC's server has ended")
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                live = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
+                assert live(b"", timeout=30, wait_for_ready=True) == b"\x08\x01"
+        server.child.send_signal(signal.SIGTERM)
+        assert server.child.wait(30) == 0
 
 
 def test_stopped_while_warming_up_and_a_taken_port_is_one_line_and_exit_code_2():
