@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 T = TypeVar("T")
@@ -129,6 +130,11 @@ def unpack(packed: Packed[T]) -> T:
             leaves.append(packed.small[start : start + size].reshape(shape))
             start += size
     return jax.tree.unflatten(structure, leaves)
+
+
+def is_traced(tree: PyTree) -> bool:
+    """Whether a transformation, such as jit or grad, is tracing an array of a pytree."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def tree_digest(tree: PyTree) -> str:

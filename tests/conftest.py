@@ -76,7 +76,7 @@ def digits() -> data.Dataset:
     """scikit-learn's digits, flat: float32[1797, 64] in 0 .. 1."""
     loaded = data.load("digits", "all")
     assert loaded.labels is not None
-    return data.Dataset(images=loaded.images.reshape(-1, 64).astype(np.float32) / 16, labels=loaded.labels)
+    return data.Dataset(images=np.asarray(loaded.images).reshape(-1, 64).astype(np.float32) / 16, labels=loaded.labels)
 
 
 @pytest.fixture(scope="session")

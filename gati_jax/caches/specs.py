@@ -151,7 +151,7 @@ else:
     ]
 
 
-def build_predictor(spec: PredictorSpec, classes: int) -> nn.Module:
+def build_predictor(spec: Spec, classes: int) -> nn.Module:
     """Return the predictor that ``spec`` describes, for a base of ``classes`` classes.
 
     Raises:
@@ -163,12 +163,12 @@ def build_predictor(spec: PredictorSpec, classes: int) -> nn.Module:
     return (_PREDICTORS | _OWN)[spec.kind](classes=classes, **options)
 
 
-def build_selector(spec: SelectorSpec) -> nn.Module:
+def build_selector(spec: Spec) -> nn.Module:
     """Return the selector that ``spec`` describes."""
     return (_SELECTORS | _OWN)[spec.kind](**_options(spec))
 
 
-def describe_predictor(predictor: nn.Module) -> PredictorSpec:
+def describe_predictor(predictor: nn.Module) -> Spec:
     """Return the spec of a predictor.
 
     Raises:
@@ -177,7 +177,7 @@ def describe_predictor(predictor: nn.Module) -> PredictorSpec:
     return _describe(predictor, _PREDICTOR_SPECS)
 
 
-def describe_selector(selector: nn.Module) -> SelectorSpec:
+def describe_selector(selector: nn.Module) -> Spec:
     """Return the spec of a selector.
 
     Raises:

@@ -167,7 +167,7 @@ class _Module(Protocol):
 @dataclasses.dataclass(frozen=True)
 class _Linen:
     module: Fixed
-    structure: jax.tree_util.PyTreeDef
+    structure: Any
     call: Fixed
 
     def __call__(self, leaves: tuple[Array, ...], x: Array, sites: tuple[str, ...], layout: Layout) -> Any:  # noqa: ANN401
@@ -190,7 +190,7 @@ class _Linen:
 @dataclasses.dataclass(frozen=True)
 class _Nnx:
     graph: Fixed
-    structure: jax.tree_util.PyTreeDef
+    structure: Any
     call: Fixed
 
     def __call__(self, leaves: tuple[Array, ...], x: Array, sites: tuple[str, ...], layout: Layout) -> Any:  # noqa: ANN401
@@ -204,7 +204,7 @@ class _Nnx:
 @dataclasses.dataclass(frozen=True)
 class _Equinox:
     static: Fixed
-    structure: jax.tree_util.PyTreeDef
+    structure: Any
     call: Fixed
     stateful: bool
 
@@ -300,7 +300,7 @@ def _check_sites(sites: Any) -> list[Any]:  # noqa: ANN401 (checked here)
     return list(sites)
 
 
-def _flatten(tree: PyTree, *, of_each: str = "") -> tuple[dict[str, Array], jax.tree_util.PyTreeDef]:
+def _flatten(tree: PyTree, *, of_each: str = "") -> tuple[dict[str, Array], Any]:
     """Return the leaves of a pytree under their paths without the end ``of_each``, in its order, and its structure."""
     pairs, structure = jax.tree_util.tree_flatten_with_path(tree)
     leaves = {}

@@ -5,7 +5,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from pydantic import Field, FiniteFloat
 
 from gati_jax.errors import InputError, kind_of, printable
 from gati_jax.options import Positive, check_options
-from gati_jax.pytrees import register_pytree, tree_bytes
+from gati_jax.pytrees import is_traced, register_pytree, tree_bytes
 
 from .transformers import Bert
 
@@ -154,7 +154,7 @@ class Chain:
             pair = layer if isinstance(layer, (tuple, list)) else (layer, ())
             if len(pair) != 2 or not callable(pair[0]):  # noqa: PLR2004
                 raise InputError(f"layers: expected a function, or a function and its parameters, got {kind_of(layer)}")
-            functions.append(WithoutParams(layer) if callable(layer) else pair[0])
+            functions.append(WithoutParams(cast("Any", layer)) if callable(layer) else pair[0])
             params.append(pair[1])
         if len(functions) < 2:  # noqa: PLR2004
             raise InputError(f"layers: expected a block or more and the classifier, got {len(functions)}")
@@ -328,7 +328,7 @@ def _as_array(chain: Chain, images: Any, argument: str) -> np.ndarray:  # noqa: 
     """Return what NumPy makes of images; lists of numbers, which have no dtype, get the chain's."""
     if isinstance(images, (str, bytes, os.PathLike)):
         raise InputError(f"{argument}: expected an array, got the path {images!r:.100}: read it first, as with Pillow")
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(images)):
+    if is_traced(images):
         raise InputError(
             f"{argument}: expected an array, got one that jit, vmap or grad is tracing: call this outside of them, or"
             " inside gati_jax.runtime.predict_batch(bundle.cascade, images), and for gradients bundle.chain(inputs)"

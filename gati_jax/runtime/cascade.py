@@ -20,7 +20,7 @@ from gati_jax.caches import Candidate, lookup
 from gati_jax.errors import InputError
 from gati_jax.models import Chain
 from gati_jax.models.chain import reference
-from gati_jax.pytrees import Packed, pack, unpack
+from gati_jax.pytrees import Packed, is_traced, pack, unpack
 
 CompilerOptions = tuple[tuple[str, str], ...]
 """Names and values."""
@@ -76,7 +76,7 @@ class Cascade:
     @functools.cached_property
     def packed(self) -> Packed["Cascade"]:
         """The same in few arguments, as drivers pass it to their programs."""
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
+        if is_traced(self):
             return pack(self)
         with jax.ensure_compile_time_eval():  # it is kept, also where a program that is being traced asks first
             return pack(self)

@@ -332,7 +332,7 @@ def test_trained_resnet20_gives_the_logits_of_torch(shared):
     problems = reference.load_state_dict(tensors, strict=False)
     assert all(name.endswith("num_batches_tracked") for name in problems.missing_keys)
     assert not problems.unexpected_keys
-    images = data.load("cifar10", "test[:16]", shared / "tfds").images
+    images = np.asarray(data.load("cifar10", "test[:16]", shared / "tfds").images)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     expected = torch_reference.logits(reference, (images / 255 - mean) / std)
     variables = models.import_state_dict(network, models.read_weights(path))

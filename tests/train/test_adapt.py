@@ -16,7 +16,7 @@ from train.results import Adaptation, MechanismsResult
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
     """Digits that the bundle has not seen, each asked for several times; then inverted ones."""
-    images = data.load("digits", "all[1497:1577]").images
+    images = np.asarray(data.load("digits", "all[1497:1577]").images)
     n = len(images)
     item = np.concatenate([np.tile(np.arange(n), 5), np.arange(n, 2 * n)])
     path = tmp_path_factory.mktemp("trace") / "digits.safetensors"

@@ -63,7 +63,7 @@ def passed(run, steady, tmp_path_factory) -> tuple[Path, Any]:
 
 
 def certify_rows() -> np.ndarray:
-    return data.load("digits", "all[1197:1497]").images
+    return np.asarray(data.load("digits", "all[1197:1497]").images)
 
 
 def test_the_bundle_answers_on_it_and_promises_what_was_certified(passed):
@@ -245,7 +245,7 @@ def test_a_speed_up_is_over_the_fastest_full_network_of_all(run, passed, chain, 
     monkeypatch.setattr(timing, "probe", probe)
     found = contenders(run.bundle)
     assert {name: way.tuning.backend for name, way in found.items()} == {"xla": "xla", "onnxruntime": "onnxruntime"}
-    images = data.load("digits", "all[1497:1505]").images
+    images = np.asarray(data.load("digits", "all[1497:1505]").images)
     expected = gati_jax.replay(run.bundle.chain, (), images).answers
     for way in found.values():
         prediction = way.predict(images)

@@ -153,7 +153,7 @@ def test_evaluate_adapt_and_export_take_it(fitted, home, capsys):
     result = json_of(evaluate.main, *BUNDLE, *CHAIN, "--out", "eval", "--timed", "2", "--ledger", "none")
     assert result["network"] == "nets.own:network"
     assert result["cascade"]["agreement"] > 0.6
-    images = data.load("digits", "all[1497:1577]").images
+    images = np.asarray(data.load("digits", "all[1497:1577]").images)
     item = np.tile(np.arange(len(images), dtype=np.int32), 3)
     save_trace(
         home / "trace.safetensors",

@@ -27,7 +27,7 @@ def made(tmp_path_factory):
 
 def test_the_loaded_bundle_answers_as_the_trained_network_does(made):
     weights, _, bundle = made
-    images = data.load("digits", "all[1500:1520]").images
+    images = np.asarray(data.load("digits", "all[1500:1520]").images)
     assert bundle.chain.network == SMALL
     pixels = (images.astype(np.float32) / 16 - np.float32(0.305)) / np.float32(0.376)
     expected = apply(SMALL, import_state_dict(SMALL, read_weights(weights)), jnp.asarray(pixels))

@@ -184,7 +184,8 @@ def test_mirror_images_are_added_up(run):
     weights = load_file(run.folder / "base" / "base.safetensors")
     variables = caches.import_state_dict(network, weights)
     test = base.data.load("digits", "all[1497:1597]")
-    sides = (test.images, test.images[:, :, ::-1])
+    images = np.asarray(test.images)
+    sides = (images, images[:, :, ::-1])
     both = [np.asarray(base.apply(network, variables, normalization(x))) for x in sides]
     expected = np.mean(np.argmax(both[0] + both[1], -1) == test.labels)
     found = base.evaluate(network, normalization, variables, test, flips=True, batch=30)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -106,4 +107,5 @@ def _run(
     """Answer ``count`` of ``images`` with the arrays of a cascade as arguments."""
     leaves = [thresholds if i == _THRESHOLDS else arrays[i] for i in places]
     packed = pack(jax.tree.unflatten(structure, leaves), most=-1)
-    return tuple(answer_only(packed, images) if len(images) == 1 else answer_tiled(packed, images, count))
+    answers = answer_only(packed, images) if len(images) == 1 else answer_tiled(packed, images, count)
+    return tuple(jnp.asarray(column) for column in answers)
