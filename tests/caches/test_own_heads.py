@@ -160,7 +160,7 @@ def test_the_class_token_head_reads_the_first_token_only():
     folded, without = caches.fold_standardize(head, variables)
     np.testing.assert_allclose(call(folded, without, x), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(InputError, match=r"token: expected a site of \[tokens, features\], got \[5\]"):
-        head.init(jax.random.key(0), x[:, 0])
+        head.init(jax.random.key(0), jnp.asarray(x[:, 0]))
 
 
 def test_a_sequence_is_convolved_along_its_time():
@@ -168,8 +168,8 @@ def test_a_sequence_is_convolved_along_its_time():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4, 11, 3)).astype(np.float32)
     head = caches.Convolutional(classes=2, channels=(5,), kernel=3, stride=2, cells=2, hidden=4, standardize=False)
-    params = head.init(jax.random.key(1), x)["params"]
-    kernel, bias = (np.asarray(params["conv_0"][name]) for name in ("kernel", "bias"))
+    params = jax.tree.map(np.asarray, head.init(jax.random.key(1), jnp.asarray(x))["params"])
+    kernel, bias = (params["conv_0"][name] for name in ("kernel", "bias"))
     assert kernel.shape == (3, 1, 3, 5)
     windows = np.stack([x[:, i : i + 3] for i in range(0, 9, 2)], 1)  # [batch, 5, 3, 3]
     y = np.maximum(np.einsum("btkc,kcf->btf", windows, kernel[:, 0]) + bias, 0)
@@ -178,4 +178,4 @@ def test_a_sequence_is_convolved_along_its_time():
     expected = hidden @ params["out"]["kernel"] + params["out"]["bias"]
     np.testing.assert_allclose(call(head, {"params": params}, jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match=r"conv2d: expected a site of \[height, width, channels\] or \[time"):
-        head.init(jax.random.key(0), x[:, 0])
+        head.init(jax.random.key(0), jnp.asarray(x[:, 0]))

@@ -35,7 +35,7 @@ CLASSES, N = 5, 96
 BASIC = ResNet(stages=(1, 1), widths=(4, 7), shortcut="A", classes=CLASSES, input_shape=(10, 9, 3))
 BOTTLENECK = ResNet(stages=(1, 1), widths=(2, 3), bottleneck=True, stem=7, classes=CLASSES, input_shape=(21, 18, 3))
 VGGS = VGG(convolutions=(1, 2), channels=(4, 6), classes=CLASSES, input_shape=(11, 9, 3))
-VIT = ViT(patch=3, width=8, depth=3, heads=2, hidden=10, classes=CLASSES, input_shape=(9, 12, 3))
+VIT = ViT(patch=3, width=8, depth=5, heads=2, hidden=10, classes=CLASSES, input_shape=(9, 12, 3))
 SMALL = ResNet(stages=(1,), widths=(3,), classes=CLASSES, input_shape=(11, 9, 3))
 OF_BASE = Normalization(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), scale=1 / 256)
 OF_SMALL = Normalization(mean=(0.4,), std=(0.25,))
@@ -146,9 +146,9 @@ CASES = {
         VIT,
         [
             (1, ClassToken(CLASSES, 6), SortedSelector(4, 3)),
-            (1, Grid(CLASSES, 2, 6), LinearSelector()),
-            (2, Convolutional(CLASSES, (4,), 3, 2, 2, 8), ProbabilitySelector()),
-            (2, GlobalAverage(CLASSES, 6), SortedSelector(4, 3)),
+            (2, Grid(CLASSES, 2, 6), LinearSelector()),
+            (3, Convolutional(CLASSES, (4,), 3, 2, 2, 8), ProbabilitySelector()),
+            (4, GlobalAverage(CLASSES, 6), SortedSelector(4, 3)),
         ],
     ),
     "no cache": lambda: made(VGGS, []),

@@ -280,7 +280,7 @@ def test_what_cannot_be_exported_is_named(small, tmp_path, monkeypatch, capsys):
     with pytest.raises(gati_jax.InputError, match="expected at most 100 bytes of parameters"):
         export_onnx(bundle, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "train.export.models", None)
-    with pytest.raises(gati_jax.InputError, match=r"format: onnx needs .*pip install '\.\[onnx\]'"):
+    with pytest.raises(gati_jax.InputError, match=r"format: onnx needs .*pip install 'gati-jax\[onnx\]'"):
         script.main(["--bundle", str(tmp_path / "own"), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
     assert capsys.readouterr().out == ""
