@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PyTree, UInt64
+from jaxtyping import Array, Float, Num, PyTree, UInt64
 from pydantic import Field
 
 from gati_jax.errors import InputError, printable
@@ -81,7 +81,7 @@ def lookup(candidate: Candidate, activation: Activation) -> tuple[Logits, Scores
     return logits, jnp.minimum(score, jnp.finfo(jnp.float32).max)
 
 
-Activations = Sequence[Float[Array, "batch ..."]] | Mapping[int, Float[Array, "batch ..."]]
+Activations = Sequence[Num[Array, "batch ..."]] | Mapping[int, Num[Array, "batch ..."]]
 """Activations by site: of all sites in order, or a mapping of those that are needed."""
 
 

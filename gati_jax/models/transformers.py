@@ -33,7 +33,7 @@ _UNIFORM = nn.initializers.xavier_uniform()
 
 
 # --- Modules ----------------------------------------------------------------------------------------------------------
-# Like convolutions, they compute in the dtype of their input; classifiers in float32.
+# Like convolutions, they compute in the dtype of their input; layer norms and classifiers in float32.
 
 
 def _dense(x: Float[Array, "*batch inputs"], features: int, name: str) -> Float[Array, "*batch features"]:
@@ -41,8 +41,9 @@ def _dense(x: Float[Array, "*batch inputs"], features: int, name: str) -> Float[
 
 
 def _normalize(x: Float[Array, "*batch width"], epsilon: float, name: str) -> Float[Array, "*batch width"]:
-    # The fast variance, E[x^2] - E[x]^2, loses digits that PyTorch keeps.
-    return nn.LayerNorm(epsilon=epsilon, dtype=x.dtype, use_fast_variance=False, name=name)(x)
+    # In float32. The fast variance, E[x^2] - E[x]^2, loses digits that PyTorch keeps.
+    norm = nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
+    return norm(x.astype(jnp.float32)).astype(x.dtype)
 
 
 class Attention(nn.Module):

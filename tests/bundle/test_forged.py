@@ -248,7 +248,9 @@ def test_nothing_in_a_bundle_is_executed(folder, tmp_path, monkeypatch):
 def test_a_kind_is_never_imported(folder, monkeypatch, kind):
     (folder / "evil.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(str(folder))
-    assert_refused(folder, "manifest.json", at("caches 0 predictor", {"kind": kind}), "predictor|head evil:Predictor of your own")
+    assert_refused(
+        folder, "manifest.json", at("caches 0 predictor", {"kind": kind}), "predictor|head evil:Predictor of your own"
+    )
     assert "evil" not in sys.modules
 
 

@@ -243,7 +243,7 @@ def test_an_architecture_is_known_by_its_fields():
         (lambda: vgg("vgg16", input_shape=(16, 32, 3)), "input_shape: expected at least 32 rows"),
         (lambda: VGG(convolutions=(1, 2), channels=(4,)), "channels: expected one for each of 2 stages, got 1"),
         (lambda: architecture("vgg16", shortcut="A"), "shortcut: expected none"),
-        (lambda: architecture("resnet21"), "name: expected one of resnet20, .*, vgg19, got 'resnet21'"),
+        (lambda: architecture("resnet21"), "name: expected one of resnet20, .*, vit_base, got 'resnet21'"),
     ],
 )
 def test_what_cannot_be_is_refused(make, message):

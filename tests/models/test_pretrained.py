@@ -176,7 +176,7 @@ def test_own_files_say_everything_themselves(tmp_path, expected):
     path = write(tmp_path, TENSORS, metadata=said)
     chain = gati_jax.load_network("resnet20", weights=path)
     assert same(chain, expected)
-    assert chain.normalization == Normalization(mean=(0.3,), std=(0.4,), scale=1)
+    assert chain.normalization == Normalization(mean=(0.3,), std=(0.4,), scale=1.0)
     with pytest.raises(WeightsError, match=r"name: expected resnet20, as the metadata of .* say, got resnet32"):
         gati_jax.load_network("resnet32", weights=path)
     path = write(tmp_path, TENSORS, metadata=said | {"classes": "many"})

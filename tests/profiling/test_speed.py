@@ -98,7 +98,7 @@ def test_batches_are_compared_with_the_faster_full_network(cascade, splits, monk
 def test_without_costs_there_is_no_ideal(cascade, splits):
     tile = Tile(size=1, milliseconds=1.0, options=(), algorithms={})
     tuned = TunedCascade(cascade, Tuning(device=device_name(), tiles=(tile,)))
-    with pytest.raises(gati_jax.InputError, match=r"train\.tune --bundle"):
+    with pytest.raises(gati_jax.InputError, match=r"gati-jax tune --bundle"):
         measure_batches(tuned, splits["test"][:2], batch=1, rounds=1)
     (measured,) = tuned.measured(rounds=2).tiles
     assert measured.costs is not None
