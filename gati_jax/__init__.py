@@ -19,9 +19,10 @@ A worked example, with a network of five blocks of your own, and arrays of input
 
 Names by purpose:
 
-- the base: ``Chain``, ``Normalization``, ``resnet``
-- fit caches: ``fit``, ``Head``, ``FitConfig``, ``Augment``, ``network_head``, ``Candidate``; ``fit_freeze``,
-  ``FreezeConfig``
+- the base: ``Chain``, ``Normalization``, ``resnet``; from weights ``load_network``, ``from_pretrained``,
+  ``save_pretrained``; from modules ``from_linen``, ``from_nnx``, ``from_equinox``
+- fit caches: ``fit``, ``Head``, ``FitConfig``, ``Augment``, ``network_head``, ``register_head``, ``Candidate``;
+  ``fit_freeze``, ``FreezeConfig``
 - choose among them: ``replay``, ``ReplayTable``, ``measure_costs``, ``CostTable``, ``plan``, ``Plan``
 - certify: ``certify``, ``certify_together``, ``certify_conditional``, ``Certificate``, ``Ledger``
 - keep and use: ``save_bundle``, ``load_bundle``, ``Bundle``, ``infer``, ``infer_batch``, ``Prediction``
