@@ -54,12 +54,12 @@ def test_a_folder_of_jpegs_goes_from_the_docs_config_to_an_evaluation(tmp_path, 
     with small_and_repeatable():
         fitted = json_of(base.main, *given, *trained, "--out", "base")
         assert fitted["accuracy"] > 0.6
-        weights = ["--base.weights", "base/base.safetensors"]
+        weights = ["--base.weights", "base/base.safetensors", "--plan.backend", "xla"]
         fitted = json_of(caches.main, *given, *weights, *FIT, *looks_in(tmp_path), "--out", "caches")
         found = json_of(
             evaluate.main, "--bundle", "caches/bundle", "--out", "eval", "--timed", "5", *looks_in(tmp_path)
         )
-    assert fitted["certificate"]["n"] == found["n"] + 1 == 270  # 15 and 10 % of 1797
+    assert (fitted["certificate"]["n"], found["n"]) == (269, 180)  # 15 and 10 % of 1797
     assert found["certificate"]["holds"]
 
 
@@ -103,7 +103,7 @@ def test_a_function_is_named_by_the_users_config_and_never_by_a_bundle(mine):
     ]
 
 
-@pytest.mark.parametrize("name", ["../x", "a b", "mine:", ":images", "mine:a:b", "mine/x:images", "a.b", "mine:1.0.0"])
+@pytest.mark.parametrize("name", ["../x", "a b", "mine:", ":images", "mine:a:b", "mine/x:images", "a.b"])
 def test_other_names_are_refused_by_the_config(name):
     with pytest.raises(InputError, match=r"data\.name: expected digits, folder, npz, .* or package\.module:function"):
         config_of(name)

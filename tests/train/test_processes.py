@@ -60,7 +60,7 @@ def test_a_killed_base_resumes_to_the_same_bits(tmp_path, caplog):
     result = start("-m", "tests.train.test_processes", *RESUMED, "--out", str(killed))
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert not (killed / "base.safetensors").exists()
-    with caplog.at_level(logging.INFO, logger="train.epochs"), small_and_repeatable(SMALLEST):
+    with caplog.at_level(logging.INFO, logger="gati_jax.fitting.loop"), small_and_repeatable(SMALLEST):
         base.main([*RESUMED, "--out", str(killed)])
         base.main([*RESUMED, "--out", str(whole)])
     assert "resumed at step 3 of 9" in caplog.text
