@@ -75,7 +75,7 @@ def settled(one):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    monkeypatch.setattr(assemble.gati_jax, "load_bundle", lambda _, chain=None: world.bundle())
+    monkeypatch.setattr(assemble.gati_jax, "load_bundle", lambda *_, **__: world.bundle())
     monkeypatch.setattr(assemble, "version_of", lambda _: "v")
     settings = Settings(bundle=tmp_path / "bundle", capacity=64, adapt=True, adapt_share=0.9, adapt_without=("refit",))
     parts = assemble.assemble(settings)
