@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import equinox as eqx
 import flax.linen as nn
@@ -285,10 +285,11 @@ def test_a_bundle_holds_it_and_gives_it_back(case, made, tmp_path):
     ids=["nnx.State", "equinox.Module"],
 )
 def test_parameter_trees_of_other_libraries_are_saved_as_they_are(params, tmp_path):
-    def classifier(params: Any, x):
+    def classifier(params, x):
+        held: Any = params
         if isinstance(params, nnx.State):
-            return x @ params["kernel"][...] + params["bias"][...].reshape(1, -1)
-        return jax.vmap(cast("Any", params))(x)
+            return x @ held["kernel"][...] + held["bias"][...].reshape(1, -1)
+        return jax.vmap(held)(x)
 
     chain = Chain.from_layers([jnp.tanh, (classifier, params)], (6,))
     images = RANDOM.normal(size=(40, 6)).astype(np.float32)
