@@ -73,7 +73,7 @@ class Door:
         refused: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Open it, with nobody inside."""
+        """Open it, empty."""
         self.limits, self.refused, self.clock = limits, refused, clock
         self.images = self.bytes = 0
         self.waiting = 0
