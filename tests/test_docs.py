@@ -91,10 +91,9 @@ def clone(tmp_path_factory) -> Path:
     vit = ViT(patch=2, width=8, depth=2, heads=2, hidden=16, input_shape=(8, 8, 1))
     weights = drawn(random, jax.eval_shape(lambda: fold(init(vit, jax.random.key(0)))))
     *_, last = weights
-    network = to_chain(vit, weights, normalization)
-    last["head"]["bias"] -= np.asarray(network(network.prepare(np.asarray(images)))).mean(
-        0
-    )  # so that each class is an answer
+    made = to_chain(vit, weights, normalization)
+    logits = np.asarray(made(made.prepare(np.asarray(images))))
+    last["head"]["bias"] -= logits.mean(0)  # so that each class is an answer
     gati_jax.save_pretrained(to_chain(vit, weights, normalization), folder / "my_vit")
     return folder
 
