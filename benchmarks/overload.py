@@ -53,14 +53,11 @@ MOST_GROWTH, LEAST_GOODPUT = 0.05, 0.9
 PROGRESS_SECONDS = 10.0
 
 
-class LoadResult(Record):
-    """What became of one load."""
+class Counts(Record):
+    """What was sent, and what came back."""
 
-    connections: str
-    factor: float
-    """The rate over the capacity that was measured before it."""
     capacity: float
-    """Answers a second in closed loop, the mean of before and after."""
+    """Answers a second in closed loop."""
     seconds: float
     rate: float
     sent: int
@@ -71,6 +68,14 @@ class LoadResult(Record):
     """Connections closed without an answer, and requests without one in time."""
     different: int
     """Answers of another class than without load."""
+
+
+class LoadResult(Counts):
+    """What became of one load."""
+
+    connections: str
+    factor: float
+    """The rate over the capacity that was measured before it."""
     goodput: float
     """Answers a second."""
     p50_ms: float | None

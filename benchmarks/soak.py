@@ -33,7 +33,7 @@ from . import arrivals
 from .compare import commit
 from .contenders import without_caches
 from .load import above_0
-from .overload import OK, capacity_of
+from .overload import OK, Counts, capacity_of
 from .process import Server, inferences, serving
 from .sockets import CLOSED, SILENT, Stream, drive
 from .summary import LATE_SECONDS, latencies
@@ -76,20 +76,12 @@ class Slope(Record):
     """Over the turns, as a share of the mean."""
 
 
-class Soak(Record):
+class Soak(Counts):
     """The whole result."""
 
     network: str
     machine: str
     adapt: bool
-    seconds: float
-    capacity: float
-    rate: float
-    sent: int
-    answered: int
-    refused: dict[str, int]
-    lost: int
-    different: int
     rss: Slope
     descriptors: Slope
     left_behind: tuple[str, ...]

@@ -13,7 +13,7 @@ The life of a request, with its files and threads:
  3. ``Engine.submit`` (the same thread, under the engine's lock) makes a ``Job`` of each image. ``Scheduler.admit``
     gives all of them slots, or none. The service gets a future for each image and waits without polling.
  4. The engine's thread (``engine.loop``), woken or back from the last step, asks the ``engine.scheduler`` under the
-    lock. Jobs that would be served in vain are dropped first: too little is left until their deadline
+    lock. Jobs that are not worth a step are dropped first: too little is left until their deadline
     (``DeadlineError``), or their client has left. Then ``next_step`` selects the best queue, of a route and a stage,
     and the bucket that gains most (``engine.policy``), whatever requests its jobs belong to.
  5. ``JaxRunner.dispatch`` (the engine's thread, without the lock) starts the program (``engine.programs``) of that

@@ -79,12 +79,7 @@ def save_bundle(
     _check_chain(chain, class_names)
     for one, _ in pairs:
         _check_caches(one, chain, caches)
-    entries = tuple(
-        CacheEntry(
-            name=c.name, site=c.site, predictor=describe_predictor(c.predictor), selector=describe_selector(c.selector)
-        )
-        for c in caches
-    )
+    entries = tuple(map(_entry, caches))
     with replacing(path) as folder:
         ocp.save(str(folder.absolute() / "arrays"), named_arrays(chain, caches))
         write_json(folder / "plans.json", Plans(plans=tuple(PlanEntry.of(one) for one, _ in pairs)))
@@ -106,6 +101,11 @@ def save_bundle(
         )
         write_json(folder / "manifest.json", manifest)
         _write_costs(folder, tuple(costs))
+
+
+def _entry(cache: Candidate) -> CacheEntry:
+    predictor, selector = describe_predictor(cache.predictor), describe_selector(cache.selector)
+    return CacheEntry(name=cache.name, site=cache.site, predictor=predictor, selector=selector)
 
 
 def _provenance(certificate: Certificate) -> Provenance:

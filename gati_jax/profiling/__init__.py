@@ -16,7 +16,6 @@ from .backends import spans_of as spans_of
 from .costs import Backend as Backend
 from .costs import device_name as device_name
 from .costs import measure_costs as measure_costs
-from .costs import measure_once as measure_once
 from .costs import measure_steadily as measure_steadily
 from .costs import missing_device as missing_device
 from .costs import time_interleaved as time_interleaved

@@ -31,6 +31,7 @@ from .costs import (
     spread,
     time_interleaved,
     time_lookups,
+    warn_if_unsteady,
 )
 from .tuned_cascade import MOST_ROWS, MOST_TILES, Tile, TunedCascade, Tuning
 
@@ -221,13 +222,15 @@ def measure_onnx_costs(
     full_ms = float(np.median(times["full"]))
     until = np.cumsum(span_ms) * full_ms / span_ms.sum()
     blocks = np.diff(np.interp(range(depth + 1), [0, *stops], [0.0, *until]))
-    return CostTable(
+    costs = CostTable(
         device=device_name("onnxruntime"),
         batch=batch,
         blocks_ms=tuple(blocks.tolist()),
         lookup_ms=time_lookups(programs, candidates, max(5, rounds // 2)),
         spread=spread(times["full"]),
     )
+    warn_if_unsteady(costs)
+    return costs
 
 
 class _OnnxPrograms:

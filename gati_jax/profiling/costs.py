@@ -111,25 +111,8 @@ def measure_costs(
         progress: Whether to draw progress bars on a terminal.
 
     Returns:
-        Milliseconds of the batch, for ``plan``. A line in the log says if they spread by more than ``MOST_SPREAD``.
+        Milliseconds of the batch, for ``plan``. A line in the log says if they are ``unsteady``.
     """
-    costs = measure_once(chain, candidates, rounds=rounds, batch=batch, options=options, sites=sites, progress=progress)
-    if costs.spread > MOST_SPREAD:
-        _log.warning("costs: %s: is the machine busy? A plan by them may not save what it says", unsteady(costs))
-    return costs
-
-
-def measure_once(
-    chain: Chain,
-    candidates: Iterable[Candidate],
-    *,
-    rounds: int = 60,
-    batch: int = 1,
-    options: CompilerOptions = (),
-    sites: Iterable[int] | None = None,
-    progress: bool = False,
-) -> CostTable:
-    """Measure as ``measure_costs`` does, without a warning: for ``measure_steadily``, which measures again."""
     depth, candidates = len(chain), tuple(candidates)
     images = jnp.zeros((batch, *chain.input_spec.shape), chain.input_spec.dtype)
     stops = [*sorted({site for site in (range(1, depth) if sites is None else sites) if site}), depth]
@@ -137,15 +120,16 @@ def measure_once(
     prefixes = {str(site): prefix_program(chain, site, images, options) for site in stops}
     times = time_interleaved(prefixes, rounds=rounds, progress=progress)
     until = np.maximum.accumulate([0.0, *(float(np.median(v)) for v in times.values())])
-    return CostTable(
+    lookup_ms = time_lookups(_XlaPrograms(chain, images, options), candidates, max(5, rounds // 2), progress=progress)
+    costs = CostTable(
         device=device_name(),
         batch=batch,
         blocks_ms=tuple(np.diff(np.interp(range(depth + 1), [0, *stops], until)).tolist()),
-        lookup_ms=time_lookups(
-            _XlaPrograms(chain, images, options), candidates, max(5, rounds // 2), progress=progress
-        ),
+        lookup_ms=lookup_ms,
         spread=spread(times[str(depth)]),
     )
+    warn_if_unsteady(costs)
+    return costs
 
 
 def announce(backend: str, spans: int, lookups: int, batch: int, rounds: int) -> None:
@@ -167,14 +151,20 @@ def unsteady(costs: CostTable) -> str:
     return ""
 
 
+def warn_if_unsteady(costs: CostTable) -> None:
+    """Log that costs cannot be relied on, if so."""
+    if why := unsteady(costs):
+        _log.warning("costs: %s: is the machine busy? A plan by them may not save what it says", why)
+
+
 def measure_steadily(measure: Callable[[], CostTable]) -> CostTable:
     """Return a measurement that is not ``unsteady``, of at most three; if there is none, the steadiest of them."""
     tables: list[CostTable] = []
     while len(tables) <= _AGAIN:
         tables.append(measure())
-        if not (why := unsteady(tables[-1])):
+        if not unsteady(tables[-1]):
             return tables[-1]
-        _log.warning("measurement %d of at most %d: the machine is busy: %s", len(tables), 1 + _AGAIN, why)
+        _log.info("costs: measured %d of at most %d times", len(tables), 1 + _AGAIN)
     return min(tables, key=lambda table: (table.blocks_ms.count(0.0), table.spread))
 
 

@@ -21,7 +21,7 @@ from gati_jax.runtime import CompilerOptions
 from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
 from gati_jax.runtime.cascade import Cascade, Prediction, predict_one, predict_only
 
-from .costs import Backend, measure_once, measure_steadily
+from .costs import Backend, measure_costs, measure_steadily
 
 LARGEST_BUCKET = 256  # rows in one program
 MOST_TILES = 16  # each is one more loop in every span
@@ -184,7 +184,9 @@ class TunedCascade:
         tiles = []
         for tile in self.tuning.tiles:
             cascade, how = self._tile(tile.size), {"options": tile.options, "sites": self.cascade.sites}
-            once = functools.partial(measure_once, cascade.chain, cascade.caches, rounds=rounds, batch=tile.size, **how)
+            once = functools.partial(
+                measure_costs, cascade.chain, cascade.caches, rounds=rounds, batch=tile.size, **how
+            )
             tiles.append(dataclasses.replace(tile, costs=measure_steadily(once)))
         return dataclasses.replace(self.tuning, tiles=tuple(tiles))
 

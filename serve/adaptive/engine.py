@@ -114,7 +114,7 @@ class AdaptiveEngine:
         """Admit images, all or none; see ``Engine.submit``. Only uint8 ones of the plan's route adapt.
 
         The nearest cache answers only where a place is free for a shadow, whether or not the coin asks for one: if
-        refusals depended on the coin, those that are served would be the ones that nobody compares.
+        refusals depended on the coin, those that are served would be the ones that are not compared.
         """
         tickets = self._ask(images) if route == ADAPTED and images.dtype == np.uint8 else []
         try:

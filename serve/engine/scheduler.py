@@ -130,7 +130,7 @@ class Scheduler:
             self._queue(job, 0)
 
     def drop(self, now: float) -> list[Job]:
-        """Remove, and return, the waiting jobs that would be served in vain: abandoned, or too late for any exit."""
+        """Remove, and return, the waiting jobs that are not worth a step: abandoned, or too late for any exit."""
         first = {key: now + self._until_ms(key, _NONE) / 1e3 for key in self._queues}
 
         def goes(job: Job) -> bool:

@@ -52,10 +52,10 @@ class StableHloForm:
 
     def describe(self, *, checked: bool) -> dict[str, Any]:
         """Return the programs, the arrays, and what wrote them."""
+        del checked
         return {
             "jax": jax.__version__,
             "platform": jax.default_backend(),
-            "checked": checked,
             "written": dt.datetime.now(dt.UTC).date().isoformat(),
             "arrays": [{"dtype": str(array.dtype), "shape": array.shape} for _, array in self._arrays.values()],
             "programs": [about for about, _ in self._programs],
