@@ -5,6 +5,7 @@ annotation of the library checked by beartype.
 """
 
 import gc
+import sys
 from pathlib import Path
 
 import jax
@@ -48,6 +49,28 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared/data (CIFAR-10 as TFDS folders and pretrained networks)")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """PyTorch on one thread, for it shares the processors with JAX."""
+    found = pytest.importorskip("torch")
+    found.set_num_threads(1)
+    return found
+
+
+@pytest.fixture(scope="session")
+def torchvision(torch):
+    """Some wheels do not fit this PyTorch and lack their operators, two of which the import asks for."""
+    try:
+        yield pytest.importorskip("torchvision")
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.startswith("torchvision")]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "FRAGMENT")  # the operators live as long as this
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        yield pytest.importorskip("torchvision")
 
 
 def _fresh_ledger(tmp_path_factory):

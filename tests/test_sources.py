@@ -54,8 +54,8 @@ TRANSFORMS = [
 
 @pytest.mark.parametrize("size", [(31, 50), (50, 31), (24, 24), (25, 97)])
 @pytest.mark.parametrize("options", TRANSFORMS, ids=str)
-def test_pictures_are_torchvisions(options, size):
-    transforms = pytest.importorskip("torchvision.transforms", reason="compares with torchvision")
+def test_pictures_are_torchvisions(options, size, torchvision):
+    transforms = torchvision.transforms
     theirs = []
     if resize := options.get("resize"):
         filter_ = transforms.InterpolationMode(options.get("interpolation", "bilinear"))

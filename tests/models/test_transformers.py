@@ -1,6 +1,5 @@
 """ViT and BERT as chains: PyTorch's logits, padding that changes nothing, and bundles that load by themselves."""
 
-import sys
 from typing import Any
 
 import jax
@@ -35,30 +34,6 @@ def texts(n: int, length: int = SMALL_BERT.length, seed: int = 1) -> np.ndarray:
 
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
-
-_KEPT: list[Any] = []
-
-
-@pytest.fixture(scope="module")
-def torch():
-    found = pytest.importorskip("torch")
-    found.set_num_threads(1)
-    return found
-
-
-@pytest.fixture(scope="module")
-def torchvision(torch):
-    """Some wheels lack the compiled operators, two of which the import asks for."""
-    try:
-        return pytest.importorskip("torchvision")
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.startswith("torchvision")]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(library)
-        return pytest.importorskip("torchvision")
 
 
 @pytest.fixture(scope="module")
