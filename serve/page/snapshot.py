@@ -249,11 +249,11 @@ class LookupFacts(_Shown):
 
 
 class AnswerFacts(_Shown):
-    """An answer, and its most probable classes: number, name, probability."""
+    """An answer, and its most probable classes: number, name, probability; of a stored answer, the class alone."""
 
     exit: int
     score: float
-    top: tuple[tuple[int, str, float], ...]
+    top: tuple[tuple[int, str, float | None], ...]
 
 
 class ComparedFacts(_Shown):
@@ -291,9 +291,12 @@ def compared(found: Compared, model: Model, milliseconds: float) -> ComparedFact
 
 
 def _answer(answer: Answer, model: Model) -> AnswerFacts:
+    names = model.class_names
+    if answer.exit < 0:  # adaptation's input cache keeps classes alone
+        name = names[answer.class_index] if names else str(answer.class_index)
+        return AnswerFacts(exit=answer.exit, score=answer.score, top=((answer.class_index, name, None),))
     shares = softmax(answer.logits[None])[0]
     others = [index for index in (-shares).argsort(kind="stable").tolist() if index != answer.class_index]
-    names = model.class_names
     return AnswerFacts(
         exit=answer.exit,
         score=answer.score,

@@ -56,6 +56,9 @@ function lookups(found, facts) {
 }
 
 function classes(title, answer) {
-  const lines = answer.top.map((one) => row(label(one), el("td", { className: "bar" }, el("meter", { min: 0, max: 1, value: one[2], "aria-label": label(one) })), number(share(one[2]))));
-  return el("div", {}, el("h3", {}, title), el("table", {}, el("tbody", {}, ...lines)));
+  const heading = el("h3", {}, title);
+  if (answer.exit < 0) return el("div", {}, heading, el("p", {}, `${label(answer.top[0])}; of stored answers, the class alone is kept.`));
+  const bar = (one) => el("td", { className: "bar" }, el("meter", { min: 0, max: 1, value: one[2], "aria-label": label(one) }));
+  const lines = answer.top.map((one) => row(label(one), bar(one), number(share(one[2]))));
+  return el("div", {}, heading, el("table", {}, el("tbody", {}, ...lines)));
 }

@@ -10,14 +10,14 @@ const COLOURS = ["accent", "second", "strong-line"];
 
 export class Chart {
   // `lines`: name, values(history) and say(value) of each; `say` also writes the axis.
-  constructor(parent, { title, lines, most }) {
+  constructor(parent, { title, lines, most, wide }) {
     this.lines = lines;
     this.most = most;
     const id = `chart-${parent.childElementCount}`;
     this.words = lines.map((_, i) => el("span", { className: `key ${PLACES[i]}` }));
     this.when = el("span", { className: "key-time" });
     this.plot = el("div", { className: "plot", role: "img", "aria-labelledby": id });
-    parent.append(el("figure", {}, el("figcaption", { id }, el("strong", {}, title), ...this.words, this.when), this.plot));
+    parent.append(el("figure", { className: wide ? "wide" : "" }, el("figcaption", { id }, el("strong", {}, title), ...this.words, this.when), this.plot));
     this.data = [[], ...lines.map(() => [])];
     this.#draw();
     new ResizeObserver(() => this.drawn.setSize(this.#size())).observe(this.plot);

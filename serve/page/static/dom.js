@@ -24,8 +24,8 @@ export const count = (n) => n.toLocaleString("en");
 
 export function share(x) {
   if (x === null || Number.isNaN(x)) return "–";
-  const percent = 100 * x;
-  return `${percent > 0 && percent < 10 ? percent.toPrecision(2) : percent.toFixed(percent >= 99.95 || percent === 0 ? 0 : 1)} %`;
+  const hundred = 100 * x;
+  return `${hundred < 10 ? Number(hundred.toPrecision(2)) : Number(hundred.toFixed(1))} %`;
 }
 
 // A promise, as it was chosen: 0.05 is 5 %.
@@ -35,7 +35,7 @@ export function milliseconds(seconds) {
   if (seconds === null) return "–";
   if (seconds >= 1) return `${seconds.toPrecision(3)} s`;
   const ms = 1000 * seconds;
-  return `${ms >= 100 ? ms.toFixed(0) : ms.toPrecision(2)} ms`;
+  return `${ms >= 100 ? ms.toFixed(0) : Number(ms.toPrecision(2))} ms`;
 }
 
-export const rate = (x) => (x === null ? "–" : x >= 100 ? count(Math.round(x)) : x >= 10 ? x.toFixed(1) : x.toFixed(x ? 2 : 0));
+export const rate = (x) => (x === null ? "–" : x >= 100 ? count(Math.round(x)) : Number(x.toFixed(x >= 10 ? 1 : 2)));

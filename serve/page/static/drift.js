@@ -55,7 +55,7 @@ export function showBundle(now, facts) {
   const adapted = now.adaptation ? [["Version that adaptation serves", String(now.adaptation.version)]] : [];
   const plans = facts.plans.map((plan) =>
     row(
-      plan.name + (plan.name === facts.default ? " (default)" : ""),
+      plan.name === facts.default ? `${plan.name}, where none is asked for` : plan.name,
       promised(plan),
       plan.sites.length ? plan.sites.join(", ") : "none",
       number(count(now.by_plan[plan.name] ?? 0)),

@@ -26,7 +26,7 @@ export function showExits(history, facts) {
       const meter = el("meter", { min: 0, max: 1, value: part(recent, exit) ?? 0, "aria-label": `${nameOf(exit, facts)}, last minute` });
       return row(
         nameOf(exit, facts),
-        number(`${blocksRun(exit)} of ${facts.depth}`),
+        el("td", { className: "number run" }, `${blocksRun(exit)} of ${facts.depth}`),
         el("td", { className: "bar" }, meter),
         number(share(part(recent, exit))),
         number(`${count(now.left[exit])} (${share(part(all, exit))})`),

@@ -35,7 +35,7 @@ function addDisagreement() {
   const of = (name, get) => ({ name, values: (seen) => seen.values(get), say: share });
   const lines = [of("estimated", (now) => now.adaptation?.estimate ?? null), of("at most", (now) => now.adaptation?.upper ?? null)];
   if (promised !== null) lines.push(of("promised", () => promised));
-  charts.push(Object.assign(new Chart($("charts"), { title: "Disagreement with the whole network", lines }), { isDrift: true }));
+  charts.push(Object.assign(new Chart($("charts"), { title: "Disagreement with the whole network", lines, wide: true }), { isDrift: true }));
 }
 
 function tile(name, value, more) {
@@ -52,6 +52,7 @@ function showTiles(now) {
     tile("Waiting", count(waiting(now)), now.queue_age_seconds ? `since ${milliseconds(now.queue_age_seconds)}` : `${count(now.used)} of ${count(now.admitted)} places taken`),
     tile("Refused", count(total), total ? Object.entries(now.refused).map(([why, n]) => `${why} ${count(n)}`).join(", ") : "since the start"),
     tile("Failed steps", count(now.failed_steps), `of ${count(now.steps)}`),
+    ...(now.adaptation ? [tile("Alarms", count(now.adaptation.events.alarm ?? 0), `${count(now.adaptation.events.trial ?? 0)} trials, version ${count(now.adaptation.version)}`)] : []),
   );
 }
 
@@ -66,7 +67,7 @@ function showState(now) {
   if (now.stopping) setState("bad", "Stopping");
   else if (!now.ready) setState("", "Warming up");
   else if (state && state[0] === "bad") setState("bad", state[1]);
-  else setState("good", "Ready");
+  else setState("good", state && now.adaptation.state !== "open" ? `Ready. ${state[1]}` : "Ready");
 }
 
 function onAbout(told) {
