@@ -16,7 +16,7 @@ export function nameOf(exit, facts) {
 export const blocksRun = (exit) => Math.max(0, exit);
 
 export function showExits(history, facts) {
-  const now = history.between((_, after) => after, 1) ?? history.values((one) => one).at(-1);
+  const now = history.latest;
   const recent = history.between(exits, MINUTE) ?? { left: {}, total: 0 };
   const all = exits(null, now);
   const known = Object.keys(now.left).map(Number).sort((a, b) => a - b);

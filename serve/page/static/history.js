@@ -19,7 +19,7 @@ export class History {
 
   get times() { return this.#kept.map(({ at }) => at); }
 
-  get length() { return this.#kept.length; }
+  get latest() { return this.#kept.at(-1).now; }
 
   // Apply `get(before, after, seconds)` to the snapshots `span` apart that end at index i; null where there is none.
   between(get, span, i = this.#kept.length - 1) {

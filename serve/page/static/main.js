@@ -71,6 +71,7 @@ function showState(now) {
 }
 
 function onAbout(told) {
+  if (JSON.stringify(told) === JSON.stringify(facts)) return; // connected again
   facts = told;
   history = new History();
   document.title = `${facts.model} – GATI-JAX server`;
@@ -90,10 +91,10 @@ function onNow(now) {
   showExits(history, facts);
   if (now.adaptation && !charts.some((chart) => chart.isDrift)) addDisagreement();
   charts.forEach((chart) => chart.show(history));
-  // A table under the pointer, or with the focus in it, stays as it is while it says the same.
+  // What says the same stays, and so does what has the focus: it would be lost with a table that is replaced.
   for (const [id, show] of [["drift", showDrift], ["bundle", showBundle]]) {
     const made = el("div", {}, ...show(now, facts));
-    if (made.textContent !== $(id).textContent) $(id).replaceChildren(...made.childNodes);
+    if (made.textContent !== $(id).textContent && !$(id).contains(document.activeElement)) $(id).replaceChildren(...made.childNodes);
   }
 }
 
