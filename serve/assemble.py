@@ -70,9 +70,10 @@ def assemble(settings: Settings) -> Parts:
         )
         if adaptive is None or isinstance(runner, OnnxRunner):  # adaptation's routes are in the reference arithmetic
             engine.start()
-            return Backend(engine, choose_route)
+            return Backend(engine, choose_route, routes=engine.routes)
         adaptive.serve(engine, runner)
-        return Backend(adaptive.adapting, choose_route, adaptive.adapting.notes)
+        adapting = adaptive.adapting
+        return Backend(adapting, choose_route, adapting.notes, engine.routes, adapting.events)
 
     return Parts(service=service, metrics=metrics, start=start)
 

@@ -92,7 +92,8 @@ async def _serve(settings: Settings, parts: Parts, ports: Ports) -> int:
     limits, tls = parts.service.door.limits, _tls_files(settings)
 
     def listen(listener: socket.socket) -> HttpServer:
-        app = create_app(parts.service, parts.metrics, token=settings.token, admin=listener is ports.admin)
+        how = {"admin": listener is ports.admin, "with_page": not settings.no_page}
+        app = create_app(parts.service, parts.metrics, token=settings.token, **how)
         refused = parts.metrics.refused
         return HttpServer(
             app, listener, limits, drain=settings.drain, tls=tls, refused=refused, refuse=app.refuse

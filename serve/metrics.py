@@ -13,6 +13,8 @@
     gati_queue_depth{plan,stage}                images that wait
     gati_slots{state}                           places for images in the engine: used, and admitted at most
     gati_backlog_seconds                        expected work for the images in flight
+    gati_queue_age_seconds                      age of the image that is due first, of the queue where that is oldest
+    gati_promised_disagreement{plan}            at most; plans without a promise are left out
     gati_ready                                  1 while the server takes requests
     gati_bundle_info{model,version}             1: the served bundle
     gati_log_lines_left_out_total{reason}       lines of the log: stalled (its reader), repeated (warnings)
@@ -166,6 +168,12 @@ class Gauges(Collector):
         yield depth
         yield slots
         yield GaugeMetricFamily("gati_backlog_seconds", "Work for the images in flight", value=now.backlog_ms / 1e3)
+        yield GaugeMetricFamily("gati_queue_age_seconds", "Age of what is due first", value=now.oldest)
+        promised = GaugeMetricFamily("gati_promised_disagreement", "At most", labels=("plan",))
+        for route in self.routes:
+            if route.epsilon is not None:
+                promised.add_metric((route.name,), route.epsilon)
+        yield promised
         yield GaugeMetricFamily("gati_ready", "1 while the server takes requests", value=float(self.service.ready))
         bundle = {"model": self.service.model.name, "version": self.service.model.version}
         yield InfoMetricFamily("gati_bundle", "The served bundle", value=bundle)

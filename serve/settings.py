@@ -120,6 +120,7 @@ class Settings(BaseModel):
     tls_cert: Path | None = Field(default=None, description="certificate chain, in PEM; together with --tls-key")
     tls_key: Path | None = Field(default=None, description="its private key")
     token: str | None = Field(default=None, repr=False)
+    no_page: bool = Field(default=False, description="leave out the page at /, and the addresses below /page")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="debug logs every request"
     )

@@ -132,6 +132,9 @@ def test_a_wheel_has_all_of_it(home, tmp_path_factory):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(installed)]
     subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
     assert {path.name for path in installed.iterdir()} == {"bin", "gati_jax", wheel.name[:14] + ".dist-info"}
+    server = installed / "gati_jax" / "commands" / "serve"
+    for file in ("page/static/index.html", "page/static/uplot.LICENSE.txt", "monitoring/alerts.yml"):
+        assert (server / file).is_file()
     environment = os.environ | {"PYTHONPATH": str(installed)}
     script = [str(installed / "bin" / "gati-jax"), COMPLETION]
     done = subprocess.run(script, cwd=home, capture_output=True, text=True, env=environment, check=True)

@@ -38,6 +38,7 @@ SAFE, PART, OPEN, FAILED = STATES = ("safe", "part", "open", "failed")
 """All caches closed, some of them (or all in the network are paused for their cost), none; adaptation has failed. In
 the first and the last, the base alone answers: nor do stored answers, exact or nearest."""
 LAYERS = {EXACT: "exact", NEAREST: "nearest"}
+_SHOWN = 40  # events at a time
 _ENDING = 2.0  # seconds for the worker to end behind its present piece, and for the saver to save
 _SAVING = 1.0  # seconds that a change waits for a slow disk before it is made all the same
 _SURE = 30.0  # logits of answers from the input cache, where only the class is known
@@ -177,6 +178,10 @@ class AdaptiveEngine:
     def notes(self, route: int) -> dict[str, str]:
         """Return a response's parameters for the request that was submitted last: the version, or "safe"."""
         return self._notes if route == ADAPTED else {}
+
+    def events(self) -> Sequence[Event]:
+        """Return the latest events, the newest last."""
+        return self.read(lambda controller: tuple(controller.events))[-_SHOWN:]
 
     @property
     def engine(self) -> Engine:

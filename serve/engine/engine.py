@@ -153,6 +153,7 @@ class Engine:
                 slots_in_use=scheduler.in_use,
                 admitted=scheduler.capacity,
                 backlog_ms=scheduler.backlog_ms,
+                oldest=scheduler.oldest(self._loop.clock()),
                 leave=scheduler.leave,
                 running=self.running,
                 **self._loop.count,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
-from .records import Answer, DeadlineError, Job, Observer, Runner, Running, StageResult, Step, StepError
+from .records import Answer, DeadlineError, Job, Lookup, Observer, Runner, Running, StageResult, Step, StepError
 from .scheduler import Scheduler
 
 _log = logging.getLogger("serve.engine.loop")
@@ -173,8 +173,13 @@ class Loop:
         rows = zip(result.hit.tolist(), result.class_index.tolist(), result.score.tolist(), result.logits, strict=True)
         if len(result.hit) != len(step.jobs):
             raise ValueError(f"runner: expected {len(step.jobs)} rows, got {len(result.hit)}")
+        if not last:
+            for job, score in zip(step.jobs, result.score.tolist(), strict=True):
+                job.lookups.append(Lookup(exit_, score, result.threshold))
         return [
-            Answer(index, exit_, score, logits, job.computed) if last or (hit and not job.is_shadow) else None
+            Answer(index, exit_, score, logits, job.computed, tuple(job.lookups))
+            if last or (hit and not job.is_shadow)
+            else None
             for job, (hit, index, score, logits) in zip(step.jobs, rows, strict=True)
         ]
 

@@ -69,8 +69,8 @@ class OnnxRunner:
         else:
             logits, score = self._lookups[step.route][step.stage](x)
             self._slabs[stop][slots] = self._to_array(x)
-        hit = score >= self._thresholds[step.route][step.stage]
-        return _Done(StageResult(hit, logits.argmax(-1), score, logits))
+        threshold = self._thresholds[step.route][step.stage]
+        return _Done(StageResult(score >= threshold, logits.argmax(-1), score, logits, float(threshold)))
 
     def _first(self, jobs: Sequence[Job], stop: int) -> Any:  # noqa: ANN401 (an OrtValue)
         """Run the images of some jobs; pixels and prepared inputs are different programs."""

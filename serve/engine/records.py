@@ -1,6 +1,7 @@
 """What the service, the engine, the scheduler and the runner exchange, and their interfaces. Imports no JAX."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, Protocol
@@ -32,6 +33,15 @@ class Route:
         return (*self.sites, self.depth)
 
 
+class Lookup(NamedTuple):
+    """What a cache said of an image on its way."""
+
+    exit: int
+    score: float
+    threshold: float
+    """The least score that leaves there, as it was at that moment; infinite where the cache is closed."""
+
+
 class Answer(NamedTuple):
     """The answer for one image."""
 
@@ -40,6 +50,7 @@ class Answer(NamedTuple):
     score: float  # infinity from the base
     logits: Float[np.ndarray, " classes"]
     computed: float = 0.0  # seconds spent in steps, for the protocol's statistics
+    lookups: tuple[Lookup, ...] = ()  # of the caches that it passed, the one that answered included
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -62,6 +73,8 @@ class Job:
     slot: int = -1
     computed: float = 0.0
     """Seconds spent in steps; the engine's thread alone adds to it."""
+    lookups: list[Lookup] = dataclasses.field(default_factory=list)
+    """So far; from the engine's thread alone, too."""
 
     @property
     def abandoned(self) -> bool:
@@ -87,10 +100,13 @@ class StageResult(NamedTuple):
     class_index: Int[np.ndarray, " jobs"]
     score: Float[np.ndarray, " jobs"]
     logits: Float[np.ndarray, "jobs classes"]
+    threshold: float = math.nan
+    """Of the stage, at its dispatch; minus infinity at the last one."""
 
     def take(self, rows: Sequence[int]) -> "StageResult":
         """Return some of the rows."""
-        return StageResult(*(column[list(rows)] for column in self))
+        columns = (self.hit, self.class_index, self.score, self.logits)
+        return StageResult(*(column[list(rows)] for column in columns), threshold=self.threshold)
 
 
 class Running(Protocol):
@@ -154,6 +170,8 @@ class Statistics:
     """The most slots that may be in use."""
     backlog_ms: float
     """Expected milliseconds of work for all jobs in flight, in their best buckets; a running step counts in full."""
+    oldest: float = 0.0
+    """Age in seconds of the client that is due first, of the queue where it is oldest; 0 if none waits."""
     answered: int = 0
     refused: int = 0
     expired: int = 0

@@ -213,7 +213,7 @@ class _Running:
                 self.runner.lose(self.writes)
             raise
         logits, score = output[:, LOGITS:], output[:, SCORE]
-        return StageResult(score >= self.threshold, logits.argmax(-1), score, logits)
+        return StageResult(score >= self.threshold, logits.argmax(-1), score, logits, float(self.threshold))
 
 
 def stage_thresholds(caches: Shaped[np.ndarray | Array, " caches"]) -> Shaped[np.ndarray, " stages"]:

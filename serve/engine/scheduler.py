@@ -106,6 +106,11 @@ class Scheduler:
             total += self._step_ms((route, stage), step.bucket) + survivors * rest[route][stage + 1]
         return total
 
+    def oldest(self, now: float) -> float:
+        """Return the age in seconds of the client that is due first, of the queue where it is oldest."""
+        first = (next((w.job for w in queue if not w.job.is_shadow), None) for queue in self._queues.values())
+        return max((now - job.arrived for job in first if job is not None), default=0.0)
+
     # Jobs in and out
 
     def admit(self, jobs: Sequence[Job], spare: int = 0) -> None:

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -21,12 +21,13 @@ from gati_jax.errors import printable
 from .. import logs
 from ..engine.records import ServeError
 from ..metrics import Metrics, negotiate
+from ..page import add_page
 from . import codec, messages, openapi, page
 from .admission import Admission
 from .messages import EncodingError, RequestError, StoppingError, UnauthorizedError, refusal
 from .service import Service, check_token
 
-HEALTH = ("/v2/health/live", "/v2/health/ready")
+HEALTH: tuple[str, ...] = ("/v2/health/live", "/v2/health/ready")
 _GONE = 499  # nginx's "client closed request", for /metrics only
 _REASON = "gati.refused"  # key of a scope
 _PATH = 200  # characters of a path in a log line
@@ -40,7 +41,9 @@ _log, _access = logging.getLogger("serve.http"), logging.getLogger(logs.ACCESS)
 T = TypeVar("T")
 
 
-def create_app(service: Service, metrics: Metrics, *, token: str | None = None, admin: bool = False) -> "Guard":
+def create_app(
+    service: Service, metrics: Metrics, *, token: str | None = None, admin: bool = False, with_page: bool = True
+) -> "Guard":
     """Return the HTTP side of a service.
 
     Args:
@@ -48,6 +51,7 @@ def create_app(service: Service, metrics: Metrics, *, token: str | None = None, 
         metrics: Counts them, and is shown at /metrics.
         token: The bearer token that clients must send on all paths but health; None for no check.
         admin: Whether to leave out all but health and metrics, for a listener of their own.
+        with_page: Whether to show the page at /.
     """
     app = FastAPI(
         title="GATI-JAX",
@@ -67,7 +71,10 @@ def create_app(service: Service, metrics: Metrics, *, token: str | None = None, 
         app.add_exception_handler(kind, _on_error)
     if not admin:
         _add_models(app, handlers)
-    return Guard(app, None if admin else handlers.infer, service, metrics, token)
+    public = HEALTH
+    if with_page and not admin:
+        public += add_page(app, service, metrics, handlers.read, _while_connected)
+    return Guard(app, None if admin else handlers.infer, service, metrics, token, public)
 
 
 def _add_models(app: FastAPI, handlers: "_Handlers") -> None:
@@ -155,7 +162,7 @@ class _Handlers:
         try:
             model, version = _model_of(request)
             self._service.model.check(model, version)
-            body = await self._read(request)
+            body = await self.read(request)
             most, header = self._service.model.most_numbers, request.headers.get(codec.HEADER_LENGTH)
             decoded = codec.decode(body, header, model=model, version=version, most_numbers=most)
             answering = self._service.infer(
@@ -172,7 +179,7 @@ class _Handlers:
             return Response(body, media_type="application/json")
         return Response(body, media_type="application/octet-stream", headers={codec.HEADER_LENGTH: str(json_bytes)})
 
-    async def _read(self, request: Request) -> bytes:
+    async def read(self, request: Request) -> bytes:
         """Read a body, which has been admitted already."""
         encoding, chunks = request.headers.get("content-encoding", ""), []
         codec.check_encoding(encoding)
@@ -250,9 +257,10 @@ class Guard:
         service: Service,
         metrics: Metrics,
         token: str | None,
+        public: Collection[str] = HEALTH,
     ) -> None:
-        """Wrap an application; ``infer`` answers requests for inference, if it has any."""
-        self._app, self._infer = app, infer
+        """Wrap an application; ``infer`` answers requests for inference, if any; ``public`` paths need no token."""
+        self._app, self._infer, self._public = app, infer, public
         self._service, self._metrics, self._token = service, metrics, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -322,7 +330,7 @@ class Guard:
     async def _admit(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         """Pass on a request that may pass: by its token, and if it is for inference, once there is place for it."""
         if scope["method"] != "POST" or self._infer is None:
-            if scope["path"] not in HEALTH:
+            if scope["path"] not in self._public:
                 self._check_token(headers)
             await self._app(scope, receive, send)
             return

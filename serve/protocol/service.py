@@ -12,16 +12,16 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from gati_jax import __version__
 
-from ..engine.records import Answer, DeadlineError, Statistics, StepError, StoppingError
+from ..engine.records import Answer, DeadlineError, Route, Statistics, StepError, StoppingError
 from .admission import Admission, Door
 from .codec import DTYPES, Outgoing, Request, images_of, limits_of, outputs_of
 from .messages import ModelStatistics, NotReadyError, Parameters, RequestError, ServerMetadata, UnauthorizedError
@@ -29,6 +29,8 @@ from .model import Model, Tally, Times
 
 NAME = "gati-jax"
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics"]
+Event = tuple[int, str, str]
+"""What adaptation did: the requests that had been watched before it, its kind (an alarm, a trial, a swap), a text."""
 _WARMING_UP = "the server is warming up"
 _log = logging.getLogger("serve")
 
@@ -64,6 +66,10 @@ class Backend(NamedTuple):
     """Returns a route's number for ``epsilon`` and ``deadline_ms``, see ``serve.engine.routes.choose_route``."""
     notes: Callable[[int], Mapping[str, str]] = lambda _: {}
     """Further parameters of the response to the request that was submitted last, given its route."""
+    routes: Sequence[Route] = ()
+    """The engine's; the base is the last one."""
+    events: Callable[[], Sequence[Event]] = lambda: ()
+    """What adaptation has done since the start, the latest last."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,15 @@ class Response:
     id: str
     parameters: Parameters
     outputs: Sequence[Outgoing]
+
+
+class Compared(NamedTuple):
+    """An image's answer, and the base's."""
+
+    route: int
+    notes: Mapping[str, str]
+    answer: Answer
+    base: Answer
 
 
 class Service:
@@ -100,6 +115,11 @@ class Service:
     def drain(self) -> None:
         """Turn not ready, so that balancers look elsewhere; requests that arrive are still answered."""
         self.draining = True
+
+    @property
+    def backend(self) -> Backend | None:
+        """What answers requests; None until it is warmed up."""
+        return self._backend
 
     @property
     def closed(self) -> bool:
@@ -169,50 +189,61 @@ class Service:
         if admission is None:
             with self.admit() as own:
                 return await self.infer(request, admission=own, request_id=request_id)
-        try:
+        with self._counting(admission):
             response, rows, times = await self._infer(request, admission, request_id)
+        self._tally.answered(rows, times)
+        return response
+
+    async def compare(self, request: Request, *, admission: Admission, request_id: str = "") -> "Compared":
+        """Answer a request for one image as ``infer`` does, and by the base as well: a second image of the request.
+
+        Raises:
+            ServeError: Why there is no answer.
+        """
+        with self._counting(admission):
+            assert self._backend is not None, "the request was admitted before the warm-up"  # noqa: S101 (see _infer)
+            epsilon, deadline_ms, seconds = limits_of(request.parameters)
+            images = images_of(request, self.model)
+            if len(images) != 1:
+                raise RequestError(f"{self.model.input_name}: expected one, got {len(images)}")
+            decoded = time.monotonic()
+            admission.take(2, seconds)
+            route, base = self._route(epsilon, deadline_ms), len(self.model.plans) - 1
+            (answer, by_base), notes = await self._ask(images, (route, base), admission, request_id, decoded)
+        now = time.monotonic()
+        self._tally.answered(2, Times(now - admission.arrived, 0.0, answer.computed + by_base.computed, 0.0))
+        return Compared(route, notes, answer, by_base)
+
+    @contextlib.contextmanager
+    def _counting(self, admission: Admission) -> Generator[None]:
+        """Count a request that fails."""
+        try:
+            yield
         except BaseException as error:
             self._tally.failed(time.monotonic() - admission.arrived)
             if isinstance(error, StepError):
                 _log.exception("a request was lost with its step")
             raise
-        self._tally.answered(rows, times)
-        return response
+
+    def _route(self, epsilon: float | None, deadline_ms: float | None) -> int:
+        assert self._backend is not None  # noqa: S101 (narrows the type)
+        try:
+            return self._backend.choose_route(epsilon, deadline_ms)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
 
     async def _infer(self, request: Request, admission: Admission, request_id: str) -> tuple[Response, int, Times]:
         started = time.monotonic()
         assert self._backend is not None, "the request was admitted before the warm-up"  # noqa: S101 (narrows the type)
-        engine, choose_route, notes = self._backend
         self.model.check(request.model, request.version)
         epsilon, deadline_ms, seconds = limits_of(request.parameters)
         outputs = outputs_of(request, self.model)
         images = images_of(request, self.model)
         decoded = time.monotonic()
         admission.take(len(images), seconds)
-        deadline = admission.deadline
-        try:
-            route = choose_route(epsilon, deadline_ms)
-            futures = engine.submit(images, route=route, deadline=deadline, request_id=request_id)
-            noted = notes(route)
-        except ValueError as error:
-            raise RequestError(str(error)) from None
-        try:
-            # The engine lets a deadline pass at its next step; a step that hangs must not keep the client.
-            async with asyncio.timeout(deadline - decoded):
-                await _wait(futures)
-        except TimeoutError:
-            if not all(future.done() for future in futures):  # else the event loop was late, and not the engine
-                self.door.refused("deadline")
-                waited = time.monotonic() - admission.arrived
-                raise DeadlineError(f"the deadline passed: no answer within {waited * 1000:.3g} ms") from None
-        finally:
-            for future in futures:  # those that are not done: their images are abandoned
-                future.cancel()
-        answers = _results(futures)
+        route = self._route(epsilon, deadline_ms)
+        answers, noted = await self._ask(images, (route,), admission, request_id, decoded)
         answered = time.monotonic()
-        admission.answered = True
-        if bad := [i for i, answer in enumerate(answers) if not np.isfinite(answer.logits).all()]:
-            raise RequestError(f"images: expected inputs with finite logits, got NaN or infinity for image {bad[0]}")
         plan = self.model.plans[route]
         bound = self.model.bounds.get(plan)
         response = Response(
@@ -226,19 +257,59 @@ class Service:
         computing = min(max(answer.computed for answer in answers), answered - decoded)
         return response, len(images), Times(now - admission.arrived, decoded - started, computing, now - answered)
 
+    async def _ask(
+        self,
+        images: Shaped[np.ndarray, "images *input"],
+        routes: Sequence[int],
+        admission: Admission,
+        request_id: str,
+        since: float,
+    ) -> tuple[list[Answer], Mapping[str, str]]:
+        """Have all images answered by each of some routes, in turn; also the first one's notes.
+
+        Raises:
+            ServeError: Why there is no answer.
+        """
+        assert self._backend is not None  # noqa: S101 (narrows the type)
+        deadline, futures, noted = admission.deadline, list[Future[Answer]](), dict[str, str]()
+        try:
+            for route in routes:
+                engine = self._backend.engine
+                futures += engine.submit(images, route=route, deadline=deadline, request_id=request_id)
+                noted = noted or self._backend.notes(route)
+            # The engine lets a deadline pass at its next step; a step that hangs must not keep the client.
+            async with asyncio.timeout(deadline - since):
+                await _wait(futures)
+        except TimeoutError:
+            if not all(future.done() for future in futures):  # else the event loop was late, and not the engine
+                self.door.refused("deadline")
+                waited = time.monotonic() - admission.arrived
+                raise DeadlineError(f"the deadline passed: no answer within {waited * 1000:.3g} ms") from None
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        finally:
+            for future in futures:  # those that are not done: their images are abandoned
+                future.cancel()
+        answers = _results(futures)
+        admission.answered = True
+        if bad := [i for i, answer in enumerate(answers) if not np.isfinite(answer.logits).all()]:
+            raise RequestError(f"images: expected inputs with finite logits, got NaN or infinity for image {bad[0]}")
+        return answers, noted
+
     def _output(self, name: str, answers: Sequence[Answer], *, binary: bool) -> Outgoing:
         datatype, shape = self.model.outputs[name]
         if name == "class_name":
             values: np.ndarray | list[bytes] = [self._names[answer.class_index] for answer in answers]
         elif name in {"logits", "probabilities"}:
             logits = np.stack([answer.logits for answer in answers])
-            values = logits if name == "logits" else _softmax(logits)
+            values = logits if name == "logits" else softmax(logits)
         else:
             values = np.asarray([getattr(answer, name) for answer in answers], DTYPES[datatype])
         return Outgoing(name, datatype, (len(answers), *shape), values, binary)
 
 
-def _softmax(logits: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n classes"]:
+def softmax(logits: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n classes"]:
+    """Return the probabilities of the classes."""
     e = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
 

@@ -117,7 +117,7 @@ class FakeEngine:
 class Front:
     """A service in front of a fake engine."""
 
-    def __init__(self, *, token=None, limits=LIMITS, ready=True, clock=time.monotonic):
+    def __init__(self, *, token=None, limits=LIMITS, ready=True, clock=time.monotonic, with_page=True):
         self.engine, tally = FakeEngine(), Tally()
         self.metrics = Metrics(tally)
         self.engine.observer = self.metrics
@@ -125,12 +125,12 @@ class Front:
         self.service = Service(MODEL, tally=tally, door=self.door)
         self.metrics.watch(ROUTES, self.engine.statistics, self.service)
         self.token = token
-        self.app = create_app(self.service, self.metrics, token=token)
+        self.app = create_app(self.service, self.metrics, token=token, with_page=with_page)
         if ready:
             self.warm_up()
 
     def warm_up(self):
-        self.service.warmed_up(Backend(self.engine, choose_route))
+        self.service.warmed_up(Backend(self.engine, choose_route, routes=ROUTES))
 
     def sockets(self):
         """See ``sockets``."""

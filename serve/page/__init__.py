@@ -1,0 +1,13 @@
+"""The page at /: what the server does now, for people, and a box for an input of their own.
+
+    GET  /              the page; its files are below /page/
+    GET  /page/stream   server-sent events: "about" once, then "now" every second (``snapshot``)
+    POST /page/compare  one input, in the protocol's form for requests: the answer, the scores on the way, the base's
+
+It stands at the port of HTTP, not at --admin-port: its box asks for inference, which goes the way of every request,
+through the door and the engine. The page's files hold nothing of the server and need no token; the other two need it.
+``feed`` computes each snapshot once for all who look, from the counters of /metrics, and nothing while nobody does.
+All that the browser loads is here: ``static`` has uPlot 1.6.32 (MIT), unchanged, with its licence.
+"""
+
+from .routes import add_page as add_page

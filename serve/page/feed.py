@@ -1,0 +1,104 @@
+"""One computation of what the page shows, for all who look at it."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+
+from ..engine.records import OverloadedError
+
+PERIOD = 1.0  # seconds between two snapshots
+VIEWERS = 16  # at once
+_log = logging.getLogger("serve.page")
+
+
+class Viewer:
+    """One who looks: an iterator over what is produced.
+
+    It keeps the newest item alone. A viewer that reads slowly misses items, and costs nothing; one that reads nothing
+    at all is disconnected by ``protocol.http_connection``, as any client that does not take its answer.
+    """
+
+    def __init__(self, feed: "Feed") -> None:
+        """Wait for the first item."""
+        self._feed, self._newest, self._changed, self._ended = feed, b"", asyncio.Event(), False
+
+    def offer(self, item: bytes) -> None:
+        """Take an item, in place of one that has not been read."""
+        self._newest = item
+        self._changed.set()
+
+    def end(self) -> None:
+        """Have the iteration end behind the last item."""
+        self._ended = True
+        self._changed.set()
+
+    def leave(self) -> None:
+        """Look no longer."""
+        self._feed.leave(self)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """Return items as they come."""
+        while not self._ended:
+            await self._changed.wait()
+            self._changed.clear()
+            item, self._newest = self._newest, b""
+            if item:
+                yield item
+
+
+class Feed:
+    """Computes an item every second while somebody looks; for the event loop's thread only.
+
+    Args:
+        compute: Returns the item; called in a thread, so that no request waits for it.
+        closing: Set when the server stops: all viewers get a last item, and end.
+        most: Viewers at once.
+        period: Seconds.
+    """
+
+    def __init__(
+        self, compute: Callable[[], bytes], closing: asyncio.Event, *, most: int = VIEWERS, period: float = PERIOD
+    ) -> None:
+        """Rest until somebody looks."""
+        self._compute, self._closing, self._most, self._period = compute, closing, most, period
+        self._viewers: set[Viewer] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    def join(self) -> Viewer:
+        """Return a new viewer, which must ``leave``.
+
+        Raises:
+            OverloadedError: There are too many.
+        """
+        if len(self._viewers) >= self._most:
+            raise OverloadedError(f"page: expected at most {self._most} viewers at once, got one more", self._period)
+        viewer = Viewer(self)
+        self._viewers.add(viewer)
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+        return viewer
+
+    def leave(self, viewer: Viewer) -> None:
+        """Forget a viewer; behind the last one, the computation ends."""
+        self._viewers.discard(viewer)
+        if not self._viewers and self._task is not None:
+            self._task.cancel()
+            self._task = None
+
+    async def _run(self) -> None:
+        try:
+            closed = False
+            while not closed:
+                closed = self._closing.is_set()
+                item = await asyncio.to_thread(self._compute)
+                for viewer in self._viewers:
+                    viewer.offer(item)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0 if closed else self._period):
+                        await self._closing.wait()
+        except Exception:  # noqa: BLE001 (the server goes on)
+            _log.exception("the page's snapshot failed")
+        for viewer in self._viewers:
+            viewer.end()
+        self._task = None

@@ -1,0 +1,73 @@
+// What was seen since the page was opened: counters become rates, a cumulative histogram becomes percentiles.
+
+const KEPT = 301; // snapshots, one a second
+const sum = (values) => Object.values(values).reduce((total, value) => total + value, 0);
+
+export const answered = (now) => sum(now.left) + (now.adaptation ? sum(now.adaptation.input_cache) : 0);
+export const refused = (now) => sum(now.refused);
+export const waiting = (now) => sum(now.queue_depth);
+
+export class History {
+  #kept = [];
+
+  add(now, at = Date.now() / 1000) {
+    const last = this.#kept.at(-1);
+    if (last && answered(now) < answered(last.now)) this.#kept = []; // another process: its counters begin at 0
+    this.#kept.push({ at, now });
+    if (this.#kept.length > KEPT) this.#kept.shift();
+  }
+
+  get times() { return this.#kept.map(({ at }) => at); }
+
+  get latest() { return this.#kept.at(-1).now; }
+
+  // Apply `get(before, after, seconds)` to the snapshots `span` apart that end at index i; null where there is none.
+  between(get, span, i = this.#kept.length - 1) {
+    const after = this.#kept[i];
+    const before = this.#kept[Math.max(0, i - span)];
+    return after === undefined || before === after ? null : get(before.now, after.now, after.at - before.at);
+  }
+
+  line(get, span) { return this.#kept.map((_, i) => this.between(get, span, i)); }
+
+  values(get) { return this.#kept.map(({ now }) => get(now)); }
+}
+
+export const per = (counter) => (before, after, seconds) => (counter(after) - counter(before)) / seconds;
+
+// Images by exit between two snapshots, and how many there were.
+export function exits(before, after) {
+  const left = Object.fromEntries(Object.entries(after.left).map(([exit, n]) => [exit, n - (before?.left[exit] ?? 0)]));
+  return { left, total: sum(left) };
+}
+
+// The mean share of the network's blocks that was run.
+export function depthOf(facts) {
+  return (before, after) => {
+    const { left, total } = exits(before, after);
+    if (!total || !facts.depth) return null;
+    return Object.entries(left).reduce((ran, [exit, n]) => ran + n * Math.max(0, Number(exit)), 0) / total / facts.depth;
+  };
+}
+
+export function earlyOf(facts) {
+  return (before, after) => {
+    const { left, total } = exits(before, after);
+    return total ? 1 - (left[facts.depth] ?? 0) / total : null;
+  };
+}
+
+// A percentile in seconds, from the images that were answered between two snapshots; linear within a bucket.
+export function percentile(q) {
+  return (before, after) => {
+    const { le, counts } = after.latency;
+    const seen = counts.map((n, i) => n - (before.latency.counts[i] ?? 0));
+    const rank = q * (seen.at(-1) ?? 0);
+    if (!rank) return null;
+    const i = seen.findIndex((n) => n >= rank);
+    if (le[i] === null) return le[i - 1] ?? null;
+    const low = i ? le[i - 1] : 0;
+    const below = i ? seen[i - 1] : 0;
+    return low + ((le[i] - low) * (rank - below)) / (seen[i] - below);
+  };
+}

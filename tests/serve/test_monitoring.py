@@ -1,0 +1,200 @@
+"""The dashboard and the alert rules: every metric and label that they name is one of a real server; rules fire."""
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import serve
+from serve import assemble
+from serve.settings import Settings
+from tests.adaptation import world
+from tests.serve import fake
+from tests.serve.transports import INFER
+
+FOLDER = Path(serve.__file__).with_name("monitoring")
+ALERTS, DASHBOARD = FOLDER / "alerts.yml", FOLDER / "grafana.json"
+VARIABLES = {"$__rate_interval": "5m", "$instance": ".*", "$job": ".*"}
+OUTER = {"instance", "job"}  # labels that Prometheus adds
+NAME = r"\b(?:gati|process)_\w+"
+QUIET = {
+    "gati_ready": "1+0x60",
+    'gati_adaptation_events_total{kind="alarm"}': "2+0x60",
+    'gati_adaptation_state{state="safe"}': "0+0x60",
+    'gati_adaptation_state{state="failed"}': "0+0x60",
+    "gati_adaptation_unsaved": "0+0x60",
+    'gati_refused_total{reason="overloaded"}': "0+1x60",
+    'gati_requests_total{method="infer"}': "0+100x60",
+    "gati_queue_age_seconds": "0.01+0x60",
+    'gati_latency_seconds_bucket{le="0.25"}': "0+100x60",
+    'gati_latency_seconds_bucket{le="0.5"}': "0+100x60",
+    'gati_latency_seconds_bucket{le="+Inf"}': "0+100x60",
+    'gati_failed_steps_total{plan="a",stage="0"}': "3+0x60",
+}
+LOUD = {
+    "gati_ready": ("GatiNotReady", "0+0x60"),
+    'gati_adaptation_events_total{kind="alarm"}': ("GatiDriftAlarm", "2+0x50 3+0x10"),
+    'gati_adaptation_state{state="safe"}': ("GatiSafeMode", "1+0x60"),
+    'gati_adaptation_state{state="failed"}': ("GatiAdaptationFailed", "1+0x60"),
+    "gati_adaptation_unsaved": ("GatiStateUnsaved", "1+0x60"),
+    'gati_refused_total{reason="overloaded"}': ("GatiRefusing", "0+10x60"),
+    "gati_queue_age_seconds": ("GatiQueueOld", "3+0x60"),
+    'gati_latency_seconds_bucket{le="0.25"}': ("GatiSlow", "0+98x60"),
+    'gati_failed_steps_total{plan="a",stage="0"}': ("GatiStepsFail", "3+0x55 4+0x5"),
+}
+needs_promtool = pytest.mark.skipif(
+    not shutil.which("promtool"), reason="needs promtool, of Debian's package prometheus"
+)
+
+
+def panels():
+    """All panels of the dashboard but the rows' titles."""
+    return [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
+
+
+def expressions():
+    """Every expression of the rules and the dashboard, by where it stands."""
+    rules = re.split(r"- alert: ", ALERTS.read_text())[1:]
+    found = {
+        rule.split()[0]: re.search(r"expr: \|?(.*?)\n        (?:for|labels):", rule, re.DOTALL)[1] for rule in rules
+    }
+    dashboard = json.loads(DASHBOARD.read_text())
+    texts = {f"{panel['title']} {target['refId']}": target["expr"] for panel in panels() for target in panel["targets"]}
+    texts |= {note["name"]: note["expr"] for note in dashboard["annotations"]["list"]}
+    for name, text in texts.items():
+        for variable, value in VARIABLES.items():
+            text = text.replace(variable, value)  # noqa: PLW2901
+        found[name] = text
+    return {name: text.strip() for name, text in found.items()}
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """Names of series and their labels at /metrics of a server that adapts and has answered."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assemble.gati_jax, "load_bundle", lambda *_, **__: world.bundle())
+        patch.setattr(assemble, "version_of", lambda _: "v")
+        settings = Settings(bundle=tmp_path_factory.mktemp("m") / "bundle", capacity=8, adapt=True)
+        parts = assemble.assemble(settings)
+    backend = parts.start()
+    parts.service.warmed_up(backend)
+    adapting: Any = backend.engine
+    adapting.read(lambda controller: controller.monitor.shadow_all(on=True))
+    images = world.images(8, 1)
+    tensor = {"name": "images", "datatype": "UINT8", "shape": list(images.shape), "data": images.ravel().tolist()}
+    with fake.sockets(parts.service, parts.metrics) as (port, _):
+        body = json.dumps({"inputs": [tensor]}).encode()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{INFER}", body) as response:
+            assert response.status == 200
+        while adapting.statistics().slots_in_use:
+            time.sleep(0.01)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+            text = response.read().decode()
+    assert backend.engine.stop(60)
+    return [
+        (sample.name, sample.labels) for family in text_string_to_metric_families(text) for sample in family.samples
+    ]
+
+
+def test_every_metric_and_label_that_is_named_exists(samples):
+    known: dict[str, list[dict[str, str]]] = {}
+    for name, labels in samples:
+        known.setdefault(name, []).append(labels)
+    named = expressions()
+    assert len(named) > 30
+    for where, text in named.items():
+        names = re.findall(NAME, text)
+        assert names, where
+        assert not set(names) - known.keys(), where
+        labels = {label for name in names for series in known[name] for label in series} | OUTER
+        for group in re.findall(r"by \(([^)]*)\)", text):
+            assert {label.strip() for label in group.split(",")} <= labels, where
+        for name, selector in re.findall(rf"({NAME})\{{([^}}]*)\}}", text):
+            for label, how, value in re.findall(r'(\w+)(=~|=)"([^"]*)"', selector):
+                seen = {series.get(label, "") for series in known[name]}
+                if label in OUTER:
+                    continue
+                patterns = value.split("|") if how == "=~" else [value]
+                missing = set(patterns) - seen - {"ModelInfer"}  # there once a client of gRPC has asked
+                assert not missing, f"{where}: {name} has no {label} of {missing}"
+
+
+def test_values_in_legends_are_labels(samples):
+    labels = {label for _, series in samples for label in series} | OUTER
+    for panel in panels():
+        for target in panel["targets"]:
+            assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= labels, panel["title"]
+
+
+def test_the_dashboard_is_one_that_grafana_can_lay_out():
+    dashboard = json.loads(DASHBOARD.read_text())
+    assert dashboard["schemaVersion"] >= 36
+    assert {variable["name"] for variable in dashboard["templating"]["list"]} == {"datasource", "job", "instance"}
+    numbers = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(numbers)) == len(numbers)
+    areas = [panel["gridPos"] for panel in dashboard["panels"]]
+    for area in areas:
+        assert area["x"] + area["w"] <= 24
+        assert min(area.values()) >= 0
+    for one, other in itertools.combinations(areas, 2):
+        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        assert beside or one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+    for panel in panels():
+        assert panel["type"] in {"timeseries", "stat"}
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        assert [target["refId"] for target in panel["targets"]] == list("ABC"[: len(panel["targets"])])
+        assert panel["fieldConfig"]["defaults"]["unit"] in {
+            *("short", "s", "ops", "reqps", "percentunit", "bytes"),
+        }  # fmt: skip
+
+
+def promtool(*words):
+    done = subprocess.run(["promtool", *map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@needs_promtool
+def test_promtool_accepts_the_rules_and_every_expression_of_the_dashboard(tmp_path):
+    assert "9 rules found" in promtool("check", "rules", ALERTS)
+    rules = [{"record": f"e{i}", "expr": text} for i, text in enumerate(expressions().values())]
+    file = tmp_path / "dashboard.yml"
+    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))  # JSON is YAML
+    assert f"{len(rules)} rules found" in promtool("check", "rules", file)
+
+
+@needs_promtool
+def test_every_alert_fires_on_what_it_is_for_and_none_in_quiet(tmp_path):
+    alerts = re.findall(r"- alert: (\w+)", ALERTS.read_text())
+    assert sorted(alerts) == sorted(alert for alert, _ in LOUD.values())
+
+    def case(loud=""):
+        series = QUIET | ({loud: LOUD[loud][1]} if loud else {})
+        firing = LOUD[loud][0] if loud else ""
+        return {
+            "interval": "1m",
+            "input_series": [
+                {"series": name.replace("{", '{instance="i",') if "{" in name else name + '{instance="i"}', "values": v}
+                for name, v in series.items()
+            ],
+            "promql_expr_test": [
+                {
+                    "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
+                    "eval_time": "58m",
+                    "exp_samples": [{"labels": f'{{alertname="{firing}"}}', "value": 1}] if firing else [],
+                }
+            ],
+        }
+
+    file = tmp_path / "cases.yml"
+    cases = [case(), *(case(loud) for loud in LOUD)]
+    file.write_text(json.dumps({"rule_files": [str(ALERTS)], "evaluation_interval": "1m", "tests": cases}))
+    promtool("test", "rules", file)
