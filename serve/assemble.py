@@ -5,6 +5,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,9 @@ from gati_jax.imports import load_chain
 from .engine import routes
 from .engine.engine import Engine
 from .engine.onnx_runner import OnnxRunner
+from .engine.program_cache import ProgramCache, default_folder
 from .engine.programs import settle
+from .engine.records import StoppingError
 from .engine.runner import JaxRunner
 from .lifecycle import Parts
 from .metrics import Metrics
@@ -52,7 +55,9 @@ def assemble(settings: Settings) -> Parts:
     service = Service(_describe(bundle, sources, settings), tally=tally, door=door)
 
     def start() -> Backend:
-        runner = runner_of(sources, settings.capacity)
+        runner = runner_of(
+            sources, settings.capacity, first=settings.ready == "first" and adaptive is None, kept=_kept(settings)
+        )
         engine = Engine(
             runner,
             max_wait_ms=settings.max_wait_ms,
@@ -63,25 +68,43 @@ def assemble(settings: Settings) -> Parts:
         metrics.watch(runner.routes, engine.statistics, service)
         settle()
         choose_route = functools.partial(
-            routes.choose_route,
-            engine.routes,
+            lambda *asked, **how: routes.choose_route(engine.routes, *asked, **how),  # they grow
             default=0 if adaptive else routes.default(engine.routes),
             backlog_ms=lambda: engine.statistics().backlog_ms,
         )
         if adaptive is None or isinstance(runner, OnnxRunner):  # adaptation's routes are in the reference arithmetic
             engine.start()
-            return Backend(engine, choose_route)
+            return Backend(engine, choose_route, grow=functools.partial(grow, engine, runner))
         adaptive.serve(engine, runner)
         return Backend(adaptive.adapting, choose_route, adaptive.adapting.notes)
 
     return Parts(service=service, metrics=metrics, start=start)
 
 
-def runner_of(sources: Sequence[routes.CascadeRoute], capacity: int) -> JaxRunner | OnnxRunner:
-    """Return what runs cascades by the backend of their tuning; ``capacity`` is in images."""
+def runner_of(
+    sources: Sequence[routes.CascadeRoute], capacity: int, *, first: bool = False, kept: ProgramCache | None = None
+) -> JaxRunner | OnnxRunner:
+    """Return what runs cascades by the backend of their tuning; see ``JaxRunner``."""
     tuning = sources[0].tuning
-    kind = OnnxRunner if tuning is not None and tuning.backend == "onnxruntime" else JaxRunner
-    return kind(sources, capacity=capacity)
+    if tuning is not None and tuning.backend == "onnxruntime":
+        return OnnxRunner(sources, capacity=capacity)
+    return JaxRunner(sources, capacity=capacity, first=first, kept=kept)
+
+
+def grow(engine: Engine, runner: JaxRunner | OnnxRunner) -> None:
+    """Compile the batches that a runner began without, one size after another, while the engine answers."""
+    while isinstance(runner, JaxRunner) and (compiled := runner.compile_next()) is not None:
+        try:
+            engine.between_steps(lambda compiled=compiled: engine.widen(runner.take_next(compiled))).result()
+        except (StoppingError, CancelledError):
+            return
+    settle()
+
+
+def _kept(settings: Settings) -> ProgramCache | None:
+    if settings.program_cache == "off":
+        return None
+    return ProgramCache(settings.program_cache or default_folder())
 
 
 def _adapt(bundle: gati_jax.Bundle, settings: Settings, metrics: Metrics) -> "AdaptiveParts":

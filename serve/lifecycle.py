@@ -2,7 +2,8 @@
 
 1. Ports are taken, so that one which is not free is reported before the bundle is loaded.
 2. Sockets open: live returns 200, ready 503, and inference 503.
-3. A thread compiles and warms up every program, and starts the engine. Ready turns 200.
+3. A thread compiles and warms up programs, those of the smallest batches first, and starts the engine. Ready turns
+   200, and the thread goes on with larger batches.
 4. SIGTERM or SIGINT: ready turns 503 first, while requests are still answered, so that balancers look elsewhere.
 5. After ``--grace``, sockets close, requests in flight are finished and the engine stops, all within ``--drain``.
    Bodies that are not here by then get 503. A second signal ends the process at once.
@@ -117,6 +118,7 @@ async def _serve(settings: Settings, parts: Parts, ports: Ports) -> int:
     backend = warming.result()
     parts.service.warmed_up(backend)
     _log.info("ready", extra={"model": parts.service.model.name, "version": parts.service.model.version})
+    _in_thread(backend.grow, "warm-up").add_done_callback(_report)
     await asyncio.wait({stopping, *servers}, return_when=asyncio.FIRST_COMPLETED)
     _check(servers)
     parts.service.drain()
@@ -165,6 +167,12 @@ class _Rpc:
         """Finish the calls in flight, as far as the time allows."""
         if self._server is not None:
             await self._server.stop(grace)
+
+
+def _report(grown: asyncio.Future[None]) -> None:
+    """Log why larger batches are missing: the smaller ones go on."""
+    if (error := grown.exception()) is not None:
+        _log.error("larger batches could not be compiled", exc_info=error)
 
 
 def _check(servers: Iterable[asyncio.Future[None]]) -> None:

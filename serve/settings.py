@@ -136,6 +136,15 @@ class Settings(BaseModel):
     backend: Literal["xla", "onnxruntime"] | None = Field(
         default=None, description="what runs the network (default: the faster one that the bundle was tuned for)"
     )
+    program_cache: Path | Literal["off"] | None = Field(
+        default=None,
+        description="folder of compiled programs, for the next start (default: gati-jax/programs among the user's "
+        "caches); off compiles all at each start",
+    )
+    ready: Literal["first", "all"] = Field(
+        default="first",
+        description="when requests are taken: once batches of the smallest size are compiled, or those of every size",
+    )
     json_output: bool = Field(default=False, alias="json", description="print the addresses as JSON on standard output")
     adapt: bool = Field(default=False, description="follow the traffic: watch, close, try again, refit")
     adapt_dir: Path | None = Field(default=None, description="folder of adaptation's versions (default: BUNDLE-adapt)")

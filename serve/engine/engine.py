@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from .loop import BetweenSteps, Loop, Shadow
-from .records import Answer, Job, Observer, OverloadedError, Runner, Statistics, StoppingError
+from .records import Answer, Job, Observer, OverloadedError, Route, Runner, Statistics, StoppingError
 from .scheduler import Scheduler
 
 _LEAST = 0.1  # seconds: an idle thread needs microseconds to end, but the machine may be busy
@@ -44,16 +44,20 @@ class Engine:
         overlap: bool = False,
     ) -> None:
         """Prepare; nothing runs before ``start``."""
-        self.routes = tuple(runner.routes)
         self._loop = Loop(
             runner=runner,
             clock=clock,
             observer=observer,
             shadow=shadow,
             overlap=overlap,
-            scheduler=Scheduler(self.routes, runner.capacity, max_wait=max_wait_ms / 1e3),
+            scheduler=Scheduler(runner.routes, runner.capacity, max_wait=max_wait_ms / 1e3),
         )
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """The runner's routes, as far as they are compiled."""
+        return self._loop.scheduler.routes
 
     def start(self) -> None:
         """Start the thread."""
@@ -130,6 +134,11 @@ class Engine:
                 self._loop.wake.notify()
         return item.done
 
+    def widen(self, routes: Sequence[Route]) -> None:
+        """Use further buckets of the same routes from the next step on. Between two steps, in the engine's thread."""
+        with self._loop.wake:
+            self._loop.scheduler.widen(routes)
+
     def stop(self, timeout: float | None = None) -> bool:
         """Admit nothing more, finish what was admitted and end the thread; return whether that was done in time."""
         with self._loop.wake:
@@ -154,6 +163,7 @@ class Engine:
                 admitted=scheduler.capacity,
                 backlog_ms=scheduler.backlog_ms,
                 leave=scheduler.leave,
+                batches=tuple(sorted(self.routes[0].stage_ms)),
                 running=self.running,
                 **self._loop.count,
             )

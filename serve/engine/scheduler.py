@@ -106,6 +106,11 @@ class Scheduler:
             total += self._step_ms((route, stage), step.bucket) + survivors * rest[route][stage + 1]
         return total
 
+    def widen(self, routes: Sequence[Route]) -> None:
+        """Use further buckets of the same routes."""
+        self.routes = tuple(routes)
+        self._shares.widen(routes)
+
     # Jobs in and out
 
     def admit(self, jobs: Sequence[Job], spare: int = 0) -> None:

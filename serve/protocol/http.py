@@ -140,7 +140,7 @@ class _Handlers:
         """Return whether the server takes new requests to the model."""
         name = self._service.model.check(*_model_of(request)).name
         self._service.check_ready()
-        return messages.ModelReady(name=name, ready=True)
+        return messages.ModelReady(name=name, ready=True, batches=self._service.batches)
 
     async def config(self, request: Request) -> messages.ModelConfig:
         """Describe the model as perf_analyzer reads it."""

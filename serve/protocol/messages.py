@@ -108,6 +108,7 @@ class ModelReady(Ready):
     """Whether the server takes requests to the model."""
 
     name: str
+    batches: list[int] = Field(default=[], description="Sizes of the batches that are compiled so far.")
 
 
 class ServerMetadata(_Message):

@@ -64,6 +64,8 @@ class Backend(NamedTuple):
     """Returns a route's number for ``epsilon`` and ``deadline_ms``, see ``serve.engine.routes.choose_route``."""
     notes: Callable[[int], Mapping[str, str]] = lambda _: {}
     """Further parameters of the response to the request that was submitted last, given its route."""
+    grow: Callable[[], None] = lambda: None
+    """Compiles what may come later, larger batches, while the engine answers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,11 @@ class Service:
             raise NotReadyError(_WARMING_UP)
         return self.door.enter(arrived=arrived, size=size, patience=patience)
 
+    @property
+    def batches(self) -> list[int]:
+        """Sizes of the batches that are compiled so far."""
+        return [] if self._backend is None else [*self._backend.engine.statistics().batches]
+
     def metadata(self) -> ServerMetadata:
         """Describe the server."""
         return ServerMetadata(name=NAME, version=__version__, extensions=EXTENSIONS)
@@ -182,7 +189,7 @@ class Service:
     async def _infer(self, request: Request, admission: Admission, request_id: str) -> tuple[Response, int, Times]:
         started = time.monotonic()
         assert self._backend is not None, "the request was admitted before the warm-up"  # noqa: S101 (narrows the type)
-        engine, choose_route, notes = self._backend
+        engine, choose_route, notes, _ = self._backend
         self.model.check(request.model, request.version)
         epsilon, deadline_ms, seconds = limits_of(request.parameters)
         outputs = outputs_of(request, self.model)

@@ -77,7 +77,8 @@ def settled(one):
 def server(tmp_path, monkeypatch):
     monkeypatch.setattr(assemble.gati_jax, "load_bundle", lambda *_, **__: world.bundle())
     monkeypatch.setattr(assemble, "version_of", lambda _: "v")
-    settings = Settings(bundle=tmp_path / "bundle", capacity=64, adapt=True, adapt_share=0.9, adapt_without=("refit",))
+    adapts: dict[str, Any] = {"adapt": True, "adapt_share": 0.9, "adapt_without": ("refit",)}
+    settings = Settings(bundle=tmp_path / "bundle", capacity=64, program_cache="off", **adapts)
     parts = assemble.assemble(settings)
     backend = parts.start()
     parts.service.warmed_up(backend)

@@ -271,7 +271,7 @@ import sys
 from serve import __main__, lifecycle
 from serve.assemble import assemble
 from serve.settings import parse
-backend = assemble(parse(["--bundle", sys.argv[1], "--capacity", "2"], {})).start()
+backend = assemble(parse(["--bundle", sys.argv[1], "--capacity", "2", "--program-cache", "off"], {})).start()
 assert backend.engine.statistics().running
 assert backend.engine.stop(60)
 names = ("gati_jax.adaptation", "gati_jax.fitting", "serve.adaptive", "tensorflow_datasets")

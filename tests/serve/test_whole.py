@@ -22,7 +22,7 @@ def served(residual, tmp_path_factory):
     """A bundle, and the ports where it is served."""
     path = tmp_path_factory.mktemp("served") / "bundle"
     gati_jax.save_bundle(path, residual.chain, residual.caches, residual.plan, residual.certificate)
-    parts = assemble(Settings(bundle=path, capacity=64, reference=True))
+    parts = assemble(Settings(bundle=path, capacity=64, reference=True, program_cache="off"))
     backend = parts.start()
     parts.service.warmed_up(backend)
     with fake.sockets(parts.service, parts.metrics) as ports:
