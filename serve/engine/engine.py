@@ -11,6 +11,7 @@ from jaxtyping import Shaped
 from .loop import BetweenSteps, Loop, Shadow
 from .records import Answer, Job, Observer, OverloadedError, Route, Runner, Statistics, StoppingError
 from .scheduler import Scheduler
+from .turns import Alone, Turn
 
 _LEAST = 0.1  # seconds: an idle thread needs microseconds to end, but the machine may be busy
 _REASONS = {OverloadedError: "overloaded", StoppingError: "stopping", ValueError: "too_large"}
@@ -30,7 +31,9 @@ class Engine:
         shadow: Called for every answer of a cache: whether the base's answer is wanted as well. If so, the client is
             answered at once, and its job continues as a shadow job: it keeps its slot, only the last stage answers it,
             and the observer gets the result (``shadowed``). Clients go before shadow jobs, see ``scheduler``.
-        overlap: Whether the next stage may be dispatched before it is known who leaves, see ``Scheduler.overlap``.
+        overlap: Whether the next stage may be dispatched before it is known who leaves, see ``Scheduler.overlap``; not
+            together with a turn, which ends with a result.
+        turn: Of a device that it shares with other engines.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Engine:
         observer: Observer | None = None,
         shadow: Shadow | None = None,
         overlap: bool = False,
+        turn: Turn | None = None,
     ) -> None:
         """Prepare; nothing runs before ``start``."""
         self._loop = Loop(
@@ -50,6 +54,7 @@ class Engine:
             observer=observer,
             shadow=shadow,
             overlap=overlap,
+            turn=turn or Alone(),
             scheduler=Scheduler(runner.routes, runner.capacity, max_wait=max_wait_ms / 1e3),
         )
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)

@@ -97,12 +97,13 @@ def try_all(
 
 
 def settle() -> None:
-    """Exempt all present objects from garbage collection: call it once, when everything is compiled.
+    """Exempt all present objects from garbage collection: call it when everything is compiled.
 
     A full collection walks through all that tracing has left. That takes 0.2 s, happens every few thousand requests,
     and no request is answered meanwhile. Young objects are collected more rarely than by default, which is every few
     requests: JAX adds a call of its own to each collection, which took 6 % of the event loop's time under load.
     """
+    gc.unfreeze()  # what was served before may be gone
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG, *gc.get_threshold()[1:])

@@ -91,6 +91,11 @@ class Scheduler:
         return {key: len(queue) for key, queue in self._queues.items()}
 
     @property
+    def waits(self) -> bool:
+        """Whether any job waits."""
+        return bool(self._queues)
+
+    @property
     def leave(self) -> tuple[tuple[float, ...], ...]:
         """The recent share of jobs that left, by route and stage."""
         return self._shares.leave
