@@ -139,7 +139,12 @@ def default_folder() -> Path:
 def machine() -> str:
     """Return a digest of all on which a compiled program depends, besides the program: JAX's key leaves some out."""
     device = jax.devices()[0]
-    facts = [jax.__version__, importlib.metadata.version("jaxlib"), device.client.platform, device.client.platform_version]
+    facts = [
+        jax.__version__,
+        importlib.metadata.version("jaxlib"),
+        device.client.platform,
+        device.client.platform_version,
+    ]
     facts += [device.device_kind, str(jax.device_count()), os.environ.get("XLA_FLAGS", ""), *_processor()]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:_DIGITS]
 
