@@ -75,7 +75,7 @@ class Server(NamedTuple):
 
 @contextlib.contextmanager
 def serving(bundle: Path, *options: str, module: Sequence[str] = ("serve", "--bundle")) -> Generator[Server]:
-    """Start a server, and wait until it is ready.
+    """Start a server, and wait until it is ready: until all of its batches are compiled.
 
     Args:
         bundle: What it serves.
@@ -86,7 +86,7 @@ def serving(bundle: Path, *options: str, module: Sequence[str] = ("serve", "--bu
         InputError: It ends before it is ready.
     """
     ports = [word for name in ("http", "grpc", "admin") for word in (f"--{name}-port", "0")]
-    command = [sys.executable, "-m", *module, str(bundle), "--json", "--grace", "0", *ports, *options]
+    command = [sys.executable, "-m", *module, str(bundle), "--json", "--grace", "0", "--ready", "all", *ports, *options]
     with tempfile.TemporaryDirectory() as own, (Path(own) / "log").open("w", encoding="utf-8") as log:
         folder = Path(own) / "tmp"
         folder.mkdir()

@@ -1,10 +1,11 @@
-"""From a bundle to the service behind the sockets."""
+"""From bundles to the service behind the sockets."""
 
 import dataclasses
 import functools
 import hashlib
 import logging
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,17 +16,22 @@ from gati_jax.imports import load_chain
 from .engine import routes
 from .engine.engine import Engine
 from .engine.onnx_runner import OnnxRunner
+from .engine.program_cache import ProgramCache, default_folder
 from .engine.programs import settle
+from .engine.records import StoppingError
 from .engine.runner import JaxRunner
+from .engine.turns import Turn, Turns
 from .lifecycle import Parts
 from .metrics import Metrics
 from .protocol.admission import Door, limits_of
+from .protocol.backend import Backend
 from .protocol.model import Bound, Model, Tally
-from .protocol.service import Backend, Service
+from .protocol.repository import Entry, Loaded, Repository, Source
+from .protocol.service import Service
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from .adaptive import AdaptiveParts
+    from .adaptive import AdaptiveGauges, AdaptiveParts
 
 _DIGITS = 12
 _DATATYPES = {"float32": "FP32", "int32": "INT32", "uint8": "UINT8"}
@@ -33,82 +39,160 @@ _log = logging.getLogger("serve.assemble")
 
 
 def assemble(settings: Settings) -> Parts:
-    """Load the bundle, and return the service with a function that starts its engine.
+    """Return the service for the bundles of the command line, which its repository will load.
 
     Raises:
-        InputError: There is no valid bundle, or no chain for it.
+        InputError: There is one bundle, and it is not valid, or there is no chain for it. Where there are several, one
+            that cannot be loaded does not keep the others from being served.
     """
-    chain = load_chain(settings.chain, "--chain") if settings.chain else None
-    bundle = gati_jax.load_bundle(settings.bundle, chain=chain)
-    if why := bundle.bound_of().why:
-        _log.warning("nothing is promised, and the base answers by default: %s", why)
-    tally = Tally()
-    metrics = Metrics(tally)
-    adaptive = _adapt(bundle, settings, metrics) if settings.adapt else None
-    sources = (
-        adaptive.sources if adaptive else routes.load(bundle, reference=settings.reference, backend=settings.backend)
-    )
-    door = Door(limits_of(settings), refused=metrics.refused)
-    service = Service(_describe(bundle, sources, settings), tally=tally, door=door)
+    metrics = Metrics()
+    shop = _Loader(settings, metrics)
+    entries = [shop.entry(name, folder) for name, folder in settings.bundles.items()]
+    if len(entries) == 1:
+        entries[0].loaded = entries[0].source.load()
+    service = Service(Repository(entries, settle=settle), door=Door(limits_of(settings), refused=metrics.refused))
+    metrics.watch(service)
+    return Parts(service=service, metrics=metrics)
 
-    def start() -> Backend:
-        runner = runner_of(sources, settings.capacity)
+
+class _Loader:
+    """Loads bundles, anew or again, with what they share: metrics, kept programs, and the device."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings, self._metrics = settings, metrics
+        self._turns = Turns() if len(settings.bundles) > 1 else None
+        kept = settings.program_cache
+        self._kept = None if kept == "off" else ProgramCache(kept or default_folder())
+        self._gauges = self._adaptive_gauges() if settings.adapt else None
+
+    def entry(self, name: str, folder: Path) -> Entry:
+        """Return a model that is not loaded yet."""
+        tally = Tally()
+        source = Source(
+            load=lambda: self._load(name, folder, tally),
+            version=lambda: version_of(folder),
+            is_exclusive=self._settings.adapt,
+        )
+        return Entry(name, source, tally)
+
+    def _load(self, name: str, folder: Path, tally: Tally) -> Loaded:
+        """Read a bundle.
+
+        Raises:
+            InputError: It is none.
+        """
+        settings = self._settings
+        chain = load_chain(settings.chain, "--chain") if settings.chain else None
+        bundle = gati_jax.load_bundle(folder, chain=chain)
+        if why := bundle.bound_of().why:
+            _log.warning("nothing is promised, and the base answers by default: %s", why, extra={"model": name})
+        adaptive = self._adapt(bundle, name) if settings.adapt else None
+        sources = (
+            adaptive.sources
+            if adaptive
+            else routes.load(bundle, reference=settings.reference, backend=settings.backend)
+        )
+        model = _describe(bundle, name, version_of(folder), sources, settings.places)
+
+        def start() -> Backend:
+            try:
+                return self._start(name, sources, tally, adaptive)
+            except BaseException:
+                if adaptive is not None:
+                    adaptive.store.close()
+                raise
+
+        return Loaded(model, start)
+
+    def _start(
+        self, name: str, sources: Sequence[routes.CascadeRoute], tally: Tally, adaptive: "AdaptiveParts | None"
+    ) -> Backend:
+        """Compile and start the engine of a model."""
+        settings = self._settings
+        runner = runner_of(
+            sources, settings.places, first=settings.ready == "first" and adaptive is None, kept=self._kept
+        )
+        observer = self._metrics.of(name, runner.routes, tally)
+        if adaptive:
+            adaptive.adapting.report_to(observer)
         engine = Engine(
             runner,
             max_wait_ms=settings.max_wait_ms,
-            observer=adaptive.adapting if adaptive else metrics,
+            observer=adaptive.adapting if adaptive else observer,
             shadow=adaptive.adapting.shadow if adaptive else None,
             overlap=settings.overlap,
+            turn=self._turn(),
         )
-        metrics.watch(runner.routes, engine.statistics, service)
         settle()
         choose_route = functools.partial(
-            routes.choose_route,
-            engine.routes,
+            lambda *asked, **how: routes.choose_route(engine.routes, *asked, **how),  # they grow
             default=0 if adaptive else routes.default(engine.routes),
             backlog_ms=lambda: engine.statistics().backlog_ms,
         )
         if adaptive is None or isinstance(runner, OnnxRunner):  # adaptation's routes are in the reference arithmetic
             engine.start()
-            return Backend(engine, choose_route, routes=engine.routes)
+            grown = functools.partial(grow, engine, runner)
+            return Backend(engine, choose_route, routes=lambda: engine.routes, grow=grown)
         adaptive.serve(engine, runner)
         adapting = adaptive.adapting
-        return Backend(adapting, choose_route, adapting.notes, engine.routes, adapting.events)
+        return Backend(adapting, choose_route, adapting.notes, routes=lambda: engine.routes, events=adapting.events)
 
-    return Parts(service=service, metrics=metrics, start=start)
+    def _turn(self) -> Turn | None:
+        return None if self._turns is None else self._turns.join()
+
+    def _adapt(self, bundle: gati_jax.Bundle, name: str) -> "AdaptiveParts":
+        from . import adaptive  # noqa: PLC0415 (a server that does not adapt needs none of what fitting imports)
+
+        settings = self._settings
+        parts = adaptive.build(
+            bundle,
+            settings.versions(name),
+            capacity=settings.places,
+            epsilon=settings.adapt_epsilon,
+            share=settings.adapt_share,
+            without=settings.adapt_without,
+        )
+        assert self._gauges is not None, "there are gauges with --adapt"  # noqa: S101 (narrows the type)
+        self._gauges.models[name] = parts.adapting, parts.worker
+        return parts
+
+    def _adaptive_gauges(self) -> "AdaptiveGauges":
+        from . import adaptive  # noqa: PLC0415 (as above)
+
+        self._metrics.registry.register(gauges := adaptive.AdaptiveGauges())
+        return gauges
 
 
-def runner_of(sources: Sequence[routes.CascadeRoute], capacity: int) -> JaxRunner | OnnxRunner:
-    """Return what runs cascades by the backend of their tuning; ``capacity`` is in images."""
+def runner_of(
+    sources: Sequence[routes.CascadeRoute], capacity: int, *, first: bool = False, kept: ProgramCache | None = None
+) -> JaxRunner | OnnxRunner:
+    """Return what runs cascades by the backend of their tuning; see ``JaxRunner``."""
     tuning = sources[0].tuning
-    kind = OnnxRunner if tuning is not None and tuning.backend == "onnxruntime" else JaxRunner
-    return kind(sources, capacity=capacity)
+    if tuning is not None and tuning.backend == "onnxruntime":
+        return OnnxRunner(sources, capacity=capacity)
+    return JaxRunner(sources, capacity=capacity, first=first, kept=kept)
 
 
-def _adapt(bundle: gati_jax.Bundle, settings: Settings, metrics: Metrics) -> "AdaptiveParts":
-    from . import adaptive  # noqa: PLC0415 (a server that does not adapt needs none of what fitting imports)
-
-    parts = adaptive.build(
-        bundle,
-        settings.versions,
-        capacity=settings.capacity,
-        observer=metrics,
-        epsilon=settings.adapt_epsilon,
-        share=settings.adapt_share,
-        without=settings.adapt_without,
-    )
-    metrics.registry.register(adaptive.AdaptiveGauges(parts.adapting, parts.worker))
-    return parts
+def grow(engine: Engine, runner: JaxRunner | OnnxRunner) -> None:
+    """Compile the batches that a runner began without, one size after another, while the engine answers."""
+    while isinstance(runner, JaxRunner) and (compiled := runner.compile_next()) is not None:
+        try:
+            engine.between_steps(lambda compiled=compiled: engine.widen(runner.take_next(compiled))).result()
+        except (StoppingError, CancelledError):
+            return
+    settle()
 
 
-def _describe(bundle: gati_jax.Bundle, sources: Sequence[routes.CascadeRoute], settings: Settings) -> Model:
+def _describe(
+    bundle: gati_jax.Bundle, name: str, version: str, sources: Sequence[routes.CascadeRoute], places: int
+) -> Model:
     bounds = {source.name: Bound(source.epsilon, source.delta) for source in sources if source.epsilon is not None}
     normalization, own = bundle.chain.normalization, str(bundle.chain.input_spec.dtype)
     if own not in _DATATYPES:
         raise InputError(f"bundle: expected a network that takes {', '.join(_DATATYPES)}, got one that takes {own}")
     return Model(
-        name=settings.name,
-        version=version_of(settings.bundle),
+        name=name,
+        version=version,
         input_shape=tuple(bundle.chain.input_spec.shape),
         input_name=bundle.chain.input_name,
         datatypes=(_DATATYPES[own],) if normalization is None else ("UINT8", _DATATYPES[own]),
@@ -118,7 +202,7 @@ def _describe(bundle: gati_jax.Bundle, sources: Sequence[routes.CascadeRoute], s
         bounds=bounds,
         normalization=None if normalization is None else dataclasses.asdict(normalization),
         numerics="reference" if sources[0].tuning is None else "fast",
-        max_rows=settings.capacity,
+        max_rows=places,
     )
 
 

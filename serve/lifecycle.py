@@ -2,17 +2,20 @@
 
 1. Ports are taken, so that one which is not free is reported before the bundle is loaded.
 2. Sockets open: live returns 200, ready 503, and inference 503.
-3. A thread compiles and warms up every program, and starts the engine. Ready turns 200.
+3. A thread loads one bundle after another: it compiles and warms up programs, those of the smallest batches first,
+   and starts an engine. Ready turns 200, and threads go on with larger batches.
 4. SIGTERM or SIGINT: ready turns 503 first, while requests are still answered, so that balancers look elsewhere.
 5. After ``--grace``, sockets close, requests in flight are finished and the engine stops, all within ``--drain``.
    Bodies that are not here by then get 503. A second signal ends the process at once.
+
+On SIGHUP, bundles whose folders have changed are loaded again, see ``protocol.repository``.
 
 If gRPC's server ends by itself, another one takes its place. Health and metrics have a port and a thread of their own
 besides, from the second step until the process ends.
 """
 
 import asyncio
-import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import logging
@@ -20,11 +23,10 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import grpc
 import grpc.aio
@@ -35,8 +37,10 @@ from .metrics import Metrics
 from .protocol.connections import HttpServer
 from .protocol.grpc import create_server
 from .protocol.http import create_app
-from .protocol.service import Backend, Service
+from .protocol.repository import Repository
+from .protocol.service import Service
 from .settings import Settings
+from .threads import in_thread
 
 _log = logging.getLogger("serve")
 _REFUSING = 0.2  # seconds between the last admitted request and the closing of the sockets
@@ -47,7 +51,6 @@ _LOOK = 0.2  # seconds until it is seen that gRPC's server has ended by itself
 _ENDING = 1.0  # seconds for an idle thread to end
 _CLOSING = 5.0  # seconds, after that, for what is saved at the end: a disk may hang
 _OTHER_FILES = 512  # open files beside connections: the bundle's, threads'
-T = TypeVar("T")
 
 try:  # half the time of asyncio's own event loop
     from uvloop import new_event_loop
@@ -61,8 +64,6 @@ class Parts:
 
     service: Service
     metrics: Metrics
-    start: Callable[[], Backend]
-    """Compile, warm up and start the engine; takes minutes, so it runs in a thread of its own."""
 
 
 class Ports(NamedTuple):
@@ -88,12 +89,18 @@ def run(settings: Settings, build: Callable[[], Parts]) -> int:
 
 
 async def _serve(settings: Settings, parts: Parts, ports: Ports) -> int:
-    stop = _on_signals()
+    stop = _on_signals(parts.service.models)
     limits, tls = parts.service.door.limits, _tls_files(settings)
 
     def listen(listener: socket.socket) -> HttpServer:
-        how = {"admin": listener is ports.admin, "with_page": not settings.no_page}
-        app = create_app(parts.service, parts.metrics, token=settings.token, **how)
+        app = create_app(
+            parts.service,
+            parts.metrics,
+            token=settings.token,
+            operator=settings.repository_token,
+            admin=listener is ports.admin,
+            with_page=not settings.no_page,
+        )
         refused = parts.metrics.refused
         return HttpServer(
             app, listener, limits, drain=settings.drain, tls=tls, refused=refused, refuse=app.refuse
@@ -105,19 +112,19 @@ async def _serve(settings: Settings, parts: Parts, ports: Ports) -> int:
     serving = asyncio.create_task(http.serve())
     servers = {
         serving,
-        _in_thread(lambda: asyncio.run(admin.serve()), "admin"),
+        in_thread(lambda: asyncio.run(admin.serve()), "admin"),
         asyncio.create_task(rpc.keep_serving()),
     }
     _announce(settings, ports, grpc_port)
     stopping = asyncio.create_task(stop.wait())
-    warming = _in_thread(parts.start, "warm-up")
+    models = parts.service.models
+    warming = asyncio.create_task(models.begin())
     await asyncio.wait({warming, stopping, *servers}, return_when=asyncio.FIRST_COMPLETED)
     _check(servers)
     if not warming.done():
         _leave(0, "stopped before it was ready")
-    backend = warming.result()
-    parts.service.warmed_up(backend)
-    _log.info("ready", extra={"model": parts.service.model.name, "version": parts.service.model.version})
+    warming.result()
+    _report(models)
     await asyncio.wait({stopping, *servers}, return_when=asyncio.FIRST_COMPLETED)
     _check(servers)
     parts.service.drain()
@@ -129,9 +136,10 @@ async def _serve(settings: Settings, parts: Parts, ports: Ports) -> int:
     http.should_exit = True
     await asyncio.gather(serving, rpc.stop(settings.drain))
     left = max(_ENDING, until - time.monotonic())
-    stopped = _in_thread(lambda: backend.engine.stop(left), "stop")
-    await asyncio.wait((stopped,), timeout=left + _CLOSING)
-    if not (stopped.done() and stopped.result()):
+    stopped = models.stop(left)
+    if stopped:
+        await asyncio.wait(stopped, timeout=left + _CLOSING)
+    if not all(one.done() and one.result() for one in stopped):
         _leave(1, "stopped before all admitted requests were answered")
     _log.info("stopped")
     return 0
@@ -146,7 +154,12 @@ class _Rpc:
 
     async def start(self, ports: Ports | None = None) -> int:
         """Start a server on the same port as before; returns the port."""
-        self._server = create_server(self._parts.service, self._parts.metrics, token=self._settings.token)
+        self._server = create_server(
+            self._parts.service,
+            self._parts.metrics,
+            token=self._settings.token,
+            operator=self._settings.repository_token,
+        )
         port = _bind(self._server, self._settings, ports)
         self._settings = self._settings.model_copy(update={"grpc_port": port})
         await self._server.start()
@@ -168,6 +181,16 @@ class _Rpc:
             await self._server.stop(grace)
 
 
+def _report(models: Repository) -> None:
+    """Log which models answer, and end the process where the only one cannot."""
+    entries = models.entries.values()
+    if len(entries) == 1 and not any(entry.backend for entry in entries):
+        _leave(1, "the bundle cannot be served")
+    for entry in entries:
+        if entry.loaded is not None:
+            _log.info("ready", extra={"model": entry.name, "version": entry.loaded.model.version})
+
+
 def _check(servers: Iterable[asyncio.Future[None]]) -> None:
     """Raise why a server has ended: nothing but the end of the process ends one."""
     for server in servers:
@@ -175,9 +198,19 @@ def _check(servers: Iterable[asyncio.Future[None]]) -> None:
             server.result()
 
 
-def _on_signals() -> asyncio.Event:
-    """Return an event that the first signal sets; the second one ends the process."""
+def _on_signals(models: Repository) -> asyncio.Event:
+    """Return an event that the first signal sets; the second one ends the process. SIGHUP loads what has changed."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    refreshing: set[asyncio.Task[None]] = set()
+
+    def on_hangup() -> None:
+        _log.info("folders are looked at")
+        refreshing.add(task := loop.create_task(models.refresh()))
+        task.add_done_callback(refreshing.discard)
+
+    if hasattr(signal, "SIGHUP"):  # Windows has none
+        with contextlib.suppress(NotImplementedError):
+            loop.add_signal_handler(signal.SIGHUP, on_hangup)
 
     def on_signal() -> None:
         if stop.is_set():
@@ -198,20 +231,6 @@ def _leave(code: int, message: str) -> None:
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)
-
-
-def _in_thread(work: Callable[[], T], name: str) -> asyncio.Future[T]:
-    """Run something in a daemon thread, for which the process does not wait when it exits."""
-    done: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-    def body() -> None:
-        try:
-            done.set_result(work())
-        except Exception as error:  # noqa: BLE001 (raised where it is awaited)
-            done.set_exception(error)
-
-    threading.Thread(target=body, name=name, daemon=True).start()
-    return asyncio.wrap_future(done)
 
 
 def _take_ports(settings: Settings) -> Ports:

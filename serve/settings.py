@@ -20,11 +20,15 @@ from gati_jax.files import resolved
 from gati_jax.options import FunctionName, Option, describe_error, describe_options
 
 TOKEN = "GATI_TOKEN"  # noqa: S105 (the name of the variable)
+REPOSITORY_TOKEN = "GATI_REPOSITORY_TOKEN"  # noqa: S105
+_SECRETS = {"token": TOKEN, "repository_token": REPOSITORY_TOKEN}
+MOST_BUNDLES = 32
 _EXAMPLE = """\
 examples:
   python -m serve --bundle runs/digits/caches/bundle
   curl localhost:8000/v2/models/gati
 
+  python -m serve --bundle digits=runs/digits/caches/bundle --bundle r56=runs/r56/bundle
   GATI_TOKEN=... python -m serve --bundle DIR --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
 """
 _NO_DEFAULT = {"required", "unset", "false", "[]"}
@@ -43,10 +47,15 @@ def _rename_layers(layers: Any) -> Any:  # noqa: ANN401 (checked by the validato
     return tuple(_FORMER_LAYERS.get(layer, layer) for layer in layers)
 
 
+def _list_bundles(given: Any) -> Any:  # noqa: ANN401 (checked by the validator that follows)
+    return (str(given),) if isinstance(given, str | Path) else given
+
+
 Name = Annotated[str, AfterValidator(_check_name)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(ge=0, le=86400)]
 Patience = Annotated[float, Field(ge=0.1, le=86400)]
+Bundles = Annotated[tuple[str, ...], BeforeValidator(_list_bundles)]
 Layers = Annotated[tuple[Literal["nearest", "exact", "refit"], ...], BeforeValidator(_rename_layers)]
 
 
@@ -55,11 +64,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    bundle: Path = Field(description="folder of the bundle")
+    bundle: Bundles = Field(description="folder of the bundle; of several, NAME=DIR for each")
     chain: FunctionName | None = Field(
         default=None, description="package.module:function that returns the network, for a bundle of one of your own"
     )
-    name: Name = Field(default="gati", description="the model's name in requests")
+    name: Name = Field(default="gati", description="the model's name in requests, if it is the only one")
     host: str = Field(
         default="127.0.0.1", description="address to listen at; one that other machines can reach needs a token and TLS"
     )
@@ -79,7 +88,8 @@ class Settings(BaseModel):
         default=256,
         ge=1,
         le=2**16,
-        description="images in flight; more are refused (429). Memory: this times the activations at sites of caches",
+        description="images in flight; more are refused (429). Memory: this times the activations at sites of caches. "
+        "Several bundles divide them",
     )
     max_wait_ms: Seconds = Field(
         default=2.0, description="age that counts as much as the whole gain of a step; 0 is first come, first served"
@@ -120,6 +130,7 @@ class Settings(BaseModel):
     tls_cert: Path | None = Field(default=None, description="certificate chain, in PEM; together with --tls-key")
     tls_key: Path | None = Field(default=None, description="its private key")
     token: str | None = Field(default=None, repr=False)
+    repository_token: str | None = Field(default=None, repr=False)
     no_page: bool = Field(default=False, description="leave out the page at /, and the addresses below /page")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="debug logs every request"
@@ -137,6 +148,15 @@ class Settings(BaseModel):
     backend: Literal["xla", "onnxruntime"] | None = Field(
         default=None, description="what runs the network (default: the faster one that the bundle was tuned for)"
     )
+    program_cache: Path | Literal["off"] | None = Field(
+        default=None,
+        description="folder of compiled programs, for the next start (default: gati-jax/programs among the user's "
+        "caches); off compiles all at each start",
+    )
+    ready: Literal["first", "all"] = Field(
+        default="first",
+        description="when requests are taken: once batches of the smallest size are compiled, or those of every size",
+    )
     json_output: bool = Field(default=False, alias="json", description="print the addresses as JSON on standard output")
     adapt: bool = Field(default=False, description="follow the traffic: watch, close, try again, refit")
     adapt_dir: Path | None = Field(default=None, description="folder of adaptation's versions (default: BUNDLE-adapt)")
@@ -151,9 +171,26 @@ class Settings(BaseModel):
         for one, other in itertools.combinations(("http_port", "grpc_port", "admin_port"), 2):
             if (port := getattr(self, one)) == getattr(self, other) != 0:
                 raise InputError(f"{_flag(other)}: expected another port than {_flag(one)}'s, got {port} for both")
+        self._check_bundles()
         if self.max_bodies < self.max_body:
             raise InputError(f"--max-bodies: expected --max-body ({self.max_body}) at least, got {self.max_bodies}")
         return self
+
+    def _check_bundles(self) -> None:
+        pairs = [_split(word) for word in self.bundle]
+        names = [name for name, _ in pairs]
+        if not 1 <= len(pairs) <= MOST_BUNDLES:
+            raise InputError(f"--bundle: expected 1 to {MOST_BUNDLES} of them, got {len(pairs)}")
+        if len(pairs) > 1 and not all(names):
+            raise InputError(f"--bundle: expected NAME=DIR for each of several, got {self.bundle[names.index('')]}")
+        if len(set(names)) < len(names) or "stats" in names:
+            raise InputError(f"--bundle: expected names that differ, and not 'stats', got {', '.join(names)}")
+        if names[0] and self.name != type(self).model_fields["name"].default:
+            raise InputError(f"--name: expected a bundle without a name of its own, got {self.name} and {names[0]}")
+        if len(pairs) > 1 and (self.chain is not None or self.overlap):
+            raise InputError(f"{'--overlap' if self.overlap else '--chain'}: expected one bundle, got {len(pairs)}")
+        if self.capacity < len(pairs):
+            raise InputError(f"--capacity: expected {len(pairs)} at least, one for each bundle, got {self.capacity}")
 
     @model_validator(mode="after")
     def _check_files(self) -> Self:
@@ -167,16 +204,22 @@ class Settings(BaseModel):
         for name, field in type(self).model_fields.items():
             if name.startswith("adapt_") and not self.adapt and getattr(self, name) != field.default:
                 raise InputError(f"{_flag(name)}: expected together with --adapt, got it alone")
-        if self.adapt and self.versions.exists() and not self.versions.is_dir():
-            raise InputError(f"--adapt-dir: expected a folder, got the file {self.versions}")
-        if self.adapt and resolved(self.versions).is_relative_to(resolved(self.bundle)):
-            raise InputError(
-                f"--adapt-dir: expected a folder outside the bundle, which would not load any more, got {self.versions}"
-            )
-        token = self.token
-        if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
-            raise InputError(f"{TOKEN}: expected printable ASCII characters without spaces, got something else")
+        self._check_versions()
+        for key, variable in _SECRETS.items():
+            token = getattr(self, key)
+            if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
+                raise InputError(f"{variable}: expected printable ASCII characters without spaces, got something else")
         return self
+
+    def _check_versions(self) -> None:
+        for name in self.bundles if self.adapt else ():
+            versions = self.versions(name)
+            if versions.exists() and not versions.is_dir():
+                raise InputError(f"--adapt-dir: expected a folder, got the file {versions}")
+            if any(resolved(versions).is_relative_to(resolved(bundle)) for bundle in self.bundles.values()):
+                raise InputError(
+                    f"--adapt-dir: expected a folder outside the bundle, which would not load any more, got {versions}"
+                )
 
     @model_validator(mode="after")
     def _check_backend(self) -> Self:
@@ -186,10 +229,21 @@ class Settings(BaseModel):
         return self
 
     @property
-    def versions(self) -> Path:
-        """The folder where adaptation keeps what it serves."""
-        bundle = self.bundle.absolute()
-        return self.adapt_dir or bundle.with_name(f"{bundle.name}-adapt")
+    def bundles(self) -> dict[str, Path]:
+        """The folder of each model, by the name that clients know."""
+        return {name or self.name: Path(folder) for name, folder in map(_split, self.bundle)}
+
+    @property
+    def places(self) -> int:
+        """Images in flight of each bundle: the capacity is divided evenly, so that none can take it all."""
+        return self.capacity // len(self.bundle)
+
+    def versions(self, name: str) -> Path:
+        """Return the folder where adaptation keeps what it serves of a model."""
+        if self.adapt_dir is not None:
+            return self.adapt_dir if len(self.bundle) == 1 else self.adapt_dir / name
+        bundle = self.bundles[name].absolute()
+        return bundle.with_name(f"{bundle.name}-adapt")
 
     @property
     def loopback(self) -> bool:
@@ -198,6 +252,12 @@ class Settings(BaseModel):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+
+def _split(word: str) -> tuple[str, str]:
+    """Return the name and the folder of ``NAME=DIR``; no name for a folder alone (``./a=b`` is one)."""
+    found = re.fullmatch(r"([A-Za-z0-9_.-]{1,100})=(.+)", word, re.DOTALL)
+    return (found[1], found[2]) if found else ("", word)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -214,13 +274,14 @@ def parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=prog,
         description="Serve a bundle: the Open Inference Protocol (KServe v2) over HTTP and gRPC.",
-        epilog=f"{examples}\nenvironment:\n  {TOKEN}  clients must show this bearer token on everything but health",
+        epilog=f"{examples}\nenvironment:\n  {TOKEN}  clients must show this bearer token on everything but health"
+        f"\n  {REPOSITORY_TOKEN}  those who load and unload models must show this one instead; without it, nobody may",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     for option in describe_options(Settings):
-        if option.key != "token":
+        if option.key not in _SECRETS:
             parser.add_argument(_flag(option.key), **_how(option))
     return parser
 
@@ -236,7 +297,8 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settings:
         InputError: An option is not what was expected.
     """
     try:
-        return Settings(**vars(parser().parse_args(argv)), token=environ.get(TOKEN))
+        secrets: dict[str, Any] = {key: environ.get(variable) for key, variable in _SECRETS.items()}
+        return Settings(**vars(parser().parse_args(argv)), **secrets)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if not first["loc"]:
@@ -257,5 +319,6 @@ def _how(option: Option) -> dict[str, Any]:
     if option.type == "true|false":
         return {"help": text, "action": "store_true"}
     if option.type.startswith("["):
-        return {"help": text, "nargs": "+", "metavar": "NAME"}
+        metavar = "DIR" if option.key == "bundle" else "NAME"
+        return {"help": text, "nargs": "+", "action": "extend", "metavar": metavar, "required": default == "required"}
     return {"help": text, "metavar": option.type, "required": option.default == "required"}

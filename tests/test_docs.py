@@ -114,7 +114,7 @@ def serving(*options: str, folder: Path | None = None) -> Generator[str]:
     """Serve, and yield the HTTP address."""
     ports = ["--http-port", "0", "--grpc-port", "0", "--admin-port", "0", "--grace", "0", "--json"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "serve", *options, *ports]
+    command = [sys.executable, "-m", "serve", "--program-cache", "off", *options, *ports]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, env=environment, cwd=folder, **pipes) as process:
         assert process.stdout is not None

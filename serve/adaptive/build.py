@@ -32,7 +32,6 @@ from gati_jax.runtime import Cascade
 
 from ..engine import routes
 from ..engine.engine import Engine
-from ..engine.records import Observer
 from ..engine.routes import CascadeRoute
 from ..engine.runner import JaxRunner, Prepared
 from .engine import AdaptiveEngine, Swap
@@ -65,7 +64,6 @@ def build(
     folder: Path,
     *,
     capacity: int,
-    observer: Observer,
     epsilon: float | None = None,
     share: float = 0.1,
     without: Sequence[str] = (),
@@ -80,7 +78,6 @@ def build(
         bundle: As it was given.
         folder: Of versions, which are served if they are of the same base.
         capacity: Images on their way at once.
-        observer: Of the engine.
         epsilon: The disagreement to promise; None: as certified.
         share: Of the time, for trials and refits.
         without: Layers to leave out: "exact", "nearest", "refit".
@@ -103,7 +100,7 @@ def build(
         return AdaptationController(bundle, config, level=store.level, on_change=on_change, on_event=on_event)
 
     try:
-        adapting = AdaptiveEngine(controller, observer=observer, classes=bundle.chain.classes, store=store)
+        adapting = AdaptiveEngine(controller, classes=bundle.chain.classes, store=store)
         number, current = _current_version(versions, certified, epsilon) or (0, served_by(certified))
         try:
             adapting.resume(lambda controller: _resume(controller, store, number, current))

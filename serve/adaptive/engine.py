@@ -65,12 +65,11 @@ class AdaptiveEngine:
 
     Args:
         build: Makes the controller, given its ``on_change`` and its ``on_event``.
-        observer: Called with all that the engine reports.
         classes: Of the network.
         store: Keeps what must survive a restart.
     """
 
-    def __init__(self, build: Build, *, observer: Observer, classes: int, store: Store) -> None:
+    def __init__(self, build: Build, *, classes: int, store: Store) -> None:
         """Prepare; ``serve`` starts."""
         self.cache_answers: collections.Counter[str] = collections.Counter()
         """Answers of the input cache, by layer."""
@@ -86,10 +85,14 @@ class AdaptiveEngine:
         self._prepared: tuple[Served, Swap] | None = None
         self._notes: dict[str, str] = {}
         self._swapping = 0  # changes that the engine has still to make
-        self._observer = observer
+        self._observer: Observer | None = None
         self._logits = np.eye(classes, dtype=np.float32) * np.float32(_SURE)
         self.controller = build(self._on_change, self._on_event)
         self._seen: tuple[int, int] | None = None  # epoch and version at the last change
+
+    def report_to(self, observer: Observer) -> None:
+        """Pass all that the engine reports on to an observer, too; before the engine starts."""
+        self._observer = observer
 
     def serve(
         self, engine: Engine, prepare: Callable[[Served], Swap], *, end: Callable[[float | None], bool] = lambda _: True
@@ -210,14 +213,16 @@ class AdaptiveEngine:
 
     def step(self, step: Step, seconds: float, *, failed: bool) -> None:
         """Pass it on."""
-        self._observer.step(step, seconds, failed=failed)
+        if self._observer is not None:
+            self._observer.step(step, seconds, failed=failed)
 
     def answered(self, job: Job, answer: Answer, seconds: float) -> None:
         """Take the base's answer; ``shadow`` has taken a cache's."""
         ticket = job.mark
         if isinstance(ticket, Ticket) and answer.exit == self.controller.depth:
             self._guarded(lambda: self._answered(ticket, answer), otherwise=False)
-        self._observer.answered(job, answer, seconds)
+        if self._observer is not None:
+            self._observer.answered(job, answer, seconds)
 
     def shadowed(self, job: Job, answer: Answer | None) -> None:
         """Take the base's answer to a request that a cache has answered."""
@@ -228,11 +233,13 @@ class AdaptiveEngine:
             self._lose(ticket)
         elif answer is not None:
             self._guarded(lambda: self.controller.shadowed(ticket, answer.logits, time.monotonic()), None)
-        self._observer.shadowed(job, answer)
+        if self._observer is not None:
+            self._observer.shadowed(job, answer)
 
     def refused(self, reason: str) -> None:
         """Pass it on."""
-        self._observer.refused(reason)
+        if self._observer is not None:
+            self._observer.refused(reason)
 
     # --- For recovery, see ``ControllerView`` -------------------------------------------------------------------------
 

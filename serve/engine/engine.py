@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Shaped
 
 from .loop import BetweenSteps, Loop, Shadow
-from .records import Answer, Job, Observer, OverloadedError, Runner, Statistics, StoppingError
+from .records import Answer, Job, Observer, OverloadedError, Route, Runner, Statistics, StoppingError
 from .scheduler import Scheduler
+from .turns import Alone, Turn
 
 _LEAST = 0.1  # seconds: an idle thread needs microseconds to end, but the machine may be busy
 _REASONS = {OverloadedError: "overloaded", StoppingError: "stopping", ValueError: "too_large"}
@@ -30,7 +31,9 @@ class Engine:
         shadow: Called for every answer of a cache: whether the base's answer is wanted as well. If so, the client is
             answered at once, and its job continues as a shadow job: it keeps its slot, only the last stage answers it,
             and the observer gets the result (``shadowed``). Clients go before shadow jobs, see ``scheduler``.
-        overlap: Whether the next stage may be dispatched before it is known who leaves, see ``Scheduler.overlap``.
+        overlap: Whether the next stage may be dispatched before it is known who leaves, see ``Scheduler.overlap``; not
+            together with a turn, which ends with a result.
+        turn: Of a device that it shares with other engines.
     """
 
     def __init__(
@@ -42,18 +45,24 @@ class Engine:
         observer: Observer | None = None,
         shadow: Shadow | None = None,
         overlap: bool = False,
+        turn: Turn | None = None,
     ) -> None:
         """Prepare; nothing runs before ``start``."""
-        self.routes = tuple(runner.routes)
         self._loop = Loop(
             runner=runner,
             clock=clock,
             observer=observer,
             shadow=shadow,
             overlap=overlap,
-            scheduler=Scheduler(self.routes, runner.capacity, max_wait=max_wait_ms / 1e3),
+            turn=turn or Alone(),
+            scheduler=Scheduler(runner.routes, runner.capacity, max_wait=max_wait_ms / 1e3),
         )
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """The runner's routes, as far as they are compiled."""
+        return self._loop.scheduler.routes
 
     def start(self) -> None:
         """Start the thread."""
@@ -130,6 +139,11 @@ class Engine:
                 self._loop.wake.notify()
         return item.done
 
+    def widen(self, routes: Sequence[Route]) -> None:
+        """Use further buckets of the same routes from the next step on. Between two steps, in the engine's thread."""
+        with self._loop.wake:
+            self._loop.scheduler.widen(routes)
+
     def stop(self, timeout: float | None = None) -> bool:
         """Admit nothing more, finish what was admitted and end the thread; return whether that was done in time."""
         with self._loop.wake:
@@ -155,6 +169,7 @@ class Engine:
                 backlog_ms=scheduler.backlog_ms,
                 oldest=scheduler.oldest(self._loop.clock()),
                 leave=scheduler.leave,
+                batches=tuple(sorted(self.routes[0].stage_ms)),
                 running=self.running,
                 **self._loop.count,
             )

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from .records import Answer, DeadlineError, Job, Lookup, Observer, Runner, Running, StageResult, Step, StepError
 from .scheduler import Scheduler
+from .turns import Alone, Turn
 
 _log = logging.getLogger("serve.engine.loop")
 _MEMORY = 0.05  # weight of the newest turnaround in its running mean
@@ -55,6 +56,7 @@ class Loop:
     shadow: Shadow | None
     overlap: bool
     scheduler: Scheduler
+    turn: Turn = dataclasses.field(default_factory=Alone)
     wake: threading.Condition = dataclasses.field(default_factory=threading.Condition)
     stopping: bool = False
     count: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -89,11 +91,18 @@ class Loop:
             while self.between:  # only this thread removes items
                 self.between.popleft().run()
             with self.wake:
+                wanted = self.scheduler.waits
+            if wanted:
+                self.turn.take()  # and then choose: others may take theirs meanwhile
+            with self.wake:
                 now, stopping = self.clock(), self.stopping
                 dropped = self.scheduler.drop(now)
                 lost = self.scheduler.drop_shadows() if stopping else []
-                step = self.scheduler.next_step(now)
-                if not (dropped or lost or step or busy or stopping or self.between):
+                step = self.scheduler.next_step(now) if wanted else None
+                missed = not step and self.scheduler.waits  # came in between
+                if not (step or busy):
+                    self.turn.give_back()
+                if not (dropped or lost or step or busy or stopping or missed or self.between):
                     self._result_at = None  # the device idles for want of requests, which is no turnaround
                     self.wake.wait()
                     continue
@@ -104,7 +113,7 @@ class Loop:
                 late = f"deadline: no time is left for an answer after {now - job.arrived:.3f} s"
                 job.done.set_exception(DeadlineError(late))
                 self.notify(lambda observer: observer.refused("deadline"))
-            if step or busy or (stopping and not self.between):
+            if step or busy or (stopping and not missed and not self.between):
                 return step
 
     def _run(self, step: Step) -> _Dispatched:
@@ -132,7 +141,10 @@ class Loop:
         """Wait for the oldest step, answer the jobs that leave, and queue the others for their next stage."""
         step, device, since, rows = running[0]
         try:
-            result = device.result()
+            try:
+                result = device.result()
+            finally:
+                self.turn.give_back()
             now = self._result_at = self.clock()
             for job in step.jobs:
                 job.computed += now - since

@@ -85,6 +85,11 @@ class Shares:
         """The share that leaves, by route and stage."""
         return tuple(tuple(shares) for shares in self._seen)
 
+    def widen(self, routes: Sequence[Route]) -> None:
+        """Choose among the buckets that the same routes have now."""
+        self._stage_ms = [route.stage_ms for route in routes]
+        self._choices = {}
+
     def choose_bucket(self, route: int, stage: int, waiting: int) -> Choice:
         """Return how a queue is best run."""
         stage_ms = self._stage_ms[route]

@@ -40,7 +40,9 @@ class Program:
     structure: Any
 
 
-def build(wanted: Mapping[Key, tuple[Cascade, CompilerOptions]], *, capacity: int) -> dict[Key, Program]:
+def build(
+    wanted: Mapping[Key, tuple[Cascade, CompilerOptions]], *, capacity: int, threads: int = THREADS
+) -> dict[Key, Program]:
     """Compile programs; those of one structure share one.
 
     They are traced here, one after another, and compiled in threads: the compiler does not hold Python's lock.
@@ -60,7 +62,7 @@ def build(wanted: Mapping[Key, tuple[Cascade, CompilerOptions]], *, capacity: in
             after = slab(cascade, stage, capacity) if stage < len(cascade.caches) else None
             lowered[same] = program.lower(leaves, source, slots, after, structure=structure, stage=stage)
     ready, said = dict[Any, Any](), time.monotonic()
-    with ThreadPoolExecutor(THREADS, "compile") as pool:
+    with ThreadPoolExecutor(threads, "compile") as pool:
         compiling = {pool.submit(one.compile): same for same, one in lowered.items()}
         for done in as_completed(compiling):
             ready[compiling[done]] = done.result()
@@ -74,13 +76,34 @@ def build(wanted: Mapping[Key, tuple[Cascade, CompilerOptions]], *, capacity: in
     }
 
 
+def try_all(
+    programs: Mapping[Key, Program], cascades: Mapping[Key, Cascade], *, capacity: int
+) -> dict[str, Float[np.ndarray, "bucket columns"]]:
+    """Run all stages of every route and bucket on the same made-up images, whoever runs this; return their outputs."""
+    found: dict[str, Float[np.ndarray, "bucket columns"]] = {}
+    carried: Array | None = None
+    for key in sorted(programs, key=lambda key: (key[0], key[2], key[1])):  # a stage reads what the one before it wrote
+        (route, stage, bucket), cascade, program = key, cascades[key], programs[key]
+        source: Any = carried
+        if stage == 0:
+            dtype = cascade.chain.input_spec.dtype
+            drawn = np.random.default_rng(bucket).integers(0, 2, (bucket, *cascade.chain.input_spec.shape))
+            source = to_source(cascade.chain, list(drawn.astype(dtype)), bucket)
+        after = slab(cascade, stage, capacity) if stage < len(cascade.caches) else None
+        after = None if after is None else jnp.zeros(after.shape, after.dtype)
+        output, carried = program.run(program.leaves, source, np.arange(bucket, dtype=np.int32), after)
+        found[f"{route}/{stage}/{bucket}"] = np.asarray(output)
+    return found
+
+
 def settle() -> None:
-    """Exempt all present objects from garbage collection: call it once, when everything is compiled.
+    """Exempt all present objects from garbage collection: call it when everything is compiled.
 
     A full collection walks through all that tracing has left. That takes 0.2 s, happens every few thousand requests,
     and no request is answered meanwhile. Young objects are collected more rarely than by default, which is every few
     requests: JAX adds a call of its own to each collection, which took 6 % of the event loop's time under load.
     """
+    gc.unfreeze()  # what was served before may be gone
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG, *gc.get_threshold()[1:])

@@ -183,6 +183,8 @@ class Statistics:
     """Shadow jobs that the base has answered."""
     steps: int = 0
     failed_steps: int = 0
+    batches: tuple[int, ...] = ()
+    """The buckets that are compiled so far."""
     leave: tuple[tuple[float, ...], ...] = ()
     """By route and stage: the recent share of jobs that left there."""
     running: bool = False

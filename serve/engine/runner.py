@@ -1,9 +1,10 @@
 """The device: slabs of activations, programs compiled ahead of time, dispatch. The scheduler decides what runs."""
 
 import dataclasses
+import functools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,9 +14,11 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from gati_jax import InputError
 from gati_jax.profiling import Tile, stages_ms, tuned_cache, tuned_chain
+from gati_jax.pytrees import tree_digest
 from gati_jax.runtime import Cascade, CompilerOptions
 
 from . import programs
+from .program_cache import Outputs, ProgramCache
 from .programs import LOGITS, SCORE, Key, Program
 from .records import Route, StageResult, Step
 from .routes import CascadeRoute
@@ -47,17 +50,25 @@ class JaxRunner:
         sources: The routes, see ``routes.load``; they share a base.
         capacity: Slots. Memory: capacity x the sizes of all activations at sites of caches.
         buckets: Rows that a program takes; by default, the tuning's tiles up to ``LARGEST``, or ``BUCKETS``.
+        first: Whether to begin with the smallest bucket alone; ``compile_next`` and ``take_next`` add the others.
+        kept: Programs of former processes; None compiles all.
 
     Raises:
         InputError: Buckets that the tuning does not know, or too many of them.
     """
 
     def __init__(
-        self, sources: Sequence[CascadeRoute], *, capacity: int = 256, buckets: Sequence[int] | None = None
+        self,
+        sources: Sequence[CascadeRoute],
+        *,
+        capacity: int = 256,
+        buckets: Sequence[int] | None = None,
+        first: bool = False,
+        kept: ProgramCache | None = None,
     ) -> None:
-        """Compile, run and measure every program."""
-        started = time.perf_counter()
+        """Compile, run and measure every program, or those of the first bucket."""
         self.capacity = capacity
+        self._sources, self._kept = tuple(sources), kept
         self._tiles = _tiles(sources, buckets)
         self._chain = sources[0].cascade.chain
         specs = {site: self._chain.site_specs[site] for source in sources for site in source.cascade.sites}
@@ -69,13 +80,15 @@ class JaxRunner:
             number: stage_thresholds(source.cascade.thresholds) for number, source in enumerate(sources)
         }
         """By route and stage: the least score of a row that leaves there."""
-        options: dict[int, CompilerOptions] = {size: tile.options if tile else () for size, tile in self._tiles.items()}
-        cascades = self._cascades(dict(enumerate(sources)))
-        wanted = {key: (cascade, options[key[2]]) for key, cascade in cascades.items()}
-        self._programs = programs.build(wanted, capacity=capacity)
-        self.routes = tuple(self._route(number, source) for number, source in enumerate(sources))
-        count = len({id(program.run) for program in self._programs.values()})
-        _log.info("warm-up: %d programs in %.1f s", count, time.perf_counter() - started)
+        tuned = [{size: _tuned_ms(source, tile) for size, tile in self._tiles.items()} for source in sources]
+        # Times from two days are not comparable, so a tuning that does not know all is measured anew.
+        self._tuned = [ms if all(ms.values()) else {} for ms in tuned]
+        self._stage_ms: list[dict[int, tuple[float, ...]]] = [{} for _ in sources]
+        self._programs: dict[Key, Program] = {}
+        self.routes: tuple[Route, ...] = ()
+        self._next = [*self._tiles]
+        self._take(self._compile(self._next[:1] if first else self._next, programs.THREADS))
+        self._next = self._next[len(self._stage_ms[0]) :]
 
     def dispatch(self, step: Step) -> "_Running":
         """Start a step.
@@ -100,7 +113,7 @@ class JaxRunner:
         Raises:
             InputError: They are not of the same structure and shapes as the present ones.
         """
-        cascades, changed = self._cascades(sources), {}
+        cascades, changed = self._cascades(sources, self._tiles), {}
         for key, cascade in cascades.items():
             leaves, structure = programs.leaves_of(cascade, key[1])
             old = self._programs.get(key)
@@ -152,10 +165,69 @@ class JaxRunner:
 
     # Warm-up
 
-    def _cascades(self, sources: Mapping[int, CascadeRoute]) -> dict[Key, Cascade]:
+    def compile_next(self) -> Mapping[Key, Program] | None:
+        """Compile the next larger bucket, for ``take_next``, beside the engine; None if there is none. From any thread.
+
+        Parameters that were taken meanwhile would be missing in it, so ``prepare`` is not for a runner that grows.
+        """
+        return self._compile(self._next[:1], max(1, programs.THREADS // 2)) if self._next else None
+
+    def take_next(self, compiled: Mapping[Key, Program]) -> tuple[Route, ...]:
+        """Use the bucket that ``compile_next`` has compiled; returns the routes with it. From the engine's thread."""
+        self._take(compiled)
+        self._next = self._next[1:]
+        return self.routes
+
+    def _compile(self, buckets: Sequence[int], threads: int) -> dict[Key, Program]:
+        """Compile all programs of some buckets, or load them."""
+        started = time.perf_counter()
+        cascades = self._cascades(dict(enumerate(self._sources)), buckets)
+        options: dict[int, CompilerOptions] = {size: tile.options if tile else () for size, tile in self._tiles.items()}
+        wanted = {key: (cascade, options[key[2]]) for key, cascade in cascades.items()}
+
+        def make() -> dict[Key, Program]:
+            return programs.build(wanted, capacity=self.capacity, threads=threads)
+
+        def run(built: Mapping[Key, Program]) -> Outputs:
+            return programs.try_all(built, cascades, capacity=self.capacity)
+
+        compiled = make() if self._kept is None else self._kept.build(self._key, make, run)
+        count, seconds = len({id(program.run) for program in compiled.values()}), time.perf_counter() - started
+        _log.info("warm-up: %d programs in %.1f s", count, seconds, extra={"batches": [*buckets]})
+        return compiled
+
+    @functools.cached_property
+    def _key(self) -> str:
+        """What the answers of the programs depend on, besides the code."""
+        arrays = tree_digest([source.cascade for source in self._sources])
+        return f"{arrays} {self.capacity} {self._tiles}"
+
+    def _take(self, compiled: Mapping[Key, Program]) -> None:
+        """Run programs, and describe the routes with times from their tuning or measured now."""
+        self._programs = {**self._programs, **compiled}
+        for bucket in sorted({bucket for _, _, bucket in compiled}):
+            for number, source in enumerate(self._sources):
+                tuned = self._tuned[number].get(bucket)
+                rounds, stages = (0 if tuned else ROUNDS), range(len(source.cascade.sites) + 1)
+                measured = tuple(self._time((number, stage, bucket), rounds) for stage in stages)
+                self._stage_ms[number][bucket] = tuple(max(LEAST_MS, ms) for ms in tuned or measured)
+        self.routes = tuple(
+            Route(
+                name=source.name,
+                sites=source.cascade.sites,
+                depth=len(source.cascade.chain),
+                epsilon=source.epsilon,
+                stage_ms=dict(self._stage_ms[number]),
+                leave=source.leave,
+            )
+            for number, source in enumerate(self._sources)
+        )
+
+    def _cascades(self, sources: Mapping[int, CascadeRoute], buckets: Iterable[int]) -> dict[Key, Cascade]:
         """Return, for every program, the cascade with its bucket's algorithms; routes share one chain a bucket."""
         found: dict[Key, Cascade] = {}
-        for bucket, tile in self._tiles.items():
+        for bucket in buckets:
+            tile = self._tiles[bucket]
             chain = next(iter(sources.values())).cascade.chain  # they share a base
             chain = tuned_chain(chain, tile) if tile else chain
             for number, source in sources.items():
@@ -163,25 +235,6 @@ class JaxRunner:
                 cascade = Cascade(chain, caches, source.cascade.thresholds)
                 found |= {(number, stage, bucket): cascade for stage in range(len(caches) + 1)}
         return found
-
-    def _route(self, number: int, source: CascadeRoute) -> Route:
-        """Run every program, and describe the route with times from its tuning or measured now."""
-        stages = range(len(source.cascade.sites) + 1)
-        tuned = {bucket: ms for bucket, tile in self._tiles.items() if (ms := _tuned_ms(source, tile)) is not None}
-        known = len(tuned) == len(self._tiles)  # times from two days are not comparable
-        stage_ms = {
-            bucket: tuple(self._time((number, stage, bucket), 0 if known else ROUNDS) for stage in stages)
-            for bucket in self._tiles
-        }
-        stage_ms = tuned if known else stage_ms
-        return Route(
-            name=source.name,
-            sites=source.cascade.sites,
-            depth=len(source.cascade.chain),
-            epsilon=source.epsilon,
-            stage_ms={bucket: tuple(max(LEAST_MS, ms) for ms in each) for bucket, each in stage_ms.items()},
-            leave=source.leave,
-        )
 
     def _time(self, key: Key, rounds: int) -> float:
         """Run a program on padding, once to warm up; return the median milliseconds of further rounds."""

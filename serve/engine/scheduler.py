@@ -91,6 +91,11 @@ class Scheduler:
         return {key: len(queue) for key, queue in self._queues.items()}
 
     @property
+    def waits(self) -> bool:
+        """Whether any job waits."""
+        return bool(self._queues)
+
+    @property
     def leave(self) -> tuple[tuple[float, ...], ...]:
         """The recent share of jobs that left, by route and stage."""
         return self._shares.leave
@@ -110,6 +115,11 @@ class Scheduler:
         """Return the age in seconds of the client that is due first, of the queue where it is oldest."""
         first = (next((w.job for w in queue if not w.job.is_shadow), None) for queue in self._queues.values())
         return max((now - job.arrived for job in first if job is not None), default=0.0)
+
+    def widen(self, routes: Sequence[Route]) -> None:
+        """Use further buckets of the same routes."""
+        self.routes = tuple(routes)
+        self._shares.widen(routes)
 
     # Jobs in and out
 

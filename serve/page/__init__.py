@@ -4,6 +4,8 @@
     GET  /page/stream   server-sent events: "about" once, then "now" every second (``snapshot``)
     POST /page/compare  one input, in the protocol's form for requests: the answer, the scores on the way, the base's
 
+Of several models, all three take ``?model=NAME``; without it, they are of the first one.
+
 It stands at the port of HTTP, not at --admin-port: its box asks for inference, which goes the way of every request,
 through the door and the engine. The page's files hold nothing of the server and need no token; the other two need it.
 ``feed`` computes each snapshot once for all who look, from the counters of /metrics, and nothing while nobody does.

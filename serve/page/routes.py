@@ -1,7 +1,8 @@
 """The page's addresses."""
 
+import functools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from starlette.types import Receive, Scope, Send
 from .. import logs
 from ..metrics import Metrics
 from ..protocol import codec
-from ..protocol.service import Backend, Compared, Service
+from ..protocol.backend import Backend
+from ..protocol.repository import Entry
+from ..protocol.service import Compared, Service
 from . import snapshot
 from .feed import Feed, Viewer
 
@@ -81,35 +84,46 @@ def _static(file: Path) -> Callable[[], Awaitable[Response]]:
 
 class _Handlers:
     def __init__(self, service: Service, metrics: Metrics, read: Read, wait: Wait) -> None:
-        self._service, self._read, self._wait = service, read, wait
-        self._feed = Feed(lambda: _event("now", snapshot.read(metrics.registry, service)), service.door.closing)
+        self._service, self._metrics, self._read, self._wait = service, metrics, read, wait
+        self._feeds: dict[str, Feed] = {}
 
-    async def page_stream(self) -> Response:
-        """Show what happens, until the client leaves or the server stops."""
-        return _Stream(self._feed.join(), self._service)
+    async def page_stream(self, model: str = "") -> Response:
+        """Show what happens to a model, until the client leaves or the server stops."""
+        entry = self._find(model)
+        if entry.name not in self._feeds:
+            compute = functools.partial(self._snapshot, entry)
+            self._feeds[entry.name] = Feed(compute, self._service.door.closing)
+        return _Stream(self._feeds[entry.name].join(), entry, [*self._service.models.entries])
 
-    async def compare(self, request: Request) -> Response:
+    async def compare(self, request: Request, model: str = "") -> Response:
         """Answer one input, with the scores on its way and the base's answer."""
-        model, started = self._service.model, time.perf_counter()
+        known, started = self._find(model).model, time.perf_counter()
         try:
             body = await self._read(request)
             header = request.headers.get(codec.HEADER_LENGTH)
-            decoded = codec.decode(body, header, model=model.name, most_numbers=model.most_numbers)
+            decoded = codec.decode(body, header, model=known.name, most_numbers=known.most_numbers)
             admission, request_id = request.state.admission, logs.request_id.get()
             answering = self._service.compare(decoded, admission=admission, request_id=request_id)
             found = await self._wait(request.receive, answering)
         except ClientDisconnect:
             return Response(status_code=_GONE)
-        shown = snapshot.compared(found, model, (time.perf_counter() - started) * 1e3)
+        shown = snapshot.compared(found, known, (time.perf_counter() - started) * 1e3)
         return Response(shown.model_dump_json(), media_type="application/json", headers={"cache-control": "no-store"})
+
+    def _find(self, model: str) -> Entry:
+        """Return the model that the page asks for; without a name, the first one."""
+        return self._service.models.find(model or next(iter(self._service.models.entries)))
+
+    def _snapshot(self, entry: Entry) -> bytes:
+        return _event("now", snapshot.read(self._metrics.registry, self._service, entry))
 
 
 class _Stream(StreamingResponse):
     """Server-sent events of one viewer, whose place is free again however it ends."""
 
-    def __init__(self, viewer: Viewer, service: Service) -> None:
+    def __init__(self, viewer: Viewer, entry: Entry, models: Sequence[str]) -> None:
         super().__init__(self._events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
-        self._viewer, self._service = viewer, service
+        self._viewer, self._entry, self._models = viewer, entry, models
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -121,9 +135,9 @@ class _Stream(StreamingResponse):
         known: Backend | None = None
         first = True
         async for item in self._viewer:
-            if first or self._service.backend is not known:
-                first, known = False, self._service.backend
-                yield _event("about", snapshot.describe(self._service.model, known))
+            if self._entry.loaded is not None and (first or self._entry.backend is not known):
+                first, known = False, self._entry.backend
+                yield _event("about", snapshot.describe(self._entry, self._models))
             yield item
 
 

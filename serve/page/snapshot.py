@@ -10,8 +10,10 @@ from pydantic import BaseModel, ConfigDict
 from gati_jax import __version__
 
 from ..engine.records import Answer
+from ..protocol.backend import Event
 from ..protocol.model import Model
-from ..protocol.service import Backend, Compared, Event, Service, softmax
+from ..protocol.repository import Entry
+from ..protocol.service import Compared, Service, softmax
 
 _TOP = 5  # classes that are shown
 _LEVELS = 255
@@ -36,6 +38,8 @@ class Facts(_Shown):
     """The event "about"."""
 
     model: str
+    models: tuple[str, ...]
+    """All that the server has."""
     version: str
     release: str
     numerics: str
@@ -111,14 +115,15 @@ class _Sample(NamedTuple):
 
 
 class Samples:
-    """The values of a registry, at one moment."""
+    """The values of a registry at one moment: those of a model, and those of the server."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, model: str) -> None:
         """Read them."""
         self._found: dict[str, list[_Sample]] = collections.defaultdict(list)
         for family in registry.collect():
             for sample in family.samples:
-                self._found[sample.name].append(_Sample(sample.labels, sample.value))
+                if sample.labels.get("model", model) == model:
+                    self._found[sample.name].append(_Sample(sample.labels, sample.value))
 
     def __contains__(self, name: str) -> bool:
         """Whether there is such a metric."""
@@ -155,12 +160,12 @@ class Samples:
         return (sample for sample in self._found.get(name, ()) if where.items() <= sample.labels.items())
 
 
-def read(registry: CollectorRegistry, service: Service) -> Snapshot:
-    """Return a snapshot of the metrics."""
-    got, backend = Samples(registry), service.backend
+def read(registry: CollectorRegistry, service: Service, entry: Entry) -> Snapshot:
+    """Return a snapshot of the metrics of a model."""
+    got, backend = Samples(registry, entry.name), entry.backend
     buckets = sorted((float(le), count) for le, count in got.by("gati_latency_seconds_bucket", "le").items())
     return Snapshot(
-        ready=service.ready,
+        ready=entry.running and not service.draining,
         stopping=service.draining,
         left=got.by("gati_left_total", "exit"),
         by_plan=got.by("gati_left_total", "plan"),
@@ -203,13 +208,15 @@ def _adaptation(got: Samples, events: Sequence[Event]) -> Adaptation | None:
     )
 
 
-def describe(model: Model, backend: Backend | None) -> Facts:
-    """Return the facts of a server."""
-    routes = () if backend is None else backend.routes
+def describe(entry: Entry, models: Sequence[str]) -> Facts:
+    """Return the facts of a model that is loaded."""
+    model, backend = entry.model, entry.backend
+    routes = () if backend is None else backend.routes()
     sites = {route.name: route.sites for route in routes}
     bounds = [model.bounds.get(plan) for plan in model.plans]
     return Facts(
         model=model.name,
+        models=tuple(models),
         version=model.version,
         release=__version__,
         numerics=model.numerics,

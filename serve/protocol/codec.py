@@ -19,15 +19,17 @@ from gati_jax.errors import printable
 from .messages import (
     EncodingError,
     Given,
+    InferenceRequest,
     Parameter,
     Parameters,
     RequestError,
     RequestInput,
     TooLargeError,
-    parse_request,
+    parse,
 )
 from .model import Model
 
+_TIMEOUTS = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
 DTYPES = {"UINT8": np.dtype("u1"), "INT32": np.dtype("<i4"), "FP32": np.dtype("<f4")}
 HEADER_LENGTH = "inference-header-content-length"
 MOST_NUMBERS = 2**20
@@ -157,6 +159,20 @@ def _number(parameters: Mapping[str, Parameter], name: str, low: float, high: fl
 # HTTP bodies
 
 
+def patience_of(headers: Mapping[bytes, bytes]) -> float:
+    """Return the seconds that a client waits, as far as the headers say.
+
+    Raises:
+        RequestError: They are no milliseconds.
+    """
+    given = {name: headers[name] for name in _TIMEOUTS if name in headers}
+    for name, value in given.items():
+        if not re.fullmatch(rb"\d{1,9}(\.\d{1,9})?", value) or not float(value):
+            got = printable(repr(value.decode("latin-1")))
+            raise RequestError(f"{name.decode()}: expected milliseconds above 0, got {got}")
+    return min((float(value) / 1e3 for value in given.values()), default=math.inf)
+
+
 def check_encoding(encoding: str) -> None:
     """Check a Content-Encoding header.
 
@@ -225,7 +241,7 @@ def decode(
         raise RequestError(
             f"inputs[0].data: expected at most {most_numbers} numbers, got more; images travel better as bytes"
         )
-    message = parse_request(text)
+    message = parse(InferenceRequest, text)
     inputs = []
     for i, tensor in enumerate(message.inputs):
         incoming, rest = _incoming(f"inputs[{i}]", tensor, rest)

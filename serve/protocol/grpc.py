@@ -1,17 +1,18 @@
 """The protocol over gRPC: methods, messages, tokens, and errors as status codes."""
 
 import contextvars
+import functools
 import logging
 import math
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, TypeVar, cast
 
 import grpc
 import grpc.aio
 from google.protobuf import json_format
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from .. import logs
 from ..engine.records import ServeError
@@ -20,25 +21,18 @@ from . import grpc_streams as streams
 from . import health_pb2
 from . import inference_pb2 as pb
 from .admission import Admission
-from .codec import MOST_NUMBERS, Incoming, Request, size_of, to_bytes
-from .messages import (
-    MOST_DIMENSIONS,
-    MOST_ID,
-    MOST_ITEMS,
-    REASONS,
-    Parameter,
-    Parameters,
-    Refusal,
-    RequestError,
-    UnauthorizedError,
-    refusal,
-)
-from .service import Response, Service, check_token
+from .grpc_messages import decode, encode, parse
+from .messages import REASONS, Refusal, RequestError, UnauthorizedError, refusal
+from .model import Model
+from .repository import check_operator
+from .service import Service, check_token
 
 HEALTH = ("ServerLive", "ServerReady")
+OPERATED = ("RepositoryModelLoad", "RepositoryModelUnload")
 _SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 _CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
     408: grpc.StatusCode.DEADLINE_EXCEEDED,
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -47,19 +41,19 @@ _CODES = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-_MOST_FIELDS = 4 * MOST_ITEMS  # of a message
-_WIDTHS = {0: 0, 1: 8, 2: 0, 5: 4}  # bytes, by wire type, where those are known
-_CONTENTS = {"UINT8": "uint_contents", "INT32": "int_contents", "FP32": "fp32_contents"}
 _log, _access = logging.getLogger("serve.grpc"), logging.getLogger(logs.ACCESS)
 _arrived: contextvars.ContextVar[float] = contextvars.ContextVar("arrived")
 
 Context = grpc.aio.ServicerContext[bytes, Message]
-M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 Method = Callable[[Any, Context, Admission], Awaitable[Message]]
+Check = Callable[[str | None], None]
+"""Raises if a client's authorization does not allow a call."""
 
 
-def create_server(service: Service, metrics: Metrics, *, token: str | None = None) -> grpc.aio.Server:
+def create_server(
+    service: Service, metrics: Metrics, *, token: str | None = None, operator: str | None = None
+) -> grpc.aio.Server:
     """Return the gRPC side of a service, without a port.
 
     See ``serve.protocol.http.create_app`` for the arguments; the token comes as the metadata ``authorization``.
@@ -82,13 +76,21 @@ def create_server(service: Service, metrics: Metrics, *, token: str | None = Non
             ("grpc.absolute_max_metadata_size", limits.header_bytes),
         ),
     )
+
+    def check_of(name: str) -> Check:
+        if name in HEALTH:
+            return _allow
+        return (
+            functools.partial(check_operator, operator) if name in OPERATED else functools.partial(check_token, token)
+        )
+
     methods = _methods(service)
     # Clients see unary methods. As a stream's, a message is read by the method, once the token was checked and the
     # request admitted. It is parsed there, too: here, a message that cannot be parsed would be an internal error.
     unary, stream = grpc.stream_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
     handlers = {
         name: unary(
-            _guard(name, getattr(pb, f"{name}Request"), method, service, metrics, None if name in HEALTH else token),
+            _guard(name, getattr(pb, f"{name}Request"), method, service, metrics, check_of(name)),
             response_serializer=_serialize,
         )
         for name, method in methods.items()
@@ -103,7 +105,7 @@ def create_server(service: Service, metrics: Metrics, *, token: str | None = Non
         async def work() -> Message:
             with service.admit(patience=_remaining(context)) as admission:
                 admission.received(len(body))
-                return await methods["ModelInfer"](_parse(pb.ModelInferRequest, body), context, admission)
+                return await methods["ModelInfer"](parse(pb.ModelInferRequest, body), context, admission)
 
         return streams.to_part(await _attempt(work(), "ModelStreamInfer", context, metrics), body)
 
@@ -116,7 +118,7 @@ def create_server(service: Service, metrics: Metrics, *, token: str | None = Non
         | {"ModelStreamInfer": stream(streams.infer(service, begin, answer), response_serializer=_serialize)},
         streams.HEALTH: {
             "Check": unary(
-                _guard("HealthCheck", health_pb2.HealthCheckRequest, check, service, metrics, None),
+                _guard("HealthCheck", health_pb2.HealthCheckRequest, check, service, metrics, _allow),
                 response_serializer=_serialize,
             ),
             "Watch": stream(streams.watch(service), response_serializer=_serialize),
@@ -127,6 +129,10 @@ def create_server(service: Service, metrics: Metrics, *, token: str | None = Non
         [grpc.method_handlers_generic_handler(name, methods) for name, methods in services.items()]
     )
     return server
+
+
+def _allow(_: str | None) -> None:
+    """Allow everybody."""
 
 
 def _serialize(message: Message) -> bytes:
@@ -148,28 +154,44 @@ class _Clock(grpc.aio.ServerInterceptor):
 
 def _methods(service: Service) -> dict[str, Method]:
     """Return what answers each method of the protocol; JSON's replies have the fields of gRPC's messages."""
-    model = service.model
 
     async def infer(request: pb.ModelInferRequest, _: Context, admission: Admission) -> Message:
         # If the client leaves, grpc cancels this coroutine, and the service abandons the images.
-        model.check(request.model_name, request.model_version)
+        model = service.models.find(request.model_name, request.model_version).model
         decoded = decode(request, model.most_numbers)
         return encode(await service.infer(decoded, admission=admission, request_id=logs.request_id.get()))
 
-    def model_ready(request: pb.ModelReadyRequest) -> dict[str, Any]:
-        model.check(request.name, request.version)
-        return {"ready": service.ready}
+    def model_of(request: pb.ModelMetadataRequest | pb.ModelConfigRequest) -> Model:
+        return service.models.find(request.name, request.version).model
+
+    def index(request: pb.RepositoryIndexRequest) -> dict[str, Any]:
+        _check_repository(request)
+        return {"models": [entry.model_dump() for entry in service.models.index(ready=request.ready)]}
+
+    async def load(request: pb.RepositoryModelLoadRequest, _: Context, __: Admission) -> Message:
+        _check_repository(request)
+        if request.parameters:
+            raise RequestError("parameters: expected none, got some")
+        await service.models.load(request.model_name)
+        return pb.RepositoryModelLoadResponse()
+
+    async def unload(request: pb.RepositoryModelUnloadRequest, _: Context, __: Admission) -> Message:
+        _check_repository(request)
+        await service.models.unload(request.model_name)
+        return pb.RepositoryModelUnloadResponse()
 
     replies: dict[str, Callable[[Any], dict[str, Any]]] = {
         "ServerLive": lambda _: {"live": service.alive},
         "ServerReady": lambda _: {"ready": service.ready},
         "ServerMetadata": lambda _: service.metadata().model_dump(),
-        "ModelReady": model_ready,
-        "ModelMetadata": lambda request: model.check(request.name, request.version).metadata().model_dump(),
-        "ModelConfig": lambda request: {"config": model.check(request.name, request.version).config().model_dump()},
+        "ModelReady": lambda request: {"ready": service.is_ready(request.name, request.version)},
+        "ModelMetadata": lambda request: model_of(request).metadata().model_dump(),
+        "ModelConfig": lambda request: {"config": model_of(request).config().model_dump()},
         "ModelStatistics": lambda request: service.statistics(request.name, request.version).model_dump(),
+        "RepositoryIndex": index,
     }
-    return {"ModelInfer": infer, **{name: _replying(reply, name) for name, reply in replies.items()}}
+    long = {"ModelInfer": infer, "RepositoryModelLoad": load, "RepositoryModelUnload": unload}
+    return {**long, **{name: _replying(reply, name) for name, reply in replies.items()}}
 
 
 def _replying(reply: Callable[[Any], dict[str, Any]], name: str) -> Method:
@@ -180,100 +202,31 @@ def _replying(reply: Callable[[Any], dict[str, Any]], name: str) -> Method:
     return method
 
 
-def decode(message: pb.ModelInferRequest, most_numbers: int = MOST_NUMBERS) -> Request:
-    """Decode a message, with at most ``most_numbers`` numbers in the contents of a tensor.
-
-    Raises:
-        RequestError: Its parts do not fit together.
-    """
-    if len(message.id) > MOST_ID:
-        raise RequestError(f"id: expected at most {MOST_ID} characters, got {len(message.id)}")
-    for name, items in (("inputs", message.inputs), ("outputs", message.outputs)):
-        if len(items) > MOST_ITEMS:
-            raise RequestError(f"{name}: expected at most {MOST_ITEMS} items, got {len(items)}")
-    raw = message.raw_input_contents
-    if raw and len(raw) != len(message.inputs):
-        raise RequestError(
-            f"raw_input_contents: expected one for each of the {len(message.inputs)} inputs, got {len(raw)}"
-        )
-    inputs = []
-    for i, tensor in enumerate(message.inputs):
-        field = f"inputs[{i}]"
-        if len(tensor.shape) > MOST_DIMENSIONS:
-            got = len(tensor.shape)
-            raise RequestError(f"{field}.shape: expected at most {MOST_DIMENSIONS} dimensions, got {got}")
-        shape = tuple(tensor.shape)
-        if raw and tensor.HasField("contents"):
-            raise RequestError(f"{field}.contents: expected nothing beside raw_input_contents")
-        size = size_of(field, _parameters(f"{field}.parameters", tensor.parameters))
-        if size is not None and not (raw and size == len(raw[i])):  # KServe's client sends it beside the bytes
-            got = f"{str(size)[:20]}, and {len(raw[i])} bytes" if raw else "no bytes"
-            raise RequestError(f"{field}.parameters.binary_data_size: expected that of raw_input_contents, got {got}")
-        contents = () if raw else getattr(tensor.contents, _CONTENTS.get(tensor.datatype, "bytes_contents"))
-        if len(contents) > most_numbers:
-            raise RequestError(f"{field}.contents: expected at most {most_numbers} numbers, got {len(contents)}")
-        numbers = None if raw else list(contents)
-        inputs.append(
-            Incoming(field, tensor.name, tensor.datatype, shape, raw=raw[i] if raw else None, numbers=numbers)
-        )
-    return Request(
-        model=message.model_name,
-        version=message.model_version,
-        id=message.id,
-        parameters=_parameters("parameters", message.parameters),
-        inputs=inputs,
-        outputs=[
-            (output.name, _parameters(f"outputs[{i}].parameters", output.parameters))
-            for i, output in enumerate(message.outputs)
-        ],
-        binary=True,
-    )
-
-
-def encode(response: Response) -> pb.ModelInferResponse:
-    """Encode an answer; tensors are raw, as Triton's clients expect in any case."""
-    message = pb.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
-    for name, value in response.parameters.items():
-        if isinstance(value, str):
-            message.parameters[name].string_param = value
-        else:
-            message.parameters[name].double_param = value
-    for tensor in response.outputs:
-        message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-        message.raw_output_contents.append(to_bytes(tensor))
-    return message
-
-
-def _parameters(field: str, given: Mapping[str, pb.InferParameter]) -> Parameters:
-    if len(given) > MOST_ITEMS:
-        raise RequestError(f"{field}: expected at most {MOST_ITEMS} items, got {len(given)}")
-    parameters: dict[str, Parameter] = {}
-    for name, value in given.items():
-        kind = value.WhichOneof("parameter_choice")
-        if kind is None:
-            raise RequestError(f"{field}.{name[:100]}: expected a value, got none")
-        parameters[name] = getattr(value, kind)
-    return parameters
+def _check_repository(
+    request: pb.RepositoryIndexRequest | pb.RepositoryModelLoadRequest | pb.RepositoryModelUnloadRequest,
+) -> None:
+    if request.repository_name:
+        raise RequestError(f"repository_name: expected none, got {request.repository_name[:100]!r}")
 
 
 def _guard(
-    name: str, kind: type[Message], method: Method, service: Service, metrics: Metrics, token: str | None
+    name: str, kind: type[Message], method: Method, service: Service, metrics: Metrics, check: Check
 ) -> Callable[[object, Context], Awaitable[Message]]:
     """Wrap a method: token, admission, request id, counts, and errors as status codes."""
     door = service.door
 
     async def work(context: Context) -> Message:
-        check_token(token, _metadata(context).get("authorization"))
+        check(_metadata(context).get("authorization"))
         if kind is pb.ModelInferRequest:
             arrived = _arrived.get()
             patience = time.monotonic() - arrived + _remaining(context)
             with service.admit(arrived=arrived, patience=patience) as admission:
                 body = await streams.read(context, admission, door.messages)
-                return await method(_parse(kind, body), context, admission)
+                return await method(parse(kind, body), context, admission)
         with door.enter(images=0) as admission:
             # Probes say nothing that matters: they are answered even if their message does not come.
             body = b"" if name in HEALTH else await streams.read(context, admission, door.questions)
-            return await method(_parse(kind, body), context, admission)
+            return await method(parse(kind, body), context, admission)
 
     async def call(_: object, context: Context) -> Message:
         request_id = _begin(context)
@@ -348,40 +301,3 @@ def _metadata(context: Context) -> dict[str, str]:
 def _address(context: Context) -> str:
     """Return the client's address as HTTP's lines have it: gRPC writes "ipv4:127.0.0.1:5" and "ipv6:%5B::1%5D:5"."""
     return urllib.parse.unquote(context.peer().partition(":")[2])
-
-
-def _parse(kind: type[M], body: bytes) -> M:
-    try:
-        _check_fields(body)
-        return kind.FromString(body)
-    except DecodeError:
-        raise RequestError(f"message: expected a {kind.__name__}, got something else") from None
-
-
-def _check_fields(body: bytes) -> None:
-    """Check the number of a message's own fields: two bytes each may become a hundred, of an empty tensor.
-
-    Raises:
-        DecodeError: It is no message.
-        RequestError: There are too many.
-    """
-    at = count = 0
-    while at < len(body):
-        tag, at = _varint(body, at)
-        if tag & 7 not in _WIDTHS:
-            raise DecodeError
-        size, at = _varint(body, at) if tag & 7 in {0, 2} else (_WIDTHS[tag & 7], at)
-        at += 0 if tag & 7 == 0 else size
-        count += 1
-        if count > _MOST_FIELDS:
-            raise RequestError(f"message: expected at most {_MOST_FIELDS} fields, got more")
-
-
-def _varint(body: bytes, at: int) -> tuple[int, int]:
-    """Return a number in Protocol Buffers' variable-length form, and where it ends."""
-    number = 0
-    for shift, byte in enumerate(body[at : at + 10]):
-        number |= (byte & 127) << (7 * shift)
-        if byte < 128:  # noqa: PLR2004 (the last byte)
-            return number, at + shift + 1
-    raise DecodeError

@@ -16,15 +16,15 @@ from starlette.responses import HTMLResponse, JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gati_jax import __version__
-from gati_jax.errors import printable
 
 from .. import logs
 from ..engine.records import ServeError
 from ..metrics import Metrics, negotiate
 from ..page import add_page
-from . import codec, messages, openapi, page
+from . import codec, http_repository, messages, openapi, page
 from .admission import Admission
-from .messages import EncodingError, RequestError, StoppingError, UnauthorizedError, refusal
+from .messages import EncodingError, NotReadyError, StoppingError, UnauthorizedError, refusal
+from .repository import check_operator
 from .service import Service, check_token
 
 HEALTH: tuple[str, ...] = ("/v2/health/live", "/v2/health/ready")
@@ -36,13 +36,18 @@ _HEADERS: dict[type[Exception], dict[str, str]] = {
     UnauthorizedError: {"www-authenticate": "Bearer"},
     EncodingError: {"accept-encoding": "gzip, deflate"},
 }
-_TIMEOUTS = (b"x-request-timeout-ms", b"x-envoy-expected-rq-timeout-ms")
 _log, _access = logging.getLogger("serve.http"), logging.getLogger(logs.ACCESS)
 T = TypeVar("T")
 
 
 def create_app(
-    service: Service, metrics: Metrics, *, token: str | None = None, admin: bool = False, with_page: bool = True
+    service: Service,
+    metrics: Metrics,
+    *,
+    token: str | None = None,
+    operator: str | None = None,
+    admin: bool = False,
+    with_page: bool = True,
 ) -> "Guard":
     """Return the HTTP side of a service.
 
@@ -50,6 +55,7 @@ def create_app(
         service: Answers the requests.
         metrics: Counts them, and is shown at /metrics.
         token: The bearer token that clients must send on all paths but health; None for no check.
+        operator: The token for loading and unloading models, which takes the other one's place; None for nobody.
         admin: Whether to leave out all but health and metrics, for a listener of their own.
         with_page: Whether to show the page at /.
     """
@@ -74,7 +80,8 @@ def create_app(
     public = HEALTH
     if with_page and not admin:
         public += add_page(app, service, metrics, handlers.read, _while_connected)
-    return Guard(app, None if admin else handlers.infer, service, metrics, token, public)
+    infer = None if admin else handlers.infer
+    return Guard(app, infer, service, metrics, token=token, operator=operator, public=public)
 
 
 def _add_models(app: FastAPI, handlers: "_Handlers") -> None:
@@ -86,6 +93,7 @@ def _add_models(app: FastAPI, handlers: "_Handlers") -> None:
     app.get("/docs", include_in_schema=False)(docs)
     app.get("/v2")(handlers.server)
     app.get("/v2/models/stats")(handlers.all_statistics)
+    http_repository.add(app, handlers.models)
     for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         path = {
             "parameters": [
@@ -114,7 +122,7 @@ class _Handlers:
     """One coroutine a route."""
 
     def __init__(self, service: Service, metrics: Metrics) -> None:
-        self._service, self._metrics = service, metrics
+        self._service, self._metrics, self.models = service, metrics, service.models
 
     async def live(self) -> messages.Live:
         """Return whether the process answers; if not, it is to be restarted."""
@@ -141,17 +149,20 @@ class _Handlers:
 
     async def model(self, request: Request) -> messages.ModelMetadata:
         """Describe the model's inputs and outputs."""
-        return self._service.model.check(*_model_of(request)).metadata()
+        return self._service.models.find(*_model_of(request)).model.metadata()
 
     async def model_ready(self, request: Request) -> messages.ModelReady:
         """Return whether the server takes new requests to the model."""
-        name = self._service.model.check(*_model_of(request)).name
-        self._service.check_ready()
-        return messages.ModelReady(name=name, ready=True)
+        entry = self._service.models.find(*_model_of(request))
+        if entry.backend is None:
+            raise entry.unavailable
+        if not self._service.is_ready(entry.name):
+            raise NotReadyError("the server is stopping")
+        return messages.ModelReady(name=entry.name, ready=True, batches=[*entry.backend.engine.statistics().batches])
 
     async def config(self, request: Request) -> messages.ModelConfig:
         """Describe the model as perf_analyzer reads it."""
-        return self._service.model.check(*_model_of(request)).config()
+        return self._service.models.find(*_model_of(request)).model.config()
 
     async def statistics(self, request: Request) -> messages.ModelStatistics:
         """Return the model's statistics."""
@@ -161,9 +172,9 @@ class _Handlers:
         """Classify images."""
         try:
             model, version = _model_of(request)
-            self._service.model.check(model, version)
+            most = self._service.models.find(model, version).model.most_numbers
             body = await self.read(request)
-            most, header = self._service.model.most_numbers, request.headers.get(codec.HEADER_LENGTH)
+            header = request.headers.get(codec.HEADER_LENGTH)
             decoded = codec.decode(body, header, model=model, version=version, most_numbers=most)
             answering = self._service.infer(
                 decoded, admission=request.state.admission, request_id=logs.request_id.get()
@@ -256,12 +267,14 @@ class Guard:
         infer: Callable[[Request], Awaitable[Response]] | None,
         service: Service,
         metrics: Metrics,
+        *,
         token: str | None,
-        public: Collection[str] = HEALTH,
+        operator: str | None,
+        public: Collection[str],
     ) -> None:
         """Wrap an application; ``infer`` answers requests for inference, if any; ``public`` paths need no token."""
         self._app, self._infer, self._public = app, infer, public
-        self._service, self._metrics, self._token = service, metrics, token
+        self._service, self._metrics, self._token, self._operator = service, metrics, token, operator
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on a request."""
@@ -304,7 +317,7 @@ class Guard:
         Under overload, most requests end here. To make a task for each, and to read its body, would take the time in
         which others are answered.
         """
-        if scope["method"] != "POST" or self._infer is None:
+        if not self._is_inference(scope):
             return None
         # In a context of its own, as a task has: the request's id is of this request alone.
         return contextvars.copy_context().run(self._refuse, _as_routed(scope))
@@ -329,8 +342,10 @@ class Guard:
 
     async def _admit(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         """Pass on a request that may pass: by its token, and if it is for inference, once there is place for it."""
-        if scope["method"] != "POST" or self._infer is None:
-            if scope["path"] not in self._public:
+        if not self._is_inference(scope) or self._infer is None:
+            if scope["path"].startswith(http_repository.OPERATED):
+                check_operator(self._operator, headers.get(b"authorization", b"").decode("latin-1"))
+            elif scope["path"] not in self._public:
                 self._check_token(headers)
             await self._app(scope, receive, send)
             return
@@ -346,12 +361,20 @@ class Guard:
             response = await self._infer(Request(scope, receive))
         await response(scope, receive, send)
 
+    def _is_inference(self, scope: Scope) -> bool:
+        """Whether a request takes places; those to the repository are small."""
+        return (
+            scope["method"] == "POST" and self._infer is not None and not scope["path"].startswith(http_repository.PATH)
+        )
+
     def _enter(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Take a place for a request, if it may have one."""
         self._check_token(headers)
         length, state = headers.get(b"content-length", b""), scope["state"]
         size = int(length[:20]) if length.isdigit() else 0
-        state["admission"] = self._service.admit(arrived=state.get("arrived"), size=size, patience=_patience(headers))
+        state["admission"] = self._service.admit(
+            arrived=state.get("arrived"), size=size, patience=codec.patience_of(headers)
+        )
 
     def _check_token(self, headers: dict[bytes, bytes]) -> None:
         check_token(self._token, headers.get(b"authorization", b"").decode("latin-1"))
@@ -376,20 +399,6 @@ def _as_routed(scope: Scope) -> Scope:
     """Return a request as its route knows it: without a slash at the end, and HEAD as GET, whose body is not sent."""
     method = "GET" if scope["method"] == "HEAD" else scope["method"]
     return {**scope, "path": scope["path"].removesuffix("/") or "/", "method": method}
-
-
-def _patience(headers: Mapping[bytes, bytes]) -> float:
-    """Return the seconds that a client waits, as far as the headers say.
-
-    Raises:
-        RequestError: They are no milliseconds.
-    """
-    given = {name: headers[name] for name in _TIMEOUTS if name in headers}
-    for name, value in given.items():
-        if not re.fullmatch(rb"\d{1,9}(\.\d{1,9})?", value) or not float(value):
-            got = printable(repr(value.decode("latin-1")))
-            raise RequestError(f"{name.decode()}: expected milliseconds above 0, got {got}")
-    return min((float(value) / 1e3 for value in given.values()), default=math.inf)
 
 
 def _address(client: tuple[str, int] | None) -> str:

@@ -4,7 +4,7 @@ https://github.com/kserve/open-inference-protocol, with Triton's extensions for 
 statistics.
 """
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -108,6 +108,32 @@ class ModelReady(Ready):
     """Whether the server takes requests to the model."""
 
     name: str
+    batches: list[int] = Field(default=[], description="Sizes of the batches that are compiled so far.")
+
+
+class ModelIndex(_Message):
+    """A model of the repository."""
+
+    name: str
+    version: str = ""
+    state: str = Field(examples=["READY", "LOADING", "UNAVAILABLE"])
+    reason: str = Field(default="", description="Why it is not ready, or why what came last was not loaded.")
+
+
+class Done(_Message):
+    """What was asked for is done."""
+
+
+class IndexRequest(_Message):
+    """Which models the index is to list."""
+
+    ready: bool = Field(default=False, description="Only those that answer.")
+
+
+class LoadRequest(_Message):
+    """How a model is to be loaded: no parameter is known."""
+
+    parameters: Annotated[dict[str, Any], Field(max_length=0)] = {}
 
 
 class ServerMetadata(_Message):
@@ -203,19 +229,22 @@ class Statistics(_Message):
 
 
 class ModelStatistics(_Message):
-    """Statistics of all models; there is one."""
+    """Statistics of all models."""
 
     model_stats: list[Statistics]
 
 
-def parse_request(text: bytes) -> InferenceRequest:
-    """Read a request's JSON.
+M = TypeVar("M", bound=_Message)
+
+
+def parse(kind: type[M], text: bytes) -> M:
+    """Read a message's JSON.
 
     Raises:
         RequestError: It is malformed, or a field is missing or of the wrong type.
     """
     try:
-        return InferenceRequest.model_validate_json(text)
+        return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         message = first["msg"].removeprefix("Value error, ")
@@ -255,6 +284,14 @@ class NotReadyError(ServeError):
     """The server is warming up or stopping."""
 
 
+class ForbiddenError(ServeError):
+    """The server was not started so that it does this."""
+
+
+class LoadError(ServeError):
+    """A model cannot be loaded."""
+
+
 class Refusal(NamedTuple):
     """An error as a client sees it."""
 
@@ -265,7 +302,9 @@ class Refusal(NamedTuple):
 
 _STATUS: dict[type[ServeError], int] = {
     RequestError: 400,
+    LoadError: 400,  # gRPC's clients would repeat what is 503
     UnauthorizedError: 401,
+    ForbiddenError: 403,
     UnknownModelError: 404,
     SlowBodyError: 408,
     TooLargeError: 413,
@@ -279,6 +318,8 @@ REASONS: dict[type[Exception], str] = {
     RequestError: "invalid",
     UnauthorizedError: "unauthorized",
     UnknownModelError: "unknown_model",
+    ForbiddenError: "forbidden",
+    LoadError: "not_loaded",
     SlowBodyError: "slow_body",
     TooLargeError: "body_too_large",
     EncodingError: "encoding",

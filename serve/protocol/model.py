@@ -1,6 +1,7 @@
 """The served model, as the protocol's metadata, configuration and statistics describe it."""
 
 import dataclasses
+import functools
 import json
 import math
 import threading
@@ -17,7 +18,6 @@ from .messages import (
     InferStatistics,
     ModelConfig,
     ModelMetadata,
-    ModelStatistics,
     Statistics,
     TensorMetadata,
     UnknownModelError,
@@ -57,6 +57,11 @@ class Model:
     """How UINT8 pixels become FP32 inputs, in the names of ``gati_jax.Normalization``."""
     numerics: str = "reference"
     """The arithmetic that answers: the certified one, or "fast", whose bounds include what its check adds."""
+
+    @functools.cached_property
+    def names(self) -> list[bytes]:
+        """The class names, or the numbers of the classes where they have none."""
+        return [name.encode() for name in self.class_names] or [str(i).encode() for i in range(self.classes)]
 
     @property
     def most_numbers(self) -> int:
@@ -164,7 +169,7 @@ class Tally:
             self._failed += 1
             self._failing += seconds
 
-    def snapshot(self, name: str, version: str) -> ModelStatistics:
+    def snapshot(self, name: str, version: str) -> Statistics:
         """Return the statistics so far.
 
         Time outside of decoding, steps and encoding was spent waiting, so the parts add up to the whole.
@@ -181,7 +186,7 @@ class Tally:
             "compute_infer": computing,
             "compute_output": encoding,
         }
-        one = Statistics(
+        return Statistics(
             name=name,
             version=version,
             last_inference=last_ms,
@@ -195,7 +200,6 @@ class Tally:
                 for rows, (count, seconds) in sorted(steps.items())
             ],
         )
-        return ModelStatistics(model_stats=[one])
 
 
 def _ns(seconds: float) -> int:

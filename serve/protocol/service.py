@@ -12,64 +12,26 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Shaped
 
 from gati_jax import __version__
 
-from ..engine.records import Answer, DeadlineError, Route, Statistics, StepError, StoppingError
+from ..engine.records import Answer, DeadlineError, StepError, StoppingError
 from .admission import Admission, Door
+from .backend import Backend
 from .codec import DTYPES, Outgoing, Request, images_of, limits_of, outputs_of
 from .messages import ModelStatistics, NotReadyError, Parameters, RequestError, ServerMetadata, UnauthorizedError
-from .model import Model, Tally, Times
+from .model import Model, Times
+from .repository import LOADING, Entry, Repository
 
 NAME = "gati-jax"
-EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics"]
-Event = tuple[int, str, str]
-"""What adaptation did: the requests that had been watched before it, its kind (an alarm, a trial, a swap), a text."""
-_WARMING_UP = "the server is warming up"
+EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics", "model_repository"]
 _log = logging.getLogger("serve")
-
-
-class InferenceEngine(Protocol):
-    """The methods of ``serve.engine.engine.Engine`` that the service uses."""
-
-    def submit(
-        self, images: np.ndarray, *, route: int, deadline: float | None = None, request_id: str = ""
-    ) -> "Sequence[Future[Answer]]":
-        """Admit all images or none."""
-        ...
-
-    @property
-    def running(self) -> bool:
-        """Whether it answers: neither stopped nor ended by a bug."""
-        ...
-
-    def statistics(self) -> Statistics:
-        """Return a snapshot of the queues and counters."""
-        ...
-
-    def stop(self, timeout: float | None = None) -> bool:
-        """Finish what was admitted; return whether that was done in time."""
-        ...
-
-
-class Backend(NamedTuple):
-    """What answers requests, once it is warmed up."""
-
-    engine: InferenceEngine
-    choose_route: Callable[[float | None, float | None], int]
-    """Returns a route's number for ``epsilon`` and ``deadline_ms``, see ``serve.engine.routes.choose_route``."""
-    notes: Callable[[int], Mapping[str, str]] = lambda _: {}
-    """Further parameters of the response to the request that was submitted last, given its route."""
-    routes: Sequence[Route] = ()
-    """The engine's; the base is the last one."""
-    events: Callable[[], Sequence[Event]] = lambda: ()
-    """What adaptation has done since the start, the latest last."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,20 +55,13 @@ class Compared(NamedTuple):
 
 
 class Service:
-    """Answers requests for one model; used from the event loop's thread only."""
+    """Answers requests for the models of a repository; used from the event loop's thread only."""
 
-    def __init__(self, model: Model, *, tally: Tally, door: Door) -> None:
-        """Prepare; it is ready after ``warmed_up``. The transports ask the ``door`` before they read a request."""
-        self.model = model
+    def __init__(self, models: Repository, *, door: Door) -> None:
+        """Prepare; it is ready once models are. The transports ask the ``door`` before they read a request."""
+        self.models = models
         self.door = door
         self.draining = False
-        self._backend: Backend | None = None
-        self._tally = tally
-        self._names = [name.encode() for name in model.class_names] or [str(i).encode() for i in range(model.classes)]
-
-    def warmed_up(self, backend: Backend) -> None:
-        """Take requests from now on, and answer them by this backend."""
-        self._backend = backend
 
     def close(self) -> None:
         """Refuse new requests, shortly before the sockets close, so that clients ask another server."""
@@ -117,30 +72,32 @@ class Service:
         self.draining = True
 
     @property
-    def backend(self) -> Backend | None:
-        """What answers requests; None until it is warmed up."""
-        return self._backend
-
-    @property
     def closed(self) -> bool:
         """Whether new requests are refused."""
         return self.door.closed
 
     @property
     def ready(self) -> bool:
-        """Whether the server takes new requests."""
-        return self._backend is not None and not self.draining and self._backend.engine.running
+        """Whether the server takes new requests: some model answers, and none is on its way for the first time."""
+        entries = self.models.entries.values()
+        answering = [entry.running for entry in entries if entry.backend is not None]
+        return bool(answering) and all(answering) and not self.warming_up and not self.draining
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether some model is on its way that never answered."""
+        return any(entry.state == LOADING for entry in self.models.entries.values())
 
     @property
     def alive(self) -> bool:
         """Whether nothing has happened that only a restart can mend."""
-        return self._backend is None or self.draining or self._backend.engine.running
+        return self.draining or all(e.running for e in self.models.entries.values() if e.backend is not None)
 
     def check_alive(self) -> None:
         """Check that the server need not be restarted.
 
         Raises:
-            NotReadyError: The engine's thread has ended.
+            NotReadyError: An engine's thread has ended.
         """
         if not self.alive:
             raise NotReadyError("the engine has ended: restart the server; its log says why")
@@ -152,16 +109,25 @@ class Service:
             NotReadyError: It is warming up or stopping.
         """
         if not self.ready:
-            raise NotReadyError(_WARMING_UP if self._backend is None else "the server is stopping")
+            raise NotReadyError("the server is warming up" if self.warming_up else "the server is stopping")
+
+    def is_ready(self, name: str, version: str = "") -> bool:
+        """Return whether the server takes new requests to a model.
+
+        Raises:
+            UnknownModelError: There is no such model.
+        """
+        return self.models.find(name, version).running and not self.draining
 
     def admit(self, *, arrived: float | None = None, size: int = 0, patience: float = math.inf) -> Admission:
         """Admit an inference request before its body is read, see ``Door.enter``.
 
         Raises:
-            NotReadyError: The server is warming up.
+            NotReadyError: No model answers yet.
         """
-        if self._backend is None:
-            raise NotReadyError(_WARMING_UP)
+        entries = self.models.entries.values()
+        if all(entry.backend is None for entry in entries):
+            raise next(iter(entries)).unavailable
         return self.door.enter(arrived=arrived, size=size, patience=patience)
 
     def metadata(self) -> ServerMetadata:
@@ -169,14 +135,15 @@ class Service:
         return ServerMetadata(name=NAME, version=__version__, extensions=EXTENSIONS)
 
     def statistics(self, name: str, version: str = "") -> ModelStatistics:
-        """Return a model's statistics; no name means all models.
+        """Return a model's statistics; no name means all models that are loaded.
 
         Raises:
+            NotReadyError: It is not loaded.
             UnknownModelError: There is no such model.
         """
-        if name:
-            self.model.check(name, version)
-        return self._tally.snapshot(self.model.name, self.model.version)
+        entries = [self.models.find(name, version)] if name else self.models.entries.values()
+        found = [entry.tally.snapshot(entry.name, entry.model.version) for entry in entries if name or entry.loaded]
+        return ModelStatistics(model_stats=found)
 
     async def infer(self, request: Request, *, admission: Admission | None = None, request_id: str = "") -> Response:
         """Answer a request; if this is cancelled, its images are abandoned.
@@ -189,69 +156,56 @@ class Service:
         if admission is None:
             with self.admit() as own:
                 return await self.infer(request, admission=own, request_id=request_id)
-        with self._counting(admission):
-            response, rows, times = await self._infer(request, admission, request_id)
-        self._tally.answered(rows, times)
+        entry = self.models.find(request.model, request.version)
+        with _counting(entry, admission):
+            response, rows, times = await self._infer(request, entry, admission, request_id)
+        entry.tally.answered(rows, times)
         return response
 
-    async def compare(self, request: Request, *, admission: Admission, request_id: str = "") -> "Compared":
+    async def compare(self, request: Request, *, admission: Admission, request_id: str = "") -> Compared:
         """Answer a request for one image as ``infer`` does, and by the base as well: a second image of the request.
 
         Raises:
             ServeError: Why there is no answer.
         """
-        with self._counting(admission):
-            assert self._backend is not None, "the request was admitted before the warm-up"  # noqa: S101 (see _infer)
+        entry = self.models.find(request.model, request.version)
+        with _counting(entry, admission):
+            backend, model = _backend_of(entry), entry.model
             epsilon, deadline_ms, seconds = limits_of(request.parameters)
-            images = images_of(request, self.model)
+            images = images_of(request, model)
             if len(images) != 1:
-                raise RequestError(f"{self.model.input_name}: expected one, got {len(images)}")
+                raise RequestError(f"{model.input_name}: expected one, got {len(images)}")
             decoded = time.monotonic()
             admission.take(2, seconds)
-            route, base = self._route(epsilon, deadline_ms), len(self.model.plans) - 1
-            (answer, by_base), notes = await self._ask(images, (route, base), admission, request_id, decoded)
+            route, base = _route(backend, epsilon, deadline_ms), len(model.plans) - 1
+            (answer, by_base), notes = await self._ask(
+                backend, images, (route, base), admission, request_id, since=decoded
+            )
         now = time.monotonic()
-        self._tally.answered(2, Times(now - admission.arrived, 0.0, answer.computed + by_base.computed, 0.0))
+        entry.tally.answered(2, Times(now - admission.arrived, 0.0, answer.computed + by_base.computed, 0.0))
         return Compared(route, notes, answer, by_base)
 
-    @contextlib.contextmanager
-    def _counting(self, admission: Admission) -> Generator[None]:
-        """Count a request that fails."""
-        try:
-            yield
-        except BaseException as error:
-            self._tally.failed(time.monotonic() - admission.arrived)
-            if isinstance(error, StepError):
-                _log.exception("a request was lost with its step")
-            raise
-
-    def _route(self, epsilon: float | None, deadline_ms: float | None) -> int:
-        assert self._backend is not None  # noqa: S101 (narrows the type)
-        try:
-            return self._backend.choose_route(epsilon, deadline_ms)
-        except ValueError as error:
-            raise RequestError(str(error)) from None
-
-    async def _infer(self, request: Request, admission: Admission, request_id: str) -> tuple[Response, int, Times]:
+    async def _infer(
+        self, request: Request, entry: Entry, admission: Admission, request_id: str
+    ) -> tuple[Response, int, Times]:
         started = time.monotonic()
-        assert self._backend is not None, "the request was admitted before the warm-up"  # noqa: S101 (narrows the type)
-        self.model.check(request.model, request.version)
+        backend, model = _backend_of(entry), entry.model
         epsilon, deadline_ms, seconds = limits_of(request.parameters)
-        outputs = outputs_of(request, self.model)
-        images = images_of(request, self.model)
+        outputs = outputs_of(request, model)
+        images = images_of(request, model)
         decoded = time.monotonic()
         admission.take(len(images), seconds)
-        route = self._route(epsilon, deadline_ms)
-        answers, noted = await self._ask(images, (route,), admission, request_id, decoded)
+        route = _route(backend, epsilon, deadline_ms)
+        answers, noted = await self._ask(backend, images, (route,), admission, request_id, since=decoded)
         answered = time.monotonic()
-        plan = self.model.plans[route]
-        bound = self.model.bounds.get(plan)
+        plan = model.plans[route]
+        bound = model.bounds.get(plan)
         response = Response(
-            model=self.model.name,
-            version=self.model.version,
+            model=model.name,
+            version=model.version,
             id=request.id,
             parameters={"plan": plan, **({} if bound is None else bound._asdict()), **noted},
-            outputs=[self._output(name, answers, binary=binary) for name, binary in outputs.items()],
+            outputs=[_output(model, name, answers, binary=binary) for name, binary in outputs.items()],
         )
         now = time.monotonic()
         computing = min(max(answer.computed for answer in answers), answered - decoded)
@@ -259,10 +213,12 @@ class Service:
 
     async def _ask(
         self,
+        backend: Backend,
         images: Shaped[np.ndarray, "images *input"],
         routes: Sequence[int],
         admission: Admission,
         request_id: str,
+        *,
         since: float,
     ) -> tuple[list[Answer], Mapping[str, str]]:
         """Have all images answered by each of some routes, in turn; also the first one's notes.
@@ -270,13 +226,11 @@ class Service:
         Raises:
             ServeError: Why there is no answer.
         """
-        assert self._backend is not None  # noqa: S101 (narrows the type)
         deadline, futures, noted = admission.deadline, list[Future[Answer]](), dict[str, str]()
         try:
             for route in routes:
-                engine = self._backend.engine
-                futures += engine.submit(images, route=route, deadline=deadline, request_id=request_id)
-                noted = noted or self._backend.notes(route)
+                futures += backend.engine.submit(images, route=route, deadline=deadline, request_id=request_id)
+                noted = noted or backend.notes(route)
             # The engine lets a deadline pass at its next step; a step that hangs must not keep the client.
             async with asyncio.timeout(deadline - since):
                 await _wait(futures)
@@ -296,16 +250,42 @@ class Service:
             raise RequestError(f"images: expected inputs with finite logits, got NaN or infinity for image {bad[0]}")
         return answers, noted
 
-    def _output(self, name: str, answers: Sequence[Answer], *, binary: bool) -> Outgoing:
-        datatype, shape = self.model.outputs[name]
-        if name == "class_name":
-            values: np.ndarray | list[bytes] = [self._names[answer.class_index] for answer in answers]
-        elif name in {"logits", "probabilities"}:
-            logits = np.stack([answer.logits for answer in answers])
-            values = logits if name == "logits" else softmax(logits)
-        else:
-            values = np.asarray([getattr(answer, name) for answer in answers], DTYPES[datatype])
-        return Outgoing(name, datatype, (len(answers), *shape), values, binary)
+
+@contextlib.contextmanager
+def _counting(entry: Entry, admission: Admission) -> Generator[None]:
+    """Count a request that fails."""
+    try:
+        yield
+    except BaseException as error:
+        entry.tally.failed(time.monotonic() - admission.arrived)
+        if isinstance(error, StepError):
+            _log.exception("a request was lost with its step")
+        raise
+
+
+def _backend_of(entry: Entry) -> Backend:
+    if entry.backend is None:
+        raise entry.unavailable
+    return entry.backend
+
+
+def _route(backend: Backend, epsilon: float | None, deadline_ms: float | None) -> int:
+    try:
+        return backend.choose_route(epsilon, deadline_ms)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
+def _output(model: Model, name: str, answers: Sequence[Answer], *, binary: bool) -> Outgoing:
+    datatype, shape = model.outputs[name]
+    if name == "class_name":
+        values: np.ndarray | list[bytes] = [model.names[answer.class_index] for answer in answers]
+    elif name in {"logits", "probabilities"}:
+        logits = np.stack([answer.logits for answer in answers])
+        values = logits if name == "logits" else softmax(logits)
+    else:
+        values = np.asarray([getattr(answer, name) for answer in answers], DTYPES[datatype])
+    return Outgoing(name, datatype, (len(answers), *shape), values, binary)
 
 
 def softmax(logits: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n classes"]:

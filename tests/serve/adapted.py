@@ -36,7 +36,7 @@ _running: dict[Path, AdaptiveParts] = {}  # by folder
 def build(folder, bundle=None, *, capacity=8, **options) -> AdaptiveParts:
     """Build a server; the one before it in this folder ends as if it had been killed."""
     ended(folder)
-    options = {"config": QUIET, "observer": Metrics(Tally()), **options}
+    options = {"config": QUIET, **options}
     _running[folder] = adaptive.build(bundle or world.bundle(), folder, capacity=capacity, **options)
     return _running[folder]
 
@@ -52,8 +52,7 @@ def running(parts, *, capacity=64) -> Generator[AdaptiveEngine]:
     """Start a server's engine, without its worker."""
     runner = JaxRunner(parts.sources, capacity=capacity, buckets=(1, 4))
     engine = Engine(runner, observer=parts.adapting, shadow=parts.adapting.shadow)
-    if isinstance(parts.adapting._observer, Metrics):
-        parts.adapting._observer._routes = engine.routes
+    parts.adapting.report_to(Metrics().of("gati", engine.routes, Tally()))
     parts.adapting.serve(engine, swapper(runner, parts.sources[0]))
     engine.start()
     try:

@@ -15,13 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from serve.engine.records import Answer, Job, Route, Statistics, Step
-from serve.metrics import Metrics
+from serve.metrics import EngineMetrics, Metrics
 from serve.protocol.admission import Door, Limits
+from serve.protocol.backend import Backend
 from serve.protocol.connections import HttpServer
 from serve.protocol.grpc import create_server
 from serve.protocol.http import create_app
 from serve.protocol.model import Bound, Model, Tally
-from serve.protocol.service import Backend, Service
+from serve.protocol.repository import Entry, Loaded, Repository, Source
+from serve.protocol.service import Service
 
 SHAPE = (2, 3, 1)
 EXITS = (0, 2, 4)
@@ -74,7 +76,7 @@ class FakeEngine:
         self.submitted = threading.Event()
         self.abandoned = threading.Event()
         self.calls: list[dict] = []
-        self.observer: Metrics | None = None
+        self.observer: EngineMetrics | None = None
         self._pool = ThreadPoolExecutor(1)
 
     def submit(self, images, *, route, deadline=None, request_id=""):
@@ -111,42 +113,56 @@ class FakeEngine:
     running = True
 
     def statistics(self):
-        return Statistics(waiting={(1, 2): 5}, slots_in_use=3, admitted=16, backlog_ms=250.0, running=True)
+        return Statistics(
+            waiting={(1, 2): 5},
+            slots_in_use=3,
+            admitted=16,
+            backlog_ms=250.0,
+            batches=(1, 4),
+            leave=((0, 0, 1),) * 3,
+            running=True,
+        )
 
 
 class Front:
     """A service in front of a fake engine."""
 
-    def __init__(self, *, token=None, limits=LIMITS, ready=True, clock=time.monotonic, with_page=True):
-        self.engine, tally = FakeEngine(), Tally()
-        self.metrics = Metrics(tally)
-        self.engine.observer = self.metrics
+    def __init__(
+        self, *, token=None, operator=None, limits=LIMITS, ready=True, clock=time.monotonic, start=None, with_page=True
+    ):
+        self.engine, self.metrics, tally = FakeEngine(), Metrics(), Tally()
+        self.engine.observer = self.observer = self.metrics.of("gati", ROUTES, tally)
         self.door = Door(limits, refused=self.metrics.refused, clock=clock)
-        self.service = Service(MODEL, tally=tally, door=self.door)
-        self.metrics.watch(ROUTES, self.engine.statistics, self.service)
-        self.token = token
-        self.app = create_app(self.service, self.metrics, token=token, with_page=with_page)
+        self.entry = Entry("gati", Source(lambda: self.loaded, lambda: self.loaded.model.version), tally)
+        self.entry.loaded = self.loaded = Loaded(MODEL, start or self.backend)
+        self.service = Service(Repository([self.entry]), door=self.door)
+        self.metrics.watch(self.service)
+        self.token, self.operator = token, operator
+        self.app = create_app(self.service, self.metrics, token=token, operator=operator, with_page=with_page)
         if ready:
             self.warm_up()
 
+    def backend(self):
+        return Backend(self.engine, choose_route, routes=lambda: ROUTES)
+
     def warm_up(self):
-        self.service.warmed_up(Backend(self.engine, choose_route, routes=ROUTES))
+        self.entry.serve(*self.entry.start())
 
     def sockets(self):
         """See ``sockets``."""
-        return sockets(self.service, self.metrics, token=self.token)
+        return sockets(self.service, self.metrics, token=self.token, operator=self.operator)
 
 
 @contextlib.contextmanager
-def sockets(service, metrics, *, token=None):
+def sockets(service, metrics, *, token=None, operator=None):
     """Serve over real sockets from a thread of its own; yields HTTP's port and gRPC's."""
     ports, up, end = [], threading.Event(), {}
 
     async def serve():
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            app = create_app(service, metrics, token=token)
+            app = create_app(service, metrics, token=token, operator=operator)
             http = HttpServer(app, listener, service.door.limits, refused=metrics.refused, refuse=app.refuse)
-            rpc = create_server(service, metrics, token=token)
+            rpc = create_server(service, metrics, token=token, operator=operator)
             ports.extend((listener.getsockname()[1], rpc.add_insecure_port("127.0.0.1:0")))
             await rpc.start()
             end["loop"], end["event"] = asyncio.get_running_loop(), asyncio.Event()

@@ -9,7 +9,7 @@ import time
 from serve import lifecycle, logs
 from serve.__main__ import run
 from serve.protocol.admission import limits_of
-from serve.protocol.service import Backend
+from serve.protocol.backend import Backend
 from serve.settings import parse
 from tests.serve import fake
 
@@ -45,7 +45,6 @@ def main():
     ports = [word for name in ("http", "grpc", "admin") for word in (f"--{name}-port", "0")]
     settings = parse(["--bundle", "none", "--json", *ports, *sys.argv[1:]], os.environ)
     logs.configure(settings.log_level, access=settings.access_log)
-    front = fake.Front(ready=False, limits=limits_of(settings))
     engine = Slow()
     threading.Thread(target=listen, daemon=True).start()
 
@@ -53,7 +52,8 @@ def main():
         released["warm"].wait()
         return Backend(engine, fake.choose_route)
 
-    parts = lifecycle.Parts(service=front.service, metrics=front.metrics, start=start)
+    front = fake.Front(ready=False, limits=limits_of(settings), start=start)
+    parts = lifecycle.Parts(service=front.service, metrics=front.metrics)
     sys.exit(lifecycle.run(settings, lambda: parts))
 
 

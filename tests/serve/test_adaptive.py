@@ -77,12 +77,14 @@ def settled(one):
 def server(tmp_path, monkeypatch):
     monkeypatch.setattr(assemble.gati_jax, "load_bundle", lambda *_, **__: world.bundle())
     monkeypatch.setattr(assemble, "version_of", lambda _: "v")
-    settings = Settings(bundle=tmp_path / "bundle", capacity=64, adapt=True, adapt_share=0.9, adapt_without=("refit",))
+    adapts: dict[str, Any] = {"adapt": True, "adapt_share": 0.9, "adapt_without": ("refit",)}
+    settings = Settings(bundle=tmp_path / "bundle", capacity=64, program_cache="off", **adapts)
     parts = assemble.assemble(settings)
-    backend = parts.start()
-    parts.service.warmed_up(backend)
+    entry = parts.service.models.find("gati")
+    loaded, backend = entry.start()
+    entry.serve(loaded, backend)
     with fake.sockets(parts.service, parts.metrics) as ports:
-        yield parts, ports[0], settings.versions
+        yield parts, ports[0], settings.versions("gati")
     assert backend.engine.stop(PATIENCE)
 
 

@@ -21,8 +21,6 @@ from gati_jax.bundle import Versions, save_bundle
 from gati_jax.bundle.record import certified_only
 from serve import adaptive
 from serve.adaptive.worker import Worker
-from serve.metrics import Metrics
-from serve.protocol.model import Tally
 from tests.adaptation import world
 from tests.serve.adapted import DEPTH, PATIENCE, QUIET, bright_until, build, certified, ended, running
 
@@ -300,7 +298,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_served(tm
 
 def test_a_folder_has_one_server_until_that_has_stopped(tmp_path):
     def another():
-        return adaptive.build(world.bundle(), tmp_path, capacity=8, config=QUIET, observer=Metrics(Tally()))
+        return adaptive.build(world.bundle(), tmp_path, capacity=8, config=QUIET)
 
     with running(build(tmp_path, capacity=64)), pytest.raises(InputError, match="no other server"):
         another()

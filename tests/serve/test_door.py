@@ -350,7 +350,7 @@ def test_an_error_repeats_no_more_than_the_start_of_a_value(changes):
 def test_a_million_items_cost_neither_memory_nor_time(name):
     """Every error of every item was written down: 2.4 MB of them took 2 GB and 10 s."""
     front = fake.Front(limits=dataclasses.replace(fake.LIMITS, max_body=2**24, max_bodies=2**24))
-    front.service.model = dataclasses.replace(fake.MODEL, max_rows=10**6)
+    front.entry.loaded = front.loaded._replace(model=dataclasses.replace(fake.MODEL, max_rows=10**6))
     items = {str(i): [] for i in range(500_000)} if name == "parameters" else [{}] * 800_000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     response = ask(front, content=json.dumps(BODY | {name: items}))

@@ -26,26 +26,28 @@ def samples(front):
 
 
 def test_everything_that_happens_is_counted(front):
-    metrics = front.metrics
+    metrics, seen = front.metrics, front.observer
     for rows in (1, 3, 4):
-        metrics.step(Step(1, 0, 4, jobs(rows)), 0.003, failed=False)
-    metrics.step(Step(1, 2, 1, jobs(1)), 0.001, failed=True)
+        seen.step(Step(1, 0, 4, jobs(rows)), 0.003, failed=False)
+    seen.step(Step(1, 2, 1, jobs(1)), 0.001, failed=True)
     for value in (0, 3, 1):
-        metrics.answered(jobs(1, route=1)[0], fake.answer(value), 0.01)
+        seen.answered(jobs(1, route=1)[0], fake.answer(value), 0.01)
     metrics.refused("overloaded")
     metrics.request("http", "infer", 429, 0.02)
     with metrics.in_flight("http").track_inprogress():
         assert samples(front)("gati_requests_in_flight", protocol="http") == 1
     got = samples(front)
-    assert got("gati_step_seconds_count", plan="loose", stage=0, bucket=4) == 3
-    assert got("gati_step_seconds_sum", plan="loose", stage=0, bucket=4) == pytest.approx(0.009)
-    assert got("gati_batch_occupancy_sum", stage=0, bucket=4) == 8 / 4
-    assert got("gati_failed_steps_total", plan="loose", stage=2) == 1
-    assert got("gati_left_total", plan="loose", exit=0) == 2  # values 0 and 3 leave at site 0, 1 at site 2
-    assert got("gati_left_total", plan="loose", exit=2) == 1
-    assert got("gati_latency_seconds_count", plan="loose", exit=0) == 2
-    assert got("gati_latency_seconds_bucket", plan="loose", exit=0, le=0.008) == 0
-    assert got("gati_latency_seconds_bucket", plan="loose", exit=0, le=0.016) == 2
+    assert got("gati_step_seconds_count", model="gati", plan="loose", stage=0, bucket=4) == 3
+    assert got("gati_step_seconds_sum", model="gati", plan="loose", stage=0, bucket=4) == pytest.approx(0.009)
+    assert got("gati_batch_occupancy_sum", model="gati", stage=0, bucket=4) == 8 / 4
+    assert got("gati_failed_steps_total", model="gati", plan="loose", stage=2) == 1
+    assert (
+        got("gati_left_total", model="gati", plan="loose", exit=0) == 2
+    )  # values 0 and 3 leave at site 0, 1 at site 2
+    assert got("gati_left_total", model="gati", plan="loose", exit=2) == 1
+    assert got("gati_latency_seconds_count", model="gati", plan="loose", exit=0) == 2
+    assert got("gati_latency_seconds_bucket", model="gati", plan="loose", exit=0, le=0.008) == 0
+    assert got("gati_latency_seconds_bucket", model="gati", plan="loose", exit=0, le=0.016) == 2
     assert got("gati_refused_total", reason="overloaded") == 1
     assert got("gati_requests_total", protocol="http", method="infer", code=429) == 1
     assert got("gati_request_duration_seconds_sum", protocol="http", method="infer") == pytest.approx(0.02)
@@ -54,13 +56,13 @@ def test_everything_that_happens_is_counted(front):
 
 def test_series_are_there_before_anything_happens_and_gauges_are_read_at_each_scrape(front):
     got = samples(front)
-    assert got("gati_left_total", plan="base", exit=4) == 0
-    assert got("gati_failed_steps_total", plan="tight", stage=1) == 0
+    assert got("gati_left_total", model="gati", plan="base", exit=4) == 0
+    assert got("gati_failed_steps_total", model="gati", plan="tight", stage=1) == 0
     assert got("gati_refused_total", reason="stopping") == 0
-    assert got("gati_queue_depth", plan="loose", stage=2) == 5
-    assert got("gati_queue_depth", plan="tight", stage=0) == 0
-    assert (got("gati_slots", state="used"), got("gati_slots", state="admitted")) == (3, 16)
-    assert got("gati_backlog_seconds") == 0.25
+    assert got("gati_queue_depth", model="gati", plan="loose", stage=2) == 5
+    assert got("gati_queue_depth", model="gati", plan="tight", stage=0) == 0
+    assert (got("gati_slots", model="gati", state="used"), got("gati_slots", model="gati", state="admitted")) == (3, 16)
+    assert got("gati_backlog_seconds", model="gati") == 0.25
     assert got("gati_bundle_info", model="gati", version="v7") == 1
     assert got("gati_ready") == 1
     front.service.drain()
@@ -69,7 +71,7 @@ def test_series_are_there_before_anything_happens_and_gauges_are_read_at_each_sc
 
 def test_the_documentation_names_every_metric_and_no_other(front):
     metrics = front.metrics
-    metrics.step(Step(0, 0, 1, jobs(1)), 0.001, failed=False)
+    front.observer.step(Step(0, 0, 1, jobs(1)), 0.001, failed=False)
     metrics.request("http", "infer", 200, 0.1)
     families = {family.name for family in text_string_to_metric_families(metrics.page().decode())}
     families = {name for name in families if not name.startswith("process_")}  # Prometheus' own
@@ -137,7 +139,7 @@ def test_times_add_up_and_steps_are_counted_by_their_rows():
     tally.failed(0.5)
     for rows in (3, 1, 3):
         tally.step(Step(0, 0, 4, jobs(rows)), 0.25)
-    (one,) = tally.snapshot("m", "1").model_stats
+    one = tally.snapshot("m", "1")
     stats, steps = (
         one.inference_stats,
         [(b.batch_size, b.compute_infer.count, b.compute_infer.ns) for b in one.batch_stats],

@@ -82,11 +82,12 @@ def samples(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assemble.gati_jax, "load_bundle", lambda *_, **__: world.bundle())
         patch.setattr(assemble, "version_of", lambda _: "v")
-        settings = Settings(bundle=tmp_path_factory.mktemp("m") / "bundle", capacity=8, adapt=True)
+        settings = Settings(bundle=tmp_path_factory.mktemp("m") / "bundle", capacity=8, adapt=True, program_cache="off")
         parts = assemble.assemble(settings)
-    backend = parts.start()
-    parts.service.warmed_up(backend)
-    adapting: Any = backend.engine
+    (entry,) = parts.service.models.entries.values()
+    entry.serve(*entry.start())
+    assert entry.backend is not None
+    adapting: Any = entry.backend.engine
     adapting.read(lambda controller: controller.monitor.shadow_all(on=True))
     images = world.images(8, 1)
     tensor = {"name": "images", "datatype": "UINT8", "shape": list(images.shape), "data": images.ravel().tolist()}
@@ -98,7 +99,7 @@ def samples(tmp_path_factory):
             time.sleep(0.01)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
             text = response.read().decode()
-    assert backend.engine.stop(60)
+    assert entry.backend.engine.stop(60)
     return [
         (sample.name, sample.labels) for family in text_string_to_metric_families(text) for sample in family.samples
     ]

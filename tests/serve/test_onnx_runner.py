@@ -129,7 +129,8 @@ def test_the_server_takes_the_backend_that_the_bundle_prefers(saved, residual, m
             one, "__init__", lambda self, *a, new=new, **k: made.append(type(self)) or new(self, *a, **k)
         )
     monkeypatch.setattr(assemble, "settle", lambda: None)
-    backend = assemble.assemble(Settings(bundle=saved, capacity=4, **options)).start()
+    parts = assemble.assemble(Settings(bundle=saved, capacity=4, program_cache="off", **options))
+    _, backend = parts.service.models.find("gati").start()
     assert made == [kind]
     futures = [backend.engine.submit(image[None], route=0)[0] for image in pixels(4)]
     check([one.result(60) for one in futures], predict_batch(residual.cascade, pixels(4)), 1e-4)

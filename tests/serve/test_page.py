@@ -309,10 +309,10 @@ def test_scores_on_the_way_are_those_of_the_bundle(residual, tmp_path):
     """Beside ``replay``: every cache's score of every image, computed without the server."""
     folder = tmp_path / "bundle"
     gati_jax.save_bundle(folder, residual.chain, residual.caches, residual.plan, residual.certificate)
-    settings = Settings(bundle=folder, capacity=4)
+    settings = Settings(bundle=folder, capacity=4, program_cache="off")
     parts, images = assemble.assemble(settings), pixels(6, seed=7)
-    backend = parts.start()
-    parts.service.warmed_up(backend)
+    (entry,) = parts.service.models.entries.values()
+    entry.serve(*entry.start())
     replayed = gati_jax.replay(residual.chain, residual.caches, images)
     thresholds = residual.plan.thresholds(residual.certificate.step)
 
@@ -338,4 +338,5 @@ def test_scores_on_the_way_are_those_of_the_bundle(residual, tmp_path):
         assert found.base.lookups == ()
         np.testing.assert_array_equal(found.base.class_index, replayed.answers[i])
     assert len(exits) > 1
-    assert backend.engine.stop(60)
+    assert entry.backend is not None
+    assert entry.backend.engine.stop(60)

@@ -271,7 +271,8 @@ import sys
 from serve import __main__, lifecycle
 from serve.assemble import assemble
 from serve.settings import parse
-backend = assemble(parse(["--bundle", sys.argv[1], "--capacity", "2"], {})).start()
+parts = assemble(parse(["--bundle", sys.argv[1], "--capacity", "2", "--program-cache", "off"], {}))
+_, backend = parts.service.models.find("gati").start()
 assert backend.engine.statistics().running
 assert backend.engine.stop(60)
 names = ("gati_jax.adaptation", "gati_jax.fitting", "serve.adaptive", "tensorflow_datasets")
@@ -293,9 +294,9 @@ def test_a_server_that_does_not_adapt_imports_nothing_for_fitting_or_adapting(re
 
 def test_by_default_only_this_machine_can_connect():
     settings = parse(BUNDLE, {})
-    assert settings == Settings(bundle=Path("b"))
+    assert settings == Settings(bundle=("b",))
     assert (settings.host, settings.loopback, settings.token) == ("127.0.0.1", True, None)
-    assert not Settings(bundle=Path("b"), host="0.0.0.0").loopback
+    assert not Settings(bundle=("b",), host="0.0.0.0").loopback
 
 
 def test_only_the_environment_has_the_token_and_no_text_shows_it():
@@ -311,8 +312,8 @@ def test_words_become_values():
     settings = parse([*BUNDLE, *words.replace("--tls-key k", "--adapt-dir d").split()], {})
     assert (settings.http_port, settings.timeout, settings.log_level) == (80, 1.5, "debug")
     assert (settings.overlap, settings.json_output, settings.reference) == (True, True, False)
-    assert (settings.adapt_epsilon, settings.versions) == (0.02, Path("d"))
-    assert parse([*BUNDLE, "--adapt"], {}).versions == Path("b-adapt").absolute()
+    assert (settings.adapt_epsilon, settings.versions("gati")) == (0.02, Path("d"))
+    assert parse([*BUNDLE, "--adapt"], {}).versions("gati") == Path("b-adapt").absolute()
 
 
 def test_layers_are_also_known_by_their_former_names():
@@ -387,7 +388,7 @@ def test_help_has_every_option(capsys):
     assert "(default: 8000)" in text
     assert "None" not in text
     flags = {line.split()[0] for line in text.splitlines() if line.startswith("  --")}
-    assert len(flags) == len(Settings.model_fields) - 1  # all but the token
+    assert len(flags) == len(Settings.model_fields) - 2  # all but the tokens
 
 
 def test_logs_are_json_with_the_id_of_the_request():

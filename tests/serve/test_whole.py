@@ -22,9 +22,13 @@ def served(residual, tmp_path_factory):
     """A bundle, and the ports where it is served."""
     path = tmp_path_factory.mktemp("served") / "bundle"
     gati_jax.save_bundle(path, residual.chain, residual.caches, residual.plan, residual.certificate)
-    parts = assemble(Settings(bundle=path, capacity=64, reference=True))
-    backend = parts.start()
-    parts.service.warmed_up(backend)
+    parts = assemble(Settings(bundle=path, capacity=64, reference=True, program_cache="off"))
+    entry = parts.service.models.find("gati")
+    loaded, backend = entry.start()
+    entry.serve(loaded, backend)
+    assert backend.engine.statistics().batches == (1,)
+    backend.grow()
+    assert backend.engine.statistics().batches == (1, 2, 4, 8)
     with fake.sockets(parts.service, parts.metrics) as ports:
         yield gati_jax.load_bundle(path), ports, parts
     assert backend.engine.stop(60)

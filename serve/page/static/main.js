@@ -7,7 +7,7 @@ import { adaptationState, promise, showBundle, showDrift } from "./drift.js";
 import { showExits } from "./exits.js";
 import { answered, depthOf, earlyOf, History, per, percentile, refused, waiting } from "./history.js";
 import { body, expects, fromFile, fromNumbers, isPicture, random } from "./input.js";
-import { follow, token, whyNot } from "./stream.js";
+import { address, follow, token, whyNot } from "./stream.js";
 
 const SHORT = 5; // seconds that a rate is of
 const WINDOW = 10; // seconds that a percentile is of
@@ -76,6 +76,12 @@ function onAbout(told) {
   history = new History();
   document.title = `${facts.model} – GATI-JAX server`;
   $("model").textContent = facts.model;
+  $("models").hidden = facts.models.length < 2;
+  $("models").replaceChildren(...facts.models.map((name) => {
+    const link = el("a", { href: `?model=${encodeURIComponent(name)}` }, name);
+    if (name === facts.model) link.setAttribute("aria-current", "page");
+    return link;
+  }));
   $("promise").textContent = promise(facts);
   $("expects").textContent = expects(facts);
   $("invert-row").hidden = !(isPicture(facts) && facts.input_shape[2] === 1);
@@ -85,8 +91,9 @@ function onAbout(told) {
 }
 
 function onNow(now) {
-  history.add(now);
   showState(now);
+  if (!facts) return; // the model is being loaded
+  history.add(now);
   showTiles(now);
   showExits(history, facts);
   if (now.adaptation && !charts.some((chart) => chart.isDrift)) addDisagreement();
@@ -130,7 +137,7 @@ async function send(make) {
   try {
     const tensor = await make();
     const { body: content, headers } = body(tensor, facts);
-    const response = await fetch("page/compare", { method: "POST", body: content, headers: { ...headers, ...token.headers() } });
+    const response = await fetch(address("page/compare"), { method: "POST", body: content, headers: { ...headers, ...token.headers() } });
     if (!response.ok) throw new Error(await whyNot(response));
     answer.replaceChildren(...showAnswer(await response.json(), tensor, facts, tensor.sound ? sound : null));
   } catch (error) {

@@ -14,6 +14,9 @@ export const token = {
   },
 };
 
+// An address of the server, about the model that this page is of.
+export const address = (path) => path + location.search;
+
 export async function whyNot(response) {
   try {
     return (await response.json()).error;
@@ -29,7 +32,7 @@ export async function follow(on) {
     const silence = new AbortController();
     let timer = setTimeout(() => silence.abort(), SILENT);
     try {
-      const response = await fetch("page/stream", { headers: token.headers(), signal: silence.signal, cache: "no-store" });
+      const response = await fetch(address("page/stream"), { headers: token.headers(), signal: silence.signal, cache: "no-store" });
       if (response.status === 401) return on.unauthorized();
       if (!response.ok) throw new Error(await whyNot(response));
       for await (const [event, data] of events(response.body)) {
