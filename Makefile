@@ -27,6 +27,8 @@ quickstart: $(STAMP)  ## Train a small network on digits, cache it, certify it, 
 	$(PY) -m train.base --config configs/digits.toml --out runs/digits/base
 	$(PY) -m train.caches --config configs/digits.toml --out runs/digits/caches --ledger runs/digits/looks.json
 	$(PY) -m train.evaluate --bundle runs/digits/caches/bundle --out runs/digits/eval --ledger runs/digits/looks.json
+	@echo "Look at runs/digits/eval/report.html. Then: make serve, and http://127.0.0.1:8000/ shows the server at work."
+	@echo "Your own network: docs/how-to/own-network.md, or: gati-jax init --help"
 
 serve: $(STAMP)  ## Serve the quickstart's bundle (BUNDLE=runs/r56/bundle ARGS='--http-port 8080')
 	$(PY) -m serve --bundle $(or $(BUNDLE),runs/digits/caches/bundle) $(ARGS)
