@@ -92,7 +92,7 @@ def test_a_picture_that_is_dropped_is_answered(server, visit, axe):
     page.locator("#content").wait_for(timeout=PATIENCE)
     for value, verdict in (
         (4, "dog (class 1), left early: 2 of 4 blocks were run."),
-        (2, "élan (class 2), by the whole"),
+        (2, "élan (class 2), by the whole network alone."),
     ):
         files = page.evaluate_handle(DROP, ["a.png", "image/png", list(png(value))])
         page.dispatch_event("#drop", "drop", {"dataTransfer": files})

@@ -3,6 +3,7 @@
 import { el } from "./dom.js";
 
 const SHOWN = 300; // seconds
+const NARROW = 420; // pixels
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const PLACES = ["first", "second", "third"];
@@ -54,7 +55,7 @@ export class Chart {
           y: { range: (_, low, high) => [0, most ?? (high || 1) * 1.15] },
         },
         axes: [
-          { ...axis, size: 26, values: (_, ticks) => ticks.map((t) => ago(this.data[0].at(-1) - t)), splits: (_, axisIdx, low, high) => [0, 1, 2, 3, 4].map((minutes) => high - 60 * minutes).reverse() },
+          { ...axis, size: 26, values: (_, ticks) => ticks.map((t) => ago(this.data[0].at(-1) - t)), splits: (drawn, _, low, high) => (drawn.width < NARROW ? [4, 2, 0] : [4, 3, 2, 1, 0]).map((minutes) => high - 60 * minutes) },
           { ...axis, size: 64, values: (_, ticks) => ticks.map(say) },
         ],
         series: [{}, ...this.lines.map((_, i) => ({ stroke: colour(COLOURS[i]), width: 2, dash: i === 2 ? [6, 4] : undefined, points: { show: false }, spanGaps: false }))],
