@@ -39,7 +39,7 @@ class Viewer:
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """Return items as they come."""
-        while not self._ended:
+        while self._newest or not self._ended:
             await self._changed.wait()
             self._changed.clear()
             item, self._newest = self._newest, b""

@@ -1,6 +1,7 @@
 """What the page shows: facts of the server, which stay, and a snapshot of the counters of /metrics."""
 
 import collections
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -86,6 +87,8 @@ class Adaptation(_Shown):
 class Snapshot(_Shown):
     """The event "now"; the names are those of /metrics, without their prefix. Counters count from the start."""
 
+    at: float
+    """Seconds since 1970."""
     ready: bool
     stopping: bool
     left: dict[str, int]
@@ -165,6 +168,7 @@ def read(registry: CollectorRegistry, service: Service, entry: Entry) -> Snapsho
     got, backend = Samples(registry, entry.name), entry.backend
     buckets = sorted((float(le), count) for le, count in got.by("gati_latency_seconds_bucket", "le").items())
     return Snapshot(
+        at=time.time(),
         ready=entry.running and not service.draining,
         stopping=service.draining,
         left=got.by("gati_left_total", "exit"),

@@ -80,15 +80,11 @@ def test_lines_follow_the_traffic(server, visit):
     page.locator("#exits tbody tr").first.wait_for(timeout=PATIENCE)
     body = json.dumps({"inputs": [tensor((0, 1, 2, 3, 4, 5, 6, 7))]}).encode()
     urllib.request.urlopen(server + INFER, body).close()
-    page.wait_for_function(
-        "document.querySelector('#tiles').innerText.includes('14 since the start')", timeout=PATIENCE
-    )
-    latency = next(sample.value for sample in metrics(server) if sample.name == "gati_latency_seconds_sum")
-    assert latency > 0
+    page.locator("#tiles").get_by_text("14 since the start").wait_for(timeout=PATIENCE)
     shown = tiles(page)
     assert float(shown["Answered a second"]) > 0
     assert shown["Median latency"] == "3 ms"  # all took 3 ms: in the middle of the bucket from 2 to 4
-    page.wait_for_function("document.querySelector('#charts').innerText.includes('median 3 ms')", timeout=PATIENCE)
+    page.locator("#charts").get_by_text("median 3 ms").wait_for(timeout=PATIENCE)
 
 
 def test_a_picture_that_is_dropped_is_answered(server, visit, axe):
@@ -96,7 +92,7 @@ def test_a_picture_that_is_dropped_is_answered(server, visit, axe):
     page.locator("#content").wait_for(timeout=PATIENCE)
     for value, verdict in (
         (4, "dog (class 1), left early: 2 of 4 blocks were run."),
-        (2, "élan (class 2), by the whole"),
+        (2, "élan (class 2), by the whole network alone."),
     ):
         files = page.evaluate_handle(DROP, ["a.png", "image/png", list(png(value))])
         page.dispatch_event("#drop", "drop", {"dataTransfer": files})

@@ -62,10 +62,8 @@ def panels():
 
 def expressions():
     """Every expression of the rules and the dashboard, by where it stands."""
-    rules = re.split(r"- alert: ", ALERTS.read_text())[1:]
-    found = {
-        rule.split()[0]: re.search(r"expr: \|?(.*?)\n        (?:for|labels):", rule, re.DOTALL)[1] for rule in rules
-    }
+    rule = re.compile(r"- alert: (\w+)\n +expr: \|?(.*?)\n        (?:for|labels):", re.DOTALL)
+    found: dict[str, str] = dict(rule.findall(ALERTS.read_text()))
     dashboard = json.loads(DASHBOARD.read_text())
     texts = {f"{panel['title']} {target['refId']}": target["expr"] for panel in panels() for target in panel["targets"]}
     texts |= {note["name"]: note["expr"] for note in dashboard["annotations"]["list"]}

@@ -7,8 +7,10 @@ import http.client
 import json
 import math
 import re
+import signal
 import socket
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from serve.protocol import codec
 from serve.settings import Settings, parse
 from tests.serve import fake
 from tests.serve.fake_runner import pixels
+from tests.serve.test_process import Process
 from tests.serve.transports import ask, tensor
 
 STATIC = Path(serve.page.__file__).with_name("static")
@@ -240,6 +243,18 @@ def test_a_snapshot_that_fails_ends_the_streams_and_nothing_else(caplog):
 
     asyncio.run(look())
     assert "the page's snapshot failed" in caplog.text
+
+
+def test_a_stream_ends_when_the_server_stops():
+    """Otherwise it would be a request in flight, for which the stop waits until the drain is over."""
+    with Process("--grace", "0", "--drain", "60") as server:
+        server.release("warm", "answer")
+        server.until("ready")
+        with urllib.request.urlopen(server.http + routes.STREAM, timeout=30) as stream:
+            assert stream.readline() == b"event: about\n"
+            server.child.send_signal(signal.SIGTERM)
+            assert b'"stopping":true' in stream.read()
+        assert server.child.wait(20) == 0
 
 
 def test_too_many_streams_are_refused_and_one_that_is_not_read_is_cut_off(monkeypatch):

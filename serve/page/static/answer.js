@@ -13,7 +13,7 @@ export function showAnswer(found, tensor, facts, sound) {
     "p",
     { className: "verdict" },
     el("strong", {}, label(found.answer.top[0])),
-    early ? `, left early: ${run} of ${facts.depth} blocks were run.` : `, by the whole network: no cache was certain enough.`,
+    how(found, run, facts),
   );
   const agreement = early
     ? el("p", {}, "The whole network says: ", el("strong", {}, label(found.base.top[0])), ", ", el("span", { className: found.agrees ? "same" : "other" }, found.agrees ? "the same." : "another answer."))
@@ -34,6 +34,12 @@ export function showAnswer(found, tensor, facts, sound) {
     el("div", { className: "two" }, classes(early ? nameOf(found.answer.exit, facts) : "Whole network", found.answer), early ? classes("Whole network", found.base) : null),
     el("p", { className: "explain" }, `${tensor.note ? `Sent: ${tensor.note}. ` : ""}Plan ${found.plan}${notes(found)}; ${milliseconds(found.milliseconds / 1000)} for both answers.`),
   ].filter((part) => part !== null);
+}
+
+function how(found, run, facts) {
+  if (found.answer.exit < 0) return ", a stored answer: no block was run.";
+  if (found.answer.exit < facts.depth) return `, left early: ${run} of ${facts.depth} blocks were run.`;
+  return found.lookups.length ? ", by the whole network: no cache was certain enough." : ", by the whole network alone.";
 }
 
 const notes = ({ notes: given }) => Object.entries(given).map(([name, value]) => `, ${name} ${value}`).join("");

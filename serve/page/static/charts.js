@@ -3,6 +3,7 @@
 import { el } from "./dom.js";
 
 const SHOWN = 300; // seconds
+const NARROW = 420; // pixels
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const PLACES = ["first", "second", "third"];
@@ -10,9 +11,10 @@ const COLOURS = ["accent", "second", "strong-line"];
 
 export class Chart {
   // `lines`: name, values(history) and say(value) of each; `say` also writes the axis.
-  constructor(parent, { title, lines, most, wide }) {
+  constructor(parent, { title, lines, most, wide, cap = Infinity }) {
     this.lines = lines;
     this.most = most;
+    this.cap = cap;
     const id = `chart-${parent.childElementCount}`;
     this.words = lines.map((_, i) => el("span", { className: `key ${PLACES[i]}` }));
     this.when = el("span", { className: "key-time" });
@@ -43,7 +45,6 @@ export class Chart {
     this.drawn?.destroy();
     const axis = { stroke: colour("muted"), grid: { stroke: colour("line"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
     const say = this.lines[0].say;
-    const most = this.most;
     this.drawn = new uPlot(
       {
         ...this.#size(),
@@ -51,10 +52,10 @@ export class Chart {
         cursor: { y: false, drag: { x: false, y: false }, points: { size: 6 } },
         scales: {
           x: { range: (_, low, high) => (high === null ? [0, SHOWN] : [high - SHOWN, high]) },
-          y: { range: (_, low, high) => [0, most ?? (high || 1) * 1.15] },
+          y: { range: (_, low, high) => [0, this.most ?? Math.min(this.cap, (high || 1) * 1.15)] },
         },
         axes: [
-          { ...axis, size: 26, values: (_, ticks) => ticks.map((t) => ago(this.data[0].at(-1) - t)), splits: (_, axisIdx, low, high) => [0, 1, 2, 3, 4].map((minutes) => high - 60 * minutes).reverse() },
+          { ...axis, size: 26, values: (_, ticks) => ticks.map((t) => ago(this.data[0].at(-1) - t)), splits: (drawn, _, low, high) => (drawn.width < NARROW ? [4, 2, 0] : [4, 3, 2, 1, 0]).map((minutes) => high - 60 * minutes) },
           { ...axis, size: 64, values: (_, ticks) => ticks.map(say) },
         ],
         series: [{}, ...this.lines.map((_, i) => ({ stroke: colour(COLOURS[i]), width: 2, dash: i === 2 ? [6, 4] : undefined, points: { show: false }, spanGaps: false }))],

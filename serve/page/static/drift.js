@@ -28,13 +28,13 @@ export function showDrift(now, facts) {
   if (!one) {
     return [el("p", { className: "explain" }, "Live traffic is not compared with the whole network: the server runs without --adapt. What is promised was certified on the bundle’s own data, and holds while traffic is like it; if the shares of exits move, it is not.")];
   }
-  const epsilon = facts.plans.find(({ name }) => name === facts.default)?.epsilon ?? null;
+  const { epsilon = null, delta = null } = facts.plans.find(({ name }) => name === facts.default) ?? {};
   const events = [...one.latest].reverse();
   return [
     facts_([
       ["State", adaptationState(now)[1]],
       ["Requests that disagree, estimated", share(one.estimate)],
-      ["At most, with confidence", share(one.upper)],
+      [delta === null ? "At most" : `At most, with ${percent(1 - delta)} confidence`, share(one.upper)],
       ["Promised", epsilon === null ? "nothing" : percent(epsilon)],
       ["Hits compared", `${count(one.shadows)}, of which ${count(one.disagreements)} disagreed${one.lost ? ` (${count(one.lost)} lost)` : ""}`],
       ["Compared now", `${share(one.q)} of hits`],

@@ -1,7 +1,7 @@
 // Where requests leave: the network drawn block by block, and a table.
 
 import { $, count, el, number, row, share } from "./dom.js";
-import { exits } from "./history.js";
+import { exits, leftOf } from "./history.js";
 
 const MINUTE = 60;
 
@@ -19,7 +19,7 @@ export function showExits(history, facts) {
   const now = history.latest;
   const recent = history.between(exits, MINUTE) ?? { left: {}, total: 0 };
   const all = exits(null, now);
-  const known = Object.keys(now.left).map(Number).sort((a, b) => a - b);
+  const known = Object.keys(leftOf(now)).map(Number).sort((a, b) => a - b);
   const part = (of, exit) => (of.total ? (of.left[exit] ?? 0) / of.total : null);
   $("exits").tBodies[0].replaceChildren(
     ...known.map((exit) => {
@@ -29,7 +29,7 @@ export function showExits(history, facts) {
         el("td", { className: "number run" }, `${blocksRun(exit)} of ${facts.depth}`),
         el("td", { className: "bar" }, meter),
         number(share(part(recent, exit))),
-        number(`${count(now.left[exit])} (${share(part(all, exit))})`),
+        number(`${count(leftOf(now)[exit])} (${share(part(all, exit))})`),
       );
     }),
   );
@@ -38,13 +38,13 @@ export function showExits(history, facts) {
 
 function draw(of, facts) {
   const sites = new Set(facts.plans.flatMap((plan) => plan.sites));
-  let still = 1;
+  let still = of.total ? 1 - ((of.left[-1] ?? 0) + (of.left[-2] ?? 0)) / of.total : 0;
   const parts = [];
   for (let block = 0; block < facts.depth; block += 1) {
     if (sites.has(block)) parts.push(el("span", { className: "site" }));
     if (of.total) still -= (of.left[block] ?? 0) / of.total;
     const bar = el("b");
-    bar.style.height = of.total ? `${100 * still}%` : "0";
+    bar.style.height = `${100 * still}%`;
     parts.push(el("i", {}, bar));
   }
   $("network").replaceChildren(...parts);

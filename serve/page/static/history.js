@@ -3,14 +3,25 @@
 const KEPT = 301; // snapshots, one a second
 const sum = (values) => Object.values(values).reduce((total, value) => total + value, 0);
 
-export const answered = (now) => sum(now.left) + (now.adaptation ? sum(now.adaptation.input_cache) : 0);
-export const refused = (now) => sum(now.refused);
+const STORED = { exact: -1, nearest: -2 }; // exits of adaptation's input cache, as the protocol has them
+
+// Images by exit, stored answers included.
+export function leftOf({ left, adaptation }) {
+  const stored = Object.entries(adaptation?.input_cache ?? {}).map(([layer, n]) => [STORED[layer], n]);
+  return { ...left, ...Object.fromEntries(stored) };
+}
+
+// Refusals by reason, without those of health checks.
+export const refusals = ({ refused: { not_ready: _, ...reasons } }) => reasons;
+
+export const answered = (now) => sum(leftOf(now));
+export const refused = (now) => sum(refusals(now));
 export const waiting = (now) => sum(now.queue_depth);
 
 export class History {
   #kept = [];
 
-  add(now, at = Date.now() / 1000) {
+  add(now, at = now.at) {
     const last = this.#kept.at(-1);
     if (last && answered(now) < answered(last.now)) this.#kept = []; // another process: its counters begin at 0
     this.#kept.push({ at, now });
@@ -37,7 +48,8 @@ export const per = (counter) => (before, after, seconds) => (counter(after) - co
 
 // Images by exit between two snapshots, and how many there were.
 export function exits(before, after) {
-  const left = Object.fromEntries(Object.entries(after.left).map(([exit, n]) => [exit, n - (before?.left[exit] ?? 0)]));
+  const earlier = before ? leftOf(before) : {};
+  const left = Object.fromEntries(Object.entries(leftOf(after)).map(([exit, n]) => [exit, n - (earlier[exit] ?? 0)]));
   return { left, total: sum(left) };
 }
 

@@ -5,7 +5,7 @@ import { Chart } from "./charts.js";
 import { $, count, el, milliseconds, rate, share } from "./dom.js";
 import { adaptationState, promise, showBundle, showDrift } from "./drift.js";
 import { showExits } from "./exits.js";
-import { answered, depthOf, earlyOf, History, per, percentile, refused, waiting } from "./history.js";
+import { answered, depthOf, earlyOf, History, per, percentile, refusals, refused, waiting } from "./history.js";
 import { body, expects, fromFile, fromNumbers, isPicture, random } from "./input.js";
 import { address, follow, token, whyNot } from "./stream.js";
 
@@ -33,9 +33,9 @@ function makeCharts() {
 function addDisagreement() {
   const promised = facts.plans.find(({ name }) => name === facts.default)?.epsilon ?? null;
   const of = (name, get) => ({ name, values: (seen) => seen.values(get), say: share });
-  const lines = [of("estimated", (now) => now.adaptation?.estimate ?? null), of("at most", (now) => now.adaptation?.upper ?? null)];
+  const lines = [of("estimated", (now) => Math.min(1, now.adaptation?.estimate ?? 0)), of("at most", (now) => now.adaptation?.upper ?? null)];
   if (promised !== null) lines.push(of("promised", () => promised));
-  charts.push(Object.assign(new Chart($("charts"), { title: "Disagreement with the whole network", lines, wide: true }), { isDrift: true }));
+  charts.push(Object.assign(new Chart($("charts"), { title: "Disagreement with the whole network", lines, wide: true, cap: 1 }), { isDrift: true }));
 }
 
 function tile(name, value, more) {
@@ -43,14 +43,14 @@ function tile(name, value, more) {
 }
 
 function showTiles(now) {
-  const total = Object.values(now.refused).reduce((sum, n) => sum + n, 0);
+  const total = refused(now);
   $("tiles").replaceChildren(
     tile("Answered a second", rate(history.between(per(answered), SHORT)), `${count(answered(now))} since the start`),
     tile("Median latency", milliseconds(history.between(percentile(0.5), WINDOW)), `99 %: ${milliseconds(history.between(percentile(0.99), WINDOW))}`),
     tile("Left at a cache", share(history.between(earlyOf(facts), MINUTE)), "last minute"),
     tile("Network run", share(history.between(depthOf(facts), MINUTE)), "mean depth, last minute"),
     tile("Waiting", count(waiting(now)), now.queue_age_seconds ? `since ${milliseconds(now.queue_age_seconds)}` : `${count(now.used)} of ${count(now.admitted)} places taken`),
-    tile("Refused", count(total), total ? Object.entries(now.refused).map(([why, n]) => `${why} ${count(n)}`).join(", ") : "since the start"),
+    tile("Refused", count(total), total ? Object.entries(refusals(now)).map(([why, n]) => `${why} ${count(n)}`).join(", ") : "since the start"),
     tile("Failed steps", count(now.failed_steps), `of ${count(now.steps)}`),
     ...(now.adaptation ? [tile("Alarms", count(now.adaptation.events.alarm ?? 0), `${count(now.adaptation.events.trial ?? 0)} trials, version ${count(now.adaptation.version)}`)] : []),
   );
