@@ -134,7 +134,10 @@ def test_the_oracle_leaves_at_the_first_cache_that_agrees():
         scores=np.zeros((2, 4), np.float32), rows=np.arange(4, dtype=np.uint64),
     )  # fmt: skip
     speed = Speed(full_ms=8.0, cascade_ms=1.0, exit_ms={1: 1.0, 2: 3.0, 3: 8.0}, exits=(3,), spread=0.0)
-    assert timing.oracle_saved_share(table, speed) == pytest.approx(1 - (1 + 3 + 8 + 1) / 4 / 8)
+    costs = CostTable(device="cpu", batch=1, blocks_ms=(1.0, 2.0, 5.0), lookup_ms={"a": 0.1, "b": 0.2})
+    found = timing.oracle(table, speed, costs)
+    assert found.saved_share == pytest.approx(1 - (1 + 3 + 8 + 1) / 4 / 8)
+    assert found.ms == pytest.approx((1.1 + 3.3 + 8.3 + 1.1) / 4)
 
 
 def test_nothing_is_chosen_on_test(run):
