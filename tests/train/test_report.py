@@ -23,6 +23,7 @@ from train.report.words import headline, share
 from train.results import Evaluation
 
 HOSTILE = "<script>alert('x')</script>\"&"
+INLINE = {"a", "code", "span", "strong"}
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 NO_PICTURES = Wall({}, missing="Nothing to see.")
 
@@ -57,6 +58,7 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+        self.text += "" if tag in INLINE else "\n"
 
     def handle_data(self, data):
         if "style" not in self.open:

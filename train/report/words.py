@@ -75,7 +75,7 @@ def site_words(e: Evaluation, site: int) -> str:
     after = f"after block {site} of {e.exits[-1].exit}"
     return (
         f"{after}, with {share(sum(blocks[:site]) / sum(blocks), digits=0)} of its computation done"
-        if blocks
+        if sum(blocks)
         else after
     )
 
