@@ -55,7 +55,7 @@ def test_what_is_seen_first_says_how_much_how_often_and_where(visit, report):
     assert "times as fast as your network; at most 2% of answers differ" in page.locator("h1").inner_text()
     assert page.locator("h1").bounding_box()["y"] < 200
     leaves = page.locator("#leave + figure .wide svg")
-    texts = leaves.locator("text.label").all_inner_texts()
+    texts = leaves.locator("text.label").all_text_contents()
     assert {f"{hits / N:.0%}" for _, hits, _ in EXITS} <= set(texts)
 
 

@@ -38,7 +38,7 @@ def certificate(e: Evaluation, width: float) -> Drawing:
         (disagreeing, 76, "dot-cascade", f"{share(disagreeing)} {here}"),
     ):
         d.dot(x(value), y, kind, title=name)
-        d.beside(x(value), y + 4.5, name, 11)
+        d.beside(x(value), y + 4.5, name, gap=11, most=x(bound) - 3 if value < bound else None)
     d.text(width / 2, 126, "share of answers that differ from your network's", "small", anchor="middle")
     return d
 

@@ -72,6 +72,7 @@ def render(evaluation: Evaluation, wall: Wall) -> str:
         e=evaluation,
         headline=words.headline(evaluation),
         explained=words.explain_certificate(evaluation),
+        promise=words.promise(evaluation.certificate),
         gap=words.explain_gap(evaluation),
         early=words.answers_early(evaluation),
         times=words.times,

@@ -51,9 +51,10 @@ class Drawing:
             x = min(max(x, half), self.width - half)
         self.shapes.append(f'<text class="{kind}" x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}">{escape(text)}</text>')
 
-    def beside(self, x: float, y: float, text: str, gap: float) -> None:
-        """Add a label at one side of a point: to the right where it fits."""
-        right = x + gap + text_width(text) <= self.width
+    def beside(self, x: float, y: float, text: str, *, gap: float, most: float | None = None) -> None:
+        """Add a label at one side of a point: on the right where it ends before ``most``, or the left has no room."""
+        end = x + gap + text_width(text)
+        right = end <= (self.width if most is None else most) or x - gap < text_width(text)
         self.text(x + (gap if right else -gap), y, text, "label", anchor="start" if right else "end")
 
     def svg(self, name: str, title: str, *, style: str = "") -> str:

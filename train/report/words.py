@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from gati_jax.evaluation.records import CertificateResult
+
 from ..results import Evaluation
 
 ABOUT_EQUAL = 0.05
@@ -47,8 +49,8 @@ def bound_words(e: Evaluation) -> str:
     if not c.certified or epsilon is None:
         return f"how often answers differ is not certified ({here} did here)"
     confidence = f"with {share(1 - delta, down=True)} confidence"
-    if c.promise and "group" in c.promise:
-        return f"{c.promise}, {confidence}"
+    if "group" in c.promise:
+        return f"{promise(c)}, {confidence}"
     return f"at most {share(epsilon, up=True)} of answers differ, {confidence}"
 
 
@@ -112,11 +114,16 @@ def explain_certificate(e: Evaluation) -> str:
             f"if more than {share(c.epsilon)} of all requests did, so few would be seen in at most"
             f" {share(c.p_value, up=True)} of such samples"
         )
-    basis = f" ({c.basis})" if c.basis else ""
+    basis, promised = f" ({c.basis})" if c.basis else "", promise(c)
     return (
-        f"{c.promise[:1].upper()}{c.promise[1:]}, with {share(1 - c.delta, down=True)} confidence{basis}. That is more"
+        f"{promised[:1].upper()}{promised[1:]}, with {share(1 - c.delta, down=True)} confidence{basis}. That is more"
         f" than was measured, for a sample says only so much about the requests to come: {counted}, and {why}."
     )
+
+
+def promise(c: CertificateResult) -> str:
+    """Say what is certified as a reader's own network is called on the page."""
+    return c.promise.replace("with the base", "with your network")
 
 
 def explain_gap(e: Evaluation) -> str:
