@@ -1,5 +1,6 @@
 """What an evaluation shows beyond its totals: where caches stand, steps beside the plan's, classes, and examples."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -118,10 +119,15 @@ def confusions(bundle: Bundle, table: ReplayTable, prediction: Prediction) -> tu
 def samples(
     bundle: Bundle, table: ReplayTable, prediction: Prediction, agrees: Bool[np.ndarray, " n"]
 ) -> tuple[Sample, ...]:
-    """Choose requests to show: of every exit those with the highest scores that agree, and then some that do not."""
+    """Choose requests to show: of every exit some that agree, of different classes, and then some that do not.
+
+    Those with higher scores come first.
+    """
     exits, scores = np.asarray(prediction.exit), np.asarray(prediction.score, np.float64)
     order = np.argsort(-scores, kind="stable")
-    chosen = [row for stop in np.unique(exits) for row in order[(exits == stop)[order] & agrees[order]][:MOST_BY_EXIT]]
+    chosen: list[int] = []
+    for stop in np.unique(exits):
+        chosen += _mixed(order[(exits == stop)[order] & agrees[order]], table.answers)[:MOST_BY_EXIT]
     chosen += order[~agrees[order]][:MOST_DISAGREEING].tolist()
     return tuple(
         Sample(
@@ -135,6 +141,16 @@ def samples(
         )
         for row in chosen
     )
+
+
+def _mixed(rows: Int[np.ndarray, " m"], answers: Int[np.ndarray, " n"]) -> list[int]:
+    """Return rows with the first of every class before the second of any."""
+    seen: Counter[int] = Counter()
+    turns = []
+    for row in rows.tolist():
+        turns.append(seen[int(answers[row])])
+        seen[int(answers[row])] += 1
+    return rows[np.argsort(turns, kind="stable")].tolist() if turns else []
 
 
 def class_name(bundle: Bundle, index: int) -> str:

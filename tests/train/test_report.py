@@ -176,6 +176,13 @@ def test_what_is_not_always_so_is_said_only_where_it_is(changes, said):
     assert "None" not in page(**changes).text
 
 
+def test_an_unsteady_speed_up_is_called_one():
+    cost = evaluation()["cost"]
+    cost["measured"][0]["spread"] = 1.12
+    assert "the speed-up varied by 112%" in page(cost=cost).words
+    assert "varied" not in page().words
+
+
 def test_no_space_is_lost_between_sentences():
     for changes in ({}, EMPTY, {"certificate__accuracy_gap": GAP}, {"cost": None}):
         assert not re.findall(r"[a-z0-9)%][.;:][A-Z][a-z]", page(**changes).text)

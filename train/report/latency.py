@@ -87,7 +87,7 @@ def front(e: Evaluation, width: float) -> Drawing:
                 tip = f"{name}: {share(value)} in {milliseconds(one.ms)}"
                 d.dot(x(one.ms), y(value), kind, radius=6.5 if one is plan else 5.5, title=tip)
     if plan is not base:
-        d.text(x(plan.ms), y(plan.agreement) + 24, "the plan", "label strong", anchor="middle")
+        d.text(x(plan.ms) + 9, y(plan.agreement) + 18, "the plan", "label strong")  # the path leads up and to the right
     d.text(x(base.ms), y(base.agreement) - 12, "base alone", "label", anchor="end")
     if oracle is not None:
         d.dot(x(oracle), y(1), "oracle", title=f"oracle: {milliseconds(oracle)}")
@@ -98,5 +98,5 @@ def front(e: Evaluation, width: float) -> Drawing:
 
 def _line(d: Drawing, points: list[tuple[float, float]], kind: str, name: str) -> None:
     d.path(points, kind)
-    at, height = points[0]
-    d.text(max(at + 4, 62), height + 18, name, "small")
+    x, y = points[-1]
+    d.text(x - 8, y + 18, name, "small", anchor="end")

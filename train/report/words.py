@@ -8,7 +8,7 @@ from gati_jax.evaluation.records import CertificateResult
 
 from ..results import Evaluation
 
-ABOUT_EQUAL = 0.05
+ABOUT_EQUAL, UNSTEADY = 0.05, 0.3
 _TWICE = 2
 
 
@@ -60,7 +60,8 @@ def leaving_words(e: Evaluation) -> str:
     if not answers_early(e):
         return f"All {e.n:,} requests ran through the whole network: no cache is on."
     most = max(early, key=lambda one: one.hits)
-    rest = f"{share(base.hit_rate, digits=0)} run through the whole network"
+    through = share(base.hit_rate, digits=0) if base.hits else "none"
+    rest = f"{through} run through the whole network"
     if not most.hits:
         return f"No request left early here: {rest}."
     where = f"{share(1 - base.hit_rate, digits=0)} of requests leave early"
@@ -92,6 +93,10 @@ def warnings_of(e: Evaluation) -> tuple[str, ...]:
         found.append(f"The certified bound does not hold here: {more} of these {e.n:,} requests disagreed.")
     if c.base_saw_data:
         found.append("The base was trained on the certify rows, and may disagree more often on others.")
+    if answers_early(e) and e.cost and (spread := e.cost.measured[0].spread) > UNSTEADY:
+        found.append(
+            f"The machine was busy while times were measured: the speed-up varied by {share(spread, digits=0)}."
+        )
     if e.served and e.served.epsilon is None and c.certified:
         found.append(f"Answers by default on the device of this evaluation: {e.served.text}.")
     return tuple(found)
