@@ -268,7 +268,7 @@ class Evaluation(Record):
         return html_table("Exits", *self._exit_table()) + html_table("Result", (), self._results())
 
     def _exit_table(self) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
-        rows = [
+        rows: list[tuple[object, ...]] = [
             (e.exit, e.hits, f"{e.hit_rate:.1%}", "-" if e.agreement is None else f"{e.agreement:.2%}")
             for e in self.exits
         ]
