@@ -23,6 +23,7 @@ from train.report.words import headline, share
 from train.results import Evaluation
 
 HOSTILE = "<script>alert('x')</script>\"&"
+CONTROL = "\x00\x1b[2J\ud800"
 INLINE = {"a", "code", "span", "strong"}
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 NO_PICTURES = Wall({}, missing="Nothing to see.")
@@ -223,6 +224,14 @@ def test_hostile_strings_are_escaped_everywhere(tmp_path):
     assert p.tags == Page(render(Evaluation.model_validate(evaluation(versions={"a": "b"})), pictures(e))).tags
     assert p.text.count(HOSTILE) >= 20  # network, data, classes, caches, devices, commands, versions, ...
     write_report(tmp_path, e, pictures(e))  # the files are XML before they are pictures
+
+
+def test_names_that_xml_has_no_place_for_are_written_out(tmp_path):
+    e = made_up(
+        classes=[{"index": 0, "name": CONTROL, "n": N, "exits": [hits for _, hits, _ in EXITS], "disagreements": 9}]
+    )
+    write_report(tmp_path, e, NO_PICTURES)
+    assert "\\x00\\x1b" in (tmp_path / "report.html").read_text()
 
 
 def shapes(name: str, kind: str, width: int = WIDE, **changes) -> list[ET.Element]:

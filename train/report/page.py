@@ -54,7 +54,8 @@ def write_report(folder: Path, evaluation: Evaluation, wall: Wall) -> None:
             file.write_bytes(_png(figure.draw(evaluation, WIDE).svg(name, "", style=_sheet(LIGHT))))
         else:
             file.unlink(missing_ok=True)  # of another evaluation
-    (folder / "report.html").write_text(render(evaluation, wall), encoding="utf-8")
+    html = render(evaluation, wall)
+    (folder / "report.html").write_text(html, encoding="utf-8", errors="backslashreplace")  # names may be half a letter
 
 
 def render(evaluation: Evaluation, wall: Wall) -> str:

@@ -7,6 +7,8 @@ from html import escape
 
 import numpy as np
 
+from gati_jax.errors import printable
+
 LETTER = 7.3  # mean width of a letter of a label
 
 
@@ -25,7 +27,7 @@ class Drawing:
 
     def rect(self, x: float, y: float, width: float, height: float, kind: str, *, title: str = "", **more: str) -> None:
         """Add a rectangle; ``title`` is shown where a pointer rests on it."""
-        tip = f"<title>{escape(title)}</title>" if title else ""
+        tip = f"<title>{_text(title)}</title>" if title else ""
         box = f'x="{_n(x)}" y="{_n(y)}" width="{_n(max(width, 0))}" height="{_n(max(height, 0))}"'
         self.shapes.append(f'<rect class="{kind}" {box}{_attributes(more)}>{tip}</rect>')
 
@@ -41,7 +43,7 @@ class Drawing:
 
     def dot(self, x: float, y: float, kind: str, *, radius: float = 5, title: str = "") -> None:
         """Add a disc."""
-        tip = f"<title>{escape(title)}</title>" if title else ""
+        tip = f"<title>{_text(title)}</title>" if title else ""
         self.shapes.append(f'<circle class="{kind}" cx="{_n(x)}" cy="{_n(y)}" r="{_n(radius)}">{tip}</circle>')
 
     def text(self, x: float, y: float, text: str, kind: str = "label", *, anchor: str = "start") -> None:
@@ -49,7 +51,7 @@ class Drawing:
         if anchor == "middle":
             half = text_width(text) / 2
             x = min(max(x, half), self.width - half)
-        self.shapes.append(f'<text class="{kind}" x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}">{escape(text)}</text>')
+        self.shapes.append(f'<text class="{kind}" x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}">{_text(text)}</text>')
 
     def beside(self, x: float, y: float, text: str, *, gap: float, most: float | None = None) -> None:
         """Add a label at one side of a point: on the right where it ends before ``most``, or the left has no room."""
@@ -69,7 +71,7 @@ class Drawing:
         space = ' xmlns="http://www.w3.org/2000/svg"' if style else ""
         head = f'<svg{space} viewBox="0 0 {_n(self.width)} {_n(self.height)}" {size}'
         sheet = f"<style>{style}</style>" if style else ""
-        label = f'role="img" aria-labelledby="{name}"><title id="{name}">{escape(title)}</title>'
+        label = f'role="img" aria-labelledby="{name}"><title id="{name}">{_text(title)}</title>'
         return f"{head} {label}{sheet}{''.join(self.shapes)}</svg>"
 
 
@@ -116,6 +118,11 @@ def spread_out(positions: Sequence[float], least: float, low: float, high: float
 
 def _n(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def _text(text: str) -> str:
+    """Escape text; characters that XML has no place for are written out."""
+    return escape(printable(text, most=1000))
 
 
 def _attributes(more: dict[str, str]) -> str:
