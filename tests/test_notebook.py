@@ -51,7 +51,7 @@ def run_notebook():
 
 def test_the_notebook_runs_from_top_to_bottom(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "contenders", lambda _: {})  # a search for the fastest full network, of a minute
-    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     notebook, names = run_notebook()
     assert isinstance(names["found"], gati_jax.Evaluation)
     assert names["found"].base.accuracy > 0.9
