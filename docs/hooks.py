@@ -3,17 +3,21 @@
 <!-- help: python -m NAME -->   what ``python -m NAME --help`` prints
 <!-- api: PACKAGE -->           the reference of every class and function that a package exports
 <!-- names: PACKAGE -->         a table of these, with links to their reference
+<!-- cells of NOTEBOOK -->      the cells of a notebook in docs/, with what they returned when it was last run
 """
 
 import importlib
 import inspect
+import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 _MARKER = re.compile(r"^<!-- (help: python -m|api:|names:) ([\w.]+) -->$", flags=re.MULTILINE)
+_NOTEBOOK = re.compile(r"^<!-- cells of ([\w.]+) -->$", flags=re.MULTILINE)
 _SPECS = "gati_jax.caches.specs"
 
 
@@ -31,7 +35,24 @@ def on_page_markdown(markdown: str, **_: Any) -> str:  # noqa: ANN401 (what MkDo
         ImportError: There is no such package.
     """
     fill = {"help: python -m": _help, "api:": _api, "names:": _names}
+    markdown = _NOTEBOOK.sub(lambda match: _cells(Path(__file__).parent / match[1]), markdown)
     return _MARKER.sub(lambda match: fill[match[1]](match[2]), markdown)
+
+
+def _cells(path: Path) -> str:
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        parts += [_output(output) for output in cell.get("outputs", [])]
+    return "\n\n".join(parts)
+
+
+def _output(output: dict[str, Any]) -> str:
+    data = output.get("data", {"text/plain": output.get("text", [])})
+    if "text/html" in data:
+        return "".join(data["text/html"])
+    return f"```text\n{''.join(data['text/plain']).rstrip()}\n```"
 
 
 def _help(module: str) -> str:

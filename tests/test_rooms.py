@@ -8,7 +8,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [
-    *("errors", "files", "options", "pytrees", "data", "planning", "certification", "models", "imports", "caches"),
+    *(
+        "errors",
+        "display",
+        "files",
+        "options",
+        "pytrees",
+        "data",
+        "planning",
+        "certification",
+        "models",
+        "imports",
+        "caches",
+    ),
     *("runtime", "export", "fitting", "profiling", "bundle", "inference", "evaluation", "adaptation"),
 ]
 HEAVY = {"jax", "flax", "optax", "orbax"}

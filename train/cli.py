@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from .config import M, did_you_mean, keys_of, load
 Result = dict[str, Any]
 versions = installed_versions
 """What results say of how they came about."""
+COMMAND = "gati-jax "
 T = TypeVar("T")
 
 
@@ -239,6 +241,19 @@ def report(result: Result, show: Callable[[Result], None], *, out: Path | None, 
         print(json.dumps(result))
     else:
         show(result)
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """Return the command line that a process with these arguments came from."""
+    script = argv[0]
+    if script.startswith(COMMAND):  # "gati-jax fit", as the command calls itself
+        return shlex.join([*script.split(), *argv[1:]])
+    parts = Path(script.removesuffix(".py")).parts
+    if "train" in parts:  # ``python -m`` puts the module's file here
+        last = len(parts) - 1 - parts[::-1].index("train")
+        script = ".".join(parts[last:]).removesuffix(".__main__")
+    start = ["-m", script] if script.startswith("train.") else [script]
+    return shlex.join(["python", *start, *argv[1:]])
 
 
 def track(items: Sequence[T], description: str) -> Iterator[T]:

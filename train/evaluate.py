@@ -1,14 +1,12 @@
-"""Evaluate a saved bundle on a split: DIR/evaluation.json and DIR/report.html.
+"""Evaluate a saved bundle on a split: DIR/evaluation.json, DIR/report.html and its figures as DIR/figures/*.png.
 
 Every request of the split is answered as requests are by default, and by the base; some of them are timed.
 """
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import gati_jax
 from gati_jax import Bundle, InputError, data
@@ -16,6 +14,7 @@ from gati_jax.evaluation.run import BATCHES, TIMED
 
 from . import cli
 from .config import Config, build_config
+from .report import draw_wall, write_report
 from .results import Evaluation
 
 EXAMPLE = "python -m train.evaluate --bundle runs/r56/bundle --out runs/r56/eval"
@@ -48,12 +47,19 @@ def main(argv: list[str] | None = None) -> None:
         versions=cli.versions(),
         seed=config.seed,
         date=datetime.now(UTC).date().isoformat(),
+        commands=commands(bundle, argv),
     )
     result.write(arguments.out / "evaluation.json", print_json=arguments.json)
-    (arguments.out / "report.html").write_text(render(result.as_json()), encoding="utf-8")
+    write_report(arguments.out, result, draw_wall(split.images, [sample.row for sample in result.samples]))
     if not arguments.json:
         print(result.summary(f"{result.network} on {result.dataset} {result.split}"))
         print(f"written: {arguments.out / 'evaluation.json'}, {arguments.out / 'report.html'}")
+
+
+def commands(bundle: Bundle, argv: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the commands that made the bundle, where it says so, and this evaluation."""
+    ours = sys.argv if argv is None else ["train/evaluate.py", *argv]
+    return tuple(cli.command_line(words) for words in (bundle.provenance.command, ours) if words)
 
 
 def parser() -> cli.Parser:
@@ -123,19 +129,6 @@ def check_fingerprint(bundle: Bundle, name: str, split: data.Dataset) -> None:
         raise InputError(
             f"data: expected the rows of {name} that the bundle was made with ({then}), got others ({now})"
         )
-
-
-def render(evaluation: Mapping[str, Any]) -> str:
-    """Return an ``evaluation.json`` as one HTML page without scripts or outside files. Every value is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["share"] = lambda value, digits=2: "-" if value is None else f"{value:.{digits}%}"
-    return environment.get_template("evaluation.html.jinja").render(evaluation)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,8 @@ class Evaluation(evaluation.Evaluation, Record):
     versions: dict[str, str]
     seed: int
     date: str
+    commands: tuple[str, ...] = ()
+    """That made the bundle and this evaluation."""
 
 
 # --- adaptation.json ------------------------------------------------------------------------------------------------

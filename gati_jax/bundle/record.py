@@ -20,6 +20,7 @@ from gati_jax.certification import (
     served_bound,
 )
 from gati_jax.data import fingerprint
+from gati_jax.display import html_table
 from gati_jax.errors import InputError, listed
 from gati_jax.models import Chain
 from gati_jax.planning import CostTable, Plan, ReplaySource
@@ -52,6 +53,16 @@ class Bundle:
         """Describe it in a line."""
         plans = listed([_described(certificate) for certificate in self.certificates.values()], room=120)
         return f"Bundle({self.chain!r}, {len(self.caches)} caches, {plans})"
+
+    def _repr_html_(self) -> str:
+        """Return it as a notebook shows it: its caches, and under them its plans."""
+        placed = [(cache.name, cache.site, cache.bytes) for cache in self.caches]
+        plans = [
+            (name, len(self.cascades[name].caches), c.promise if c.certified else "NOT CERTIFIED", f"{1 - c.delta:.6g}")
+            for name, c in self.certificates.items()
+        ]
+        caches = html_table(repr(self.chain), ("cache", "site", "bytes"), placed)
+        return caches + html_table("Plans", ("plan", "caches", "certified", "confidence"), plans)
 
     @property
     def plans(self) -> dict[str, Plan]:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import Field
 
+from gati_jax.display import html_table
 from gati_jax.errors import InputError, check_share
 from gati_jax.planning.binomial import p_value, rows_needed
 
@@ -258,6 +259,21 @@ class Certificate:
         if gap := self.accuracy_gap:
             lines.append(f"loses at most {gap.upper:.2%} of accuracy (confidence {1 - gap.delta:.6g})")
         return "\n  ".join([*lines, *self.stays_off])
+
+    def _repr_html_(self) -> str:
+        """Return it as a notebook shows it."""
+        rows: list[tuple[str, object]] = [
+            ("certified", self.promise if self.certified else f"NOTHING at {self.epsilon:.6g}: the base answers"),
+            ("confidence", f"{1 - self.delta:.6g}, {self.basis}"),
+            (
+                "certify requests",
+                f"{self.disagreements:,} of {self.n:,} disagreed" if self.certified else f"{self.n:,}",
+            ),
+            ("method", self.method),
+        ]
+        if gap := self.accuracy_gap:
+            rows.append(("accuracy", f"loses at most {gap.upper:.2%} (confidence {1 - gap.delta:.6g})"))
+        return html_table(f"Certificate {self.name}", (), rows, notes=self.stays_off)
 
     def __repr__(self) -> str:
         """Describe it in a line."""

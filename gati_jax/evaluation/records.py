@@ -5,6 +5,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from gati_jax.certification import AccuracyGap
+from gati_jax.display import html_table
 from gati_jax.errors import text_table
 from gati_jax.profiling import Backend, device_name
 from gati_jax.profiling.speed import FullNetwork
@@ -53,6 +54,10 @@ class CertificateResult(Record):
     """What is certified, in a sentence without its confidence."""
     basis: str = ""
     """What the confidence rests on: which look it is, or the user's word that there is no other."""
+    p_value: float | None = None
+    """How likely so few disagreements would be if a larger share of requests than epsilon disagreed, at most."""
+    level: float | None = None
+    """What that was compared with: delta, shared among plans and looks."""
     plans: int = 1
     base_saw_data: bool = False
     accuracy_gap: AccuracyGap | None = None
@@ -92,6 +97,8 @@ class Exit(Record):
     hits: int
     hit_rate: float
     agreement: float | None  # None where no request leaves
+    interval: tuple[float, float] | None = None
+    """Clopper and Pearson's for the agreement, with confidence 95 %."""
 
 
 class Measured(Record):
@@ -116,6 +123,10 @@ class Measured(Record):
     predicted_ms: float | None = None  # by the costs of the tuned tiles
     tiles: tuple[int, ...] | None = None
     costs_spread: float | None = None
+    full_each_ms: tuple[float, ...] = ()
+    """Of every request (of every batch, where they are larger) by the full network: medians over the rounds."""
+    cascade_each_ms: tuple[float, ...] = ()
+    """The same by the cascade, in the same order."""
 
 
 class Cost(Record):
@@ -136,9 +147,80 @@ class Memory(Record):
 
 
 class Oracle(Record):
-    """Every request leaves at the bundle's first cache that agrees with the base."""
+    """Every request leaves at the bundle's first cache that agrees with the base.
+
+    It never disagrees, so a plan that may can save more.
+    """
 
     saved_share: float
+    ms: float | None = None
+    """By the same costs as ``Evaluation.path``."""
+
+
+class PlacedCache(Record):
+    """A cache that is on."""
+
+    name: str
+    site: int
+    threshold: float
+    bytes: int
+    lookup_ms: float | None = None
+
+
+class Layout(Record):
+    """The network and its caches, with the costs that the bundle holds for the device nearest to this one."""
+
+    blocks: int
+    blocks_ms: tuple[float, ...] = ()
+    """By block; empty where the bundle holds no costs."""
+    device: str = ""
+    batch: int = 1
+    caches: tuple[PlacedCache, ...]
+
+
+class PathPoint(Record):
+    """A step of the plan's path of thresholds, replayed on these images."""
+
+    step: int
+    ms: float
+    """Of a request in the mean, by the bundle's costs."""
+    agreement: float
+    accuracy: float | None = None
+    certified: bool = False
+    """Whether it is the step that answers; step 0 is the base alone."""
+
+
+class ClassResult(Record):
+    """The requests that the base answers with one class."""
+
+    index: int
+    name: str
+    n: int
+    exits: tuple[int, ...]
+    """Requests by exit, in the order of ``Evaluation.exits``."""
+    disagreements: int
+
+
+class Confusion(Record):
+    """Requests that the base answers with one class and the cascade with another."""
+
+    base: str
+    cascade: str
+    n: int
+
+
+class Sample(Record):
+    """A request, to show as an example."""
+
+    row: int
+    """Its number among the images, from 0 on."""
+    exit: int
+    score: float | None = None
+    """Of the cache that answered: log-odds of agreeing with the base."""
+    base: str
+    cascade: str
+    label: str | None = None
+    agrees: bool
 
 
 class Evaluation(Record):
@@ -154,14 +236,19 @@ class Evaluation(Record):
     """None where nothing was timed."""
     memory: Memory
     oracle: Oracle | None
+    layout: Layout | None = None
+    path: tuple[PathPoint, ...] = ()
+    """Some steps in the order of the path; empty where the bundle holds no costs."""
+    classes: tuple[ClassResult, ...] = ()
+    """Those that the base gives to any request, by falling number."""
+    confusions: tuple[Confusion, ...] = ()
+    """By falling number, the first few."""
+    samples: tuple[Sample, ...] = ()
+    """Some of every exit, and some that disagree."""
 
     def summary(self, title: str = "Exits") -> str:
         """Return it as text, in lines of at most 160 characters or so."""
-        rows = [
-            (e.exit, e.hits, f"{e.hit_rate:.1%}", "-" if e.agreement is None else f"{e.agreement:.2%}")
-            for e in self.exits
-        ]
-        parts = [text_table(title, ("exit", "requests", "share", "agreement with the base"), rows)]
+        parts = [text_table(title, *self._exit_table())]
         first = self.cost.measured[0] if self.cost else None
         if first and (slow := first.reference_ms) and slow > _SLOW * first.full_ms:
             parts.append(
@@ -175,6 +262,17 @@ class Evaluation(Record):
             titles = ("batch", "full", "full ms", "cascade ms", "predicted ms", "speed-up", "ideal", "conversion")
             parts.append(text_table(f"Tuned for this device: {first.backend}", (*titles, "spread"), rows))
         return "\n\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        """Return it as a notebook shows it."""
+        return html_table("Exits", *self._exit_table()) + html_table("Result", (), self._results())
+
+    def _exit_table(self) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+        rows: list[tuple[object, ...]] = [
+            (e.exit, e.hits, f"{e.hit_rate:.1%}", "-" if e.agreement is None else f"{e.agreement:.2%}")
+            for e in self.exits
+        ]
+        return ("exit", "requests", "share", "agreement with the base"), rows
 
     def _results(self) -> list[tuple[str, str]]:
         certificate, memory = self.certificate, self.memory

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import binomtest
 
 from gati_jax.bundle import Bundle
+from gati_jax.caches import choose
 from gati_jax.caches.candidate import fitted_rows
 from gati_jax.certification import AnyLedger, find_ledger
 from gati_jax.data import Images, fingerprint, row_digests
@@ -19,7 +21,7 @@ from gati_jax.fitting.loop import progress_bar
 from gati_jax.inference import infer_batch
 from gati_jax.runtime import Prediction
 
-from . import timing
+from . import details, timing
 from .records import (
     BaseQuality,
     CascadeQuality,
@@ -27,12 +29,12 @@ from .records import (
     Evaluation,
     Exit,
     Memory,
-    Oracle,
     ServedResult,
     record_of,
 )
 
 TIMED, BATCHES = 150, (1, 8, 32, 128)
+CONFIDENCE = 0.95
 _CHUNK = 250
 _log = logging.getLogger(__name__)
 
@@ -83,10 +85,13 @@ def evaluate(
     prediction = _answers(bundle, array, progress=progress)
     exits = np.asarray(prediction.exit)
     _log.info("replaying the %d requests through the base and every cache", len(array))
-    table = replay(bundle.chain, bundle.cascade.caches, array, labels=right)
+    # The plan's other caches, too: neighbours on its path may have them on.
+    planned = replay(bundle.chain, choose(bundle.caches, bundle.plan.names), array, labels=right)
+    table = planned.take([cache.name for cache in bundle.cascade.caches])
     speed, measured = timing.measure(bundle, array, exits, batches, timed) if timed else (None, [])
     agrees = np.asarray(prediction.class_index == table.answers)
-    agreement, certificate = float(agrees.mean()), bundle.certificate
+    agreement, certificate, costs = float(agrees.mean()), bundle.certificate, details.costs_of_plan(bundle)
+    stops = (*bundle.cascade.sites, len(bundle.chain))
     holds = certificate.certified and 1 - agreement <= certificate.mean_bound
     return Evaluation(
         n=len(table),
@@ -94,10 +99,15 @@ def evaluate(
         cascade=CascadeQuality(accuracy=accuracy(prediction.class_index, right), agreement=agreement),
         certificate=record_of(EvaluatedCertificate, certificate, holds=holds),
         served=record_of(ServedResult, bound := bundle.bound_of(), text=str(bound)),
-        exits=tuple(_exit_of(site, exits == site, agrees) for site in (*bundle.cascade.sites, len(bundle.chain))),
+        exits=tuple(_exit_of(site, exits == site, agrees) for site in stops),
         cost=timing.cost(exits, speed, measured) if speed else None,
         memory=Memory(base_bytes=bundle.chain.bytes, cache_bytes=sum(c.bytes for c in bundle.cascade.caches)),
-        oracle=Oracle(saved_share=timing.oracle_saved_share(table, speed)) if speed else None,
+        oracle=timing.oracle(table, speed, costs) if speed else None,
+        layout=details.layout(bundle, costs),
+        path=details.path_points(bundle, planned, costs) if costs else (),
+        classes=details.class_results(bundle, table, exits, agrees, stops),
+        confusions=details.confusions(bundle, table, prediction),
+        samples=details.samples(bundle, table, prediction, agrees),
     )
 
 
@@ -141,8 +151,17 @@ def _answers(bundle: Bundle, images: Images, *, progress: bool) -> Prediction:
 
 def _exit_of(site: int, here: np.ndarray, agrees: np.ndarray) -> Exit:
     """Summarise the requests that leave at a site: which do, and which of all agree with the base, are bool[n]."""
-    agreement = float(agrees[here].mean()) if here.any() else None
-    return Exit(exit=site, hits=int(here.sum()), hit_rate=float(here.mean()), agreement=agreement)
+    hits, right = int(here.sum()), int(agrees[here].sum())
+    if not hits:
+        return Exit(exit=site, hits=0, hit_rate=0.0, agreement=None)
+    interval = binomtest(right, hits).proportion_ci(CONFIDENCE, "exact")
+    return Exit(
+        exit=site,
+        hits=hits,
+        hit_rate=float(here.mean()),
+        agreement=right / hits,
+        interval=(interval.low, interval.high),
+    )
 
 
 def accuracy(classes: ArrayLike, labels: np.ndarray | None) -> float | None:

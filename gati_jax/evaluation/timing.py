@@ -10,7 +10,7 @@ import numpy as np
 
 from gati_jax.bundle import Bundle
 from gati_jax.data import Images
-from gati_jax.planning import ReplayTable, replay_plan
+from gati_jax.planning import CostTable, ReplayTable, cascade_ms, replay_plan
 from gati_jax.profiling import (
     Speed,
     TunedCascade,
@@ -27,7 +27,7 @@ from gati_jax.profiling import (
 from gati_jax.profiling.speed import FullNetwork
 from gati_jax.runtime import Cascade
 
-from .records import Cost, Measured, record_of
+from .records import Cost, Measured, Oracle, record_of
 
 _log = logging.getLogger(__name__)
 
@@ -113,9 +113,17 @@ def cost(exits: np.ndarray, speed: Speed, measured: Sequence[Measured]) -> Cost:
     )
 
 
-def oracle_saved_share(table: ReplayTable, speed: Speed) -> float:
-    """Return what would be saved if each request left at the bundle's first cache that agrees with the base."""
+def oracle(table: ReplayTable, speed: Speed, costs: CostTable | None) -> Oracle:
+    """Return what would be saved if each request left at the bundle's first cache that agrees with the base.
+
+    Args:
+        table: The replay of the caches that are on.
+        speed: With the time up to each exit, of which a share is saved: lookups are left out.
+        costs: For its mean time with lookups, beside those of a path.
+    """
+    perfect = dataclasses.replace(table, scores=np.where(table.agrees, 1.0, -1.0))
     thresholds = np.zeros(len(table.names))
-    exits = replay_plan(dataclasses.replace(table, scores=np.where(table.agrees, 1.0, -1.0)), thresholds).exits
+    exits = replay_plan(perfect, thresholds).exits
     until = np.array([speed.exit_ms[exit_] for exit_ in (*table.sites, table.depth)])
-    return float(1 - until[exits].mean() / speed.full_ms)
+    ms = None if costs is None else cascade_ms(perfect, thresholds, costs)
+    return Oracle(saved_share=float(1 - until[exits].mean() / speed.full_ms), ms=ms)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 
+from gati_jax.display import html_table
 from gati_jax.errors import InputError, check_share, listed, text_table
 
 from .binomial import largest_passing, rows_needed, samples_needed
@@ -96,12 +97,24 @@ class Plan:
         if not self.names:
             return f"EMPTY PLAN: it has no cache, the base answers every request (composed on {self.n} rows)"
         step = len(self.path) - 1 if step is None else step
+        return f"{text_table(*self._table(step))}\n  {self._seen(step)}"
+
+    def _repr_html_(self) -> str:
+        """Return it as a notebook shows it: its caches at the last step of the path."""
+        last = len(self.path) - 1
+        if not self.names:
+            return html_table("Plan", (), [(self.summary(),)])
+        return html_table(*self._table(last), notes=[self._seen(last)])
+
+    def _table(self, step: int) -> tuple[str, tuple[str, ...], list[tuple[object, ...]]]:
         shown = [(t if np.isfinite(t) else "off") for t in self.thresholds(step).tolist()]
         title = f"Plan: caches at {len(self.names)} of {self.depth} sites, composed on {self.n} rows"
-        table = text_table(title, ("cache", "site", "threshold"), list(zip(self.names, self.sites, shown, strict=True)))
+        return title, ("cache", "site", "threshold"), list(zip(self.names, self.sites, shown, strict=True))
+
+    def _seen(self, step: int) -> str:
         at = max(step, 0)
         seen = f"{self.disagreement[at]:.2%} of these rows disagree; {self.mean_ms[at]:.4g} ms, without caches"
-        return f"{table}\n  step {step} of {len(self.path) - 1}: {seen} {self.mean_ms[0]:.4g}"
+        return f"step {step} of {len(self.path) - 1}: {seen} {self.mean_ms[0]:.4g}"
 
     def __repr__(self) -> str:
         """Describe it in a line."""

@@ -43,6 +43,10 @@ class Speed:
     """Which full network is the fastest one, and so compared with."""
     reference_ms: float = 0.0
     """The full network's time by the reference programs."""
+    full_each_ms: tuple[float, ...] = ()
+    """The full network's time for every request (for every batch), the median of its rounds."""
+    cascade_each_ms: tuple[float, ...] = ()
+    """The cascade's."""
 
     @property
     def speedup(self) -> float:
@@ -107,6 +111,8 @@ def measure_speed(
         spread=spread(by_request[fastest].mean(0) / by_request["cascade"].mean(0)),
         full=names[fastest],
         reference_ms=mean[str(depth)],
+        full_each_ms=tuple(np.median(by_request[fastest], axis=1).tolist()),
+        cascade_each_ms=tuple(np.median(by_request["cascade"], axis=1).tolist()),
     )
 
 
@@ -156,6 +162,8 @@ def measure_batches(
         batch=batch,
         full=fastest,
         reference_ms=mean["reference"],
+        full_each_ms=tuple(np.median(by_group[fastest], axis=0).tolist()),
+        cascade_each_ms=tuple(np.median(by_group["cascade"], axis=0).tolist()),
     )
 
 

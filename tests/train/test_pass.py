@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from scipy.stats import binom
+from scipy.stats import beta, binom
 
 import gati_jax
 from gati_jax import CostTable, data
@@ -24,7 +24,8 @@ from train.results import Caches, Evaluation
 def test_evaluation_has_every_key_and_is_what_was_printed_and_reported(run):
     html = (run.folder / "eval" / "report.html").read_text()
     assert f"resnet20 on digits all[1497:{1497 + TESTED}]" in html
-    assert f"{run.evaluation['cascade']['agreement']:.2%}" in html
+    differ = f"{100 - 100 * run.evaluation['cascade']['agreement']:.2f}".rstrip("0").rstrip(".")
+    assert f'<dd class="number">{differ}%</dd>' in html
     written = strict((run.folder / "eval" / "evaluation.json").read_text())
     assert written == run.evaluation
     assert Evaluation.read(run.folder / "eval" / "evaluation.json").as_json() == written
@@ -70,6 +71,45 @@ def test_exits_agreement_and_accuracy_are_those_of_single_requests(run, tested, 
     assert evaluation["cost"]["blocks_mean"] == pytest.approx(exits.mean())
 
 
+def test_details_are_those_of_single_requests(run, table, predictions):
+    exits = np.array([int(p.exit) for p in predictions])
+    agrees = np.array([int(p.class_index) for p in predictions]) == table.answers
+    found, stops = run.evaluation, [*run.bundle.cascade.sites, 3]
+    assert sum(c["n"] for c in found["classes"]) == TESTED
+    for c in found["classes"]:
+        here = table.answers == c["index"]
+        assert (c["n"], c["name"]) == (here.sum(), str(c["index"]))
+        assert c["exits"] == [int((exits[here] == stop).sum()) for stop in stops]
+        assert c["disagreements"] == (~agrees[here]).sum()
+    assert sum(pair["n"] for pair in found["confusions"]) == (~agrees).sum()
+    for sample in found["samples"]:
+        row = sample["row"]
+        assert (sample["exit"], sample["agrees"]) == (exits[row], agrees[row])
+        assert (sample["base"], sample["cascade"]) == (str(table.answers[row]), str(int(predictions[row].class_index)))
+    assert {sample["exit"] for sample in found["samples"]} == set(exits.tolist())
+    assert sum(not sample["agrees"] for sample in found["samples"]) == (~agrees).sum()
+    for e in found["exits"]:
+        if e["hits"]:
+            k, n = round(e["agreement"] * e["hits"]), e["hits"]
+            low, high = (beta.ppf(0.025, k, n - k + 1) if k else 0.0), (beta.ppf(0.975, k + 1, n - k) if k < n else 1.0)
+            assert e["interval"] == pytest.approx([low, high])
+
+
+def test_the_path_begins_at_the_base_and_has_the_plan_on_it(run):
+    first, *_, last = found = run.evaluation["path"]
+    (plan,) = [point for point in found if point["certified"]]
+    assert (first["agreement"], first["ms"]) == (1.0, 3.0)  # by the made-up costs of three blocks
+    assert first["accuracy"] == pytest.approx(run.evaluation["base"]["accuracy"])
+    assert plan["step"] == run.bundle.certificate.step
+    assert plan["agreement"] == pytest.approx(run.evaluation["cascade"]["agreement"])
+    lookups = [sum(0.01 for s in run.bundle.cascade.sites if s <= e["exit"]) for e in run.evaluation["exits"]]
+    expected = sum(e["hit_rate"] * (e["exit"] + ms) for e, ms in zip(run.evaluation["exits"], lookups, strict=True))
+    assert plan["ms"] == pytest.approx(expected)
+    assert last["step"] == len(run.bundle.plan.path) - 1
+    assert run.evaluation["layout"]["blocks_ms"] == [1.0, 1.0, 1.0]
+    assert [c["site"] for c in run.evaluation["layout"]["caches"]] == list(run.bundle.cascade.sites)
+
+
 def test_certificate_is_the_bundle_s_and_holds_as_it_should(run, table, predictions):
     said, certificate = run.evaluation["certificate"], run.bundle.certificate
     for name in ("epsilon", "delta", "n", "disagreements", "method", "numerics", "looks"):
@@ -84,6 +124,8 @@ def test_costs_are_consistent(run):
     cost = run.evaluation["cost"]
     (measured,) = cost["measured"]
     assert measured["requests"] == TESTED
+    assert np.mean(measured["full_each_ms"]) == pytest.approx(measured["full_ms"])
+    assert np.mean(measured["cascade_each_ms"]) == pytest.approx(measured["cascade_ms"])
     assert measured["full"] == "reference"  # the bundle is not tuned: there is no other
     assert measured["speedup"] == pytest.approx(measured["full_ms"] / measured["cascade_ms"])
     assert cost["saved_share"] == pytest.approx(1 - 1 / cost["ideal_speedup"])
@@ -134,7 +176,10 @@ def test_the_oracle_leaves_at_the_first_cache_that_agrees():
         scores=np.zeros((2, 4), np.float32), rows=np.arange(4, dtype=np.uint64),
     )  # fmt: skip
     speed = Speed(full_ms=8.0, cascade_ms=1.0, exit_ms={1: 1.0, 2: 3.0, 3: 8.0}, exits=(3,), spread=0.0)
-    assert timing.oracle_saved_share(table, speed) == pytest.approx(1 - (1 + 3 + 8 + 1) / 4 / 8)
+    costs = CostTable(device="cpu", batch=1, blocks_ms=(1.0, 2.0, 5.0), lookup_ms={"a": 0.1, "b": 0.2})
+    found = timing.oracle(table, speed, costs)
+    assert found.saved_share == pytest.approx(1 - (1 + 3 + 8 + 1) / 4 / 8)
+    assert found.ms == pytest.approx((1.1 + 3.3 + 8.3 + 1.1) / 4)
 
 
 def test_nothing_is_chosen_on_test(run):

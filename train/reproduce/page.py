@@ -1,7 +1,6 @@
 """Write docs/reproduction.md from what ``train.reproduce`` and its ``freeze`` measured, and from remarks on it."""
 
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,7 +53,7 @@ def render(
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        "command_line": command_line,
+        "command_line": cli.command_line,
         "percent": lambda share, digits=2: f"{100 * share:.{digits}f} %",
         # With as many digits as it was published with.
         "published_share": lambda share: "none" if share is None else f"{100 * share:g} %",
@@ -71,17 +70,6 @@ def render(
         blocks=range(1, 9),  # of ResNet-18
         mib=MIB,
     )
-
-
-def command_line(argv: Sequence[str]) -> str:
-    """Return the command line that a process with these arguments came from."""
-    script = argv[0]
-    parts = Path(script.removesuffix(".py")).parts
-    if "train" in parts:  # ``python -m`` puts the module's file here
-        last = len(parts) - 1 - parts[::-1].index("train")
-        script = ".".join(parts[last:]).removesuffix(".__main__")
-    start = ["-m", script] if script.startswith("train.") else [script]
-    return shlex.join(["python", *start, *argv[1:]])
 
 
 def find_drawings(folder: Path, here: Path) -> dict[str, str]:
