@@ -95,7 +95,7 @@ def classify(params: Params, x: Float[Array, "batch time channels"]) -> Float[Ar
 
 
 @functools.cache
-def tones(split: str, n: int = 24_000) -> tuple[Float[np.ndarray, "n samples"], Int[np.ndarray, " n"]]:
+def tones(split: str, n: int = 12_000) -> tuple[Float[np.ndarray, "n samples"], Int[np.ndarray, " n"]]:
     """Return frames of synthetic tones, drawn one by one, with the nearest of the pitches.
 
     A tone has a pitch between 65 and 1,047 Hz (C2 to C6), up to eight harmonics at random phases that fall off at a

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         missing = [part for part in parts if not is_done(part, identity, split)]
         began = time.monotonic()
         scored = sum(part.rows.stop - part.rows.start for part in missing)
-        with progress_bar(progress=True) as bar:
+        with progress_bar(wanted=True) as bar:
             task = bar.add_task("scoring", total=len(split), completed=len(split) - scored)
             for part in missing:
                 found = answers(bundle, split.images, part.rows, settings.plan, lambda n: bar.advance(task, n))
