@@ -3,7 +3,7 @@
 CREPE (Kim et al., arXiv:1802.06182) says which of 360 pitches, 20 cents apart from 32.7 Hz on, a frame of 64 ms at
 16 kHz has. It scores each pitch by a sigmoid; the answer is the largest, so the chain returns what comes before that.
 
-    gati-jax fit --config configs/crepe_tiny.toml --out runs/crepe
+    gati-jax fit --config benchmarks/crepe.toml --out runs/crepe
     gati-jax serve --bundle runs/crepe/bundle --chain benchmarks.crepe:tiny
 """
 

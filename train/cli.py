@@ -178,7 +178,7 @@ def config_parser(model: type[Strict], description: str, example: str, *, looks:
 
 def add_keys(p: Parser, model: type[Strict], title: str) -> None:
     """Let a parser take every key of a model as a flag, ``--section.key value``, and describe them in its help."""
-    p.epilog = f"{p.epilog}\n\n{title} (N: a position in a list, from 0)\n{help_of(model)}"
+    p.epilog = f"{p.epilog}\n\n{title} (N: a position in a list, from 0)\n\n{help_of(model)}"
     p.keys = keys_of(model)
 
 
@@ -201,7 +201,7 @@ def help_of(model: type[Strict]) -> str:
         before = section
         default = "" if option.default == "unset" and "unset:" in option.help else f" ({option.default})"
         lines.append(f"  {f'--{option.key} {option.type}':<42} {option.help}{default}")
-    return "\n".join(lines)
+    return "\n".join(lines).lstrip("\n")
 
 
 def run(main: Callable[[], None]) -> None:
