@@ -1,5 +1,6 @@
 """The command ``gati-jax``: in folders with modules of the same names, from a wheel, and the configs that it writes."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 from gati_jax import InputError, WeightsError
@@ -73,6 +75,7 @@ def test_flags_complete_in_a_shell_whatever_the_folder_holds(home):
     ask = 'source completion; COMP_WORDS=(gati-jax {}); COMP_CWORD={}; _gati_jax; echo "${{COMPREPLY[@]}}"'
     for words, expected in [
         ("e", "evaluate export"),
+        ("sc", "score"),
         ("serve --grp", "--grpc-port --grpc-streams"),
         ("tune --ch", "--chain"),
         ("fit --plan.ep", "--plan.epsilon"),
@@ -206,6 +209,36 @@ def test_other_weights_are_known_by_their_tensors(tmp_path, resnet20):
     with pytest.raises(WeightsError, match=r"--weights: expected the tensors of one of resnet20, .* --chain"):
         written(tmp_path / "other.toml", "--weights", str(file))
     assert not (tmp_path / "other.toml").exists()
+
+
+def test_a_folder_of_pictures_and_an_archive_are_described(tmp_path, capsys):
+    for name, sides in {"photos": (9, 12), "even": (12, 12)}.items():
+        for split, label in itertools.product(("train", "val"), ("cat", "dog", "owl")):
+            (tmp_path / name / split / label).mkdir(parents=True)
+            for i, side in enumerate(sides):
+                Image.new("RGB", (side, 12)).save(tmp_path / name / split / label / f"{i}.png")
+    for name, size, reading, shape in (
+        ("photos", (), (256, 224), (224, 224, 3)),
+        ("photos", ("--size", "32"), (32, 32), (32, 32, 3)),
+        ("even", (), (None, None), (12, 12, 3)),
+    ):
+        out = tmp_path / f"{name}{len(size)}.toml"
+        write_config(["--data", "folder", "--data-dir", str(tmp_path / name), "--out", str(out), *size])
+        config = load(Config, out)
+        assert (config.data.resize, config.data.crop) == reading
+        assert (config.base.input_shape, config.base.classes) == (shape, 3)
+        assert (config.data.splits.fit, config.data.splits.test) == ("train", "val[3:]")
+    np.savez(tmp_path / "few.npz", images=np.zeros((40, 6, 5, 1), np.uint8), labels=np.arange(40) % 4)
+    write_config(["--data", "npz", "--data-dir", str(tmp_path / "few.npz"), "--out", str(tmp_path / "n.toml")])
+    config = load(Config, tmp_path / "n.toml")
+    assert (config.base.input_shape, config.base.classes, config.data.splits.fit) == ((6, 5, 1), 4, "all[:20]")
+    capsys.readouterr()
+    for more, message in (
+        (["--data", "npz"], "--data-dir: expected the folder or file of npz, got none"),
+        (["--data", "digits", "--size", "8"], "--size: expected it with --data folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            write_config([*more, "--out", str(tmp_path / "refused.toml")])
 
 
 @pytest.mark.parametrize("package", ["train", "serve"])

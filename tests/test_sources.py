@@ -88,6 +88,9 @@ def test_a_folder_is_shuffled_by_a_fixed_seed_and_labelled_by_its_sorted_folders
     halves = [data.load("folder", split, folder) for split in ("all[:50%]", "all[50%:]")]
     assert ids(halves[0].images) + ids(halves[1].images) == ids(whole.images)
     assert all(len({c for c, _ in ids(half.images)}) == 2 for half in halves)  # which a sorted one would not have
+    assert whole.ids is not None
+    for row, path in zip(whole.images, whole.ids.tolist(), strict=True):  # each is called by its own path
+        np.testing.assert_array_equal(row, np.asarray(Image.open(path).convert("RGB")))
     in_order = data.load("folder", "all", folder, shuffle_seed="none")
     assert ids(in_order.images) == sorted(ids(whole.images))
     assert ids(data.load("folder", "all", folder, shuffle_seed=1).images) != ids(whole.images)

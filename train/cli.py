@@ -174,9 +174,14 @@ def config_parser(model: type[Strict], description: str, example: str, *, looks:
     if looks:
         add_looks(p)
     p.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file, see configs/")
-    p.epilog = f"{p.epilog}\n\n{help_of(model)}"
-    p.keys = keys_of(model)
+    add_keys(p, model, "keys of the config, all of which are flags, too")
     return p
+
+
+def add_keys(p: Parser, model: type[Strict], title: str) -> None:
+    """Let a parser take every key of a model as a flag, ``--section.key value``, and describe them in its help."""
+    p.epilog = f"{p.epilog}\n\n{title} (N: a position in a list, from 0)\n\n{help_of(model)}"
+    p.keys = keys_of(model)
 
 
 def parse(p: Parser, model: type[M], argv: Sequence[str] | None) -> tuple[argparse.Namespace, M]:
@@ -188,8 +193,8 @@ def parse(p: Parser, model: type[M], argv: Sequence[str] | None) -> tuple[argpar
 
 
 def help_of(model: type[Strict]) -> str:
-    """Describe all keys of a config, grouped by section: type, meaning and default, a line each."""
-    lines = ["keys of the config, all of which are flags, too (N: a position in a list, from 0)"]
+    """Describe all keys of a model, grouped by section: type, meaning and default, a line each."""
+    lines: list[str] = []
     before = None
     for option in describe_options(model):
         section = option.key.rpartition(".")[0]
@@ -198,7 +203,7 @@ def help_of(model: type[Strict]) -> str:
         before = section
         default = "" if option.default == "unset" and "unset:" in option.help else f" ({option.default})"
         lines.append(f"  {f'--{option.key} {option.type}':<42} {option.help}{default}")
-    return "\n".join(lines)
+    return "\n".join(lines).lstrip("\n")
 
 
 def run(main: Callable[[], None]) -> None:

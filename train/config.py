@@ -138,6 +138,12 @@ class Base(Strict):
     classes: Classes = Field(default=10, description="number of classes")
     input_shape: tuple[Side, Side, Side] = Field(default=(32, 32, 3), description="height, width and channels")
     shortcut: Literal["A", "B"] | None = Field(default=None, description="of residual networks; unset: as published")
+    patch: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        default=None, description="of ViTs: pixels per side of a patch; unset: 4, and 16 from 64 pixels on"
+    )
+    depth: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        default=None, description="of ViTs: blocks; unset: 12, as published"
+    )
     normalization: Normalization | None = Field(default=None, description="unset: what the weights' metadata say")
     accept_low_accuracy: bool = Field(
         default=False, description="fit caches for a base that guesses, or always gives the same answer"
@@ -146,7 +152,7 @@ class Base(Strict):
 
     @model_validator(mode="after")
     def _chain_stands_alone(self) -> "Base":
-        describing = ("network", "weights", "classes", "input_shape", "shortcut", "normalization")
+        describing = ("network", "weights", "classes", "input_shape", "shortcut", "patch", "depth", "normalization")
         given = [name for name in describing if getattr(self, name) != type(self).model_fields[name].default]
         if self.chain is not None and given:
             raise ValueError(f"chain: expected it alone, for its network says the rest, got it with {', '.join(given)}")
@@ -171,7 +177,14 @@ class Base(Strict):
             raise InputError(
                 f"base.network: expected a name, or weights whose metadata say it, got neither ({self.weights})"
             )
-        return architecture(self.network, classes=self.classes, input_shape=self.input_shape, shortcut=self.shortcut)
+        return architecture(
+            self.network,
+            classes=self.classes,
+            input_shape=self.input_shape,
+            shortcut=self.shortcut,
+            patch=self.patch,
+            depth=self.depth,
+        )
 
     def normalize(self) -> Normalization:
         """Return how inputs are normalised."""
@@ -301,14 +314,16 @@ class Config(Experiment):
     measure_rounds: Annotated[int, Field(ge=3)] = Field(default=60, description="interleaved repeats of every timing")
 
 
-def load(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
+def load(model: type[M], path: Path | None, overrides: Sequence[str] = ()) -> M:
     """Read a TOML file, which may say what ``model`` does, and apply ``--section.key value`` overrides.
+
+    Without a file, the overrides say everything.
 
     Raises:
         InputError: The file cannot be read, or a key or a value is not right; names the nearest key.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"config: cannot read {path}: {error}") from error
     for key, text in _pairs(overrides):

@@ -11,9 +11,13 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from gati_jax import InputError, WeightsError, data
 from gati_jax.commands import CONFIGS
+from gati_jax.data import Dataset
+from gati_jax.data.packed import Opened, open_npz
+from gati_jax.data.pictures import Transform, list_pictures, read_regular
 from gati_jax.errors import printable
 from gati_jax.files import write_atomically
 from gati_jax.imports import load_chain
@@ -24,12 +28,14 @@ from .config import Config, build
 from .zoo import Entry, read_entry
 
 EXAMPLE = "python -m train.init --data cifar10 --weights resnet56-cifar10.safetensors --out resnet56.toml"
-SPLITS = ("all", "train", "validation", "test")
+SPLITS = ("all", "train", "validation", "val", "test")
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 TO_TRAIN = ("resnet18", "resnet20")  # where there are no weights yet
 TRAINED = Path("runs/base/base.safetensors")
 FIT = "[fit]\n"
 _KERNEL = 4  # dimensions of a convolution's
+_SIDE, _SMALL = 224, 64  # pixels: of most networks' images; below which nothing is cropped
+_SAMPLE = 20  # pictures that tell whether all have one size
 PLAIN = """\
 [fit]
 epochs = 20 # fewer for large data; --fit.minutes bounds the time
@@ -51,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--chain: expected it without --weights, which its function reads, got both")
     if arguments.out.exists():
         raise InputError(f"--out: expected a new file, got {arguments.out}, which is left alone")
-    rows, shape, classes = sizes_of(arguments.data, arguments.data_dir)
+    sizes = sizes_of(arguments.data, arguments.data_dir, arguments.size)
+    shape, classes = sizes.shape, sizes.classes
     entry = read_entry(arguments.weights) if arguments.weights else None
     if arguments.chain:
         load_chain(arguments.chain, "--chain")  # it fails now, if at all
@@ -67,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     if not (arguments.weights or arguments.chain):
         trained = Path(tomllib.loads(below)["base"]["weights"])
         steps.insert(0, f"gati-jax train-base --config {arguments.out} --out {trained.parent}")
-    text = config_text(arguments, rows, entry, steps, below)
+    text = config_text(arguments, sizes, entry, steps, below)
     try:
         build(Config, tomllib.loads(text))  # what is written can be read
     except tomllib.TOMLDecodeError as error:
@@ -79,24 +86,41 @@ def main(argv: list[str] | None = None) -> None:
 def parser() -> cli.Parser:
     """Return the command line's parser."""
     p = cli.parser("Write a commented config for the data and the weights at hand.", EXAMPLE, out=False, as_json=False)
-    p.add_argument("--data", required=True, metavar="NAME", help="as data.name: digits, cifar10, ...")
+    p.add_argument("--data", required=True, metavar="NAME", help="as data.name: digits, cifar10, folder, npz, ...")
     p.add_argument("--data-dir", type=Path, metavar="DIR", help="as data.dir, where the data are")
+    side = "side of the images that the network takes, for folder (default: 224 where its pictures differ in size)"
+    p.add_argument("--size", type=cli.positive, metavar="N", help=side)
     p.add_argument("--weights", type=Path, metavar="FILE", help="of the trained network; none: train one here")
     cli.add_chain(p)
     p.add_argument("--out", type=cli.file, required=True, metavar="FILE", help="the config, a new .toml file")
     return p
 
 
-def sizes_of(name: str, folder: Path | None) -> tuple[dict[str, int], tuple[int, ...], int]:
+class Sizes(NamedTuple):
+    """What a config says of its data."""
+
+    rows: Mapping[str, int]
+    """Of each split."""
+    shape: tuple[int, ...]
+    classes: int
+    reading: tuple[str, ...] = ()
+    """Lines on how pictures become images of that shape."""
+
+
+def sizes_of(name: str, folder: Path | None, side: int | None = None) -> Sizes:
     """Return the rows of each split of a data set, the shape of an image, and the number of classes.
 
     Raises:
-        InputError: There is no split that has one of the usual names.
+        InputError: There is no split that has one of the usual names; a side is given for other data than a folder.
     """
-    found: dict[str, data.Dataset] = {}
+    if side is not None and name != "folder":
+        raise InputError(f"--size: expected it with --data folder, whose pictures are resized, got it with {name}")
+    if name in {"folder", "npz"} and folder is None:
+        raise InputError(f"--data-dir: expected the folder or file of {name}, got none")
+    found: dict[str, Dataset | Opened] = {}
     for split in SPLITS:
         try:
-            found[split] = data.load(name, split, folder)
+            found[split] = open_split(name, split, folder)
         except InputError as error:
             if not str(error).startswith("split:"):
                 raise
@@ -105,7 +129,32 @@ def sizes_of(name: str, folder: Path | None) -> tuple[dict[str, int], tuple[int,
     first = next(iter(found.values()))
     named = [1 + int(part.labels.max()) for part in found.values() if part.labels is not None]
     classes = len(first.class_names) or max(named, default=10)
-    return {split: len(part) for split, part in found.items()}, first.images.shape[1:], classes
+    rows: Any = first.images
+    shape, reading = pictures_shape(rows, side) if name == "folder" else (rows.shape[1:], ())
+    return Sizes({split: len(part.images) for split, part in found.items()}, tuple(shape), classes, reading)
+
+
+def open_split(name: str, split: str, folder: Path | None) -> Dataset | Opened:
+    """Return a split; of a folder the paths of its pictures, of an archive what is not read yet."""
+    if folder is not None and name == "folder":
+        paths, labels, class_names = list_pictures(folder, split)
+        return Opened(paths, labels, class_names)
+    if folder is not None and name == "npz":
+        return open_npz(folder, split)
+    return data.load(name, split, folder)
+
+
+def pictures_shape(paths: Sequence[str], side: int | None) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return the shape of the images that pictures become, and how, as lines of a config."""
+    if side is None:
+        sample = {paths[i * (len(paths) - 1) // (_SAMPLE - 1)] for i in range(_SAMPLE)}
+        some = {Transform().picture(read_regular(path), path).shape for path in sample}
+        if len(some) == 1:
+            return some.pop(), ()
+        side = _SIDE
+    resize = side * 8 // 7 if side >= _SMALL else side  # 256 for 224, as torchvision's transforms have it
+    check = "CHECK: resize and crop as the weights' evaluation transform; the shorter side in pixels"
+    return (side, side, 3), (f"resize = {resize} # {check}", f"crop = {side} # the centre")
 
 
 def known_base(weights: Path, entry: Entry) -> str:
@@ -163,13 +212,14 @@ def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return height, width, channels
 
 
-def config_text(
-    arguments: argparse.Namespace, rows: Mapping[str, int], entry: Entry | None, steps: list[str], below: str
-) -> str:
+def config_text(arguments: argparse.Namespace, sizes: Sizes, entry: Entry | None, steps: list[str], below: str) -> str:
     """Return the config; ``steps`` are the commands that it is for, ``below`` is what follows the data."""
     run, commands = arguments.out.stem, "\n".join(f"#   {step}" for step in steps)
-    splits, trained, source = split_lines(rows, entry.trained_on if entry and entry.dataset == arguments.data else None)
+    splits, trained, source = split_lines(
+        sizes.rows, entry.trained_on if entry and entry.dataset == arguments.data else None
+    )
     folder = f"\ndir = {_toml(str(arguments.data_dir))}" if arguments.data_dir else ""
+    reading = "".join(f"\n{line}" for line in sizes.reading)
     return f"""\
 # Caches for a network on {arguments.data}, written by gati-jax init. Every key: gati-jax fit --help
 #
@@ -179,7 +229,7 @@ def config_text(
 seed = 0
 
 [data]
-name = {_toml(arguments.data)}{folder}
+name = {_toml(arguments.data)}{folder}{reading}
 base_trained_on = {json.dumps(trained, ensure_ascii=False)} # {source}
 
 [data.splits] # disjoint; select and certify: rows that the base was not trained on

@@ -25,7 +25,7 @@ from .config import Base, Classes, Config, DatasetName, Side
 EXAMPLE = "python -m train.zoo --weights runs/gpu/cifar10_resnet18/base/base.safetensors --out models-zoo"
 MAX_BYTES = 60 * 2**20
 _log = logging.getLogger("train.zoo")
-_BASE_KEYS = ("network", "classes", "input_shape", "shortcut", "normalization")
+_BASE_KEYS = ("network", "classes", "input_shape", "shortcut", "patch", "depth", "normalization")
 _TEXTS = ("network", "dataset", "split")  # never JSON, even if they read so
 
 
@@ -51,6 +51,8 @@ class Entry(BaseModel):
     classes: Classes
     input_shape: tuple[Side, Side, Side]
     shortcut: Literal["A", "B"] | None = None
+    patch: Annotated[int, Field(ge=1, le=64)] | None = None
+    depth: Annotated[int, Field(ge=1, le=64)] | None = None
     normalization: Normalization
     dataset: DatasetName
     trained_on: tuple[str, ...]

@@ -40,6 +40,7 @@ SCRIPTS = {
     "fit": Script("train.caches", "fit, plan and certify caches for a frozen network"),
     "tune": Script("train.tune", "tune a bundle for this device"),
     "evaluate": Script("train.evaluate", "evaluate a bundle: agreement, exits, time"),
+    "score": Script("train.score", "score images in bulk with a bundle, as Parquet files"),
     "export": Script("train.export.__main__", "export a bundle's cascades as ONNX models"),
     "adapt": Script("train.adapt", "simulate adaptation on a recorded trace"),
     "serve": Script("serve.__main__", "serve a bundle over HTTP and gRPC", "serve.settings"),

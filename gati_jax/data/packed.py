@@ -4,6 +4,7 @@ import math
 import re
 import struct
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ class Opened(NamedTuple):
     images: Source
     labels: np.ndarray | None
     class_names: tuple[str, ...] = ()
+    ids: Sequence[str] | None = None
+    """What the source calls its rows; None if it only counts them."""
 
 
 def open_npz(place: Path, split: str) -> Opened:

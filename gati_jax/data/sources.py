@@ -82,6 +82,8 @@ class Dataset:
     """In memory, or read when they are indexed."""
     labels: Int[np.ndarray, " n"] | None = None
     class_names: tuple[str, ...] = ()
+    ids: np.ndarray | None = None
+    """What the source calls each row: the path of a picture, or else the row's number in the source's own order."""
 
     def __len__(self) -> int:
         """Return n."""
@@ -143,7 +145,7 @@ def load(name: str, split: str, data_dir: Path | str | None = None, **options: A
         raise InputError(f"data.dir: expected the folder or file of {name}, got none")
     elif name == "folder":
         paths, labels, class_names = list_pictures(place, rows.split)
-        opened = Opened(Pictures(paths, reading.transform), labels, class_names)
+        opened = Opened(Pictures(paths, reading.transform), labels, class_names, paths)
     else:
         images, labels, _ = open_npz(place, rows.split)
         opened = Opened(Transformed(images, reading.transform, str(place)), labels)
@@ -204,11 +206,12 @@ def _dataset(name: str, opened: Opened, rows: Rows, reading: Reading) -> Dataset
     _log.info("%s: %d rows of %s, %s; using rows %d to %d", name, n, rows.split, how, part.start, part.stop - 1)
     images = ImageRows(opened.images, name="data.name").take(order[part])
     labels = None if opened.labels is None else opened.labels[order[part]]
-    return _kept(images, labels, reading, name, opened.class_names)
+    ids = order[part] if opened.ids is None else np.asarray(opened.ids)[order[part]]
+    return _kept(images, labels, reading, name, opened.class_names, ids)
 
 
 def _kept(
-    rows: ImageRows, labels: np.ndarray | None, reading: Reading, name: str, class_names: Sequence[str]
+    rows: ImageRows, labels: np.ndarray | None, reading: Reading, name: str, class_names: Sequence[str], ids: np.ndarray
 ) -> Dataset:
     """Return rows with their labels, which are in the source's records if none are given."""
     if len(rows) * rows.row_bytes <= reading.memory_mb * 10**6:
@@ -217,7 +220,10 @@ def _kept(
         images, own = rows, rows.scan().labels if labels is None else None
     given = own if labels is None else labels
     return Dataset(
-        images=images, labels=None if given is None else _labels(name, given), class_names=tuple(class_names)
+        images=images,
+        labels=None if given is None else _labels(name, given),
+        class_names=tuple(class_names),
+        ids=ids,
     )
 
 
@@ -231,7 +237,8 @@ def _digits(rows: Rows) -> Dataset:
     # style; a fixed shuffle makes every part a sample of the same population, as certificates assume.
     order = np.random.default_rng(0).permutation(len(source.images))[rows.within(len(source.images))]
     images = source.images[order].astype(np.uint8)[..., None]
-    return Dataset(images=images, labels=source.target[order].astype(np.int32), class_names=tuple("0123456789"))
+    labels = source.target[order].astype(np.int32)
+    return Dataset(images=images, labels=labels, class_names=tuple("0123456789"), ids=order)
 
 
 def _tfds(name: str, rows: Rows, data_dir: Path | str | None, reading: Reading) -> Dataset:
@@ -260,7 +267,8 @@ def _tfds(name: str, rows: Rows, data_dir: Path | str | None, reading: Reading) 
         got = f"{images.dtype}{[*images.shape[1:]]}"
         raise InputError(f"data.name: expected images uint8[height, width, channels], {name} has {got}")
     names = getattr(features["label"], "names", None) if "label" in known else ()
-    return _kept(images, None, reading, name, names or ())  # plain integers have no names
+    ids = np.arange(part.start, part.stop)
+    return _kept(images, None, reading, name, names or (), ids)  # plain integers have no names
 
 
 def _builder(tfds: Any, name: str, data_dir: Path | str | None) -> Any:  # noqa: ANN401 (an optional module)

@@ -197,24 +197,30 @@ def architecture(
     classes: int = 10,
     input_shape: tuple[int, int, int] = (32, 32, 3),
     shortcut: Literal["A", "B"] | None = None,
+    patch: int | None = None,
+    depth: int | None = None,
 ) -> Architecture:
     """Return a published configuration; see ``resnet``, ``vgg`` and ``vit``.
 
     Raises:
-        InputError: The name is not known, or a shortcut is given for a network without.
+        InputError: The name is not known, or a shortcut, a patch or a depth is given for a network without.
 
     Example:
         >>> architecture("vgg16").depth
         13
     """
-    if name in RESNETS:
-        return resnet(name, classes=classes, input_shape=input_shape, shortcut=shortcut)
     if name not in NAMES:
         raise InputError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
-    if shortcut is not None:
+    if shortcut is not None and name not in RESNETS:
         raise InputError(f"shortcut: expected none, for {name} has no shortcuts, got {shortcut!r}")
-    build = vit if name in _VITS else vgg
-    return build(name, classes=classes, input_shape=input_shape)
+    for option, value in (("patch", patch), ("depth", depth)):
+        if value is not None and name not in VITS:
+            raise InputError(f"{option}: expected none, for {name} is no ViT, got {value}")
+    if name in RESNETS:
+        return resnet(name, classes=classes, input_shape=input_shape, shortcut=shortcut)
+    if name in VITS:
+        return vit(name, classes=classes, input_shape=input_shape, patch=patch, depth=depth)
+    return vgg(name, classes=classes, input_shape=input_shape)
 
 
 def resnet(
@@ -276,7 +282,12 @@ def vgg(name: str, *, classes: int = 10, input_shape: tuple[int, int, int] = (32
 
 
 def vit(
-    name: str, *, classes: int = 10, input_shape: tuple[int, int, int] = (32, 32, 3), patch: int | None = None
+    name: str,
+    *,
+    classes: int = 10,
+    input_shape: tuple[int, int, int] = (32, 32, 3),
+    patch: int | None = None,
+    depth: int | None = None,
 ) -> ViT:
     """Return a published configuration (Dosovitskiy et al., arXiv:2010.11929; Touvron et al., arXiv:2012.12877).
 
@@ -285,6 +296,7 @@ def vit(
         classes: Number of classes.
         input_shape: Height, width and channels, in whole patches.
         patch: Pixels per side of a patch; by default 16, and 4 for images of less than 64 pixels.
+        depth: Blocks; by default the published 12.
 
     Raises:
         InputError: The name is not known, or the images are not whole patches.
@@ -297,7 +309,7 @@ def vit(
         raise InputError(f"name: expected one of {', '.join(VITS)}, got {name!r}")
     width, heads = _VITS[name]
     patch = patch or (16 if input_shape[0] >= 64 else 4)  # noqa: PLR2004
-    sizes = {"width": width, "depth": 12, "heads": heads, "hidden": 4 * width}
+    sizes = {"width": width, "depth": depth or 12, "heads": heads, "hidden": 4 * width}
     return ViT(patch=patch, **sizes, classes=classes, input_shape=input_shape)
 
 

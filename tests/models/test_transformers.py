@@ -170,6 +170,8 @@ def test_ids_that_the_vocabulary_has_not_are_refused(token, ok):
         (lambda: vit("vit_huge"), "name: expected one of vit_tiny, vit_small, vit_base, got 'vit_huge'"),
         (lambda: bert("bert_tiny", length=513), "length: expected at most the 512 positions, got 513"),
         (lambda: models.architecture("vit_tiny", shortcut="A"), "shortcut: expected none, for vit_tiny has no"),
+        (lambda: models.architecture("resnet20", patch=8), "patch: expected none, for resnet20 is no ViT, got 8"),
+        (lambda: models.architecture("vgg16", depth=6), "depth: expected none, for vgg16 is no ViT, got 6"),
     ],
 )
 def test_configurations_that_cannot_be_are_refused(build, message):

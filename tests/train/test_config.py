@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from gati_jax import Augment, FitConfig, InputError, Normalization
+from gati_jax.models import ViT
 from gati_jax.options import describe_options
 from tests.train.one_pass import BARE, ROOT
 from train import cli
@@ -36,6 +37,13 @@ def test_every_config_loads_and_builds(config):
     assert len(loaded.base.normalize().mean) == loaded.base.input_shape[2]
     assert [head.build().name for head in loaded.fit.heads] == [head.name for head in loaded.fit.heads]
     assert loaded.fit.seed == loaded.seed
+
+
+def test_a_vit_s_patch_and_depth_reach_its_network():
+    more = ["--base.patch", "8", "--base.depth", "6"]
+    network = load(Config, ROOT / "configs" / "cifar10_vit_tiny.toml", more).base.architecture()
+    assert isinstance(network, ViT)
+    assert (network.patch, network.depth, network.width) == (8, 6, 192)
 
 
 OVERRIDES = {
