@@ -33,6 +33,10 @@ Parameters may change: ``Engine.between_steps`` has them swapped in the engine's
 the slabs, because the base never changes; steps after a swap use the new caches. With ``--adapt``, ``adaptive`` stands
 between the service and the engine, and has a thread of its own; without it, nothing of it is imported.
 
+There may be several models: each has an engine, and they take turns on the device (``engine.turns``).
+``protocol.repository`` finds a request's model, and has models loaded and replaced in other threads. Compiled programs
+are kept for the next start by ``engine.program_cache``.
+
 Failures:
 
  - A step (out of memory, a broken device): its own jobs fail (``StepError``), and it is counted. Slabs are donated to
@@ -45,10 +49,10 @@ Failures:
  - Stopping (``lifecycle``): nothing more is admitted (``StoppingError``); what was admitted is finished, except for
     shadow jobs, which are reported to the observer as lost; then the thread ends.
 
-So there are two kinds of threads: any number that submit, and one that owns the device. They share the scheduler and
-some counters behind one lock, which is held for microseconds. A further thread answers health and metrics on a port of
-their own, whatever the event loop is busy with. ``page`` shows the same numbers to people, in the event loop, from
-snapshots that a thread of its pool makes while somebody looks. Another one writes the log's lines (``logs``), so that a
-slow reader of the log never stalls a request. ``assemble`` puts the parts together from the ``settings``. Importing the
-engine, the scheduler, its policy and the records needs no JAX.
+So there are two kinds of threads: any number that submit, and one for each engine, which owns the device for a step.
+They share an engine's scheduler and some counters behind one lock, which is held for microseconds. A further thread
+answers health and metrics on a port of their own, whatever the event loop is busy with. ``page`` shows the same numbers
+to people, in the event loop, from snapshots that a thread of its pool makes while somebody looks. Another one writes
+the log's lines (``logs``), so that a slow reader of the log never stalls a request. ``assemble`` puts the parts
+together from the ``settings``. Importing the engine, the scheduler, its policy and the records needs no JAX.
 """

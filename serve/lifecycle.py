@@ -182,11 +182,8 @@ class _Rpc:
 
 
 def _report(models: Repository) -> None:
-    """Log which models answer, and end the process where the only one cannot."""
-    entries = models.entries.values()
-    if len(entries) == 1 and not any(entry.backend for entry in entries):
-        _leave(1, "the bundle cannot be served")
-    for entry in entries:
+    """Log which models answer."""
+    for entry in models.entries.values():
         if entry.loaded is not None:
             _log.info("ready", extra={"model": entry.name, "version": entry.loaded.model.version})
 

@@ -21,12 +21,10 @@ from typing import Self
 
 from ..engine.records import DeadlineError, OverloadedError, ServeError, StoppingError
 from ..engine.scheduler import PATIENCE
+from .drain import FULL, Drain
 from .messages import SlowBodyError, TooLargeError
 
-FULL = 8  # images that wait with which the device is taken to be busy: a batch
 MARGIN = 0.7  # share of the time left that the expected wait may take; steps and other requests cause the rest
-_MEMORY = 5.0  # seconds of load over which the drain rate is averaged
-_LEAST = 0.25  # seconds of load before it is believed
 _RETRY = 1.0  # seconds, where no rate is known
 _FRESH = 0.1  # seconds in which a body is expected to arrive; one that takes longer holds up no other request
 _STALLED = 1.0  # seconds after which a message that has a place makes it for another one
@@ -76,8 +74,6 @@ class Door:
         """Open it, empty."""
         self.limits, self.refused, self.clock = limits, refused, clock
         self.images = self.bytes = 0
-        self.waiting = 0
-        """Images whose bodies are here."""
         self.closing = asyncio.Event()
         """Set once nothing more is admitted."""
         self.messages = Messages(self, max(1, limits.max_bodies // limits.max_body))
@@ -87,8 +83,8 @@ class Door:
         self.inflating = asyncio.Semaphore(_INFLATING)
         """For compressed bodies, each of which may take the memory of the largest body."""
         self._inside: set[Admission] = set()
-        self._answered = self._loaded = 0.0
-        self._at = clock()
+        self._drains: dict[str, Drain] = {}
+        """By model: those of a slow one do not delay those of another."""
 
     @property
     def closed(self) -> bool:
@@ -97,11 +93,18 @@ class Door:
 
     @property
     def rate(self) -> float | None:
-        """Images answered per second under load; None if there was none."""
-        return self._answered / self._loaded if self._loaded >= _LEAST and self._answered else None
+        """Images of all models answered per second under load; None if there was none."""
+        known = [drain.rate for drain in self._drains.values() if drain.rate]
+        return sum(known) or None
 
     def enter(
-        self, *, arrived: float | None = None, size: int = 0, images: int = 1, patience: float = math.inf
+        self,
+        *,
+        arrived: float | None = None,
+        size: int = 0,
+        images: int = 1,
+        patience: float = math.inf,
+        model: str = "",
     ) -> "Admission":
         """Admit a request, of which the head alone is known.
 
@@ -110,6 +113,7 @@ class Door:
             size: The announced bytes of its body; 0 if there is none, or its length is not known.
             images: The least that it may hold; 0 for a request that asks for no inference.
             patience: Seconds from its arrival to its deadline, where the head has one.
+            model: Whose images it has, where that is known.
 
         Raises:
             DeadlineError: The deadline has passed.
@@ -124,7 +128,7 @@ class Door:
             self.refused("stopping")
             raise StoppingError("stopping: the server admits nothing more")
         arrived = self.clock() if arrived is None else arrived
-        admission = Admission(self, arrived, arrived + patience)
+        admission = Admission(self, arrived, arrived + patience, model)
         if images:
             self.check_time(admission, images)
         self.reserve(images, size)
@@ -153,7 +157,7 @@ class Door:
             DeadlineError: The deadline has passed.
             OverloadedError: The images before it are expected to take until then.
         """
-        left, rate = admission.deadline - self.clock(), self.rate
+        left, rate = admission.deadline - self.clock(), self._drain(admission).rate
         if left <= 0:
             self.refused("deadline")
             raise DeadlineError("the deadline passed before the request was read")
@@ -174,9 +178,9 @@ class Door:
         if admission in self._inside:
             self._inside.remove(admission)
             self._advance()
-            self._answered += admission.images if admission.answered and self.waiting >= FULL else 0
+            if admission.is_whole:
+                self._drain(admission).leave(admission.images, answered=admission.answered)
             self.images -= admission.images
-            self.waiting -= admission.images if admission.is_whole else 0
             self.bytes -= admission.size
 
     def take(self, admission: "Admission", images: int) -> None:
@@ -186,7 +190,7 @@ class Door:
             OverloadedError: There are not enough.
         """
         self.reserve(images - admission.images, 0)
-        self.waiting += images
+        self._drain(admission).waiting += images
         admission.images, admission.is_whole = images, True
 
     def ahead_of(self, admission: "Admission") -> int:
@@ -195,7 +199,10 @@ class Door:
         return sum(
             other.images
             for other in self._inside
-            if other is not admission and other.due <= admission.due and (other.is_whole or other.arrived > fresh)
+            if other is not admission
+            and other.model == admission.model
+            and other.due <= admission.due
+            and (other.is_whole or other.arrived > fresh)
         )
 
     def close(self) -> None:
@@ -204,14 +211,15 @@ class Door:
         for admission in self._inside:
             admission.cut(StoppingError("stopping: the body came too late"))
 
+    def _drain(self, admission: "Admission") -> Drain:
+        if admission.model not in self._drains:
+            self._drains[admission.model] = Drain(self.clock())
+        return self._drains[admission.model]
+
     def _advance(self) -> None:
-        """Let the time since the last change count, if the server was under load."""
         now = self.clock()
-        if self.waiting >= FULL:
-            passed = now - self._at
-            keep = math.exp(-passed / _MEMORY)
-            self._answered, self._loaded = self._answered * keep, self._loaded * keep + passed
-        self._at = now
+        for drain in self._drains.values():
+            drain.advance(now)
 
 
 class Messages:
@@ -248,9 +256,9 @@ class Messages:
 class Admission:
     """What one request has taken; a context manager that gives it back."""
 
-    def __init__(self, door: Door, arrived: float, deadline: float) -> None:
+    def __init__(self, door: Door, arrived: float, deadline: float, model: str) -> None:
         """Begin with nothing."""
-        self.arrived = arrived
+        self.arrived, self.model = arrived, model
         self.deadline = min(deadline, arrived + door.limits.timeout)
         """When an answer is too late, by the door's clock."""
         self.images = self.size = 0
@@ -275,18 +283,20 @@ class Admission:
         """When its images are due, as the scheduler orders them."""
         return min(self.deadline, self.arrived + PATIENCE)
 
-    def take(self, images: int, patience: float = math.inf) -> None:
+    def take(self, images: int, patience: float = math.inf, *, model: str = "") -> None:
         """Take places for all of a request's images.
 
         Args:
             images: Their number.
             patience: Seconds from the arrival to the deadline that the body has.
+            model: Whose they are, where only the body says so.
 
         Raises:
             DeadlineError: The deadline has passed.
             OverloadedError: There are not enough places, or those before it are expected to take until the deadline.
         """
         self.deadline = min(self.deadline, self.arrived + patience)
+        self.model = model or self.model
         self._door.check_time(self, images)
         self._door.take(self, images)
 

@@ -371,9 +371,12 @@ class Guard:
         """Take a place for a request, if it may have one."""
         self._check_token(headers)
         length, state = headers.get(b"content-length", b""), scope["state"]
-        size = int(length[:20]) if length.isdigit() else 0
+        size, found = int(length[:20]) if length.isdigit() else 0, _INFER.fullmatch(scope["path"])
         state["admission"] = self._service.admit(
-            arrived=state.get("arrived"), size=size, patience=codec.patience_of(headers)
+            arrived=state.get("arrived"),
+            size=size,
+            patience=codec.patience_of(headers),
+            model=found["model"] if found else "",
         )
 
     def _check_token(self, headers: dict[bytes, bytes]) -> None:

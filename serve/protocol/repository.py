@@ -6,6 +6,7 @@ finished by it. Everything here runs in the event loop's thread, and what takes 
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import hmac
 import logging
@@ -55,6 +56,8 @@ class Entry:
     backend: Backend | None = None
     state: str = LOADING
     reason: str = ""
+    tried: bool = False
+    """Whether it has been loaded, or could not be."""
 
     @property
     def model(self) -> Model:
@@ -91,7 +94,7 @@ class Entry:
     def serve(self, loaded: Loaded, backend: Backend) -> list[Backend]:
         """Answer by this backend from now on; returns the one before it, which finishes what it has."""
         before = self.take()
-        self.loaded, self.backend, self.state, self.reason = loaded, backend, READY, ""
+        self.loaded, self.backend, self.state, self.reason, self.tried = loaded, backend, READY, "", True
         return before
 
     def take(self) -> list[Backend]:
@@ -149,13 +152,18 @@ class Repository:
         ]
 
     async def begin(self) -> None:
-        """Load all models, one after another, and then compile what they can go without at first."""
-        for entry in self.entries.values():
-            async with self._one:
-                try:
-                    await self._load(entry)
-                except LoadError:
-                    continue  # is logged, and does not stop the others
+        """Load all models, one after another, and then compile what they can go without at first.
+
+        Raises:
+            Exception: Why the only model cannot be loaded; one of several does not stop the others.
+        """
+        async with self._one:
+            for entry in self.entries.values():
+                if len(self.entries) == 1:
+                    entry.serve(*await in_thread(entry.start, "warm-up"))
+                else:
+                    with contextlib.suppress(LoadError):  # it is logged
+                        await self._load(entry)
         for entry in self.entries.values():
             if entry.backend is not None:
                 self._grow(entry.backend)
@@ -223,7 +231,7 @@ class Repository:
         """Keep and log why a model was not loaded; what answered before goes on."""
         known = isinstance(error, InputError | OSError)
         entry.reason = (str(error) if known else f"{type(error).__name__}; the log says more")[:_MOST_REASON]
-        entry.state = READY if entry.backend is not None else UNAVAILABLE
+        entry.state, entry.tried = READY if entry.backend is not None else UNAVAILABLE, True
         _log.error(
             "a model was not loaded: %s", entry.reason, extra={"model": entry.name}, exc_info=None if known else error
         )

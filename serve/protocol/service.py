@@ -27,7 +27,7 @@ from .backend import Backend
 from .codec import DTYPES, Outgoing, Request, images_of, limits_of, outputs_of
 from .messages import ModelStatistics, NotReadyError, Parameters, RequestError, ServerMetadata, UnauthorizedError
 from .model import Model, Times
-from .repository import LOADING, Entry, Repository
+from .repository import Entry, Repository
 
 NAME = "gati-jax"
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics", "model_repository"]
@@ -78,15 +78,15 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether the server takes new requests: some model answers, and none is on its way for the first time."""
+        """Whether the server takes new requests: each model has been tried, and some answer."""
         entries = self.models.entries.values()
         answering = [entry.running for entry in entries if entry.backend is not None]
         return bool(answering) and all(answering) and not self.warming_up and not self.draining
 
     @property
     def warming_up(self) -> bool:
-        """Whether some model is on its way that never answered."""
-        return any(entry.state == LOADING for entry in self.models.entries.values())
+        """Whether some model has not been tried yet."""
+        return not all(entry.tried for entry in self.models.entries.values())
 
     @property
     def alive(self) -> bool:
@@ -119,8 +119,10 @@ class Service:
         """
         return self.models.find(name, version).running and not self.draining
 
-    def admit(self, *, arrived: float | None = None, size: int = 0, patience: float = math.inf) -> Admission:
-        """Admit an inference request before its body is read, see ``Door.enter``.
+    def admit(
+        self, *, arrived: float | None = None, size: int = 0, patience: float = math.inf, model: str = ""
+    ) -> Admission:
+        """Admit an inference request before its body is read, see ``Door.enter``; ``model`` is what a path names.
 
         Raises:
             NotReadyError: No model answers yet.
@@ -128,7 +130,10 @@ class Service:
         entries = self.models.entries.values()
         if all(entry.backend is None for entry in entries):
             raise next(iter(entries)).unavailable
-        return self.door.enter(arrived=arrived, size=size, patience=patience)
+        names = self.models.entries
+        if model not in names:  # a name of a client's own must not be remembered
+            model = next(iter(names)) if len(names) == 1 else ""
+        return self.door.enter(arrived=arrived, size=size, patience=patience, model=model)
 
     def metadata(self) -> ServerMetadata:
         """Describe the server."""
@@ -176,7 +181,7 @@ class Service:
             if len(images) != 1:
                 raise RequestError(f"{model.input_name}: expected one, got {len(images)}")
             decoded = time.monotonic()
-            admission.take(2, seconds)
+            admission.take(2, seconds, model=model.name)
             route, base = _route(backend, epsilon, deadline_ms), len(model.plans) - 1
             (answer, by_base), notes = await self._ask(
                 backend, images, (route, base), admission, request_id, since=decoded
@@ -194,7 +199,7 @@ class Service:
         outputs = outputs_of(request, model)
         images = images_of(request, model)
         decoded = time.monotonic()
-        admission.take(len(images), seconds)
+        admission.take(len(images), seconds, model=model.name)
         route = _route(backend, epsilon, deadline_ms)
         answers, noted = await self._ask(backend, images, (route,), admission, request_id, since=decoded)
         answered = time.monotonic()

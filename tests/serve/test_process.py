@@ -144,6 +144,18 @@ def test_a_drain_takes_no_longer_than_it_may():
             client.kill()
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_hangup_has_folders_looked_at_and_does_not_end_the_process():
+    with Process("--grace", "0") as server:
+        server.release("warm", "answer")
+        server.until("ready")
+        server.child.send_signal(signal.SIGHUP)
+        server.until("folders are looked at")
+        assert server.get("/v2/models/gati/infer", IMAGE) == 200
+        server.child.send_signal(signal.SIGTERM)
+        assert server.child.wait(30) == 0
+
+
 def test_an_idle_client_over_tls_does_not_delay_the_stop(tmp_path):
     """The closing connection waited for the client's own goodbye until the whole drain was over (then exit code 1)."""
     pem, key = make_certificate(tmp_path)

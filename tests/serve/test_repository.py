@@ -1,6 +1,7 @@
 """Several models in one server: each answers for itself, and they come and go without losing a request."""
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 
@@ -13,15 +14,17 @@ from tritonclient.utils import InferenceServerException
 import gati_jax
 from gati_jax import InputError
 from serve.assemble import assemble
+from serve.engine.records import OverloadedError
 from serve.metrics import Metrics
-from serve.protocol.admission import Door
+from serve.protocol.admission import Door, Limits
 from serve.protocol.backend import Backend
+from serve.protocol.drain import FULL
 from serve.protocol.model import Tally
 from serve.protocol.repository import Entry, Loaded, Repository, Source
 from serve.protocol.service import Service
 from serve.settings import Settings, parse
 from tests.serve import fake
-from tests.serve.fake_runner import pixels
+from tests.serve.fake_runner import FakeClock, pixels
 from tests.serve.transports import images
 
 OPERATOR = {"authorization": "Bearer operator"}
@@ -254,6 +257,41 @@ async def ended(models):
 def test_command_lines_of_several_bundles_that_make_no_sense(words, message):
     with pytest.raises(InputError, match=f"^{message}"):
         parse(["--bundle", *words], {})
+
+
+def test_the_only_bundle_ends_the_server_with_its_reason():
+    with pytest.raises(InputError, match="no device"):
+        Shop(Folder("one", broken="no device"))
+
+
+def test_a_model_on_its_way_again_keeps_the_server_ready():
+    good, other = Folder("good"), Folder("other", broken="x")
+    shop, seen = Shop(good, other), []
+    load, other.broken = other.load, ""
+    shop.models.entries["other"].source = Source(
+        lambda: seen.append((shop.service.ready, shop.index()["other"][0])) or load(), lambda: "1"
+    )
+    asyncio.run(shop.models.load("other"))
+    assert seen == [(True, "LOADING")]
+    assert shop.service.ready
+
+
+def test_images_of_a_slow_model_do_not_delay_those_of_another():
+    """A hundred wait for the slow one: a deadline of 100 ms is not met there, and is here."""
+    clock = FakeClock()
+    door = Door(Limits(capacity=200), clock=clock)
+    for _ in range(100):  # 100 a second
+        with contextlib.ExitStack() as others, door.enter(model="slow") as one:
+            for _ in range(FULL):
+                others.enter_context(door.enter(model="slow")).take(1)
+            one.take(1)
+            clock.now += 0.01
+            one.answered = True
+    for _ in range(100):
+        door.enter(model="slow").take(1, 0.05)
+    with pytest.raises(OverloadedError, match="ms expected"):
+        door.enter(model="slow", patience=0.1)
+    door.enter(model="quick", patience=0.1).take(1, model="quick")
 
 
 def test_names_folders_and_places():
