@@ -1,7 +1,11 @@
 """Errors of the public functions, which command lines print as one line, and what several rooms raise them with."""
 
 import numbers
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
 
 
 class InputError(ValueError):
@@ -30,6 +34,48 @@ def check_share(name: str, value: float | int) -> None:  # noqa: PYI041 (beartyp
         raise InputError(f"{name}: expected a number between 0 and 1, got {value!r:.100}")
     if not 0 < value < 1:
         raise InputError(f"{name}: expected a number between 0 and 1, got {value}")
+
+
+def check_kind(argument: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
+    """Check that an argument is of a class.
+
+    Args:
+        argument: Its name, for the message.
+        value: What was given for it.
+        kind: The class, or several.
+        expected: How a user gets one, such as "what gati_jax.load_bundle returns".
+
+    Raises:
+        InputError: It is of another.
+    """
+    if not isinstance(value, kind):
+        raise InputError(f"{argument}: expected {expected}, got {kind_of(value)}")
+
+
+def as_path(argument: str, value: object) -> Path:
+    """Return the path that an argument names.
+
+    Raises:
+        InputError: It is no path.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise InputError(f"{argument}: expected a path, got {kind_of(value)}")
+    return Path(value)
+
+
+def as_array(argument: str, value: object) -> np.ndarray:
+    """Return what NumPy makes of an argument.
+
+    Raises:
+        InputError: It has rows of different lengths, or is no array at all.
+    """
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise InputError(f"{argument}: expected an array, got rows of different lengths") from error
+    if array.dtype == object and array.ndim == 0:  # how NumPy takes whatever it does not know
+        raise InputError(f"{argument}: expected an array, got {kind_of(value)}")
+    return array
 
 
 def kind_of(value: object) -> str:

@@ -17,13 +17,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from gati_jax.errors import InputError, printable
+from gati_jax.errors import InputError, listed, printable
 
 from .streaming import Source
 
 _log = logging.getLogger(__name__)
 _ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
 _FORMATS = ("JPEG", "PNG", "WEBP")
+_DEEP = ("I", "F")  # modes of more than 8 bits a channel
 _MOST_PIXELS, _MOST_BYTES = 2**26, 2**28  # of one picture; eight threads decode one each
 _MOST_CSV_BYTES = 2**29
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "box", "nearest"]
@@ -55,6 +56,7 @@ class Transform:
         try:
             with image_module.open(io.BytesIO(encoded), formats=_FORMATS) as image:
                 _check_pixels(*image.size)
+                _check_depth(image.mode)
                 return self._transformed(image.convert("L" if self.channels == 1 else "RGB"))
         except InputError as error:
             raise InputError(f"{origin}: {error}") from error
@@ -104,6 +106,11 @@ def _offset(side: int, wanted: int) -> int:
 def _check_pixels(width: int, height: int) -> None:
     if width * height > _MOST_PIXELS:
         raise InputError(f"expected at most {_MOST_PIXELS // 10**6} million pixels, got {width} x {height}")
+
+
+def _check_depth(mode: str) -> None:
+    if mode.startswith(_DEEP):
+        raise InputError(f"expected 8 bits a channel, for Pillow would clip more, got a picture of mode {mode}")
 
 
 def pillow() -> Any:  # noqa: ANN401 (an optional module)
@@ -208,6 +215,8 @@ def _by_class(place: Path, files: dict[str, tuple[list[str], list[str]]], classe
     for name, (deeper, pictures) in files.items():
         if deeper:
             raise InputError(f"data.dir: expected pictures in the class folder {place / name}, got {deeper[0]}/ in it")
+        if not pictures:
+            _log.warning("%s: no picture of class %s", place, printable(name))
         paths += [str(place / name / picture) for picture in pictures]
         labels += [classes.index(name)] * len(pictures)
     return _some(paths, np.array(labels, np.int32), tuple(classes), place)
@@ -245,13 +254,13 @@ def _from_csv(file: Path, split: str) -> Listed:
         raise InputError(f"data.dir: expected a CSV file of at most {_MOST_CSV_BYTES >> 20} MB, got {file}")
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            table = csv.DictReader(lines, strict=True)
-            columns = set(table.fieldnames or ())
-            if "path" not in columns:
-                raise InputError(f"data.dir: expected a column path in the first line of {file}, got none")
-            rows = [(row["path"], row.get("label"), row.get("split")) for row in table]
+            table = csv.DictReader(lines, strict=True, skipinitialspace=True)
+            columns = _check_columns(table.fieldnames or (), file)
+            rows = [(row["path"], row.get("label"), row.get("split")) for row in map(_whole, table)]
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"data.dir: expected a CSV file, got {file}: {error}") from error
+    if not rows:
+        raise InputError(f"data.dir: expected rows in {file}, got none")
     _check_filled("path", [path for path, *_ in rows], file)
     labels, class_names = _named([label for _, label, _ in rows], file) if "label" in columns else (None, ())
     known = sorted({one or "" for *_, one in rows}) if "split" in columns else ["all"]
@@ -262,14 +271,43 @@ def _from_csv(file: Path, split: str) -> Listed:
     return _some(paths, None if labels is None else labels[kept], class_names, file)
 
 
+def _check_columns(names: Sequence[str], file: Path) -> set[str]:
+    """Return the names of a file's columns, of which it has ``path``, and each once."""
+    columns = set(names)
+    if "path" not in columns or len(columns) < len(names):
+        expected = f"columns path and perhaps label and split, each once, in the first line of {file}"
+        raise InputError(f"data.dir: expected {expected}, got {listed(names, most=10) or 'none'}")
+    if others := sorted(columns - {"path", "label", "split"}):
+        _log.warning("%s: other columns than path, label and split are left out: %s", file, listed(others, most=10))
+    return columns
+
+
+def _whole(row: dict[str, str]) -> dict[str, str]:
+    if None in row:  # where the csv module puts what is too much
+        raise csv.Error(f"more cells than columns in the row of {printable(row['path'])}")
+    return row
+
+
 def _named(names: Sequence[str | None], file: Path) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:
     """Return labels as integers: those that are given, or positions among the sorted names."""
     _check_filled("label", names, file)
     texts = [name or "" for name in names]
-    if all(text.isdecimal() and len(text) < len(str(2**31)) for text in texts):
+    if all(text.isascii() and text.isdecimal() and len(text) < len(str(2**31)) for text in texts):
         return np.array(texts, np.int64).astype(np.int32), ()
+    if all(map(_is_number, texts)):  # sorted as names, 10.0 would come before 2.0
+        odd = next(row for row, text in enumerate(texts, 1) if not text.isascii() or not text.isdecimal())
+        got = f"{printable(texts[odd - 1])} in row {odd}"
+        raise InputError(f"data.dir: expected labels that are whole numbers from 0, or names, in {file}, got {got}")
     classes = {name: i for i, name in enumerate(sorted(set(texts)))}
     return np.array([classes[text] for text in texts], np.int32), tuple(classes)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_filled(column: str, values: Sequence[str | None], file: Path) -> None:
@@ -283,15 +321,15 @@ class Transformed:
 
     def __init__(self, source: Source, transform: Transform, name: str) -> None:
         """Read nothing yet."""
-        self._source, self._transform, self._name = source, transform, name
+        self.wrapped, self._transform, self._name = source, transform, name
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return len(self._source)
+        return len(self.wrapped)
 
     def __getitem__(self, index: int, /) -> Any:  # noqa: ANN401 (see Source)
         """Return one row."""
-        record, origin = self._source[index], f"data.name: row {index} of {self._name}"
+        record, origin = self.wrapped[index], f"data.name: row {index} of {self._name}"
         if isinstance(record, dict):
             return record | {"image": self._transform.array(np.asarray(record["image"]), origin)}
         if isinstance(record, tuple):
