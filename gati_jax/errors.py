@@ -2,6 +2,7 @@
 
 import numbers
 import os
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -83,6 +84,19 @@ def kind_of(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return f"{type(value).__name__} {printable(' '.join(repr(value).split()), most=60)}"
+
+
+def describe_failure(error: BaseException) -> str:
+    """Describe an error of the user's code in one line, with the last place in that code where it passed."""
+    text = printable(" ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":"), most=300)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    said = isinstance(error, SyntaxError) or not frames  # a syntax error says where it is
+    return text if said else f"{text} ({frames[-1].filename}, line {frames[-1].lineno})"
+
+
+def _is_users(file: str) -> bool:
+    installed = "site-packages" in file or Path(file).is_relative_to(Path(__file__).parent)
+    return not (installed or file.startswith("<") or Path(file).is_relative_to(Path(os.__file__).parent))
 
 
 def printable(text: str, *, most: int = 200) -> str:

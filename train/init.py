@@ -168,14 +168,15 @@ def config_text(
 ) -> str:
     """Return the config; ``steps`` are the commands that it is for, ``below`` is what follows the data."""
     run, commands = arguments.out.stem, "\n".join(f"#   {step}" for step in steps)
+    own = f" --chain {arguments.chain}" if arguments.chain else ""  # which a bundle does not name
     splits, trained, source = split_lines(rows, entry.trained_on if entry and entry.dataset == arguments.data else None)
     folder = f"\ndir = {_toml(str(arguments.data_dir))}" if arguments.data_dir else ""
     return f"""\
 # Caches for a network on {arguments.data}, written by gati-jax init. Every key: gati-jax fit --help
 #
 {commands}
-#   gati-jax evaluate --bundle runs/{run}/bundle --out runs/{run}/eval
-#   gati-jax serve --bundle runs/{run}/bundle
+#   gati-jax evaluate --bundle runs/{run}/bundle{own} --out runs/{run}/eval
+#   gati-jax serve --bundle runs/{run}/bundle{own}
 seed = 0
 
 [data]

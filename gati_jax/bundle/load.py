@@ -125,6 +125,7 @@ def _skeleton(manifest: Manifest, chain: Chain | None) -> Chain:
         if (network := manifest.network) is None:
             raise BundleError(
                 "bundle: it holds a user's own chain: pass it as load_bundle(path, chain=my_chain), or as --chain"
+                " package.module:function"
             )
         chain = to_chain(network, jax.eval_shape(lambda: fold(init(network, jax.random.key(0)))))
     expected = f"{manifest.input_dtype}{list(manifest.input_shape)}"

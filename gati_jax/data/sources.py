@@ -16,11 +16,12 @@ import numpy as np
 from jaxtyping import Int
 from pydantic import Field, ValidationError
 
-from gati_jax.errors import InputError, as_array, as_path, check_kind
+from gati_jax.errors import InputError, as_array, as_path, check_kind, describe_failure
 from gati_jax.options import Seed, Strict, describe_error
 
+from .listing import list_pictures
 from .packed import REPOSITORY, Opened, open_huggingface, open_npz
-from .pictures import Interpolation, Pictures, Transform, Transformed, list_pictures
+from .pictures import Interpolation, Pictures, Transform, Transformed
 from .splits import Rows
 from .streaming import ImageRows, Images, Source
 
@@ -174,12 +175,13 @@ def load_function(function: Callable[..., Any], split: str, *, name: str = "", *
     name = name or getattr(function, "__qualname__", "the function")
     if not callable(function):
         raise InputError(f"data.name: expected a function, got {name}, which is {type(function).__name__}")
-    if _takes_arguments(function):
-        found = function(rows.split)
-    elif rows.split == "all":
-        found = function()
-    else:
+    arguments = (rows.split,) if _takes_arguments(function) else ()
+    if not arguments and rows.split != "all":
         raise InputError(f"split: expected all, for {name} takes no argument, got {rows.split!r}")
+    try:
+        found = function(*arguments)
+    except (Exception, SystemExit) as error:
+        raise InputError(f"data.name: {name} failed: {describe_failure(error)}") from error
     images, labels = found if isinstance(found, tuple) and len(found) == len(("images", "labels")) else (found, None)
     if isinstance(images, str | bytes | dict) or not isinstance(images, Source):
         expected = "images, (images, labels) or a sized, indexable source"

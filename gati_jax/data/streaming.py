@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int, Shaped, UInt8, UInt64
 
-from gati_jax.errors import InputError, kind_of, printable
+from gati_jax.errors import InputError, describe_failure, kind_of
 
 _log = logging.getLogger(__name__)
 _THREADS = min(8, os.cpu_count() or 1)
@@ -63,10 +63,12 @@ def _length(source: Source, name: str) -> int:
     try:
         n = len(source)
     except Exception as error:  # of a source's own code, or of Python about what it returned
-        what = f"{type(error).__name__}: {printable(str(error))}"
-        raise InputError(f"{name}: expected a source of which len() is the number of rows, got {what}") from error
-    if not 0 < n <= _MOST_ROWS:
-        raise InputError(f"{name}: expected 1 to {_MOST_ROWS} rows, got {n or 'none'}")
+        got = describe_failure(error)
+        raise InputError(f"{name}: expected a source of which len() is the number of rows, got {got}") from error
+    if n == 0:
+        raise InputError(f"{name}: expected at least one row, got none")
+    if n > _MOST_ROWS:
+        raise InputError(f"{name}: expected at most {_MOST_ROWS} rows, got {n}")
     return n
 
 
@@ -223,10 +225,9 @@ class ImageRows:
             image = np.asarray(record)
         except InputError:
             raise
-        except Exception as error:  # whatever a source's own code raises
-            what = f"{type(error).__name__}: {printable(str(error).partition(chr(10))[0])}"
+        except (Exception, SystemExit) as error:  # whatever a source's own code raises
             source = type(getattr(self._source, "wrapped", self._source)).__name__
-            raise InputError(f"{self._name}: row {at} of {source} cannot be read: {what}") from error
+            raise InputError(f"{self._name}: row {at} of {source} cannot be read: {describe_failure(error)}") from error
         if image.dtype.kind not in "biufV" or image.dtype.names:
             raise InputError(f"{self._name}: expected an array of numbers in row {at}, got {image.dtype}")
         return image, label
