@@ -166,7 +166,8 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
 
 
 def network(**options: Any) -> Chain:
-    return gati_jax.load_network(**{"name": "resnet20", "weights": "none.safetensors"} | options)
+    given: dict[str, Any] = {"name": "resnet20", "weights": "none.safetensors"} | options
+    return gati_jax.load_network(**given)
 
 
 def linen(**options: Any) -> Chain:

@@ -54,7 +54,7 @@ BAD_FUNCTIONS = {
     "failing": (
         lambda: {}["images"],
         "all",
-        r"data.name: mine:images failed: KeyError: 'images' \\(.*test_source_functions.py, line",
+        r"data.name: mine:images failed: KeyError: 'images' \(.*test_source_functions.py, line",
     ),
     "leaving": (lambda: sys.exit(3), "all", "data.name: mine:images failed: SystemExit: 3"),
     "ragged labels": (lambda: (PIXELS, [[1], [2, 3]]), "all", "data.name: expected an array, got rows of different"),

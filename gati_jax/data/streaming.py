@@ -57,7 +57,7 @@ class Scan(NamedTuple):
     """The largest pixel; 0 if the rows are no uint8 images."""
 
 
-def _length(source: Source, name: str) -> int:
+def _length(source: Any, name: str) -> int:  # noqa: ANN401 (checked here)
     if not isinstance(source, Source):
         raise InputError(f"{name}: expected a sized, indexable source, got {kind_of(source)}")
     try:

@@ -77,10 +77,7 @@ def evaluate(
     array = open_images(bundle.chain, images)
     if not len(array):
         raise InputError("images: expected 1 or more, got none")
-    if not isinstance(timed, int) or timed < 0:
-        raise InputError(f"timed: expected 0 or more, got {kind_of(timed)}")
-    if not isinstance(batches, Sequence) or not all(isinstance(size, int) and size > 0 for size in batches):
-        raise InputError(f"batches: expected sizes of 1 or more, got {kind_of(batches)}")
+    _check_sizes(timed, batches)
     right = None if labels is None else as_array("labels", labels)
     if right is not None and (right.shape != (len(array),) or right.dtype.kind not in "iu"):
         raise InputError(f"labels: expected {len(array)} whole numbers, got {right.dtype}{list(right.shape)}")
@@ -104,6 +101,13 @@ def evaluate(
         memory=Memory(base_bytes=bundle.chain.bytes, cache_bytes=sum(c.bytes for c in bundle.cascade.caches)),
         oracle=Oracle(saved_share=timing.oracle_saved_share(table, speed)) if speed else None,
     )
+
+
+def _check_sizes(timed: Any, batches: Any) -> None:  # noqa: ANN401 (checked here)
+    if not isinstance(timed, int) or timed < 0:
+        raise InputError(f"timed: expected 0 or more, got {kind_of(timed)}")
+    if not isinstance(batches, Sequence) or not all(isinstance(size, int) and size > 0 for size in batches):
+        raise InputError(f"batches: expected sizes of 1 or more, got {kind_of(batches)}")
 
 
 def show_rows(bundle: Bundle, images: Images, ledger: AnyLedger, *, reveal: bool) -> None:

@@ -70,9 +70,7 @@ def from_linen(
         (3, (8,), (2, 3))
     """
     check_kind("module", module, nn.Module, "an instance of a flax.linen.Module")
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        got = f"keys {listed(list(map(str, variables)))}" if isinstance(variables, Mapping) else kind_of(variables)
-        raise InputError(f'variables: expected {{"params": ..., ...}}, as module.init returns them, got {got}')
+    _check_variables(variables)
     for site in check_sites(sites):
         check_kind("sites", site, str, "names of submodules")
     leaves, structure = _flatten(variables)
@@ -257,6 +255,12 @@ class _Marked:
             hint = " (pass the state of a module with batch norm)" if own else ""
             raise InputError(f"module: expected it to return one array of logits, got {type(logits).__name__}{hint}")
         return logits
+
+
+def _check_variables(given: Any) -> None:  # noqa: ANN401 (checked here)
+    if not isinstance(given, Mapping) or "params" not in given:
+        got = f"keys {listed(list(map(str, given)))}" if isinstance(given, Mapping) else kind_of(given)
+        raise InputError(f'variables: expected {{"params": ..., ...}}, as module.init returns them, got {got}')
 
 
 def _flatten(tree: PyTree, *, of_each: str = "") -> tuple[dict[str, Array], Any]:

@@ -109,10 +109,7 @@ class Chain:
         check_normalization(normalization)
         if normalization and len(normalization.mean) not in {1, spec.shape[-1]}:
             raise InputError(f"normalization: expected {spec.shape[-1]} channels, got {len(normalization.mean)}")
-        if not isinstance(input_name, str) or not _INPUT_NAME.fullmatch(input_name):
-            raise InputError(
-                f"input_name: expected up to 100 letters, digits, dots, dashes or underscores, got {input_name!r:.200}"
-            )
+        _check_input_name(input_name)
         values = blocks, classifier, params, spec, normalization, network, input_name
         for field, value in zip(dataclasses.fields(self), values, strict=True):
             object.__setattr__(self, field.name, value)
@@ -239,6 +236,13 @@ def check_is_chain(given: Any) -> None:  # noqa: ANN401 (checked here)
         InputError: It is something else.
     """
     check_kind("chain", given, Chain, "a gati_jax.Chain, as gati_jax.load_network, from_linen, ... return it")
+
+
+def _check_input_name(given: Any) -> None:  # noqa: ANN401 (checked here)
+    if not isinstance(given, str) or not _INPUT_NAME.fullmatch(given):
+        raise InputError(
+            f"input_name: expected up to 100 letters, digits, dots, dashes or underscores, got {given!r:.200}"
+        )
 
 
 def _entries(argument: str, given: Any, expected: str) -> tuple[Any, ...]:  # noqa: ANN401

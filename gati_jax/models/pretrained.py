@@ -9,12 +9,13 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
 from safetensors.numpy import save
 
-from gati_jax.errors import InputError, WeightsError, as_path, kind_of, printable
+from gati_jax.errors import InputError, WeightsError, as_path, check_kind, kind_of, printable
 from gati_jax.files import write_atomically
 from gati_jax.options import Strict, describe_error
 
@@ -66,8 +67,9 @@ def load_network(
     kind = next((kind for kind, names in _NAMES.items() if name in names), None)
     if kind is None:
         raise InputError(f"name: expected one of {', '.join((*NAMES, *BERTS))}, got {name!r}")
-    if classes is not None and (not isinstance(classes, int) or classes < 2):  # noqa: PLR2004
-        raise InputError(f"classes: expected 2 or more, got {kind_of(classes)}")
+    check_kind("classes", classes, (int, NoneType), "2 or more")
+    if classes is not None and classes < 2:  # noqa: PLR2004
+        raise InputError(f"classes: expected 2 or more, got int {classes}")
     check_normalization(normalization)
     shape, said = _check_shape(input_shape), _metadata(weights)
     if said is not None and said.network != name:

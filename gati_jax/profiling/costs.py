@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +134,7 @@ def measure_costs(
     return costs
 
 
-def _checked(candidates: object) -> tuple[Candidate, ...]:
+def _checked(candidates: Any) -> tuple[Candidate, ...]:  # noqa: ANN401 (checked here)
     items = tuple(candidates) if isinstance(candidates, Iterable) else (candidates,)
     for item in items:
         check_kind("candidates", item, Candidate, "what gati_jax.fit returns")
