@@ -81,5 +81,6 @@ def check_sites(sites: Any) -> list[Any]:  # noqa: ANN401 (checked here)
         raise InputError(f"sites: expected a list of submodules, got {kind_of(sites)}")
     for k, site in enumerate(sites):
         if any(site is other or (isinstance(site, str) and site == other) for other in sites[:k]):
-            raise InputError(f"sites: expected every submodule once, got {printable(str(site))} twice")
+            got = printable(site) if isinstance(site, str) else kind_of(site)
+            raise InputError(f"sites: expected every submodule once, got {got} twice")
     return list(sites)
