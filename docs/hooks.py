@@ -64,7 +64,8 @@ def _help(module: str) -> str:
 
 def _api(package: str) -> str:
     # What a package passes on from another room is described there; specs, which are made from the modules, with these.
-    own = [path for path, _ in _exported(package) if path.startswith(f"{package}.") and _SPECS not in path]
+    here = [path for path, _ in _exported(package) if path.startswith(f"{package}.")]
+    own = [path for path in here if _SPECS not in path or path.rpartition(".")[2].islower()]
     return "\n\n".join(f"::: {path}\n    options:\n      heading_level: 3" for path in own)
 
 

@@ -1,7 +1,12 @@
 """Errors of the public functions, which command lines print as one line, and what several rooms raise them with."""
 
 import numbers
+import os
+import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
 
 
 class InputError(ValueError):
@@ -32,11 +37,66 @@ def check_share(name: str, value: float | int) -> None:  # noqa: PYI041 (beartyp
         raise InputError(f"{name}: expected a number between 0 and 1, got {value}")
 
 
+def check_kind(argument: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
+    """Check that an argument is of a class.
+
+    Args:
+        argument: Its name, for the message.
+        value: What was given for it.
+        kind: The class, or several.
+        expected: How a user gets one, such as "what gati_jax.load_bundle returns".
+
+    Raises:
+        InputError: It is of another.
+    """
+    if not isinstance(value, kind):
+        raise InputError(f"{argument}: expected {expected}, got {kind_of(value)}")
+
+
+def as_path(argument: str, value: object) -> Path:
+    """Return the path that an argument names.
+
+    Raises:
+        InputError: It is no path.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise InputError(f"{argument}: expected a path, got {kind_of(value)}")
+    return Path(value)
+
+
+def as_array(argument: str, value: object) -> np.ndarray:
+    """Return what NumPy makes of an argument.
+
+    Raises:
+        InputError: It has rows of different lengths, or is no array at all.
+    """
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise InputError(f"{argument}: expected an array, got rows of different lengths") from error
+    if array.dtype == object and array.ndim == 0:  # how NumPy takes whatever it does not know
+        raise InputError(f"{argument}: expected an array, got {kind_of(value)}")
+    return array
+
+
 def kind_of(value: object) -> str:
     """Describe for a message what was given in place of something else: its type, and how its repr begins."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return f"{type(value).__name__} {printable(' '.join(repr(value).split()), most=60)}"
+
+
+def describe_failure(error: BaseException) -> str:
+    """Describe an error of the user's code in one line, with the last place in that code where it passed."""
+    text = printable(" ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":"), most=300)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    said = isinstance(error, SyntaxError) or not frames  # a syntax error says where it is
+    return text if said else f"{text} ({frames[-1].filename}, line {frames[-1].lineno})"
+
+
+def _is_users(file: str) -> bool:
+    installed = "site-packages" in file or Path(file).is_relative_to(Path(__file__).parent)
+    return not (installed or file.startswith("<") or Path(file).is_relative_to(Path(os.__file__).parent))
 
 
 def printable(text: str, *, most: int = 200) -> str:

@@ -6,15 +6,12 @@ Only names that the user gives are imported. A bundle is untrusted, and nothing 
 import importlib
 import inspect
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, describe_failure
 from .models import Chain
 from .options import check_function_name
-
-_LONGEST = 300
 
 
 def load_chain(name: str, argument: str = "chain") -> Chain:
@@ -38,7 +35,7 @@ def load_chain(name: str, argument: str = "chain") -> Chain:
     try:
         chain = function()
     except (Exception, SystemExit) as error:
-        raise InputError(f"{argument}: {name} failed: {_described(error)}") from error
+        raise InputError(f"{argument}: {name} failed: {describe_failure(error)}") from error
     if not isinstance(chain, Chain):
         raise InputError(f"{expected}, got {type(chain).__name__} from it")
     return chain
@@ -63,7 +60,7 @@ def import_named(name: str, argument: str) -> object:
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        raise InputError(f"{argument}: cannot import {module_name}: {_described(error)}") from error
+        raise InputError(f"{argument}: cannot import {module_name}: {describe_failure(error)}") from error
     if not hasattr(module, attribute):
         raise InputError(f"{argument}: expected a function {attribute} in {module.__name__}, got none")
     return getattr(module, attribute)
@@ -78,16 +75,3 @@ def _arguments(function: Callable[..., object]) -> str:
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind not in optional]
     return str(signature) if needed else ""
-
-
-def _described(error: BaseException) -> str:
-    """Describe an error of the user's code in one line, with the last place in that code where it passed."""
-    text = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split())[:_LONGEST])))
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
-    said = isinstance(error, SyntaxError) or not frames  # a syntax error says where it is
-    return text if said else f"{text} ({frames[-1].filename}, line {frames[-1].lineno})"
-
-
-def _is_users(file: str) -> bool:
-    installed = "site-packages" in file or Path(file).is_relative_to(Path(__file__).parent)
-    return not (installed or file.startswith("<") or Path(file).is_relative_to(Path(inspect.__file__).parent))

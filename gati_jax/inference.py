@@ -13,7 +13,7 @@ from .caches.candidate import fitted_rows
 from .certification import ArithmeticCheck
 from .certification.looks import MOST_DUPLICATES
 from .data import check_distinct_rows, fingerprint, row_digests
-from .errors import InputError, check_share
+from .errors import InputError, check_kind, check_share
 from .models import check_images
 from .planning import ReplayTable, replay_plan
 from .profiling import Backend, TunedCascade, Tuning, device_name, run_by, spans_of
@@ -94,10 +94,7 @@ def infer_batch(
 
 
 def _check_bundle(bundle: Any) -> Bundle:  # noqa: ANN401 (checked here)
-    if not isinstance(bundle, Bundle):
-        raise InputError(
-            f"bundle: expected what gati_jax.load_bundle returns, got {type(bundle).__name__} {bundle!r:.100}"
-        )
+    check_kind("bundle", bundle, Bundle, "what gati_jax.load_bundle returns")
     return bundle
 
 

@@ -31,13 +31,20 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (InputError, OSError) as error:
-        _fail(str(error), terminal=terminal)
-    except (RuntimeError, AssertionError):
-        from gati_jax.profiling import missing_device  # noqa: PLC0415 (as above)
-
-        if not (why := missing_device()):
+        _fail(_why_no_device(error.__cause__) or str(error), terminal=terminal)
+    except (RuntimeError, AssertionError) as error:
+        if not (why := _why_no_device(error)):
             raise
         _fail(why, terminal=terminal)
+
+
+def _why_no_device(error: BaseException | None) -> str:
+    """Return why JAX finds no device, if that may be behind an error."""
+    if not isinstance(error, (RuntimeError, AssertionError)):
+        return ""
+    from gati_jax.profiling import missing_device  # noqa: PLC0415 (as above)
+
+    return missing_device()
 
 
 def _fail(line: str, *, terminal: bool) -> NoReturn:

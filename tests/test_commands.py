@@ -80,6 +80,7 @@ def test_flags_complete_in_a_shell_whatever_the_folder_holds(home):
         ("tune --ch", "--chain"),
         ("fit --plan.ep", "--plan.epsilon"),
         ("train-base --no-such", ""),
+        ("completion e", ""),
     ]:
         script = ask.format(words, len(words.split()))
         said = subprocess.run([shell, "-c", script], cwd=home, capture_output=True, text=True, check=True)
@@ -114,6 +115,9 @@ def fits_own_train_module(home: Path, path: Path) -> None:
     (home / "train.py").write_text(OWN)
     written = run(home, "init", "--data", "digits", "--chain", "train:network", "--out", "own.toml", path=path)
     assert (written.returncode, written.stderr) == (0, ""), written.stderr
+    text = (home / "own.toml").read_text()
+    for command in ("evaluate", "serve"):  # a bundle does not name the network
+        assert f"#   gati-jax {command} --bundle runs/own/bundle --chain train:network" in text
     done = run(home, "fit", "--config", "own.toml", "--out", "out", path=path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(

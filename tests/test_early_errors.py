@@ -11,15 +11,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import gati_jax
-from gati_jax import Chain, Head
+from gati_jax import Chain, CostTable, Head, data
 from gati_jax.caches import Grid, SortedSelector
 from gati_jax.fitting import untrained
 from gati_jax.runtime import predict_batch
@@ -50,9 +51,13 @@ def head(**options: Any) -> Head:
     return Head(**{"name": "h", "predictor": Grid, "selector": SortedSelector()} | options)
 
 
+def bundle_folder() -> Path:
+    return ROOT / "tests/fixtures/v1/bundle"
+
+
 @functools.cache
 def bundle() -> gati_jax.Bundle:
-    return gati_jax.load_bundle(ROOT / "tests/fixtures/v1/bundle")
+    return gati_jax.load_bundle(bundle_folder())
 
 
 def infer(image: Any, given: Any = None) -> Any:
@@ -158,6 +163,124 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
         "image: expected whole numbers in 0 .. 255, got 10.. .. 12..",
     ),
 }
+
+
+def network(**options: Any) -> Chain:
+    given: dict[str, Any] = {"name": "resnet20", "weights": "none.safetensors"} | options
+    return gati_jax.load_network(**given)
+
+
+def linen(**options: Any) -> Chain:
+    module = nn.Sequential([nn.Dense(4), nn.Dense(3)])
+    variables = {"params": {f"layers_{i}": {"kernel": W[:, : 4 - i], "bias": W[0, : 4 - i]} for i in range(2)}}
+    given = {"module": module, "variables": variables, "sites": ["layers_0"], "sample": IMAGES[:2]}
+    return gati_jax.from_linen(**given | options)
+
+
+def evaluated(**options: Any) -> Any:
+    return gati_jax.evaluate(**{"bundle": bundle(), "images": PIXELS, "ledger": None, "timed": 0} | options)
+
+
+NORMALIZATION: Any = {"mean": [0.5], "std": [0.5]}
+ANYTHING: Any = "my/bundle"
+PLAN, COSTS = bundle().plan, CostTable(device="cpu", batch=1, blocks_ms=(1.0, 1.0), lookup_ms={}, spread=0.0)
+TAKES_A_CHAIN = r"chain: expected a gati_jax\.Chain, as gati_jax\.load_network, .* got str 'my/bundle'"
+TAKES_A_SHAPE = "input_shape: expected height, width and channels, or the number of tokens, each 1 to 4096, got "
+OTHER_KINDS: dict[str, tuple[Callable[[], object], str]] = {
+    "fit of a path": (lambda: fit(chain=ANYTHING), TAKES_A_CHAIN),
+    "replay of a path": (lambda: gati_jax.replay(ANYTHING, [], IMAGES), TAKES_A_CHAIN),
+    "costs of a path": (lambda: gati_jax.measure_costs(ANYTHING, []), TAKES_A_CHAIN),
+    "a path as the chain of a bundle": (lambda: gati_jax.load_bundle(bundle_folder(), chain=ANYTHING), TAKES_A_CHAIN),
+    "a path as a chain to save": (lambda: gati_jax.save_pretrained(ANYTHING, "none"), TAKES_A_CHAIN),
+    "a bundle of a path": (
+        lambda: gati_jax.save_bundle("none", ANYTHING, [], PLAN, bundle().certificate),
+        TAKES_A_CHAIN,
+    ),
+    "options as a dict": (lambda: fit(config={"epochs": 1}), r"config: expected gati_jax\.FitConfig\(.* got dict"),
+    "costs of a name": (
+        lambda: gati_jax.measure_costs(chain(), cast("Any", ["grid"])),
+        "candidates: expected what gati_jax.fit returns, got str 'grid'",
+    ),
+    "tables in the other order": (
+        lambda: gati_jax.plan(cast("Any", COSTS), cast("Any", PLAN), epsilon=0.1),
+        "table: expected what gati_jax.replay returns, got CostTable",
+    ),
+    "a certificate of no plan": (
+        lambda: gati_jax.certify(ANYTHING, ANYTHING, epsilon=0.1, ledger=None),
+        "plan: expected what gati_jax.plan returns, got str",
+    ),
+    "a certificate of no table": (
+        lambda: gati_jax.certify(PLAN, ANYTHING, epsilon=0.1, ledger=None),
+        "table: expected what gati_jax.replay returns, got str",
+    ),
+    "a bundle without a certificate": (
+        lambda: gati_jax.save_bundle("none", chain(), [], PLAN, cast("Any", None)),
+        "certificate: expected what gati_jax.certify returns, got NoneType None",
+    ),
+    "a bundle from nowhere": (lambda: gati_jax.load_bundle(cast("Any", None)), "path: expected a path, got NoneType"),
+    "an evaluation of a path": (
+        lambda: evaluated(bundle=ANYTHING),
+        "bundle: expected what gati_jax.load_bundle returns, got str 'my/bundle'",
+    ),
+    "ragged labels": (
+        lambda: evaluated(labels=[[1], [2, 3], [4]]),
+        "labels: expected an array, got rows of different lengths",
+    ),
+    "a text of timed requests": (lambda: evaluated(timed="1"), "timed: expected 0 or more, got str '1'"),
+    "batches of no row": (lambda: evaluated(batches=(0,)), r"batches: expected sizes of 1 or more, got tuple \(0,\)"),
+    "nothing to fit on": (lambda: fit(images=None), "images: expected an array, got NoneType None"),
+    "a data set to fit on": (
+        lambda: fit(images=data.Dataset(images=IMAGES)),
+        "images: expected an array, got Dataset Dataset.float32.40, 4. without labels.: pass its images",
+    ),
+    "constants as a dict": (
+        lambda: chain(normalization=NORMALIZATION),
+        r"normalization: expected gati_jax.Normalization\(mean=.* got dict",
+    ),
+    "a number as an input's name": (lambda: chain(input_name=3), "input_name: expected up to 100 letters, .* got 3"),
+    "a network's constants as a dict": (
+        lambda: network(normalization=NORMALIZATION),
+        r"normalization: expected gati_jax.Normalization\(mean=.* got dict",
+    ),
+    "no classes": (lambda: network(classes=0), "classes: expected 2 or more, got int 0"),
+    "classes in words": (lambda: network(classes="10"), "classes: expected 2 or more, got str '10'"),
+    "a side alone": (lambda: network(input_shape=32), f"{TAKES_A_SHAPE}int 32"),
+    "fractions of pixels": (lambda: network(input_shape=(32.0, 32, 3)), f"{TAKES_A_SHAPE}tuple"),
+    "a picture of a billion rows": (lambda: network(input_shape=(10**9, 32, 3)), f"{TAKES_A_SHAPE}tuple"),
+    "no weights": (lambda: network(weights=None), "weights: expected a path, got NoneType None"),
+    "no folder": (lambda: gati_jax.from_pretrained(cast("Any", 3)), "source: expected a path, got int 3"),
+    "a file as a folder": (
+        lambda: gati_jax.save_pretrained(bundle().chain, __file__),
+        "folder: expected a folder, got the file ",
+    ),
+    "a Linen module's class": (
+        lambda: linen(module=nn.Dense),
+        "module: expected an instance of a flax.linen.Module, got the class Dense",
+    ),
+    "no variables": (lambda: linen(variables=None), r"variables: expected {.params.: .* got NoneType None"),
+    "parameters as variables": (lambda: linen(variables={"layers_0": W}), "variables: expected .* got keys layers_0"),
+    "a Linen site by number": (lambda: linen(sites=[0]), "sites: expected names of submodules, got int 0"),
+    "a site twice": (
+        lambda: linen(sites=["layers_0", "layers_0"]),
+        "sites: expected every submodule once, got layers_0 twice",
+    ),
+    "an axis in words": (
+        lambda: linen(channel_axis="first"),
+        "channel_axis: expected a whole number: .* got str 'first'",
+    ),
+    "a module's constants as a dict": (
+        lambda: linen(sample=PIXELS, normalization=NORMALIZATION),
+        r"normalization: expected gati_jax.Normalization\(mean=.* got dict",
+    ),
+    "data without a name": (lambda: data.load(cast("Any", None), "all"), "data.name: expected the name of a data set"),
+    "data without a split": (lambda: data.load("digits", cast("Any", None)), "split: expected a form like train"),
+    "data at a number": (lambda: data.load("npz", "all", cast("Any", 3)), "data.dir: expected a path, got int 3"),
+    "rows of nothing": (
+        lambda: data.ImageRows(cast("Any", None)),
+        "images: expected a sized, indexable source, got NoneType None",
+    ),
+}
+CASES |= OTHER_KINDS
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,10 @@
-"""Picture files, archives, Hugging Face data sets and functions against what was written; streams against arrays."""
+"""Picture files, archives, and Hugging Face data sets against what was written; streams against arrays."""
 
 import io
 import os
 import struct
 import zipfile
 import zlib
-from typing import Any
 
 import numpy as np
 import pytest
@@ -148,6 +147,10 @@ DAMAGED = {
     "bits": (encoded(NOISE)[:60] + b"xxxx" + encoded(NOISE)[64:], "003.png: expected a picture that can be read, got"),
     "empty": (b"", "003.png: expected a picture JPEG, PNG or WebP, got another file"),
     "text": (b"hello, world", "003.png: expected a picture JPEG, PNG or WebP, got another file"),
+    "deep": (
+        encoded(RNG.integers(0, 65536, (40, 40), np.uint16)),
+        "003.png: expected 8 bits a channel, for Pillow would clip more, got a picture of mode I",
+    ),
     "gif": (encoded(NOISE, "gif"), "003.png: expected a picture JPEG, PNG or WebP, got another file"),
     "bomb": (bomb(), "003.png: expected .*(pixels|bomb)"),
     "other size": (
@@ -169,6 +172,26 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path, case, streamed):
     assert "\n" not in str(caught.value)
 
 
+def test_spaces_behind_commas_and_other_columns_change_nothing(tmp_path, caplog):
+    folder = folder_of(tmp_path / "pictures")
+    (table := tmp_path / "table.csv").write_text("path, label, camera\npictures/ant/000.png, 3, 7\n")
+    loaded = data.load("folder", "all", table)
+    assert loaded.labels is not None
+    assert (loaded.labels.tolist(), len(loaded)) == ([3], 1)
+    assert "other columns than path, label and split are left out: camera" in caplog.text
+    for file in (folder / "bee").iterdir():
+        file.unlink()
+    assert data.load("folder", "all", folder).class_names == ("ant", "bee")
+    assert "no picture of class bee" in caplog.text
+
+
+def test_what_holds_images_is_described_in_a_line():
+    rows = data.ImageRows(PIXELS)
+    assert repr(rows) == f"ImageRows(uint8{[*PIXELS.shape]})"
+    described = repr(data.Dataset(images=PIXELS, class_names=("a", "b")))
+    assert described == f"Dataset(uint8{[*PIXELS.shape]} without labels; 2 classes)"
+
+
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     folder = folder_of(tmp_path)
     os.mkfifo(folder / "ant" / "pipe.png")
@@ -179,26 +202,33 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     assert len(data.load("folder", "all", folder)) == 17
 
 
+TABLES = {
+    "no path": "file\na.png",
+    "gap": "path,label\na.png,1\nb.png,",
+    "short": "label,path\n1,a.png\n2",
+    "nul": "path\na\0b.png",
+    "latin": "path\n\xe9",
+    "fractions": "path,label\na.png,2.0\nb.png,10.0",
+    "unlabelled": "path,label\na.png,-1\nb.png,2",
+    "superscript": "path,label\na.png,\xb2\nb.png,2",
+    "wide": "path,label\nb.png,cat,dog",
+    "twice": "path,path\na.png,b.png",
+    "semicolons": "path;label\na.png;cat",
+    "headed": "path,label\n",
+}
+
+
 def odd_folders(path):
     folder_of(path / "mixed")
     (path / "mixed" / "loose.png").write_bytes(encoded(NOISE))
     folder_of(path / "deep" / "train")
     folder_of(path / "deep" / "train" / "bee" / "deeper")
     (path / "none").mkdir()
-    tables = {
-        "no path": "file\na.png",
-        "gap": "path,label\na.png,1\nb.png,",
-        "short": "label,path\n1,a.png\n2",
-        "nul": "path\na\0b.png",
-        "latin": "path\n\xe9",
-    }
-    for name, text in tables.items():
+    for name, text in TABLES.items():
         (path / f"{name}.csv").write_text(text, encoding="latin-1")
 
 
-ODD = {"deep": "train"} | dict.fromkeys(
-    ["mixed", "none", "nowhere", "no path.csv", "gap.csv", "short.csv", "nul.csv", "latin.csv"], "all"
-)
+ODD = {"deep": "train"} | dict.fromkeys(["mixed", "none", "nowhere"] + [f"{name}.csv" for name in TABLES], "all")
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -325,40 +355,3 @@ def test_a_folder_of_something_else_is_not_given_to_datasets(tmp_path):
         data.load("huggingface", "all", tmp_path)
     with pytest.raises(InputError, match="repository"):
         data.load("huggingface", "all", repository="../../etc x")
-
-
-# --- Functions --------------------------------------------------------------------------------------------------------
-
-
-def test_a_function_gives_images_with_labels_or_a_source():
-    pairs = [(PIXELS[i], int(LABELS[i])) for i in range(20)]
-    by_name = [{"image": PIXELS[i], "label": LABELS[i]} for i in range(20)]
-    options: dict[str, Any]
-    for function in (lambda: (PIXELS, LABELS), lambda split: {"all": pairs}[split], lambda: by_name):
-        for options in ({}, {"memory_mb": 0}):
-            loaded = data.load_function(function, "all[5:15]", **options)
-            assert loaded.labels is not None
-            assert np.array_equal(np.asarray(loaded.images), PIXELS[loaded.labels])
-    resized = data.load_function(lambda: PIXELS, "all", resize=(3, 4), shuffle_seed="none")
-    assert resized.labels is None
-    expected = Image.fromarray(PIXELS[7]).resize((4, 3), Image.Resampling.BILINEAR)
-    assert np.array_equal(resized.images[7], np.asarray(expected))
-
-
-BAD_FUNCTIONS = {
-    "no split": (lambda: PIXELS, "train", "split: expected all"),
-    "nothing": (lambda: None, "all", "expected images, .* got NoneType"),
-    "labels": (lambda: (PIXELS, LABELS[:3]), "all", "expected 20 labels"),
-    "names": (lambda: (PIXELS, ["a"] * 20), "all", "expected an integer as label"),
-    "text": (lambda: "images", "all", "expected images, .* got str"),
-    "no rows": (lambda: PIXELS[:0], "all", "all has 0 rows"),
-    "objects": (lambda: [object()] * 3, "all", "expected an array of numbers"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FUNCTIONS)
-def test_what_else_a_function_gives_is_refused_in_one_line(case):
-    function, split, message = BAD_FUNCTIONS[case]
-    with pytest.raises(InputError, match=message) as caught:
-        data.load_function(function, split, name="mine:images")
-    assert "\n" not in str(caught.value)

@@ -222,7 +222,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        why = missing_device() if isinstance(error.__cause__, (RuntimeError, AssertionError)) else ""
+        print(f"error: {why or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

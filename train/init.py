@@ -215,6 +215,7 @@ def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
 def config_text(arguments: argparse.Namespace, sizes: Sizes, entry: Entry | None, steps: list[str], below: str) -> str:
     """Return the config; ``steps`` are the commands that it is for, ``below`` is what follows the data."""
     run, commands = arguments.out.stem, "\n".join(f"#   {step}" for step in steps)
+    own = f" --chain {arguments.chain}" if arguments.chain else ""  # which a bundle does not name
     splits, trained, source = split_lines(
         sizes.rows, entry.trained_on if entry and entry.dataset == arguments.data else None
     )
@@ -224,8 +225,8 @@ def config_text(arguments: argparse.Namespace, sizes: Sizes, entry: Entry | None
 # Caches for a network on {arguments.data}, written by gati-jax init. Every key: gati-jax fit --help
 #
 {commands}
-#   gati-jax evaluate --bundle runs/{run}/bundle --out runs/{run}/eval
-#   gati-jax serve --bundle runs/{run}/bundle
+#   gati-jax evaluate --bundle runs/{run}/bundle{own} --out runs/{run}/eval
+#   gati-jax serve --bundle runs/{run}/bundle{own}
 seed = 0
 
 [data]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from gati_jax.caches import Candidate, build_predictor, build_selector
 from gati_jax.certification import Certificate, Looks, find_ledger
-from gati_jax.errors import BundleError, InputError, describe_mismatch
+from gati_jax.errors import BundleError, InputError, as_path, describe_mismatch
 from gati_jax.files import check_files, present
 from gati_jax.models import Chain, check_chain, check_logits, fold, init, probe_chain, to_chain
 from gati_jax.planning import Plan, ReplaySource
@@ -50,7 +50,7 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
             or to other functions of the same parameters.
         InputError: The logits of ``chain`` depend on the batch, or are not logits[batch, classes].
     """
-    folder = present(Path(path))
+    folder = present(as_path("path", path))
     if chain is not None:
         check_logits(chain)
     manifest = read_manifest(folder)
@@ -125,6 +125,7 @@ def _skeleton(manifest: Manifest, chain: Chain | None) -> Chain:
         if (network := manifest.network) is None:
             raise BundleError(
                 "bundle: it holds a user's own chain: pass it as load_bundle(path, chain=my_chain), or as --chain"
+                " package.module:function"
             )
         chain = to_chain(network, jax.eval_shape(lambda: fold(init(network, jax.random.key(0)))))
     expected = f"{manifest.input_dtype}{list(manifest.input_shape)}"

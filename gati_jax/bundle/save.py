@@ -7,9 +7,9 @@ from pathlib import Path
 from gati_jax.caches import Candidate, choose, describe_predictor, describe_selector
 from gati_jax.caches.candidate import fitted_rows
 from gati_jax.certification import AnyLedger, Certificate, Ledger, find_ledger
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, as_path, check_kind
 from gati_jax.files import digests, present, replacing
-from gati_jax.models import AnyNetwork, Chain, to_chain
+from gati_jax.models import AnyNetwork, Chain, check_is_chain, to_chain
 from gati_jax.planning import CostTable, Plan
 from gati_jax.profiling import Tuning
 
@@ -71,7 +71,11 @@ def save_bundle(
     """
     from orbax.checkpoint import v1 as ocp  # noqa: PLC0415 (takes seconds to import, and answering does without)
 
-    path, pairs = Path(path), ((plan, certificate), *also)
+    path, pairs = as_path("path", path), ((plan, certificate), *also)
+    check_is_chain(chain)
+    for one, its in pairs:
+        check_kind("plan", one, Plan, "what gati_jax.plan returns")
+        check_kind("certificate", its, Certificate, "what gati_jax.certify returns")
     caches = choose(candidates, tuple(check_plans(pairs)))
     check_free(path)
     counted = find_ledger(ledger)
@@ -186,7 +190,7 @@ def save_tuning(path: Path | str, tuning: Tuning) -> None:
     Raises:
         BundleError: There is no bundle at ``path``, or its file for the device is damaged.
     """
-    folder = present(Path(path))
+    folder = present(as_path("path", path))
     read_manifest(folder)
     file = folder / "tuning" / f"{tuning.device}.json"
     device = read_json(file, DeviceFile) if file.is_file() else DeviceFile()

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from gati_jax.data import check_distinct_rows, fingerprint
-from gati_jax.errors import InputError, check_share
+from gati_jax.errors import InputError, check_kind, check_share
 from gati_jax.planning.binomial import p_value, samples_needed
 from gati_jax.planning.tables import Outcome, ReplayTable, neighbours_resemble, replay_plan
 from gati_jax.planning.threshold_path import Plan
@@ -311,6 +311,8 @@ def _outcomes(plan: Plan, table: ReplayTable, others: Sequence[ReplayTable]) -> 
 
 def _checked(plan: Plan, table: ReplayTable) -> ReplayTable:
     """Return the table of the plan's candidates; refuse one on which the plan cannot be certified."""
+    check_kind("plan", plan, Plan, "what gati_jax.plan returns")
+    check_kind("table", table, ReplayTable, "what gati_jax.replay returns")
     if len(table) == 0:
         raise InputError("table: expected at least one request, got none")
     table = table.take(plan.names)

@@ -87,7 +87,7 @@ def completion() -> str:
             "  local words",
             '  case "${COMP_WORDS[1]}" in',
             *cases,
-            f'    *) words="{names}" ;;',
+            f'    *) [ "$COMP_CWORD" -gt 1 ] || words="{names}" ;;',
             "  esac",
             '  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))',
             "}",

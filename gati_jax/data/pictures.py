@@ -1,31 +1,26 @@
-"""Pictures in files: class folders or a CSV of paths, decoded, resized and cropped as torchvision evaluates.
+"""Pictures in files, decoded, resized and cropped as torchvision evaluates; ``listing`` finds the files.
 
 torchvision resizes by Pillow, whose filters are antialiased; OpenCV's are not, and give other pixels. Files may be
 anything: sizes have bounds, and only JPEG, PNG and WebP decoders are asked.
 """
 
-import csv
 import dataclasses
 import io
-import logging
 import os
 import stat
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 
 from gati_jax.errors import InputError, printable
 
 from .streaming import Source
 
-_log = logging.getLogger(__name__)
-_ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
 _FORMATS = ("JPEG", "PNG", "WEBP")
+_DEEP = ("I", "F")  # modes of more than 8 bits a channel
 _MOST_PIXELS, _MOST_BYTES = 2**26, 2**28  # of one picture; eight threads decode one each
-_MOST_CSV_BYTES = 2**29
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "box", "nearest"]
 
 
@@ -55,6 +50,7 @@ class Transform:
         try:
             with image_module.open(io.BytesIO(encoded), formats=_FORMATS) as image:
                 _check_pixels(*image.size)
+                _check_depth(image.mode)
                 return self._transformed(image.convert("L" if self.channels == 1 else "RGB"))
         except InputError as error:
             raise InputError(f"{origin}: {error}") from error
@@ -104,6 +100,11 @@ def _offset(side: int, wanted: int) -> int:
 def _check_pixels(width: int, height: int) -> None:
     if width * height > _MOST_PIXELS:
         raise InputError(f"expected at most {_MOST_PIXELS // 10**6} million pixels, got {width} x {height}")
+
+
+def _check_depth(mode: str) -> None:
+    if mode.startswith(_DEEP):
+        raise InputError(f"expected 8 bits a channel, for Pillow would clip more, got a picture of mode {mode}")
 
 
 def pillow() -> Any:  # noqa: ANN401 (an optional module)
@@ -158,140 +159,20 @@ def read_regular(path: str) -> bytes:
         raise InputError(f"{printable(path)}: cannot be read: {reason}") from error
 
 
-class Listed(NamedTuple):
-    """The picture files of one split."""
-
-    paths: list[str]
-    labels: Int[np.ndarray, " n"] | None
-    class_names: tuple[str, ...]
-
-
-def list_pictures(place: Path, split: str) -> Listed:
-    """List the picture files of a folder or a CSV file, in an order that does not depend on the file system.
-
-    Args:
-        place: A folder whose sub-folders are the classes, sorted by name; or with a folder of such folders for each
-            split; or of pictures without labels. Or a CSV file with a column ``path`` (relative to its folder) and
-            perhaps ``label`` (numbers or names) and ``split``.
-        split: "all", or the name of a split.
-
-    Raises:
-        InputError: There is none, or the folder is laid out otherwise.
-    """
-    if place.is_file():
-        return _from_csv(place, split)
-    if not place.is_dir():
-        raise InputError(f"data.dir: expected a folder of pictures or a CSV file, got {place}")
-    folders, loose = _contents(place)
-    below = {name: _contents(place / name) for name in folders}
-    splits = sorted(name for name, (deeper, _) in below.items() if deeper)
-    if split != "all":
-        if split not in splits:
-            known = ", ".join(splits) or "all"
-            raise InputError(f"split: expected one of {known} of {place}, got {split!r}")
-        classes = sorted({name for one in splits for name in below[one][0]})
-        files = {name: _contents(place / split / name) for name in below[split][0]}
-        return _by_class(place / split, files, classes)
-    if splits:
-        expected, got = "folders of pictures, a class each", f"folders in {place / splits[0]}"
-        raise InputError(f"split: expected {', '.join(splits)} or {expected}, got all, and {got}")
-    if not folders:
-        return _some([str(place / name) for name in loose], None, (), place)
-    if loose:
-        got = f"{printable(loose[0])} beside {printable(folders[0])}/"
-        raise InputError(f"data.dir: expected class folders only, or pictures only, in {place}, got {got}")
-    return _by_class(place, below, folders)
-
-
-def _by_class(place: Path, files: dict[str, tuple[list[str], list[str]]], classes: list[str]) -> Listed:
-    paths, labels = [], []
-    for name, (deeper, pictures) in files.items():
-        if deeper:
-            raise InputError(f"data.dir: expected pictures in the class folder {place / name}, got {deeper[0]}/ in it")
-        paths += [str(place / name / picture) for picture in pictures]
-        labels += [classes.index(name)] * len(pictures)
-    return _some(paths, np.array(labels, np.int32), tuple(classes), place)
-
-
-def _some(paths: list[str], labels: np.ndarray | None, class_names: tuple[str, ...], place: Path) -> Listed:
-    if not paths:
-        raise InputError(f"data.dir: expected .jpg, .jpeg, .png or .webp files, got none in {place}")
-    return Listed(paths, labels, class_names)
-
-
-def _contents(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the names of sub-folders and of pictures, sorted; links are followed, hidden files left out."""
-    folders, pictures, others = [], [], []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                kind = folders if entry.is_dir() else pictures if _is_picture(entry.name) else others
-                kind.append(entry.name)
-    except OSError as error:
-        raise InputError(f"data.dir: cannot list {folder}: {error.strerror}") from error
-    if others:
-        _log.warning("%s: %d other files are left out, such as %s", folder, len(others), printable(min(others)))
-    return sorted(folders), sorted(pictures)
-
-
-def _is_picture(name: str) -> bool:
-    return Path(name).suffix.lower() in _ENDINGS
-
-
-def _from_csv(file: Path, split: str) -> Listed:
-    if file.stat().st_size > _MOST_CSV_BYTES:
-        raise InputError(f"data.dir: expected a CSV file of at most {_MOST_CSV_BYTES >> 20} MB, got {file}")
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            table = csv.DictReader(lines, strict=True)
-            columns = set(table.fieldnames or ())
-            if "path" not in columns:
-                raise InputError(f"data.dir: expected a column path in the first line of {file}, got none")
-            rows = [(row["path"], row.get("label"), row.get("split")) for row in table]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"data.dir: expected a CSV file, got {file}: {error}") from error
-    _check_filled("path", [path for path, *_ in rows], file)
-    labels, class_names = _named([label for _, label, _ in rows], file) if "label" in columns else (None, ())
-    known = sorted({one or "" for *_, one in rows}) if "split" in columns else ["all"]
-    if split not in known:
-        raise InputError(f"split: expected one of {', '.join(map(printable, known[:20]))} of {file}, got {split!r}")
-    kept = [i for i, (*_, one) in enumerate(rows) if "split" not in columns or one == split]
-    paths = [str(file.parent / rows[i][0]) for i in kept]
-    return _some(paths, None if labels is None else labels[kept], class_names, file)
-
-
-def _named(names: Sequence[str | None], file: Path) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:
-    """Return labels as integers: those that are given, or positions among the sorted names."""
-    _check_filled("label", names, file)
-    texts = [name or "" for name in names]
-    if all(text.isdecimal() and len(text) < len(str(2**31)) for text in texts):
-        return np.array(texts, np.int64).astype(np.int32), ()
-    classes = {name: i for i, name in enumerate(sorted(set(texts)))}
-    return np.array([classes[text] for text in texts], np.int32), tuple(classes)
-
-
-def _check_filled(column: str, values: Sequence[str | None], file: Path) -> None:
-    for row, value in enumerate(values, 1):
-        if not value:
-            raise InputError(f"data.dir: expected a {column} in every row of {file}, got none in row {row}")
-
-
 class Transformed:
     """A source of arrays or (array, label) with each image transformed."""
 
     def __init__(self, source: Source, transform: Transform, name: str) -> None:
         """Read nothing yet."""
-        self._source, self._transform, self._name = source, transform, name
+        self.wrapped, self._transform, self._name = source, transform, name
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return len(self._source)
+        return len(self.wrapped)
 
     def __getitem__(self, index: int, /) -> Any:  # noqa: ANN401 (see Source)
         """Return one row."""
-        record, origin = self._source[index], f"data.name: row {index} of {self._name}"
+        record, origin = self.wrapped[index], f"data.name: row {index} of {self._name}"
         if isinstance(record, dict):
             return record | {"image": self._transform.array(np.asarray(record["image"]), origin)}
         if isinstance(record, tuple):

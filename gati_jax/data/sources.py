@@ -16,11 +16,12 @@ import numpy as np
 from jaxtyping import Int
 from pydantic import Field, ValidationError
 
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, as_array, as_path, check_kind, describe_failure
 from gati_jax.options import Seed, Strict, describe_error
 
+from .listing import list_pictures
 from .packed import REPOSITORY, Opened, open_huggingface, open_npz
-from .pictures import Interpolation, Pictures, Transform, Transformed, list_pictures
+from .pictures import Interpolation, Pictures, Transform, Transformed
 from .splits import Rows
 from .streaming import ImageRows, Images, Source
 
@@ -85,6 +86,12 @@ class Dataset:
     ids: np.ndarray | None = None
     """What the source calls each row: the path of a picture, or else the row's number in the source's own order."""
 
+    def __repr__(self) -> str:
+        """Describe it in a line."""
+        classes = f"; {len(self.class_names)} classes" if self.class_names else ""
+        labels = "without labels" if self.labels is None else "with labels"
+        return f"Dataset({self.images.dtype}{[*self.images.shape]} {labels}{classes})"
+
     def __len__(self) -> int:
         """Return n."""
         return len(self.images)
@@ -127,12 +134,13 @@ def load(name: str, split: str, data_dir: Path | str | None = None, **options: A
         InputError: The data set, the folder, the version or the split does not exist, the files have no random access,
             or the features are not what ``Dataset`` holds.
     """
+    check_kind("data.name", name, str, "the name of a data set")
     rows, reading = Rows.parse(split), Reading.of(options)
     if name == "digits":
         return _digits(rows)
     if name not in {"folder", "npz", "huggingface"}:
         return _tfds(name, rows, data_dir, reading)
-    place = None if data_dir is None else Path(data_dir)
+    place = None if data_dir is None else as_path("data.dir", data_dir)
     if name == "huggingface":
         opened = open_huggingface(
             place,
@@ -169,17 +177,18 @@ def load_function(function: Callable[..., Any], split: str, *, name: str = "", *
     name = name or getattr(function, "__qualname__", "the function")
     if not callable(function):
         raise InputError(f"data.name: expected a function, got {name}, which is {type(function).__name__}")
-    if _takes_arguments(function):
-        found = function(rows.split)
-    elif rows.split == "all":
-        found = function()
-    else:
+    arguments = (rows.split,) if _takes_arguments(function) else ()
+    if not arguments and rows.split != "all":
         raise InputError(f"split: expected all, for {name} takes no argument, got {rows.split!r}")
+    try:
+        found = function(*arguments)
+    except (Exception, SystemExit) as error:
+        raise InputError(f"data.name: {name} failed: {describe_failure(error)}") from error
     images, labels = found if isinstance(found, tuple) and len(found) == len(("images", "labels")) else (found, None)
     if isinstance(images, str | bytes | dict) or not isinstance(images, Source):
         expected = "images, (images, labels) or a sized, indexable source"
         raise InputError(f"data.name: expected {expected} from {name}, got {type(images).__name__}")
-    given = None if labels is None else np.asarray(labels)
+    given = None if labels is None else as_array("data.name", labels)
     if given is not None and given.shape[:1] != (len(images),):
         raise InputError(f"data.name: expected {len(images)} labels, as images, from {name}, got {[*given.shape]}")
     return _dataset(name, Opened(Transformed(images, reading.transform, name), given), rows, reading)
@@ -194,7 +203,8 @@ def _takes_arguments(function: Callable[..., Any]) -> bool:
 
 def _dataset(name: str, opened: Opened, rows: Rows, reading: Reading) -> Dataset:
     """Return some rows of an opened split, in memory if they are few."""
-    n = len(opened.images)
+    found = ImageRows(opened.images, name="data.name")
+    n = len(found)
     part = rows.within(n)
     order, how = np.arange(n), "in their own order"
     if reading.shuffle_seed != "none":
@@ -204,7 +214,7 @@ def _dataset(name: str, opened: Opened, rows: Rows, reading: Reading) -> Dataset
             f"shuffled by seed {reading.shuffle_seed}",
         )
     _log.info("%s: %d rows of %s, %s; using rows %d to %d", name, n, rows.split, how, part.start, part.stop - 1)
-    images = ImageRows(opened.images, name="data.name").take(order[part])
+    images = found.take(order[part])
     labels = None if opened.labels is None else opened.labels[order[part]]
     ids = order[part] if opened.ids is None else np.asarray(opened.ids)[order[part]]
     return _kept(images, labels, reading, name, opened.class_names, ids)

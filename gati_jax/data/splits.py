@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from jaxtyping import Int
 
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, check_kind
 
 _SPLIT = re.compile(r"(?P<name>\w[\w.-]*)(\[(?P<start>\d{0,12})(?P<from>%?):(?P<stop>\d{0,12})(?P<to>%?)\])?")
 _WHOLE = 100  # per cent
@@ -35,6 +35,7 @@ class Rows:
             >>> Rows.parse("test[2500:]")
             Rows(split='test', start=2500, stop=None, percent=False)
         """
+        check_kind("split", text, str, "a form like train or test[:2500]")
         match = _SPLIT.fullmatch(text)
         if match is None or (match["from"] and not match["start"]) or (match["to"] and not match["stop"]):
             expected = "a form like train, test[:2500], test[2500:5000] or test[80%:]"

@@ -18,13 +18,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int, Shaped, UInt8, UInt64
 
-from gati_jax.errors import InputError, printable
+from gati_jax.errors import InputError, describe_failure, kind_of
 
 _log = logging.getLogger(__name__)
 _THREADS = min(8, os.cpu_count() or 1)
 _TASK_ROWS = 16  # that a thread reads in a row: handing over each alone would cost more than a small row itself
 _AHEAD = 2  # batches that are read while the caller works on another
 _SCAN_BYTES = 2**25
+_MOST_ROWS = 2**28  # whose numbers alone take gigabytes
 
 
 @runtime_checkable
@@ -56,6 +57,21 @@ class Scan(NamedTuple):
     """The largest pixel; 0 if the rows are no uint8 images."""
 
 
+def _length(source: Any, name: str) -> int:  # noqa: ANN401 (checked here)
+    if not isinstance(source, Source):
+        raise InputError(f"{name}: expected a sized, indexable source, got {kind_of(source)}")
+    try:
+        n = len(source)
+    except Exception as error:  # of a source's own code, or of Python about what it returned
+        got = describe_failure(error)
+        raise InputError(f"{name}: expected a source of which len() is the number of rows, got {got}") from error
+    if n == 0:
+        raise InputError(f"{name}: expected at least one row, got none")
+    if n > _MOST_ROWS:
+        raise InputError(f"{name}: expected at most {_MOST_ROWS} rows, got {n}")
+    return n
+
+
 class ImageRows:
     """The images of a source, read when they are indexed.
 
@@ -70,11 +86,13 @@ class ImageRows:
     def __init__(self, source: Source, *, name: str = "images") -> None:
         """Read the first row, for its shape and dtype."""
         self._source, self._name = source, name
-        if len(source) == 0:
-            raise InputError(f"{name}: expected at least one row, got none")
-        self._at, self._scan = np.arange(len(source)), None
+        self._at, self._scan = np.arange(_length(source, name)), None
         image, _ = self._record(0)
         self._row_shape, self.dtype = image.shape, image.dtype
+
+    def __repr__(self) -> str:
+        """Describe it in a line."""
+        return f"ImageRows({self.dtype}{[*self.shape]})"
 
     def take(self, rows: np.ndarray | slice) -> "ImageRows":
         """Return some of the rows, which are not read for it."""
@@ -207,10 +225,9 @@ class ImageRows:
             image = np.asarray(record)
         except InputError:
             raise
-        except Exception as error:  # whatever a source's own code raises
-            what = f"{type(error).__name__}: {printable(str(error).partition(chr(10))[0])}"
-            source = type(self._source).__name__
-            raise InputError(f"{self._name}: row {at} of {source} cannot be read: {what}") from error
+        except (Exception, SystemExit) as error:  # whatever a source's own code raises
+            source = type(getattr(self._source, "wrapped", self._source)).__name__
+            raise InputError(f"{self._name}: row {at} of {source} cannot be read: {describe_failure(error)}") from error
         if image.dtype.kind not in "biufV" or image.dtype.names:
             raise InputError(f"{self._name}: expected an array of numbers in row {at}, got {image.dtype}")
         return image, label

@@ -14,7 +14,7 @@ from gati_jax.caches import choose
 from gati_jax.caches.candidate import fitted_rows
 from gati_jax.certification import AnyLedger, find_ledger
 from gati_jax.data import Images, fingerprint, row_digests
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, as_array, check_kind, kind_of
 from gati_jax.fitting import replay
 from gati_jax.fitting.base import open_images
 from gati_jax.fitting.loop import progress_bar
@@ -75,10 +75,12 @@ def evaluate(
         >>> bundle = gati_jax.load_bundle("runs/digits/caches/bundle")  # doctest: +SKIP
         >>> print(gati_jax.evaluate(bundle, images, labels).summary())  # doctest: +SKIP
     """
+    check_kind("bundle", bundle, Bundle, "what gati_jax.load_bundle returns")
     array = open_images(bundle.chain, images)
-    if timed < 0 or not len(array):
-        raise InputError(f"images, timed: expected 1 image or more, and 0 or more, got {len(array)} and {timed}")
-    right = None if labels is None else np.asarray(labels)
+    if not len(array):
+        raise InputError("images: expected 1 or more, got none")
+    _check_sizes(timed, batches)
+    right = None if labels is None else as_array("labels", labels)
     if right is not None and (right.shape != (len(array),) or right.dtype.kind not in "iu"):
         raise InputError(f"labels: expected {len(array)} whole numbers, got {right.dtype}{list(right.shape)}")
     show_rows(bundle, array, ledger, reveal=reveal)
@@ -109,6 +111,13 @@ def evaluate(
         confusions=details.confusions(bundle, table, prediction),
         samples=details.samples(bundle, table, prediction, agrees),
     )
+
+
+def _check_sizes(timed: Any, batches: Any) -> None:  # noqa: ANN401 (checked here)
+    if not isinstance(timed, int) or timed < 0:
+        raise InputError(f"timed: expected 0 or more, got {kind_of(timed)}")
+    if not isinstance(batches, Sequence) or not all(isinstance(size, int) and size > 0 for size in batches):
+        raise InputError(f"batches: expected sizes of 1 or more, got {kind_of(batches)}")
 
 
 def show_rows(bundle: Bundle, images: Images, ledger: AnyLedger, *, reveal: bool) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped, UIn
 from gati_jax.caches import Candidate, choose, predict_all
 from gati_jax.caches.candidate import Part, fitted_rows
 from gati_jax.data import Images, Source, check_distinct_rows, fingerprint, full_batches, read_batches, row_digests
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, check_kind, listed
 from gati_jax.models import Chain, check_chain, warn_of_inputs
 from gati_jax.models.chain import reference
 from gati_jax.pytrees import Static, call, tree_digest
@@ -45,6 +45,11 @@ class Candidates:
     """Of the images: rows are recognised by their bytes."""
     epochs: float | None = None
     """Passes over the fit split that the predictors had; None where none was trained."""
+
+    def __repr__(self) -> str:
+        """Describe it in a line."""
+        names = listed([item.name for item in self.items], most=8, room=150) or "none"
+        return f"Candidates({names}; fitted on {len(self.fit_rows)} rows, selected on {len(self.select_rows)})"
 
     def __iter__(self) -> Iterator[Candidate]:
         """Iterate over the candidates."""
@@ -95,6 +100,7 @@ def fit(
         InputError: Images that the chain does not take, overlapping splits, a site that the chain does not have, a
             head that no bundle can hold, or a chain whose logits are not finite or depend on the batch.
     """
+    check_kind("config", config, FitConfig, "gati_jax.FitConfig(...)")
     splits = check_splits(chain, images, select)
     check_chain(chain, splits.images)
     warn_of_inputs(chain, splits.images)

@@ -19,6 +19,7 @@ from .chain import Block as Block
 from .chain import Chain as Chain
 from .chain import Normalization as Normalization
 from .chain import check_images as check_images
+from .chain import check_is_chain as check_is_chain
 from .convolution import ALGORITHMS as ALGORITHMS
 from .convolution import Algorithm as Algorithm
 from .convolution import Layer as Layer

@@ -7,10 +7,7 @@ dictionary by name, which a bundle saves like any other.
 """
 
 import dataclasses
-import functools
-import re
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -20,12 +17,13 @@ import numpy as np
 from flax import errors as flax_errors
 from jaxtyping import Array, Num, PyTree
 
-from gati_jax.errors import InputError, kind_of, listed, printable
+from gati_jax.errors import InputError, as_array, check_kind, kind_of, listed, printable
 from gati_jax.pytrees import Fixed
 
-from .chain import ROWS, Chain, Normalization, WithoutParams, reference
+from .chain import ROWS, Chain, Normalization, WithoutParams, check_normalization, reference
 from .cut import Layout, Part, Segment, Whole
 from .probe import COARSE_NOISE, check_chain, is_coarse
+from .submodules import check_sites, mark_calls, path_of, unknown_sites
 
 _TOLERANCE = 1e-5  # of the largest logit, in float32
 
@@ -38,6 +36,7 @@ def from_linen(
     sample: Any,  # noqa: ANN401 (anything that NumPy takes)
     normalization: Normalization | None = None,
     channel_axis: int = -1,
+    input_name: str = "images",
     **call: Any,  # noqa: ANN401 (the module's own arguments)
 ) -> Chain:
     """Return a chain that computes what a Linen module does, with sites at the outputs of named submodules.
@@ -52,6 +51,7 @@ def from_linen(
         normalization: How uint8 images become the module's inputs.
         channel_axis: Where the module has the channels of one image: -1 for last, 0 for first. Outside of the module
             they are last, in images as at sites: blocks move them at the input, and at sites of as many dimensions.
+        input_name: What a server calls the input in requests.
         **call: Arguments of the module's call, such as ``train=False``.
 
     Returns:
@@ -69,9 +69,15 @@ def from_linen(
         >>> len(chain), chain.site_specs[2].shape, chain(x).shape
         (3, (8,), (2, 3))
     """
+    check_kind("module", module, nn.Module, "an instance of a flax.linen.Module")
+    _check_variables(variables)
+    for site in check_sites(sites):
+        check_kind("sites", site, str, "names of submodules")
     leaves, structure = _flatten(variables)
     function = _Linen(Fixed(module), structure, Fixed(tuple(sorted(call.items()))))
-    return _chain(function, leaves, sites, sample, normalization, channel_axis)
+    return _chain(
+        function, leaves, sites, sample, normalization=normalization, channel_axis=channel_axis, input_name=input_name
+    )
 
 
 def from_nnx(
@@ -81,6 +87,7 @@ def from_nnx(
     sample: Any,  # noqa: ANN401 (anything that NumPy takes)
     normalization: Normalization | None = None,
     channel_axis: int = -1,
+    input_name: str = "images",
     **call: Any,  # noqa: ANN401 (the module's own arguments)
 ) -> Chain:
     """Return a chain that computes what an NNX module does in evaluation mode, with sites at outputs of submodules.
@@ -95,6 +102,7 @@ def from_nnx(
         sample: See ``from_linen``.
         normalization: See ``from_linen``.
         channel_axis: See ``from_linen``.
+        input_name: See ``from_linen``.
         **call: Arguments of the module's call.
 
     Raises:
@@ -104,13 +112,15 @@ def from_nnx(
 
     if not isinstance(module, nnx.Module):
         raise InputError(f"module: expected an nnx.Module, got {kind_of(module)}")
-    names = [_path_of(site, module, nnx.Module) for site in _check_sites(sites)]
+    names = [path_of(site, module, nnx.Module) for site in check_sites(sites)]
     evaluated = nnx.merge(*nnx.split(module))
     evaluated.eval()
     graph, state = nnx.split(evaluated)
     leaves, structure = _flatten(state, of_each="/value")
     function = _Nnx(Fixed(graph), structure, Fixed(tuple(sorted(call.items()))))
-    return _chain(function, leaves, names, sample, normalization, channel_axis)
+    return _chain(
+        function, leaves, names, sample, normalization=normalization, channel_axis=channel_axis, input_name=input_name
+    )
 
 
 def from_equinox(
@@ -121,6 +131,7 @@ def from_equinox(
     sample: Any,  # noqa: ANN401 (anything that NumPy takes)
     normalization: Normalization | None = None,
     channel_axis: int | None = None,
+    input_name: str = "images",
     **call: Any,  # noqa: ANN401 (the module's own arguments)
 ) -> Chain:
     """Return a chain that computes what an Equinox module does in inference mode, with sites at outputs of submodules.
@@ -135,6 +146,7 @@ def from_equinox(
         normalization: See ``from_linen``.
         channel_axis: See ``from_linen``. It must be given for inputs of two or more dimensions: 0 for Equinox's own
             convolutions, -1 for sequences[time, channels].
+        input_name: See ``from_linen``.
         **call: Arguments of the module's call.
 
     Raises:
@@ -146,13 +158,15 @@ def from_equinox(
         raise InputError("module: Equinox modules need equinox (pip install equinox)") from error
     if not isinstance(module, eqx.Module):
         raise InputError(f"module: expected an equinox.Module, got {kind_of(module)}")
-    names = [_path_of(site, module, eqx.Module) for site in _check_sites(sites)]
+    names = [path_of(site, module, eqx.Module) for site in check_sites(sites)]
     both = {"module": eqx.nn.inference_mode(module), "state": state}
     arrays, static = eqx.partition(both, eqx.is_array)
     leaves, structure = _flatten(arrays)
     values, shape = jax.tree.flatten(static)
     function = _Equinox(Fixed((tuple(values), shape)), structure, Fixed(tuple(sorted(call.items()))), state is not None)
-    return _chain(function, leaves, names, sample, normalization, channel_axis)
+    return _chain(
+        function, leaves, names, sample, normalization=normalization, channel_axis=channel_axis, input_name=input_name
+    )
 
 
 @runtime_checkable
@@ -183,7 +197,7 @@ class _Linen:
         with nn.intercept_methods(intercept):
             logits = self.module.value.apply(jax.tree.unflatten(self.structure, leaves), x, **dict(self.call.value))
         if missing := [site for site in sites if site not in seen]:
-            raise _unknown(missing, [site for site in seen if site])
+            raise unknown_sites(missing, [site for site in seen if site])
         return logits
 
 
@@ -197,7 +211,7 @@ class _Nnx:
         from flax import nnx  # noqa: PLC0415 (as above)
 
         module = nnx.merge(self.graph.value, jax.tree.unflatten(self.structure, leaves))
-        _mark_calls(module, nnx.Module, sites, layout, batched=True)
+        mark_calls(module, nnx.Module, sites, layout, batched=True)
         return module(x, **dict(self.call.value))
 
 
@@ -214,10 +228,16 @@ class _Equinox:
         values, shape = self.static.value
         both = eqx.combine(jax.tree.unflatten(self.structure, leaves), jax.tree.unflatten(shape, values))
         module, state = both["module"], both["state"]
-        _mark_calls(module, eqx.Module, sites, layout, batched=False)
+        mark_calls(module, eqx.Module, sites, layout, batched=False)
         if not self.stateful:
             return jax.vmap(lambda one: module(one, **dict(self.call.value)))(x)
-        return jax.vmap(lambda one: module(one, state, **dict(self.call.value))[0])(x)
+        return jax.vmap(lambda one: _logits_of(module(one, state, **dict(self.call.value))))(x)
+
+
+def _logits_of(returned: Any) -> Any:  # noqa: ANN401 (whatever a module returns)
+    if not isinstance(returned, tuple) or len(returned) != len(("logits", "state")):
+        raise InputError(f"state: expected a module that returns (logits, state), got {type(returned).__name__}")
+    return returned[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,73 +251,16 @@ class _Marked:
     def __call__(self, leaves: tuple[Array, ...], x: Array) -> Array:
         logits = self.module(leaves, self.layout.into(x), self.sites, self.layout)
         if not isinstance(logits, jax.Array):
-            raise InputError(f"module: expected it to return one array of logits, got {type(logits).__name__}")
+            own = isinstance(logits, tuple) and isinstance(self.module, _Equinox)
+            hint = " (pass the state of a module with batch norm)" if own else ""
+            raise InputError(f"module: expected it to return one array of logits, got {type(logits).__name__}{hint}")
         return logits
 
 
-def _mark_calls(module: Any, kind: type, sites: tuple[str, ...], layout: Layout, *, batched: bool) -> None:  # noqa: ANN401
-    """Make the submodules ``sites`` of a fresh copy of a module mark their outputs."""
-    submodules = dict(_submodules(module, kind))
-    for site in sites:
-        submodule = submodules[site]
-        object.__setattr__(submodule, "__class__", _marking(type(submodule), site, layout, batched))
-
-
-@functools.cache
-def _marking(kind: type, site: str, layout: Layout, batched: bool) -> type:  # noqa: FBT001
-    """Return a subclass whose calls mark their outputs; to its parent, a submodule of it is what it was."""
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (a submodule's own)
-        output = kind.__call__(self, *args, **kwargs)
-        if not batched and isinstance(output, tuple) and output:  # Equinox's stateful layers return (output, state)
-            return layout.mark(site, output[0], batched=batched), *output[1:]
-        return layout.mark(site, output, batched=batched)
-
-    body = {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    return types.new_class(kind.__name__, (kind,), exec_body=lambda namespace: namespace.update(body))
-
-
-def _submodules(module: Any, kind: type) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
-    """Yield the submodules of an object tree with their attribute paths, such as "blocks.0.norm"; each one once."""
-    seen, found = {id(module)}, [("", module)]
-    while found:
-        path, node = found.pop(0)
-        if path and isinstance(node, kind):
-            yield path, node
-        for name, child in _children(node):
-            if id(child) not in seen and isinstance(child, (kind, list, tuple, dict)):
-                seen.add(id(child))
-                found.append((f"{path}.{name}" if path else name, child))
-
-
-def _children(node: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else None
-    for name, child in vars(node).items() if items is None else items:
-        yield str(name), child
-
-
-def _path_of(site: Any, module: Any, kind: type) -> str:  # noqa: ANN401
-    """Return the attribute path of a submodule that is named by a path or given itself."""
-    submodules = dict(_submodules(module, kind))
-    if not isinstance(site, str):
-        found = [path for path, submodule in submodules.items() if submodule is site]
-        if not found:
-            raise _unknown([kind_of(site)], list(submodules))
-        return found[0]
-    path = ".".join(part for part in re.split(r"[.\[\]/]+", site) if part)
-    if path not in submodules:
-        raise _unknown([site], list(submodules))
-    return path
-
-
-def _unknown(missing: Sequence[str], known: Sequence[str]) -> InputError:
-    return InputError(f"sites: expected submodules that are called, of {listed(known)}, got {listed(missing)}")
-
-
-def _check_sites(sites: Any) -> list[Any]:  # noqa: ANN401 (checked here)
-    if isinstance(sites, str) or not isinstance(sites, Sequence) or not sites:
-        raise InputError(f"sites: expected a list of submodules, got {kind_of(sites)}")
-    return list(sites)
+def _check_variables(given: Any) -> None:  # noqa: ANN401 (checked here)
+    if not isinstance(given, Mapping) or "params" not in given:
+        got = f"keys {listed(list(map(str, given)))}" if isinstance(given, Mapping) else kind_of(given)
+        raise InputError(f'variables: expected {{"params": ..., ...}}, as module.init returns them, got {got}')
 
 
 def _flatten(tree: PyTree, *, of_each: str = "") -> tuple[dict[str, Array], Any]:
@@ -317,10 +280,12 @@ def _chain(
     leaves: Mapping[str, Array],
     sites: Sequence[str],
     sample: Any,  # noqa: ANN401
+    *,
     normalization: Normalization | None,
     channel_axis: int | None,
+    input_name: str,
 ) -> Chain:
-    names, inputs = tuple(_check_sites(sites)), _prepared(sample, normalization)
+    names, inputs = tuple(check_sites(sites)), _prepared(sample, normalization)
     spec = jax.ShapeDtypeStruct(inputs.shape[1:], inputs.dtype)
     layout = Layout.of(spec, channel_axis)
     specs = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves.values())
@@ -342,17 +307,15 @@ def _chain(
         blocks.append(Segment(whole, index, tuple(used)))
         params.append(used)
     unchanged = WithoutParams(jnp.asarray)  # the last block ends with the logits
-    chain = Chain(blocks, unchanged, (*params, ()), spec, normalization)
+    chain = Chain(blocks, unchanged, (*params, ()), spec, normalization, input_name=input_name)
     _check_parity(chain, _Marked(module, (), layout), tuple(leaves.values()), inputs[:ROWS])
     check_chain(chain, np.asarray(inputs))
     return chain
 
 
 def _prepared(sample: Any, normalization: Normalization | None) -> Num[Array, "n ..."]:  # noqa: ANN401
-    try:
-        array = np.asarray(sample)
-    except ValueError as error:
-        raise InputError("sample: expected an array, got rows of different lengths") from error
+    check_normalization(normalization)
+    array = as_array("sample", sample)
     if array.ndim < 2 or not len(array) or array.dtype.kind not in "fiub" + "V":  # noqa: PLR2004 (V: bfloat16)
         raise InputError(f"sample: expected a few inputs[n, ...], got {array.dtype}{list(array.shape)}")
     return normalization(array) if normalization is not None and array.dtype == np.uint8 else jnp.asarray(array)

@@ -5,6 +5,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from types import NoneType
 from typing import Annotated, Any, TypeVar, cast
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Num, PyTree, Shaped
 from pydantic import Field, FiniteFloat
 
-from gati_jax.errors import InputError, kind_of, printable
+from gati_jax.errors import InputError, as_array, check_kind, kind_of, printable
 from gati_jax.options import Positive, check_options
 from gati_jax.pytrees import is_traced, register_pytree, tree_bytes
 
@@ -105,12 +106,10 @@ class Chain:
         if not blocks or len(params) != len(blocks) + 1:
             expected = f"one entry for each of {len(blocks)} blocks and one for the classifier"
             raise InputError(f"params: expected {expected}, got {len(params)}")
+        check_normalization(normalization)
         if normalization and len(normalization.mean) not in {1, spec.shape[-1]}:
             raise InputError(f"normalization: expected {spec.shape[-1]} channels, got {len(normalization.mean)}")
-        if not _INPUT_NAME.fullmatch(input_name):
-            raise InputError(
-                f"input_name: expected up to 100 letters, digits, dots, dashes or underscores, got {input_name!r}"
-            )
+        _check_input_name(input_name)
         values = blocks, classifier, params, spec, normalization, network, input_name
         for field, value in zip(dataclasses.fields(self), values, strict=True):
             object.__setattr__(self, field.name, value)
@@ -130,6 +129,7 @@ class Chain:
         input_spec: jax.ShapeDtypeStruct | Sequence[int],
         *,
         normalization: Normalization | None = None,
+        input_name: str = "images",
     ) -> "Chain":
         """Return a chain of layers, each a block; the last is the classifier.
 
@@ -138,6 +138,7 @@ class Chain:
                 functions of x alone, such as ``jax.nn.relu``.
             input_spec: See ``Chain``.
             normalization: See ``Chain``.
+            input_name: See ``Chain``.
 
         Raises:
             InputError: As for ``Chain``; or there are fewer than two layers, or one is neither of both.
@@ -158,7 +159,7 @@ class Chain:
             params.append(pair[1])
         if len(functions) < 2:  # noqa: PLR2004
             raise InputError(f"layers: expected a block or more and the classifier, got {len(functions)}")
-        return cls(functions[:-1], functions[-1], params, input_spec, normalization)
+        return cls(functions[:-1], functions[-1], params, input_spec, normalization, input_name=input_name)
 
     def __len__(self) -> int:
         """Return N, the number of blocks."""
@@ -217,6 +218,31 @@ class WithoutParams:
         """Apply the function."""
         del params
         return self.function(x)
+
+
+def check_normalization(given: Any) -> None:  # noqa: ANN401 (checked here)
+    """Check that an argument is a normalization, or None.
+
+    Raises:
+        InputError: It is something else.
+    """
+    check_kind("normalization", given, (Normalization, NoneType), "gati_jax.Normalization(mean=..., std=...) or None")
+
+
+def check_is_chain(given: Any) -> None:  # noqa: ANN401 (checked here)
+    """Check that an argument is a chain.
+
+    Raises:
+        InputError: It is something else.
+    """
+    check_kind("chain", given, Chain, "a gati_jax.Chain, as gati_jax.load_network, from_linen, ... return it")
+
+
+def _check_input_name(given: Any) -> None:  # noqa: ANN401 (checked here)
+    if not isinstance(given, str) or not _INPUT_NAME.fullmatch(given):
+        raise InputError(
+            f"input_name: expected up to 100 letters, digits, dots, dashes or underscores, got {given!r:.200}"
+        )
 
 
 def _entries(argument: str, given: Any, expected: str) -> tuple[Any, ...]:  # noqa: ANN401
@@ -305,6 +331,7 @@ def check_images(chain: Chain, images: Any, *, batched: bool = True, argument: s
     Raises:
         InputError: The shape, the dtype or a value (NaN, infinity) is not what the chain takes.
     """
+    check_is_chain(chain)
     spec, array = chain.input_spec, _as_array(chain, images, argument)
     if array.shape[1 if batched else 0 :] != spec.shape or (batched and array.ndim == len(spec.shape)):
         batch = "batch, " if batched else ""
@@ -333,10 +360,9 @@ def _as_array(chain: Chain, images: Any, argument: str) -> np.ndarray:  # noqa: 
             f"{argument}: expected an array, got one that jit, vmap or grad is tracing: call this outside of them, or"
             " inside gati_jax.runtime.predict_batch(bundle.cascade, images), and for gradients bundle.chain(inputs)"
         )
-    try:
-        array = np.asarray(images)
-    except ValueError as error:
-        raise InputError(f"{argument}: expected an array, got rows of different lengths") from error
+    if hasattr(images, "images"):
+        raise InputError(f"{argument}: expected an array, got {kind_of(images)}: pass its images")
+    array = as_array(argument, images)
     if hasattr(images, "dtype") or array.dtype not in (np.int64, np.float64) or not array.size:
         return array
     whole = array.dtype == np.int64

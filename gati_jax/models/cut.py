@@ -7,6 +7,7 @@ around the mark breaks that, and the program says so: computing the next mark wi
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from types import NoneType
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 from jaxtyping import Array
 
-from gati_jax.errors import InputError, listed
+from gati_jax.errors import InputError, check_kind, listed
 
 _MARK = "gati_jax site "
 _TRANSPARENT = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_vmap_call"}
@@ -58,6 +59,7 @@ class Layout:
     def of(cls, spec: jax.ShapeDtypeStruct, channel_axis: int | None) -> "Layout":
         """Return the layout of a module with inputs of ``spec``."""
         rank = len(spec.shape)
+        check_kind("channel_axis", channel_axis, (int, NoneType), "a whole number: 0 for first, -1 for last")
         if channel_axis is None and rank > 1:
             raise InputError(
                 "channel_axis: expected 0 (channels first, as Equinox's convolutions have them) or -1 (last, as in"

@@ -9,17 +9,19 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Json, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
 from safetensors.numpy import save
 
-from gati_jax.errors import InputError, WeightsError, printable
+from gati_jax.errors import InputError, WeightsError, as_path, check_kind, kind_of, printable
 from gati_jax.files import write_atomically
 from gati_jax.options import Strict, describe_error
 
 from .architectures import BERTS, NAMES, RESNETS, VGG, VITS, AnyNetwork, ResNet, bert, resnet, vgg, vit
-from .chain import Chain, Normalization
+from .chain import Chain, Normalization, check_is_chain, check_normalization
+from .hugging_face import EPSILON, network_of_config
 from .networks import fold, to_chain, unfold
 from .spellings import Tensors, is_hugging_face, standard_names
 from .transformers import Bert, ViT
@@ -34,7 +36,7 @@ from .weights import (
 
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 _HUB_FILES = (_CONFIG, _PREPROCESSOR, "model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
-_HUGGING_FACE_EPSILON = 1e-12
+_MOST_SIDE = 4096
 
 
 def load_network(
@@ -65,14 +67,18 @@ def load_network(
     kind = next((kind for kind, names in _NAMES.items() if name in names), None)
     if kind is None:
         raise InputError(f"name: expected one of {', '.join((*NAMES, *BERTS))}, got {name!r}")
-    said = _metadata(Path(weights))
+    check_kind("classes", classes, (int, NoneType), "2 or more")
+    if classes is not None and classes < 2:  # noqa: PLR2004
+        raise InputError(f"classes: expected 2 or more, got int {classes}")
+    check_normalization(normalization)
+    shape, said = _check_shape(input_shape), _metadata(weights)
     if said is not None and said.network != name:
         raise WeightsError(f"name: expected {printable(said.network)}, as the metadata of {weights} say, got {name}")
     tensors = read_weights(weights)
     found = standard_names(kind, tensors)
     classes = classes or (said and said.classes) or _length(found, classifier_of(kind)) or 2
-    shape = input_shape or (said and said.input_shape)
-    epsilon = _HUGGING_FACE_EPSILON if is_hugging_face(tensors) else 1e-6
+    shape = shape or (said and said.input_shape)
+    epsilon = EPSILON if is_hugging_face(tensors) else 1e-6
     network = _FITTING[kind](name, found, classes, shape, epsilon)
     return _chain(network, tensors, normalization or (said and said.normalization))
 
@@ -98,13 +104,23 @@ def _length(tensors: Tensors, layer: str) -> int | None:
 def _images(shape: tuple[int, ...] | None, default: tuple[int, int, int]) -> tuple[int, int, int]:
     if shape is None:
         return default
-    if len(shape) != 3 or min(shape) < 1:  # noqa: PLR2004
+    if len(shape) != 3:  # noqa: PLR2004
         raise InputError(f"input_shape: expected height, width and channels, got {shape}")
     return shape[0], shape[1], shape[2]
 
 
+def _check_shape(shape: Any) -> tuple[int, ...] | None:  # noqa: ANN401 (checked here)
+    """Return a shape that was given, or None; its length depends on the network."""
+    if shape is None:
+        return None
+    if not isinstance(shape, tuple | list) or not all(isinstance(n, int) and 1 <= n <= _MOST_SIDE for n in shape):
+        expected = f"height, width and channels, or the number of tokens, each 1 to {_MOST_SIDE}"
+        raise InputError(f"input_shape: expected {expected}, got {kind_of(shape)}")
+    return tuple(shape)
+
+
 def _tokens(shape: tuple[int, ...]) -> int:
-    if len(shape) != 1 or shape[0] < 1:
+    if len(shape) != 1:
         raise InputError(f"input_shape: expected the number of tokens, such as (128,), got {shape}")
     return shape[0]
 
@@ -158,7 +174,7 @@ class _Metadata(BaseModel):
     normalization: Json[Normalization]
 
 
-def _metadata(path: Path) -> _Metadata | None:
+def _metadata(path: Path | str) -> _Metadata | None:
     metadata = read_metadata(path)
     if "gati_jax" not in metadata:
         return None
@@ -190,14 +206,16 @@ def save_pretrained(chain: Chain, folder: Path | str) -> None:
     Raises:
         InputError: The chain is of a user's own functions, or its convolutions were given other algorithms.
     """
-    network = chain.network
+    check_is_chain(chain)
+    network, folder = chain.network, as_path("folder", folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"folder: expected a folder, got the file {folder}")
     if not isinstance(network, AnyNetwork):
         raise InputError("chain: expected a network of this library, got a chain of other functions")
     plain = to_chain(network, tuple(chain.params))
     if (plain.blocks, plain.classifier) != (chain.blocks, chain.classifier):
         raise InputError("chain: expected the blocks of its network, got others: was it given other algorithms?")
     saved = _Saved(network=network, normalization=chain.normalization)
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "model.safetensors", save(export_state_dict(network, unfold(network, chain.params))))
     write_atomically(folder / _CONFIG, saved.model_dump_json(indent=2).encode() + b"\n")
@@ -224,7 +242,8 @@ def from_pretrained(
         InputError: There is no such folder, or its network is of another kind.
         WeightsError: The files are damaged, or do not belong together.
     """
-    folder = _folder(source, revision)
+    check_normalization(normalization)
+    folder, input_shape = _folder(as_path("source", source), revision), _check_shape(input_shape)
     config = _read_json(folder / _CONFIG)
     try:
         network, shape, own = _described(config, folder)
@@ -252,16 +271,16 @@ def _described(
         shape = (height, width, channels) if channels else None
         return name, shape, _normalization(data, "mean", "std", 1 / 255)
     images = _read_json(folder / _PREPROCESSOR) if (folder / _PREPROCESSOR).is_file() else {}
-    network, own = _of_hugging_face(config, images), None
+    network, own = network_of_config(config, images), None
     if images.get("do_normalize", True):
         scale = images.get("rescale_factor", 1 / 255) if images.get("do_rescale", True) else 1.0
         own = _normalization(images, "image_mean", "image_std", scale)
     return network, None, own
 
 
-def _folder(source: Path | str, revision: str | None) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
+def _folder(source: Path, revision: str | None) -> Path:
+    if source.is_dir():
+        return source
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", str(source)):
         raise InputError(f"source: expected a folder, or owner/name of the Hugging Face hub, got {source}")
     try:
@@ -306,85 +325,3 @@ def _normalization(data: Mapping[str, Any], mean: str, std: str, scale: float) -
     if mean not in data or std not in data:
         return None
     return Normalization(mean=tuple(data[mean]), std=tuple(data[std]), scale=scale)
-
-
-# --- Hugging Face's configs -------------------------------------------------------------------------------------------
-
-
-def _of_hugging_face(config: Mapping[str, Any], images: Mapping[str, Any]) -> AnyNetwork:
-    """Return the network that a config of transformers describes, checked as that of a bundle is."""
-    kind = config.get("model_type")
-    if (build := _HUGGING_FACE.get(str(kind))) is None:
-        raise InputError(f"source: expected a config of a {', '.join(_HUGGING_FACE)}, got model_type {kind!r:.100}")
-    classes = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
-    found = build(config, images) | {"classes": classes}
-    other = {"hidden_act": "relu" if kind == "resnet" else "gelu", **_UNSUPPORTED}
-    for key, value in other.items():
-        if config.get(key, value) != value:
-            raise InputError(f"source: expected a network with {key} {value!r}, got {config[key]!r:.100}")
-    return TypeAdapter(_KINDS[str(kind)]).validate_python(found)
-
-
-_UNSUPPORTED = {
-    "qkv_bias": True,
-    "downsample_in_first_stage": False,
-    "downsample_in_bottleneck": False,
-    "is_decoder": False,
-    "position_embedding_type": "absolute",
-}
-"""Keys of variants that are not built here, and their values otherwise."""
-
-
-def _encoder_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "width": config.get("hidden_size", 768),
-        "depth": config.get("num_hidden_layers", 12),
-        "heads": config.get("num_attention_heads", 12),
-        "hidden": config.get("intermediate_size", 3072),
-        "epsilon": config.get("layer_norm_eps", _HUGGING_FACE_EPSILON),
-    }
-
-
-def _sides(size: Any) -> tuple[int, int]:  # noqa: ANN401 (of a config)
-    if isinstance(size, Mapping):
-        size = size.get("shortest_edge") or (size["height"], size["width"])
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return height, width
-
-
-def _vit_of(config: Mapping[str, Any], _: Mapping[str, Any]) -> dict[str, Any]:
-    shape = (*_sides(config.get("image_size", 224)), config.get("num_channels", 3))
-    patch = _sides(config.get("patch_size", 16))[0]
-    return {"patch": patch, "input_shape": shape, **_encoder_of(config)}
-
-
-def _bert_of(config: Mapping[str, Any], _: Mapping[str, Any]) -> dict[str, Any]:
-    positions = config.get("max_position_embeddings", 512)
-    return {
-        "vocabulary": config.get("vocab_size", 30_522),
-        "length": positions,
-        "positions": positions,
-        "segments": config.get("type_vocab_size", 2),
-        "padding": config.get("pad_token_id") or 0,
-        **_encoder_of(config),
-    }
-
-
-def _resnet_of(config: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, Any]:
-    widths = config.get("hidden_sizes", [256, 512, 1024, 2048])
-    bottleneck = config.get("layer_type", "bottleneck") == "bottleneck"
-    widths = [width // 4 for width in widths] if bottleneck else widths
-    if config.get("embedding_size", 64) != widths[0]:
-        raise InputError(f"source: expected an embedding_size of {widths[0]}, got {config['embedding_size']!r:.100}")
-    sides = _sides(images.get("crop_size") or images.get("size") or 224)
-    return {
-        "stages": config.get("depths", [3, 4, 6, 3]),
-        "widths": widths,
-        "bottleneck": bottleneck,
-        "stem": 7,
-        "input_shape": (*sides, config.get("num_channels", 3)),
-    }
-
-
-_HUGGING_FACE = {"resnet": _resnet_of, "vit": _vit_of, "bert": _bert_of}
-_KINDS: dict[str, Any] = {"resnet": ResNet, "vit": ViT, "bert": Bert}

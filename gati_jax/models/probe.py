@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Num
 from gati_jax.data import Images
 from gati_jax.errors import InputError
 
-from .chain import ROWS, Chain, Normalization, output_specs, reference
+from .chain import ROWS, Chain, Normalization, check_is_chain, output_specs, reference
 
 _COLUMNS = 32  # logits that are kept of each row
 _NOISE = 1e-3  # of the logits' spread: true float32 differs by 1e-5 or so between batch sizes and machines
@@ -62,6 +62,7 @@ def check_logits(chain: Chain) -> None:
     Raises:
         InputError: It has none, fails, or gives something else.
     """
+    check_is_chain(chain)
     if not jax.tree.leaves(chain.params):
         raise InputError(
             "chain: expected parameters, got none: weights that blocks close over are neither saved nor compared;"

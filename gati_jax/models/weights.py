@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from gati_jax.errors import WeightsError, describe_mismatch, listed, printable
+from gati_jax.errors import WeightsError, as_path, describe_mismatch, kind_of, listed, printable
 from gati_jax.options import describe_error
 
 from .architectures import VGG, AnyNetwork, ResNet
@@ -273,7 +273,7 @@ def read_metadata(path: Path | str) -> dict[str, str]:
 
 
 def _existing(path: Path | str) -> Path:
-    path = Path(path)
+    path = as_path("weights", path)
     if path.is_dir():
         found = [path / name for name in _IN_A_FOLDER if (path / name).is_file()]
         if not found:
@@ -363,11 +363,11 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise WeightsError(f"{expected} {got}") from None
     tensors = _state_dict(loaded)
     if not isinstance(tensors, dict):
-        raise WeightsError(f"{expected} a {type(tensors).__name__}")
+        raise WeightsError(f"{expected} {kind_of(tensors)}")
     found = {str(name): tensor for name, tensor in tensors.items() if not is_no_weight(str(name))}
     for name, tensor in found.items():
         if not isinstance(tensor, torch.Tensor):
-            raise WeightsError(f"{expected} a {type(tensor).__name__} as {printable(name)}")
+            raise WeightsError(f"{expected} {kind_of(tensor)} as {printable(name)}")
         dtype, layout = (str(kind).removeprefix("torch.") for kind in (tensor.dtype, tensor.layout))
         if dtype not in _DTYPES or layout != "strided" or tensor.is_meta:
             raise _other_dtype(name, f"{dtype} ({'meta' if tensor.is_meta else layout})")

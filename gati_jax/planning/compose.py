@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from gati_jax.errors import InputError
+from gati_jax.errors import InputError, check_kind
 
 from .binomial import largest_passing
 from .branch_and_bound import initial_multipliers, solve
@@ -167,6 +167,8 @@ def check_tables(table: ReplayTable, costs: CostTable) -> None:
     Raises:
         InputError: They are not, or nothing has been replayed.
     """
+    check_kind("table", table, ReplayTable, "what gati_jax.replay returns")
+    check_kind("costs", costs, CostTable, "what gati_jax.measure_costs returns")
     if table.depth != len(costs.blocks_ms) or not set(table.names) <= set(costs.lookup_ms):
         got = f"{len(costs.blocks_ms)} and {tuple(costs.lookup_ms)}"
         raise InputError(f"costs: expected times of {table.depth} blocks and of {table.names}, got {got}")

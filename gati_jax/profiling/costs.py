@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from gati_jax.caches import Candidate, Network, lookup
-from gati_jax.models import Chain
+from gati_jax.errors import check_kind
+from gati_jax.models import Chain, check_is_chain
 from gati_jax.models.chain import reference
 from gati_jax.planning import CostTable
 from gati_jax.pytrees import Packed, pack, unpack
@@ -113,7 +114,8 @@ def measure_costs(
     Returns:
         Milliseconds of the batch, for ``plan``. A line in the log says if they are ``unsteady``.
     """
-    depth, candidates = len(chain), tuple(candidates)
+    check_is_chain(chain)
+    depth, candidates = len(chain), _checked(candidates)
     images = jnp.zeros((batch, *chain.input_spec.shape), chain.input_spec.dtype)
     stops = [*sorted({site for site in (range(1, depth) if sites is None else sites) if site}), depth]
     announce("XLA", len(stops), len(candidates), batch, rounds)
@@ -130,6 +132,13 @@ def measure_costs(
     )
     warn_if_unsteady(costs)
     return costs
+
+
+def _checked(candidates: Any) -> tuple[Candidate, ...]:  # noqa: ANN401 (checked here)
+    items = tuple(candidates) if isinstance(candidates, Iterable) else (candidates,)
+    for item in items:
+        check_kind("candidates", item, Candidate, "what gati_jax.fit returns")
+    return items
 
 
 def announce(backend: str, spans: int, lookups: int, batch: int, rounds: int) -> None:

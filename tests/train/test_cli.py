@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from gati_jax import InputError
 from train import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +37,20 @@ def test_a_platform_that_is_not_here_is_one_line(tmp_path, command):
     assert done.returncode == 2, done.stderr
     assert "JAX_PLATFORMS: expected a device that is here, got cuda" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("cause", [RuntimeError("no backend"), AssertionError(), ValueError("another")])
+def test_a_network_of_the_user_s_own_that_finds_no_device_says_so(capsys, monkeypatch, cause):
+    def main():
+        raise InputError("--chain: mine:network failed") from cause
+
+    for name in ("basicConfig", "captureWarnings"):
+        monkeypatch.setattr(cli.logging, name, lambda **_: None)
+    monkeypatch.setattr(cli, "missing_device", lambda: "JAX_PLATFORMS: expected a device that is here")
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(main)
+    reason = "--chain: mine:network failed" if isinstance(cause, ValueError) else "JAX_PLATFORMS: expected a device"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {reason}")
 
 
 @pytest.mark.parametrize("terminal", [True, False])
