@@ -131,7 +131,7 @@ def serve(runner, images, steps, number):
         chosen = tuple(steps.draw(st.permutations(ready))[:bucket])
         result = runner.dispatch(Step(number, stage, bucket, chosen)).result()
         assert result.hit.shape == (len(chosen),)
-        for job, hit, class_index, score, logits in zip(chosen, *result, strict=True):
+        for job, hit, class_index, score, logits in zip(chosen, *result[:4], strict=True):
             job.stage += 1
             if hit:
                 answers[job] = Answer(class_index, to.exits[stage], score, logits)

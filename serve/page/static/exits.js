@@ -19,7 +19,7 @@ export function showExits(history, facts) {
   const now = history.latest;
   const recent = history.between(exits, MINUTE) ?? { left: {}, total: 0 };
   const all = exits(null, now);
-  const known = Object.keys(leftOf(now)).map(Number).sort((a, b) => a - b);
+  const known = Object.entries(leftOf(now)).filter(([exit, n]) => exit >= 0 || n).map(([exit]) => Number(exit)).sort((a, b) => a - b);
   const part = (of, exit) => (of.total ? (of.left[exit] ?? 0) / of.total : null);
   $("exits").tBodies[0].replaceChildren(
     ...known.map((exit) => {

@@ -21,7 +21,7 @@ function makeCharts() {
   $("charts").replaceChildren();
   const line = (name, get, span, say) => ({ name, values: (seen) => seen.line(get, span), say });
   const now = (name, get, say) => ({ name, values: (seen) => seen.values(get), say });
-  const whole = (x) => (x === null ? "–" : count(Math.round(x)));
+  const whole = (x) => (x === null ? "–" : Number.isInteger(x) ? count(x) : ""); // no marks between
   charts = [
     { title: "Throughput, a second", lines: [line("answered", per(answered), SHORT, rate), line("refused", per(refused), SHORT, rate)] },
     { title: "Latency, from arrival to answer", lines: [line("median", percentile(0.5), WINDOW, milliseconds), line("99 %", percentile(0.99), WINDOW, milliseconds)] },
