@@ -174,13 +174,13 @@ def config_parser(model: type[Strict], description: str, example: str, *, looks:
     if looks:
         add_looks(p)
     p.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file, see configs/")
-    add_keys(p, model, "keys of the config, all of which are flags, too")
+    add_keys(p, model, "keys of the config, all of which are flags, too (N: a position in a list, from 0)")
     return p
 
 
 def add_keys(p: Parser, model: type[Strict], title: str) -> None:
     """Let a parser take every key of a model as a flag, ``--section.key value``, and describe them in its help."""
-    p.epilog = f"{p.epilog}\n\n{title} (N: a position in a list, from 0)\n\n{help_of(model)}"
+    p.epilog = f"{p.epilog}\n\n{title}\n\n{help_of(model)}"
     p.keys = keys_of(model)
 
 

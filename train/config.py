@@ -141,9 +141,7 @@ class Base(Strict):
     patch: Annotated[int, Field(ge=1, le=64)] | None = Field(
         default=None, description="of ViTs: pixels per side of a patch; unset: 4, and 16 from 64 pixels on"
     )
-    depth: Annotated[int, Field(ge=1, le=64)] | None = Field(
-        default=None, description="of ViTs: blocks; unset: 12, as published"
-    )
+    depth: Annotated[int, Field(ge=1, le=64)] | None = Field(default=None, description="of ViTs: blocks; unset: 12")
     normalization: Normalization | None = Field(default=None, description="unset: what the weights' metadata say")
     accept_low_accuracy: bool = Field(
         default=False, description="fit caches for a base that guesses, or always gives the same answer"
@@ -177,14 +175,8 @@ class Base(Strict):
             raise InputError(
                 f"base.network: expected a name, or weights whose metadata say it, got neither ({self.weights})"
             )
-        return architecture(
-            self.network,
-            classes=self.classes,
-            input_shape=self.input_shape,
-            shortcut=self.shortcut,
-            patch=self.patch,
-            depth=self.depth,
-        )
+        given = self.model_dump(include={"classes", "input_shape", "shortcut", "patch", "depth"})
+        return architecture(self.network, **given)
 
     def normalize(self) -> Normalization:
         """Return how inputs are normalised."""

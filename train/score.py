@@ -30,7 +30,7 @@ from gati_jax.options import Count, Strict
 from gati_jax.runtime import Prediction
 
 from . import cli
-from .config import DatasetName, Source, Splits, build_config, load
+from .config import Data, DatasetName, Source, Splits, build_config, load
 from .evaluate import fitted_on
 from .results import Record
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     source, rows = source_of(bundle, arguments.bundle, settings.data)
     split = source.load(rows, own=True)
     split.check("data", bundle.chain.input_spec.shape, bundle.chain.classes)
-    if settings.data.name is None:  # rows of the fit's own data may be certified on
+    if isinstance(source, Data):  # the bundle's own, whose rows may be those that were certified on
         show_rows(bundle, split.images, arguments.ledger, reveal=arguments.reveal)
 
     out: Path = arguments.out

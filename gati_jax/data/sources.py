@@ -155,8 +155,8 @@ def load(name: str, split: str, data_dir: Path | str | None = None, **options: A
         paths, labels, class_names = list_pictures(place, rows.split)
         opened = Opened(Pictures(paths, reading.transform), labels, class_names, paths)
     else:
-        images, labels, *_ = open_npz(place, rows.split)
-        opened = Opened(Transformed(images, reading.transform, str(place)), labels)
+        archive = open_npz(place, rows.split)
+        opened = Opened(Transformed(archive.images, reading.transform, str(place)), archive.labels)
     return _dataset(f"{name} {place or reading.repository}", opened, rows, reading)
 
 
