@@ -141,6 +141,8 @@ async def _serve(settings: Settings, parts: Parts, ports: Ports) -> int:
         await asyncio.wait(stopped, timeout=left + _CLOSING)
     if not all(one.done() and one.result() for one in stopped):
         _leave(1, "stopped before all admitted requests were answered")
+    if models.busy:
+        _leave(0, "stopped while programs were being compiled")
     _log.info("stopped")
     return 0
 

@@ -123,6 +123,11 @@ class Repository:
         self._settle, self._one = settle, asyncio.Lock()
         self._background: set[asyncio.Future[None]] = set()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a thread compiles: the end of the interpreter would wait for it."""
+        return self._one.locked() or bool(self._background)
+
     def find(self, name: str, version: str = "") -> Entry:
         """Return the model that a request names.
 

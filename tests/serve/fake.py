@@ -19,6 +19,7 @@ from serve.metrics import EngineMetrics, Metrics
 from serve.protocol.admission import Door, Limits
 from serve.protocol.backend import Backend
 from serve.protocol.connections import HttpServer
+from serve.protocol.drain import Drain
 from serve.protocol.grpc import create_server
 from serve.protocol.http import create_app
 from serve.protocol.model import Bound, Model, Tally
@@ -147,6 +148,11 @@ class Front:
 
     def warm_up(self):
         self.entry.serve(*self.entry.start())
+
+    def answers(self, rate):
+        """Have the door believe that so many images are answered per second."""
+        drain = self.door._drains["gati"] = Drain(self.door.clock())
+        drain._answered, drain._loaded = rate, 1.0
 
     def sockets(self):
         """See ``sockets``."""

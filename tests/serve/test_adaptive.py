@@ -141,7 +141,7 @@ def test_through_a_drift_and_back(server):
     assert np.mean([agrees for _, _, agrees in back]) > 1 - 2 * world.EPSILON
     assert Versions(folder, chain=world.bundle().chain).load_current().bundle.certificate.certified
     page = parts.metrics.page().decode()
-    for line in ('state{state="open"} 1.0', "recovery_failures_total 0.0"):
+    for line in ('state{model="gati",state="open"} 1.0', 'recovery_failures_total{model="gati"} 0.0'):
         assert f"gati_adaptation_{line}" in page, page
     families = {family.name: family for family in text_string_to_metric_families(page)}
     documented = set(re.findall(r"^    (gati_\w+)", gauges.__doc__ or "", re.MULTILINE))

@@ -262,8 +262,8 @@ def test_the_deadline_counts_from_the_first_byte():
 
 @pytest.mark.parametrize("name", ["x-request-timeout-ms", "x-envoy-expected-rq-timeout-ms"])
 def test_a_deadline_in_a_header_counts_before_the_body_is_read(front, name):
-    front.door._answered, front.door._loaded = 10.0, 1.0
-    held = [whole(front.door) for _ in range(FULL)]
+    front.answers(10.0)
+    held = [whole(front.door, model="gati") for _ in range(FULL)]
     for admission in held:
         admission.deadline = time.monotonic()
     response = ask(front, content=never(), headers={name: "100"})
@@ -361,8 +361,8 @@ def test_a_million_items_cost_neither_memory_nor_time(name):
 @pytest.mark.parametrize("name", ["http", "grpc"])
 def test_a_late_request_is_refused_over_both_transports(front, sockets, name):
     transport = Http(front) if name == "http" else Grpc(sockets[1])
-    front.door._answered, front.door._loaded = 10.0, 1.0
-    held = [front.door.enter() for _ in range(FULL)]
+    front.answers(10.0)
+    held = [front.service.admit() for _ in range(FULL)]
     for admission in held:
         admission.take(1, 0.05)
     reply = transport.infer(BODY | {"parameters": {"deadline_ms": 100}})

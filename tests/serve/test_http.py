@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from serve.protocol import grpc
+from serve.protocol import grpc_messages
 from serve.protocol import inference_pb2 as pb
 from serve.protocol.codec import DTYPES, Incoming, Outgoing, decode, encode, to_array, to_bytes, to_json
 from serve.protocol.messages import RequestError, UnknownModelError
@@ -389,5 +389,5 @@ def test_messages_are_read_or_refused(extra, at):
     message.parameters["epsilon"].double_param = 0.1
     good = message.SerializeToString()
     with contextlib.suppress(RequestError, UnknownModelError):
-        decoded = grpc.decode(grpc._parse(pb.ModelInferRequest, good[:at] + extra + good[at:]))
+        decoded = grpc_messages.decode(grpc_messages.parse(pb.ModelInferRequest, good[:at] + extra + good[at:]))
         asyncio.run(FRONT.service.infer(decoded))
