@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 
 # Programs compile three times as fast without LLVM's optimisations, and most tests compile far longer than they run.
-# XLA_FLAGS of one's own, also empty ones, are kept: .ci/run has the runtime, exports and HTTP run with all of them, too.
+# Your own XLA_FLAGS, also empty ones, are kept: .ci/run tests the runtime, exports and HTTP with all optimisations.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-import pytest  # noqa: E402
-from jaxtyping import install_import_hook  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jaxtyping import install_import_hook
 
 install_import_hook("gati_jax", "beartype.beartype")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 from gati_jax import InputError, WeightsError, data
 from gati_jax.commands import CONFIGS
 from gati_jax.data import Dataset
+from gati_jax.data.listing import list_pictures
 from gati_jax.data.packed import Opened, open_npz
-from gati_jax.data.pictures import Transform, list_pictures, read_regular
+from gati_jax.data.pictures import Transform, read_regular
 from gati_jax.errors import printable
 from gati_jax.files import write_atomically
 from gati_jax.imports import load_chain

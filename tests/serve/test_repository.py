@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import dataclasses
 import threading
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,7 +73,7 @@ class Client:
     """Triton's client over either transport."""
 
     def __init__(self, kind, ports):
-        self.module = tritonclient.http if kind == "http" else tritonclient.grpc
+        self.module: Any = tritonclient.http if kind == "http" else tritonclient.grpc
         options = {"concurrency": 2} if kind == "http" else {}
         self.client = self.module.InferenceServerClient(f"127.0.0.1:{ports[kind == 'grpc']}", **options)
         self.kind, self.headers = kind, {"authorization": "Bearer secret"}
@@ -166,7 +168,12 @@ def test_what_the_old_one_has_admitted_it_answers_while_the_new_one_serves():
     shop = Shop(folder)
     old, released = folder.engine, threading.Event()
     run = old._run
-    old._run = lambda *given: released.wait(30) and run(*given)
+
+    def held(jobs, route):
+        released.wait(30)
+        run(jobs, route)
+
+    old._run = held
     with shop.sockets() as ports:
         client, found = Client("http", ports), []
         asking = threading.Thread(target=lambda: found.append(Client("http", ports).version("one")))
@@ -298,6 +305,6 @@ def test_names_folders_and_places():
     settings = parse(["--bundle", "a=x", "--bundle", "b=y/b=c", "--capacity", "9", "--adapt"], {})
     assert {name: str(path) for name, path in settings.bundles.items()} == {"a": "x", "b": "y/b=c"}
     assert (settings.places, settings.versions("b").name) == (4, "b=c-adapt")
-    settings = Settings(bundle=("a=x", "b=y"), adapt=True, adapt_dir="d")
+    settings = Settings(bundle=("a=x", "b=y"), adapt=True, adapt_dir=Path("d"))
     assert str(settings.versions("b")) == "d/b"
     assert {name: str(path) for name, path in parse(["--bundle", "./a=b"], {}).bundles.items()} == {"gati": "a=b"}

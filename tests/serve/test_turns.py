@@ -46,7 +46,25 @@ def test_who_was_idle_has_saved_nothing_up():
     idle.take()
     clock.now += 1.5
     idle.give_back()
-    assert busy.used <= idle.used  # ten seconds behind, it would have gone first ten times
+    holder, order = turns.join(), []
+
+    def work(name, turn):
+        turn.take()
+        order.append(name)
+        clock.now += 1
+        turn.give_back()
+
+    holder.take()
+    threads = [threading.Thread(target=work, args=one) for one in (("idle", idle), ("busy", busy))]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 10
+    while len(turns._waiting) < 2 and time.monotonic() < until:
+        time.sleep(1e-4)
+    holder.give_back()
+    for thread in threads:
+        thread.join(30)
+    assert order == ["busy", "idle"]  # ten seconds behind, the idle one would have gone first
 
 
 def test_a_turn_is_taken_once_and_given_back_once():

@@ -174,7 +174,8 @@ def test_evaluate_adapt_and_export_take_it(fitted, home, capsys):
 
 def test_the_server_names_the_input_as_the_chain_does(fitted):
     del fitted
-    model = assemble(parse([*BUNDLE, *CHAIN], {})).service.model
+    (entry,) = assemble(parse([*BUNDLE, *CHAIN], {})).service.models.entries.values()
+    model = entry.model
     (tensor,) = model.metadata().inputs
     assert (tensor.name, tensor.shape, tensor.datatype) == ("digit", [-1, 8, 8, 1], "UINT8")
     assert json.loads(model.config().model_dump_json())["input"][0]["name"] == "digit"
