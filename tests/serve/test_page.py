@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from serve.settings import Settings, parse
 from tests.serve import fake
 from tests.serve.fake_runner import pixels
 from tests.serve.test_process import Process
+from tests.serve.test_repository import Folder, Shop
 from tests.serve.transports import ask, tensor
 
 STATIC = Path(serve.page.__file__).with_name("static")
@@ -35,10 +37,10 @@ BODY = {"inputs": [tensor()]}
 GOOD = {"authorization": "Bearer secret"}
 
 
-def events(port, count, headers=GOOD):
+def events(port, count, headers=GOOD, path=routes.STREAM):
     """The first events of a stream: names and data."""
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    client.request("GET", routes.STREAM, headers=headers)
+    client.request("GET", path, headers=headers)
     response, found = client.getresponse(), []
     assert (response.status, response.getheader("content-type")) == (200, "text/event-stream; charset=utf-8")
     while len(found) < count:
@@ -155,6 +157,23 @@ def test_a_server_that_warms_up_says_so_and_then_what_it_serves():
             if len(seen) == 2 and not front.service.ready:
                 front.warm_up()
     assert [one.get("depth", one.get("ready")) for one in seen] == [0, False, 4, True]
+
+
+def test_of_several_models_the_page_is_of_the_one_that_it_names():
+    shop = Shop(Folder("one"), Folder("two"))
+    with shop.sockets() as (port, _):
+        for path, name in ((routes.STREAM, "one"), (f"{routes.STREAM}?model=two", "two")):
+            (kind, facts), (_, now) = events(port, 2, path=path)
+            assert (kind, facts["model"], facts["models"], now["ready"]) == ("about", name, ["one", "two"], True)
+        address = f"http://127.0.0.1:{port}{routes.COMPARE}?model="
+        request = urllib.request.Request(address + "two", json.dumps(BODY).encode(), GOOD)
+        with urllib.request.urlopen(request) as response:
+            assert response.status == 200
+        calls = [len(shop.folders[name].engine.calls) for name in ("one", "two")]
+        assert calls == [0, 2]  # the plan's answer, and the base's
+        request = urllib.request.Request(address + "three", json.dumps(BODY).encode(), GOOD)
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(request)
 
 
 def stepping(**options):
