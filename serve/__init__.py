@@ -52,7 +52,7 @@ Failures:
 So there are two kinds of threads: any number that submit, and one for each engine, which owns the device for a step.
 They share an engine's scheduler and some counters behind one lock, which is held for microseconds. A further thread
 answers health and metrics on a port of their own, whatever the event loop is busy with. ``page`` shows the same numbers
-to people, in the event loop, from snapshots that a thread of its pool makes while somebody looks. Another one writes
+to people, in the event loop, from snapshots that a thread of its pool makes while it has viewers. Another one writes
 the log's lines (``logs``), so that a slow reader of the log never stalls a request. ``assemble`` puts the parts
 together from the ``settings``. Importing the engine, the scheduler, its policy and the records needs no JAX.
 """

@@ -46,8 +46,8 @@ def assemble(settings: Settings) -> Parts:
             that cannot be loaded does not keep the others from being served.
     """
     metrics = Metrics()
-    shop = _Loader(settings, metrics)
-    entries = [shop.entry(name, folder) for name, folder in settings.bundles.items()]
+    loader = _Loader(settings, metrics)
+    entries = [loader.entry(name, folder) for name, folder in settings.bundles.items()]
     if len(entries) == 1:
         entries[0].loaded = entries[0].source.load()
     service = Service(Repository(entries, settle=settle), door=Door(limits_of(settings), refused=metrics.refused))

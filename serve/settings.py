@@ -275,7 +275,7 @@ def parser() -> argparse.ArgumentParser:
         prog=prog,
         description="Serve a bundle: the Open Inference Protocol (KServe v2) over HTTP and gRPC.",
         epilog=f"{examples}\nenvironment:\n  {TOKEN}  clients must show this bearer token on everything but health"
-        f"\n  {REPOSITORY_TOKEN}  those who load and unload models must show this one instead; without it, nobody may",
+        f"\n  {REPOSITORY_TOKEN}  those who load and unload models must show this one instead; without it, none may",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

@@ -18,7 +18,7 @@ def in_thread(work: Callable[[], T], name: str) -> asyncio.Future[T]:
         try:
             result = work()
         except Exception as error:  # noqa: BLE001 (raised where it is awaited)
-            with contextlib.suppress(concurrent.futures.InvalidStateError):  # nobody waits any more
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # the waiting was cancelled
                 done.set_exception(error)
         else:
             with contextlib.suppress(concurrent.futures.InvalidStateError):

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 
@@ -80,9 +81,7 @@ def evaluate(
     if not len(array):
         raise InputError("images: expected 1 or more, got none")
     _check_sizes(timed, batches)
-    right = None if labels is None else as_array("labels", labels)
-    if right is not None and (right.shape != (len(array),) or right.dtype.kind not in "iu"):
-        raise InputError(f"labels: expected {len(array)} whole numbers, got {right.dtype}{list(right.shape)}")
+    right = None if labels is None else _check_labels(labels, len(array))
     show_rows(bundle, array, ledger, reveal=reveal)
     prediction = _answers(bundle, array, progress=progress)
     exits = np.asarray(prediction.exit)
@@ -111,6 +110,13 @@ def evaluate(
         confusions=details.confusions(bundle, table, prediction),
         samples=details.samples(bundle, table, prediction, agrees),
     )
+
+
+def _check_labels(labels: Any, n: int) -> Int[np.ndarray, " n"]:  # noqa: ANN401 (checked here)
+    right = as_array("labels", labels)
+    if right.shape != (n,) or right.dtype.kind not in "iu":
+        raise InputError(f"labels: expected {n} whole numbers, got {right.dtype}{list(right.shape)}")
+    return right
 
 
 def _check_sizes(timed: Any, batches: Any) -> None:  # noqa: ANN401 (checked here)

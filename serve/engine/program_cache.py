@@ -1,6 +1,6 @@
 """Compiled programs, kept on disk for the next start: JAX's persistent compilation cache, with what it leaves out.
 
-    FOLDER/                 of this user alone: whoever writes to it runs code in this process
+    FOLDER/                 of this user alone, because programs in it run in this process
       lock                  held while a process compiles
       MACHINE/              digest of jaxlib, device, the processor's features and the compiler's flags
         PROGRAMS/           digest of the parameters and algorithms of what is served
@@ -129,7 +129,7 @@ class ProgramCache:
 def default_folder() -> Path:
     """Return the user's own folder for such things, and not one beside the bundle.
 
-    A bundle may come from anybody, and may be on a disk that is read only; programs are code of this process.
+    A bundle is untrusted input, and may be on a disk that is read only; programs are code of this process.
     """
     given = os.environ.get("XDG_CACHE_HOME", "")
     caches = Path(given) if given.startswith("/") else Path("~/.cache").expanduser()
@@ -163,7 +163,7 @@ def _locked(folder: Path) -> Generator[None]:
     """Hold the folder, once it is clear that no other user can write to it.
 
     Raises:
-        InputError: Somebody else can, or another process compiles.
+        InputError: Another user can, or another process compiles.
         OSError: It cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

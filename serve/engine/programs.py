@@ -79,7 +79,7 @@ def build(
 def try_all(
     programs: Mapping[Key, Program], cascades: Mapping[Key, Cascade], *, capacity: int
 ) -> dict[str, Float[np.ndarray, "bucket columns"]]:
-    """Run all stages of every route and bucket on the same made-up images, whoever runs this; return their outputs."""
+    """Run all stages of every route and bucket on made-up images, the same in every process; return their outputs."""
     found: dict[str, Float[np.ndarray, "bucket columns"]] = {}
     carried: Array | None = None
     for key in sorted(programs, key=lambda key: (key[0], key[2], key[1])):  # a stage reads what the one before it wrote

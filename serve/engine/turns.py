@@ -28,7 +28,7 @@ class Alone:
         """Go on at once."""
 
     def give_back(self) -> None:
-        """Nobody waits."""
+        """Do nothing: no other engine waits."""
 
 
 class Turns:

@@ -8,7 +8,7 @@ Of several models, all three take ``?model=NAME``; without it, they are of the f
 
 It stands at the port of HTTP, not at --admin-port: its box asks for inference, which goes the way of every request,
 through the door and the engine. The page's files hold nothing of the server and need no token; the other two need it.
-``feed`` computes each snapshot once for all who look, from the counters of /metrics, and nothing while nobody does.
+``feed`` computes each snapshot once for all viewers, from the counters of /metrics, and nothing without viewers.
 All that the browser loads is here: ``static`` has uPlot 1.6.32 (MIT), unchanged, with its licence.
 """
 

@@ -13,7 +13,7 @@ _log = logging.getLogger("serve.page")
 
 
 class Viewer:
-    """One who looks: an iterator over what is produced.
+    """An iterator over what a feed produces.
 
     It keeps the newest item alone. A viewer that reads slowly misses items, and costs nothing; one that reads nothing
     at all is disconnected by ``protocol.http_connection``, as any client that does not take its answer.
@@ -48,7 +48,7 @@ class Viewer:
 
 
 class Feed:
-    """Computes an item every second while somebody looks; for the event loop's thread only.
+    """Computes an item every second while it has viewers; for the event loop's thread only.
 
     Args:
         compute: Returns the item; called in a thread, so that no request waits for it.
@@ -60,7 +60,7 @@ class Feed:
     def __init__(
         self, compute: Callable[[], bytes], closing: asyncio.Event, *, most: int = VIEWERS, period: float = PERIOD
     ) -> None:
-        """Rest until somebody looks."""
+        """Compute nothing until a viewer joins."""
         self._compute, self._closing, self._most, self._period = compute, closing, most, period
         self._viewers: set[Viewer] = set()
         self._task: asyncio.Task[None] | None = None

@@ -20,7 +20,7 @@ from ..metrics import Metrics
 from . import grpc_streams as streams
 from . import health_pb2
 from . import inference_pb2 as pb
-from .admission import Admission
+from .admission import Admission, Limits
 from .grpc_messages import decode, encode, parse
 from .messages import REASONS, Refusal, RequestError, UnauthorizedError, refusal
 from .model import Model
@@ -58,24 +58,7 @@ def create_server(
 
     See ``serve.protocol.http.create_app`` for the arguments; the token comes as the metadata ``authorization``.
     """
-    limits = service.door.limits
-    server = grpc.aio.server(
-        interceptors=(_Clock(),),
-        options=(
-            ("grpc.so_reuseport", 0),  # otherwise a second server on the same port silently takes half of the requests
-            ("grpc.max_receive_message_length", limits.max_body),
-            ("grpc.max_send_message_length", -1),
-            ("grpc.max_concurrent_streams", limits.grpc_streams),
-            ("grpc.max_allowed_incoming_connections", limits.connections),
-            ("grpc.max_connection_idle_ms", round(limits.keep_alive * 1e3)),  # without a call
-            (
-                "grpc.keepalive_time_ms",
-                round(limits.keep_alive * 1e3),
-            ),  # finds dead clients
-            ("grpc.max_metadata_size", limits.header_bytes),
-            ("grpc.absolute_max_metadata_size", limits.header_bytes),
-        ),
-    )
+    server = grpc.aio.server(interceptors=(_Clock(),), options=_options(service.door.limits))
 
     def check_of(name: str) -> Check:
         if name in HEALTH:
@@ -131,8 +114,23 @@ def create_server(
     return server
 
 
+def _options(limits: Limits) -> tuple[tuple[str, int], ...]:
+    keep_alive = round(limits.keep_alive * 1e3)
+    return (
+        ("grpc.so_reuseport", 0),  # otherwise a second server on the same port silently takes half of the requests
+        ("grpc.max_receive_message_length", limits.max_body),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_concurrent_streams", limits.grpc_streams),
+        ("grpc.max_allowed_incoming_connections", limits.connections),
+        ("grpc.max_connection_idle_ms", keep_alive),  # without a call
+        ("grpc.keepalive_time_ms", keep_alive),  # finds dead clients
+        ("grpc.max_metadata_size", limits.header_bytes),
+        ("grpc.absolute_max_metadata_size", limits.header_bytes),
+    )
+
+
 def _allow(_: str | None) -> None:
-    """Allow everybody."""
+    """Allow every client."""
 
 
 def _serialize(message: Message) -> bytes:

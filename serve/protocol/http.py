@@ -55,7 +55,7 @@ def create_app(
         service: Answers the requests.
         metrics: Counts them, and is shown at /metrics.
         token: The bearer token that clients must send on all paths but health; None for no check.
-        operator: The token for loading and unloading models, which takes the other one's place; None for nobody.
+        operator: The token for loading and unloading models, which takes the other one's place; None: no client may.
         admin: Whether to leave out all but health and metrics, for a listener of their own.
         with_page: Whether to show the page at /.
     """

@@ -269,7 +269,7 @@ def check_operator(token: str | None, authorization: str | None) -> None:
     """Check that a client may load and unload models.
 
     Raises:
-        ForbiddenError: Nobody may.
+        ForbiddenError: The server has no token for that, so no client may.
         UnauthorizedError: It has not shown the token for that.
     """
     if token is None:
