@@ -135,7 +135,7 @@ class _Driver:
         self._lanes = [_Lane(stream) for stream in streams]
         self._patience = patience
         self._poll, self._open = select.epoll(), dict[int, _Connection]()
-        self._error, self._busy, self._start = "", time.process_time(), time.perf_counter()
+        self._error, self._busy, self._start = "", time.thread_time(), time.perf_counter()
 
     def run(self) -> list[Outcomes]:
         last = 0.0
@@ -155,7 +155,7 @@ class _Driver:
             for connection in self._open.values():
                 connection.peer.close()
             self._poll.close()
-        seconds, busy = self._now(), time.process_time() - self._busy
+        seconds, busy = self._now(), time.thread_time() - self._busy
         return [lane.outcomes(seconds, busy, self._error) for lane in self._lanes]
 
     def _now(self) -> float:
