@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--target", type=Path, metavar="FILE", help="a GPU's description; by default the GPU that is here")
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
     arguments = p.parse_args(argv)
-    cli.report(survey(arguments), show, as_json=arguments.json)
+    cli.report(survey(arguments), show, out=arguments.out, as_json=arguments.json)
 
 
 def survey(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import numpy as np
 import gati_jax
 from gati_jax import Bundle, Chain, InputError
 from gati_jax.files import write_atomically
+from gati_jax.inference import Numerics
 from gati_jax.models import in_bfloat16
 from gati_jax.models.chain import reference
 from gati_jax.profiling import device_name, time_interleaved
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--seconds", type=float, default=1e9, metavar="S", help="begin no other batch size after these")
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
     arguments = p.parse_args(argv)
-    cli.report(measure(arguments), show, as_json=arguments.json)
+    cli.report(measure(arguments), show, out=arguments.out, as_json=arguments.json)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -82,8 +83,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def agreements(bundle: Bundle, images: Images) -> dict[str, float]:
     """Return how many answers of each numerics are the float32 base's."""
     base = gati_jax.replay(bundle.chain, (), images).answers
-    numerics: list[gati_jax.inference.Numerics] = ["reference"]
-    numerics += ["bfloat16"] if any(one.certified for one in bundle.bfloat16) else []
+    numerics: list[Numerics] = ["reference"]
+    if any(one.certified for one in bundle.bfloat16):
+        numerics.append("bfloat16")
     answers = {name: gati_jax.infer_batch(bundle, images, numerics=name).class_index for name in numerics}
     return {name: float(np.mean(np.asarray(found) == base)) for name, found in answers.items()}
 

@@ -67,24 +67,26 @@ certify() { # certify CONFIG OUT: caches in float32 and bfloat16, and what they 
 
 network() { # network CONFIG EPOCHS OUT: all of a further network
   train "$1" "$2" "$3" && certify "$1" "$3" &&
-    $PYTHON -m benchmarks.drivers --bundle "$3/caches/bundle" --batches 1 256 --rounds 9 --out "$3/drivers.json"
+    $PYTHON -m benchmarks.drivers --bundle "$3/caches/bundle" --batches $SOME --rounds 9 --out "$3/drivers.json"
 }
 export -f install train certify network
 
-SOURCE=(--data.dir "$DATA/tfds") TINY=() TINY_FIT=() TIMED=150 CONFIG=cifar10_resnet18 EPOCHS=40
+SOURCE=(--data.dir "$DATA/tfds") TINY=() TINY_FIT=() TIMED=150 SOME="1 256" CONFIG=cifar10_resnet18 EPOCHS=40
 BATCHES="1 64 256 8 1024" ROUNDS=21 LOAD=2 NETWORK=resnet18 INPUT="32 32 3" CAPTURED=64
 TESTS=(tests/runtime/test_branches.py tests/profiling/test_compiler.py tests/runtime/test_lowering.py)
 if [ -n "$DRY" ]; then
-  CONFIG=digits EPOCHS=1 TIMED=2 BATCHES="1 4" ROUNDS=3 LOAD=0.3 NETWORK=resnet20 INPUT="8 8 1" CAPTURED=4
+  CONFIG=digits EPOCHS=1 TIMED=2 SOME=2 BATCHES="1 4" ROUNDS=3 LOAD=0.3 NETWORK=resnet20 INPUT="8 8 1" CAPTURED=4
   SOURCE=() TESTS=(tests/profiling/test_compiler.py)
-  TINY=(--base.accept-low-accuracy true --data.splits.fit "all[:256]" --data.splits.select "all[897:961]" --data.splits.certify "all[1197:1261]" --data.splits.test "all[1497:1561]")
-  TINY_FIT=(--fit.epochs 1 --plan.epsilon 0.5 --plan.max-sites 1 --measure-rounds 3)
+  SECOND=digits SECOND_EPOCHS=1
+  TINY=(--base.accept-low-accuracy true --data.splits.fit "all[:256]" --data.splits.select "all[897:961]"
+    --data.splits.certify "all[1197:1261]" --data.splits.test "all[1497:1561]")
+  TINY_FIT=(--fit.epochs 1 --plan.epsilon 0.9 --plan.max-sites 1 --measure-rounds 3)
 fi
 # Functions run under timeout, in a shell of their own, to which arrays do not go.
-HERE="$(declare -p OUT PYTHON SOURCE TINY TINY_FIT TIMED); "
+HERE="$(declare -p OUT PYTHON SOURCE TINY TINY_FIT TIMED SOME); "
 
 $PYTHON --version
-stage "${STAGES%% *}" install 60 bash -c 'install' # counts as part of the first stage
+stage "${STAGES%% *}" install 60 bash -c "$HERE install" # counts as part of the first stage
 JAX_DEFAULT_MATMUL_PRECISION=highest stage a tests 70 $PYTHON -m pytest -q -p no:cacheprovider -m gpu "${TESTS[@]}"
 stage b train 110 bash -c "$HERE train $CONFIG $EPOCHS $OUT/$CONFIG"
 stage c certify 110 bash -c "$HERE certify $CONFIG $OUT/$CONFIG"

@@ -162,7 +162,7 @@ def test_a_server_answers_in_it(bundle, images, by_hand):
 
 @pytest.mark.parametrize("other", [{"reference": True}, {"adapt": True}, {"backend": "onnxruntime"}], ids=str)
 def test_a_server_takes_it_alone(folder, other):
-    with pytest.raises(InputError, match="--bfloat16: expected it without --"):
+    with pytest.raises(ValueError, match="--bfloat16: expected it without --"):
         Settings(bundle=str(folder), bfloat16=True, **other)
 
 

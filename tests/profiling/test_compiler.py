@@ -47,9 +47,7 @@ def test_a_tuning_whose_options_are_refused_is_left_out_with_one_warning(
     monkeypatch.setitem(OPTIONS, "cpu", (*OPTIONS["cpu"], options))
     tile = Tile(size=1, milliseconds=1.0, options=options, algorithms={})
     tuning = Tuning(device=device_name(), tiles=(tile, dataclasses.replace(tile, size=4)), jaxlib=version("jaxlib"))
-    assert f"options that this compiler has, got {options[0][0] if lost.islower() else ''}" in cannot_run(
-        tuning, chain, ()
-    )
+    assert "that this compiler has, got" in cannot_run(tuning, chain, ())
     folder, images = saved(tmp_path, chain, candidates), np.zeros((2, 64), np.float32)
     gati_jax.save_tuning(folder, tuning)
     with warnings.catch_warnings(record=True) as seen:
