@@ -3,7 +3,8 @@
 Every driver's program is compiled for one request and for a batch, and XLA's own list of what it will launch is read.
 What is not captured is launched by the host one by one, and a loop or branch outside of a graph stops for a
 synchronisation at every decision. No GPU is needed where the CUDA plugin is installed: ``--target`` is a description
-of one, such as xla/backends/gpu/target_config/specs/h200.txtpb among XLA's sources. Weights and caches are made up.
+of one, such as xla/backends/gpu/target_config/specs/h200.txtpb among XLA's sources. Without either, programs are only
+lowered for CUDA. Weights and caches are made up.
 """
 
 import argparse
@@ -113,12 +114,16 @@ def programs(cascade: Cascade, batch: int) -> list[tuple[str, Callable[..., Any]
 def launches(function: Callable[..., Any], inputs: tuple[Any, ...], options: CompilerOptions) -> dict[str, Any]:
     """Return how many operations of each kind are captured in graphs, and how many are not."""
     with tempfile.TemporaryDirectory() as folder:
-        lowered = compiled(function, (*options, ("xla_dump_to", folder))).trace(*inputs)
-        platforms = ("cuda",) if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(inputs)) else None
-        lowered.lower(lowering_platforms=platforms).compile()
+        traced = compiled(function, (*options, ("xla_dump_to", folder))).trace(*inputs)
+        elsewhere = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(inputs))
+        here = jax.default_backend() == "gpu"
+        lowered = traced.lower(lowering_platforms=None if here else ("cuda",))
+        if not (here or elsewhere):
+            return {"captured": None, "outside": None}  # no compiler for a GPU
+        lowered.compile()
         files = sorted(Path(folder).glob(LISTED))
         if not files:
-            return {"captured": None, "outside": None}  # not a GPU's
+            raise InputError(f"--target: expected a compiler that lists what it launches ({LISTED}), got none of that")
         captured, outside = count_thunks(files[-1].read_text(encoding="utf-8"))
     return {"captured": dict(captured), "outside": dict(outside)}
 

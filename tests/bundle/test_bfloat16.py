@@ -163,7 +163,7 @@ def test_a_server_answers_in_it(bundle, images, by_hand):
 @pytest.mark.parametrize("other", [{"reference": True}, {"adapt": True}, {"backend": "onnxruntime"}], ids=str)
 def test_a_server_takes_it_alone(folder, other):
     with pytest.raises(ValueError, match="--bfloat16: expected it without --"):
-        Settings(bundle=str(folder), bfloat16=True, **other)
+        Settings(bundle=(str(folder),), bfloat16=True, **other)
 
 
 def test_pixels_and_prepared_inputs_are_the_same_to_it(bundle):

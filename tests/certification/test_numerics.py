@@ -98,26 +98,19 @@ def test_other_numerics_are_another_look():
 
 
 REFUSED = {
-    "the reference": ({"reference": (DIGEST, "ways")}, "numerics: expected others than the reference"),
-    "no replays": ({"bfloat16": (DIGEST, [])}, "arithmetics: expected replays of the table's rows in their order"),
-    "no digest": ({"bfloat16": ("", "ways")}, "arithmetics: expected up to 16 digests"),
-    "other rows": (
-        {"bfloat16": (DIGEST, "others")},
-        "arithmetics: expected replays of the table's rows in their order",
-    ),
+    "the reference": ("reference", DIGEST, "ways", "numerics: expected others than the reference"),
+    "no replays": ("bfloat16", DIGEST, "none", "arithmetics: expected replays of the table's rows in their order"),
+    "no digest": ("bfloat16", "", "ways", "arithmetics: expected up to 16 digests"),
+    "other rows": ("bfloat16", DIGEST, "others", "arithmetics: expected replays of the table's rows in their order"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_certified_is_refused_before_the_rows_are_opened(case):
-    numerics, message = REFUSED[case]
+    numerics, digest, which, message = REFUSED[case]
     reference, ways = drawn(0)
-    others = [dataclasses.replace(ways[0], rows=ways[0].rows + 1)]
-    given = {
-        k: (d, {"ways": ways, "others": others}.get(r, r) if isinstance(r, str) else r)
-        for k, (d, r) in numerics.items()
-    }
+    replays = {"ways": ways, "none": [], "others": [dataclasses.replace(ways[0], rows=ways[0].rows + 1)]}[which]
     ledger = Ledger()
     with pytest.raises(InputError, match=message):
-        gati_jax.certify_numerics({"a": (PLAN, 0.1)}, reference, given, ledger=ledger)
+        gati_jax.certify_numerics({"a": (PLAN, 0.1)}, reference, {numerics: (digest, replays)}, ledger=ledger)
     assert ledger.read().looks == ()
