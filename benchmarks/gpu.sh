@@ -60,10 +60,10 @@ train() { # train CONFIG EPOCHS OUT
   $PYTHON -m train.base --config "configs/$1.toml" --out "$3/base" "${SOURCE[@]}" --base.training.epochs "$2" "${TINY[@]}"
 }
 
-certify() { # certify CONFIG OUT: caches in float32 and bfloat16, and what they do on the test split
-  $PYTHON -m train.caches --config "configs/$1.toml" --out "$2/caches" --ledger "$OUT/looks.json" "${SOURCE[@]}" \
+certify() { # certify CONFIG OUT: caches in float32 and bfloat16, and what they do on the test split; a study of its own
+  $PYTHON -m train.caches --config "configs/$1.toml" --out "$2/caches" --ledger "$2/looks.json" "${SOURCE[@]}" \
     --base.weights "$2/base/base.safetensors" --plan.backend xla --plan.bfloat16 true "${TINY[@]}" "${TINY_FIT[@]}" &&
-    $PYTHON -m train.evaluate --bundle "$2/caches/bundle" --out "$2/eval" --ledger "$OUT/looks.json" --timed "$TIMED"
+    $PYTHON -m train.evaluate --bundle "$2/caches/bundle" --out "$2/eval" --ledger "$2/looks.json" --timed "$TIMED"
 }
 
 network() { # network CONFIG EPOCHS OUT: all of a further network
@@ -73,10 +73,10 @@ network() { # network CONFIG EPOCHS OUT: all of a further network
 export -f install train certify network
 
 SOURCE=(--data.dir "$DATA/tfds") TINY=() TINY_FIT=() TIMED=150 SOME="1 256" CONFIG=cifar10_resnet18 EPOCHS=40
-BATCHES="1 64 256 8 1024" ROUNDS=21 LOAD=2 NETWORK=resnet18 INPUT="32 32 3" CAPTURED=64
+BATCHES="1 64 256 8 1024" ROUNDS=21 MEASURE=90 LOAD=3 NETWORK=resnet18 INPUT="32 32 3" CAPTURED=64
 TESTS=(tests/runtime/test_branches.py tests/profiling/test_compiler.py tests/runtime/test_lowering.py)
 if [ -n "$DRY" ]; then
-  CONFIG=digits EPOCHS=1 TIMED=2 SOME=2 BATCHES="1 4" ROUNDS=3 LOAD=0.3 NETWORK=resnet20 INPUT="8 8 1" CAPTURED=4
+  CONFIG=digits EPOCHS=1 TIMED=2 SOME=2 BATCHES="1 4" ROUNDS=3 MEASURE=900 LOAD=1.5 NETWORK=resnet20 INPUT="8 8 1" CAPTURED=4
   SOURCE=() TESTS=(tests/profiling/test_compiler.py -k what_)
   SECOND=digits SECOND_EPOCHS=1
   TINY=(--base.accept-low-accuracy true --data.splits.fit "all[:256]" --data.splits.select "all[897:961]"
@@ -92,7 +92,7 @@ JAX_DEFAULT_MATMUL_PRECISION=highest stage a tests 70 $PYTHON -m pytest -q -p no
 stage b train 110 bash -c "$HERE train $CONFIG $EPOCHS $OUT/$CONFIG"
 stage c certify 110 bash -c "$HERE certify $CONFIG $OUT/$CONFIG"
 stage d drivers 130 $PYTHON -m benchmarks.drivers --bundle "$OUT/$CONFIG/caches/bundle" --data-dir "$DATA/tfds" \
-  --batches $BATCHES --rounds "$ROUNDS" --seconds 90 --out "$OUT/measured-drivers.json"
+  --batches $BATCHES --rounds "$ROUNDS" --seconds "$MEASURE" --out "$OUT/measured-drivers.json"
 stage d captured 60 $PYTHON -m benchmarks.captured --network "$NETWORK" --input $INPUT --batch "$CAPTURED" \
   --out "$OUT/measured-captured.json"
 stage f serving 60 $PYTHON -m benchmarks.serving --bundle "$OUT/$CONFIG/caches/bundle" --seconds "$LOAD" --rounds 1 \
