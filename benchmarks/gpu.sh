@@ -1,76 +1,101 @@
 #!/usr/bin/env bash
-# All that wants an NVIDIA GPU, one after another: tests, bases, bundles, the table for batches of 1 to 1024, the papers' gains.
-# Not run yet: there was no GPU. Bases, bundles and reproductions that are there already are not made again, and a base whose
-# training was cut off goes on from its checkpoint; tests, tuning, evaluation and every comparison run again.
-# Where tests or the comparison with PyTorch's training fail, the rest goes on: runs/gpu/*.log say what was wrong.
+# What is to be known of a GPU in ten minutes: stages in order of value, each with a time limit of its own. A stage that
+# fails or runs out of time stops no other; what it wrote is kept. Nothing is downloaded.
 #
-#   DATA=../shared/data benchmarks/gpu.sh                                      hours
-#   DATA=../shared/data BASES="cifar10_resnet18" benchmarks/gpu.sh             one network, minutes
+#   benchmarks/gpu.sh wheels                        beforehand, where there is a network: wheels/ of all but JAX
+#   DATA=../shared/data benchmarks/gpu.sh           there: on a machine with a GPU, its JAX and Python 3.11 or newer
+#   DRY=1 benchmarks/gpu.sh                         every stage in tiny sizes on whatever is here
 #
-# runs/gpu/seconds.tsv holds the wall time of every command; python -m benchmarks.trained runs/gpu prints what
-# docs/results/performance.md is to say: accuracies, images/s, wall times, and the published gains beside ours.
-set -euo pipefail
+# OUT (runs/gpu) has STAGE.log and STAGE.json for every stage: exit status (124: out of time), seconds, limit; written as
+# soon as it ends. Results of a stage itself are beside them. STAGES="a d" chooses some, TOTAL (600) is the limit of all.
+# Hours of a GPU: benchmarks/gpu_all.sh.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-DATA=${DATA:-../shared/data}
-BASES=${BASES:-cifar10_resnet18 cifar10_resnet50 cifar100_resnet50 cifar100_resnet152 cifar10_vgg16 cifar100_resnet18 cifar10_resnet152 cifar100_vgg16}
-PUBLISHED=" cifar10_resnet18 cifar10_resnet50 cifar100_resnet152 " # of which there are published GPU gains
-BATCHES="1 8 32 128 512 1024"
-export XLA_PYTHON_CLIENT_PREALLOCATE=false # contenders share the device
-make setup EXTRAS=train,test,torch,bench,cuda
-python=.venv/python3/bin/python
-mkdir -p runs/gpu
+OUT=${OUT:-runs/gpu} DATA=${DATA:-../shared/data} TOTAL=${TOTAL:-600} STAGES=${STAGES:-a b c d e f} DRY=${DRY:-}
+PYTHON=${PYTHON:-python3} VERSION=${VERSION:-3.12}
+WANTED="flax optax orbax-checkpoint safetensors pydantic jaxtyping rich lazy-loader scipy numpy tensorflow-datasets array-record
+importlib-resources opencv-python-headless pillow scikit-learn tensorboardX jinja2 resvg_py matplotlib onnx fastapi uvicorn
+httptools uvloop grpcio protobuf prometheus-client pytest hypothesis beartype"
 
-timed() { # timed NAME COMMAND...: run it, and write its wall time down
-  local name=$1 began=$SECONDS
-  shift
-  "$@"
-  printf '%s\t%d\n' "$name" $((SECONDS - began)) >>runs/gpu/seconds.tsv
-}
-
-logged() { # logged NAME COMMAND...: run it with its output in runs/gpu/NAME.log too; its failure stops nothing
-  local log=runs/gpu/$1.log
-  shift
-  "$@" 2>&1 | tee "$log" || echo "failed, see $log: $*" >&2
-}
-
-table() { # table CONFIG_NAME WEIGHTS: bundle, tuning, evaluation, contenders
-  local name=$1 weights=$2 out=runs/gpu/$1
-  [ -e "$out/caches/bundle" ] || timed "$name caches" $python -m train.caches --config "configs/$name.toml" \
-    --out "$out/caches" --data.dir "$DATA/tfds" --base.weights "$weights"
-  timed "$name tune" $python -m train.tune --bundle "$out/caches/bundle" --tiles 1 8 32 128
-  timed "$name evaluate" $python -m train.evaluate --bundle "$out/caches/bundle" --out "$out/eval" --batches $BATCHES
-  timed "$name compare" $python -m benchmarks.compare --bundle "$out/caches/bundle" --batches $BATCHES \
-    --out "benchmarks/results/$name-gpu.json" \
-    --contenders "gati-jax full" "gati-jax cascade" "jax.jit full" "torch eager full" "torch.compile full"
-  $python -m benchmarks.table "benchmarks/results/$name-gpu.json" \
-    --reference "torch.compile full" "torch eager full" "jax.jit full" >"$out/table.md"
-  $python -m benchmarks.front "benchmarks/results/$name-gpu.json" --out "docs/figures/$name-gpu.svg"
-}
-
-# --- Tests ------------------------------------------------------------------------------------------------------------
-# They compare with float32; a GPU's convolutions would keep ten bits of what they multiply (TF32).
-JAX_DEFAULT_MATMUL_PRECISION=highest logged tests $python -m pytest -q -m "not slow" tests/runtime tests/caches tests/models tests/fitting tests/train/test_recipe.py
-
-# --- Training beside PyTorch ------------------------------------------------------------------------------------------
-for network in resnet18 resnet50; do
-  logged "training-$network" $python -m benchmarks.training --network $network --batch 256 --steps 50 --bfloat16 \
-    --beside "torch eager, channels last" "torch.compile" --out "benchmarks/results/training-$network-gpu.json"
-done
-
-# --- Bases, bundles, tables -------------------------------------------------------------------------------------------
-for name in $BASES; do
-  base=runs/gpu/$name/base
-  [ -e "$base/base.json" ] || timed "$name base" $python -m train.base --config "configs/$name.toml" --out "$base" \
-    --data.dir "$DATA/tfds"
-  table "$name" "$base/base.safetensors"
-  if [[ $PUBLISHED == *" $name "* && ! -e runs/gpu/$name/reproduce/reproduction.json ]]; then
-    timed "$name reproduce" $python -m train.reproduce --config "configs/$name.toml" --out "runs/gpu/$name/reproduce" \
-      --data.dir "$DATA/tfds" --base.weights "$base/base.safetensors" --plan.tuned true
-  fi
-done
-table cifar10_resnet56 "$DATA/weights/resnet56-cifar10.safetensors"
-if [ -e runs/gpu/cifar10_resnet18/base/base.safetensors ]; then
-  $python -m train.zoo --weights runs/gpu/cifar10_resnet18/base/base.safetensors --out models-zoo
+if [ "${1:-}" = wheels ]; then
+  $PYTHON -m pip download --quiet --dest wheels --constraint constraints.txt --only-binary :all: \
+    --python-version "$VERSION" --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 $WANTED
+  rm -f wheels/jax-* wheels/jaxlib-* wheels/nvidia_* # the machine has its own
+  du -sh wheels
+  exit
 fi
 
-$python -m benchmarks.trained runs/gpu
+mkdir -p "$OUT"
+export PYTHONPATH=$PWD XLA_PYTHON_CLIENT_PREALLOCATE=false TF_CPP_MIN_LOG_LEVEL=3
+BEGAN=$SECONDS
+
+stage() { # stage LETTER NAME LIMIT COMMAND...: run it for at most LIMIT seconds, and write down at once how it ended
+  local letter=$1 name=$2 limit=$3 left=$((TOTAL - (SECONDS - BEGAN))) began=$SECONDS status=0
+  shift 3
+  case " $STAGES " in *" $letter "*) ;; *) return ;; esac
+  [ -z "$DRY" ] || limit=$((10 * limit)) # whatever is here may be slow, and busy
+  limit=$((limit < left ? limit : left))
+  if [ "$limit" -lt 5 ]; then
+    status=124 limit=0
+    echo "no time was left" >"$OUT/$name.log"
+  else
+    timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1 || status=$?
+  fi
+  printf '{"stage": "%s", "name": "%s", "status": %d, "seconds": %d, "limit": %d}\n' \
+    "$letter" "$name" "$status" $((SECONDS - began)) "$limit" >"$OUT/$name.json"
+  cat "$OUT/$name.json"
+}
+
+install() { # what is missing, from wheels/; JAX is the machine's
+  [ -d wheels ] || return 0
+  local wheel name
+  for wheel in wheels/*.whl; do
+    name=$(basename "$wheel" | cut -d- -f1)
+    $PYTHON -c "import importlib.metadata as m; m.version('$name')" 2>/dev/null && continue
+    $PYTHON -m pip install --quiet --no-index --no-deps "$wheel" || echo "not installed: $wheel" >&2
+  done
+}
+
+train() { # train CONFIG EPOCHS OUT
+  $PYTHON -m train.base --config "configs/$1.toml" --out "$3/base" "${SOURCE[@]}" --base.training.epochs "$2" "${TINY[@]}"
+}
+
+certify() { # certify CONFIG OUT: caches in float32 and bfloat16, and what they do on the test split; a study of its own
+  $PYTHON -m train.caches --config "configs/$1.toml" --out "$2/caches" --ledger "$2/looks.json" "${SOURCE[@]}" \
+    --base.weights "$2/base/base.safetensors" --plan.backend xla --plan.bfloat16 true "${TINY[@]}" "${TINY_FIT[@]}" &&
+    $PYTHON -m train.evaluate --bundle "$2/caches/bundle" --out "$2/eval" --ledger "$2/looks.json" --timed "$TIMED"
+}
+
+network() { # network CONFIG EPOCHS OUT: all of a further network
+  train "$1" "$2" "$3" && certify "$1" "$3" &&
+    $PYTHON -m benchmarks.drivers --bundle "$3/caches/bundle" --batches $SOME --rounds 9 --out "$3/drivers.json"
+}
+export -f install train certify network
+
+SOURCE=(--data.dir "$DATA/tfds") TINY=() TINY_FIT=() TIMED=150 SOME="1 256" CONFIG=cifar10_resnet18 EPOCHS=40
+BATCHES="1 64 256 8 1024" ROUNDS=21 MEASURE=90 LOAD=3 NETWORK=resnet18 INPUT="32 32 3" CAPTURED=64
+TESTS=(tests/runtime/test_branches.py tests/profiling/test_compiler.py tests/runtime/test_lowering.py)
+if [ -n "$DRY" ]; then
+  CONFIG=digits EPOCHS=1 TIMED=2 SOME=2 BATCHES="1 4" ROUNDS=3 MEASURE=900 LOAD=1.5 NETWORK=resnet20 INPUT="8 8 1" CAPTURED=4
+  SOURCE=() TESTS=(tests/profiling/test_compiler.py -k what_)
+  SECOND=digits SECOND_EPOCHS=1
+  TINY=(--base.accept-low-accuracy true --data.splits.fit "all[:256]" --data.splits.select "all[897:961]"
+    --data.splits.certify "all[1197:1261]" --data.splits.test "all[1497:1561]")
+  TINY_FIT=(--fit.epochs 1 --plan.epsilon 0.9 --plan.max-sites 1 --measure-rounds 3)
+fi
+# Functions run under timeout, in a shell of their own, to which arrays do not go.
+HERE="$(declare -p OUT PYTHON SOURCE TINY TINY_FIT TIMED SOME); "
+
+$PYTHON --version
+stage "${STAGES%% *}" install 60 bash -c "$HERE install" # counts as part of the first stage
+JAX_DEFAULT_MATMUL_PRECISION=highest stage a tests 70 $PYTHON -m pytest -q -p no:cacheprovider -m gpu "${TESTS[@]}"
+stage b train 110 bash -c "$HERE train $CONFIG $EPOCHS $OUT/$CONFIG"
+stage c certify 110 bash -c "$HERE certify $CONFIG $OUT/$CONFIG"
+stage d drivers 130 $PYTHON -m benchmarks.drivers --bundle "$OUT/$CONFIG/caches/bundle" --data-dir "$DATA/tfds" \
+  --batches $BATCHES --rounds "$ROUNDS" --seconds "$MEASURE" --out "$OUT/measured-drivers.json"
+stage d captured 60 $PYTHON -m benchmarks.captured --network "$NETWORK" --input $INPUT --batch "$CAPTURED" \
+  --out "$OUT/measured-captured.json"
+stage f serving 60 $PYTHON -m benchmarks.serving --bundle "$OUT/$CONFIG/caches/bundle" --seconds "$LOAD" --rounds 1 \
+  --shares 0.8 1.6 --images 200 --contenders full cascade --out "$OUT/measured-serving.json"
+stage e second 600 bash -c "$HERE network ${SECOND:-cifar10_resnet50} ${SECOND_EPOCHS:-12} $OUT/second"
+exit 0

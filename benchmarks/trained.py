@@ -1,4 +1,4 @@
-"""Print the results of ``benchmarks/gpu.sh`` as the Markdown tables of docs/results/performance.md.
+"""Print the results of ``benchmarks/gpu_all.sh`` as the Markdown tables of docs/results/performance.md.
 
 The first has every base's accuracy, images/s and training time, and its bundle's certificate. The second compares gains
 in mean latency on a GPU at 97 % of the base's accuracy with the published ones, where there are any.
@@ -24,7 +24,7 @@ GAIN_HEADS = ("base", "published gain", "ours", "spread", "ideal", "conversion",
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.trained", description=__doc__, epilog=f"example: {EXAMPLE}")
-    p.add_argument("folder", type=Path, metavar="DIR", help="written by benchmarks/gpu.sh")
+    p.add_argument("folder", type=Path, metavar="DIR", help="written by benchmarks/gpu_all.sh")
     folder = p.parse_args(argv).folder
     bases = sorted(path.parent.parent for path in folder.glob("*/base/base.json"))
     if not bases:

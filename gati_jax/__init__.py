@@ -24,7 +24,7 @@ Names by purpose:
 - fit caches: ``fit``, ``Head``, ``FitConfig``, ``Augment``, ``network_head``, ``register_head``, ``Candidate``;
   ``fit_freeze``, ``FreezeConfig``
 - choose among them: ``replay``, ``ReplayTable``, ``measure_costs``, ``CostTable``, ``plan``, ``Plan``
-- certify: ``certify``, ``certify_together``, ``certify_conditional``, ``Certificate``, ``Ledger``
+- certify: ``certify``, ``certify_together``, ``certify_numerics``, ``certify_conditional``, ``Certificate``, ``Ledger``
 - keep and use: ``save_bundle``, ``load_bundle``, ``Bundle``, ``infer``, ``infer_batch``, ``Prediction``
 - measure: ``evaluate``, ``Evaluation``
 - tune for a device: ``tune``, ``check_tuning``, ``save_tuning``

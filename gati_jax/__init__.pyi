@@ -19,6 +19,7 @@ from .certification import Certificate as Certificate
 from .certification import Ledger as Ledger
 from .certification import certify as certify
 from .certification import certify_conditional as certify_conditional
+from .certification import certify_numerics as certify_numerics
 from .certification import certify_together as certify_together
 from .errors import BundleError as BundleError
 from .errors import InputError as InputError

@@ -20,7 +20,7 @@ from .profiling import Backend, TunedCascade, Tuning, device_name, run_by, spans
 from .runtime import Cascade, Prediction, predict_batch, predict_one
 
 _CHUNK = 256
-Numerics = Literal["reference", "fast"]
+Numerics = Literal["reference", "fast", "bfloat16"]
 
 
 def infer(
@@ -38,7 +38,8 @@ def infer(
         image: One uint8 image (the bundle normalises it) or one prepared float32 input, without a batch dimension.
         numerics: "reference" is the arithmetic that was certified; "fast" is what ``tune`` found fastest on this
             device, whose logits differ in their last bits. By default fast if ``check_tuning`` has bounded how often
-            its answers differ; ``bundle.bound_of(plan)`` says what holds of the answers.
+            its answers differ; ``bundle.bound_of(plan)`` says what holds of the answers. "bfloat16" is refused unless
+            the plan has a certificate of its own in it, made on this device; see ``certify_numerics``.
         plan: The name of one of ``bundle.plans``; by default the first.
         backend: "xla" or "onnxruntime", which needs the extra onnx; by default the faster of those that fast numerics
             may use. See ``train.tune``.
@@ -49,7 +50,8 @@ def infer(
 
     Raises:
         InputError: The shape, the dtype or a value is not what the bundle's network takes, or makes its logits
-            infinite; there is no such plan; or the bundle has not been tuned for this backend.
+            infinite; there is no such plan; the bundle has not been tuned for this backend, or not certified for these
+            numerics.
 
     Example:
         >>> import gati_jax
@@ -107,12 +109,16 @@ def _finite(argument: str, found: Prediction) -> Prediction:
 
 def _tuned(bundle: Bundle, numerics: Numerics | None, plan: str | None, backend: Backend | None) -> TunedCascade | None:
     """Return the tuned cascade that is to answer; None if the reference arithmetic is."""
-    if numerics not in {None, "reference", "fast"}:
-        raise InputError(f"numerics: expected reference or fast, got {numerics!r}")
+    if numerics not in {None, "reference", "fast", "bfloat16"}:
+        raise InputError(f"numerics: expected reference, fast or bfloat16, got {numerics!r}")
     if backend not in {None, "xla", "onnxruntime"}:
         raise InputError(f"backend: expected xla or onnxruntime, got {backend!r}")
     if numerics == "reference" and backend == "onnxruntime":
         raise InputError("backend: expected xla with the reference numerics, which were certified, got onnxruntime")
+    if numerics == "bfloat16":
+        if backend == "onnxruntime":
+            raise InputError("backend: expected xla with bfloat16, got onnxruntime")
+        return bundle.bfloat16_of(plan)
     tuned, again = bundle.tuned_of(plan, backend), "run gati-jax tune --bundle DIR"
     if backend == "onnxruntime" and tuned is None:
         raise InputError(f"backend: this bundle has not been tuned for onnxruntime on this device; {again}")

@@ -90,6 +90,8 @@ class _Loader:
         sources = (
             adaptive.sources
             if adaptive
+            else routes.load_bfloat16(bundle)
+            if settings.bfloat16
             else routes.load(bundle, reference=settings.reference, backend=settings.backend)
         )
         model = _describe(bundle, name, version_of(folder), sources, settings.places)
@@ -201,7 +203,7 @@ def _describe(
         plans=tuple(source.name for source in sources),
         bounds=bounds,
         normalization=None if normalization is None else dataclasses.asdict(normalization),
-        numerics="reference" if sources[0].tuning is None else "fast",
+        numerics=sources[0].numerics,
         max_rows=places,
     )
 

@@ -145,6 +145,9 @@ class Settings(BaseModel):
     reference: bool = Field(
         default=False, description="run the certified arithmetic even where a tuning was checked against it"
     )
+    bfloat16: bool = Field(
+        default=False, description="run in bfloat16; only plans that were certified in it on this device answer"
+    )
     backend: Literal["xla", "onnxruntime"] | None = Field(
         default=None, description="what runs the network (default: the faster one that the bundle was tuned for)"
     )
@@ -226,6 +229,13 @@ class Settings(BaseModel):
         if self.backend == "onnxruntime" and (self.reference or self.adapt):
             other = "--reference" if self.reference else "--adapt"
             raise InputError(f"--backend: expected xla, for {other} needs the certified arithmetic, got {self.backend}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_bfloat16(self) -> Self:
+        other = "--reference" if self.reference else "--adapt" if self.adapt else ""
+        if self.bfloat16 and (other or self.backend == "onnxruntime"):
+            raise InputError(f"--bfloat16: expected it without {other or '--backend onnxruntime'}, got both")
         return self
 
     @property

@@ -26,7 +26,16 @@ from gati_jax.fitting import Candidates, network_head
 from gati_jax.imports import load_chain
 from gati_jax.models import fold, import_state_dict, read_weights, to_chain
 from gati_jax.planning import Composition, CostTable, Plan, cascade_ms
-from gati_jax.profiling import Tuning, onnx_tuning, replays_on_onnx, run_by, tuning_for
+from gati_jax.profiling import (
+    BFLOAT16,
+    Tuning,
+    bfloat16_programs,
+    onnx_tuning,
+    replays_in_bfloat16,
+    replays_on_onnx,
+    run_by,
+    tuning_for,
+)
 
 from . import cli, zoo
 from .config import Base, Config, Source
@@ -69,14 +78,18 @@ def main(argv: list[str] | None = None) -> None:
     # From here on nothing may be chosen: the plans are fixed, and the certify split is opened.
     certify = gati_jax.replay(chain, chosen, parts["certify"].images, labels=parts["certify"].labels)
     on_onnx = also_certified(found.tuning, certify, chain, chosen, parts["certify"].images)
-    certificates = gati_jax.certify_together(
-        plans, certify, config.plan.delta, ledger=arguments.ledger, reveal=arguments.reveal, base_saw_data=saw_certify,
+    halves = in_bfloat16(config, certify, chain, chosen, parts["certify"].images)
+    numerics = gati_jax.certify_numerics(
+        plans, certify, halves, config.plan.delta, ledger=arguments.ledger,
+        reveal=arguments.reveal, base_saw_data=saw_certify,
         duplicates=True,  # what `count_duplicates` let pass above
         arithmetics=on_onnx,
     )  # fmt: skip
+    certificates = numerics["reference"]
     default = tightest(certificates)
     plan, certificate = plans[default][0], certificates[default]
     also = [(plans[name][0], certificates[name]) for name in plans if name != default]
+    rounded = numerics.get(BFLOAT16, {})
     gati_jax.save_bundle(
         path,
         chain,
@@ -84,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         plan,
         certificate,
         also=also,
+        bfloat16=rounded.values(),
         class_names=parts["fit"].class_names,
         provenance=provenance(config, parts),
         costs=[costs],
@@ -94,8 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     keep_tuning(path, bundle, found.tuning, parts["certify"].images, replays, rounds=config.measure_rounds)
 
     result = Caches(
-        **dict(summary(select, certify, costs, plan, certificate)),
-        also=tuple(summary(select, certify, costs, *other) for other in also),
+        **dict(summary(select, certify, costs, plan, certificate, rounded)),
+        also=tuple(summary(select, certify, costs, *other, rounded) for other in also),
         base=base,
         bundle=str(path),
         fit_seconds=found.fit_seconds,
@@ -171,6 +185,17 @@ def also_certified(
     _log.info("replaying certify on ONNX Runtime")
     caches = sorted(candidates, key=lambda cache: cache.site)
     return {tuning.programs: replays_on_onnx(table, chain, caches, images)}
+
+
+def in_bfloat16(
+    config: Config, table: ReplayTable, chain: Chain, candidates: Candidates, images: data.Images
+) -> dict[str, tuple[str, Sequence[ReplayTable]]]:
+    """Return replays in bfloat16, if plans are to be certified in it as well."""
+    if not config.plan.bfloat16:
+        return {}
+    _log.info("replaying certify in bfloat16")
+    caches = sorted(candidates, key=lambda cache: cache.site)
+    return {BFLOAT16: (bfloat16_programs(), replays_in_bfloat16(table, chain, caches, images))}
 
 
 def keep_tuning(
@@ -262,9 +287,10 @@ def overlapping(rows: str, parts: Sequence[str]) -> list[str]:
 
 
 def summary(
-    select: ReplayTable, certify: ReplayTable, costs: CostTable, plan: Plan, certificate: Certificate
-) -> PlanResult:
-    """Return what caches.json says of a plan: its caches, what was certified, the latency that it predicts."""
+    select: ReplayTable, certify: ReplayTable, costs: CostTable, plan: Plan, certificate: Certificate,
+    rounded: Mapping[str, Certificate],
+) -> PlanResult:  # fmt: skip
+    """Return what caches.json says of a plan: its caches, what was certified (also, by name, in bfloat16), its time."""
     thresholds = plan.thresholds(certificate.step)
     agreement = dict(zip(select.names, select.agrees.mean(1).tolist(), strict=True))
     planned = [
@@ -276,6 +302,7 @@ def summary(
         plan=tuple(planned),
         sites=tuple(cache.site for cache in planned if cache.threshold is not None),
         certificate=record_of(CertificateResult, certificate),
+        bfloat16=record_of(CertificateResult, rounded[certificate.name]) if certificate.name in rounded else None,
         predicted=Predicted.of(costs, cascade_ms=cascade_ms(certify.take(plan.names), thresholds, costs)),
     )
 
@@ -293,6 +320,9 @@ def show(result: Caches, pairs: Sequence[tuple[Plan, Certificate]]) -> None:
     for (plan, certificate), one in zip(pairs, (result, *result.also), strict=True):
         predicted = one.predicted
         print(f"\n{certificate.name}: {plan.summary(certificate.step)}\n{certificate.summary()}")
+        if one.bfloat16:
+            wrong = f"{one.bfloat16.disagreements} of {one.bfloat16.n} certify requests disagree"
+            print(f"in bfloat16: {f'certified, {wrong}' if one.bfloat16.certified else 'NOT CERTIFIED'}")
         print(
             f"predicted {predicted.full_ms:.3f} ms -> {predicted.cascade_ms:.3f} ms on {predicted.device},"
             f" batch {predicted.batch}"

@@ -273,6 +273,14 @@ class Planning(Strict):
         default="auto", description="what plans are made for; auto: the faster one here, on a CPU"
     )
     tuned: bool = Field(default=False, description="tune XLA first, and plan with its times then; minutes more")
+    bfloat16: bool = Field(
+        default=False, description="also certify every plan in bfloat16, by itself; delta is shared by twice as many"
+    )
+
+    @property
+    def tests(self) -> int:
+        """How many certificates share delta."""
+        return len(self.epsilons) * (2 if self.bfloat16 else 1)
 
     @property
     def epsilons(self) -> dict[str, float]:

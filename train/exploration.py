@@ -46,7 +46,7 @@ class Explored:
         worst = config.plan.worst_share
         budget = {
             "epsilon": epsilon,
-            "delta": config.plan.delta / len(config.plan.epsilons),
+            "delta": config.plan.delta / config.plan.tests,
             "sites": config.plan.max_sites,
             "memory_bytes": self.memory_bytes,
             "worst_ms": None if worst is None else worst * self.costs.full_ms,

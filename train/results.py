@@ -79,6 +79,7 @@ class PlanResult(Record):
     plan: tuple[PlannedCache, ...]
     sites: tuple[int, ...]  # of the caches that are on
     certificate: CertificateResult
+    bfloat16: CertificateResult | None = None  # in these numerics, where the plan was certified in them as well
     predicted: Predicted
 
 

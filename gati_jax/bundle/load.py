@@ -17,9 +17,11 @@ from gati_jax.files import check_files, present
 from gati_jax.models import Chain, check_chain, check_logits, fold, init, probe_chain, to_chain
 from gati_jax.planning import Plan, ReplaySource
 from gati_jax.profiling import Tuning, cannot_run
-from gati_jax.profiling.tuned_cascade import OPTIONS, applicable
+from gati_jax.profiling.compiler import are_tried
+from gati_jax.profiling.tuned_cascade import applicable
 from gati_jax.pytrees import restore_spec
 
+from .checks import check_bfloat16, check_origin, check_plans
 from .manifest import (
     FITTED,
     LOOKS,
@@ -32,7 +34,7 @@ from .manifest import (
     read_manifest,
     read_rows,
 )
-from .record import Bundle, check_origin, check_plans
+from .record import Bundle
 
 
 def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
@@ -55,7 +57,7 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
         check_logits(chain)
     manifest = read_manifest(folder)
     check_files(folder, manifest.files)
-    pairs, sites = _read_plans(folder)
+    pairs, sites, halves = _read_plans(folder)
     if [(c.name, c.site) for c in manifest.caches] != list(sites.items()):
         raise BundleError(f"bundle: {folder} is inconsistent: its plan, certificate and caches do not belong together")
     skeleton = _skeleton(manifest, chain)
@@ -87,6 +89,7 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
         plan=pairs[0][0],
         certificate=pairs[0][1],
         also=pairs[1:],
+        bfloat16=halves,
         class_names=manifest.class_names,
         provenance=manifest.provenance,
         costs=tuple(table for file in devices for table in file.costs),
@@ -94,16 +97,20 @@ def load_bundle(path: Path | str, *, chain: Chain | None = None) -> Bundle:
     )
 
 
-def _read_plans(folder: Path) -> tuple[tuple[tuple[Plan, Certificate], ...], dict[str, int]]:
-    """Return the plans with their certificates, and the sites of all caches by name."""
+def _read_plans(
+    folder: Path,
+) -> tuple[tuple[tuple[Plan, Certificate], ...], dict[str, int], tuple[Certificate, ...]]:
+    """Return the plans with their certificates, the sites of all caches by name, and certificates in bfloat16."""
     plans = read_json(folder / "plans.json", Plans).plans
-    certificates = read_json(folder / "certificates.json", Certificates).certificates
+    read = read_json(folder / "certificates.json", Certificates)
+    certificates = read.certificates
     if len(plans) != len(certificates):
         got = f"{len(plans)} plans and {len(certificates)} certificates"
         raise BundleError(f"bundle: {folder} is inconsistent: expected a certificate for each plan, got {got}")
     try:
         pairs = tuple((plan.plan(), certificate) for plan, certificate in zip(plans, certificates, strict=True))
-        return pairs, check_plans(pairs)
+        check_bfloat16(pairs, read.bfloat16)
+        return pairs, check_plans(pairs), read.bfloat16
     except InputError as error:
         raise BundleError(f"bundle: {folder} is inconsistent: {error}") from error
 
@@ -178,6 +185,13 @@ def _misfits(tuning: Tuning, device: str, chain: Chain, caches: Sequence[Candida
     """Yield reasons why a tuning cannot be this bundle's, on the device that its file is named after."""
     if tuning.device != device:
         yield f"expected one of {device}, got {tuning.device}"
+        return
+    platform = device.partition("-")[0]
+    if odd := next(
+        (tile.options for tile in tuning.tiles if tile.options and not are_tried(tile.options, platform)), ()
+    ):
+        yield f"{odd} are no options for {platform}"
+        return
     if why := cannot_run(tuning, chain, caches):
         yield why
     known, names = applicable(chain, caches), {cache.name for cache in caches}
@@ -185,8 +199,6 @@ def _misfits(tuning: Tuning, device: str, chain: Chain, caches: Sequence[Candida
         for kind, algorithm in tile.algorithms.items():
             if algorithm not in known.get(kind, ()):
                 yield f"the network has no {kind} that {algorithm} could do"
-        if tile.options and tile.options not in OPTIONS.get(device.partition("-")[0], ()):
-            yield f"{tile.options} are no options for {device.partition('-')[0]}"
         if (costs := tile.costs) is None:
             continue
         if (costs.batch, len(costs.blocks_ms)) != (tile.size, len(chain)):

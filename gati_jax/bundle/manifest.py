@@ -150,6 +150,8 @@ class Certificates(Strict):
     """``certificates.json``: one for each plan, in the same order."""
 
     certificates: Annotated[tuple[Certificate, ...], Field(min_length=1, max_length=MAX_PLANS)]
+    bfloat16: Annotated[tuple[Certificate, ...], Field(max_length=MAX_PLANS)] = ()
+    """Further ones, of the plans of the same names in bfloat16."""
 
 
 class DeviceFile(Strict):

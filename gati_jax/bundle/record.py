@@ -8,10 +8,9 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from gati_jax.caches import Candidate, choose, replay_source
+from gati_jax.caches import Candidate, choose
 from gati_jax.certification import (
     BASE,
-    CONDITIONAL,
     ArithmeticCheck,
     Certificate,
     ServedBound,
@@ -19,15 +18,25 @@ from gati_jax.certification import (
     comparisons_of,
     served_bound,
 )
-from gati_jax.data import fingerprint
 from gati_jax.display import html_table
 from gati_jax.errors import InputError, listed
 from gati_jax.models import Chain
-from gati_jax.planning import CostTable, Plan, ReplaySource
-from gati_jax.profiling import Backend, TunedCascade, Tuning, device_name, fastest, run_by, spans_of
+from gati_jax.planning import CostTable, Plan
+from gati_jax.profiling import (
+    BFLOAT16,
+    Backend,
+    TunedCascade,
+    Tuning,
+    device_name,
+    fastest,
+    run_by,
+    run_in_bfloat16,
+    spans_of,
+)
 from gati_jax.runtime import Cascade, check_cascade
 
-from .manifest import MAX_PLANS, Provenance
+from .checks import not_in_bfloat16
+from .manifest import Provenance
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +51,8 @@ class Bundle:
     certificate: Certificate
     also: tuple[tuple[Plan, Certificate], ...] = ()
     """Other plans, each with its certificate."""
+    bfloat16: tuple[Certificate, ...] = ()
+    """Certificates of plans in bfloat16, by their names; see ``infer``."""
     class_names: tuple[str, ...] = ()
     provenance: Provenance = Provenance()  # noqa: RUF009 (frozen)
     costs: tuple[CostTable, ...] = ()
@@ -88,6 +99,31 @@ class Bundle:
     def cascades(self) -> dict[str, Cascade]:
         """The cascade of every plan by name."""
         return {name: self._cascade(plan, self.certificates[name].step) for name, plan in self.plans.items()}
+
+    def bfloat16_of(self, name: str | None = None) -> TunedCascade:
+        """Return the cascade that was certified in bfloat16; its step may be another than that in float32.
+
+        Args:
+            name: Of a plan; None names the default one.
+
+        Raises:
+            InputError: There is no such plan; or nothing was certified of it in bfloat16, or on another device or by
+                another compiler, whose answers nobody has counted.
+        """
+        name = self._known(name)
+        certificate = next((one for one in self.bfloat16 if one.name == name), None)
+        if why := not_in_bfloat16(certificate, self.plans[name]):
+            raise InputError(f"numerics: expected reference or fast, got bfloat16: {why}")
+        return self._in_bfloat16[name]
+
+    @functools.cached_property
+    def _in_bfloat16(self) -> dict[str, TunedCascade]:
+        tuning = self.tunings_here.get("xla")
+        return {
+            one.name: run_in_bfloat16(self._cascade(self.plans[one.name], one.step), tuning)
+            for one in self.bfloat16
+            if one.certified
+        }
 
     def cascade_of(self, name: str | None) -> Cascade:
         """Return the cascade of a plan; None names the default one.
@@ -158,9 +194,13 @@ class Bundle:
         """Return what holds of the answers of a plan, by default in the arithmetic that answers by default.
 
         Raises:
-            InputError: There is no such plan.
+            InputError: There is no such plan, or no certificate of it in bfloat16 where that is asked for.
         """
         certificate = self.certificates[self._known(name)]
+        if numerics == BFLOAT16:
+            self.bfloat16_of(name)
+            certificate = next(one for one in self.bfloat16 if one.name == certificate.name)
+            return served_bound(certificate, numerics, None)
         check = self.checks_of(backend).get(cascade_id(certificate)) if numerics != "reference" else None
         tuning, numerics = self.tuning_of(backend), numerics or ("fast" if check else "reference")
         return served_bound(certificate, numerics, check, tuning.programs if tuning and numerics == "fast" else "")
@@ -204,67 +244,6 @@ def _described(certificate: Certificate) -> str:
     return f"{certificate.name}: {f'{certificate.epsilon:.4g}' if certificate.certified else 'NOT CERTIFIED'}"
 
 
-def check_origin(plan: Plan, chain: Chain, caches: tuple[Candidate, ...], *, probed: bool = True) -> None:
-    """Check that a plan was made from these parameters; a plan made by hand does not say from which.
-
-    Args:
-        plan: The plan.
-        chain: The base.
-        caches: Among them the plan's.
-        probed: Whether to run the base, to see that it is the same function of its parameters.
-
-    Raises:
-        InputError: The base or a cache has other parameters, or the base is another function.
-    """
-    if plan.source == ReplaySource():
-        return
-    probed = probed and bool(plan.source.logits)
-    found = replay_source(chain, choose(caches, plan.names), plan.source.dtype, probed=probed)
-    plan.source.check(found, "candidates")
-
-
-def check_plans(pairs: tuple[tuple[Plan, Certificate], ...]) -> dict[str, int]:
-    """Check that each certificate is of its plan, and that the plans were certified together.
-
-    Returns:
-        The sites of the caches of all plans by name, in the order in which the caches first come.
-
-    Raises:
-        InputError: They do not belong together, are too many, or have the same name; a plan has a cache twice, or two
-            plans have it at different sites.
-    """
-    names, sites = [certificate.name for _, certificate in pairs], dict[str, int]()
-    if len(pairs) > MAX_PLANS or len(set(names)) < len(names):
-        raise InputError(f"plans: expected at most {MAX_PLANS}, of different names, got {', '.join(names)}")
-    for plan, certificate in pairs:
-        _check_certificate(plan, certificate)
-        if certificate.plans < len(pairs):
-            got = f"{certificate.name} certified as one of {certificate.plans}"
-            raise InputError(f"certificate: expected {len(pairs)} plans to be certified together, got {got}")
-        if len(set(plan.names)) < len(plan.names):
-            raise InputError(f"plan: expected every cache once, got {', '.join(plan.names)}")
-        for name, site in zip(plan.names, plan.sites, strict=True):
-            if sites.setdefault(name, site) != site:
-                raise InputError(f"plans: expected {name} at one site, got {sites[name]} and {site}")
-    return sites
-
-
-def _check_certificate(plan: Plan, certificate: Certificate) -> None:
-    if certificate.plan_hash != plan.hash:
-        raise InputError("certificate: expected that of this plan, got another plan's")
-    if certificate.select_fingerprint not in {"", fingerprint(plan.rows)}:
-        raise InputError("certificate: expected that of a plan composed on these rows, got one composed on others")
-    if certificate.step >= len(plan.path) or (certificate.step > 0 and not _same_exits(plan, certificate)):
-        raise InputError(f"certificate: expected a step of the plan's path and its exits, got step {certificate.step}")
-
-
-def _same_exits(plan: Plan, certificate: Certificate) -> bool:
-    """Return whether a conditional certificate covers exactly the sites whose caches are on."""
-    on = np.isfinite(plan.thresholds(certificate.step))
-    sites = sorted({site for site, is_on in zip(plan.sites, on, strict=True) if is_on})
-    return certificate.method != CONDITIONAL or [e.site for e in certificate.exits] == sites
-
-
 def costs_of(bundle: Bundle) -> CostTable:
     """Return costs of single requests, on XLA if they are known: those of this device's tuning, else the nearest.
 
@@ -300,4 +279,4 @@ def certified_only(bundle: Bundle) -> Bundle:
         mean_ms=plan.mean_ms[: step + 1],
         source=plan.source.take(names),
     )
-    return dataclasses.replace(bundle, caches=bundle.cascade.caches, plan=certified, also=())
+    return dataclasses.replace(bundle, caches=bundle.cascade.caches, plan=certified, also=(), bfloat16=())

@@ -13,6 +13,7 @@ from gati_jax.models import AnyNetwork, Chain, check_is_chain, to_chain
 from gati_jax.planning import CostTable, Plan
 from gati_jax.profiling import Tuning
 
+from .checks import check_bfloat16, check_origin, check_plans
 from .load import named_arrays
 from .manifest import (
     FITTED,
@@ -31,7 +32,6 @@ from .manifest import (
     read_manifest,
     write_json,
 )
-from .record import check_origin, check_plans
 
 
 def save_bundle(
@@ -42,6 +42,7 @@ def save_bundle(
     certificate: Certificate,
     *,
     also: Iterable[tuple[Plan, Certificate]] = (),
+    bfloat16: Iterable[Certificate] = (),
     class_names: tuple[str, ...] = (),
     provenance: Provenance | None = None,
     costs: Iterable[CostTable] = (),
@@ -57,6 +58,8 @@ def save_bundle(
         certificate: The certificate of ``plan``.
         also: Up to three more plans, each with its certificate, under other names. All of them must have been certified
             together.
+        bfloat16: Certificates of some of the plans, by their names, in bfloat16: of the same look, see
+            ``certify_numerics``.
         class_names: Names of all classes, in the order of the logits, or none.
         provenance: Date, versions, seed, data, config; None: the date, the versions, and what plan and certificate say
             of the data.
@@ -71,12 +74,13 @@ def save_bundle(
     """
     from orbax.checkpoint import v1 as ocp  # noqa: PLC0415 (takes seconds to import, and answering does without)
 
-    path, pairs = as_path("path", path), ((plan, certificate), *also)
+    path, pairs, halves = as_path("path", path), ((plan, certificate), *also), tuple(bfloat16)
     check_is_chain(chain)
     for one, its in pairs:
         check_kind("plan", one, Plan, "what gati_jax.plan returns")
         check_kind("certificate", its, Certificate, "what gati_jax.certify returns")
     caches = choose(candidates, tuple(check_plans(pairs)))
+    check_bfloat16(pairs, halves)
     check_free(path)
     counted = find_ledger(ledger)
     _check_looks(path, certificate, counted)
@@ -87,7 +91,7 @@ def save_bundle(
     with replacing(path) as folder:
         ocp.save(str(folder.absolute() / "arrays"), named_arrays(chain, caches))
         write_json(folder / "plans.json", Plans(plans=tuple(PlanEntry.of(one) for one, _ in pairs)))
-        write_json(folder / "certificates.json", Certificates(certificates=tuple(c for _, c in pairs)))
+        write_json(folder / "certificates.json", Certificates(certificates=tuple(c for _, c in pairs), bfloat16=halves))
         if len(fitted := fitted_rows(caches)):
             (folder / FITTED).write_bytes(fitted.astype("<u8").tobytes())
         if counted and (looks := counted.of(certificate.data_fingerprint)).looks:

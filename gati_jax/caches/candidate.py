@@ -81,6 +81,24 @@ def lookup(candidate: Candidate, activation: Activation) -> tuple[Logits, Scores
     return logits, jnp.minimum(score, jnp.finfo(jnp.float32).max)
 
 
+class ReadInFloat32(nn.Module):
+    """A predictor that computes in float32, whatever it reads."""
+
+    inner: nn.Module
+
+    @nn.compact
+    def __call__(self, activation: Activation) -> Logits:
+        """Return class logits."""
+        return self.inner(activation.astype(jnp.float32))
+
+
+def in_float32(candidate: Candidate) -> Candidate:
+    """Return a cache that was fitted on float32 activations as one for a base whose activations are in bfloat16."""
+    nested = {kind: {"inner": tree} for kind, tree in candidate.params["predictor"].items()}
+    params = {**candidate.params, "predictor": nested}
+    return dataclasses.replace(candidate, predictor=ReadInFloat32(candidate.predictor), params=params)
+
+
 Activations = Sequence[Num[Array, "batch ..."]] | Mapping[int, Num[Array, "batch ..."]]
 """Activations by site: of all sites in order, or a mapping of those that are needed."""
 

@@ -22,6 +22,7 @@ from .certificate import tightest as tightest
 from .certificate import trial_level as trial_level
 from .fixed_sequence import certify as certify
 from .fixed_sequence import certify_conditional as certify_conditional
+from .fixed_sequence import certify_numerics as certify_numerics
 from .fixed_sequence import certify_together as certify_together
 from .looks import NO_LOOKS as NO_LOOKS
 from .looks import AnyLedger as AnyLedger

@@ -15,6 +15,7 @@ from .architectures import bert as bert
 from .architectures import resnet as resnet
 from .architectures import vgg as vgg
 from .architectures import vit as vit
+from .bfloat16 import in_bfloat16 as in_bfloat16
 from .chain import Block as Block
 from .chain import Chain as Chain
 from .chain import Normalization as Normalization

@@ -60,9 +60,10 @@ class Attention(nn.Module):
         qkv = _dense(x, 3 * width, "qkv").reshape(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = (qkv[:, :, i] for i in range(3))
         scores = jnp.einsum("bqhd,bkhd->bhqk", q * (width // self.heads) ** -0.5, k)
+        scores = scores.astype(jnp.float32) if x.dtype.itemsize < 4 else scores  # noqa: PLR2004 (softmax sums them)
         if mask is not None:  # not -inf: a text of padding alone has finite logits, too
             scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
-        y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
+        y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(x.dtype), v)
         return _dense(y.reshape(x.shape), width, "proj")
 
 

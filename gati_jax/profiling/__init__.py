@@ -13,6 +13,10 @@ from .backends import onnx_version as onnx_version
 from .backends import replays_on_onnx as replays_on_onnx
 from .backends import run_by as run_by
 from .backends import spans_of as spans_of
+from .bfloat16 import BFLOAT16 as BFLOAT16
+from .bfloat16 import bfloat16_programs as bfloat16_programs
+from .bfloat16 import replays_in_bfloat16 as replays_in_bfloat16
+from .bfloat16 import run_in_bfloat16 as run_in_bfloat16
 from .costs import Backend as Backend
 from .costs import device_name as device_name
 from .costs import measure_costs as measure_costs

@@ -7,6 +7,7 @@ the tile of 1 has its own, for a single request has a program of its own. Only o
 must equal the reference to within ``TOLERANCE`` of their range.
 """
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
@@ -29,10 +30,11 @@ from gati_jax.models import (
     winograd_where_wide,
     with_algorithms,
 )
-from gati_jax.runtime import CompilerOptions
+from gati_jax.runtime import Cascade, CompilerOptions
 
-from .costs import device_name, prefix_program, time_interleaved
-from .tuned_cascade import MOST_ROWS, MOST_TILES, OPTIONS, Tile, Tuning, tuned_chain
+from .compiler import DRIVERS, OPTIONS, known_options
+from .costs import Call, device_name, prefix_program, time_interleaved
+from .tuned_cascade import MOST_ROWS, MOST_TILES, Tile, TunedCascade, Tuning, tuned_chain
 
 TOLERANCE = 1e-3
 _MARGIN = 0.03  # less is noise
@@ -63,7 +65,7 @@ def tune(
             f"sizes: expected up to {MOST_TILES} of 1 to {MOST_ROWS} rows, 1 among them, got {list(sizes)}"
         )
     starts = [start for group in ((1,), larger) if group for start in _starts(networks, group, rounds)]
-    tiles = [_tuned(networks, start, rounds) for start in starts]
+    tiles = _driven(chain, caches, [_tuned(networks, start, rounds) for start in starts], rounds)
     # Minutes passed between the first and the last; times that are compared must be measured together.
     ms = _time_networks((chain,), tiles, 3 * rounds)[:, 0]
     together = [dataclasses.replace(tile, milliseconds=float(t)) for tile, t in zip(tiles, ms, strict=True)]
@@ -151,15 +153,56 @@ def _time_networks(
 
 
 def _supported() -> list[CompilerOptions]:
-    """Return the sets of options that this compiler knows."""
-    known = []
+    """Return the sets of options that this compiler knows; each as far as it does."""
+    known: list[CompilerOptions] = []
     for options in OPTIONS.get(jax.default_backend(), ((),)):
-        try:
-            jax.jit(lambda x: x + 1, compiler_options=dict(options) or None)(jnp.float32(0))
-        except (jax.errors.JaxRuntimeError, ValueError, TypeError):
-            continue  # another version's
-        known.append(options)
-    return known
+        with contextlib.suppress(InputError):  # another version's
+            known.append(known_options(options, jax.default_backend()))
+    return list(dict.fromkeys(known))
+
+
+def _driven(chain: Chain, caches: Sequence[Candidate], tiles: Sequence[Tile], rounds: int) -> list[Tile]:
+    """Return tiles with the drivers that are best for the cascade of these caches; all tiles above 1 get the same.
+
+    Two extremes stand for all requests: that all leave at the first cache, and that none leaves before the base. Both
+    have equal weights, as sizes have.
+    """
+    at_sites = {cache.site: cache for cache in caches if cache.previous is None}
+    drivers = DRIVERS.get(jax.default_backend(), ())
+    if not drivers or not at_sites:
+        return [*tiles]
+    found: list[Tile] = []
+    for group in ([tile for tile in tiles if tile.size == 1], [tile for tile in tiles if tile.size > 1]):
+        choices = [group]
+        for driver, options in drivers:
+            with contextlib.suppress(InputError):  # what this compiler does not have is not tried
+                known = known_options(options, jax.default_backend())
+                choices.append([dataclasses.replace(tile, driver=driver, options=known) for tile in group])
+        found += _fastest_driver(chain, [at_sites[site] for site in sorted(at_sites)], choices, rounds) if group else []
+    return found
+
+
+def _fastest_driver(
+    chain: Chain, caches: Sequence[Candidate], choices: Sequence[Sequence[Tile]], rounds: int
+) -> Sequence[Tile]:
+    """Return the choice whose cascades answer batches as large as their tiles fastest."""
+    programs: dict[str, Call] = {}
+    for i, tiles in enumerate(choices):
+        for tile in tiles:
+            images = np.asarray(_inputs(chain, tile.size))
+            for threshold in (-np.inf, np.inf):
+                cascade = Cascade(chain, tuple(caches), jnp.full(len(caches), threshold, jnp.float32))
+                single = dataclasses.replace(tile, size=1)
+                tuning = Tuning(device=device_name(), tiles=(single,) if tile.size == 1 else (single, tile))
+                predict = TunedCascade(cascade, tuning).predict
+                programs[f"{i} {tile.size} {threshold}"] = lambda predict=predict, images=images: predict(images).logits
+    times = time_interleaved(programs, rounds=rounds)
+    per_choice = len(programs) // len(choices)
+    ms = np.log([np.median(t) for t in times.values()]).reshape(len(choices), per_choice).sum(1)
+    best = int(np.argmin(ms))
+    for tile in choices[best]:
+        _log.info("batches of %d are driven by: %s %s", tile.size, tile.driver, dict(tile.options) or "")
+    return choices[best]
 
 
 def _refine(networks: Sequence[Chain], start: Tile, rounds: int) -> dict[str, Algorithm]:

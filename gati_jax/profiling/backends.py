@@ -23,6 +23,7 @@ from gati_jax.models import Chain
 from gati_jax.planning import CostTable, ReplayTable
 from gati_jax.runtime import Cascade, Prediction
 
+from .compiler import known_options
 from .costs import (
     Call,
     announce,
@@ -178,12 +179,25 @@ def replays_on_onnx(
 def cannot_run(tuning: Tuning, chain: Chain, caches: Iterable[Candidate]) -> str:
     """Return why a tuning's backend cannot run here, or is another version than was tuned; empty if neither."""
     if tuning.backend == "xla":
-        known = {"", version("jaxlib")}
-        return "" if tuning.jaxlib in known else f"expected one of jaxlib {version('jaxlib')}, got {tuning.jaxlib}"
+        if tuning.jaxlib not in {"", version("jaxlib")}:
+            return f"expected one of jaxlib {version('jaxlib')}, got {tuning.jaxlib}"
+        return _refused(tuning) if tuning.device == device_name() else ""
     if why := onnx_unavailable(chain, caches):
         return why
     same = tuning.onnxruntime == onnx_version()
     return "" if same else f"expected one of onnxruntime {onnx_version()}, got {tuning.onnxruntime}"
+
+
+def _refused(tuning: Tuning) -> str:
+    """Return which options of a tuning for this device the compiler refuses; empty if none."""
+    for options in {tile.options: None for tile in tuning.tiles if tile.options}:
+        try:
+            known = known_options(options, jax.default_backend())
+        except InputError as error:
+            return str(error).partition(": ")[2]
+        if known != options:
+            return f"expected options that this compiler has, got {options}"
+    return ""
 
 
 def onnx_tuning(chain: Chain, caches: Sequence[Candidate] = (), *, sizes: Sequence[int] = BATCHES) -> Tuning:

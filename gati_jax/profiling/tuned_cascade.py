@@ -19,28 +19,17 @@ from gati_jax.models import Algorithm, Architecture, Chain, layers, with_algorit
 from gati_jax.planning import CostTable
 from gati_jax.runtime import CompilerOptions
 from gati_jax.runtime.batched import BatchedCascade, Schedule, predict_tiled
+from gati_jax.runtime.branches import predict_nested
 from gati_jax.runtime.cascade import Cascade, Prediction, predict_one, predict_only
+from gati_jax.runtime.hosted import predict_hosted
 
+from .compiler import OPTIONS, ROUNDED, Driver, are_tried
 from .costs import Backend, measure_costs, measure_steadily
 
 LARGEST_BUCKET = 256  # rows in one program
 MOST_TILES = 16  # each is one more loop in every span
 MOST_ROWS = 4096
 _WORD = re.compile(r"[\w.+-]{0,120}", re.ASCII)  # they are shown, and come from files of others
-_GRAPHS = "xla_gpu_enable_command_buffer"
-_LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
-OPTIONS: dict[str, tuple[CompilerOptions, ...]] = {
-    "cpu": (
-        (),
-        ((_LIBRARY, "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"),),  # convolutions by the compiler itself
-        ((_LIBRARY, "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"),),
-    ),
-    "gpu": (  # loops and branches captured as CUDA graphs, or driven by the host
-        (),
-        ((_GRAPHS, "FUSION,CUBLAS,CUDNN,CONDITIONAL,WHILE"),),
-    ),
-}
-"""The compiler options that tuning tries, by platform."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +44,8 @@ class Tile:
     """By kind of layer; other kinds keep the compiler's own convolution."""
     costs: CostTable | None = None
     """Of the bundle's blocks and lookups, see ``measure_costs``."""
+    driver: Driver = "loop"
+    """Of a cascade in tiles of this size."""
 
     def __post_init__(self) -> None:
         """Check the values, for tunings are read from untrusted files."""
@@ -62,7 +53,8 @@ class Tile:
             raise InputError(
                 f"tile: expected 1 to {MOST_ROWS} rows in a positive time, got {self.size} in {self.milliseconds}"
             )
-        if not any(self.options in tried for tried in OPTIONS.values()):
+        options = self.options[: -len(ROUNDED)] if self.options[-len(ROUNDED) :] == ROUNDED else self.options
+        if not any(are_tried(options, platform) for platform in OPTIONS):
             raise InputError(f"options: expected those that tuning tries, got {self.options}")
 
 
@@ -104,7 +96,8 @@ class Tuning:
     @property
     def is_reference(self) -> bool:
         """Whether this is the reference arithmetic: the compiler's own programs without options."""
-        return self.backend == "xla" and not any(tile.options or tile.algorithms for tile in self.tiles)
+        other = any(tile.options or tile.algorithms or tile.driver != "loop" for tile in self.tiles)
+        return self.backend == "xla" and not other
 
     @property
     def programs(self) -> str:
@@ -113,7 +106,8 @@ class Tuning:
             # Another version of this library may make other graphs.
             parts = (self.device, self.onnxruntime, __version__)
             return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-        tiles = [(tile.size, tile.options, sorted(tile.algorithms.items())) for tile in self.tiles]
+        tiles: list[tuple[object, ...]] = [(t.size, t.options, sorted(t.algorithms.items())) for t in self.tiles]
+        tiles += [(tile.size, tile.driver) for tile in self.tiles if tile.driver != "loop"]
         return hashlib.sha256(repr((self.device, self.jaxlib, tiles)).encode()).hexdigest()[:32]
 
 
@@ -130,7 +124,10 @@ class TunedCascade:
 
     def predict_one(self, image: Shaped[Array | np.ndarray, "*input"]) -> Prediction:
         """Answer one request."""
-        return predict_one(self._single, image, self.tuning.tiles[0].options)
+        tile = self.tuning.tiles[0]
+        if tile.driver == "loop":
+            return predict_one(self._single, image, tile.options)
+        return jax.tree.map(lambda rows: rows[0], self._undivided(np.asarray(image)[None], tile))
 
     def predict(self, images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:
         """Answer a batch, padded to a power of two, for each of which there is one program; padding takes no time.
@@ -150,7 +147,10 @@ class TunedCascade:
         for tile in self.tuning.tiles:
             if tile.size > LARGEST_BUCKET:
                 continue  # never used
-            if tile.size == 1:
+            if tile.driver != "loop":
+                steps = range(0, len(images), tile.size)
+                parts = [self._undivided(images[i : i + tile.size], tile) for i in steps]
+            elif tile.size == 1:
                 parts = [predict_only(self._single, images[i : i + 1], tile.options) for i in range(len(images))]
             else:
                 alone = BatchedCascade.of(self._tile(tile.size), Schedule.of({tile.size: 1.0}))
@@ -191,11 +191,20 @@ class TunedCascade:
         return dataclasses.replace(self.tuning, tiles=tuple(tiles))
 
     def _bucket(self, images: Shaped[Array | np.ndarray, "batch *input"]) -> Prediction:
+        first = self.tuning.tiles[0]
         if len(images) == 1:
-            return predict_only(self._single, images, self.tuning.tiles[0].options)
+            if first.driver != "loop":
+                return self._undivided(images, first)
+            return predict_only(self._single, images, first.options)
         batched = self.batched(_bucket_of(len(images)))
-        options = next(t.options for t in self.tuning.tiles if t.size == batched.schedule.sizes[0])
-        return _in_tiles(batched, images, options)
+        tile = next(t for t in self.tuning.tiles if t.size == batched.schedule.sizes[0])
+        return _in_tiles(batched, images, tile.options) if tile.driver == "loop" else self._undivided(images, tile)
+
+    def _undivided(self, images: Shaped[Array | np.ndarray, "batch *input"], tile: Tile) -> Prediction:
+        """Answer a batch by a tile's driver, which does not divide it into tiles."""
+        n, predict = len(images), predict_nested if tile.driver == "nest" else predict_hosted
+        answer = predict(self._tile(tile.size), _padded(images, _bucket_of(n)), n, tile.options)
+        return jax.tree.map(lambda rows: np.asarray(rows)[:n], answer)
 
     @functools.cached_property
     def _single(self) -> Cascade:
@@ -228,10 +237,14 @@ def _in_tiles(
     """Answer a batch in tiles, padded to its bucket."""
     n = len(images)
     bucket = _bucket_of(max(n, *batched.schedule.sizes))
-    if n < bucket:
-        images = np.pad(np.asarray(images), [(0, bucket - n)] + [(0, 0)] * (images.ndim - 1))
-    answer = predict_tiled(batched, images, n, options)
+    answer = predict_tiled(batched, _padded(images, bucket), n, options)
     return answer if n == bucket else jax.tree.map(lambda rows: np.asarray(rows)[:n], answer)
+
+
+def _padded(images: Shaped[Array | np.ndarray, "batch *input"], rows: int) -> Shaped[Array | np.ndarray, "rows *input"]:
+    if len(images) == rows:
+        return images
+    return np.pad(np.asarray(images), [(0, rows - len(images))] + [(0, 0)] * (images.ndim - 1))
 
 
 def applicable(chain: Chain, caches: Sequence[Candidate]) -> dict[str, Sequence[Algorithm]]:

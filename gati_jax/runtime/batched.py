@@ -107,7 +107,7 @@ class BatchedCascade:
         return pack(self)
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """The requests that have missed so far, compacted: the first ``alive`` entries are valid."""
 
     activation: Shaped[Array, "capacity *site"]  # of the last stage; hits among them, in the order of that stage
@@ -149,22 +149,28 @@ def answer_tiled(
     # One row more than is ever filled: were a tile as large as the buffer, the compiler would see that it can only
     # start at row 0, take its result for a constant of the loop, and compute it even if the loop never runs.
     capacity = max(schedule.covered(batch), schedule.sizes[0]) + 1
-    x = cascade.chain.prepare(images)
-    every = jnp.minimum(jnp.arange(capacity), batch - 1)
-    rows = _Rows(x, every, every, count)
-    depth, classes = len(cascade.chain), cascade.chain.classes
-    answer = Prediction(
-        class_index=jnp.zeros(batch, jnp.int32),
-        exit=jnp.full(batch, depth, jnp.int32),
-        score=jnp.full(batch, jnp.inf, jnp.float32),
-        logits=jnp.zeros((batch, classes), jnp.float32),
-    )
+    rows, answer = first_rows(cascade, images, count, capacity)
     for index in range(len(cascade.caches) + 1):
         rows, answer = _stage(packed, index, rows, answer)
     return answer._replace(class_index=jnp.argmax(answer.logits, -1).astype(jnp.int32))
 
 
-def _stage(packed: Packed[BatchedCascade], index: int, rows: _Rows, answer: Prediction) -> tuple[_Rows, Prediction]:
+def first_rows(
+    cascade: Cascade, images: Shaped[Array, "batch *input"], count: Int[Array, ""], capacity: int
+) -> tuple[Rows, Prediction]:
+    """Return all rows before the first stage, in buffers of ``capacity``, and their answers, all from the base."""
+    batch = len(images)
+    every = jnp.minimum(jnp.arange(capacity, dtype=jnp.int32), batch - 1)
+    answer = Prediction(
+        class_index=jnp.zeros(batch, jnp.int32),
+        exit=jnp.full(batch, len(cascade.chain), jnp.int32),
+        score=jnp.full(batch, jnp.inf, jnp.float32),
+        logits=jnp.zeros((batch, cascade.chain.classes), jnp.float32),
+    )
+    return Rows(cascade.chain.prepare(images), every, every, count), answer
+
+
+def _stage(packed: Packed[BatchedCascade], index: int, rows: Rows, answer: Prediction) -> tuple[Rows, Prediction]:
     """Run one stage over the rows that are left, answer the hits, compact the others."""
     schedule, cascade = unpack(packed).schedule, unpack(packed).cascades[0]
     chain, capacity = cascade.chain, len(rows.position)
@@ -184,24 +190,41 @@ def _stage(packed: Packed[BatchedCascade], index: int, rows: _Rows, answer: Pred
         run = functools.partial(_tile, packed, (index, i), rows, start)
         outputs = jax.lax.fori_loop(0, number, run, outputs)
         start = start + number * size
+    return leave(cascade, index, rows, outputs, answer)
+
+
+def leave(
+    cascade: Cascade, index: int, rows: Rows, outputs: tuple[Array, Array, Array], answer: Prediction
+) -> tuple[Rows, Prediction]:
+    """Answer the rows that leave at a stage, and compact the others.
+
+    Args:
+        cascade: See ``Cascade``.
+        index: Number of the stage.
+        rows: Before the stage.
+        outputs: Of the stage, for the first of these rows: activations, logits, scores.
+        answer: Of all requests.
+    """
     activation, logits, scores = outputs
-    live = jnp.arange(capacity) < rows.alive
+    last, request = index == len(cascade.caches), rows.request[: len(scores)]
+    site = len(cascade.chain) if last else cascade.caches[index].site
+    live = jnp.arange(len(scores)) < rows.alive
     hit = live & (scores >= (-jnp.inf if last else cascade.thresholds[index]))
     missed = live & ~hit
-    target = jnp.where(hit, rows.request, len(answer.exit))  # out of bounds, and so dropped, where it missed
+    target = jnp.where(hit, request, len(answer.exit))  # out of bounds, and so dropped, where it missed
 
     def put(column: Array | np.ndarray, values: Array) -> Array:
         return jnp.asarray(column).at[target].set(values, mode="drop")
 
     exits, scores, logits = put(answer.exit, jnp.int32(site)), put(answer.score, scores), put(answer.logits, logits)
     answer = Prediction(answer.class_index, exits, scores, logits)
-    return _survivors(activation, rows.request, missed), answer
+    return _survivors(activation, request, missed), answer
 
 
 def _tile(
     packed: Packed[BatchedCascade],
     which: tuple[int, int],
-    rows: _Rows,
+    rows: Rows,
     start: Int[Array, ""],
     number: Int[Array, ""],
     outputs: tuple[Array, Array, Array],
@@ -221,7 +244,7 @@ def _tile(
 
 def _survivors(
     activation: Shaped[Array, "capacity *site"], request: Int[Array, " capacity"], missed: Bool[Array, " capacity"]
-) -> _Rows:
+) -> Rows:
     (position,) = jnp.nonzero(missed, size=len(missed), fill_value=0)
     position = position.astype(jnp.int32)
-    return _Rows(activation, position, request[position], jnp.sum(missed, dtype=jnp.int32))
+    return Rows(activation, position, request[position], jnp.sum(missed, dtype=jnp.int32))

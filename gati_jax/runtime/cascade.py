@@ -139,7 +139,9 @@ def check_cascade(cascade: Cascade) -> None:
 def begin(cascade: Cascade, image: Shaped[Array, "*input"]) -> CascadeState:
     """Return the state of a request after stage 0, which every request runs."""
     sizes = [math.prod(cascade.chain.site_specs[site].shape) for site in cascade.sites]
-    buffer = jnp.zeros(max(sizes, default=0), jnp.float32)
+    dtypes = {cascade.chain.site_specs[site].dtype for site in cascade.sites}
+    only_half = dtypes == {jnp.dtype(jnp.bfloat16)}  # then nothing is lost in half the memory
+    buffer = jnp.zeros(max(sizes, default=0), jnp.bfloat16 if only_half else jnp.float32)
     return _run_stage(cascade, 0, cascade.chain.prepare(image[None]), buffer)
 
 

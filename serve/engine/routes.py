@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from gati_jax import Bundle, InputError
 from gati_jax.certification import BASE, Certificate
+from gati_jax.inference import Numerics
 from gati_jax.profiling import Backend, Tuning
 from gati_jax.runtime import Cascade
 
@@ -33,6 +34,41 @@ class CascadeRoute:
     """Sites of all the bundle's caches: there ONNX Runtime's sessions end, as when its plans were certified."""
     tuning: Tuning | None = None
     """The fastest programs on this device, if measured; None runs the reference arithmetic."""
+    numerics: Numerics = "reference"
+
+
+def load_bfloat16(bundle: Bundle) -> list[CascadeRoute]:
+    """Return the routes of a bundle in bfloat16: its plans that were certified in it, and the base.
+
+    Of the base in bfloat16 nothing is promised: no cache answers for it, but it is another function than the float32
+    base, and so differs from it somewhere.
+
+    Raises:
+        InputError: No plan was certified in bfloat16 on this device.
+    """
+    certified = [one for one in bundle.bfloat16 if one.certified]
+    if not certified:
+        raise InputError("bfloat16: expected a bundle that was certified in it, got none; see plan.bfloat16")
+    found = []
+    for one in certified:
+        tuned, bound = bundle.bfloat16_of(one.name), bundle.bound_of(one.name, "bfloat16")
+        shares, how = _shares(tuned.cascade, one), {"tuning": tuned.tuning, "numerics": "bfloat16"}
+        found.append(
+            CascadeRoute(
+                name=one.name, cascade=tuned.cascade, epsilon=bound.epsilon, delta=bound.delta, leave=shares, **how
+            )
+        )
+    base = Cascade(found[0].cascade.chain, (), jnp.zeros(0))
+    return [
+        *(dataclasses.replace(one, cascade=dataclasses.replace(one.cascade, chain=base.chain)) for one in found),
+        dataclasses.replace(found[0], name=_base_name(found), cascade=base, epsilon=None, delta=0.0, leave=(1.0,)),
+    ]
+
+
+def _base_name(found: Sequence[CascadeRoute]) -> str:
+    """Return a name for the base that no plan has."""
+    taken = {route.name for route in found}
+    return next(name for name in (BASE, *(f"{BASE}-{k}" for k in range(len(found)))) if name not in taken)
 
 
 def load(bundle: Bundle, *, reference: bool = False, backend: Backend | None = None) -> list[CascadeRoute]:
@@ -52,16 +88,19 @@ def load(bundle: Bundle, *, reference: bool = False, backend: Backend | None = N
             "backend: expected a bundle that was tuned for onnxruntime on this device, and checked, got none; run"
             " gati-jax tune --bundle DIR"
         )
-    found, how = [], {"tuning": tuning, "cuts": tuple(sorted({cache.site for cache in bundle.caches}))}
+    numerics = "fast" if tuning else "reference"
+    found, how = (
+        [],
+        {"tuning": tuning, "numerics": numerics, "cuts": tuple(sorted({cache.site for cache in bundle.caches}))},
+    )
     for name, cascade in bundle.cascades.items():
         certificate = bundle.certificates[name]
-        bound, shares = bundle.bound_of(name, "fast" if tuning else "reference", backend), _shares(cascade, certificate)
+        bound, shares = bundle.bound_of(name, numerics, backend), _shares(cascade, certificate)
         found.append(
             CascadeRoute(name=name, cascade=cascade, epsilon=bound.epsilon, delta=bound.delta, leave=shares, **how)
         )
     base = Cascade(bundle.chain, (), jnp.zeros(0))
-    taken = {route.name for route in found}
-    name = next(name for name in (BASE, *(f"{BASE}-{k}" for k in range(len(found)))) if name not in taken)
+    name = _base_name(found)
     epsilon, delta = (base_check.upper, base_check.delta) if base_check else (0.0, 0.0)
     return [
         *found, CascadeRoute(name=name, cascade=base, epsilon=epsilon, delta=delta, leave=(1.0,), **how)

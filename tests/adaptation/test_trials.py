@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gati_jax import InputError
 from gati_jax.adaptation import Observation, Trial, TrialConfig, threshold_for
 from gati_jax.adaptation.trials import NearestTrial
-from gati_jax.bundle.record import check_plans
+from gati_jax.bundle.checks import check_plans
 from gati_jax.certification import SEQUENTIAL, Certificate, SequentialCertifier, trial_level
 from gati_jax.fitting import Outputs
 from gati_jax.planning import Plan

@@ -16,7 +16,7 @@ import gati_jax
 from gati_jax import CostTable
 from gati_jax.models import Algorithm, layers
 from gati_jax.profiling import Tile, Tuning, device_name
-from gati_jax.profiling.tuned_cascade import OPTIONS
+from gati_jax.profiling.compiler import OPTIONS
 from tests.bundle.made import PIXELS, at, edit
 
 

@@ -16,7 +16,7 @@ import gati_jax
 from gati_jax.caches import GlobalAverage, SortedSelector
 from gati_jax.models import Chain, ResNet, fold, init, layers, to_chain
 from gati_jax.profiling import Tile, TunedCascade, Tuning, autotune, device_name
-from gati_jax.profiling.tuned_cascade import OPTIONS
+from gati_jax.profiling.compiler import OPTIONS
 from gati_jax.runtime import Cascade, CompilerOptions, predict_one
 from tests.bundle.made import edit
 from train import tune as script

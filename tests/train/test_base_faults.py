@@ -127,9 +127,9 @@ def test_edges(tmp_path, more):
 
 
 def dry(folder: Path, failing: str = "") -> list[str]:
-    """Run gpu.sh with a ``make`` and a Python that only write down what they are asked for."""
+    """Run gpu_all.sh with a ``make`` and a Python that only write down what they are asked for."""
     stand_ins = {
-        "benchmarks/gpu.sh": (ROOT / "benchmarks" / "gpu.sh").read_text(encoding="utf-8"),
+        "benchmarks/gpu_all.sh": (ROOT / "benchmarks" / "gpu_all.sh").read_text(encoding="utf-8"),
         "make": "#!/bin/bash\n",
         ".venv/python3/bin/python": '#!/bin/bash\necho "$JAX_DEFAULT_MATMUL_PRECISION $*" >>calls\n'
         f'[[ -n "{failing}" && "$*" == *"{failing}"* ]] && exit 1\n'
@@ -146,7 +146,7 @@ def dry(folder: Path, failing: str = "") -> list[str]:
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "calls").unlink(missing_ok=True)
     environment = {"PATH": f"{folder}:/usr/bin:/bin", "BASES": "cifar10_resnet18"}
-    subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=folder, env=environment, check=False, capture_output=True)
+    subprocess.run(["bash", "benchmarks/gpu_all.sh"], cwd=folder, env=environment, check=False, capture_output=True)
     return (folder / "calls").read_text().splitlines()
 
 
