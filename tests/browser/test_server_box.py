@@ -116,7 +116,6 @@ def test_files_that_are_damaged_or_of_another_kind_are_refused_in_a_sentence(add
         kind = {"png": "image/png", "wav": "audio/wav"}.get(name[-3:], "")
         assert said in ask(buffer, name, kind), name
         assert not overflows(page)
-    page.fill("#numbers", "1 2 x")
     for text, said in (
         ("1 2 x", "got x."),
         ("", "got none."),
@@ -141,7 +140,7 @@ def test_a_network_of_one_row_takes_floats_and_sounds_as_they_are(address_of, vi
     damaged = bytearray(wav(range(100)))
     damaged[22:24] = struct.pack("<H", 0)
     assert "The sound has 0 channels of 16 bits" in ask(bytes(damaged), "a.wav")
-    assert "finite numbers, as the network takes them, and this has Infinity" in ask(npy(floats * 1e300))
+    assert "finite numbers of 32 bits, and this has 2.5e+299" in ask(npy(floats * 1e300))
     first, second = (call["images"][0] for call in front.engine.calls[::2])
     np.testing.assert_allclose(first[:, 0], floats, rtol=1e-6)
     np.testing.assert_array_equal(second[:, 0], [0.25] * 4 + [0.0] * (SIZE - 4))

@@ -16,7 +16,7 @@ export const isPicture = ({ input_shape: shape, datatypes }) => datatypes[0] ===
 export const isSignal = ({ input_shape: shape, datatypes }) => datatypes[0] === "FP32" && size(shape) === Math.max(...shape);
 
 const files = (facts) => [...(isPicture(facts) ? ["a picture"] : []), ...(isSignal(facts) ? ["a sound (.wav)"] : []), "an array of NumPy (.npy)"];
-const numbers = (facts) => ({ UINT8: `whole numbers from 0 to ${facts.levels}`, INT32: "whole numbers of 32 bits" })[facts.datatypes[0]] ?? "finite numbers, as the network takes them";
+const numbers = (facts) => ({ UINT8: `whole numbers from 0 to ${facts.levels}`, INT32: "whole numbers of 32 bits" })[facts.datatypes[0]] ?? "finite numbers of 32 bits";
 
 export const expects = (facts) => `The network takes ${written(facts.input_shape)}: ${numbers(facts)}. Give it ${files(facts).join(", ")}, or numbers.`;
 
