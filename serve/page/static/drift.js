@@ -35,7 +35,7 @@ export function promise(facts, now) {
   return { text: `${certified} On live traffic it is ${share(seen)}, estimated from ${count(one.shadows)} compared answers of caches, and at most ${share(one.upper)}.`, broken: seen > plan.epsilon };
 }
 
-const alarms = ({ events: { alarm } }) => (alarm ? ` Live traffic disagreed more often than that: ${count(alarm)} alarm${alarm > 1 ? "s" : ""} since the start.` : "");
+const alarms = ({ events: { alarm } }) => (alarm ? ` Live traffic disagreed with it more often than promised: ${count(alarm)} alarm${alarm > 1 ? "s" : ""} since the start.` : "");
 
 export function showDrift(now, facts) {
   const one = now.adaptation;
