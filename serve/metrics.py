@@ -8,6 +8,7 @@
     gati_step_seconds{model,plan,stage,bucket}        histogram: from a step's dispatch to its result
     gati_batch_occupancy{model,stage,bucket}          histogram: the share of a step's rows that are requests
     gati_left_total{model,plan,exit}                  images by exit: hits of a site, or answers of the base
+    gati_page_images_total{model}                     images of the page's box, which these three leave out
     gati_failed_steps_total{model,plan,stage}         steps whose requests got an error
     gati_refused_total{reason}                  requests by ``REASONS``; deadline counts images
     gati_queue_depth{model,plan,stage}                images that wait
@@ -28,6 +29,7 @@ Observations come from the engine's thread; gauges are read at each scrape.
 
 import dataclasses
 import functools
+import time
 from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
@@ -55,6 +57,8 @@ class Metrics:
 
     def __init__(self) -> None:
         """Start at zero, in a registry of its own."""
+        self.started = time.time()
+        """Seconds since 1970."""
         self.registry = CollectorRegistry()
         counter = functools.partial(Counter, registry=self.registry)
         seconds = functools.partial(Histogram, registry=self.registry, buckets=_SECONDS)
@@ -72,6 +76,7 @@ class Metrics:
         self.steps = seconds("gati_step_seconds", "From dispatch to result", ("model", "plan", "stage", "bucket"))
         self.occupancy = shares("gati_batch_occupancy", "Share of rows in use", ("model", "stage", "bucket"))
         self.left = counter("gati_left", "Images by exit", ("model", "plan", "exit"))
+        self.by_page = counter("gati_page_images", "Answers to the box of the page", ("model",))
         self.failed = counter("gati_failed_steps", "Failed steps", ("model", "plan", "stage"))
         self._refused = counter("gati_refused", "Refusals", ("reason",))
         for reason in REASONS:
@@ -117,6 +122,7 @@ class EngineMetrics:
     def __init__(self, metrics: Metrics, model: str, routes: Sequence[Route], tally: Tally) -> None:
         """Begin; series exist from the start, so that rates are defined."""
         self._metrics, self._model, self._routes, self._tally = metrics, model, tuple(routes), tally
+        self._by_page = metrics.by_page.labels(model)
         for route in self._routes:
             for stage, exit_ in enumerate(route.exits):
                 self._of_exit(route.name, exit_)
@@ -133,6 +139,9 @@ class EngineMetrics:
 
     def answered(self, job: Job, answer: Answer, seconds: float) -> None:
         """Count an answer, see ``Observer``."""
+        if not job.is_traffic:
+            self._by_page.inc()
+            return
         latency, left = self._of_exit(self._routes[job.route].name, answer.exit)
         latency.observe(seconds)
         left.inc()

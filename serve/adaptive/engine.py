@@ -114,13 +114,15 @@ class AdaptiveEngine:
         route: int,
         deadline: float | None = None,
         request_id: str = "",
+        is_traffic: bool = True,
     ) -> Sequence[Future[Answer]]:
-        """Admit images, all or none; see ``Engine.submit``. Only uint8 ones of the plan's route adapt.
+        """Admit images, all or none; see ``Engine.submit``. Only traffic adapts: uint8 images of the plan's route.
 
         The nearest cache answers only where a place is free for a shadow, whether or not the coin asks for one: if
         refusals depended on the coin, those that are served would be the ones that are not compared.
         """
-        tickets = self._ask(images) if route == ADAPTED and images.dtype == np.uint8 else []
+        adapts = is_traffic and route == ADAPTED and images.dtype == np.uint8
+        tickets = self._ask(images) if adapts else []
         try:
             with self._lock:  # nothing else is admitted until the shadow jobs have taken the spare places
                 base_alone = self._base_alone
@@ -134,7 +136,9 @@ class AdaptiveEngine:
                 self._notes = {"adaptation": SAFE if closed and len(asked) == len(tickets) else version}
                 if not tickets:
                     route = BASE if route == ADAPTED and closed else route
-                    return self.engine.submit(images, route=route, deadline=deadline, request_id=request_id)
+                    return self.engine.submit(
+                        images, route=route, deadline=deadline, request_id=request_id, is_traffic=is_traffic
+                    )
                 answers = self.engine.submit(
                     images if len(asked) == len(images) else images[[ticket.cached is None for ticket in tickets]],
                     route=[BASE if closed or ticket.frequent else ADAPTED for ticket in asked],

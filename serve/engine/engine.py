@@ -77,6 +77,7 @@ class Engine:
         request_id: str = "",
         marks: Sequence[object] | None = None,
         spare: int = 0,
+        is_traffic: bool = True,
     ) -> list[Future[Answer]]:
         """Admit a request's images, all or none.
 
@@ -87,6 +88,7 @@ class Engine:
             request_id: For logs and metrics.
             marks: By image, see ``Job.mark``.
             spare: Places that must be free besides, for shadow jobs of images that were answered elsewhere.
+            is_traffic: See ``Job``.
 
         Returns:
             A future for each image; fails with DeadlineError or StepError. Cancelling it abandons the image.
@@ -100,7 +102,15 @@ class Engine:
         if not all(0 <= number < len(self.routes) for number in numbers):
             raise ValueError(f"route: expected 0 to {len(self.routes) - 1}, got {route}")
         jobs = [
-            Job(image=image, route=number, arrived=now, deadline=deadline, request_id=request_id, mark=mark)
+            Job(
+                image=image,
+                route=number,
+                arrived=now,
+                deadline=deadline,
+                request_id=request_id,
+                mark=mark,
+                is_traffic=is_traffic,
+            )
             for image, number, mark in zip(images, numbers, marks or [None] * len(images), strict=True)
         ]
         try:

@@ -67,6 +67,8 @@ class Job:
     request_id: str = ""
     mark: object = None
     """Any object by which the submitter recognises the job in the observer's calls."""
+    is_traffic: bool = True
+    """Whether it is part of what is measured of the traffic; an input of the page's box is not."""
     is_shadow: bool = False
     """Whether its client has been answered by a cache, and it continues only for the base's answer (a shadow job)."""
     stage: int = 0

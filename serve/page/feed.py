@@ -1,4 +1,4 @@
-"""One computation of what the page shows, for all who look at it."""
+"""One computation of what the page shows of a model, for all who look at it."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ class Viewer:
     """
 
     def __init__(self, feed: "Feed") -> None:
-        """Wait for the first item."""
+        """Begin without an item."""
         self._feed, self._newest, self._changed, self._ended = feed, b"", asyncio.Event(), False
 
     def offer(self, item: bytes) -> None:
@@ -29,12 +29,12 @@ class Viewer:
         self._changed.set()
 
     def end(self) -> None:
-        """Have the iteration end behind the last item."""
+        """Have the iteration end after the last item."""
         self._ended = True
         self._changed.set()
 
     def leave(self) -> None:
-        """Look no longer."""
+        """Get no further items, and free the place."""
         self._feed.leave(self)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -53,26 +53,21 @@ class Feed:
     Args:
         compute: Returns the item; called in a thread, so that no request waits for it.
         closing: Set when the server stops: all viewers get a last item, and end.
-        most: Viewers at once.
         period: Seconds.
     """
 
-    def __init__(
-        self, compute: Callable[[], bytes], closing: asyncio.Event, *, most: int = VIEWERS, period: float = PERIOD
-    ) -> None:
+    def __init__(self, compute: Callable[[], bytes], closing: asyncio.Event, *, period: float = PERIOD) -> None:
         """Compute nothing until a viewer joins."""
-        self._compute, self._closing, self._most, self._period = compute, closing, most, period
+        self._compute, self._closing, self._period = compute, closing, period
         self._viewers: set[Viewer] = set()
         self._task: asyncio.Task[None] | None = None
 
-    def join(self) -> Viewer:
-        """Return a new viewer, which must ``leave``.
+    def __len__(self) -> int:
+        """Return the number of viewers."""
+        return len(self._viewers)
 
-        Raises:
-            OverloadedError: There are too many.
-        """
-        if len(self._viewers) >= self._most:
-            raise OverloadedError(f"page: expected at most {self._most} viewers at once, got one more", self._period)
+    def join(self) -> Viewer:
+        """Return a new viewer, which must ``leave``."""
         viewer = Viewer(self)
         self._viewers.add(viewer)
         if self._task is None:
@@ -80,7 +75,7 @@ class Feed:
         return viewer
 
     def leave(self, viewer: Viewer) -> None:
-        """Forget a viewer; behind the last one, the computation ends."""
+        """Forget a viewer; after the last one, the computation ends."""
         self._viewers.discard(viewer)
         if not self._viewers and self._task is not None:
             self._task.cancel()
@@ -102,3 +97,28 @@ class Feed:
         for viewer in self._viewers:
             viewer.end()
         self._task = None
+
+
+class Feeds:
+    """The feeds of a server's models, whose viewers are bounded together.
+
+    Args:
+        make: Returns the feed of a model, by its name.
+        most: Viewers at once.
+    """
+
+    def __init__(self, make: Callable[[str], Feed], *, most: int = VIEWERS) -> None:
+        """Begin without feeds."""
+        self._make, self._most, self._feeds = make, most, dict[str, Feed]()
+
+    def join(self, name: str) -> Viewer:
+        """Return a new viewer of a model, which must ``leave``.
+
+        Raises:
+            OverloadedError: There are too many.
+        """
+        if sum(map(len, self._feeds.values())) >= self._most:
+            raise OverloadedError(f"page: expected at most {self._most} viewers at once, got one more", PERIOD)
+        if name not in self._feeds:
+            self._feeds[name] = self._make(name)
+        return self._feeds[name].join()

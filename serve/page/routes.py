@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..protocol.backend import Backend
 from ..protocol.repository import Entry
 from ..protocol.service import Compared, Service
 from . import snapshot
-from .feed import Feed, Viewer
+from .feed import Feed, Feeds, Viewer
 
 STREAM, COMPARE = "/page/stream", "/page/compare"
 _STATIC = Path(__file__).with_name("static")
@@ -85,15 +85,13 @@ def _static(file: Path) -> Callable[[], Awaitable[Response]]:
 class _Handlers:
     def __init__(self, service: Service, metrics: Metrics, read: Read, wait: Wait) -> None:
         self._service, self._metrics, self._read, self._wait = service, metrics, read, wait
-        self._feeds: dict[str, Feed] = {}
+        self._feeds = Feeds(self._feed)
 
     async def page_stream(self, model: str = "") -> Response:
         """Show what happens to a model, until the client leaves or the server stops."""
         entry = self._find(model)
-        if entry.name not in self._feeds:
-            compute = functools.partial(self._snapshot, entry)
-            self._feeds[entry.name] = Feed(compute, self._service.door.closing)
-        return _Stream(self._feeds[entry.name].join(), entry, [*self._service.models.entries])
+        most_bytes = self._service.door.limits.max_body
+        return _Stream(self._feeds.join(entry.name), lambda: snapshot.describe(entry, most_bytes=most_bytes), entry)
 
     async def compare(self, request: Request, model: str = "") -> Response:
         """Answer one input, with the scores on its way and the base's answer."""
@@ -114,16 +112,19 @@ class _Handlers:
         """Return the model that the page asks for; without a name, the first one."""
         return self._service.models.find(model or next(iter(self._service.models.entries)))
 
+    def _feed(self, model: str) -> Feed:
+        return Feed(functools.partial(self._snapshot, self._find(model)), self._service.door.closing)
+
     def _snapshot(self, entry: Entry) -> bytes:
-        return _event("now", snapshot.read(self._metrics.registry, self._service, entry))
+        return _event("now", snapshot.read(self._metrics, self._service, entry))
 
 
 class _Stream(StreamingResponse):
     """Server-sent events of one viewer, whose place is free again however it ends."""
 
-    def __init__(self, viewer: Viewer, entry: Entry, models: Sequence[str]) -> None:
+    def __init__(self, viewer: Viewer, describe: Callable[[], snapshot.Facts], entry: Entry) -> None:
         super().__init__(self._events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
-        self._viewer, self._entry, self._models = viewer, entry, models
+        self._viewer, self._describe, self._entry = viewer, describe, entry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -137,7 +138,7 @@ class _Stream(StreamingResponse):
         async for item in self._viewer:
             if self._entry.loaded is not None and (first or self._entry.backend is not known):
                 first, known = False, self._entry.backend
-                yield _event("about", snapshot.describe(self._entry, self._models))
+                yield _event("about", self._describe())
             yield item
 
 

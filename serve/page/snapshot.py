@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from gati_jax import __version__
 
 from ..engine.records import Answer
+from ..metrics import Metrics
 from ..protocol.backend import Event
 from ..protocol.model import Model
 from ..protocol.repository import Entry
@@ -18,6 +19,7 @@ from ..protocol.service import Compared, Service, softmax
 
 _TOP = 5  # classes that are shown
 _LEVELS = 255
+_FEWEST_LEVELS, _MOST_LEVELS = 1.5, 100  # where a scale says how many there are
 _INFER = {"infer", "compare", "ModelInfer", "ModelStreamInfer"}
 
 
@@ -39,8 +41,6 @@ class Facts(_Shown):
     """The event "about"."""
 
     model: str
-    models: tuple[str, ...]
-    """All that the server has."""
     version: str
     release: str
     numerics: str
@@ -49,6 +49,8 @@ class Facts(_Shown):
     datatypes: tuple[str, ...]
     levels: int
     """The largest value of a pixel: of 8x8 digits it is 16."""
+    most_bytes: int
+    """Of a request."""
     classes: int
     depth: int
     """Blocks of the base; 0 while the server warms up."""
@@ -89,10 +91,17 @@ class Snapshot(_Shown):
 
     at: float
     """Seconds since 1970."""
+    started: float
+    """The same, of the process: a later one's counters begin at 0."""
+    model: str
+    models: dict[str, str]
+    """All that the server has, and the state of each: READY, LOADING or UNAVAILABLE."""
+    reason: str
+    """Why the model could not be loaded, or not be replaced by what its folder has now; mostly empty."""
     ready: bool
     stopping: bool
     left: dict[str, int]
-    """Images by exit, of all plans."""
+    """Images by exit, of all plans; those of the page's box are not among them."""
     by_plan: dict[str, int]
     latency: Latency
     requests: dict[str, int]
@@ -163,12 +172,16 @@ class Samples:
         return (sample for sample in self._found.get(name, ()) if where.items() <= sample.labels.items())
 
 
-def read(registry: CollectorRegistry, service: Service, entry: Entry) -> Snapshot:
+def read(metrics: Metrics, service: Service, entry: Entry) -> Snapshot:
     """Return a snapshot of the metrics of a model."""
-    got, backend = Samples(registry, entry.name), entry.backend
+    got, backend = Samples(metrics.registry, entry.name), entry.backend
     buckets = sorted((float(le), count) for le, count in got.by("gati_latency_seconds_bucket", "le").items())
     return Snapshot(
         at=time.time(),
+        started=metrics.started,
+        model=entry.name,
+        models={one.name: one.state for one in service.models.entries.values()},
+        reason=entry.reason,
         ready=entry.running and not service.draining,
         stopping=service.draining,
         left=got.by("gati_left_total", "exit"),
@@ -212,15 +225,14 @@ def _adaptation(got: Samples, events: Sequence[Event]) -> Adaptation | None:
     )
 
 
-def describe(entry: Entry, models: Sequence[str]) -> Facts:
-    """Return the facts of a model that is loaded."""
+def describe(entry: Entry, *, most_bytes: int) -> Facts:
+    """Return the facts of a model that is loaded, of a server that takes requests of so many bytes."""
     model, backend = entry.model, entry.backend
     routes = () if backend is None else backend.routes()
     sites = {route.name: route.sites for route in routes}
     bounds = [model.bounds.get(plan) for plan in model.plans]
     return Facts(
         model=model.name,
-        models=tuple(models),
         version=model.version,
         release=__version__,
         numerics=model.numerics,
@@ -228,6 +240,7 @@ def describe(entry: Entry, models: Sequence[str]) -> Facts:
         input_shape=model.input_shape,
         datatypes=model.datatypes,
         levels=_levels(model),
+        most_bytes=most_bytes,
         classes=model.classes,
         depth=max((route.depth for route in routes), default=0),
         plans=tuple(
@@ -244,10 +257,14 @@ def describe(entry: Entry, models: Sequence[str]) -> Facts:
 
 
 def _levels(model: Model) -> int:
-    """Return the value of a white pixel: networks take pixels times the normalisation's scale, mostly from 0 to 1."""
+    """Return the value of a white pixel, which no bundle says.
+
+    Networks take pixels times the normalisation's scale, from 0 to 1: a scale of 1/16 is that of 8x8 digits. But with
+    1/127.5 and a mean of 1 they take pixels of 255 from -1 to 1, and with 1 the pixels themselves.
+    """
     scale = (model.normalization or {}).get("scale")
     white = 1 / scale if isinstance(scale, float) and scale > 0 else 1.0
-    return min(_LEVELS, round(white)) if white > 1.5 else _LEVELS  # noqa: PLR2004 (a scale of 1: pixels are its unit)
+    return round(white) if _FEWEST_LEVELS < white < _MOST_LEVELS else _LEVELS
 
 
 class LookupFacts(_Shown):
@@ -260,11 +277,11 @@ class LookupFacts(_Shown):
 
 
 class AnswerFacts(_Shown):
-    """An answer, and its most probable classes: number, name, probability; of a stored answer, the class alone."""
+    """An answer, and its most probable classes: number, name, probability."""
 
     exit: int
     score: float
-    top: tuple[tuple[int, str, float | None], ...]
+    top: tuple[tuple[int, str, float], ...]
 
 
 class ComparedFacts(_Shown):
@@ -303,16 +320,13 @@ def compared(found: Compared, model: Model, milliseconds: float) -> ComparedFact
 
 def _answer(answer: Answer, model: Model) -> AnswerFacts:
     names = model.class_names
-    if answer.exit < 0:  # adaptation's input cache keeps classes alone
-        name = names[answer.class_index] if names else str(answer.class_index)
-        return AnswerFacts(exit=answer.exit, score=answer.score, top=((answer.class_index, name, None),))
     shares = softmax(answer.logits[None])[0]
     others = [index for index in (-shares).argsort(kind="stable").tolist() if index != answer.class_index]
     return AnswerFacts(
         exit=answer.exit,
         score=answer.score,
         top=tuple(
-            (index, names[index] if names else str(index), round(float(shares[index]), 4))
+            (index, names[index] if names else str(index), float(shares[index]))
             for index in (answer.class_index, *others[: _TOP - 1])
         ),
     )

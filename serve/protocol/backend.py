@@ -16,9 +16,15 @@ class InferenceEngine(Protocol):
     """The methods of ``serve.engine.engine.Engine`` that the service uses."""
 
     def submit(
-        self, images: np.ndarray, *, route: int, deadline: float | None = None, request_id: str = ""
+        self,
+        images: np.ndarray,
+        *,
+        route: int,
+        deadline: float | None = None,
+        request_id: str = "",
+        is_traffic: bool = True,
     ) -> "Sequence[Future[Answer]]":
-        """Admit all images or none."""
+        """Admit all images or none; those that are no traffic are answered, and left out of what is measured of it."""
         ...
 
     @property

@@ -170,6 +170,9 @@ class Service:
     async def compare(self, request: Request, *, admission: Admission, request_id: str = "") -> Compared:
         """Answer a request for one image as ``infer`` does, and by the base as well: a second image of the request.
 
+        A person asks, and not a client: neither adaptation nor what is measured of the traffic sees it. Stored answers
+        are not asked for.
+
         Raises:
             ServeError: Why there is no answer.
         """
@@ -184,7 +187,7 @@ class Service:
             admission.take(2, seconds, model=model.name)
             route, base = _route(backend, epsilon, deadline_ms), len(model.plans) - 1
             (answer, by_base), notes = await self._ask(
-                backend, images, (route, base), admission, request_id, since=decoded
+                backend, images, (route, base), admission, request_id, since=decoded, is_traffic=False
             )
         now = time.monotonic()
         entry.tally.answered(2, Times(now - admission.arrived, 0.0, answer.computed + by_base.computed, 0.0))
@@ -225,6 +228,7 @@ class Service:
         request_id: str,
         *,
         since: float,
+        is_traffic: bool = True,
     ) -> tuple[list[Answer], Mapping[str, str]]:
         """Have all images answered by each of some routes, in turn; also the first one's notes.
 
@@ -234,7 +238,9 @@ class Service:
         deadline, futures, noted = admission.deadline, list[Future[Answer]](), dict[str, str]()
         try:
             for route in routes:
-                futures += backend.engine.submit(images, route=route, deadline=deadline, request_id=request_id)
+                futures += backend.engine.submit(
+                    images, route=route, deadline=deadline, request_id=request_id, is_traffic=is_traffic
+                )
                 noted = noted or backend.notes(route)
             # The engine lets a deadline pass at its next step; a step that hangs must not keep the client.
             async with asyncio.timeout(deadline - since):

@@ -3,6 +3,7 @@
 All of it is marked slow, and skipped where the extra `browser` or Chromium itself is absent.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,6 +67,13 @@ def visit(browser, problems) -> Iterator[Callable[..., Any]]:
     for context in contexts:
         context.close()
     assert not problems
+
+
+@pytest.fixture
+def address_of() -> Iterator[Callable[[Any], str]]:
+    """Serve a front; a test that names it before ``visit`` has its pages closed before the server ends."""
+    with contextlib.ExitStack() as stack:
+        yield lambda front: f"http://127.0.0.1:{stack.enter_context(front.sockets())[0]}"
 
 
 def _elsewhere(url: str) -> list[str]:

@@ -80,11 +80,11 @@ class FakeEngine:
         self.observer: EngineMetrics | None = None
         self._pool = ThreadPoolExecutor(1)
 
-    def submit(self, images, *, route, deadline=None, request_id=""):
+    def submit(self, images, *, route, deadline=None, request_id="", is_traffic=True):
         if self.refusal:
             raise self.refusal
         self.calls.append({"images": images, "route": route, "deadline": deadline, "request_id": request_id})
-        jobs = [Job(image=image, route=route, arrived=0.0) for image in images]
+        jobs = [Job(image=image, route=route, arrived=0.0, is_traffic=is_traffic) for image in images]
         if not self.silent:
             self._pool.submit(self._run, jobs, route)
         for job in jobs:

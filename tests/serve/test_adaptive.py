@@ -245,12 +245,14 @@ def test_repeats_get_the_base_s_answer_from_the_exact_cache(start):
     assert one.read(lambda controller: controller.request_log.count) == 68
 
 
-def test_other_routes_and_prepared_inputs_pass_it_by(start):
+def test_other_routes_prepared_inputs_and_what_is_no_traffic_pass_it_by(start):
     one = start()
     images = world.images(8, 5)
     assert {answer.exit for answer in results(one.submit(images, route=1))} == {DEPTH}
     prepared = np.asarray(world.bundle().chain.prepare(images))
     assert len(results(one.submit(prepared, route=0))) == 8
+    assert len(results(one.submit(images, route=0, is_traffic=False))) == 8
+    assert one.read(lambda controller: controller.monitor.watched) == 0
     assert one.read(lambda controller: controller.request_log.count) == 0
     assert (one.notes(1), one.notes(0)) == ({}, {"adaptation": "unwatched"}), "no version: no monitor has seen them"
 

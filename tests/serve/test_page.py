@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import http.client
 import json
 import math
@@ -21,10 +22,10 @@ from prometheus_client.parser import text_string_to_metric_families
 import gati_jax
 import serve.page
 from serve import assemble
-from serve.engine.records import OverloadedError
-from serve.page import routes
-from serve.page.feed import Feed
+from serve.page import routes, snapshot
+from serve.page.feed import Feed, Feeds
 from serve.protocol import codec
+from serve.protocol.messages import LoadError
 from serve.settings import Settings, parse
 from tests.serve import fake
 from tests.serve.fake_runner import pixels
@@ -164,7 +165,8 @@ def test_of_several_models_the_page_is_of_the_one_that_it_names():
     with shop.sockets() as (port, _):
         for path, name in ((routes.STREAM, "one"), (f"{routes.STREAM}?model=two", "two")):
             (kind, facts), (_, now) = events(port, 2, path=path)
-            assert (kind, facts["model"], facts["models"], now["ready"]) == ("about", name, ["one", "two"], True)
+            assert (kind, facts["model"], now["model"], now["ready"]) == ("about", name, name, True)
+            assert now["models"] == {"one": "READY", "two": "READY"}
         address = f"http://127.0.0.1:{port}{routes.COMPARE}?model="
         request = urllib.request.Request(address + "two", json.dumps(BODY).encode(), GOOD)
         with urllib.request.urlopen(request) as response:
@@ -176,92 +178,44 @@ def test_of_several_models_the_page_is_of_the_one_that_it_names():
             urllib.request.urlopen(request)
 
 
-def stepping(**options):
-    """A feed whose computations are counted, and the event that ends it."""
-    computed, closing = [], asyncio.Event()
-
-    def compute():
-        computed.append(1)
-        return b"%d" % len(computed)
-
-    return Feed(compute, closing, **options), computed, closing
-
-
-async def until(condition):
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
-def test_nothing_is_computed_unless_somebody_looks_and_once_for_all_who_do():
-    async def look():
-        feed, computed, _ = stepping(period=0.01)
-        await asyncio.sleep(0.05)
-        assert not computed
-        viewers = [feed.join(), feed.join()]
-        seen = await asyncio.gather(*(anext(aiter(viewer)) for viewer in viewers))
-        assert seen == [b"1", b"1"]
-        for viewer in viewers:
-            viewer.leave()
-        await asyncio.sleep(0.02)
-        before = len(computed)
-        await asyncio.sleep(0.05)
-        assert len(computed) == before
-        again = feed.join()
-        await until(lambda: len(computed) > before)
-        again.leave()
-
-    asyncio.run(look())
+def test_a_model_that_could_not_be_loaded_says_why_and_names_the_others():
+    shop = Shop(Folder("good"), Folder("bad", broken="bundle: plan.json is missing"))
+    with shop.sockets() as (port, _):
+        ((kind, now),) = events(port, 1, path=f"{routes.STREAM}?model=bad")
+        assert (kind, now["model"], now["ready"], now["reason"]) == (
+            "now",
+            "bad",
+            False,
+            "bundle: plan.json is missing",
+        )
+        assert now["models"] == {"good": "READY", "bad": "UNAVAILABLE"}
+        shop.folders["good"].broken = "bundle: no such folder"
+        with pytest.raises(LoadError):  # what answered before goes on
+            asyncio.run(shop.models.load("good"))
+        now = events(port, 2)[1][1]
+        assert (now["ready"], now["reason"]) == (True, "bundle: no such folder")
 
 
-def test_viewers_are_bounded_and_places_come_back():
-    async def look():
-        feed, _, _ = stepping(most=2)
-        first, _ = feed.join(), feed.join()
-        with pytest.raises(OverloadedError, match="page: expected at most 2 viewers at once, got one more"):
-            feed.join()
-        first.leave()
-        feed.join()
-
-    asyncio.run(look())
+def test_the_stream_says_when_its_process_began(front):
+    before = time.time()
+    again = fake.Front()
+    for one in (front, again):
+        with one.sockets() as (port, _):
+            started = events(port, 2, {})[1][1]["started"]
+            assert (started >= before) == (one is again)
+            assert started <= time.time()
 
 
-def test_one_who_reads_slowly_gets_the_newest_and_holds_nothing_up():
-    async def look():
-        feed, computed, _ = stepping(period=0.001)
-        slow, quick = aiter(feed.join()), aiter(feed.join())
-        await anext(slow)
-        while len(computed) < 20:
-            await anext(quick)
-        assert int(await anext(slow)) >= 19  # those between are not kept
-
-    asyncio.run(look())
-
-
-def test_viewers_get_a_last_item_when_the_server_stops():
-    async def look():
-        feed, computed, closing = stepping(period=60)
-        viewer, seen = feed.join(), []
-        async with asyncio.timeout(30):
-            async for item in viewer:
-                seen.append(item)
-                closing.set()
-        assert seen == [b"1", b"2"]
-        assert len(computed) == 2
-
-    asyncio.run(look())
-
-
-def test_a_snapshot_that_fails_ends_the_streams_and_nothing_else(caplog):
-    async def look():
-        def fail():
-            raise RuntimeError("broken")
-
-        feed = Feed(fail, asyncio.Event())
-        assert [item async for item in feed.join()] == []
-
-    asyncio.run(look())
-    assert "the page's snapshot failed" in caplog.text
+@pytest.mark.parametrize(
+    ("scale", "levels"),
+    [(1 / 16, 16), (1 / 255, 255), (1 / 256, 255), (1 / 127.5, 255), (1, 255), (1.0, 255), (-1.0, 255)],
+)
+def test_the_largest_value_of_a_pixel_follows_from_the_scale(scale, levels):
+    front = fake.Front()
+    normalization = {"mean": (0.5,), "std": (0.5,), "scale": scale}
+    front.entry.loaded = front.loaded._replace(model=dataclasses.replace(fake.MODEL, normalization=normalization))
+    facts = snapshot.describe(front.entry, most_bytes=4096)
+    assert (facts.levels, facts.most_bytes) == (levels, 4096)
 
 
 def test_a_stream_ends_when_the_server_stops():
@@ -277,10 +231,11 @@ def test_a_stream_ends_when_the_server_stops():
 
 
 def test_too_many_streams_are_refused_and_one_that_is_not_read_is_cut_off(monkeypatch):
-    def feed(compute, closing):  # a comment of a megabyte behind each item soon fills what the system buffers
-        return Feed(lambda: compute() + b":" + bytes(2**20) + b"\n\n", closing, most=1, period=0.001)
+    def feed(compute, closing):  # a comment of a megabyte after each item soon fills what the system buffers
+        return Feed(lambda: compute() + b":" + bytes(2**20) + b"\n\n", closing, period=0.001)
 
     monkeypatch.setattr(routes, "Feed", feed)
+    monkeypatch.setattr(routes, "Feeds", functools.partial(Feeds, most=1))
     front = fake.Front(limits=dataclasses.replace(fake.LIMITS, idle_timeout=0.3))
     with front.sockets() as (port, _):
         with socket.socket() as client:
@@ -314,6 +269,26 @@ def test_an_input_is_answered_with_the_base_beside_it(front):
     assert [name for _, name, _ in found["answer"]["top"]] == ["dog", "cat", "élan"]
     assert found["answer"]["top"][0][2] == pytest.approx(0.787, abs=1e-3)
     assert (front.door.images, front.door.bytes) == (0, 0)
+
+
+def test_inputs_of_the_box_are_counted_apart_from_the_traffic(front):
+    ask(front, json={"inputs": [tensor((4,))]})
+    before = counts(front)
+    ask(front, path=routes.COMPARE, json={"inputs": [tensor((4,))]})
+    after = counts(front)
+    assert after.pop("gati_page_images_total") == before.pop("gati_page_images_total") + 2 == 2
+    assert after == before
+    assert sum(after.values()) == 2  # one image, in two series
+
+
+def counts(front):
+    """Sums over all series of what is measured of images."""
+    found = dict.fromkeys(("gati_left_total", "gati_latency_seconds_count", "gati_page_images_total"), 0.0)
+    for family in text_string_to_metric_families(front.metrics.page().decode()):
+        for sample in family.samples:
+            if sample.name in found:
+                found[sample.name] += sample.value
+    return found
 
 
 @pytest.mark.parametrize(

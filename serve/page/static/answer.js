@@ -1,9 +1,10 @@
 // An input's way: how far it went, the scores on the way, and what the whole network says.
 
-import { count, el, milliseconds, number, row, share } from "./dom.js";
+import { count, cut, el, milliseconds, number, row, share } from "./dom.js";
 import { blocksRun, nameOf } from "./exits.js";
 
-const label = ([index, name]) => (name === String(index) ? `class ${index}` : `${name} (class ${index})`);
+const label = ([index, name], most) => (name === String(index) ? `class ${index}` : `${cut(name, most)} (class ${index})`);
+const IN_TABLE = 40; // letters of a name
 const score = (value) => (value === null ? "closed" : Math.abs(value) >= 1e4 ? value.toExponential(1) : value.toFixed(3));
 
 export function showAnswer(found, tensor, facts, sound) {
@@ -32,12 +33,11 @@ export function showAnswer(found, tensor, facts, sound) {
     track(found, run, facts),
     found.lookups.length ? lookups(found, facts) : null,
     el("div", { className: "two" }, classes(early ? nameOf(found.answer.exit, facts) : "Whole network", found.answer), early ? classes("Whole network", found.base) : null),
-    el("p", { className: "explain" }, `${tensor.note ? `Sent: ${tensor.note}. ` : ""}Plan ${found.plan}${notes(found)}; ${milliseconds(found.milliseconds / 1000)} for both answers.`),
+    el("p", { className: "explain" }, `${tensor.note ? `Sent: ${tensor.note}. ` : ""}Plan ${cut(found.plan)}${notes(found)}; ${milliseconds(found.milliseconds / 1000)} for both answers.`),
   ].filter((part) => part !== null);
 }
 
 function how(found, run, facts) {
-  if (found.answer.exit < 0) return ", a stored answer: no block was run.";
   if (found.answer.exit < facts.depth) return `, left early: ${run} of ${facts.depth} blocks were run.`;
   return found.lookups.length ? ", by the whole network: no cache was certain enough." : ", by the whole network alone.";
 }
@@ -63,8 +63,7 @@ function lookups(found, facts) {
 
 function classes(title, answer) {
   const heading = el("h3", {}, title);
-  if (answer.exit < 0) return el("div", {}, heading, el("p", {}, `${label(answer.top[0])}; of stored answers, the class alone is kept.`));
   const bar = (one) => el("td", { className: "bar" }, el("meter", { min: 0, max: 1, value: one[2], "aria-label": label(one) }));
-  const lines = answer.top.map((one) => row(label(one), bar(one), number(share(one[2]))));
+  const lines = answer.top.map((one) => row(label(one, IN_TABLE), bar(one), number(share(one[2]))));
   return el("div", {}, heading, el("table", {}, el("tbody", {}, ...lines)));
 }

@@ -10,7 +10,7 @@ const PLACES = ["first", "second", "third"];
 const COLOURS = ["accent", "second", "strong-line"];
 
 export class Chart {
-  // `lines`: name, values(history) and say(value) of each; `say` also writes the axis.
+  // `lines`: name, values(history) and say(value) of each; `say` also writes the axis. Infinity is drawn at top(history).
   constructor(parent, { title, lines, most, wide, cap = Infinity }) {
     this.lines = lines;
     this.most = most;
@@ -20,21 +20,23 @@ export class Chart {
     this.when = el("span", { className: "key-time" });
     this.plot = el("div", { className: "plot", role: "img", "aria-labelledby": id });
     parent.append(el("figure", { className: wide ? "wide" : "" }, el("figcaption", { id }, el("strong", {}, title), ...this.words, this.when), this.plot));
-    this.data = [[], ...lines.map(() => [])];
+    this.said = lines.map(() => []);
+    this.data = [[], ...this.said];
     this.#draw();
     new ResizeObserver(() => this.drawn.setSize(this.#size())).observe(this.plot);
     dark.addEventListener("change", () => this.#draw());
   }
 
   show(history) {
-    this.data = [history.times, ...this.lines.map((line) => line.values(history))];
+    this.said = this.lines.map((line) => line.values(history));
+    this.data = [history.times, ...this.said.map((values, i) => values.map((x) => (x === Infinity ? this.lines[i].top(history) : x)))];
     this.drawn.setData(this.data);
     const idx = this.drawn.cursor.idx;
     this.#say(this.drawn.cursor.left >= 0 && idx !== null ? idx : this.data[0].length - 1);
   }
 
   #say(i) {
-    this.words.forEach((word, k) => { word.textContent = `${this.lines[k].name} ${this.lines[k].say(this.data[k + 1][i] ?? null)}`; });
+    this.words.forEach((word, k) => { word.textContent = `${this.lines[k].name} ${this.lines[k].say(this.said[k][i] ?? null)}`; });
     const newest = i === this.data[0].length - 1;
     this.when.textContent = newest || i < 0 ? "" : `at ${new Date(1000 * this.data[0][i]).toLocaleTimeString()}`;
   }

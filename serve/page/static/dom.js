@@ -20,11 +20,16 @@ export function row(header, ...cells) {
 
 export const number = (text) => el("td", { className: "number" }, text);
 
+// Names are a bundle's or a user's, of any length.
+export const cut = (text, most = 80) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+
 export const count = (n) => n.toLocaleString("en");
 
 export function share(x) {
   if (x === null || Number.isNaN(x)) return "–";
   const hundred = 100 * x;
+  if (x > 0 && hundred < 0.01) return "< 0.01 %";
+  if (x < 1 && hundred >= 99.95) return "> 99.9 %";
   return `${hundred < 10 ? Number(hundred.toPrecision(2)) : Number(hundred.toFixed(1))} %`;
 }
 
@@ -33,7 +38,7 @@ export const percent = (x) => `${Number((100 * x).toPrecision(3))} %`;
 
 export function milliseconds(seconds) {
   if (seconds === null) return "–";
-  if (seconds >= 1) return `${seconds.toPrecision(3)} s`;
+  if (seconds >= 1) return `${Number(seconds.toPrecision(3))} s`;
   const ms = 1000 * seconds;
   return `${ms >= 100 ? ms.toFixed(0) : Number(ms.toPrecision(2))} ms`;
 }

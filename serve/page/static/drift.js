@@ -1,6 +1,6 @@
 // What is known of disagreement with the whole network, and the bundle with its plans.
 
-import { count, el, number, percent, row, share } from "./dom.js";
+import { count, cut, el, number, percent, row, share } from "./dom.js";
 
 const STATES = {
   open: ["good", "All caches are open"],
@@ -15,25 +15,39 @@ const fact = (name, value) => el("div", {}, el("dt", {}, name), el("dd", {}, val
 const facts_ = (pairs) => el("dl", { className: "facts" }, ...pairs.map((pair) => fact(...pair)));
 const promised = ({ epsilon, delta }) => (epsilon === null ? "nothing" : epsilon === 0 ? "the network itself" : `at most ${percent(epsilon)}, with ${percent(1 - delta)} confidence`);
 
-export function promise(facts) {
+const FEWEST = 30; // compared hits before an estimate says anything
+export const estimated = (one) => (one && one.shadows >= FEWEST ? Math.min(1, one.estimate) : null);
+
+// What holds of the answers: the promise, and what live traffic has shown of it. `broken` is where it has shown otherwise.
+export function promise(facts, now) {
   const plan = facts.plans.find(({ name }) => name === facts.default);
-  if (!plan) return "The server compiles its programs; requests are answered once it is ready.";
-  if (plan.epsilon === null) return `Plan ${plan.name} answers; nothing is promised of it.`;
-  if (!plan.epsilon) return "The whole network answers every request.";
-  return `At most ${percent(plan.epsilon)} of answers differ from the whole network’s, with ${percent(1 - plan.delta)} confidence (plan ${plan.name}).`;
+  const one = now.adaptation;
+  if (!plan) return { text: "The server compiles its programs; requests are answered once it is ready." };
+  if (one && ["safe", "failed"].includes(one.state)) return { text: `${STATES[one.state][1]}.${alarms(one)}`, broken: true };
+  if (plan.epsilon === null) return { text: `Plan ${cut(plan.name)} answers; nothing is promised of it.` };
+  if (!plan.epsilon) return { text: "The whole network answers every request." };
+  const certified = `Certified on the bundle’s data (plan ${cut(plan.name)}): at most ${percent(plan.epsilon)} of answers differ from the whole network’s, with ${percent(1 - plan.delta)} confidence.`;
+  if (!one) return { text: `${certified} It holds for traffic like that data, and live traffic is not compared.` };
+  if (one.events.alarm && one.state === "open") return { text: `${certified}${alarms(one)} What is served now (version ${count(one.version)}) was certified anew on later traffic.` };
+  if (one.state !== "open") return { text: `${certified}${alarms(one)} ${STATES[one.state]?.[1] ?? one.state}.`, broken: Boolean(one.events.alarm) };
+  const seen = estimated(one);
+  if (seen === null) return { text: `${certified} Of live traffic, only ${count(one.shadows)} answers of caches have been compared so far.` };
+  return { text: `${certified} On live traffic it is ${share(seen)}, estimated from ${count(one.shadows)} compared answers of caches, and at most ${share(one.upper)}.`, broken: seen > plan.epsilon };
 }
+
+const alarms = ({ events: { alarm } }) => (alarm ? ` Live traffic disagreed with it more often than promised: ${count(alarm)} alarm${alarm > 1 ? "s" : ""} since the start.` : "");
 
 export function showDrift(now, facts) {
   const one = now.adaptation;
   if (!one) {
-    return [el("p", { className: "explain" }, "Live traffic is not compared with the whole network: the server runs without --adapt. What is promised was certified on the bundle’s own data, and holds while traffic is like it; if the shares of exits move, it is not.")];
+    return [el("p", { className: "explain" }, "Live traffic is not compared with the whole network: the server runs without --adapt. What is promised was certified on the bundle’s own data, and holds for traffic like that data. If the shares of exits change, the traffic has changed.")];
   }
   const { epsilon = null, delta = null } = facts.plans.find(({ name }) => name === facts.default) ?? {};
   const events = [...one.latest].reverse();
   return [
     facts_([
       ["State", adaptationState(now)[1]],
-      ["Requests that disagree, estimated", share(one.estimate)],
+      ["Requests that disagree, estimated", estimated(one) === null ? `– (fewer than ${FEWEST} hits compared)` : share(estimated(one))],
       [delta === null ? "At most" : `At most, with ${percent(1 - delta)} confidence`, share(one.upper)],
       ["Promised", epsilon === null ? "nothing" : percent(epsilon)],
       ["Hits compared", `${count(one.shadows)}, of which ${count(one.disagreements)} disagreed${one.lost ? ` (${count(one.lost)} lost)` : ""}`],
@@ -55,7 +69,7 @@ export function showBundle(now, facts) {
   const adapted = now.adaptation ? [["Version that adaptation serves", String(now.adaptation.version)]] : [];
   const plans = facts.plans.map((plan) =>
     row(
-      plan.name === facts.default ? `${plan.name}, where none is asked for` : plan.name,
+      plan.name === facts.default ? `${cut(plan.name)}, where none is asked for` : cut(plan.name),
       promised(plan),
       plan.sites.length ? plan.sites.join(", ") : "none",
       number(count(now.by_plan[plan.name] ?? 0)),

@@ -16,6 +16,7 @@ export const refusals = ({ refused: { not_ready: _, ...reasons } }) => reasons;
 
 export const answered = (now) => sum(leftOf(now));
 export const refused = (now) => sum(refusals(now));
+export const longest = (now) => now.latency.le.at(-2); // the largest bound in seconds of the histogram
 export const waiting = (now) => sum(now.queue_depth);
 
 export class History {
@@ -23,7 +24,8 @@ export class History {
 
   add(now, at = now.at) {
     const last = this.#kept.at(-1);
-    if (last && answered(now) < answered(last.now)) this.#kept = []; // another process: its counters begin at 0
+    // Counters that begin at 0: those of another process, or of a model that was loaded again.
+    if (last && (now.started !== last.now.started || answered(now) < answered(last.now))) this.#kept = [];
     this.#kept.push({ at, now });
     if (this.#kept.length > KEPT) this.#kept.shift();
   }
@@ -62,14 +64,22 @@ export function depthOf(facts) {
   };
 }
 
+// The share that left at a cache of the network; stored answers did not come so far.
 export function earlyOf(facts) {
+  return shareOf((exit) => exit >= 0 && exit < facts.depth);
+}
+
+export const storedOf = shareOf((exit) => exit < 0);
+
+function shareOf(counts) {
   return (before, after) => {
     const { left, total } = exits(before, after);
-    return total ? 1 - (left[facts.depth] ?? 0) / total : null;
+    return total ? sum(Object.entries(left).map(([exit, n]) => (counts(Number(exit)) ? n : 0))) / total : null;
   };
 }
 
-// A percentile in seconds, from the images that were answered between two snapshots; linear within a bucket.
+// A percentile in seconds, from the images that were answered between two snapshots; linear within a bucket, and infinite
+// where it is above the largest bound.
 export function percentile(q) {
   return (before, after) => {
     const { le, counts } = after.latency;
@@ -77,7 +87,7 @@ export function percentile(q) {
     const rank = q * (seen.at(-1) ?? 0);
     if (!rank) return null;
     const i = seen.findIndex((n) => n >= rank);
-    if (le[i] === null) return le[i - 1] ?? null;
+    if (le[i] === null) return Infinity;
     const low = i ? le[i - 1] : 0;
     const below = i ? seen[i - 1] : 0;
     return low + ((le[i] - low) * (rank - below)) / (seen[i] - below);

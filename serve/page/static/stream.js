@@ -4,6 +4,9 @@ const KEY = "gati-token";
 const PAUSES = [1000, 2000, 5000, 10000]; // milliseconds before it is tried again
 const SILENT = 10000; // milliseconds without an event after which the connection counts as lost
 
+// A server's token has visible letters of ASCII alone, and fetch throws on a header with others.
+export const isToken = (value) => /^[!-~]+$/.test(value);
+
 export const token = {
   set: (value) => sessionStorage.setItem(KEY, value),
   forget: () => sessionStorage.removeItem(KEY),
@@ -25,16 +28,21 @@ export async function whyNot(response) {
   }
 }
 
-// Follow the server until it asks for a token: calls on[event](data), on.lost(why) and, at last, on.unauthorized().
+// Follow the server until it asks for a token, and then return: calls on[event](data), and on.lost(why, status), where
+// the status is HTTP's, or 0 without an answer.
 export async function follow(on) {
   for (let failures = 0; ; failures += 1) {
     let why = "it does not answer";
+    let status = 0;
     const silence = new AbortController();
     let timer = setTimeout(() => silence.abort(), SILENT);
     try {
       const response = await fetch(address("page/stream"), { headers: token.headers(), signal: silence.signal, cache: "no-store" });
-      if (response.status === 401) return on.unauthorized();
-      if (!response.ok) throw new Error(await whyNot(response));
+      if (response.status === 401) return;
+      if (!response.ok) {
+        status = response.status;
+        throw new Error(await whyNot(response));
+      }
       for await (const [event, data] of events(response.body)) {
         clearTimeout(timer);
         timer = setTimeout(() => silence.abort(), SILENT);
@@ -47,7 +55,7 @@ export async function follow(on) {
     } finally {
       clearTimeout(timer);
     }
-    on.lost(why);
+    on.lost(why, status);
     await new Promise((resume) => setTimeout(resume, PAUSES[Math.min(failures, PAUSES.length - 1)]));
   }
 }
