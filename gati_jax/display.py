@@ -1,5 +1,6 @@
-"""Tables as HTML, which notebooks show in place of a repr."""
+"""Results as people read them: shares in percent, and tables as HTML, which notebooks show in place of a repr."""
 
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -28,6 +29,31 @@ def html_table(
     more = [f"and {len(rows) - MOST_ROWS} more rows"] if len(rows) > MOST_ROWS else []
     below = "".join(f"<p>{_text(note)}</p>" for note in (*more, *notes))
     return f"<table><caption>{_text(title)}</caption>{head}{body}</table>{below}"
+
+
+def percent(value: float | None, *, digits: int = 2, up: bool = False, down: bool = False) -> str:
+    """Write a share in percent, without zeros at the end.
+
+    Args:
+        value: The share; None: "-".
+        digits: Of a percent, at most.
+        up: Round up, as an upper bound must be.
+        down: Round down, as a confidence must be.
+
+    Example:
+        >>> percent(0.0516493), percent(0.0516493, up=True), percent(0.00001), percent(0.99999), percent(1.0)
+        ('5.16%', '5.17%', '<0.01%', '>99.99%', '100%')
+    """
+    if value is None:
+        return "-"
+    scaled, unit = round(value * 10 ** (digits + 2), 6), 10**digits
+    rounded = math.ceil(scaled) if up else math.floor(scaled) if down else round(scaled)
+    sign = ""
+    if not (up or down) and 0 < value < 1:  # no share that is not 0 or 1 is written as if it were
+        sign = "<" if rounded == 0 else ">" if rounded == 100 * unit else ""
+        rounded = min(max(rounded, 1), 100 * unit - 1)
+    text = f"{rounded / unit:.{digits}f}"
+    return f"{sign}{text.rstrip('0').rstrip('.') if digits else text}%"
 
 
 def _text(value: object) -> str:
