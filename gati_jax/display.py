@@ -1,12 +1,25 @@
 """Results as people read them: shares in percent, and tables as HTML, which notebooks show in place of a repr."""
 
+import functools
 import math
 from collections.abc import Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
 from gati_jax.errors import printable
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 MOST_ROWS = 60
+
+
+@functools.cache
+def terminal() -> "Console":
+    """Return what draws on standard error: one for all, so that bars and log lines do not overwrite each other."""
+    from rich.console import Console  # noqa: PLC0415 (answering does without it)
+
+    return Console(stderr=True)
 
 
 def html_table(

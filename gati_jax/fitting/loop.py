@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import logging
@@ -17,11 +16,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 from orbax.checkpoint import v1 as ocp
 from pydantic import BaseModel, Field, ValidationError
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from gati_jax.data import Images, batches, read_batches
+from gati_jax.display import terminal
 from gati_jax.errors import InputError
 from gati_jax.pytrees import restore_spec
 
@@ -317,12 +316,6 @@ def _seconds_a_step(step: Step, state: LoopState, arrays: tuple[Images, ...], lo
         state, loss = step(state, *rows)
     jax.block_until_ready((state, loss))
     return (loop.clock() - began) / _PROBES
-
-
-@functools.cache
-def terminal() -> Console:
-    """Return what draws on standard error: one for all, so that bars and log lines do not overwrite each other."""
-    return Console(stderr=True)
 
 
 class _Rate(ProgressColumn):
