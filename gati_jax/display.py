@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MOST_ROWS = 60
+_NUMBER = re.compile(r"-?[\d.,]+(e[-+]\d+)?%?|-|(inf|nan)")
 
 
 @functools.cache
@@ -34,14 +36,16 @@ def html_table(
         notes: Sentences below it.
 
     Example:
-        >>> html_table("Two & two", (), [("a", 0.25)])
-        '<table><caption>Two &amp; two</caption><tr><td>a</td><td>0.25</td></tr></table>'
+        >>> html_table("Two & two", (), [("a", 0.25)])  # doctest: +ELLIPSIS
+        '<table>...Two &amp; two</caption><tr><td ...left">a</td><td ...right">0.25</td></tr></table>'
     """
-    head = f"<tr>{''.join(f'<th>{_text(name)}</th>' for name in columns)}</tr>" if any(columns) else ""
-    body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows[:MOST_ROWS])
+    titles = "".join(f'<th scope="col">{_text(name)}</th>' for name in columns)
+    head = f"<tr>{titles}</tr>" if any(columns) else ""
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows[:MOST_ROWS])
     more = [f"and {len(rows) - MOST_ROWS} more rows"] if len(rows) > MOST_ROWS else []
     below = "".join(f"<p>{_text(note)}</p>" for note in (*more, *notes))
-    return f"<table><caption>{_text(title)}</caption>{head}{body}</table>{below}"
+    caption = f'<caption style="white-space: nowrap; text-align: left">{_text(title)}</caption>'
+    return f"<table>{caption}{head}{body}</table>{below}"
 
 
 def percent(value: float | None, *, digits: int = 2, up: bool = False, down: bool = False) -> str:
@@ -67,6 +71,13 @@ def percent(value: float | None, *, digits: int = 2, up: bool = False, down: boo
         rounded = min(max(rounded, 1), 100 * unit - 1)
     text = f"{rounded / unit:.{digits}f}"
     return f"{sign}{text.rstrip('0').rstrip('.') if digits else text}%"
+
+
+def _cell(value: object) -> str:
+    """Return a cell: numbers at the right, text at the left."""
+    text = _text(value)
+    side = "right" if _NUMBER.fullmatch(text) else "left"
+    return f'<td style="text-align: {side}">{text}</td>'
 
 
 def _text(value: object) -> str:

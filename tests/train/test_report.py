@@ -3,6 +3,7 @@
 import base64
 import io
 import itertools
+import json
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -13,8 +14,10 @@ import pytest
 from PIL import Image
 
 from gati_jax.certification import AccuracyGap
+from gati_jax.display import percent
 from tests.train.made_up import BLOCKS_MS, DEPTH, EXITS, NAMES, N, evaluation, made_up, pictures
 from train import cli
+from train.evaluate import base_command
 from train.report import draw_wall, write_report
 from train.report.figures import FIGURES
 from train.report.page import LIGHT, NARROW, WIDE, ZOOM, render
@@ -89,7 +92,7 @@ def test_the_page_is_well_formed_says_what_the_evaluation_says_and_loads_nothing
         assert row[1:3] == [f"{exit_.hits:,}", share(exit_.hit_rate, digits=1)]
     assert ["base", "300", "15%", "100%", "-"] in p.rows
     first = e.cost.measured[0]
-    assert [f"{first.speedup:.3f}"] == next(row for row in p.rows if row[0] == "1" and "ms" in row[3])[1:2]
+    assert [f"{first.speedup:.3f}"] == next(row for row in p.rows if row[0] == "1" and " to " in row[2])[1:2]
     for point in e.path:
         assert any(row[0].split()[0] == str(point.step) and row[2] == share(point.agreement) for row in p.rows)
     assert ["cat", "bird", "9"] in p.rows
@@ -284,6 +287,45 @@ def test_what_is_modelled_is_told_from_what_was_measured():
         assert any("modelled" in text for text in labels)
 
 
+def test_the_text_says_what_holds_and_rounds_bounds_up():
+    text = made_up().summary()
+    assert "not certified: certify had no labels" in text
+    assert ": holds here" in text
+    assert "nothing is certified" in made_up(certificate__certified=False).summary()
+    sequential = "sequential on later traffic: betting against a conditional mean above epsilon"
+    assert "not certified by this method" in made_up(certificate__method=sequential).summary()
+    gap = AccuracyGap(n=2500, losses=17, gains=11, upper=0.0516493, delta=0.1)
+    assert "5.17%, delta 0.1 (0.24% of 2500" in made_up(certificate__accuracy_gap=gap).summary()
+    assert "does NOT hold here" in made_up(**BROKEN).summary()
+    assert "hold" not in made_up(served__epsilon=None).summary()
+    assert "1.761 (1.708 to 1.814, 5.8" in text
+
+
+def test_shares_are_rounded_as_their_meaning_asks():
+    assert [percent(0.0516493), percent(0.0516493, up=True), percent(0.0516493, down=True)] == [
+        "5.16%",
+        "5.17%",
+        "5.16%",
+    ]
+    assert [percent(0.02, up=True), percent(0.95, down=True)] == ["2%", "95%"]
+    assert [percent(0.0), percent(1e-6), percent(1 - 1e-6), percent(1.0)] == ["0%", "<0.01%", ">99.99%", "100%"]
+    assert [percent(0.004, digits=0), percent(0.9999, digits=0), percent(-0.005), percent(None)] == [
+        "<1%",
+        ">99%",
+        "-0.5%",
+        "-",
+    ]
+
+
+def test_the_page_says_how_the_network_was_trained(tmp_path):
+    (tmp_path / "base.json").write_text(json.dumps({"command": "python -m train.base --config c.toml"}))
+    assert base_command(tmp_path / "base.safetensors") == ("python -m train.base --config c.toml",)
+    for damaged in ("", "[]", '{"command": 3}', "{}"):
+        (tmp_path / "base.json").write_text(damaged)
+        assert base_command(tmp_path / "base.safetensors") == ()
+    assert base_command(tmp_path / "elsewhere" / "base.safetensors") == base_command(None) == ()
+
+
 def test_no_space_is_lost_between_sentences():
     for changes in ({}, EMPTY, {"certificate__accuracy_gap": GAP}, {"cost": None}):
         assert not re.findall(r"[a-z0-9)%][.;:][A-Z][a-z]", page(**changes).text)
@@ -420,6 +462,30 @@ def test_the_plan_stands_on_its_path():
     assert shapes("front", "oracle")
     assert not shapes("front", "oracle", oracle=None)
     assert not shapes("front", "path-accuracy", path=[point | {"accuracy": None} for point in evaluation()["path"]])
+
+
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+@pytest.mark.parametrize("oracle", [None, {"saved_share": 0.6, "ms": 3.2}, {"saved_share": 0.6, "ms": 2.0}])
+def test_no_line_of_the_path_runs_through_a_label(width, oracle):
+    """Labels that may touch a line stand on a rim of the paper's colour; none touches another or the oracle's dot."""
+    marks = shapes("front", "halo", width, oracle=oracle)
+    assert {mark.text for mark in marks} == {"base alone", "the plan"} | ({"oracle"} if oracle else set())
+    boxes = []
+    for mark in marks:
+        wide = text_width(mark.text or "")
+        left = number(mark, "x") - (wide if mark.get("text-anchor") == "end" else 0)
+        boxes.append((left, left + wide, number(mark, "y") - 11, number(mark, "y") + 3))
+    for one, other in itertools.combinations(boxes, 2):
+        assert one[1] <= other[0] or other[1] <= one[0] or one[3] <= other[2] or other[3] <= one[2]
+    for dot in shapes("front", "oracle", width, oracle=oracle):
+        x, y = number(dot, "cx"), number(dot, "cy")
+        assert not any(box[0] - 4 < x < box[1] + 4 and box[2] - 4 < y < box[3] + 4 for box in boxes)
+    keys = [
+        shape for shape in shapes("front", "small", width, oracle=oracle) if shape.text in {"agreement", "accuracy"}
+    ]
+    points = [shape for shape in shapes("front", "path-agreement", width, oracle=oracle) if shape.tag == "path"]
+    top = min(float(part.split()[1]) for part in (points[0].get("d") or "")[1:].split("L"))
+    assert all(number(key, "y") < top - 10 for key in keys)
 
 
 def test_classes_are_divided_as_their_requests_are():

@@ -88,7 +88,7 @@ def front(e: Evaluation, width: float) -> Drawing:
         d.line((at, KEY - 4), (at + 26, KEY - 4), f"path-{name}")
         d.text(at + 32, KEY, name, "small")
         d.path(curve, f"path-{name}")
-    _marks(d, axes, e.path[0], next(point for point in e.path if point.certified))
+    _marks(d, axes, e.path[0], next(point for point in e.path if point.certified), oracle)
     if oracle is not None:
         d.dot(axes.x(oracle), axes.y(1), "oracle", title=f"oracle: {milliseconds(oracle)}")
         d.text(axes.x(oracle) - 6, axes.y(1) - 12, "oracle", "label halo")
@@ -97,7 +97,7 @@ def front(e: Evaluation, width: float) -> Drawing:
     return d
 
 
-def _marks(d: Drawing, axes: _Axes, base: PathPoint, plan: PathPoint) -> None:
+def _marks(d: Drawing, axes: _Axes, base: PathPoint, plan: PathPoint, oracle: float | None) -> None:
     """Draw the steps that a reader looks for."""
     for one, kind, name in ((base, "dot-base", "base alone"), (plan, "dot-cascade", "the plan")):
         for value in (one.agreement, one.accuracy):
@@ -106,10 +106,11 @@ def _marks(d: Drawing, axes: _Axes, base: PathPoint, plan: PathPoint) -> None:
                 d.dot(axes.x(one.ms), axes.y(value), kind, radius=6.5 if one is plan else 5.5, title=tip)
     if plan is not base:  # the path leads down and to the left, up and to the right
         x, y = axes.x(plan.ms), axes.y(plan.agreement)
-        if x - 10 - text_width("the plan") > LEFT:
+        start = x - 10 - text_width("the plan")
+        if start > LEFT and (oracle is None or not start - 8 < axes.x(oracle) < x):
             d.text(x - 10, y - 9, "the plan", "label strong halo", anchor="end")
         else:
-            d.text(x, y - 14, "the plan", "label strong halo")
+            d.text(x + 9, y + 18, "the plan", "label strong halo")
     d.text(axes.x(base.ms), axes.y(base.agreement) - 12, "base alone", "label halo", anchor="end")
 
 
