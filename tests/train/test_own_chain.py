@@ -167,8 +167,7 @@ def test_evaluate_adapt_and_export_take_it(fitted, home, capsys):
     )
     trace = ["--trace", "trace.safetensors", "--one", "--out", "adapt", "--ledger", "none"]
     assert json_of(adapt.main, *BUNDLE, *CHAIN, *trace)["trace"]["n"] == len(item)
-    with pytest.raises(InputError, match="a user's own chain: its functions cannot be exported"):
-        export([*BUNDLE, *CHAIN, "--out", "onnx"])
+    assert json_of(export, *BUNDLE, *CHAIN, "--out", "onnx")["one_file"] == "cascade.onnx"
     capsys.readouterr()
 
 
