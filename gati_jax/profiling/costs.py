@@ -335,8 +335,8 @@ def watched_items(items: Sequence[T], what: str, *, progress: bool, estimate: bo
         bar.refresh()
         for now, item in enumerate(items, start=1):
             yield item
-            slow = now == len(items) or now % _REFRESH == 0 or not estimate
-            bar.update(task, completed=now, refresh=slow)
+            due = now == len(items) or now % _REFRESH == 0 or not estimate
+            bar.update(task, completed=now, refresh=due)
             log.update(now)
 
 
