@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from gati_jax import InputError, Ledger, Plan, ReplayTable, certify
+from gati_jax.fitting.loop import progress_bar
 from train import cli
 
 from .alarms import interval
@@ -117,7 +118,9 @@ def main() -> None:
     for name, play in PLAYERS.items():
         for risk in (1.0, 1.25):
             rng = np.random.default_rng(0)
-            wrong = sum(play(rng, draw(rng, arguments.rows, risk)) for _ in cli.track(range(arguments.series), name))
+            with progress_bar(wanted=True) as bar:
+                series = bar.track(range(arguments.series), description=name)
+                wrong = sum(play(rng, draw(rng, arguments.rows, risk)) for _ in series)
             low, high = interval(wrong, arguments.series)
             rows.append({"game": name, "risk": risk * EPSILON, "false": wrong / arguments.series, "ci": [low, high]})
     if arguments.json:

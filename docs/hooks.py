@@ -3,7 +3,7 @@
 <!-- help: python -m NAME -->   what ``python -m NAME --help`` prints
 <!-- api: PACKAGE -->           the reference of every class and function that a package exports
 <!-- names: PACKAGE -->         a table of these, with links to their reference
-<!-- cells of NOTEBOOK -->      the cells of a notebook in docs/, with what they returned when it was last run
+<!-- cells of NOTEBOOK -->      the cells of a notebook in docs/, with what they returned if it was stored with that
 """
 
 import importlib

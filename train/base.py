@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import statistics
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -79,7 +80,9 @@ def main(argv: list[str] | None = None) -> None:
         result["train_seconds"] = sum(seconds)
     if seconds:
         result["images_per_second"] = steps * training.batch / statistics.median(seconds)
+    words = sys.argv if argv is None else ["train/base.py", *argv]
     details = {"n": len(test), "device": device_name(), "versions": cli.versions(), "seed": config.seed}
+    details["command"] = cli.command_line(words)
     cli.write_result(arguments.out / "base.json", result | details | {"recipe": entry.recipe})
     shutil.rmtree(checkpoints)
     if arguments.json:

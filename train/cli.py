@@ -5,31 +5,32 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.progress import track as rich_track
 from rich.table import Table
 
 from gati_jax import Bundle, Chain, InputError, Ledger, load_bundle
 from gati_jax.bundle import installed_versions
 from gati_jax.certification import AnyLedger
+from gati_jax.display import terminal
+from gati_jax.errors import text_table
 from gati_jax.files import write_atomically
 from gati_jax.imports import load_chain
 from gati_jax.options import Strict, describe_options
 from gati_jax.profiling import missing_device
 
 from .config import M, did_you_mean, keys_of, load
+from .watch import watching
 
 Result = dict[str, Any]
 versions = installed_versions
 """What results say of how they came about."""
 COMMAND = "gati-jax "
-T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
@@ -208,13 +209,14 @@ def help_of(model: type[Strict]) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script: log to standard error, turn bad input into one line and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, handlers=[_log_handler()], force=True)
     for name in ("gati_jax", "train"):
         logging.getLogger(name).setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.captureWarnings(capture=True)
     try:
-        main()
+        with watching() as watch:
+            logging.basicConfig(level=logging.WARNING, handlers=[_log_handler(), watch], force=True)
+            main()
     except (InputError, OSError) as error:
         why = missing_device() if isinstance(error.__cause__, (RuntimeError, AssertionError)) else ""
         print(f"error: {why or error}", file=sys.stderr)
@@ -230,7 +232,7 @@ def run(main: Callable[[], None]) -> None:
 
 def _log_handler() -> logging.Handler:
     """Return what writes log lines to standard error: laid out on a terminal, one line each in a pipe or a file."""
-    console = Console(stderr=True)
+    console = terminal()
     if console.is_terminal:
         handler: logging.Handler = RichHandler(console=console, show_path=False)
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -268,19 +270,16 @@ def command_line(argv: Sequence[str]) -> str:
     return shlex.join(["python", *start, *argv[1:]])
 
 
-def track(items: Sequence[T], description: str) -> Iterator[T]:
-    """Yield ``items`` behind a progress bar, if standard error is a terminal."""
-    console = Console(stderr=True)
-    yield from rich_track(items, description, console=console, disable=not console.is_terminal, transient=True)
-
-
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table."""
+    """Print a table: with a frame on a terminal, as plain text elsewhere."""
+    rows = list(rows)
+    if not sys.stdout.isatty():
+        print(text_table(title, columns, rows))
+        return
     table = Table(title=escape(title), title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")
     for row in rows:
         # Names come from bundles and data sets: brackets in them are no markup.
         table.add_row(*(escape(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row))
-    # Off a terminal, rich would cut tables at 80 columns.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Console().print(table)

@@ -102,6 +102,7 @@ def run_epochs(
     state = jax.tree.map(jnp.copy, state)  # donated, and the caller keeps his own
     if first < epochs:
         began = time.monotonic()
+        _log.info("%s: compiling", description)
         program = jax.jit(epoch, donate_argnums=0, compiler_options=options).lower(state, *resident).compile()
         _log.info("%s: compiled in %.0f s", description, time.monotonic() - began)
         with progress_bar(progress) as bar:

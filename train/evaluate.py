@@ -3,6 +3,7 @@
 Every request of the split is answered as requests are by default, and by the base; some of them are timed.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         versions=cli.versions(),
         seed=config.seed,
         date=datetime.now(UTC).date().isoformat(),
-        commands=commands(bundle, argv),
+        commands=commands(bundle, config, argv),
     )
     result.write(arguments.out / "evaluation.json", print_json=arguments.json)
     write_report(arguments.out, result, draw_wall(split.images, [sample.row for sample in result.samples]))
@@ -56,10 +57,22 @@ def main(argv: list[str] | None = None) -> None:
         print(f"written: {arguments.out / 'evaluation.json'}, {arguments.out / 'report.html'}")
 
 
-def commands(bundle: Bundle, argv: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the commands that made the bundle, where it says so, and this evaluation."""
+def commands(bundle: Bundle, config: Config, argv: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the commands that made the network and the bundle, where they say so, and this evaluation."""
     ours = sys.argv if argv is None else ["train/evaluate.py", *argv]
-    return tuple(cli.command_line(words) for words in (bundle.provenance.command, ours) if words)
+    known = tuple(cli.command_line(words) for words in (bundle.provenance.command, ours) if words)
+    return (*base_command(config.base.weights), *known)
+
+
+def base_command(weights: Path | None) -> tuple[str, ...]:
+    """Return the command that trained the network, if ``train.base`` did, here: it writes base.json beside weights."""
+    if weights is None:
+        return ()
+    try:
+        command = json.loads((weights.parent / "base.json").read_bytes())["command"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return ()
+    return (command,) if isinstance(command, str) else ()
 
 
 def parser() -> cli.Parser:

@@ -16,6 +16,7 @@ tuning of a bundle is checked at 6 delta / (pi^2 j^2), and delta is the risk tha
 import dataclasses
 import math
 
+from gati_jax.display import percent
 from gati_jax.errors import InputError, check_share
 from gati_jax.planning.binomial import upper_bound
 
@@ -85,11 +86,13 @@ class ServedBound:
         """Say it in a line."""
         if self.epsilon is None:
             return f"{self.numerics} arithmetic, of which nothing is certified{self.why and ': ' + self.why}"
-        text = f"{self.numerics} arithmetic: disagreement <= {self.epsilon:.4g}, confidence {1 - self.delta:.4g}"
+        most, confidence = percent(self.epsilon, up=True), percent(1 - self.delta, down=True)
+        text = f"{self.numerics} arithmetic: at most {most} of answers differ, with {confidence} confidence"
         if self.check is None:
             return text
         c = self.check
-        return f"{text}; {c.upper:.4g} of it as {c.differ} of {c.n} rows are answered otherwise than by the reference"
+        more = percent(c.upper, up=True)
+        return f"{text}; {more} of it as {c.differ} of {c.n} rows are answered otherwise than by the reference"
 
 
 def served_bound(

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import Field
 
-from gati_jax.display import html_table
+from gati_jax.display import html_table, percent
 from gati_jax.errors import InputError, check_share
 from gati_jax.planning.binomial import p_value, rows_needed
 
@@ -257,7 +257,7 @@ class Certificate:
             tested = f"{self.n} certify requests, {confidence}, {self.basis}"
             lines = [f"NOT CERTIFIED at {self.epsilon:.6g}: {all_off} ({tested})"]
         if gap := self.accuracy_gap:
-            lines.append(f"loses at most {gap.upper:.2%} of accuracy (confidence {1 - gap.delta:.6g})")
+            lines.append(f"loses at most {percent(gap.upper, up=True)} of accuracy (confidence {1 - gap.delta:.6g})")
         return "\n  ".join([*lines, *self.stays_off])
 
     def _repr_html_(self) -> str:
@@ -272,7 +272,8 @@ class Certificate:
             ("method", self.method),
         ]
         if gap := self.accuracy_gap:
-            rows.append(("accuracy", f"loses at most {gap.upper:.2%} (confidence {1 - gap.delta:.6g})"))
+            lost = percent(gap.upper, up=True)
+            rows.append(("accuracy", f"loses at most {lost} (confidence {1 - gap.delta:.6g})"))
         return html_table(f"Certificate {self.name}", (), rows, notes=self.stays_off)
 
     def __repr__(self) -> str:

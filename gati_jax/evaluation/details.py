@@ -10,6 +10,7 @@ from gati_jax.bundle import Bundle
 from gati_jax.bundle.record import costs_of
 from gati_jax.errors import InputError
 from gati_jax.planning import CostTable, ReplayTable, cascade_ms, replay_plan
+from gati_jax.profiling.costs import unsteady
 from gati_jax.runtime import Prediction
 
 from .records import ClassResult, Confusion, Layout, PathPoint, PlacedCache, Sample
@@ -48,6 +49,7 @@ def layout(bundle: Bundle, costs: CostTable | None) -> Layout:
         blocks_ms=costs.blocks_ms,
         device=costs.device,
         batch=costs.batch,
+        unsteady=unsteady(costs),
         caches=tuple(placed),
     )
 

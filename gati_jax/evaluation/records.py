@@ -5,12 +5,14 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from gati_jax.certification import AccuracyGap
-from gati_jax.display import html_table
+from gati_jax.certification.certificate import BAD_GROUPS, GROUP_MEAN, SEQUENTIAL
+from gati_jax.display import html_table, percent
 from gati_jax.errors import text_table
 from gati_jax.profiling import Backend, device_name
 from gati_jax.profiling.speed import FullNetwork
 
 _SLOW = 1.3
+NO_ACCURACY = {GROUP_MEAN, BAD_GROUPS, SEQUENTIAL}
 _FULL = {
     "reference": "XLA's reference programs",
     "tuned": "tuned like the cascade",
@@ -67,6 +69,8 @@ class EvaluatedCertificate(CertificateResult):
     """The certificate beside what these images show."""
 
     holds: bool
+    """Whether these answers disagree no more often than is promised of the arithmetic that gave them, see
+    ``Evaluation.served``; False, too, where nothing is."""
 
 
 class ServedResult(Record):
@@ -119,14 +123,18 @@ class Measured(Record):
     ideal: float
     conversion: float
     spread: float
+    interval: tuple[float, float] | None = None
+    """Of the speed-up, with confidence 95 %: the bootstrap's over requests and rounds."""
+    typical: float | None = None
+    """The speed-up by the medians of runs of a kind, see ``gati_jax.profiling.speed.Speed``."""
     lookup_share: float | None = None  # of the cascade's time; None where lookups have not been measured on this device
     predicted_ms: float | None = None  # by the costs of the tuned tiles
     tiles: tuple[int, ...] | None = None
     costs_spread: float | None = None
     full_each_ms: tuple[float, ...] = ()
-    """Of every request (of every batch, where they are larger) by the full network: medians over the rounds."""
+    """Every run of the full network: all rounds of the first request (of the first batch), of the second, and so on."""
     cascade_each_ms: tuple[float, ...] = ()
-    """The same by the cascade, in the same order."""
+    """The cascade's, in the same order."""
 
 
 class Cost(Record):
@@ -174,6 +182,8 @@ class Layout(Record):
     blocks_ms: tuple[float, ...] = ()
     """By block; empty where the bundle holds no costs."""
     device: str = ""
+    unsteady: str = ""
+    """Why these times cannot be relied on; empty if they can."""
     batch: int = 1
     caches: tuple[PlacedCache, ...]
 
@@ -277,25 +287,31 @@ class Evaluation(Record):
     def _results(self) -> list[tuple[str, str]]:
         certificate, memory = self.certificate, self.memory
         base, cascade = self.base.accuracy, self.cascade.accuracy
-        holds = "holds" if certificate.holds else "does NOT hold"
-        bound = f"{certificate.promise}, delta {certificate.delta}, {certificate.basis}: {holds} here"
-        lost = "no labels, or nothing certified"
+        bound = f"{certificate.promise}, delta {certificate.delta}, {certificate.basis}"
+        served = self.served.text if self.served else "-"
+        if certificate.certified and (self.served is None or self.served.epsilon is not None):
+            served += f": {'holds' if certificate.holds else 'does NOT hold'} here"
+        lost = "nothing is certified" if not certificate.certified else "not certified: certify had no labels"
+        if certificate.certified and certificate.method in NO_ACCURACY:
+            lost = "not certified by this method"
         if gap := certificate.accuracy_gap:
-            lost = f"{gap.upper:.4f}, delta {gap.delta} ({gap.mean:.4f} of {gap.n} certify requests)"
+            upper, mean = percent(gap.upper, up=True), percent(gap.mean)
+            lost = f"{upper}, delta {gap.delta} ({mean} of {gap.n} certify requests)"
         lines = [
             ("agreement with the base", f"{self.cascade.agreement:.4f} of {self.n} requests"),
             ("accuracy, base -> cascade", "no labels" if base is None else f"{base:.4f} -> {cascade:.4f}"),
             ("accuracy, lost at most", lost),
             ("certificate", bound if certificate.certified else "NOTHING CERTIFIED: the base answers every request"),
-            ("answers by default", self.served.text if self.served else "-"),
+            ("answers by default", served),
         ]
         if self.cost:
             first, *_ = self.cost.measured
-            times = f"{first.full_ms:.3f} -> {first.cascade_ms:.3f} ms, spread {first.spread:.0%}"
+            between = f"{first.interval[0]:.3f} to {first.interval[1]:.3f}, " if first.interval else ""
+            times = f"{between}{first.full_ms:.3f} -> {first.cascade_ms:.3f} ms on {first.requests} requests"
             over = f"over the fastest full network here ({_FULL[first.full]})"
             lines += [
-                ("ideal speed-up", f"{self.cost.ideal_speedup:.3f}"),
-                ("measured speed-up, batch 1", f"{first.speedup:.3f} ({times})"),
+                (f"measured speed-up, batch {first.batch}", f"{first.speedup:.3f} ({times})"),
+                ("ideal speed-up, no lookups", f"{self.cost.ideal_speedup:.3f}"),
                 ("conversion", f"{first.conversion:.3f}, {over}"),
             ]
         sizes = f"{memory.base_bytes / 1e6:.2f} + {memory.cache_bytes / 1e6:.2f} MB"

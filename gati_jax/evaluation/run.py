@@ -89,17 +89,18 @@ def evaluate(
     # The plan's other caches, too: neighbours on its path may have them on.
     planned = replay(bundle.chain, choose(bundle.caches, bundle.plan.names), array, labels=right)
     table = planned.take([cache.name for cache in bundle.cascade.caches])
-    speed, measured = timing.measure(bundle, array, exits, batches, timed) if timed else (None, [])
+    speed, measured = timing.measure(bundle, array, exits, batches, timed, progress=progress) if timed else (None, [])
     agrees = np.asarray(prediction.class_index == table.answers)
     agreement, certificate, costs = float(agrees.mean()), bundle.certificate, details.costs_of_plan(bundle)
     stops = (*bundle.cascade.sites, len(bundle.chain))
-    holds = certificate.certified and 1 - agreement <= certificate.mean_bound
+    bound = bundle.bound_of()
+    holds = bound.epsilon is not None and 1 - agreement <= bound.epsilon
     return Evaluation(
         n=len(table),
         base=BaseQuality(accuracy=accuracy(table.answers, right)),
         cascade=CascadeQuality(accuracy=accuracy(prediction.class_index, right), agreement=agreement),
         certificate=record_of(EvaluatedCertificate, certificate, holds=holds),
-        served=record_of(ServedResult, bound := bundle.bound_of(), text=str(bound)),
+        served=record_of(ServedResult, bound, text=str(bound)),
         exits=tuple(_exit_of(site, exits == site, agrees) for site in stops),
         cost=timing.cost(exits, speed, measured) if speed else None,
         memory=Memory(base_bytes=bundle.chain.bytes, cache_bytes=sum(c.bytes for c in bundle.cascade.caches)),

@@ -53,7 +53,7 @@ def contenders(bundle: Bundle, size: int) -> dict[FullNetwork, TunedCascade]:
 
 
 def measure(
-    bundle: Bundle, images: Images, exits: np.ndarray, batches: Sequence[int], timed: int
+    bundle: Bundle, images: Images, exits: np.ndarray, batches: Sequence[int], timed: int, *, progress: bool = False
 ) -> tuple[Speed, list[Measured]]:
     """Time what answers by default beside the fastest full network: one request at a time, then in batches.
 
@@ -69,7 +69,7 @@ def measure(
         if tuned is not None:
             full["tuned"] = tuned
         _log.info("timing %d requests, one at a time", min(timed, len(images)))
-        speed = measure_speed(bundle.cascade, images[:timed], full=full)
+        speed = measure_speed(bundle.cascade, images[:timed], full=full, progress=progress)
         return speed, [describe(bundle, speed, numerics="reference", lookup_share=_lookup_share(bundle, speed))]
     full, speeds, rows = contenders(bundle, 8), [], []
     for batch in sorted({1, *batches}):
@@ -77,7 +77,7 @@ def measure(
         if len(requests) < batch:
             continue
         _log.info("timing %d requests in batches of %d", len(requests), batch)
-        speeds.append(measure_batches(tuned, requests, batch=batch, full=full))
+        speeds.append(measure_batches(tuned, requests, batch=batch, full=full, progress=progress))
         costs = tuned.costs(batch)
         predicted_ms = expected_ms(tuned.cascade, costs, tuned.schedule(batch), exits, batch)
         of_tiles = {"tiles": tuple(costs), "costs_spread": costs[min(costs)].spread}

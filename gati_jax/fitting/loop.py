@@ -16,11 +16,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 from orbax.checkpoint import v1 as ocp
 from pydantic import BaseModel, Field, ValidationError
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from gati_jax.data import Images, batches, read_batches
+from gati_jax.display import terminal
 from gati_jax.errors import InputError
 from gati_jax.pytrees import restore_spec
 
@@ -55,27 +55,39 @@ class ProgressLog:
         description: What is being done.
         total: Number of steps.
         done: Steps that were done before.
+        estimate: Whether steps take about equally long, so that the remaining time can be told: from the second one
+            on, for the first one compiles.
         clock: Returns the time in seconds.
     """
 
     def __init__(
-        self, description: str, total: int, *, done: int = 0, clock: Callable[[], float] = time.monotonic
+        self,
+        description: str,
+        total: int,
+        *,
+        done: int = 0,
+        estimate: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the clock."""
-        self._description, self._total, self._first, self._clock = description, total, done, clock
-        self._began = self._said = clock()
+        self._description, self._total, self._clock = description, total, clock
+        self._start, self._estimate = done, estimate
+        self._second: tuple[int, float] | None = None  # steps done, and the time, when the second one began
+        self._said = clock()
 
     def update(self, done: int, loss: Float[Array, ""] | None = None) -> None:
         """Log how much is done, the last loss, the rate and the time left, unless a line is recent enough."""
-        now = self._clock()
+        now, began = self._clock(), self._second
+        if began is None and done > self._start:
+            self._second = done, now
         if now - self._said < _LOG_SECONDS:
             return
-        self._said, each = now, (now - self._began) / max(1, done - self._first)
-        _log.info(
-            "%s: %d of %d steps%s, %.3g s each, %.1f minutes left",
-            *(self._description, done, self._total, "" if loss is None else f", loss {float(loss):.4f}"),
-            *(each, each * (self._total - done) / 60),
-        )
+        self._said, left = now, ""
+        if self._estimate and began is not None and done > began[0]:
+            each = (now - began[1]) / (done - began[0])
+            left = f", {each:.3g} s each, {each * (self._total - done) / 60:.1f} minutes left"
+        shown = "" if loss is None else f", loss {float(loss):.4f}"
+        _log.info("%s: %d of %d steps%s%s", self._description, done, self._total, shown, left)
 
 
 T = TypeVar("T")
@@ -313,15 +325,18 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed or 0:.1f} steps/s")
 
 
-def progress_bar(wanted: bool, *, steady: bool = False) -> Progress:  # noqa: FBT001
+def progress_bar(wanted: bool, *, steady: bool = False, estimate: bool = True) -> Progress:  # noqa: FBT001
     """Return a progress bar; it is drawn if ``wanted`` and if standard error is a terminal.
 
     Args:
         wanted: Whether to draw it.
         steady: Draw it only when it is told to refresh, and not from a thread of its own, which would disturb a
             measurement.
+        estimate: Show the rate and the remaining time: steps take about equally long, after the first.
     """
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    console = terminal()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    if estimate:
+        columns = *columns, _Rate(), TimeRemainingColumn()
     drawn = wanted and console.is_terminal
     return Progress(*columns, console=console, disable=not drawn, auto_refresh=not steady)

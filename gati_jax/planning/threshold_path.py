@@ -104,7 +104,8 @@ class Plan:
         last = len(self.path) - 1
         if not self.names:
             return html_table("Plan", (), [(self.summary(),)])
-        return html_table(*self._table(last), notes=[self._seen(last)])
+        loosest = "These are the loosest thresholds, of the last step; a certificate says how far they may be used."
+        return html_table(*self._table(last), notes=[loosest, self._seen(last)])
 
     def _table(self, step: int) -> tuple[str, tuple[str, ...], list[tuple[object, ...]]]:
         shown = [(t if np.isfinite(t) else "off") for t in self.thresholds(step).tolist()]

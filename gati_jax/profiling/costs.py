@@ -3,18 +3,16 @@
 Programs that are compared take turns, so that a disturbance of the machine meets all of them.
 """
 
-import contextlib
 import dataclasses
 import functools
-import itertools
 import logging
 import os
 import platform
 import re
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +32,7 @@ from gati_jax.runtime.cascade import Cascade, predict_one
 _log = logging.getLogger(__name__)
 
 
+T = TypeVar("T")
 Backend = Literal["xla", "onnxruntime"]
 
 
@@ -306,35 +305,39 @@ def time_turns(
         Milliseconds of every call.
     """
     times = {name: np.empty((rounds, len(calls))) for name, calls in programs.items()}
-    with _watched((rounds + 1) * len(programs), progress) as done:
-        for i in range(-1, rounds):  # -1 warms up
-            for name, calls in programs.items():
-                for g, call in enumerate(calls):
-                    start = time.perf_counter()
-                    jax.block_until_ready(call())
-                    if i >= 0:
-                        times[name][i, g] = (time.perf_counter() - start) * 1e3
-                done("compiling" if i < 0 else "measuring")
+    for calls in watched_items(list(programs.values()), "compiling", progress=progress, estimate=False):
+        for call in calls:
+            jax.block_until_ready(call())
+    turns = [(i, name) for i in range(rounds) for name in programs]
+    for i, name in watched_items(turns, "measuring", progress=progress):
+        for g, call in enumerate(programs[name]):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name][i, g] = (time.perf_counter() - start) * 1e3
     return times
 
 
-@contextlib.contextmanager
-def _watched(total: int, progress: bool) -> Generator[Callable[[str], None]]:  # noqa: FBT001
-    """Yield a function to call after each of ``total`` turns: it logs, and draws a bar, between what is timed."""
+def watched_items(items: Sequence[T], what: str, *, progress: bool, estimate: bool = True) -> Iterator[T]:
+    """Yield items; between them, and so not during what is timed, log how many are done and draw a bar.
+
+    Args:
+        items: What takes turns.
+        what: Is done with them, for the log and the bar.
+        progress: Whether to draw a bar on a terminal.
+        estimate: Whether the items take about equally long, so that the remaining time can be told.
+    """
     # Answering does without rich and Orbax, which these load.
     from gati_jax.fitting.loop import ProgressLog, progress_bar  # noqa: PLC0415
 
-    log, count = ProgressLog("compiling and measuring", total), itertools.count(1)
-    with progress_bar(progress, steady=True) as bar:
-        task = bar.add_task("compiling", total=total)
+    log = ProgressLog(what, len(items), estimate=estimate)
+    with progress_bar(progress, steady=True, estimate=estimate) as bar:
+        task = bar.add_task(what, total=len(items))
         bar.refresh()
-
-        def done(what: str) -> None:
-            now = next(count)
-            bar.update(task, completed=now, description=what, refresh=now == total or now % _REFRESH == 0)
+        for now, item in enumerate(items, start=1):
+            yield item
+            due = now == len(items) or now % _REFRESH == 0 or not estimate
+            bar.update(task, completed=now, refresh=due)
             log.update(now)
-
-        yield done
 
 
 def spread(times: Float[np.ndarray, " rounds"]) -> float:

@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from gati_jax.caches import Network
 from gati_jax.errors import InputError
@@ -15,8 +15,11 @@ from gati_jax.runtime.batched import Schedule
 from gati_jax.runtime.cascade import Cascade, predict_one
 
 from .backends import AnyBatch
-from .costs import lookup_program, prefix_program, spread, time_interleaved, time_turns
+from .costs import lookup_program, prefix_program, spread, time_interleaved, time_turns, watched_items
 from .tuned_cascade import TunedCascade
+
+_RESAMPLED = 500
+_DIGITS = 5  # of a millisecond
 
 FullNetwork = Literal["reference", "tuned", "xla", "onnxruntime"]
 """By the reference programs, as the cascade is tuned, or as another backend runs it fastest."""
@@ -38,15 +41,20 @@ class Speed:
     """The exit of each of the timed requests."""
     spread: float
     """Interquartile range over median of the speed-up, over rounds."""
+    interval: tuple[float, float] | None = None
+    """Of the speed-up, with confidence 95 %: the bootstrap's over requests and rounds."""
+    typical: float | None = None
+    """The speed-up if every run of the full network, and every request that leaves at one exit, took the median time of
+    its kind: far from ``speedup``, a few slow runs decide that one. Of single requests only."""
     batch: int = 1
     full: FullNetwork = "reference"
     """Which full network is the fastest one, and so compared with."""
     reference_ms: float = 0.0
     """The full network's time by the reference programs."""
     full_each_ms: tuple[float, ...] = ()
-    """The full network's time for every request (for every batch), the median of its rounds."""
+    """Every run of the full network: the rounds of the first request (of the first batch), of the second, and so on."""
     cascade_each_ms: tuple[float, ...] = ()
-    """The cascade's."""
+    """The cascade's, in the same order."""
 
     @property
     def speedup(self) -> float:
@@ -70,6 +78,7 @@ def measure_speed(
     *,
     full: Mapping[FullNetwork, TunedCascade] | None = None,
     rounds: int = 7,
+    progress: bool = False,
 ) -> Speed:
     """Time the cascade, by the reference arithmetic, and its full network on each image.
 
@@ -80,11 +89,12 @@ def measure_speed(
         images: Requests, [n, ...].
         full: Other ways to run the full network: the fastest is compared with.
         rounds: How often each request is timed.
+        progress: Whether to draw a progress bar on a terminal.
     """
     depth, full = len(cascade.chain), full or {}
     networks = [cache for cache in cascade.caches if isinstance(cache.predictor, Network)]
     times: dict[str, list[np.ndarray]] = {}
-    for image in images:
+    for image in watched_items(list(images), "timing requests", progress=progress):
         programs: dict[str, Callable[[], object]] = {"cascade": lambda image=image: predict_one(cascade, image)}
         for site in (*cascade.sites, depth):
             programs[str(site)] = prefix_program(cascade.chain, site, image[None])
@@ -100,6 +110,7 @@ def measure_speed(
     fastest = min(names, key=lambda name: mean[name])
     # Blocks were timed of the reference network; an exit saves the same share of the faster one.
     scale = mean[fastest] / mean[str(depth)]
+    exits = tuple(int(predict_one(cascade, image).exit) for image in images)
     return Speed(
         full_ms=mean[fastest],
         cascade_ms=mean["cascade"],
@@ -107,12 +118,14 @@ def measure_speed(
             site: scale * (mean[str(site)] + sum(mean[cache.name] for cache in networks if cache.site <= site))
             for site in (*cascade.sites, depth)
         },
-        exits=tuple(int(predict_one(cascade, image).exit) for image in images),
+        exits=exits,
         spread=spread(by_request[fastest].mean(0) / by_request["cascade"].mean(0)),
+        interval=speedup_interval(by_request[fastest], by_request["cascade"]),
+        typical=_typical(by_request[fastest], by_request["cascade"], exits),
         full=names[fastest],
         reference_ms=mean[str(depth)],
-        full_each_ms=tuple(np.median(by_request[fastest], axis=1).tolist()),
-        cascade_each_ms=tuple(np.median(by_request["cascade"], axis=1).tolist()),
+        full_each_ms=_every_run(by_request[fastest]),
+        cascade_each_ms=_every_run(by_request["cascade"]),
     )
 
 
@@ -123,6 +136,7 @@ def measure_batches(
     batch: int,
     full: Mapping[FullNetwork, TunedCascade] | None = None,
     rounds: int = 7,
+    progress: bool = False,
 ) -> Speed:
     """Time a tuned cascade and the full network, tuned, not tuned, and other ways, on ``images`` in groups.
 
@@ -132,6 +146,7 @@ def measure_batches(
         batch: Requests in a group.
         full: As for ``measure_speed``.
         rounds: How often each group is timed.
+        progress: Whether to draw a progress bar on a terminal.
 
     Raises:
         InputError: Fewer images than one group, or a tuning without costs.
@@ -148,7 +163,7 @@ def measure_batches(
         networks[name] = [functools.partial(way.without_caches.predict, group) for group in groups]
     programs = {"cascade": [functools.partial(tuned.predict, group) for group in groups], **networks}
     exits = np.concatenate([np.asarray(tuned.predict(group).exit) for group in groups])
-    by_group = time_turns(programs, rounds)
+    by_group = time_turns(programs, rounds, progress=progress)
     mean = {name: float(np.median(ms, axis=0).mean()) for name, ms in by_group.items()}
     fastest = min(networks, key=lambda name: mean[name])
     costs = tuned.costs(batch)[tuned.schedule(batch).sizes[0]]
@@ -159,12 +174,50 @@ def measure_batches(
         exit_ms={site: mean[fastest] * part for site, part in share.items()},
         exits=tuple(exits.tolist()),
         spread=spread(by_group[fastest].mean(1) / by_group["cascade"].mean(1)),
+        interval=speedup_interval(by_group[fastest].T, by_group["cascade"].T),
         batch=batch,
         full=fastest,
         reference_ms=mean["reference"],
-        full_each_ms=tuple(np.median(by_group[fastest], axis=0).tolist()),
-        cascade_each_ms=tuple(np.median(by_group["cascade"], axis=0).tolist()),
+        full_each_ms=_every_run(by_group[fastest].T),
+        cascade_each_ms=_every_run(by_group["cascade"].T),
     )
+
+
+def speedup_interval(
+    full: Float[np.ndarray, "requests rounds"], cascade: Float[np.ndarray, "requests rounds"]
+) -> tuple[float, float]:
+    """Return between which speed-ups other requests and other rounds would lie, with confidence 95 %.
+
+    Requests and rounds are drawn anew, with replacement; a request's time is its median over the rounds.
+
+    Args:
+        full: Times of the full network.
+        cascade: Those of the cascade on the same requests, in the same rounds.
+
+    Example:
+        >>> speedup_interval(np.full((4, 3), 3.0), np.full((4, 3), 2.0))
+        (1.5, 1.5)
+    """
+    random, (requests, rounds) = np.random.default_rng(0), full.shape
+    ratios = np.empty(_RESAMPLED)
+    for i in range(_RESAMPLED):
+        drawn = np.ix_(random.integers(0, requests, requests), random.integers(0, rounds, rounds))
+        ratios[i] = np.median(full[drawn], axis=1).mean() / np.median(cascade[drawn], axis=1).mean()
+    low, high = np.quantile(ratios, (0.025, 0.975)).tolist()
+    return low, high
+
+
+def _typical(
+    full: Float[np.ndarray, "requests rounds"], cascade: Float[np.ndarray, "requests rounds"], exits: Sequence[int]
+) -> float:
+    """Return the speed-up by the medians of each kind of run, see ``Speed.typical``."""
+    left = np.array(exits)
+    median = {exit_: float(np.median(cascade[left == exit_])) for exit_ in set(exits)}
+    return float(np.median(full) / np.mean([median[exit_] for exit_ in exits]))
+
+
+def _every_run(ms: Float[np.ndarray, "requests rounds"]) -> tuple[float, ...]:
+    return tuple(ms.round(_DIGITS).ravel().tolist())
 
 
 def path_ms(cascade: Cascade, costs: CostTable) -> dict[int, float]:

@@ -15,7 +15,7 @@ import pytest
 import gati_jax
 from gati_jax.fitting import LoopConfig, LoopState, run_loop
 from gati_jax.fitting.heads import parts_of
-from gati_jax.fitting.loop import logged
+from gati_jax.fitting.loop import ProgressLog, logged
 from gati_jax.pytrees import call
 from tests.fitting import tiny
 
@@ -145,6 +145,22 @@ def test_the_log_has_a_line_every_30_seconds(caplog):
     (line,) = [record.message for record in caplog.records if "12 of 20 steps" in record.message]
     assert line.startswith("fitting: 12 of 20 steps, loss ")
     assert line.endswith(", 7 s each, 0.9 minutes left")
+
+
+def test_the_first_step_which_compiles_says_nothing_of_the_remaining_time(caplog):
+    now = [0.0]
+    with caplog.at_level(logging.INFO):
+        for i, _ in enumerate(logged(range(10), 10, "measuring", lambda: now[0])):
+            now[0] += 600.0 if i == 0 else 12.0
+        log = ProgressLog("compiling", 4, estimate=False, clock=lambda: now[0])
+        for i in range(1, 5):
+            now[0] += 30
+            log.update(i)
+    assert caplog.messages[:2] == [
+        "measuring: 1 of 10 steps",
+        "measuring: 3 of 10 steps, 12 s each, 1.4 minutes left",
+    ]
+    assert caplog.messages[-4:] == [f"compiling: {i} of 4 steps" for i in range(1, 5)]
 
 
 def test_a_pass_is_logged_as_well_and_a_short_one_is_silent(caplog):

@@ -15,6 +15,7 @@ from scipy.stats import binom
 
 import gati_jax
 from gati_jax.data import row_digests
+from gati_jax.display import percent
 from gati_jax.profiling import Tile, TunedCascade, Tuning, device_name, tuned_cascade
 from gati_jax.runtime import Cascade
 from tests.bundle.made import REQUESTS, make
@@ -87,7 +88,7 @@ def test_what_a_checked_tuning_promises_holds_the_rows_that_differ(named, monkey
     assert bound.epsilon is not None
     assert 0.1 < bound.epsilon < 1
     assert bound.delta == pytest.approx(certificate.delta + 0.02)
-    for part in (f"{bound.epsilon:.4g}", "0.93", f"{differ} of {N}"):
+    for part in (f"at most {percent(bound.epsilon, up=True)}", "93%", f"{differ} of {N}"):
         assert part in str(bound)
     assert bundle.checks["base"].differ == 0
     assert bundle.bound_of(numerics="reference").epsilon == certificate.epsilon

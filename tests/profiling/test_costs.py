@@ -130,7 +130,7 @@ def test_a_measurement_shows_its_progress_on_a_terminal_only(chain, candidates, 
     monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
     measure_costs(chain, candidates.items[:1], rounds=2, sites=())
     shown = capsys.readouterr().err
-    for text in ("compiling", "measuring", "3/3"):  # the whole base, in a round to compile and two to measure
+    for text in ("compiling", "1/1", "measuring", "2/2"):  # the whole base, then in two rounds
         assert (text in shown) == terminal
     measure_costs(chain, candidates.items[:1], rounds=2, sites=(), progress=False)
     assert capsys.readouterr().err == ""

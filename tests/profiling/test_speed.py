@@ -83,7 +83,7 @@ def test_measured_batches_are_consistent(cascade, splits):
 def test_batches_are_compared_with_the_faster_full_network(cascade, splits, monkeypatch, tuned_ms, full):
     made_up = {"cascade": 2.0, "tuned": tuned_ms, "reference": 4.0}
 
-    def timed(programs, rounds):
+    def timed(programs, rounds, **_):
         return {name: np.full((rounds, len(calls)), made_up[name]) for name, calls in programs.items()}
 
     monkeypatch.setattr(speeds, "time_turns", timed)
@@ -93,6 +93,39 @@ def test_batches_are_compared_with_the_faster_full_network(cascade, splits, monk
     fastest = min(tuned_ms, 4.0)
     assert (found.full, found.full_ms, found.speedup) == (full, fastest, fastest / 2)
     assert found.conversion == pytest.approx(fastest / 2 / (5 / np.mean(found.exits)))
+
+
+def test_the_interval_of_a_speed_up_is_that_of_its_requests_and_rounds():
+    random = np.random.default_rng(0)
+    cascade = random.choice([1.0, 4.0], (200, 1)) * np.ones((200, 5))  # requests differ, rounds do not
+    full = np.full((200, 5), 4.0)
+    low, high = speeds.speedup_interval(full, cascade)
+    times = cascade[:, 0]
+    error = times.std() / np.sqrt(200)  # of the mean time, by the central limit theorem
+    assert (low, high) == pytest.approx(
+        (4 / (times.mean() + 1.96 * error), 4 / (times.mean() - 1.96 * error)), rel=0.03
+    )
+    slow = full.copy()
+    slow[:4] *= 50  # of 200 requests, four met a busy machine
+    low, high = speeds.speedup_interval(slow, full)
+    assert low < 1.5
+    assert high > 2.5
+
+
+def test_a_few_slow_runs_do_not_change_the_typical_speed_up(cascade, splits, monkeypatch):
+    def timed(programs, *, rounds):
+        calls.append(programs)
+        ms = {name: np.full(rounds, 2.0 if name == "cascade" else 4.0) for name in programs}
+        return {name: each * (100 if name == "cascade" and len(calls) == 2 else 1) for name, each in ms.items()}
+
+    calls = []
+    monkeypatch.setattr(speeds, "time_interleaved", timed)
+    off = Cascade(cascade.chain, cascade.caches, jnp.full(len(cascade.caches), jnp.inf))
+    found = speeds.measure_speed(off, splits["test"][:5], rounds=3)
+    assert (found.speedup, found.typical) == pytest.approx((4 / ((4 * 2 + 200) / 5), 2.0))
+    assert found.interval is not None
+    assert found.interval[0] < 1 < found.interval[1]
+    assert found.cascade_each_ms == (2.0,) * 3 + (200.0,) * 3 + (2.0,) * 9
 
 
 def test_without_costs_there_is_no_ideal(cascade, splits):

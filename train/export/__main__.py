@@ -35,9 +35,11 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(
             f"out: expected a folder outside the bundle, which would not load any more, got {arguments.out}"
         )
+    _log.info("bringing %s into %s", folder, arguments.format)
     form = form_of(arguments.format, folder, cli.read_chain(arguments))
     bundle = form.bundle
     images, why = None, ""
+    _log.info("reading the certify rows, to compare answers on them")
     try:
         images = np.asarray(certify_images(bundle, folder, arguments.data_dir, arguments.data_name))
     except InputError as error:

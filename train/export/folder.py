@@ -5,6 +5,7 @@ What the programs are is a form's business: ``models`` has ONNX, ``stablehlo`` h
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -21,6 +22,8 @@ from gati_jax.files import replacing
 from gati_jax.inference import check_arithmetic
 from gati_jax.options import Strict
 from gati_jax.runtime import Cascade
+
+_log = logging.getLogger("train.export")
 
 _OWN = ("cascade.py", "manifest.json")  # files of every export
 Answers = tuple[np.ndarray, np.ndarray]
@@ -85,6 +88,7 @@ def export_bundle(
         raise InputError(f"out: expected an export or nothing at {path}, got something else, which is left alone")
     if images is not None and images.dtype != (dtype := input_dtype(bundle)):
         raise InputError(f"images: expected {dtype}, which the programs take, got {images.dtype}")
+    _log.info("writing %s", path)
     with replacing(path) as folder:
         _write(folder, form, _manifest(form, {}, why))
         promised = len(bundle.compared) > 1  # else there is nothing to keep
@@ -144,6 +148,7 @@ def _bound(arithmetic: str, certificate: Certificate, check: ArithmeticCheck | N
 
 def _checks(form: Form, images: np.ndarray, folder: Path, counts: Path | None) -> dict[str, ArithmeticCheck]:
     """Compare the programs in a folder with the certified arithmetic."""
+    _log.info("comparing the exported programs with the certified arithmetic on %d rows", len(images))
     digest = hashlib.sha256(form.device.encode())
     for content in form.files({}).values():
         digest.update(content)

@@ -5,6 +5,7 @@ span_0.onnx ...  from each open cache's site to the next, with the cache's looku
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ from gati_jax.runtime import Cascade
 
 from . import cascade as runner
 from .folder import Answers, input_dtype
+
+_log = logging.getLogger("train.export")
 
 ONE_FILE, THRESHOLDS = "cascade.onnx", "thresholds"
 _CHUNK = 256
@@ -72,6 +75,7 @@ class OnnxForm:
         check_exportable(bundle.chain, bundle.caches)
         self.bundle = bundle
         self._stages = stages_of(bundle)
+        _log.info("converting %d spans", len(self._stages))
         self._models = {stage.file: span_model(bundle, stage, first=stage is self._stages[0]) for stage in self._stages}
         if len(self._stages) <= MOST_NESTED:
             self._models[ONE_FILE] = single_model(bundle, self._stages)

@@ -6,6 +6,7 @@ arrays.bin                the arrays of base and caches, one after another; the 
 
 import datetime as dt
 import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from gati_jax.runtime.cascade import answer_only
 
 from . import stablehlo_cascade as runner
 from .folder import Answers, input_dtype
+
+_log = logging.getLogger("train.export")
 
 BUCKETS = (1, 8, 64)
 """Rows of a program; fewer are padded, and a tile without requests takes no time."""
@@ -77,6 +80,7 @@ class StableHloForm:
 
     def _lowered(self, plan: str, rows: int) -> tuple[dict[str, Any], bytes]:
         """Return what the manifest says of a program, and the program."""
+        _log.info("lowering plan %s for %d rows at a time", plan, rows)
         cascade, bundle = self.bundle.cascades[plan], self.bundle
         leaves, structure = jax.tree.flatten(_of_rows(cascade, rows))
         places = [_THRESHOLDS if leaf is cascade.thresholds else self._place(leaf) for leaf in leaves]

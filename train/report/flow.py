@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ..results import Evaluation
 from .svg import LETTER, Drawing, Scale, spread_out, text_width
-from .words import milliseconds, share
+from .words import milliseconds, saved_share, share
 
 STRIP, TOP, BAND = 26, 26, 200
 LINE, COLUMN = 19.0, 112.0  # of labels
@@ -39,7 +39,7 @@ def flow(e: Evaluation, width: float) -> Drawing:
         alive = after
     _band(d, doors, x(0), top)
     _labels(d, doors, top)
-    saved = f"empty: {share(saved_share(e), digits=0)} of computation saved" if measured else ""
+    saved = f"empty: {share(saved_share(e), digits=0)} of computation skipped" if measured else ""
     if text_width(f"filled: still running{saved}") < x(until[-1]):
         d.text(x(0), top + BAND + 20, "filled: still running", "small")
     if measured:
@@ -47,15 +47,9 @@ def flow(e: Evaluation, width: float) -> Drawing:
     return d
 
 
-def saved_share(e: Evaluation) -> float:
-    """Return the share of the network's time that is not spent, by the bundle's costs and without lookups."""
-    blocks = e.layout.blocks_ms if e.layout else ()
-    return 1 - sum(one.hit_rate * sum(blocks[: one.exit]) for one in e.exits) / sum(blocks)
-
-
 def _strip(d: Drawing, e: Evaluation, x: Scale, until: list[float], *, measured: bool) -> None:
     """Draw the blocks, and a mark where a cache stands."""
-    total = f", {milliseconds(until[-1])}" if measured else ", drawn as if all took as long"
+    total = f", {milliseconds(until[-1])} by the bundle's costs" if measured else ", drawn as if all took as long"
     d.text(x(0), 14, f"your network: {len(until) - 1} blocks{total}", "label")
     for i, (start, end) in enumerate(itertools.pairwise(until)):
         tip = f"block {i + 1}" + (f": {milliseconds(end - start)}" if measured else "")

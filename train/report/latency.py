@@ -1,13 +1,15 @@
 """Figures of time: how requests' times are distributed, and what agreement costs."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from gati_jax import InputError
+from gati_jax.evaluation.records import PathPoint
 
 from ..results import Evaluation
-from .svg import Drawing, Scale
+from .svg import Drawing, Scale, text_width
 from .words import milliseconds, quantile, share
 
 BINS, TALL = 44, 62
@@ -27,7 +29,7 @@ def latency(e: Evaluation, width: float) -> Drawing:
     d = Drawing(width, 2 * (TALL + 34) + 44)
     edges = np.geomspace(low, high, BINS + 1) if log else np.linspace(0, high, BINS + 1)
     bottom = 2 * (TALL + 34)
-    for tick in x.ticks(7 if width > 500 else 4):  # noqa: PLR2004
+    for tick in x.ticks(4 if d.narrow else 7):
         d.line((x(tick), 26), (x(tick), bottom), "grid")
         d.text(x(tick), bottom + 18, milliseconds(tick), "small", anchor="middle")
     rows = ("full network", "base"), ("cascade", "cascade")
@@ -55,48 +57,74 @@ def _histogram(d: Drawing, x: Scale, times: Sequence[float], edges: np.ndarray, 
     d.line((x(median), y - TALL - 4), (x(median), y), "median")
     text = f"{name}: median {milliseconds(median)}"
     d.text(12, y - TALL - 10, text, "label strong")
-    if d.width > 500:  # noqa: PLR2004
-        d.text(d.width - 14, y - TALL - 10, f"95% below {milliseconds(slow)}", "small", anchor="end")
+    beyond = int((np.asarray(times) > edges[-1]).sum())
+    rest = f"95% below {milliseconds(slow)}" + (f", {beyond:,} of {len(times):,} beyond the axis" if beyond else "")
+    if not d.narrow:
+        d.text(d.width - 14, y - TALL - 10, rest, "small", anchor="end")
+
+
+class _Axes(NamedTuple):
+    """Where times and shares are drawn."""
+
+    x: Scale
+    y: Scale
+
+
+LEFT, FROM_TOP, KEY = 58, 48, 14
 
 
 def front(e: Evaluation, width: float) -> Drawing:
     """Draw agreement, and accuracy where labels are known, against time: the path, the plan, the base, the oracle."""
-    d = Drawing(width, 300 if width > 500 else 270)  # noqa: PLR2004
+    d = Drawing(width, 326)
     points = sorted(e.path, key=lambda point: point.ms)
     accuracies = [point.accuracy for point in points if point.accuracy is not None]
     oracle = e.oracle.ms if e.oracle and e.oracle.ms is not None else None
-    lowest = min([point.agreement for point in points] + accuracies)
-    slowest, fastest = max(p.ms for p in points), min([p.ms for p in points] + ([oracle] if oracle is not None else []))
-    margin = max(slowest - fastest, 0.02 * slowest) * 0.14
-    bottom = d.height - 46
-    x = Scale(max(0.0, fastest - margin), slowest + margin, 58, width - 14)
-    y = Scale(lowest - 0.12 * (1 - lowest) - 0.001, 1 + 0.1 * (1 - lowest), bottom, 22)
-    for tick in x.ticks(6 if width > 500 else 4):  # noqa: PLR2004
-        d.line((x(tick), 22), (x(tick), bottom), "grid")
-        d.text(x(tick), bottom + 18, milliseconds(tick), "small", anchor="middle")
-    for tick in [tick for tick in y.ticks(5) if tick <= 1]:
-        d.line((58, y(tick)), (width - 14, y(tick)), "grid")
-        d.text(50, y(tick) + 4.5, share(tick), "small", anchor="end")
-    base, plan = e.path[0], next(point for point in e.path if point.certified)
+    axes = _axes(d, points, accuracies, oracle)
+    curves = {"agreement": [(axes.x(p.ms), axes.y(p.agreement)) for p in points]}
     if len(accuracies) == len(points):
-        _line(d, [(x(p.ms), y(p.accuracy)) for p in points if p.accuracy is not None], "path-accuracy", "accuracy")
-    _line(d, [(x(p.ms), y(p.agreement)) for p in points], "path-agreement", "agreement")
+        curves["accuracy"] = [(axes.x(p.ms), axes.y(p.accuracy)) for p in points if p.accuracy is not None]
+    for i, (name, curve) in enumerate(curves.items()):
+        at = LEFT + 110.0 * i
+        d.line((at, KEY - 4), (at + 26, KEY - 4), f"path-{name}")
+        d.text(at + 32, KEY, name, "small")
+        d.path(curve, f"path-{name}")
+    _marks(d, axes, e.path[0], next(point for point in e.path if point.certified), oracle)
+    if oracle is not None:
+        d.dot(axes.x(oracle), axes.y(1), "oracle", title=f"oracle: {milliseconds(oracle)}")
+        d.text(axes.x(oracle) - 6, axes.y(1) - 12, "oracle", "label halo")
+    label = "mean time of a request, modelled" + ("" if d.narrow else " from the bundle's costs")
+    d.text((LEFT + width) / 2, d.height - 6, label, "small", anchor="middle")
+    return d
+
+
+def _marks(d: Drawing, axes: _Axes, base: PathPoint, plan: PathPoint, oracle: float | None) -> None:
+    """Draw the steps that a reader looks for."""
     for one, kind, name in ((base, "dot-base", "base alone"), (plan, "dot-cascade", "the plan")):
         for value in (one.agreement, one.accuracy):
             if value is not None:
                 tip = f"{name}: {share(value)} in {milliseconds(one.ms)}"
-                d.dot(x(one.ms), y(value), kind, radius=6.5 if one is plan else 5.5, title=tip)
-    if plan is not base:
-        d.text(x(plan.ms) + 9, y(plan.agreement) + 18, "the plan", "label strong")  # the path leads up and to the right
-    d.text(x(base.ms), y(base.agreement) - 12, "base alone", "label", anchor="end")
-    if oracle is not None:
-        d.dot(x(oracle), y(1), "oracle", title=f"oracle: {milliseconds(oracle)}")
-        d.text(x(oracle) - 6, y(1) - 12, "oracle", "label")
-    d.text((58 + width) / 2, d.height - 6, "mean time of a request", "small", anchor="middle")
-    return d
+                d.dot(axes.x(one.ms), axes.y(value), kind, radius=6.5 if one is plan else 5.5, title=tip)
+    if plan is not base:  # the path leads down and to the left, up and to the right
+        x, y = axes.x(plan.ms), axes.y(plan.agreement)
+        start = x - 10 - text_width("the plan")
+        if start > LEFT and (oracle is None or not start - 8 < axes.x(oracle) < x):
+            d.text(x - 10, y - 9, "the plan", "label strong halo", anchor="end")
+        else:
+            d.text(x + 9, y + 18, "the plan", "label strong halo")
+    d.text(axes.x(base.ms), axes.y(base.agreement) - 12, "base alone", "label halo", anchor="end")
 
 
-def _line(d: Drawing, points: list[tuple[float, float]], kind: str, name: str) -> None:
-    d.path(points, kind)
-    x, y = points[-1]
-    d.text(x - 8, y + 18, name, "small", anchor="end")
+def _axes(d: Drawing, points: Sequence[PathPoint], accuracies: Sequence[float], oracle: float | None) -> _Axes:
+    """Draw the grid."""
+    lowest, all_ms = min([*(point.agreement for point in points), *accuracies]), [point.ms for point in points]
+    slowest, fastest = max(all_ms), min(all_ms if oracle is None else [*all_ms, oracle])
+    margin, bottom = max(slowest - fastest, 0.02 * slowest) * 0.14, d.height - 46
+    x = Scale(max(0.0, fastest - margin), slowest + margin, LEFT, d.width - 14)
+    y = Scale(lowest - 0.12 * (1 - lowest) - 0.001, 1 + 0.1 * (1 - lowest), bottom, FROM_TOP)
+    for tick in x.ticks(4 if d.narrow else 6):
+        d.line((x(tick), FROM_TOP), (x(tick), bottom), "grid")
+        d.text(x(tick), bottom + 18, milliseconds(tick), "small", anchor="middle")
+    for tick in [tick for tick in y.ticks(5) if tick <= 1]:
+        d.line((LEFT, y(tick)), (d.width - 14, y(tick)), "grid")
+        d.text(LEFT - 8, y(tick) + 4.5, share(tick), "small", anchor="end")
+    return _Axes(x, y)

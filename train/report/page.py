@@ -13,8 +13,8 @@ from markupsafe import Markup
 from gati_jax.evaluation.records import Sample
 
 from ..results import Evaluation
-from . import words
-from .figures import FIGURES, MOST_CLASSES
+from . import explain, words
+from .figures import FIGURES, MOST_CLASSES, agreeing
 from .pictures import Wall
 
 HERE = Path(__file__).parent
@@ -63,7 +63,7 @@ def render(evaluation: Evaluation, wall: Wall) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"share": words.share, "milliseconds": words.milliseconds}
+    environment.filters |= {"share": words.share, "milliseconds": words.milliseconds, "brief": words.brief}
     drawn = {
         name: Drawn(_inline(name, evaluation, WIDE), _inline(name, evaluation, NARROW), figure.caption)
         for name, figure in FIGURES.items()
@@ -72,10 +72,14 @@ def render(evaluation: Evaluation, wall: Wall) -> str:
     return environment.get_template("report.html.jinja").render(
         e=evaluation,
         headline=words.headline(evaluation),
-        explained=words.explain_certificate(evaluation),
-        promise=words.promise(evaluation.certificate),
-        gap=words.explain_gap(evaluation),
-        early=words.answers_early(evaluation),
+        explained=explain.certificate(evaluation),
+        certified=words.certified_words(evaluation),
+        saving=explain.saving(evaluation),
+        path_words=explain.path(evaluation),
+        oracle=explain.oracle(evaluation),
+        agreeing=agreeing(evaluation),
+        how_timed=words.how_timed,
+        gap=explain.gap(evaluation),
         times=words.times,
         drawn=drawn,
         wall=wall,
@@ -95,8 +99,8 @@ def _inline(name: str, evaluation: Evaluation, width: int) -> Markup:
 
 
 def _by_exit(evaluation: Evaluation, wall: Wall) -> list[tuple[str, list[Sample]]]:
-    """Return the samples that have a picture: of the first exit to the last, then those that disagree."""
-    shown = [sample for sample in evaluation.samples if sample.row in wall.pictures]
+    """Return the samples that can be shown: of the first exit to the last, then those that disagree."""
+    shown = [sample for sample in evaluation.samples if sample.row in wall.pictures or sample.row in wall.texts]
     base = evaluation.exits[-1].exit
     groups: list[tuple[str, list[Sample]]] = []
     for one in evaluation.exits:
@@ -122,11 +126,16 @@ def _png(svg: str) -> bytes:
             svg_string=re.sub(r"font-family: [^;]*", f"font-family: '{family}'", svg, count=1),
             zoom=ZOOM,
             background=LIGHT["paper"],
-            skip_system_fonts=True,
+            skip_system_fonts=not has_wide_letters(svg),  # DejaVu has none of them
             font_files=_fonts(),
             font_family=family,
         )
     )
+
+
+def has_wide_letters(text: str) -> bool:
+    """Return whether a text has letters of Chinese, Japanese or Korean, or other wide ones."""
+    return any(words.letter_width(letter) == words.WIDEST for letter in text)
 
 
 @functools.cache

@@ -1,8 +1,9 @@
-"""Inputs as small pictures in the page: images as they are, recordings as spectrograms."""
+"""Inputs as the page shows them: images, recordings as spectrograms, other rows of numbers as lines, tokens."""
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib as mpl
@@ -13,44 +14,69 @@ from scipy.signal import spectrogram
 from gati_jax.data import Images, take
 
 SIDE = 72  # of a larger image; smaller ones are enlarged by the browser
-FEWEST_SAMPLES, CHANNELS = 2000, {1, 3}
-_WINDOW = 256
+CHANNELS, MOST_TOKENS = {1, 3}, 48
+FEWEST_VALUES, FEWEST_SAMPLES = 256, 2000  # of a line, and of a spectrogram
+_WINDOW, _COLUMNS = 256, 144
+_LINE = (217, 100, 40, 255)  # seen on light and on dark paper
+_RELATED = 0.3  # least correlation of neighbours in a recording
 
 
 class Wall(NamedTuple):
-    """Pictures by row as data URIs, and why there are none."""
+    """Pictures by row as data URIs, or texts, and why there are none."""
 
     pictures: Mapping[int, str]
     kind: str = "image"
     missing: str = ""
+    texts: Mapping[int, str] = {}
+    note: str = ""
+    """What is to be seen, where it is not plain."""
 
 
 def draw_wall(images: Images, rows: Sequence[int]) -> Wall:
-    """Draw the inputs of some rows, if they can be shown as pictures.
+    """Draw the inputs of some rows, or write them as text.
 
     Args:
         images: All inputs, [n, ...].
-        rows: Which to draw.
+        rows: Which to show.
     """
     shape, dtype = tuple(images.shape[1:]), np.dtype(images.dtype)
     if not rows:
         return Wall({}, missing="There are no requests to show.")
-    if dtype.kind in "iu" and len(shape) == 1:
-        return Wall({}, missing="Inputs are tokens, and the page has no tokenizer to turn them into text.")
     inputs = np.asarray(take(images, np.array(rows)))
+    if dtype.kind in "iu" and len(shape) == 1:
+        note = "Inputs are numbers of tokens: a bundle holds no vocabulary. Zeros at the end are left out."
+        texts = dict(zip(rows, map(_tokens, inputs), strict=True))
+        return Wall({}, kind="tokens", texts=texts, note=note)
     if dtype.kind in "fiu" and len(shape) == 3 and shape[2] in CHANNELS:  # noqa: PLR2004 (height, width, channels)
-        drawn, kind = [_png(pixels) for pixels in _as_pixels(inputs)], "image"
-    elif dtype.kind == "f" and _samples(shape) >= FEWEST_SAMPLES:
-        flat = inputs.reshape(len(inputs), -1)
-        drawn, kind = [_png(_spectrogram(signal)) for signal in flat], "spectrogram"
-    else:
-        return Wall({}, missing=f"Inputs of {dtype}{list(shape)} are neither images nor recordings, and are not shown.")
-    return Wall(dict(zip(rows, drawn, strict=True)), kind)
+        return Wall(_by_row(rows, _as_pixels(inputs)))
+    if dtype.kind == "f" and max(shape, default=0) == np.prod(shape) >= FEWEST_VALUES:
+        signals = np.nan_to_num(inputs.reshape(len(inputs), -1).astype(np.float32))
+        if signals.shape[1] >= FEWEST_SAMPLES and _are_recordings(signals):
+            return Wall(
+                _by_row(rows, map(_spectrogram, signals)), "spectrogram", note="They are drawn as spectrograms."
+            )
+        note = "They are drawn as lines: their values in order, each from its least to its largest."
+        return Wall(_by_row(rows, map(_line, signals)), "line", note=note)
+    return Wall({}, missing=f"Inputs of {dtype}{list(shape)} are neither images, recordings nor tokens: none is shown.")
 
 
-def _samples(shape: tuple[int, ...]) -> int:
-    """Return the length of a recording of one channel; 0 for other inputs."""
-    return shape[0] if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1) else 0  # noqa: PLR2004
+def _by_row(rows: Sequence[int], drawn: Iterable[np.ndarray]) -> dict[int, str]:
+    return dict(zip(rows, map(_png, drawn), strict=True))
+
+
+def _tokens(row: np.ndarray) -> str:
+    """Write the numbers of a row: the first ones, without what pads it."""
+    kept = np.trim_zeros(row, "b").tolist()
+    more = f" … ({len(kept):,} in all)" if len(kept) > MOST_TOKENS else ""
+    return " ".join(map(str, kept[:MOST_TOKENS])) + more or "0"
+
+
+def _are_recordings(signals: np.ndarray) -> bool:
+    """Tell recordings from other rows of numbers: these swing about zero, and neighbours are related."""
+    swing = np.abs(signals.mean(1)) < 0.2 * signals.std(1) + 1e-12
+    centred = signals - signals.mean(1, keepdims=True)
+    related = np.abs((centred[:, 1:] * centred[:, :-1]).mean(1)) > _RELATED * centred.var(1)
+    return bool(np.median(swing & related) > 0)
 
 
 def _as_pixels(inputs: np.ndarray) -> np.ndarray:
@@ -71,9 +97,21 @@ def _spectrogram(signal: np.ndarray) -> np.ndarray:
     return (mpl.colormaps["magma"](scaled)[..., :3] * 255).astype(np.uint8)
 
 
+def _line(values: np.ndarray) -> np.ndarray:
+    """Return values in order as an image: every column reaches from the least to the largest of its part."""
+    low, high = float(values.min()), float(values.max())
+    heights = (SIDE - 1) * (1 - (values - low) / max(high - low, 1e-9))
+    picture = np.zeros((SIDE, _COLUMNS, 4), np.uint8)
+    edges = np.linspace(0, len(values) - 1, _COLUMNS + 1).astype(int)
+    for column, (start, end) in enumerate(itertools.pairwise(edges)):
+        part = heights[start : end + 1]
+        picture[int(part.min()) : int(part.max()) + 1, column] = _LINE
+    return picture
+
+
 def _png(pixels: np.ndarray) -> str:
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((_COLUMNS, SIDE) if image.mode == "RGBA" else (SIDE, SIDE))
     stream = io.BytesIO()
     image.save(stream, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"

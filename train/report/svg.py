@@ -9,21 +9,29 @@ import numpy as np
 
 from gati_jax.errors import printable
 
-LETTER = 7.3  # mean width of a letter of a label
+from .words import letter_width
+
+LETTER = 7.3  # mean width of a small letter of a label
+NARROW = 500  # figures up to here are for phones
 
 
 def text_width(text: str) -> float:
     """Return about how wide a label is."""
-    return LETTER * len(text)
+    return LETTER * sum(map(letter_width, text))
 
 
 @dataclasses.dataclass
 class Drawing:
-    """Shapes in the order in which they are drawn. Classes are those of ``style.css.jinja``."""
+    """Shapes in the order in which they are drawn. Classes are those of ``figures.css``."""
 
     width: float
     height: float
     shapes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it is for a phone."""
+        return self.width <= NARROW
 
     def rect(self, x: float, y: float, width: float, height: float, kind: str, *, title: str = "", **more: str) -> None:
         """Add a rectangle; ``title`` is shown where a pointer rests on it."""

@@ -1,15 +1,18 @@
-"""What the page says in words: numbers, the headline, and the certificate in two sentences."""
+"""What the page says in words: the headline, what is promised, and numbers."""
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gati_jax.evaluation.records import CertificateResult
+from gati_jax.display import percent as share
+from gati_jax.errors import printable
+from gati_jax.evaluation.records import CertificateResult, Measured
 
 from ..results import Evaluation
 
 ABOUT_EQUAL, UNSTEADY = 0.05, 0.3
-_TWICE = 2
+_TWICE, WIDEST = 2, 2.0
 
 
 class Headline(NamedTuple):
@@ -18,6 +21,19 @@ class Headline(NamedTuple):
     sentence: str
     leaving: str
     warnings: tuple[str, ...] = ()
+
+
+class Promise(NamedTuple):
+    """What is promised of the answers that were measured."""
+
+    text: str
+    """How often they differ, at most."""
+    bound: float
+    """In the mean over all requests."""
+    confidence: str
+    by_group: bool
+    broken: bool
+    """Whether more than the bound differed here."""
 
 
 def headline(e: Evaluation) -> Headline:
@@ -31,27 +47,66 @@ def speed_words(e: Evaluation) -> str:
         return "No faster: your network answers every request"
     if e.cost is None:
         return "Speed not measured"
-    speedup = e.cost.measured[0].speedup
-    if abs(math.log(speedup)) <= ABOUT_EQUAL:
-        return f"About as fast as your network ({speedup:.2f} times)"
-    if speedup < 1:
-        return f"Slower than your network: {times(1 / speedup)} times its time"
-    return f"{times(speedup)} times as fast as your network"
+    m = e.cost.measured[0]
+    between, how = f" ({interval_words(m)})" if m.interval else "", how_timed(m)
+    if is_equal(m):
+        inside = f"{times(m.speedup)} times{f', {interval_words(m)}' if m.interval else ''}"
+        return f"About as fast as your network, {how} ({inside})"
+    if m.speedup < 1:
+        slower = f" ({times(1 / m.interval[1])} to {times(1 / m.interval[0])})" if m.interval else ""
+        return f"Slower than your network, {how}: {times(1 / m.speedup)} times its time{slower}"
+    return f"{times(m.speedup)} times as fast as your network{between}, {how}"
+
+
+def is_equal(m: Measured) -> bool:
+    """Return whether the times do not tell cascade and full network apart, or only just."""
+    low, high = m.interval or (m.speedup, m.speedup)
+    return low <= 1 <= high or abs(math.log(m.speedup)) <= ABOUT_EQUAL
+
+
+def interval_words(m: Measured) -> str:
+    """Say between which speed-ups other requests and rounds would lie."""
+    return f"{times(m.interval[0])} to {times(m.interval[1])}" if m.interval else ""
+
+
+def how_timed(m: Measured) -> str:
+    """Say in which batches requests were timed."""
+    return "one request at a time" if m.batch == 1 else f"in batches of {m.batch}"
+
+
+def promised(e: Evaluation) -> Promise | None:
+    """Return what is promised of the answers that were measured; None where nothing is.
+
+    Title, tile and figures all ask here, so that they cannot promise different things.
+    """
+    c, served = e.certificate, e.served
+    epsilon, delta = (served.epsilon, served.delta) if served else (c.epsilon, c.delta)
+    if not answers_early(e) or c.base_saw_data or epsilon is None:
+        return None
+    by_group, exact = "group" in c.promise, served is None or served.numerics == c.numerics
+    text = promise(c) if by_group and exact else f"at most {share(epsilon, up=True)} of answers differ"
+    if by_group and not exact:
+        text += ", in the mean over groups"
+    broken = 1 - e.cascade.agreement > epsilon + 1e-12
+    return Promise(text, epsilon, f"with {share(1 - delta, down=True)} confidence", by_group, broken)
 
 
 def bound_words(e: Evaluation) -> str:
     """Say what is certified of the answers that are given by default, or what was measured where nothing is."""
-    c, here = e.certificate, share(1 - e.cascade.agreement)
+    here, found = share(1 - e.cascade.agreement), promised(e)
     if not answers_early(e):
-        return "its answers are unchanged" if here == share(0) else f"{here} of answers differed here"
-    delta = e.served.delta if e.served else c.delta
-    epsilon = e.served.epsilon if e.served else c.epsilon
-    if not c.certified or epsilon is None:
+        return "its answers are unchanged" if here == share(0.0) else f"{here} of answers differed here"
+    if found is None:
         return f"how often answers differ is not certified ({here} did here)"
-    confidence = f"with {share(1 - delta, down=True)} confidence"
-    if "group" in c.promise:
-        return f"{promise(c)}, {confidence}"
-    return f"at most {share(epsilon, up=True)} of answers differ, {confidence}"
+    if found.broken:
+        return f"{here} of answers differed here, where {found.text} is certified"
+    return f"{found.text}, {found.confidence}"
+
+
+def certified_words(e: Evaluation) -> str:
+    """Say in a few words what is promised."""
+    found = promised(e)
+    return f"certified: {found.text}" if found else "nothing is certified"
 
 
 def leaving_words(e: Evaluation) -> str:
@@ -66,7 +121,9 @@ def leaving_words(e: Evaluation) -> str:
         return f"No request left early here: {rest}."
     where = f"{share(1 - base.hit_rate, digits=0)} of requests leave early"
     if len([one for one in early if one.hits]) > 1:
-        where += f", most of them ({share(most.hit_rate, digits=0)} of all)"
+        of_all = f"{share(most.hit_rate, digits=0)} of all"
+        mostly = 2 * most.hits > sum(one.hits for one in early)
+        where += f", most of them ({of_all})" if mostly else f"; the largest share, {of_all},"
     return f"{where} {site_words(e, most.exit)}; {rest}."
 
 
@@ -85,62 +142,47 @@ def site_words(e: Evaluation, site: int) -> str:
 
 def warnings_of(e: Evaluation) -> tuple[str, ...]:
     """Return what a reader must not overlook."""
-    c, found = e.certificate, list[str]()
+    c, found, bound = e.certificate, list[str](), promised(e)
     if not c.certified:
         found.append("Nothing could be certified: every cache is off and the base answers.")
-    elif not c.holds:
+    elif c.base_saw_data:
+        text = "Nothing is certified: the base was trained on the certify rows, and may disagree more often on others."
+        found.append(text)
+    elif e.served and e.served.epsilon is None:
+        found.append(f"Nothing is certified of these answers: they were given by {e.served.text}.")
+    elif bound and bound.broken:
         more = share(1 - e.cascade.agreement)
         found.append(f"The certified bound does not hold here: {more} of these {e.n:,} requests disagreed.")
-    if c.base_saw_data:
-        found.append("The base was trained on the certify rows, and may disagree more often on others.")
-    if answers_early(e) and e.cost and (spread := e.cost.measured[0].spread) > UNSTEADY:
+    if answers_early(e) and e.cost and (busy := unsteady_words(e.cost.measured[0])):
+        found.append(busy)
+    if e.layout and e.layout.unsteady:
         found.append(
-            f"The machine was busy while times were measured: the speed-up varied by {share(spread, digits=0)}."
+            f"The bundle's times of blocks and caches are unreliable: {e.layout.unsteady}. Its caches were chosen by"
+            " them, and two figures are drawn with them: where requests leave, and agreement against time."
         )
-    if e.served and e.served.epsilon is None and c.certified:
-        found.append(f"Answers by default on the device of this evaluation: {e.served.text}.")
     return tuple(found)
 
 
-def explain_certificate(e: Evaluation) -> str:
-    """Say in two sentences what is certified, and why the bound is larger than what was measured."""
-    c = e.certificate
-    unlikely = f"a risk of {share(c.delta)}"
-    if not c.certified:
-        return (
-            f"On {c.n:,} certify requests no step of the plan could be shown to disagree on at most {share(c.epsilon)},"
-            f" at {unlikely}. So every cache stays off until a certificate on more, or other, requests turns one on."
-        )
-    counted = f"{c.disagreements:,} of the {c.n:,} certify requests disagreed ({share(c.disagreements / max(c.n, 1))})"
-    if c.p_value is None:
-        why = "the bound is larger because so few requests cannot tell these rates apart"
-    else:
-        why = (
-            f"if more than {share(c.epsilon)} of all requests did, so few would be seen in at most"
-            f" {share(c.p_value, up=True)} of such samples"
-        )
-    basis, promised = f" ({c.basis})" if c.basis else "", promise(c)
-    return (
-        f"{promised[:1].upper()}{promised[1:]}, with {share(1 - c.delta, down=True)} confidence{basis}. That is more"
-        f" than was measured, for a sample says only so much about the requests to come: {counted}, and {why}."
-    )
+def unsteady_words(m: Measured) -> str:
+    """Say how the speed-up varied, if it did so much that the machine must have been busy."""
+    low, high = m.interval or (m.speedup, m.speedup)
+    apart = m.typical is not None and abs(math.log(m.speedup / m.typical)) > 2 * ABOUT_EQUAL
+    if m.spread <= UNSTEADY and high / low <= 1 + UNSTEADY and not apart:
+        return ""
+    medians = f"; by medians it is {times(m.typical)}, by means {times(m.speedup)}" if m.typical and apart else ""
+    ranges = f" from {times(low)} to {times(high)}" if m.interval else f" by {share(m.spread, digits=0)}"
+    return f"The machine was busy while times were measured, or few were: the speed-up varied{ranges}{medians}."
+
+
+def saved_share(e: Evaluation) -> float:
+    """Return the share of the network's time that is not spent, by the bundle's costs and without lookups."""
+    blocks = e.layout.blocks_ms if e.layout else ()
+    return 1 - sum(one.hit_rate * sum(blocks[: one.exit]) for one in e.exits) / sum(blocks)
 
 
 def promise(c: CertificateResult) -> str:
     """Say what is certified as a reader's own network is called on the page."""
     return c.promise.replace("with the base", "with your network")
-
-
-def explain_gap(e: Evaluation) -> str:
-    """Say what is certified of the accuracy; empty if nothing is."""
-    gap = e.certificate.accuracy_gap
-    if gap is None:
-        return ""
-    return (
-        f"The cascade is at most {share(gap.upper, up=True)} less accurate than the base, with"
-        f" {share(1 - gap.delta, down=True)} confidence of its own: of the certify requests, {gap.losses:,} right"
-        f" answers were lost and {gap.gains:,} gained ({gap.method})."
-    )
 
 
 def answers_early(e: Evaluation) -> bool:
@@ -153,14 +195,19 @@ def times(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < _TWICE else f"{ratio:.1f}" if ratio < 10 * _TWICE else f"{ratio:.0f}"
 
 
-def share(value: float | None, *, digits: int = 2, up: bool = False, down: bool = False) -> str:
-    """Write a share in percent, without zeros at the end; ``up`` and ``down`` say how a bound is rounded."""
-    if value is None:
-        return "-"
-    scaled = round(value * 10 ** (digits + 2), 6)
-    rounded = math.ceil(scaled) if up else math.floor(scaled) if down else round(scaled)
-    text = f"{rounded / 10**digits:.{digits}f}"
-    return f"{text.rstrip('0').rstrip('.') if digits else text}%"
+def brief(text: str, letters: float) -> str:
+    """Cut a name that is wider than so many small letters."""
+    text = printable(text, most=1000)
+    while sum(letter_width(c) for c in text) > letters:
+        text = f"{text.removesuffix('…')[:-1]}…"
+    return text
+
+
+def letter_width(letter: str) -> float:
+    """Return about how wide a letter is, as a multiple of a small one."""
+    if unicodedata.east_asian_width(letter) in "WF":
+        return WIDEST
+    return 1.7 if letter in "MWmw@%—…" else 1.35 if letter.isupper() else 1.0
 
 
 def milliseconds(value: float) -> str:
