@@ -58,8 +58,9 @@ def score_on_ray(
         rows = [{"path": str(p.path.absolute()), "start": p.rows.start, "stop": p.rows.stop} for p in parts]
         workers, resources = _workers()
         given = argparse.Namespace(bundle=arguments.bundle.absolute(), chain=arguments.chain)
+        worker: Any = Worker  # Ray's types know functions alone
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            Worker, fn_constructor_args=(given, scoring), concurrency=min(workers, len(rows)), **resources
+            worker, fn_constructor_args=(given, scoring), concurrency=min(workers, len(rows)), **resources
         )
         for one in done.iter_rows():
             advance(one["rows"])
@@ -83,7 +84,7 @@ def start(address: str) -> None:
         raise InputError(f"--ray: expected the address of a Ray cluster, got {address}: {error}") from error
 
 
-def _workers() -> tuple[int, dict[str, float]]:
+def _workers() -> tuple[int, dict[str, Any]]:
     """Return how many workers there are, and what each takes: a GPU, or the processor of a machine."""
     if gpus := int(ray.cluster_resources().get("GPU", 0)):
         return gpus, {"num_gpus": 1}

@@ -222,7 +222,7 @@ Answer = Callable[[np.ndarray, str | None], Future[Prediction]]
 def answering(arguments: argparse.Namespace, bundle: Bundle) -> Generator[Answer]:
     """Load a bundle onto every other device of this machine, too; each answers a batch at a time."""
     first, *others = jax.local_devices()
-    free: queue.SimpleQueue[tuple[jax.Device, Bundle]] = queue.SimpleQueue()
+    free: queue.SimpleQueue[tuple[Any, Bundle]] = queue.SimpleQueue()
     free.put((first, bundle))
     for device in others:
         with jax.default_device(device):
