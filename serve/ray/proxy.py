@@ -37,10 +37,7 @@ class Retryable:
             started = True
             await send(message)
 
-        try:
-            await self._app(scope, receive, note)
-        except Exception:
-            if started or scope["type"] != "http":
-                raise
+        await self._app(scope, receive, note)
+        if not started and scope["type"] == "http":  # Serve has logged why; its server would send a bare 500
             await send({"type": "http.response.start", "status": 503, "headers": _HEADERS})
             await send({"type": "http.response.body", "body": _BODY})

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ import pytest
 import gati_jax
 from gati_jax import InputError
 from serve.ray import options
+from serve.ray.proxy import Retryable
 from tests.serve.fake_runner import pixels
+from tests.serve.transports import ask
 
 ROOT = Path(__file__).parents[2]
 LONG = 240.0
@@ -45,6 +48,22 @@ def test_options_are_of_the_cluster_and_of_each_server():
     parsed = options.parse(["--bundle", "b", "--replicas", "2", "--capacity", "8"], {"GATI_TOKEN": "t"})
     assert (parsed.ray.replicas, parsed.ray.max_replicas) == (2, None)
     assert (parsed.server.capacity, parsed.server.token) == (8, "t")
+
+
+def test_a_request_that_serve_has_no_answer_for_may_be_asked_again():
+    """Serve's proxy returns without a response where a replica has died."""
+
+    async def app(scope, receive, send):
+        del receive
+        if scope["path"] == "/answered":
+            await send({"type": "http.response.start", "status": 500, "headers": []})
+            await send({"type": "http.response.body", "body": b"{}"})
+
+    front = SimpleNamespace(app=Retryable(app))
+    lost, answered = ask(front, "GET", "/lost"), ask(front, "GET", "/answered")
+    assert (lost.status_code, lost.headers["retry-after"]) == (503, "1")
+    assert "ask again" in lost.json()["error"]
+    assert (answered.status_code, answered.content) == (500, b"{}")
 
 
 def replicas_of(parent):
