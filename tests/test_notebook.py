@@ -51,7 +51,7 @@ def run_notebook():
 
 
 def test_the_notebook_runs_from_top_to_bottom(monkeypatch, tmp_path):
-    monkeypatch.setattr(timing, "contenders", lambda _: {})  # a search for the fastest full network, of a minute
+    monkeypatch.setattr(timing, "contenders", lambda *_: {})  # a search for the fastest full network, of a minute
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as where its reader runs it
         notebook, names = run_notebook()

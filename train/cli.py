@@ -235,13 +235,7 @@ def help_of(model: type[Strict]) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script: log to standard error, turn bad input into one line and exit code 2."""
-    console = Console(stderr=True)
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=console, show_path=False)],
-        force=True,
-    )
+    logging.basicConfig(level=logging.WARNING, handlers=[_log_handler()], force=True)
     for name in ("gati_jax", "train"):
         logging.getLogger(name).setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -259,6 +253,18 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f"error: {why}", file=sys.stderr)
         sys.exit(2)
+
+
+def _log_handler() -> logging.Handler:
+    """Return what writes log lines to standard error: laid out on a terminal, one line each in a pipe or a file."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        handler: logging.Handler = RichHandler(console=console, show_path=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    return handler
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

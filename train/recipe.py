@@ -104,7 +104,9 @@ def _convolutions(params: PyTree) -> PyTree:
 
 def begin(recipe: Recipe, key: PRNGKeyArray) -> LoopState:
     """Return the state before the first step."""
-    variables = init(recipe.network, key)
+    # Run once: to optimise its generators of random bits takes the compiler longer than everything else here.
+    draw = jax.jit(init, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+    variables = draw(recipe.network, key)
     opt_state = recipe.optimizer.init(_params(variables))
     # Copies: a donated state may hold each array only once.
     weights = Weights(variables, jax.tree.map(jnp.copy, variables) if recipe.training.average else None)

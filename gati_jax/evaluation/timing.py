@@ -32,18 +32,18 @@ from .records import Cost, Measured, Oracle, record_of
 _log = logging.getLogger(__name__)
 
 
-def contenders(bundle: Bundle) -> dict[FullNetwork, TunedCascade]:
+def contenders(bundle: Bundle, size: int) -> dict[FullNetwork, TunedCascade]:
     """Return further ways to run the full network, one of which may be the fastest that a user has here.
 
-    For each backend that the bundle has not been tuned for: the best of XLA's programs that a minute of trying finds,
-    and ONNX Runtime where it is installed.
+    For each backend that the bundle has not been tuned for: the best of XLA's programs for ``size`` rows that a minute
+    of trying finds, and ONNX Runtime where it is installed.
     """
     chain, first, found = bundle.chain, bundle.tuning_of(), dict[FullNetwork, Tuning]()
     for backend in ("xla", "onnxruntime"):
         tuning = bundle.tunings_here.get(backend)
         if tuning is None and backend == "xla":
             _log.info("trying programs of the full network, to compare with the fastest")
-            tuning = probe(chain, sizes=(8,))
+            tuning = probe(chain, sizes=(size,))
         if tuning is None and not onnx_unavailable(chain):
             tuning = onnx_tuning(chain)
         if tuning is not None and tuning is not first:
@@ -63,14 +63,15 @@ def measure(
     Returns:
         The first measurement, and the records of all.
     """
-    full, tuned = contenders(bundle), bundle.tuned
+    tuned = bundle.tuned
     if tuned is None or not bundle.checks:
+        full = contenders(bundle, 1)
         if tuned is not None:
             full["tuned"] = tuned
         _log.info("timing %d requests, one at a time", min(timed, len(images)))
         speed = measure_speed(bundle.cascade, images[:timed], full=full)
         return speed, [describe(bundle, speed, numerics="reference", lookup_share=_lookup_share(bundle, speed))]
-    speeds, rows = [], []
+    full, speeds, rows = contenders(bundle, 8), [], []
     for batch in sorted({1, *batches}):
         requests = images[: max(timed // batch, 2) * batch]
         if len(requests) < batch:

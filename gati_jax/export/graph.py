@@ -69,12 +69,15 @@ class Graph:
 
 
 def prepare(g: Graph, images: Value, normalization: Normalization | None) -> Value:
-    """Bring images [height, width, channels] to channels first; normalise them where they are pixels."""
-    height, width, channels = images.shape
-    x = g.add("Transpose", images, shape=(channels, height, width), perm=(0, 3, 1, 2))
+    """Bring inputs [*positions, channels] to channels first; normalise them where they are pixels."""
+    *positions, channels = images.shape
+    order, x = (0, len(images.shape), *range(1, len(images.shape))), images
+    if positions:
+        x = g.add("Transpose", images, shape=(channels, *positions), perm=order)
     if normalization is None:
         return x
-    mean, std = (g.constant(np.reshape(v, (-1, 1, 1))) for v in (normalization.mean, normalization.std))
+    ones = (1,) * len(positions)
+    mean, std = (g.constant(np.reshape(v, (-1, *ones))) for v in (normalization.mean, normalization.std))
     scaled = g.add("Mul", g.add("Cast", x, to=TensorProto.FLOAT), g.constant(normalization.scale))
     return g.add("Div", g.add("Sub", scaled, mean), std)
 
@@ -98,7 +101,7 @@ def emit(module: nn.Module, g: Graph, params: Params, x: Value) -> Value:
         InputError: This kind of module cannot be exported.
     """
     del g, params, x
-    raise InputError(f"bundle: expected modules of this library, got a {type(module).__name__}, which has no ONNX form")
+    raise InputError(f"bundle: expected modules of this library, got a {type(module).__name__}")
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 from pydantic import AfterValidator, Field
 
@@ -210,9 +211,9 @@ def untrained(chain: Chain, heads: Sequence[Head]) -> tuple[Candidate, ...]:
     """Return the candidates that ``fit`` would make, with small random parameters: for measuring their costs."""
     candidates, drawn = [], {}
     for i, (name, part) in enumerate(_all_parts(chain, heads).items()):
-        key = jax.random.key(i)
+        draw = np.random.default_rng(i).standard_normal  # JAX would compile a program for every shape
         random = jax.tree.map(
-            lambda leaf, key=key: 0.01 * jax.random.normal(key, leaf.shape, leaf.dtype) + 0.01, _shapes(chain, part)
+            lambda leaf, draw=draw: jnp.asarray(0.01 * draw(leaf.shape) + 0.01, leaf.dtype), _shapes(chain, part)
         )
         predictor, variables = part.predictor, part.variables
         if variables is None:

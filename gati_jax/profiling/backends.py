@@ -240,8 +240,8 @@ class _OnnxPrograms:
         from gati_jax.export import sessions  # noqa: PLC0415 (of the extra onnx)
 
         self._new, self._chain = sessions, chain
-        pixels = chain.normalization is not None
-        self._images = np.zeros((batch, *chain.input_spec.shape), np.uint8 if pixels else np.float32)
+        dtype = chain.input_spec.dtype if chain.normalization is None else np.uint8
+        self._images = np.zeros((batch, *chain.input_spec.shape), dtype)
 
     def lookup(self, cache: Candidate) -> Call:
         lookup = self._new.Lookup(self._chain, cache)
@@ -265,9 +265,10 @@ class _OnnxPrograms:
         return calls
 
     def _activation(self, site: int) -> object:
-        *positions, channels = self._chain.site_specs[site].shape
+        *positions, channels = (spec := self._chain.site_specs[site]).shape
         drawn = np.random.default_rng(0).standard_normal((len(self._images), channels, *positions), np.float32)
-        return self._new.to_value(drawn)
+        # Whole numbers are indices, as of tokens.
+        return self._new.to_value(drawn if spec.dtype == np.float32 else np.zeros(drawn.shape, spec.dtype))
 
 
 def fastest(tunings: Iterable[Tuning]) -> tuple[Tuning, ...]:

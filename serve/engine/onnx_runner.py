@@ -39,14 +39,14 @@ class OnnxRunner:
         self._spans = Spans(chain, {site for source in sources for site in (*source.cuts, *source.cascade.sites)})
         self._slabs: dict[int, Shaped[np.ndarray, "slots channels *positions"]] = {}
         for site in {site for sites in self._sites for site in sites}:
-            *positions, channels = chain.site_specs[site].shape
-            self._slabs[site] = np.zeros((capacity, channels, *positions), np.float32)
+            *positions, channels = (spec := chain.site_specs[site]).shape
+            self._slabs[site] = np.zeros((capacity, channels, *positions), spec.dtype)
         opened: dict[int, Lookup] = {}  # plans may share caches
         for source in sources:
             opened |= {id(c): Lookup(chain, c) for c in source.cascade.caches if id(c) not in opened}
         self._lookups = [[opened[id(cache)] for cache in source.cascade.caches] for source in sources]
         self._thresholds = [stage_thresholds(source.cascade.thresholds) for source in sources]
-        image = np.zeros(chain.input_spec.shape, np.float32 if chain.normalization is None else np.uint8)
+        image = np.zeros(chain.input_spec.shape, chain.input_spec.dtype if chain.normalization is None else np.uint8)
         self.routes = self._describe(sources, image)
         _log.info("warm-up: %d lookups on ONNX Runtime in %.1f s", len(opened), time.perf_counter() - started)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import gati_jax
@@ -28,7 +29,7 @@ from gati_jax.caches import (
     stored_centres,
     stored_points,
 )
-from gati_jax.models import VGG, Architecture, ResNet, ViT, fold, init, to_chain
+from gati_jax.models import VGG, AnyNetwork, Bert, ResNet, ViT, fold, init, to_chain
 from tests.bundle.made import cache_shapes, make_certificate
 
 CLASSES, N = 5, 96
@@ -36,6 +37,7 @@ BASIC = ResNet(stages=(1, 1), widths=(4, 7), shortcut="A", classes=CLASSES, inpu
 BOTTLENECK = ResNet(stages=(1, 1), widths=(2, 3), bottleneck=True, stem=7, classes=CLASSES, input_shape=(21, 18, 3))
 VGGS = VGG(convolutions=(1, 2), channels=(4, 6), classes=CLASSES, input_shape=(11, 9, 3))
 VIT = ViT(patch=3, width=8, depth=5, heads=2, hidden=10, classes=CLASSES, input_shape=(9, 12, 3))
+BERT = Bert(vocabulary=20, length=7, width=8, depth=3, heads=2, hidden=10, classes=CLASSES)
 SMALL = ResNet(stages=(1,), widths=(3,), classes=CLASSES, input_shape=(11, 9, 3))
 OF_BASE = Normalization(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), scale=1 / 256)
 OF_SMALL = Normalization(mean=(0.4,), std=(0.25,))
@@ -66,7 +68,7 @@ def points(rng: np.random.Generator, predictor: nn.Module) -> dict[str, Any]:
     return {}
 
 
-def parts(network: Architecture, heads: Heads, normalization: Normalization | None = OF_BASE) -> tuple[Any, Any, Any]:
+def parts(network: AnyNetwork, heads: Heads, normalization: Normalization | None = OF_BASE) -> tuple[Any, Any, Any]:
     """A chain and caches with random parameters, and requests."""
     rng = np.random.default_rng(len(heads))
     params = drawn(rng, jax.eval_shape(lambda: fold(init(network, jax.random.key(0)))))
@@ -74,12 +76,17 @@ def parts(network: Architecture, heads: Heads, normalization: Normalization | No
     images = rng.integers(0, 256, (N, *network.input_shape), np.uint8)
     if normalization is None:
         images = rng.normal(size=images.shape).astype(np.float32)
+    return chain, caches_of(chain, heads, rng), images
+
+
+def caches_of(chain: gati_jax.Chain, heads: Heads, rng: np.random.Generator) -> tuple[Candidate, ...]:
+    """Caches with random parameters."""
     caches = []
     for i, (site, predictor, selector) in enumerate(heads):
         variables = drawn(rng, cache_shapes(predictor, selector, chain.site_specs[site].shape))
         variables["predictor"] |= points(rng, predictor)
         caches.append(Candidate(f"cache {i}", site, predictor, selector, variables))
-    return chain, tuple(caches), images
+    return tuple(caches)
 
 
 def planned(chain: gati_jax.Chain, caches: tuple[Candidate, ...], thresholds: np.ndarray) -> Bundle:
@@ -104,7 +111,7 @@ def halving(chain: gati_jax.Chain, caches: tuple[Candidate, ...], images: np.nda
     return planned(chain, caches, (scores[:, N // 2 - 1] + scores[:, N // 2]) / 2), images
 
 
-def made(network: Architecture, heads: Heads, normalization: Normalization | None = OF_BASE) -> tuple[Bundle, Any]:
+def made(network: AnyNetwork, heads: Heads, normalization: Normalization | None = OF_BASE) -> tuple[Bundle, Any]:
     return halving(*parts(network, heads, normalization))
 
 
@@ -115,6 +122,62 @@ def with_network() -> tuple[Bundle, Any]:
     predictor, own = import_network(SMALL, variables, trained=OF_SMALL, base=OF_BASE)
     small = Candidate("small", 0, predictor, ProbabilitySelector(), {"predictor": own, "selector": {}})
     return halving(chain, (small, *caches), images)
+
+
+class Largest(nn.Module):
+    """A head that the library does not know: a layer over the largest feature of each channel."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return logits."""
+        return nn.Dense(self.classes, name="out")(nn.silu(x.max(tuple(range(1, x.ndim - 1)))))
+
+
+class Margin(nn.Module):
+    """A selector that the library does not know."""
+
+    @nn.compact
+    def __call__(self, logits: jax.Array) -> jax.Array:
+        """Return the lead of the first class over the second."""
+        (first, second), _ = (jnp.moveaxis(found, -1, 0) for found in jax.lax.top_k(logits, 2))
+        return nn.softplus(first - second)
+
+
+def own_functions() -> tuple[Bundle, Any]:
+    """A chain of functions of sequences, with a head and a selector that the library does not know."""
+    rng = np.random.default_rng(3)
+
+    def convolved(kernel: jax.Array, x: jax.Array) -> jax.Array:
+        axes = ("NWC", "WIO", "NWC")
+        return jax.nn.gelu(jax.lax.conv_general_dilated(x, kernel, (2,), "SAME", dimension_numbers=axes))
+
+    def attended(weights: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        shares = jax.nn.softmax(jnp.einsum("btc,cd,bsd->bts", x, weights["query"], x))
+        rows = (shares @ x).reshape(-1, x.shape[-1]) @ weights["value"]  # all steps of all rows
+        return x + rows.reshape(x.shape)
+
+    def classified(weights: jax.Array, x: jax.Array) -> jax.Array:
+        return (x - x.mean(1, keepdims=True))[:, 0] @ weights + x.max(1)[:, :CLASSES]
+
+    kernel, query, value, last = (
+        rng.normal(size=s).astype(np.float32) for s in ((3, 4, 6), (6, 6), (6, 6), (6, CLASSES))
+    )
+    params = kernel, {"query": query / 6, "value": value / 3}, last
+    chain = gati_jax.Chain((convolved, attended), classified, params, (15, 4))
+    heads = [(0, Largest(CLASSES), SortedSelector(4, 3)), (1, Grid(CLASSES, 3, 8), Margin())]
+    images = rng.normal(size=(N, 15, 4)).astype(np.float32)
+    return halving(chain, caches_of(chain, heads, rng), images)
+
+
+def texts() -> tuple[Bundle, Any]:
+    """A BERT, whose inputs are ids, some of them padding."""
+    heads = [(1, ClassToken(CLASSES, 6), SortedSelector(4, 3)), (2, Grid(CLASSES, 2, 6), LinearSelector())]
+    chain, caches, _ = parts(BERT, heads, None)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, BERT.vocabulary, (N, BERT.length), np.int32)
+    return halving(chain, caches, ids * (np.arange(BERT.length) < rng.integers(3, BERT.length + 1, (N, 1))))
 
 
 CASES = {
@@ -151,6 +214,8 @@ CASES = {
             (4, GlobalAverage(CLASSES, 6), SortedSelector(4, 3)),
         ],
     ),
+    "BERT": texts,
+    "own functions and heads": own_functions,
     "no cache": lambda: made(VGGS, []),
 }
 

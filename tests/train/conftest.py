@@ -28,7 +28,7 @@ from train import base, caches, evaluate
 def only_reference_programs() -> Iterator[None]:
     """No search for the fastest full network, which compiles several programs; test_backends.py has it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "contenders", lambda _: {})
+        patch.setattr(timing, "contenders", lambda *_: {})
         yield
 
 

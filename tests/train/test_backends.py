@@ -243,7 +243,7 @@ def test_a_speed_up_is_over_the_fastest_full_network_of_all(run, passed, chain, 
         return reference_tuning(sizes)
 
     monkeypatch.setattr(timing, "probe", probe)
-    found = contenders(run.bundle)
+    found = contenders(run.bundle, 1)
     assert {name: way.tuning.backend for name, way in found.items()} == {"xla": "xla", "onnxruntime": "onnxruntime"}
     images = np.asarray(data.load("digits", "all[1497:1505]").images)
     expected = gati_jax.replay(run.bundle.chain, (), images).answers
@@ -252,9 +252,9 @@ def test_a_speed_up_is_over_the_fastest_full_network_of_all(run, passed, chain, 
         np.testing.assert_array_equal(prediction.class_index, expected)
         assert set(np.asarray(prediction.exit).tolist()) == {len(run.bundle.chain)}
     on_onnx = gati_jax.load_bundle(passed[0] / "bundle")
-    assert list(contenders(on_onnx)) == ["xla"]
-    assert searches == [(8,)] * 2
+    assert list(contenders(on_onnx, 8)) == ["xla"]
+    assert searches == [(1,), (8,)]
     both = dataclasses.replace(on_onnx, tunings=(*on_onnx.tunings, tuning := reference_tuning((1, 8))))
-    assert [way.tuning for way in contenders(both).values()] == [tuning]
-    assert list(contenders(dataclasses.replace(run.bundle, chain=chain))) == ["xla"]
+    assert [way.tuning for way in contenders(both, 1).values()] == [tuning]
+    assert list(contenders(dataclasses.replace(run.bundle, chain=chain), 1)) == ["xla"]
     assert len(searches) == 3

@@ -14,7 +14,6 @@ import numpy as np
 
 import gati_jax
 from gati_jax import Chain, InputError
-from gati_jax.bundle.manifest import read_manifest
 from gati_jax.files import present
 
 from .. import cli
@@ -72,13 +71,9 @@ def form_of(name: str, folder: Path, chain: Chain | None) -> "Form":
 
         return StableHloForm(gati_jax.load_bundle(folder, chain=chain))
     try:
-        from gati_jax.export.models import why_not  # noqa: PLC0415 (of the extra onnx)
-
-        from .models import OnnxForm  # noqa: PLC0415
+        from .models import OnnxForm  # noqa: PLC0415 (of the extra onnx)
     except ModuleNotFoundError as error:
         raise InputError(f"format: onnx needs the package {error.name}: pip install 'gati-jax[onnx]'") from error
-    if why := why_not(read_manifest(folder).network):
-        raise InputError(f"bundle: {why}")
     return OnnxForm(gati_jax.load_bundle(folder, chain=chain))
 
 
