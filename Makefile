@@ -8,7 +8,7 @@ EXTRAS ?= train,serve,test,dev
 VENV := .venv/$(notdir $(PYTHON))
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(EXTRAS)
-TESTS ?= -m "not slow"
+TESTS ?= -m "not slow and not ray"
 
 .PHONY: help setup quickstart serve test lint bench docs stubs constraints clean
 

@@ -153,9 +153,19 @@ def tree_bytes(tree: PyTree) -> int:
 
 
 def restore_spec(tree: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
-    """Return the shapes of ``tree``, to be restored onto the default device, whichever it was saved from."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+    """Return the shapes of ``tree``, to be restored to where its arrays are, whichever devices they were saved from.
+
+    What is no array yet is restored onto the default device, also that of ``with jax.default_device(...)``.
+    """
+    configured = jax.config.values["jax_default_device"]
+    device = configured if isinstance(configured, jax.Device) else jax.local_devices(backend=configured)[0]
+    default = jax.sharding.SingleDeviceSharding(device)
+
+    def spec(leaf: Any) -> jax.ShapeDtypeStruct:  # noqa: ANN401 (an array, or its shape)
+        shared = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding if shared else default)
+
+    return jax.tree.map(spec, tree)
 
 
 def call(module: nn.Module, variables: Any, *inputs: Array) -> Array:  # noqa: ANN401 (a pytree)

@@ -14,6 +14,7 @@ ROOMS = [
         "files",
         "options",
         "pytrees",
+        "devices",
         "data",
         "planning",
         "certification",

@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from tensorboardX import SummaryWriter
 
 from gati_jax import InputError, Normalization, data
+from gati_jax.devices import sharing
 from gati_jax.models import Architecture, Variables, apply, export_state_dict
 from gati_jax.models.chain import reference
 from gati_jax.profiling import device_name
@@ -41,15 +42,18 @@ _log = logging.getLogger("train.base")  # not __name__, which is "__main__"
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     arguments, config = cli.parse(parser(), Config, argv)
+    leads = cli.join(arguments)
     training = config.base.training
+    devices = sharing(training.batch, "base.training.batch")
     images, labels, test = load_data(config)
 
     # --- Training ---------------------------------------------------------------------------------------------------
     recipe, steps = Recipe.of(config, len(images)), steps_per_epoch(len(images), training.batch)
-    epoch = scan_epoch(functools.partial(train_step, recipe), n=len(images), batch=training.batch, seed=config.seed)
+    step = functools.partial(train_step, recipe)
+    epoch = scan_epoch(step, n=len(images), batch=training.batch, seed=config.seed, devices=devices)
     checkpoints = arguments.out / "checkpoints"
     seconds: list[float] = []
-    with contextlib.closing(Scalars(arguments.out / "tensorboard")) as writer:
+    with contextlib.closing(Scalars(arguments.out / "tensorboard", silent=not leads)) as writer:
         state = run_epochs(
             epoch,
             begin(recipe, jax.random.key(config.seed)),
@@ -61,11 +65,15 @@ def main(argv: list[str] | None = None) -> None:
             checkpoint_seconds=training.checkpoint_seconds,
             identity=identity(config, images, labels),
             description=f"training {config.base.network}",
+            devices=devices,
         )
         variables: Variables = state.params.final
         weights = finite(export_state_dict(recipe.network, variables))
         accuracy = evaluate(recipe.network, recipe.normalization, variables, test)
         writer.write(training.epochs, {"test/accuracy": accuracy}, hides=False)
+
+    if not leads:
+        return
 
     # --- Result -----------------------------------------------------------------------------------------------------
     entry = Entry.of(config, accuracy)
@@ -93,7 +101,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def parser() -> cli.Parser:
     """Return the command line's parser."""
-    return cli.config_parser(Config, "Train a base network.", EXAMPLE)
+    p = cli.config_parser(Config, "Train a base network.", EXAMPLE)
+    cli.add_process(p)
+    return p
 
 
 def identity(config: Config, images: np.ndarray, labels: np.ndarray) -> str:
@@ -137,9 +147,9 @@ def load_data(config: Config) -> tuple[np.ndarray, np.ndarray, data.Dataset]:
 class Scalars:
     """Writes scalars for TensorBoard; a resumed run continues at its checkpoint, and hides what came after it."""
 
-    def __init__(self, folder: Path) -> None:
-        """Create nothing below ``folder`` before there is something to write."""
-        self._folder = folder
+    def __init__(self, folder: Path, *, silent: bool = False) -> None:
+        """Create nothing below ``folder`` before there is something to write; nothing at all with ``silent``."""
+        self._folder, self._silent = folder, silent
         self._writer: SummaryWriter | None = None
 
     def write(self, epoch: int, values: Mapping[str, float], *, hides: bool = True) -> None:
@@ -147,6 +157,8 @@ class Scalars:
 
         With ``hides``, it also hides what they wrote of this epoch, 1 the first.
         """
+        if self._silent:
+            return
         if self._writer is None:
             purge = epoch if hides else epoch + 1
             self._writer = SummaryWriter(str(self._folder), purge_step=purge, flush_secs=10)

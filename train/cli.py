@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -156,6 +157,32 @@ def add_ledger(p: Parser) -> None:
         "where looks at certify rows are counted (default: the user's own; none: this is the only one, on your word)"
     )
     p.add_argument("--ledger", type=ledger, default="user", metavar="FILE", help=counted)
+
+
+def add_process(p: Parser) -> None:
+    """Add the flag of a script that several processes may run together, see ``join``."""
+    where = "this is process I (from 0) of N that meet at HOST:PORT; auto: as Slurm, MPI or Kubernetes say"
+    p.add_argument("--process", type=process, metavar="I/N@HOST:PORT", help=where)
+
+
+def process(text: str) -> tuple[str | None, int | None, int | None]:
+    """Read a process's place among others: the address where they meet, their number, and its own."""
+    if text == "auto":
+        return None, None, None
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})@(.+:\d{1,5})", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"expected auto or I/N@HOST:PORT with I below N, got {text}")
+    return found[3], int(found[2]), int(found[1])
+
+
+def join(arguments: argparse.Namespace) -> bool:
+    """Meet the other processes, if ``--process`` says that there are any; return whether this one writes results."""
+    if arguments.process is None:
+        return True
+    import jax  # noqa: PLC0415 (--help needs none)
+
+    jax.distributed.initialize(*arguments.process)
+    return jax.process_index() == 0
 
 
 def add_looks(p: Parser) -> None:

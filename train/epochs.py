@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from gati_jax.devices import ONE, Devices
 from gati_jax.errors import InputError
 from gati_jax.fitting.loop import LoopState, progress_bar, resume
 
@@ -35,7 +36,9 @@ def steps_per_epoch(n: int, batch: int) -> int:
     return n // batch
 
 
-def scan_epoch(step: Callable[..., tuple[LoopState, PyTree]], *, n: int, batch: int, seed: int) -> Epoch:
+def scan_epoch(
+    step: Callable[..., tuple[LoopState, PyTree]], *, n: int, batch: int, seed: int, devices: Devices = ONE
+) -> Epoch:
     """Return one epoch over ``n`` rows as a single ``lax.scan``; rows after the last whole batch are left out.
 
     Args:
@@ -43,6 +46,7 @@ def scan_epoch(step: Callable[..., tuple[LoopState, PyTree]], *, n: int, batch: 
         n: Rows.
         batch: Rows in a step.
         seed: Order of the rows, another one in every epoch.
+        devices: They share the rows of a batch.
 
     Raises:
         InputError: Fewer rows than one batch.
@@ -51,7 +55,11 @@ def scan_epoch(step: Callable[..., tuple[LoopState, PyTree]], *, n: int, batch: 
 
     def epoch(state: LoopState, *arrays: Array) -> tuple[LoopState, PyTree]:
         order = epoch_order(seed, state.step // steps, n)[: steps * batch].reshape(steps, batch)
-        return jax.lax.scan(lambda state, rows: step(state, *(array[rows] for array in arrays)), state, order)
+
+        def learn(state: LoopState, rows: Array) -> tuple[LoopState, PyTree]:
+            return devices.as_copies(step(state, *(devices.as_rows(array[rows]) for array in arrays)))
+
+        return jax.lax.scan(learn, state, order)
 
     return epoch
 
@@ -75,13 +83,14 @@ def run_epochs(
     description: str = "training",
     progress: bool = True,
     options: dict[str, Any] | None = None,
+    devices: Devices = ONE,
 ) -> LoopState:
     """Run ``epoch`` until ``epochs`` are done, from the last checkpoint on.
 
     Args:
         epoch: See ``scan_epoch``; compiled once, ahead of time, and the state's memory used again.
         state: Where to begin; a checkpoint of the same ``identity`` replaces it.
-        arrays: The data that the epoch takes, put on the device once.
+        arrays: The data that the epoch takes, put on every device once.
         steps: Steps of an epoch.
         epochs: Epochs in all.
         report: Called after every epoch, before it is saved; so an epoch that was not saved is reported again.
@@ -91,14 +100,15 @@ def run_epochs(
         description: Label of the progress bar.
         progress: Whether to draw one, if standard error is a terminal.
         options: Compiler options.
+        devices: As the epoch was made for.
 
     Raises:
         InputError: The last checkpoint is damaged.
     """
     message = f"{description}: resumed at step %d of {steps * epochs}"
-    checkpointer, state = resume(checkpoint, identity, state, message)
+    checkpointer, state = resume(checkpoint, identity, devices.copy(state), message)
     first = int(state.step) // steps
-    resident = tuple(jax.device_put(array) for array in arrays)
+    resident = tuple(devices.copy(array) if devices.count > 1 else jax.device_put(array) for array in arrays)
     state = jax.tree.map(jnp.copy, state)  # donated, and the caller keeps his own
     if first < epochs:
         began = time.monotonic()
@@ -114,9 +124,10 @@ def run_epochs(
                 metrics = jax.device_get(metrics)
                 report(EpochRecord(number, time.monotonic() - began, metrics))
                 bar.update(task, completed=steps * number)
-                if checkpointer and (number == epochs or time.monotonic() - saved >= checkpoint_seconds):
+                due = jax.process_count() > 1 or time.monotonic() - saved >= checkpoint_seconds  # clocks may differ
+                if checkpointer and (number == epochs or due):
                     checkpointer.save(steps * number, state)
                     saved = time.monotonic()
     if checkpointer:
         checkpointer.close()
-    return state
+    return devices.collect(state)

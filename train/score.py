@@ -4,16 +4,22 @@ A part is written as a whole and holds fixed rows, so a run that was killed goes
 every row is scored once. Each part says in its metadata which scoring it belongs to.
 """
 
+import argparse
+import contextlib
 import hashlib
 import io
 import json
 import logging
+import queue
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -83,6 +89,15 @@ class Part(NamedTuple):
     rows: slice
 
 
+class Scoring(NamedTuple):
+    """What every part has in common; it can be sent to another machine."""
+
+    source: Source
+    rows: str
+    settings: Settings
+    identity: str
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     arguments, overrides = parser().parse_known_args(argv)
@@ -101,15 +116,24 @@ def main(argv: list[str] | None = None) -> None:
             unfinished.unlink()
         parts = parts_of(out, len(split), settings.rows)
         identity = identity_of(arguments.bundle, source, rows, settings, split)
+        scoring = Scoring(source, rows, settings, identity)
         missing = [part for part in parts if not is_done(part, identity, split)]
         began = time.monotonic()
         scored = sum(part.rows.stop - part.rows.start for part in missing)
         with progress_bar(wanted=True) as bar:
             task = bar.add_task("scoring", total=len(split), completed=len(split) - scored)
-            for part in missing:
-                found = answers(bundle, split.images, part.rows, settings.plan, lambda n: bar.advance(task, n))
-                table = table_of(found, part.rows, split, settings.top)
-                write_part(part, table, {"identity": identity, "rows": digest_of(split.images, part.rows)})
+
+            def advance(n: int) -> None:
+                bar.advance(task, n)
+
+            if arguments.ray is None:
+                with answering(arguments, bundle) as answer:
+                    for part in missing:
+                        score_part(answer, scoring, split, part, advance)
+            elif missing:
+                from .ray_data import score_on_ray  # noqa: PLC0415 (the extra ray)
+
+                score_on_ray(arguments, scoring, missing, advance)
         seconds = time.monotonic() - began
         result = summary(parts, source.name, rows, (scored, seconds))
     result.write(out / "score.json", print_json=arguments.json)
@@ -122,6 +146,8 @@ def parser() -> cli.Parser:
     p = cli.parser("Score images in bulk: classes, probabilities and exits as Parquet. Run it again to go on.", EXAMPLE)
     cli.add_bundle(p)
     cli.add_looks(p)
+    where = "score on the machines of a Ray cluster, by its address; without one, in a cluster of this machine alone"
+    p.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help=where)
     cli.add_keys(p, Settings, "options")
     return p
 
@@ -188,16 +214,53 @@ def digest_of(images: data.Images, rows: slice) -> str:
     return data.fingerprint(data.row_digests(data.take(images, rows)))
 
 
-def answers(
-    bundle: Bundle, images: data.Images, rows: slice, plan: str | None, advance: Callable[[int], None]
-) -> Prediction:
-    """Answer some rows as requests are by default."""
-    order = (np.arange(i, min(i + BATCH, rows.stop)) for i in range(rows.start, rows.stop, BATCH))
-    chunks = []
-    for (batch,) in data.read_batches([images], order):
-        chunks.append(gati_jax.infer_batch(bundle, batch, plan=plan))
-        advance(len(batch))
-    return Prediction(*(np.concatenate(columns) for columns in zip(*chunks, strict=True)))
+Answer = Callable[[np.ndarray, str | None], Future[Prediction]]
+"""Answers a batch by a plan, on whichever device is free first."""
+
+
+@contextlib.contextmanager
+def answering(arguments: argparse.Namespace, bundle: Bundle) -> Generator[Answer]:
+    """Load a bundle onto every other device of this machine, too; each answers a batch at a time."""
+    first, *others = jax.local_devices()
+    free: queue.SimpleQueue[tuple[Any, Bundle]] = queue.SimpleQueue()
+    free.put((first, bundle))
+    for device in others:
+        with jax.default_device(device):
+            free.put((device, cli.read_bundle(arguments)))
+
+    def answer(images: np.ndarray, plan: str | None) -> Prediction:
+        device, own = free.get()
+        try:
+            with jax.default_device(device):
+                return jax.device_get(gati_jax.infer_batch(own, images, plan=plan))
+        finally:
+            free.put((device, own))
+
+    with ThreadPoolExecutor(free.qsize(), "answering") as pool:
+        yield lambda images, plan: pool.submit(answer, images, plan)
+
+
+def score_part(
+    answer: Answer, scoring: Scoring, split: data.Dataset, part: Part, advance: Callable[[int], None]
+) -> None:
+    """Answer the rows of a part as requests are by default, and write it."""
+    order = (np.arange(i, min(i + BATCH, part.rows.stop)) for i in range(part.rows.start, part.rows.stop, BATCH))
+    waiting: deque[Future[Prediction]] = deque()
+    chunks, digests = [], []
+
+    def finish(most: int) -> None:
+        while len(waiting) > most:
+            chunks.append(waiting.popleft().result())
+            advance(len(chunks[-1].class_index))
+
+    for (batch,) in data.read_batches([split.images], order):
+        waiting.append(answer(batch, scoring.settings.plan))
+        digests.append(data.row_digests(batch))
+        finish(2 * len(jax.local_devices()))  # the next one of each device has been read
+    finish(0)
+    found = Prediction(*(np.concatenate(columns) for columns in zip(*chunks, strict=True)))
+    table = table_of(found, part.rows, split, scoring.settings.top)
+    write_part(part, table, {"identity": scoring.identity, "rows": data.fingerprint(np.concatenate(digests))})
 
 
 def table_of(found: Prediction, rows: slice, split: data.Dataset, top: int | None) -> pa.Table:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Shaped
 from gati_jax import data
 from gati_jax.caches import Summary
 from gati_jax.caches.candidate import Logits
+from gati_jax.devices import ONE, Devices
 from gati_jax.errors import InputError
 from gati_jax.models import Architecture, Chain, check_images, fast_forward
 from gati_jax.pytrees import tree_bytes
@@ -59,16 +60,18 @@ Inputs = tuple[tuple[int, Summary], ...]
 Run = Callable[[Images], tuple[list[Array], Logits]]
 
 
-def base_runner(chain: Chain, inputs: Inputs) -> Run:
+def base_runner(chain: Chain, inputs: Inputs, devices: Devices = ONE) -> Run:
     """Return a function from images to summaries of the base's activations and its logits, on the fastest backend.
 
-    On a CPU that is ONNX Runtime, where it is installed and the base has an ONNX form; otherwise XLA. Results differ in
-    their last bits from those of ``Chain.activations``: they are to learn from, and never answers.
+    On a CPU that is ONNX Runtime, where it is installed and the base has an ONNX form; otherwise, and on several
+    devices, XLA. Results differ in their last bits from those of ``Chain.activations``: they are to learn from, and
+    never answers.
     """
     stops = [*dict.fromkeys(site for site, _ in inputs), len(chain)]
-    if (spans := _onnx_spans(chain, stops)) is None:
-        fast = fast_forward(chain)
-        return _in_pieces(chain, lambda images: _run_base(fast, images, inputs=inputs))
+    if devices.count > 1 or (spans := _onnx_spans(chain, stops)) is None:
+        fast = devices.copy(fast_forward(chain))
+        run_on = functools.partial(_run_base, fast, inputs=inputs, devices=devices)
+        return _in_pieces(chain, lambda images: run_on(devices.split(images)), devices)
     static = tuple((stops.index(site), summary) for site, summary in inputs)
 
     def run(images: Images) -> tuple[list[Array], Logits]:
@@ -79,15 +82,15 @@ def base_runner(chain: Chain, inputs: Inputs) -> Run:
         *sites, logits = (value.numpy() for value in found)
         return jax.block_until_ready(_summarize(sites, inputs=static)), jnp.array(logits)
 
-    return _in_pieces(chain, run)
+    return _in_pieces(chain, run, devices)
 
 
-def _in_pieces(chain: Chain, run: Run) -> Run:
+def _in_pieces(chain: Chain, run: Run, devices: Devices) -> Run:
     """Run no more rows at once than memory allows; what is kept of them may be much less."""
 
     def run_pieces(images: Images) -> tuple[list[Array], Logits]:
-        n = len(images)
-        if (size := rows_at_once(chain, n)) == n:
+        n, count = len(images), devices.count
+        if (size := count * rows_at_once(chain, n // count)) == n:
             return run(images)
         pieces = [jax.block_until_ready(run(images[i : i + size])) for i in range(0, n, size)]
         sites, logits = zip(*pieces, strict=True)
@@ -107,10 +110,10 @@ def _onnx_spans(chain: Chain, stops: Sequence[int]) -> Any | None:  # noqa: ANN4
         return None
 
 
-@functools.partial(jax.jit, static_argnames="inputs")
-def _run_base(chain: Chain, images: Array, *, inputs: Inputs) -> tuple[list[Array], Array]:
+@functools.partial(jax.jit, static_argnames=("inputs", "devices"))
+def _run_base(chain: Chain, images: Array, *, inputs: Inputs, devices: Devices) -> tuple[list[Array], Array]:
     sites, logits = chain.activations(chain.prepare(images))
-    return [summary(sites[site]) for site, summary in inputs], logits
+    return devices.as_rows(([summary(sites[site]) for site, summary in inputs], logits))
 
 
 @functools.partial(jax.jit, static_argnames="inputs")

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped, UIn
 from gati_jax.caches import Candidate, choose, predict_all
 from gati_jax.caches.candidate import Part, fitted_rows
 from gati_jax.data import Images, Source, check_distinct_rows, fingerprint, full_batches, read_batches, row_digests
+from gati_jax.devices import ONE, Devices, sharing
 from gati_jax.errors import InputError, check_kind, listed
 from gati_jax.models import Chain, check_chain, warn_of_inputs
 from gati_jax.models.chain import reference
@@ -113,7 +114,7 @@ def fit(
         trained = train(chain, to_train, splits, config, checkpoint, progress=progress)
         parts, epochs = parts | trained.parts, trained.epochs
     parts = more_selectors(parts, heads)
-    fold_selectors = fit_selectors(chain, parts, splits.select, fold, config)
+    fold_selectors = fit_selectors(chain, parts, splits.select, fold, config, devices=sharing(config.batch))
     items = tuple(
         Candidate(
             name,
@@ -210,9 +211,13 @@ def fit_selectors(
     select: Images,
     fold: Int[np.ndarray, " n"],
     config: FitConfig,
+    *,
     pause: Pause = no_pause,
+    devices: Devices = ONE,
 ) -> tuple[PyTree, ...]:
     """Fit the selectors of trained predictors on the select split, whose rows are dealt into folds.
+
+    Devices share what takes the time, the base's answers; selectors are small.
 
     Returns:
         For each part, the variables[folds + 1, ...] of the selectors fitted without each fold, and on all rows.
@@ -220,10 +225,12 @@ def fit_selectors(
     trained = {name: part.variables for name, part in parts.items()}
     static = Static(tuple(parts.items()))
     batches, found = [], []
-    size = rows_at_once(chain, config.batch)
+    size = devices.count * rows_at_once(chain, config.batch // devices.count)
+    base, shared = devices.copy((chain, trained))
     read = read_batches((select,), full_batches(len(select), size))
     for (images,) in logged(read, -(-len(select) // size), "fitting selectors: the base's answers"):
-        batches.append(jax.block_until_ready(_predict(chain, trained, images, parts=static)))
+        outputs = _predict(base, shared, devices.split(images), parts=static, devices=devices)
+        batches.append(jax.block_until_ready(devices.collect(outputs)))
         pause()
     base_logits, logits = jax.tree.map(lambda *rows: jnp.concatenate(rows)[: len(select)], *batches)
     answers = jnp.argmax(base_logits, -1)
@@ -242,11 +249,13 @@ def last_selector(variables: PyTree) -> PyTree:
     return jax.tree.map(lambda v: v[-1], variables)
 
 
-@functools.partial(jax.jit, static_argnames="parts")
+@functools.partial(jax.jit, static_argnames=("parts", "devices"))
 @reference
-def _predict(chain: Chain, variables: PyTree, images: Array, *, parts: Static) -> tuple[Array, dict[str, Array]]:
-    sites, base_logits = chain.activations(chain.prepare(images))
-    return base_logits, predict_all(dict(parts.values), variables, sites)
+def _predict(
+    chain: Chain, variables: PyTree, images: Array, *, parts: Static, devices: Devices
+) -> tuple[Array, dict[str, Array]]:
+    sites, base_logits = chain.activations(chain.prepare(devices.as_rows(images)))
+    return devices.as_copies((base_logits, predict_all(dict(parts.values), variables, sites)))
 
 
 @functools.partial(jax.jit, static_argnames="selector")

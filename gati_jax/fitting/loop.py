@@ -187,7 +187,7 @@ def run_loop(
             bar.update(task, completed=done, description=description)
             now = config.clock()
             # Heads may have gigabytes: with the default, at most a thirtieth of the time goes into writing them.
-            if checkpointer and now - saved >= config.checkpoint_seconds * max(1.0, took):
+            if checkpointer and _is_due(done % per_epoch == 0, now - saved, config.checkpoint_seconds * max(1.0, took)):
                 checkpointer.save(done, state)
                 kept, saved = done, config.clock()
                 took = saved - now
@@ -196,6 +196,11 @@ def run_loop(
             checkpointer.save(done, state)
         checkpointer.close()
     return state
+
+
+def _is_due(is_whole: bool, seconds: float, least: float) -> bool:  # noqa: FBT001
+    """Whether to write a checkpoint: by the time, or, as the clocks of several processes differ, after whole epochs."""
+    return is_whole if jax.process_count() > 1 else seconds >= least
 
 
 def _is_time_up(config: LoopConfig, began: float, losses: list[Array]) -> bool:

@@ -23,6 +23,7 @@ from pydantic import Field
 from gati_jax import data
 from gati_jax.caches import Activations, fold_standardize, predict_all, predictor_inputs, summary_for
 from gati_jax.caches.candidate import Logits, Part
+from gati_jax.devices import Devices, sharing
 from gati_jax.errors import InputError
 from gati_jax.models import Chain
 from gati_jax.options import Count, NotNegative, Positive, Seed, check_options
@@ -173,10 +174,13 @@ def train_predictors(
     """
     if len(images) < config.batch:
         raise InputError(f"images: expected at least one batch of {config.batch} rows, got {len(images)}")
+    if config.minutes is not None and jax.process_count() > 1:
+        raise InputError(f"minutes: expected none with several processes, whose clocks differ, got {config.minutes}")
+    devices = sharing(config.batch)
     inputs, static = _on_summaries(parts)
-    run = base_runner(chain, inputs)
     drawn = np.random.default_rng(config.seed).permutation(len(images))[:_INIT_ROWS]
-    first_rows = run(images[drawn])
+    first_rows = base_runner(chain, inputs)(images[drawn])
+    run = base_runner(chain, inputs, devices)
     params, constants = _init(*first_rows, parts=static, seed=config.seed)
     per_epoch = len(images) // config.batch
     planned = per_epoch * config.epochs
@@ -184,15 +188,16 @@ def train_predictors(
     program = dataclasses.replace(config, epochs=1, minutes=None)
     optimizer = optimizer_of(config, jnp.asarray(planned)).init(params)
     recent = _no_recent(*first_rows, config, per_epoch)
-    first = LoopState(jnp.zeros((), jnp.int32), params, (optimizer, recent))
+    first = devices.copy(LoopState(jnp.zeros((), jnp.int32), params, (optimizer, recent)))
+    shared = devices.copy(constants)
     loop = LoopConfig(epochs=config.epochs, batch=config.batch, seed=config.seed, clock=clock)
 
     def step_of(steps: int) -> Step:
-        total = jnp.asarray(steps, jnp.int32)
+        total = devices.copy(jnp.asarray(steps, jnp.int32))
 
         def step(state: LoopState, rows: np.ndarray) -> tuple[LoopState, Float[Array, ""]]:
-            found = run(_augment(rows, state.step, config=program))
-            return _step(constants, total, *found, state=state, parts=static, config=program)
+            found = run(_augment(devices.split(rows), state.step, config=program))
+            return _step(shared, total, *found, state=state, parts=static, config=program, devices=devices)
 
         return step
 
@@ -211,8 +216,9 @@ def train_predictors(
     )
     if config.minutes is not None:
         report_budget(int(state.step), loop, per_epoch, config.minutes, record)
-    check_finite(state.params)
-    variables = merge(state.params, constants)
+    learned = devices.collect(state.params)
+    check_finite(learned)
+    variables = merge(learned, constants)
     trained = {}
     for name, part in parts.items():
         predictor, folded = fold_standardize(part.predictor, variables[name])
@@ -240,7 +246,7 @@ def _augment(images: Images, step: Int[Array, ""], *, config: FitConfig) -> Imag
     return config.augment(jax.random.fold_in(jax.random.key(config.seed + 1), step), images)
 
 
-@functools.partial(jax.jit, static_argnames=("parts", "config"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("parts", "config", "devices"), donate_argnames="state")
 def _step(
     constants: dict[str, PyTree],
     steps: Int[Array, ""],
@@ -250,12 +256,14 @@ def _step(
     state: LoopState,
     parts: Static,
     config: FitConfig,
+    devices: Devices,
 ) -> tuple[LoopState, Float[Array, ""]]:
     """Advance all predictors by a new batch, then by ``reuse - 1`` batches of rows drawn from the recent ones.
 
     Returns the loss of the new batch, from which nothing was learned before.
     """
     at, (optimizer, recent) = state.step, state.opt_state
+    inputs, base_logits = devices.as_rows((inputs, base_logits))
     learn = functools.partial(advance, constants, steps * config.reuse, parts=parts, config=config)
     learned, loss = learn(inputs, base_logits, state=LoopState(at, state.params, optimizer))
     if recent:
@@ -267,11 +275,11 @@ def _step(
         drawn = jax.random.randint(key, (config.reuse - 1, config.batch), 0, known)
 
         def again(state: LoopState, rows: Array) -> tuple[LoopState, None]:
-            *some, logits = (array[rows] for array in recent)
+            *some, logits = (devices.as_rows(array[rows]) for array in recent)
             return learn(some, logits, state=state)[0], None
 
         learned, _ = jax.lax.scan(again, learned, drawn)
-    return LoopState(at + 1, learned.params, (learned.opt_state, recent)), loss
+    return devices.as_copies((LoopState(at + 1, learned.params, (learned.opt_state, recent)), loss))
 
 
 def advance(

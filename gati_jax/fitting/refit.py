@@ -62,7 +62,7 @@ def refit(
     heads = {name: part for name, part in parts.items() if not isinstance(part.predictor, _KEPT)}
     if heads:
         parts |= _train(fast_forward(chain), heads, splits.images, config, pause)
-    selectors = fit_selectors(chain, parts, splits.select, fold, config, pause)
+    selectors = fit_selectors(chain, parts, splits.select, fold, config, pause=pause)
     refitted = tuple(
         dataclasses.replace(c, params={"predictor": parts[c.name].variables, "selector": last_selector(variables)})
         for c, variables in zip(items, selectors, strict=True)

@@ -1,7 +1,13 @@
 """Bulk scoring: what it writes is what evaluate and infer_batch say, once for every row, however often it is killed."""
 
 import functools
+import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import tomllib
 
 import jax
@@ -16,7 +22,7 @@ import gati_jax
 from gati_jax import InputError, data
 from gati_jax.bundle import Provenance
 from gati_jax.caches import FullyConnected, SortedSelector
-from tests.train.one_pass import BARE, json_of
+from tests.train.one_pass import BARE, ROOT, json_of
 from train import score
 from train.config import build_config
 
@@ -37,21 +43,31 @@ def classify(params, x):
 
 
 @functools.cache
-def network():
-    """Three blocks with drawn weights, for the digits' pixels."""
-    draw = np.random.default_rng(0)
-    params = [draw.normal(size=(64, width)).astype(np.float32) / 8 for width in (64, 64, 64, 10)]
-    pixels = gati_jax.Normalization(mean=(0.305,), std=(0.376,), scale=1 / 16)
-    spec = jax.ShapeDtypeStruct((8, 8, 1), "float32")
+def network(shape=(8, 8, 1), scale=1 / 16):
+    """Three blocks with drawn weights, for the digits' pixels or others."""
+    draw, sizes = np.random.default_rng(0), (int(np.prod(shape)), 64, 64, 64, 10)
+    params = [(draw.normal(size=pair) / np.sqrt(pair[0])).astype(np.float32) for pair in itertools.pairwise(sizes)]
+    pixels = gati_jax.Normalization(mean=(0.305,) * shape[-1], std=(0.376,) * shape[-1], scale=scale)
+    spec = jax.ShapeDtypeStruct(shape, "float32")
     return gati_jax.Chain((flatten, dense, dense), classify, params, spec, normalization=pixels)
+
+
+def cifar():
+    return network((32, 32, 3), 1 / 256)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A bundle that says what it was fitted on; some requests leave early."""
-    chain, path = network(), tmp_path_factory.mktemp("score") / "bundle"
+    path = tmp_path_factory.mktemp("score") / "bundle"
     config = build_config(tomllib.loads(BARE + f'chain = "{CHAIN}"'))
-    fit, select, certify = (config.data.load(rows).images for rows in ("all[:897]", "all[897:1197]", "all[1197:1497]"))
+    parts = [config.data.load(rows).images for rows in ("all[:897]", "all[897:1197]", "all[1197:1497]")]
+    save(path, network(), parts, provenance=Provenance(config=config.model_dump(mode="json")))
+    return path
+
+
+def save(path, chain, parts, **options):
+    fit, select, certify = parts
     head = gati_jax.Head(
         name="fc", predictor=lambda n: FullyConnected(n, hidden=16), selector=SortedSelector(), sites=(2,)
     )
@@ -59,9 +75,7 @@ def folder(tmp_path_factory):
     costs = gati_jax.CostTable(device="test", batch=1, blocks_ms=(1.0,) * 3, lookup_ms={c.name: 0.1 for c in caches})
     plan = gati_jax.plan(gati_jax.replay(chain, caches, select), costs, epsilon=0.2)
     certificate = gati_jax.certify(plan, gati_jax.replay(chain, caches, certify), epsilon=0.2, ledger=None)
-    provenance = Provenance(config=config.model_dump(mode="json"))
-    gati_jax.save_bundle(path, chain, caches, plan, certificate, provenance=provenance)
-    return path
+    gati_jax.save_bundle(path, chain, caches, plan, certificate, **options)
 
 
 def scores(folder, out, *options):
@@ -133,6 +147,60 @@ def test_a_run_that_is_killed_three_times_scores_every_row_once(folder, whole, t
     calls[:] = [0] * 10
     assert scores(folder, tmp_path, *ALL)["rows_per_second"] is None  # nothing was left
     assert len(calls) == 10
+
+
+def test_devices_share_the_batches(folder, whole, tmp_path, monkeypatch):
+    """One device twice, each time with a bundle of its own."""
+    (device,), loaded = jax.local_devices(), []
+    load = gati_jax.load_bundle
+    monkeypatch.setattr(jax, "local_devices", lambda *_, **__: [device, device])
+    monkeypatch.setattr(
+        "train.cli.load_bundle", lambda *given, **named: loaded.append(load(*given, **named)) or loaded[-1]
+    )
+    answer, used = gati_jax.infer_batch, set()
+    monkeypatch.setattr(
+        gati_jax, "infer_batch", lambda own, *given, **named: used.add(id(own)) or answer(own, *given, **named)
+    )
+    scores(folder, tmp_path, *ALL[:-3], "1000", "--ledger", "none")
+    assert used == {id(bundle) for bundle in loaded}
+    assert len(used) == 2
+    found, expected = (ds.dataset(out, format="parquet", exclude_invalid_files=True) for out in (tmp_path, whole[0]))
+    assert found.to_table().equals(expected.to_table())
+
+
+@pytest.mark.slow
+def test_three_kills_of_the_process_leave_evaluate_s_numbers(shared, tmp_path):
+    """CIFAR-10's test split: SIGKILL whenever some more parts are there, on three devices, then once to the end."""
+    rows = [
+        data.load("cifar10", part, shared / "tfds").images
+        for part in ("train[:4000]", "train[4000:5000]", "train[5000:6000]")
+    ]
+    save(tmp_path / "bundle", cifar(), rows)
+    out = tmp_path / "out"
+    command = [
+        *(sys.executable, "-m", "train.score", "--bundle", tmp_path / "bundle", "--chain", f"{__name__}:cifar"),
+        *("--out", out, "--data.name", "cifar10", "--data.dir", shared / "tfds", "--rows", "250", "--ledger", "none"),
+    ]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+    for parts in (3, 12, 30):
+        with subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, stderr=subprocess.PIPE) as process:
+            while len(list(out.glob("part-*"))) < parts:
+                assert process.poll() is None
+                time.sleep(0.002)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        assert len(list(out.glob("part-*"))) < 40
+    subprocess.run([*map(str, command)], cwd=ROOT, env=environment, check=True, capture_output=True)
+    found = json.loads((out / "score.json").read_text())
+    table = ds.dataset(out, format="parquet", exclude_invalid_files=True).to_table()
+    assert sorted(table["id"].to_pylist()) == list(range(10_000))
+    split = data.load("cifar10", "test", shared / "tfds")
+    bundle = gati_jax.load_bundle(tmp_path / "bundle", chain=cifar())
+    evaluated = gati_jax.evaluate(bundle, split.images, split.labels, timed=0, ledger=None, progress=False)
+    assert (found["n"], found["parts"]) == (10_000, 40)
+    assert found["accuracy"] == evaluated.cascade.accuracy
+    assert found["exits"] == {str(e.exit): e.hits for e in evaluated.exits if e.hits}
+    assert np.mean(table["class"].to_numpy() == table["label"].to_numpy()) == found["accuracy"]
 
 
 def test_top_keeps_the_likeliest_classes(folder, tmp_path):

@@ -1,0 +1,92 @@
+"""The application on a Ray cluster that is joined or started."""
+
+import logging
+import os
+import socket
+from types import TracebackType
+from typing import Any, Self
+
+from gati_jax import InputError
+
+from .options import Parsed, RayOptions
+
+try:
+    import ray
+    from ray import serve as ray_serve
+    from ray.serve.config import HTTPOptions
+except ImportError as error:
+    raise InputError("serve.ray: expected Ray to be installed, see: pip install 'gati-jax[serve,ray]'") from error
+
+from .replica import Directory, Replica
+
+APPLICATION = "gati"
+_HEALTH = 2.0  # seconds between two checks of a replica
+_SLOW = 10.0  # seconds for its answer
+_REACHED = 5.0
+
+
+class Cluster:
+    """Replicas behind one address.
+
+    Args:
+        parsed: How many, and of what.
+
+    Raises:
+        InputError: There is no cluster at the address.
+    """
+
+    def __init__(self, parsed: Parsed) -> None:
+        """Join the cluster, or start one."""
+        self._parsed = parsed
+        _join(parsed.ray.address or "local")
+        server = parsed.server
+        options = HTTPOptions(host=server.host, port=server.http_port, request_timeout_s=server.timeout)
+        ray_serve.start(proxy_location="EveryNode", http_options=options)
+        self._directory: Any = ray.remote(num_cpus=0)(Directory).remote()
+
+    def __enter__(self) -> Self:
+        """Return it."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """End the replicas once they have answered, and leave the cluster."""
+        ray_serve.shutdown()
+        ray.shutdown()
+
+    def deploy(self) -> None:
+        """Start the replicas; returns once they answer."""
+        made: Any = ray_serve.deployment(ray_serve.ingress()(Replica))
+        deployment = made.options(
+            name="replica",
+            user_config={},  # so that Serve calls ``reconfigure``
+            max_ongoing_requests=2 * self._parsed.server.capacity,  # the door of each refuses before Serve queues
+            health_check_period_s=_HEALTH,
+            health_check_timeout_s=_SLOW,
+            graceful_shutdown_timeout_s=self._parsed.server.drain,
+            ray_actor_options={"num_cpus": self._parsed.ray.cpus, "num_gpus": self._parsed.ray.gpus},
+            **_how_many(self._parsed.ray),
+        )
+        application = deployment.bind(self._parsed.server, self._directory)
+        ray_serve.run(application, name=APPLICATION, route_prefix="/")
+
+    def swap(self) -> None:
+        """Have every replica load what has changed. A new deployment would end replicas before others are ready."""
+        ray.get(self._directory.swap.remote())
+
+
+def _how_many(options: RayOptions) -> dict[str, Any]:
+    if options.max_replicas is None:
+        return {"num_replicas": options.replicas}
+    scaling = {"min_replicas": options.replicas, "max_replicas": options.max_replicas}
+    return {"autoscaling_config": scaling | {"target_ongoing_requests": options.target_requests}}
+
+
+def _join(address: str) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports of its use to others
+    host, _, port = address.rpartition(":")
+    try:
+        if host and port.isdecimal() and "//" not in host:  # Ray itself tries for minutes
+            socket.create_connection((host, int(port)), timeout=_REACHED).close()
+        ray.init(address=address, include_dashboard=False, logging_level=logging.WARNING)
+    except (OSError, OverflowError, ValueError) as error:
+        raise InputError(f"--address: expected that of a Ray cluster, got {address}: {error}") from error
