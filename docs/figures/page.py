@@ -2,7 +2,7 @@
 
     python docs/figures/page.py runs/digits/caches/bundle docs/figures
 
-The server gets noisy digits, and after two minutes inverted ones, until an alarm is raised. Needs the extras serve,
+The server gets noisy digits, and after a while inverted ones, until an alarm is raised. Needs the extras serve,
 train and browser, and chromium.
 """
 
@@ -30,7 +30,7 @@ from sklearn.datasets import load_digits
 WIDTHS, HEIGHT = (1440, 390), 900
 SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 COLOURS = 96  # of a palette; the page has few
-QUIET, AFTER, PATIENCE = 120.0, 20.0, 600.0  # seconds
+QUIET, AFTER, PATIENCE = 80.0, 20.0, 600.0  # seconds
 PAUSE = 0.06  # between two requests
 SHOWN = 8  # the digit in the box
 DATA: Any = load_digits()  # a Bunch, whatever its type says
