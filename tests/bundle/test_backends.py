@@ -11,9 +11,17 @@ import pytest
 import gati_jax
 from gati_jax import InputError
 from gati_jax.planning import Plan
-from gati_jax.profiling import Backend, Tuning, device_name, onnx_tuning, reference_tuning, replays_on_onnx
+from gati_jax.profiling import (
+    Backend,
+    TunedCascade,
+    Tuning,
+    device_name,
+    onnx_tuning,
+    reference_tuning,
+    replays_on_onnx,
+)
 from gati_jax.profiling.backends import OnnxTunedCascade
-from gati_jax.profiling.compiler import OPTIONS, TunedCascade
+from gati_jax.profiling.compiler import OPTIONS
 from tests.bundle.made import PIXELS, at, checked, edit, in_memory, make_certificate
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
