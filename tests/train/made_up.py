@@ -1,9 +1,13 @@
 """A made-up evaluation, consistent with itself, of a network of eight blocks with caches at three sites."""
 
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
 
+from train.report.figures import FIGURES
+from train.report.page import WIDE
 from train.report.pictures import Wall, draw_wall
 from train.results import Evaluation
 
@@ -12,6 +16,8 @@ BLOCKS_MS = (0.6, 0.5, 0.7, 0.7, 0.9, 0.8, 1.0, 0.8)
 EXITS = [(2, 700, 693), (4, 640, 634), (6, 360, 357), (DEPTH, 300, 300)]  # site, requests, those that agree
 NAMES = ("plane", "car", "bird", "cat")
 VERSIONS = {"jax": "0.0.1", "numpy": "0.0.2"}
+INLINE = {"a", "code", "span", "strong"}
+VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
 def cut(hits: int, classes: int) -> list[int]:
@@ -99,3 +105,55 @@ def pictures(e: Evaluation) -> Wall:
     """Small pictures for all of its samples."""
     images = np.random.default_rng(1).integers(0, 255, (100, 12, 12, 3), np.uint8)
     return draw_wall(images, [sample.row for sample in e.samples])
+
+
+def shapes(name: str, kind: str, width: int = WIDE, **changes) -> list[ET.Element]:
+    """The shapes of one class in a figure."""
+    root = ET.fromstring(FIGURES[name].draw(made_up(**changes), width).svg(name, "title"))
+    return [shape for shape in root.iter() if kind in shape.get("class", "").split()]
+
+
+class Page(HTMLParser):
+    """Checks that tags nest; keeps tags, attributes, ids, and the text of every table cell."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in {"td", "th"}:
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        self.text += "" if tag in INLINE else "\n"
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+        if self.open and self.open[-1] in {"td", "th"}:
+            self.rows[-1][-1] += data.strip()
+
+    def values(self, name: str) -> list[str]:
+        return [value for found, value in self.attributes if found == name]
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text.split())
