@@ -8,6 +8,7 @@ import gc
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # Programs compile three times as fast without LLVM's optimisations, and most tests compile far longer than they run.
 # Your own XLA_FLAGS, also empty ones, are kept: .ci/run tests the runtime, exports and HTTP with all optimisations.
@@ -131,6 +132,16 @@ def chain(digits) -> gati_jax.Chain:
     for _ in range(150):
         params, state = step(params, state)
     return build(params)
+
+
+@pytest.fixture(scope="session")
+def sorting(chain) -> gati_jax.Chain:
+    """The user's network behind an operation that ONNX does not have as JAX does."""
+
+    def sorted_block(params: Any, x: jax.Array) -> jax.Array:
+        return chain.blocks[0](params, jnp.sort(x))
+
+    return gati_jax.Chain((sorted_block, *chain.blocks[1:]), chain.classifier, chain.params, chain.input_spec)
 
 
 @pytest.fixture(scope="session")

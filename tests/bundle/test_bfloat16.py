@@ -91,7 +91,7 @@ def test_what_is_between_spans_is_bfloat16_and_what_answers_is_not(bundle, image
 def test_its_promise_is_its_own(bundle):
     exact, half = bundle.bound_of(numerics="reference"), bundle.bound_of(numerics="bfloat16")
     assert (half.numerics, half.epsilon, half.delta) == ("bfloat16", 0.95, exact.delta)
-    assert "bfloat16 arithmetic: disagreement <= 0.95" in str(half)
+    assert "bfloat16 arithmetic: at most 95% of answers differ" in str(half)
     assert bundle.bound_of().numerics == "reference"  # it answers only where it is asked for
 
 

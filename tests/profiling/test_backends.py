@@ -196,9 +196,15 @@ def test_sizes_that_cannot_be_are_refused(cascade, sizes):
         onnx_tuning(cascade.chain, sizes=sizes)
 
 
-def test_a_user_s_own_chain_has_no_onnx_form(chain):
-    with pytest.raises(InputError, match=r"^backend: expected a base that is a network of this library"):
-        onnx_tuning(chain)
+def test_an_operation_without_an_onnx_form_is_named(sorting):
+    with pytest.raises(InputError, match=r"^backend: expected functions that ONNX can .* operation sort in block 1"):
+        onnx_tuning(sorting)
+
+
+def test_a_user_s_own_chain_answers_as_the_reference_does(chain, digits):
+    tuned = run_by(onnx_tuning(chain), Cascade(chain, (), jnp.zeros(0)))
+    images = np.asarray(digits.images[800:900])
+    np.testing.assert_allclose(tuned.predict(images).logits, chain(jnp.asarray(images)), rtol=1e-4, atol=1e-4)
 
 
 def test_an_answer_of_one_request_is_that_of_a_batch_of_one(cascade):

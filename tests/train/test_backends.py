@@ -204,19 +204,21 @@ def test_costs_of_another_version_of_it_are_measured_anew(run, timed, tmp_path, 
     assert planned_for(run.bundle, tmp_path)[0] == "xla"
 
 
-def test_it_is_not_tried_beside_an_accelerator_or_for_other_functions(run, timed, tmp_path, monkeypatch, chain, caplog):
+def test_it_is_not_tried_beside_an_accelerator_or_for_what_it_cannot_run(
+    run, timed, tmp_path, monkeypatch, sorting, caplog
+):
     with caplog.at_level("INFO"), monkeypatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "gpu")
         assert planned_for(run.bundle, tmp_path)[0] == "xla"
     assert "not on ONNX Runtime: there is a faster device" in caplog.text
-    own = dataclasses.replace(run.bundle, chain=chain, caches=())
+    own = dataclasses.replace(run.bundle, chain=sorting, caches=())
     timed["measured"].clear()
     assert planned_for(own, tmp_path / "own", "--seed", "1")[0] == "xla"
     assert timed["measured"] == ["xla"]
-    with pytest.raises(InputError, match=r"^backend: expected a base that is a network of this library"):
+    with pytest.raises(InputError, match=r"^backend: expected functions that ONNX can express"):
         planned_for(own, tmp_path / "own", "--plan.backend", "onnxruntime")
     bundle = dataclasses.replace(own, tunings=())
-    with pytest.raises(InputError, match=r"^--backend: expected a base that is a network of this library"):
+    with pytest.raises(InputError, match=r"^--backend: expected functions that ONNX can express"):
         tune.to_tune(bundle, "onnxruntime")
     assert tune.to_tune(bundle, "auto") == ["xla"]
     assert tune.to_tune(run.bundle, "auto") == ["onnxruntime", "xla"]
@@ -234,7 +236,7 @@ def test_which_backend_is_preferred_is_printed(run, capsys):
     assert "1.50 times in the largest batches" in printed  # 0.75 and 0.5 ms a row
 
 
-def test_a_speed_up_is_over_the_fastest_full_network_of_all(run, passed, chain, monkeypatch):
+def test_a_speed_up_is_over_the_fastest_full_network_of_all(run, passed, sorting, monkeypatch):
     """Where a bundle is tuned for a backend, its tuning is the contender there; one that answers is timed anyway."""
     searches = []
 
@@ -256,5 +258,5 @@ def test_a_speed_up_is_over_the_fastest_full_network_of_all(run, passed, chain, 
     assert searches == [(1,), (8,)]
     both = dataclasses.replace(on_onnx, tunings=(*on_onnx.tunings, tuning := reference_tuning((1, 8))))
     assert [way.tuning for way in contenders(both, 1).values()] == [tuning]
-    assert list(contenders(dataclasses.replace(run.bundle, chain=chain), 1)) == ["xla"]
+    assert list(contenders(dataclasses.replace(run.bundle, chain=sorting), 1)) == ["xla"]
     assert len(searches) == 3
