@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
-quickstart: $(STAMP)  ## Train a small network on digits, cache it, certify it, evaluate it: four minutes
+quickstart: $(STAMP)  ## Train a small network on digits, cache it, certify it, evaluate it: three minutes
 	$(PY) -m train.base --config configs/digits.toml --out runs/digits/base
 	$(PY) -m train.caches --config configs/digits.toml --out runs/digits/caches --ledger runs/digits/looks.json
 	$(PY) -m train.evaluate --bundle runs/digits/caches/bundle --out runs/digits/eval --ledger runs/digits/looks.json

@@ -49,7 +49,8 @@ def flow(e: Evaluation, width: float) -> Drawing:
 
 def _strip(d: Drawing, e: Evaluation, x: Scale, until: list[float], *, measured: bool) -> None:
     """Draw the blocks, and a mark where a cache stands."""
-    total = f", {milliseconds(until[-1])} by the bundle's costs" if measured else ", drawn as if all took as long"
+    how = " by the bundle's costs" if not d.narrow else ""  # a phone has no room for it, and the text below says so
+    total = f", {milliseconds(until[-1])}{how}" if measured else ", drawn as if all took as long"
     d.text(x(0), 14, f"your network: {len(until) - 1} blocks{total}", "label")
     for i, (start, end) in enumerate(itertools.pairwise(until)):
         tip = f"block {i + 1}" + (f": {milliseconds(end - start)}" if measured else "")
