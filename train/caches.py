@@ -61,9 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     check_free(path)
     chain = read_base(config.base, own=True)
     parts = load_parts(config.data, {name: splits[name] for name in ("fit", "select", "certify")}, chain)
-    rows = data.row_digests(parts["certify"].images)
-    count_duplicates(rows, drawn=config.plan.repeats)
-    check_open(arguments.ledger, rows, arguments.out)
+    check_certify(parts["certify"], config, arguments.ledger, arguments.out)
     check_fit(config, parts)
     heads = [*(head.build() for head in config.fit.heads), *small_networks(config, chain)]
     base = base_on_select(config.base, chain, parts["select"])
@@ -88,8 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     certificates = numerics["reference"]
     default = tightest(certificates)
     plan, certificate = plans[default][0], certificates[default]
-    also = [(plans[name][0], certificates[name]) for name in plans if name != default]
-    rounded = numerics.get(BFLOAT16, {})
+    also, rounded = [(plans[n][0], certificates[n]) for n in plans if n != default], numerics.get(BFLOAT16, {})
     gati_jax.save_bundle(
         path,
         chain,
@@ -222,6 +219,17 @@ def keep_tuning(
     gati_jax.save_tuning(
         path, gati_jax.check_tuning(bundle, tuning, certify, certified=replays[0], replays=replays[1:])
     )
+
+
+def check_certify(certify: data.Dataset, config: Config, ledger: AnyLedger, out: Path) -> None:
+    """Check that certify rows are independent of each other, and open for another look.
+
+    Raises:
+        InputError: They are not.
+    """
+    rows = data.row_digests(certify.images)
+    count_duplicates(rows, drawn=config.plan.repeats)
+    check_open(ledger, rows, out)
 
 
 def check_open(ledger: AnyLedger, rows: UInt64[np.ndarray, " n"], out: Path) -> None:

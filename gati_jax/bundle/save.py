@@ -96,19 +96,29 @@ def save_bundle(
             (folder / FITTED).write_bytes(fitted.astype("<u8").tobytes())
         if counted and (looks := counted.of(certificate.data_fingerprint)).looks:
             write_json(folder / LOOKS, looks)
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            network=chain.network if isinstance(chain.network, AnyNetwork) else None,
-            normalization=chain.normalization,
-            input_shape=chain.input_spec.shape,
-            input_dtype=str(chain.input_spec.dtype),
-            class_names=class_names,
-            caches=entries,
-            provenance=provenance or _provenance(certificate),
-            files=digests(folder),
-        )
-        write_json(folder / "manifest.json", manifest)
+        said = provenance or _provenance(certificate)
+        write_json(folder / "manifest.json", _manifest(chain, entries, class_names, said, digests(folder)))
         _write_costs(folder, tuple(costs))
+
+
+def _manifest(
+    chain: Chain,
+    caches: tuple[CacheEntry, ...],
+    class_names: tuple[str, ...],
+    provenance: Provenance,
+    files: dict[str, str],
+) -> Manifest:
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        network=chain.network if isinstance(chain.network, AnyNetwork) else None,
+        normalization=chain.normalization,
+        input_shape=chain.input_spec.shape,
+        input_dtype=str(chain.input_spec.dtype),
+        class_names=class_names,
+        caches=caches,
+        provenance=provenance,
+        files=files,
+    )
 
 
 def _entry(cache: Candidate) -> CacheEntry:

@@ -2,10 +2,11 @@
 
 Parameters are constants, and what depends on them alone is computed here. The batch stays open: a function is traced
 for a number of rows that is a prime, so that an axis of that size is the batch, and a multiple of it the batch with
-other axes folded in. What would depend on the number of rows otherwise is refused, as is every operation without an
-ONNX form, by name.
+other axes folded in. What depends on the number of rows otherwise comes out another way for another prime, and is
+refused; so is, by name, every operation without an ONNX form.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from .graph import Graph, Value
 from .operations import ELEMENTWISE, Equation, Node, Operand, Translation, dtype_of, shape_of
 from .reductions import OPERATIONS  # with its own added
 
-_ROWS = 65_521
+_PRIMES = 65_521, 65_519
 _INLINED = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # of jit, custom_jvp_call, custom_vjp_call, remat
 _LOOPS = ("while", "scan", "cond")  # which have such parameters, too
 _DTYPES = ("float32", "int32", "int64", "uint8", "bool")
@@ -51,17 +52,29 @@ def emit_function(
     Raises:
         InputError: It has an operation without an ONNX form, or depends on the number of rows.
     """
-    channels, *positions = x.shape
-    spec = jax.ShapeDtypeStruct((_ROWS, *positions, channels), dtype)
     params = jax.tree.map(jnp.asarray, params)  # a NumPy array cannot be indexed by what is traced
+    other = Graph(g.prefix, [*g.nodes], [*g.constants])
+    found, _ = (
+        _emit(to, functools.partial(function, params), x, n, where, dtype)
+        for to, n in zip((g, other), _PRIMES, strict=True)
+    )
+    if (g.nodes, g.constants) != (other.nodes, other.constants):
+        got = "a number that depends on the number of rows"
+        raise InputError(f"bundle: expected functions that ONNX can express, got {got} in {where}")
+    return found
+
+
+def _emit(g: Graph, function: Callable[[Any], Any], x: Value, rows: int, where: str, dtype: Any) -> Value:  # noqa: ANN401
+    channels, *positions = x.shape
+    spec = jax.ShapeDtypeStruct((rows, *positions, channels), dtype)
     try:
-        traced, result = jax.make_jaxpr(lambda rows: function(params, rows), return_shape=True)(spec)
+        traced, result = jax.make_jaxpr(function, return_shape=True)(spec)
     except Exception as error:
         raise InputError(f"bundle: {where} cannot be traced for ONNX: {describe_failure(error)}") from error
-    if not isinstance(result, jax.ShapeDtypeStruct) or result.shape[:1] != (_ROWS,):
+    if not isinstance(result, jax.ShapeDtypeStruct) or result.shape[:1] != (rows,):
         raise InputError(f"bundle: expected functions that return an array with a row for each input, got {where}")
-    first = Node(x.name, (_ROWS, *x.shape))
-    tr = Translation(g, _ROWS, first, where)
+    first = Node(x.name, (rows, *x.shape))
+    tr = Translation(g, rows, first, where)
     (out,) = _run(tr, traced.jaxpr, traced.consts, [tr.transpose(first, (0, *range(2, len(first.shape)), 1))])
     last = len(result.shape) - 1
     y = tr.transpose(tr.node(out, result.shape), (0, *((last,) if last else ()), *range(1, last)))
@@ -75,10 +88,7 @@ def _run(tr: Translation, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[
     def read(variable: Any) -> Operand:  # noqa: ANN401
         if not isinstance(variable, Literal):
             return values[variable]
-        value = np.asarray(variable.val, variable.aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
-        if value.size == 1 and tr.open((abs(int(value)),) if np.isfinite(value) else ()):
-            tr.refuse("a number that depends on the number of rows")
-        return value
+        return np.asarray(variable.val, dtype_of(variable))
 
     for equation in jaxpr.eqns:
         found = _apply(tr, equation, [read(variable) for variable in equation.invars])

@@ -1,7 +1,7 @@
 """The driver in which the host decides: it launches one stage after another, and reads only how many rows are left.
 
 While that number is on its way, the device writes the answers of the rows that leave, and compacts the others. A single
-request goes on with the next stage meanwhile, which is in vain if it has left.
+request goes on with the next stage meanwhile; if it has left, that stage is thrown away.
 """
 
 import jax.numpy as jnp

@@ -45,7 +45,7 @@ class Directory:
         self._swaps += 1
 
     def addresses(self) -> list[str]:
-        """Return the addresses of those that have been heard of lately."""
+        """Return the addresses of those that have reported lately."""
         since = time.monotonic() - _FORGOTTEN
         self._seen = {address: at for address, at in self._seen.items() if at > since}
         return sorted(self._seen)

@@ -105,6 +105,8 @@ def test_a_function_answers_as_in_jax(case):
 REFUSED = {
     "reduce_sum over rows": of(lambda x: x - x.mean(0, keepdims=True), ROW),
     "a number that depends on the number of rows": of(lambda x: x / len(x), ROW),
+    "that depends on the number of rows": of(lambda x: x ** (1 / len(x)), ROW),
+    "depends on the number of rows": of(lambda x: x * jnp.float32(3 if len(x) % 4 == 1 else 2), ROW),
     "rows that are joined with others": of(lambda x: jnp.concatenate([x, x])[: len(x)], ROW),
     "a choice of rows": of(lambda x: jnp.roll(x, 1, axis=0), ROW),
     "rows in another order": of(lambda x: x[::-1], ROW),

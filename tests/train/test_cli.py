@@ -158,4 +158,4 @@ def _until(condition):
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("in vain")
+    raise AssertionError("it did not happen within 30 s")
