@@ -149,23 +149,25 @@ def test_connections_are_bounded_and_places_come_back():
 def test_the_connection_that_has_been_idle_longest_makes_place(monkeypatch):
     """1,024 connections that asked nothing kept all others out for 75 s."""
     monkeypatch.setattr(http_connection, "_SPARE", 0.1)
-    with serving(connections=3) as (port, reasons):
-        first, second, busy = (socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(3))
-        first.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    with serving(connections=3) as (port, reasons), contextlib.ExitStack() as sockets:
+
+        def connect():
+            return sockets.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+
+        silent, asked, busy = connect(), connect(), connect()  # accepted in this order: the silent one is idle longest
+        asked.sendall(b"GET / HTTP/1.1\r\n\r\n")
         busy.sendall(b"POST /read HTTP/1.1\r\ncontent-length: 1\r\n\r\n")
-        assert is_ok(first)  # so the second has been idle longest
+        assert is_ok(asked)
         time.sleep(0.2)
-        new = socket.create_connection(("127.0.0.1", port), timeout=30)
+        new = connect()
         new.sendall(b"GET / HTTP/1.1\r\n\r\n")
         assert is_ok(new)
-        assert second.recv(1) == b""
+        assert silent.recv(1) == b""
         busy.sendall(b"x")
         assert is_ok(busy)
-        first.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        assert is_ok(first)
+        asked.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert is_ok(asked)
         assert reasons == ["connections"]
-        for client in (first, second, busy, new):
-            client.close()
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
