@@ -1,5 +1,7 @@
 """Scoring on a Ray cluster of two nodes: the parts that one process writes."""
 
+import warnings
+
 import pyarrow.dataset as ds
 import pytest
 
@@ -16,8 +18,10 @@ def cluster():
     """The address of a cluster of two nodes with a processor each, all on this machine."""
     from ray.cluster_utils import Cluster  # noqa: PLC0415 (optional)
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    made.add_node(num_cpus=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, of a fork; Ray's is followed by an exec at once
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        made.add_node(num_cpus=1)
     yield made.address
     made.shutdown()
 
