@@ -1,7 +1,8 @@
 """A base in bfloat16: blocks compute in it, and their activations are in it; the classifier stays float32.
 
-A product sums in float32 wherever it runs, and layer norms and softmax's classifier compute in float32 (see
-``modules`` and ``transformers``): what is rounded to 8 bits are activations and what multiplies them.
+Layer norms, softmax and the classifier compute in float32 (see ``modules`` and ``transformers``): what is rounded to 8
+bits are activations and what multiplies them. Products sum in float32 in the libraries that XLA calls; nothing here
+asks for it.
 """
 
 import dataclasses

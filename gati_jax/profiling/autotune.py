@@ -10,7 +10,7 @@ must equal the reference to within ``TOLERANCE`` of their range.
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 
 import jax
@@ -148,8 +148,32 @@ def _time_networks(
         for i, tile in enumerate(tiles)
         for j, network in enumerate(networks)
     }
-    ms = [float(np.median(t)) for t in time_interleaved(programs, rounds=rounds).values()]
-    return np.reshape(ms, (len(tiles), len(networks)))
+    ms = _medians(programs, rounds)
+    return np.reshape([ms[name] for name in programs], (len(tiles), len(networks)))
+
+
+def _medians(programs: Mapping[str, Call], rounds: int) -> dict[str, float]:
+    """Return the median times of programs that take turns; infinite for those that fail, of which one warning tells.
+
+    A compiler may take an option, and what it makes of it fail when it runs: on GPUs a graph that cannot be captured.
+
+    Raises:
+        JaxRuntimeError: All of them fail.
+    """
+    running, errors = dict(programs), []
+    for name, call in programs.items():
+        try:
+            for _ in range(2):  # a graph is captured when it runs again
+                jax.block_until_ready(call())
+        except jax.errors.JaxRuntimeError as error:
+            errors.append(error)
+            del running[name]
+    if not running:
+        raise errors[0]
+    if errors:
+        _log.warning("%d of %d programs fail and are left out: %.200s", len(errors), len(programs), errors[0])
+    times = time_interleaved(running, rounds=rounds)
+    return {name: float(np.median(times[name])) if name in times else np.inf for name in programs}
 
 
 def _supported() -> list[CompilerOptions]:
@@ -196,9 +220,8 @@ def _fastest_driver(
                 tuning = Tuning(device=device_name(), tiles=(single,) if tile.size == 1 else (single, tile))
                 predict = TunedCascade(cascade, tuning).predict
                 programs[f"{i} {tile.size} {threshold}"] = lambda predict=predict, images=images: predict(images).logits
-    times = time_interleaved(programs, rounds=rounds)
-    per_choice = len(programs) // len(choices)
-    ms = np.log([np.median(t) for t in times.values()]).reshape(len(choices), per_choice).sum(1)
+    times, per_choice = _medians(programs, rounds), len(programs) // len(choices)
+    ms = np.log([times[name] for name in programs]).reshape(len(choices), per_choice).sum(1)
     best = int(np.argmin(ms))
     for tile in choices[best]:
         _log.info("batches of %d are driven by: %s %s", tile.size, tile.driver, dict(tile.options) or "")
@@ -231,7 +254,7 @@ def _fastest(chain: Chain, layer: Layer, block: int, x: Array, tile: Tile, round
         params = tuned.params[block : block + len(blocks)]
         part = Chain(blocks, _flatten, (*params, ()), chain.site_specs[block])
         programs[algorithm] = _program(part, x, tile.options)
-    ms = {name: float(np.median(t)) for name, t in time_interleaved(programs, rounds=rounds).items()}
+    ms = _medians(programs, rounds)
     best, now = min(layer.applicable, key=lambda name: ms[name]), tile.algorithms.get(layer.kind, "direct")
     return best if ms[best] < (1 - _MARGIN) * ms[now] else now
 

@@ -80,6 +80,7 @@ def are_tried(options: CompilerOptions, platform: str) -> bool:
     tried = OPTIONS.get(platform, ())
     if options in tried or not options:
         return True
-    ((name, value), *more), all_types = options, LOOPS[0][1].split(",")
+    (name, value), *more = options
     types = value.split(",")
-    return LOOPS in tried and not more and name == _GRAPHS and types == [one for one in all_types if one in types]
+    known = name == _GRAPHS and not more and types == [one for one in LOOPS[0][1].split(",") if one in types]
+    return known and LOOPS in tried

@@ -115,8 +115,9 @@ class Tuning:
 class TunedCascade:
     """A cascade and what was found fastest for it.
 
-    Its arithmetic is float32 as in the reference, but in another order: logits differ in their last bits. A request
-    whose score is that close to a threshold, or whose logits are that close to a tie, may be answered differently.
+    Of a cascade in float32 the arithmetic is the reference's in another order: logits differ in their last bits. A
+    request whose score is that close to a threshold, or whose logits are that close to a tie, may be answered
+    differently. A cascade in bfloat16 has certificates of its own, see ``bfloat16``.
     """
 
     cascade: Cascade

@@ -133,10 +133,19 @@ def predict_tiled(
     Raises:
         InputError: There are no images, or fewer than requests.
     """
-    count = len(images) if count is None else count
+    requests = check_count(len(images) if count is None else count, images)
+    return compiled(answer_tiled, options)(cascade.packed, images, requests)
+
+
+def check_count(count: int, images: Shaped[Array | np.ndarray, "batch *input"]) -> np.int32:
+    """Return how many rows of a batch are requests, as programs take it.
+
+    Raises:
+        InputError: They are none, or more than there are.
+    """
     if not 1 <= count <= len(images):
         raise InputError(f"count: expected 1 to {len(images)}, the length of images, got {count}")
-    return compiled(answer_tiled, options)(cascade.packed, images, np.int32(count))
+    return np.int32(count)
 
 
 @reference

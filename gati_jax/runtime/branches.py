@@ -1,8 +1,8 @@
 """Drivers without loops: every decision is a two-way branch, so that a GPU may take all of them by itself.
 
 XLA runs a loop or a branch of a GPU from the host, with a synchronisation for each decision, unless all operations
-inside can be captured in a CUDA graph. Branches of two ways are captured where loops are not; see ``DRIVERS`` in
-``gati_jax/profiling/tuned_cascade.py``.
+inside can be captured in a CUDA graph. Whether captured branches or captured loops are faster, tuning finds out; see
+``DRIVERS`` in ``gati_jax/profiling/compiler.py``.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jaxtyping import Array, Int, Shaped
 from gati_jax.models.chain import reference
 from gati_jax.pytrees import Packed, unpack
 
-from .batched import Rows, first_rows, leave
+from .batched import Rows, check_count, first_rows, leave
 from .cascade import Cascade, CompilerOptions, Prediction, compiled, run_stage
 
 _LEVELS = 4  # copies of the network in a program
@@ -41,10 +41,14 @@ def predict_nested(
         images: uint8 or prepared inputs; one program is compiled for each length.
         count: How many of them, the first, are requests; the others are padding and get no answer.
         options: Compiler options of the program.
+
+    Raises:
+        InputError: See ``check_count``.
     """
+    requests = check_count(count, images)
     if len(images) == 1:
         return compiled(answer_one_nested, options)(cascade.packed, images)
-    return compiled(answer_nested, options)(cascade.packed, images, np.int32(count))
+    return compiled(answer_nested, options)(cascade.packed, images, requests)
 
 
 @reference

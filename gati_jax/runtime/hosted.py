@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, Shaped
 from gati_jax.models.chain import reference
 from gati_jax.pytrees import Packed, unpack
 
-from .batched import Rows, first_rows, leave
+from .batched import Rows, check_count, first_rows, leave
 from .branches import levels, run_rows
 from .cascade import Cascade, CompilerOptions, Prediction, compiled
 
@@ -19,10 +19,13 @@ from .cascade import Cascade, CompilerOptions, Prediction, compiled
 def predict_hosted(
     cascade: Cascade, images: Shaped[Array | np.ndarray, "batch *input"], count: int, options: CompilerOptions = ()
 ) -> Prediction:
-    """Answer a batch by a program for each stage and number of rows in ``levels``; arguments as ``predict_nested``."""
+    """Answer a batch by a program for each stage and number of rows in ``levels``.
+
+    Arguments and errors as for ``predict_nested``.
+    """
     packed, last, size = cascade.packed, len(cascade.caches), len(images)
     run = compiled(_run, options, static=("index", "size"))
-    rows, answer = compiled(_first, options)(packed, images, np.int32(count))
+    rows, answer = compiled(_first, options)(packed, images, check_count(count, images))
     outputs, left = run(packed, rows, index=0, size=size)
     for index in range(last + 1):
         left.copy_to_host_async()

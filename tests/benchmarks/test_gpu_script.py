@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["install", "tests", "train", "certify", "drivers", "captured", "serving", "second"]
 
 
-def run(folder: Path, *, failing: str = "nothing", slow: str = "nothing", **given: str) -> dict[str, dict]:
+def run(
+    folder: Path, *, failing: str = "nothing", slow: str = "nothing", status: int = 0, **given: str
+) -> dict[str, dict]:
     """Run the script with a Python that only writes down what it is asked for; return every stage's JSON."""
     (folder / "benchmarks").mkdir()
     script, python = folder / "benchmarks" / "gpu.sh", folder / "python"
@@ -26,7 +28,9 @@ def run(folder: Path, *, failing: str = "nothing", slow: str = "nothing", **give
     python.write_text("\n".join(lines))
     python.chmod(0o755)
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "OUT": "out", **given}
-    subprocess.run(["bash", str(script)], cwd=folder, env=environment, check=True, capture_output=True, timeout=60)
+    command = ["bash", str(script)]
+    done = subprocess.run(command, cwd=folder, env=environment, check=False, capture_output=True, timeout=60)
+    assert done.returncode == status, done.stderr
     return {path.stem: json.loads(path.read_text()) for path in (folder / "out").glob("*.json")}
 
 
@@ -47,7 +51,7 @@ def test_stages_come_in_order_with_limits_of_ten_minutes_in_all(tmp_path):
 
 @pytest.mark.parametrize("failing", ["-m pytest", "train.base", "benchmarks.drivers"])
 def test_a_stage_that_fails_stops_no_other_and_keeps_its_output(tmp_path, failing):
-    found = run(tmp_path, failing=failing)
+    found = run(tmp_path, failing=failing, status=1)
     assert sorted(found) == sorted(NAMES)
     name = {"-m pytest": "tests", "train.base": "train", "benchmarks.drivers": "drivers"}[failing]
     assert found[name]["status"] != 0
@@ -56,11 +60,37 @@ def test_a_stage_that_fails_stops_no_other_and_keeps_its_output(tmp_path, failin
 
 
 def test_a_stage_that_takes_too_long_is_ended_and_the_others_share_what_is_left(tmp_path):
-    found = run(tmp_path, slow="pytest", TOTAL="7", STAGES="a b")
+    found = run(tmp_path, slow="pytest", status=1, TOTAL="7", STAGES="a b")
     assert (found["tests"]["status"], found["tests"]["limit"] <= 7) == (124, True)
     assert (found["train"]["status"], found["train"]["limit"]) == (124, 0)  # no time was left
     assert "no time was left" in (tmp_path / "out" / "train.log").read_text()
     assert "second" not in found
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "message"),
+    [
+        (["--help"], {}, "expected no argument, or wheels, got --help"),
+        (["wheels", "now"], {}, "expected no argument, or wheels, got wheels now"),
+        ([], {"STAGES": "a,b"}, "STAGES: expected letters from a to f with spaces between them, got a,b"),
+        ([], {"PYTHON": "no-such-python"}, "PYTHON: expected a Python that runs, got no-such-python"),
+    ],
+)
+def test_what_it_does_not_know_costs_no_time_of_a_gpu(tmp_path, words, given, message):
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *words]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "OUT": str(tmp_path / "out"), **given}
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_wheels_that_cannot_be_had_are_an_error(tmp_path):
+    (tmp_path / "python").write_text("#!/bin/bash\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(tmp_path / "python")}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "wheels"]
+    assert subprocess.run(command, env=environment, check=False).returncode == 1
 
 
 THUNKS = """
@@ -85,7 +115,7 @@ def test_what_is_indented_below_a_graph_is_captured():
 
 @pytest.mark.slow
 def test_the_whole_script_runs_in_tiny_sizes(tmp_path):
-    environment = os.environ | {"DRY": "1", "OUT": str(tmp_path), "PYTHON": sys.executable, "TOTAL": "3000"}
+    environment = os.environ | {"DRY": "1", "OUT": str(tmp_path), "PYTHON": sys.executable}
     environment |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment, check=True, capture_output=True)
     for name in NAMES:
@@ -99,8 +129,11 @@ def test_the_whole_script_runs_in_tiny_sizes(tmp_path):
         for driver in ("loop", "nest captured", "host captured")
         for dtype in ("float32", "bfloat16")
     } <= named
-    assert set(drivers["agreement"]) == {"reference", "bfloat16"}
-    assert set(drivers["left_out"]) == {"torch.compile full float32", "onnxruntime full float32"}  # no GPU
+    assert set(drivers["answers"]) == {"reference", "bfloat16"}
+    for about in drivers["answers"].values():
+        assert sum(about["exits"].values()) == pytest.approx(1)
+    none = ("torch.compile full float32", "torch.compile full bfloat16", "onnxruntime full float32")  # without a GPU
+    assert set(drivers["left_out"]) == {f"{name}, batch {size}" for name in none for size in (1, 4)}
     assert json.loads((tmp_path / "measured-captured.json").read_text())["rows"]
     assert json.loads((tmp_path / "measured-serving.json").read_text())["rows"]
     certified = json.loads((tmp_path / "digits" / "caches" / "caches.json").read_text())

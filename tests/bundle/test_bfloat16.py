@@ -12,7 +12,9 @@ import gati_jax
 from gati_jax import Bundle, BundleError, InputError
 from gati_jax.caches import lookup
 from gati_jax.certification import certify_numerics
-from gati_jax.profiling import BFLOAT16, bfloat16_programs, replays_in_bfloat16
+from gati_jax.profiling import BFLOAT16, Tile, Tuning, bfloat16_programs, replays_in_bfloat16
+from gati_jax.profiling.bfloat16 import bfloat16_sizes, run_in_bfloat16
+from gati_jax.profiling.compiler import BRANCHES, ROUNDED
 from serve.engine import routes
 from serve.engine.records import Job, Step
 from serve.engine.runner import JaxRunner
@@ -172,3 +174,18 @@ def test_pixels_and_prepared_inputs_are_the_same_to_it(bundle):
         *(gati_jax.infer_batch(bundle, x, numerics="bfloat16") for x in (PIXELS[:3], prepared)), strict=True
     ):
         np.testing.assert_array_equal(one, other)
+
+
+def test_on_a_gpu_batches_run_in_the_sizes_that_were_counted(bundle, monkeypatch):
+    """A tuning of float32, perhaps made after the certificate, brought its own sizes, in which no row was counted."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    tiles = [Tile(size=n, milliseconds=1.0, options=BRANCHES, algorithms={}, driver="nest") for n in (1, 128)]
+    for more, options in (
+        ((), ROUNDED),
+        ((dataclasses.replace(tiles[1], size=512, driver="loop"),), (*BRANCHES, *ROUNDED)),
+    ):
+        tuning = Tuning(device="gpu-some", tiles=(*tiles, *more))
+        found = run_in_bfloat16(bundle.cascade, tuning).tuning.tiles
+        assert [tile.size for tile in found] == list(bfloat16_sizes()) == [1, 8, 32, 256]
+        assert [tile.driver for tile in found] == ["nest", "loop", "loop", "loop"]
+        assert [tile.options for tile in found] == [(*BRANCHES, *ROUNDED), *[options] * 3]

@@ -15,7 +15,7 @@ from gati_jax.profiling.compiler import BRANCHES, LOOPS, OPTIONS, are_tried, kno
 from gati_jax.runtime import Cascade
 
 pytestmark = pytest.mark.gpu
-GRAPHS = BRANCHES[0][0]
+GRAPHS, PLATFORM = BRANCHES[0][0], jax.default_backend()
 
 
 def test_what_a_compiler_cannot_capture_is_left_out():
@@ -61,7 +61,7 @@ def test_a_tuning_whose_options_are_refused_is_left_out_with_one_warning(
 ):
     """As by another runtime than the one that was tuned; the certified arithmetic answers then."""
     options = ((GRAPHS, f"FUSION,{lost}"),) if lost.isupper() else ((lost, "1"),)
-    monkeypatch.setitem(OPTIONS, "cpu", (*OPTIONS["cpu"], options))
+    monkeypatch.setitem(OPTIONS, PLATFORM, (*OPTIONS[PLATFORM], options))
     tile = Tile(size=1, milliseconds=1.0, options=options, algorithms={})
     tuning = Tuning(device=device_name(), tiles=(tile, dataclasses.replace(tile, size=4)), jaxlib=version("jaxlib"))
     assert "that this compiler has, got" in cannot_run(tuning, chain, ())
@@ -97,16 +97,16 @@ def saved(folder, chain, candidates):
 def test_tuning_takes_the_fastest_driver(chain, candidates, splits, monkeypatch, best):
     """By made-up times; the drivers are those of GPUs, and one with an option that every compiler refuses."""
     drivers = (("nest", BRANCHES), ("loop", LOOPS), ("host", ()), ("host", (("xla_no_such_option", "1"),)))
-    monkeypatch.setitem(compiler.DRIVERS, "cpu", drivers)
-    monkeypatch.setitem(OPTIONS, "cpu", ((), BRANCHES, LOOPS))
+    monkeypatch.setitem(compiler.DRIVERS, PLATFORM, drivers)
+    monkeypatch.setitem(OPTIONS, PLATFORM, ((), BRANCHES, LOOPS))
     monkeypatch.setattr(autotune, "_time_networks", lambda networks, tiles, _: np.ones((len(tiles), len(networks))))
     fast = {"loop": "0", "nest": "1", "host": "3"}[best]
 
-    def times(programs, *, rounds):
+    def times(programs, _):
         assert {name.split()[0] for name in programs} == {"0", "1", "2", "3"}
-        return {name: np.full(rounds, 1.0 if name.split()[0] == fast else 2.0) for name in programs}
+        return {name: 1.0 if name.split()[0] == fast else 2.0 for name in programs}
 
-    monkeypatch.setattr(autotune, "time_interleaved", times)
+    monkeypatch.setattr(autotune, "_medians", times)
     tuning = gati_jax.tune(chain, tuple(candidates), sizes=(4,), rounds=1)
     assert [tile.driver for tile in tuning.tiles] == [best, best]
     assert tuning.is_reference == (best == "loop")
@@ -123,3 +123,23 @@ def test_tuning_takes_the_fastest_driver(chain, candidates, splits, monkeypatch,
         for d in ("loop", "nest", "host")
     }
     assert len(digests) == 3
+
+
+def test_a_driver_that_fails_when_it_runs_again_is_left_out(chain, candidates, monkeypatch, caplog):
+    """As a graph that could be compiled and cannot be captured; minutes of tuning ended there."""
+    predict, calls = TunedCascade.predict, 0
+
+    def fails(cascade, images):
+        nonlocal calls
+        is_nest = cascade.tuning.tiles[0].driver == "nest"
+        calls += is_nest
+        if is_nest and calls > 1:
+            raise jax.errors.JaxRuntimeError("INTERNAL: Failed to end stream capture")
+        return predict(cascade, images)
+
+    monkeypatch.setattr(TunedCascade, "predict", fails)
+    monkeypatch.setitem(compiler.DRIVERS, PLATFORM, (("nest", ()),))
+    monkeypatch.setitem(OPTIONS, PLATFORM, ((),))
+    tuning = gati_jax.tune(chain, tuple(candidates)[:1], sizes=(1,), rounds=1)
+    assert [tile.driver for tile in tuning.tiles] == ["loop"]
+    assert "2 of 4 programs fail and are left out: INTERNAL: Failed to end stream capture" in caplog.text

@@ -1,6 +1,7 @@
 """Every program lowers for CUDA, without a GPU: no call back to the host, and nothing that only a CPU has."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -89,9 +90,7 @@ def traced(cascade: Cascade) -> dict[str, jax.stages.Traced]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("network", "dtype"), [("residual", "float32"), ("residual", "bfloat16"), ("transformer", "bfloat16")]
-)
+@pytest.mark.parametrize(("network", "dtype"), itertools.product(["residual", "transformer"], ["float32", "bfloat16"]))
 def test_everything_lowers_for_cuda(network, dtype):
     cascade, rounded = cascade_of(network), dtype == "bfloat16"
     for name, program in traced(cascade_in_bfloat16(cascade) if rounded else cascade).items():
