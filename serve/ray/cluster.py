@@ -1,5 +1,6 @@
 """The application on a Ray cluster that is joined or started."""
 
+import contextlib
 import logging
 import os
 import socket
@@ -17,12 +18,17 @@ try:
 except ImportError as error:
     raise InputError("serve.ray: expected Ray to be installed, see: pip install 'gati-jax[serve,ray]'") from error
 
+from ray.exceptions import RayError, RayTaskError
+
+from .controller import Controller
 from .replica import Directory, Replica
 
 APPLICATION = "gati"
+_log = logging.getLogger("serve.ray.cluster")
 _HEALTH = 2.0  # seconds between two checks of a replica
 _SLOW = 10.0  # seconds for its answer
 _REACHED = 5.0
+_SAVED = 10.0  # seconds for the controller to save its state
 
 
 class Cluster:
@@ -43,6 +49,10 @@ class Cluster:
         options = HTTPOptions(host=server.host, port=server.http_port, request_timeout_s=server.timeout)
         ray_serve.start(proxy_location="EveryNode", http_options=options)
         self._directory: Any = ray.remote(num_cpus=0)(Directory).remote()
+        self._controller: Any = None
+        if server.adapt:
+            always = ray.remote(num_cpus=0, max_restarts=-1)(Controller)
+            self._controller = always.remote(server, parsed.ray.most * server.places, self._directory)
 
     def __enter__(self) -> Self:
         """Return it."""
@@ -51,10 +61,22 @@ class Cluster:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """End the replicas once they have answered, and leave the cluster."""
         ray_serve.shutdown()
+        if self._controller is not None:
+            with contextlib.suppress(RayError):
+                ray.get(self._controller.stop.remote(), timeout=_SAVED)
         ray.shutdown()
 
     def deploy(self) -> None:
-        """Start the replicas; returns once they answer."""
+        """Start the replicas; returns once they answer.
+
+        Raises:
+            InputError: The bundle cannot adapt, or not in this folder.
+        """
+        if self._controller is not None:
+            try:
+                ray.get(self._controller.begin.remote())
+            except RayTaskError as error:
+                raise InputError(str(error.cause)) from error
         made: Any = ray_serve.deployment(ray_serve.ingress()(Replica))
         deployment = made.options(
             name="replica",
@@ -66,11 +88,14 @@ class Cluster:
             ray_actor_options={"num_cpus": self._parsed.ray.cpus, "num_gpus": self._parsed.ray.gpus},
             **_how_many(self._parsed.ray),
         )
-        application = deployment.bind(self._parsed.server, self._directory)
+        application = deployment.bind(self._parsed.server, self._directory, self._controller)
         ray_serve.run(application, name=APPLICATION, route_prefix="/")
 
     def swap(self) -> None:
         """Have every replica load what has changed. A new deployment would end replicas before others are ready."""
+        if self._controller is not None:
+            _log.warning("a bundle that adapts is not replaced: replicas and controller would have different ones")
+            return
         ray.get(self._directory.swap.remote())
 
 
