@@ -1,6 +1,7 @@
 """Replicas that adapt, in one process: engines of their own, and one controller that is called directly."""
 
 import contextlib
+import math
 import threading
 import time
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 
 import gati_jax
 from gati_jax import InputError
+from gati_jax.adaptation import EXACT, NEAREST
 from serve.engine.engine import Engine
 from serve.engine.records import OverloadedError
 from serve.engine.runner import JaxRunner
@@ -24,6 +26,7 @@ from serve.ray.watched import Line, UnreachableError, parts_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 CAPACITY = 64
+SILENCE = SimpleNamespace(report=SimpleNamespace(remote=lambda _: None))  # a directory
 ONE = threading.Lock()  # an actor takes one call after another
 
 
@@ -41,7 +44,7 @@ def _parts(bundle):
 @pytest.fixture
 def controller(settings):
     """The controller, which is no actor here; its directory hears nothing."""
-    made = Controller(settings, 2 * CAPACITY, SimpleNamespace(report=SimpleNamespace(remote=lambda _: None)))
+    made = Controller(settings, 2 * CAPACITY, SILENCE)
     made.begin()
     yield made
     made.stop()
@@ -201,3 +204,42 @@ def test_a_folder_in_use_is_one_line(settings, controller):
     del controller
     with pytest.raises(InputError, match="--adapt-dir: expected a folder that no other server uses"):
         Controller(settings, 8, None).begin()
+
+
+@pytest.fixture
+def with_input_cache(settings):
+    """A controller that stores answers, and two replicas; every hit is shadowed."""
+    made = Controller(settings.model_copy(update={"adapt_without": ("refit",)}), 2 * CAPACITY, SILENCE)
+    made.begin()
+    found = [Replica(made, name) for name in "ab"]
+    made._adapting.read(lambda one: one.monitor.shadow_all(on=True))
+    yield made, *found
+    for one in found:
+        assert one.parts.adapting.stop(PATIENCE)
+    made.stop()
+
+
+def test_what_one_replica_has_answered_the_other_repeats(with_input_cache):
+    controller, first, second = with_input_cache
+    images = world.images(8, 60)
+    first.ask(images)  # the base answers, and that is stored
+    first.settle()
+    until(lambda: watched(controller) == 8)
+    answers, _ = second.ask(images)
+    assert {answer.exit for answer in answers} == {EXACT}
+    assert second.engine.statistics().answered == 0
+
+
+def test_stored_answers_are_compared_by_the_replica_that_gave_them(with_input_cache):
+    controller, first, second = with_input_cache
+    first.ask(world.images(8, 61))
+    first.settle()
+    until(lambda: watched(controller) == 8)
+    controller._adapting.controller.input_cache.exact = None
+    controller._adapting.controller.input_cache.threshold = -math.inf
+    answers, _ = second.ask(world.images(8, 61))
+    assert {answer.exit for answer in answers} == {NEAREST}
+    second.settle()
+    until(lambda: watched(controller) == 16)
+    report = controller._adapting.read(lambda one: one.monitor.report)
+    assert (report.shadows[NEAREST], report.lost, second.engine.statistics().shadowed) == (8, 0, 8)
