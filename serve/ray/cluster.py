@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ _log = logging.getLogger("serve.ray.cluster")
 _HEALTH = 2.0  # seconds between two checks of a replica
 _SLOW = 10.0  # seconds for its answer
 _REACHED = 5.0
+_LOOK = 0.1  # seconds between two looks at whether replicas have ended
 _SAVED = 10.0  # seconds for the controller to save its state
 
 
@@ -60,6 +62,7 @@ class Cluster:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """End the replicas once they have answered, and leave the cluster."""
+        self._drain()
         ray_serve.shutdown()
         if self._controller is not None:
             with contextlib.suppress(RayError):
@@ -90,6 +93,13 @@ class Cluster:
         )
         application = deployment.bind(self._parsed.server, self._directory, self._controller)
         ray_serve.run(application, name=APPLICATION, route_prefix="/")
+
+    def _drain(self) -> None:
+        """Have replicas finish what they have, while proxies are there to pass it on: ``shutdown`` ends these at once."""
+        ray_serve.delete(APPLICATION, _blocking=False)
+        until = time.monotonic() + self._parsed.server.drain + _SLOW
+        while APPLICATION in ray_serve.status().applications and time.monotonic() < until:
+            time.sleep(_LOOK)
 
     def swap(self) -> None:
         """Have every replica load what has changed. A new deployment would end replicas before others are ready."""

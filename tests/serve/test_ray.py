@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -91,7 +92,7 @@ class Load:
 
     def __init__(self, address, images):
         tensor = {"name": "images", "datatype": "UINT8", "shape": list(images.shape), "data": images.ravel().tolist()}
-        self._request = urllib.request.Request(
+        self.request = urllib.request.Request(
             f"{address}/v2/models/gati/infer", json.dumps({"inputs": [tensor]}).encode()
         )
         self.answers, self.errors, self.classes = collections.Counter(), [], set()
@@ -111,7 +112,7 @@ class Load:
     def _ask(self):
         while not self._stop.is_set():
             try:
-                with urllib.request.urlopen(self._request, timeout=60) as response:
+                with urllib.request.urlopen(self.request, timeout=60) as response:
                     found = json.loads(response.read())
                 with self._lock:
                     self.answers[found["model_version"]] += 1
@@ -119,6 +120,23 @@ class Load:
             except urllib.error.HTTPError as error:
                 with self._lock, error:
                     self.errors.append((error.code, error.headers["retry-after"], error.read().decode()))
+
+
+def finishes(address, images, stop):
+    """The status of a request of which a replica has half when something stops."""
+    request = Load(address, images).request
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    connection.putrequest("POST", request.selector)
+    connection.putheader("Content-Length", str(len(request.data)))
+    connection.endheaders(request.data[:100])
+    time.sleep(1.0)
+    stop()
+    time.sleep(1.5)
+    connection.send(request.data[100:])
+    with connection.getresponse() as response:
+        response.read()
+    connection.close()
+    return response.status
 
 
 def until(true, seconds=LONG):
@@ -220,6 +238,8 @@ def test_replicas_answer_as_one_survive_a_kill_and_swap_without_a_loss(cluster, 
         until(all_are_new)
         assert not load.errors
     assert load.classes == {expected}
+
+    assert finishes(address, images, lambda: process.send_signal(signal.SIGTERM)) == 200
 
 
 class Asked(NamedTuple):
