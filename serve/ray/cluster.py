@@ -16,6 +16,7 @@ try:
     import ray
     from ray import serve as ray_serve
     from ray.serve.config import HTTPOptions
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError as error:
     raise InputError("serve.ray: expected Ray to be installed, see: pip install 'gati-jax[serve,ray]'") from error
 
@@ -53,8 +54,11 @@ class Cluster:
         self._directory: Any = ray.remote(num_cpus=0)(Directory).remote()
         self._controller: Any = None
         if server.adapt:
-            always = ray.remote(num_cpus=0, max_restarts=-1)(Controller)
-            self._controller = always.remote(server, parsed.ray.most * server.places, self._directory)
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # its folder is
+            always: Any = ray.remote(num_cpus=0, max_restarts=-1)(Controller)
+            self._controller = always.options(scheduling_strategy=here).remote(
+                server, parsed.ray.most * server.places, self._directory
+            )
 
     def __enter__(self) -> Self:
         """Return it."""
@@ -95,7 +99,7 @@ class Cluster:
         ray_serve.run(application, name=APPLICATION, route_prefix="/")
 
     def _drain(self) -> None:
-        """Have replicas finish what they have, while proxies are there to pass it on: ``shutdown`` ends these at once."""
+        """Have replicas finish what they have, while proxies are there to pass it on; ``shutdown`` ends these first."""
         ray_serve.delete(APPLICATION, _blocking=False)
         until = time.monotonic() + self._parsed.server.drain + _SLOW
         while APPLICATION in ray_serve.status().applications and time.monotonic() < until:

@@ -49,11 +49,11 @@ def served_by_the_scheduler(steps, at, leaves):
             scheduler.admit([Job(image=np.zeros(1), route=0, arrived=at[came], mark=came)])
             came += 1
         step = scheduler.next_step(now)
+        assert step is not None
         now += steps.stage_ms[step.bucket][step.stage] / 1e3
-        left = [leaves[job.mark] <= step.stage for job in step.jobs]
-        for job, out in zip(step.jobs, left, strict=True):
-            if out:
-                done[job.mark] = now
+        marks = np.array([job.mark for job in step.jobs], np.int64)
+        left = (leaves[marks] <= step.stage).tolist()
+        done[marks[left]] = now
         scheduler.finish(step, left)
     return done
 

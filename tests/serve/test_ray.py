@@ -92,9 +92,8 @@ class Load:
 
     def __init__(self, address, images):
         tensor = {"name": "images", "datatype": "UINT8", "shape": list(images.shape), "data": images.ravel().tolist()}
-        self.request = urllib.request.Request(
-            f"{address}/v2/models/gati/infer", json.dumps({"inputs": [tensor]}).encode()
-        )
+        self.body = json.dumps({"inputs": [tensor]}).encode()
+        self._request = urllib.request.Request(f"{address}/v2/models/gati/infer", self.body)
         self.answers, self.errors, self.classes = collections.Counter(), [], set()
         self._stop, self._lock = threading.Event(), threading.Lock()
 
@@ -112,7 +111,7 @@ class Load:
     def _ask(self):
         while not self._stop.is_set():
             try:
-                with urllib.request.urlopen(self.request, timeout=60) as response:
+                with urllib.request.urlopen(self._request, timeout=60) as response:
                     found = json.loads(response.read())
                 with self._lock:
                     self.answers[found["model_version"]] += 1
@@ -124,15 +123,19 @@ class Load:
 
 def finishes(address, images, stop):
     """The status of a request of which a replica has half when something stops."""
-    request = Load(address, images).request
+    body = Load(address, images).body
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
-    connection.putrequest("POST", request.selector)
-    connection.putheader("Content-Length", str(len(request.data)))
-    connection.endheaders(request.data[:100])
+    connection.putrequest("POST", "/v2/models/gati/infer")
+    connection.putheader("Content-Length", str(len(body)))
+    connection.endheaders(body[:100])
     time.sleep(1.0)
     stop()
     time.sleep(1.5)
-    connection.send(request.data[100:])
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        get(f"{address}/v2/health/ready")
+    assert refused.value.code == 404  # Serve's own: there is no application any more
+    refused.value.close()
+    connection.send(body[100:])
     with connection.getresponse() as response:
         response.read()
     connection.close()

@@ -34,7 +34,7 @@ ONE = threading.Lock()  # an actor takes one call after another
 def settings(tmp_path):
     gati_jax.save_bundle(tmp_path / "bundle", *_parts(world.bundle()), costs=world.bundle().costs)
     names = {"chain": "tests.adaptation.world:chain", "adapt": True, "adapt_dir": tmp_path / "versions"}
-    return Settings(bundle=str(tmp_path / "bundle"), adapt_without=("refit", "exact", "nearest"), **names)
+    return Settings(bundle=(str(tmp_path / "bundle"),), adapt_without=("refit", "exact", "nearest"), **names)
 
 
 def _parts(bundle):
@@ -57,13 +57,14 @@ class Replica:
         self.cut: object = False
 
         def send(*what):
+            with ONE:
+                answer = None if self.cut == "before" else controller.exchange(*what)
+
             def wait():
-                if self.cut:
+                if self.cut or answer is None:
                     raise UnreachableError("cut")
                 return answer
 
-            with ONE:
-                answer = None if self.cut == "before" else controller.exchange(*what)
             return wait
 
         self.parts = parts_of(world.bundle(), Line(send, name), None)
