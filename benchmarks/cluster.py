@@ -147,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--app-ms", default=0.3, **ms, help="of a replica for one, besides steps (default: 0.3)")
     p.add_argument("--network-ms", default=1.0, **ms, help="from a proxy to a replica and back (default: 1)")
     p.add_argument("--alarm-ms", default=5.0, **ms, help="from the controller to a replica (default: 5)")
-    p.add_argument("--controller-us", type=float, default=500.0, metavar="US", help="for a request (default: 500)")
+    p.add_argument("--controller-us", type=float, default=1000.0, metavar="US", help="for a request (default: 1000)")
     p.add_argument("--slo-ms", default=50.0, **ms, help="of goodput (default: 50)")
     p.add_argument("--streams", type=cli.positive, default=5, metavar="N", help="with a jump (default: 5)")
     p.add_argument("--seed", type=int, default=0)

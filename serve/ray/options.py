@@ -15,6 +15,7 @@ from ..settings import parse as parse_server
 _EXAMPLE = """\
 examples:
   python -m serve.ray --bundle runs/digits/caches/bundle --replicas 2
+  python -m serve.ray --bundle runs/digits/caches/bundle --replicas 2 --adapt --adapt-without refit
   python -m serve.ray --bundle /shared/bundle --host 0.0.0.0 --replicas 4 --max-replicas 16 --address auto
 
 All other options are those of python -m serve (see its --help), and hold for each replica: --capacity is of one."""

@@ -112,7 +112,7 @@ def test_the_command_reads_its_own_result_and_plays_a_trace(tmp_path, capsys):
     for source in (tmp_path / "steps.json", out):
         cluster.main(["--steps", str(source), "--trace", str(tmp_path / "t.safetensors"), *words, "--out", str(out)])
     first, second = json.loads(out.read_text())["rows"]
-    assert (first["alarm"]["load"], second["alarm"]["requests"]) == (pytest.approx(0.2), None)  # 500 us a request
+    assert (first["alarm"]["load"], second["alarm"]["requests"]) == (pytest.approx(0.4), None)  # 1 ms a request
     assert [run["sent"] for run in second["runs"]] == [2000] * 3
     assert second["runs"][0]["seconds"] == pytest.approx(2000 / 4000, rel=0.1)
     assert first["delta_alone"] == 0.05
