@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,22 +31,27 @@ from .protocol.service import Service
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from .adaptive import AdaptiveGauges, AdaptiveParts
+    from .adaptive import AdaptiveGauges
+    from .adaptive.interfaces import Parts as AdaptiveParts
 
 _DIGITS = 12
 _DATATYPES = {"float32": "FP32", "int32": "INT32", "uint8": "UINT8"}
 _log = logging.getLogger("serve.assemble")
 
 
-def assemble(settings: Settings) -> Parts:
+def assemble(settings: Settings, adapt: "Callable[[gati_jax.Bundle], AdaptiveParts] | None" = None) -> Parts:
     """Return the service for the bundles of the command line, which its repository will load.
+
+    Args:
+        settings: Of the server.
+        adapt: Makes what adapts a bundle, if that is not this process alone.
 
     Raises:
         InputError: There is one bundle, and it is not valid, or there is no chain for it. Where there are several, one
             that cannot be loaded does not keep the others from being served.
     """
     metrics = Metrics()
-    loader = _Loader(settings, metrics)
+    loader = _Loader(settings, metrics, adapt)
     entries = [loader.entry(name, folder) for name, folder in settings.bundles.items()]
     if len(entries) == 1:
         entries[0].loaded = entries[0].source.load()
@@ -58,12 +63,14 @@ def assemble(settings: Settings) -> Parts:
 class _Loader:
     """Loads bundles, anew or again, with what they share: metrics, kept programs, and the device."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self._settings, self._metrics = settings, metrics
+    def __init__(
+        self, settings: Settings, metrics: Metrics, adapt: "Callable[[gati_jax.Bundle], AdaptiveParts] | None"
+    ) -> None:
+        self._settings, self._metrics, self._elsewhere = settings, metrics, adapt
         self._turns = Turns() if len(settings.bundles) > 1 else None
         kept = settings.program_cache
         self._kept = None if kept == "off" else ProgramCache(kept or default_folder())
-        self._gauges = self._adaptive_gauges() if settings.adapt else None
+        self._gauges = self._adaptive_gauges() if settings.adapt and adapt is None else None
 
     def entry(self, name: str, folder: Path) -> Entry:
         """Return a model that is not loaded yet."""
@@ -101,7 +108,7 @@ class _Loader:
                 return self._start(name, sources, tally, adaptive)
             except BaseException:
                 if adaptive is not None:
-                    adaptive.store.close()
+                    adaptive.close()
                 raise
 
         return Loaded(model, start)
@@ -123,7 +130,7 @@ class _Loader:
             observer=adaptive.adapting if adaptive else observer,
             shadow=adaptive.adapting.shadow if adaptive else None,
             overlap=settings.overlap,
-            turn=self._turn(),
+            turn=self._turn() if adaptive is None or adaptive.turn is None else adaptive.turn,
         )
         settle()
         choose_route = functools.partial(
@@ -143,6 +150,8 @@ class _Loader:
         return None if self._turns is None else self._turns.join()
 
     def _adapt(self, bundle: gati_jax.Bundle, name: str) -> "AdaptiveParts":
+        if self._elsewhere is not None:
+            return self._elsewhere(bundle)
         from . import adaptive  # noqa: PLC0415 (a server that does not adapt needs none of what fitting imports)
 
         settings = self._settings

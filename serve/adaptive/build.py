@@ -51,12 +51,18 @@ class AdaptiveParts(NamedTuple):
     store: StateFolder
     sources: list[CascadeRoute]
     """For the runner: the plan that adapts, and the base."""
+    turn: None = None
+    """Nothing of its own is asked before a step."""
 
     def serve(self, engine: Engine, runner: JaxRunner) -> None:
         """Start an engine that ``adapting`` observes, and the worker."""
         self.adapting.serve(engine, swapper(runner, self.sources[0]), end=self.worker.stop)
         engine.start()
         self.worker.start()
+
+    def close(self) -> None:
+        """Let another process use the folder, where no engine could be started."""
+        self.store.close()
 
 
 def build(
@@ -121,12 +127,15 @@ def build(
     )
     if bundle.tuned is not None:
         _log.warning("adaptation: the tuning is not used: later caches are certified in the reference arithmetic alone")
+    return AdaptiveParts(adapting, worker, store, sources_of(certified, adapting.controller.served, epsilon))
+
+
+def sources_of(certified: Bundle, served: Served, epsilon: float | None) -> list[CascadeRoute]:
+    """Return what a runner is made of: the plan as it is served, under a promise, and the base."""
     plan, base = routes.load(certified, reference=True)
-    served = adapting.controller.served
     same = len(plan.leave) == len(served.caches) + 1
     leave = plan.leave if same else (*[routes.UNKNOWN] * len(served.caches), 1.0)
-    plan = dataclasses.replace(plan, cascade=_cascade(plan, served), epsilon=epsilon, leave=leave)
-    return AdaptiveParts(adapting, worker, store, [plan, base])
+    return [dataclasses.replace(plan, cascade=_cascade(plan, served), epsilon=epsilon, leave=leave), base]
 
 
 def _controller_config(

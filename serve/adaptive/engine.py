@@ -24,8 +24,8 @@ from gati_jax.adaptation import (
     Ticket,
 )
 
-from ..engine.engine import Engine
 from ..engine.records import Answer, Job, Observer, ServeError, Statistics, Step
+from .interfaces import Answering
 from .worker import Saver
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ class AdaptiveEngine:
         self._lock, self._saving = threading.Lock(), threading.Lock()  # the second is taken first
         self._store = store
         self._stopping = False
-        self._engine: Engine | None = None
+        self._engine: Answering | None = None
         self._prepare: Callable[[Served], Swap] | None = None
         self._prepared: tuple[Served, Swap] | None = None
         self._notes: dict[str, str] = {}
@@ -95,7 +95,11 @@ class AdaptiveEngine:
         self._observer = observer
 
     def serve(
-        self, engine: Engine, prepare: Callable[[Served], Swap], *, end: Callable[[float | None], bool] = lambda _: True
+        self,
+        engine: Answering,
+        prepare: Callable[[Served], Swap],
+        *,
+        end: Callable[[float | None], bool] = lambda _: True,
     ) -> None:
         """Take an engine, not started, that is to serve what the controller decides; start to save changes.
 
@@ -191,7 +195,7 @@ class AdaptiveEngine:
         return self.read(lambda controller: tuple(controller.events))[-_SHOWN:]
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Answering:
         """The engine behind it."""
         assert self._engine is not None, "nothing is served before serve()"  # noqa: S101 (narrows the type)
         return self._engine

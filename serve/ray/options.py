@@ -15,10 +15,11 @@ from ..settings import parse as parse_server
 _EXAMPLE = """\
 examples:
   python -m serve.ray --bundle runs/digits/caches/bundle --replicas 2
+  python -m serve.ray --bundle runs/digits/caches/bundle --replicas 2 --adapt --adapt-without refit
   python -m serve.ray --bundle /shared/bundle --host 0.0.0.0 --replicas 4 --max-replicas 16 --address auto
 
 All other options are those of python -m serve (see its --help), and hold for each replica: --capacity is of one."""
-_ALONE = ("adapt", "tls_cert", "json_output")
+_ALONE = ("tls_cert", "json_output")
 Replicas = Annotated[int, Field(ge=1, le=10_000)]
 
 
@@ -45,6 +46,11 @@ class RayOptions(BaseModel):
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise InputError(f"--max-replicas: expected --replicas ({self.replicas}) at least, got {self.max_replicas}")
         return self
+
+    @property
+    def most(self) -> int:
+        """Replicas at once, with one that is being replaced."""
+        return (self.max_replicas or self.replicas) + 1
 
 
 class Parsed(NamedTuple):
@@ -92,4 +98,15 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Parsed:
         if getattr(server, name) != Settings.model_fields[name].default:
             flag = name.removesuffix("_output").replace("_", "-")
             raise InputError(f"--{flag}: expected a server of its own (python -m serve), got it for replicas")
+    _check_adapt(server)
     return Parsed(options, server)
+
+
+def _check_adapt(server: Settings) -> None:
+    if not server.adapt:
+        return
+    if "refit" not in server.adapt_without:
+        raise InputError("--adapt: expected it together with --adapt-without refit for replicas, got it without")
+    if len(server.bundle) > 1 or server.overlap:
+        got = "--overlap" if server.overlap else f"{len(server.bundle)} of them"
+        raise InputError(f"--adapt: expected one bundle for replicas, and no --overlap, got {got}")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import secrets
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -10,6 +11,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+
+from gati_jax import Bundle
 
 from ..assemble import assemble
 from ..lifecycle import Parts
@@ -19,10 +22,13 @@ from ..protocol.messages import ServeError
 from ..protocol.service import check_token
 from ..settings import Settings
 from ..threads import in_thread
+from .exchange import State
+from .watched import Line, ReplicaParts, UnreachableError, parts_of
 
 REPLICAS = "/replicas"
 """Where Prometheus' HTTP service discovery finds the address of every replica's metrics."""
 _REPORTS, _FORGOTTEN = 1.0, 10.0  # seconds between two reports of a replica, and until one that is silent is forgotten
+_PATIENCE = 2.0  # seconds for the controller's answer: it may wait for a disk
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 
@@ -57,12 +63,13 @@ class Replica:
     Args:
         settings: Of the server.
         directory: The actor of ``Directory``.
+        controller: That of ``Controller``, if the bundle adapts.
     """
 
-    def __init__(self, settings: Settings, directory: Any) -> None:  # noqa: ANN401 (an actor's handle is untyped)
+    def __init__(self, settings: Settings, directory: Any, controller: Any) -> None:  # noqa: ANN401 (handles are untyped)
         """Read the bundles; ``reconfigure`` compiles."""
         self._settings, self._directory = settings, directory
-        self._parts: Parts = assemble(settings)
+        self._parts: Parts = assemble(settings, _adapting(controller, settings.adapt_epsilon))
         self._tasks: list[asyncio.Future[None]] = []
 
     def __serve_build_asgi_app__(self) -> Callable[..., Awaitable[None]]:
@@ -131,3 +138,19 @@ class Replica:
         content = [(b"content-type", b"application/json")]
         await send({"type": "http.response.start", "status": status, "headers": content})
         await send({"type": "http.response.body", "body": body.encode()})
+
+
+def _adapting(controller: Any, epsilon: float | None) -> Callable[[Bundle], ReplicaParts] | None:  # noqa: ANN401
+    def send(*what: object) -> Callable[[], State]:
+        asked = controller.exchange.remote(*what)
+
+        def wait() -> State:
+            try:
+                return ray.get(asked, timeout=_PATIENCE)
+            except RayError as error:
+                raise UnreachableError(str(error)) from error
+
+        return wait
+
+    line = Line(send, secrets.token_hex(8))
+    return None if controller is None else lambda bundle: parts_of(bundle, line, epsilon)

@@ -2,6 +2,8 @@
 
 import collections
 import contextlib
+import http.client
+import itertools
 import json
 import os
 import signal
@@ -13,6 +15,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ import gati_jax
 from gati_jax import InputError
 from serve.ray import options
 from serve.ray.proxy import Retryable
+from tests.adaptation import world
 from tests.serve.fake_runner import pixels
 from tests.serve.transports import ask
 
@@ -33,7 +37,8 @@ LONG = 240.0
     [
         (["--replicas", "0"], "--replicas: expected"),
         (["--replicas", "3", "--max-replicas", "2"], "--max-replicas: expected --replicas \\(3\\) at least, got 2"),
-        (["--adapt"], "--adapt: expected a server of its own"),
+        (["--adapt"], "--adapt: expected it together with --adapt-without refit"),
+        (["--adapt", "--adapt-without", "refit", "--overlap"], "--adapt: expected one bundle for replicas, and no"),
         (["--json"], "--json: expected a server of its own"),
         (["--replicaz", "2"], "unrecognized arguments: --replicaz"),
         (["--capacity", "none"], "--capacity: expected"),
@@ -66,8 +71,8 @@ def test_a_request_that_serve_has_no_answer_for_may_be_asked_again():
     assert (answered.status_code, answered.content) == (500, b"{}")
 
 
-def replicas_of(parent):
-    """The processes of replicas below a process."""
+def replicas_of(parent, name="ServeReplica"):
+    """The processes of replicas below a process, or of another actor."""
     parents, names = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):
@@ -79,7 +84,7 @@ def replicas_of(parent):
             pid = parents.get(pid, 0)
         return pid == parent
 
-    return [pid for pid, name in names.items() if name.startswith("ray::ServeReplica") and is_below(pid)]
+    return [pid for pid, found in names.items() if found.startswith(f"ray::{name}") and is_below(pid)]
 
 
 class Load:
@@ -87,9 +92,8 @@ class Load:
 
     def __init__(self, address, images):
         tensor = {"name": "images", "datatype": "UINT8", "shape": list(images.shape), "data": images.ravel().tolist()}
-        self._request = urllib.request.Request(
-            f"{address}/v2/models/gati/infer", json.dumps({"inputs": [tensor]}).encode()
-        )
+        self.body = json.dumps({"inputs": [tensor]}).encode()
+        self._request = urllib.request.Request(f"{address}/v2/models/gati/infer", self.body)
         self.answers, self.errors, self.classes = collections.Counter(), [], set()
         self._stop, self._lock = threading.Event(), threading.Lock()
 
@@ -117,6 +121,27 @@ class Load:
                     self.errors.append((error.code, error.headers["retry-after"], error.read().decode()))
 
 
+def finishes(address, images, stop):
+    """The status of a request of which a replica has half when something stops."""
+    body = Load(address, images).body
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    connection.putrequest("POST", "/v2/models/gati/infer")
+    connection.putheader("Content-Length", str(len(body)))
+    connection.endheaders(body[:100])
+    time.sleep(1.0)
+    stop()
+    time.sleep(1.5)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        get(f"{address}/v2/health/ready")
+    assert refused.value.code == 404  # Serve's own: there is no application any more
+    refused.value.close()
+    connection.send(body[100:])
+    with connection.getresponse() as response:
+        response.read()
+    connection.close()
+    return response.status
+
+
 def until(true, seconds=LONG):
     end = time.monotonic() + seconds
     while not true():
@@ -135,14 +160,13 @@ def bundle(residual, tmp_path):
     return tmp_path / "bundle"
 
 
-@pytest.fixture
-def cluster(bundle, tmp_path):
-    """The process and its address; two replicas."""
-    pytest.importorskip("ray")
+@contextlib.contextmanager
+def started(bundle, log, *options):
+    """A cluster of two replicas: the process and its address."""
     command = [sys.executable, "-m", "serve.ray", "--bundle", bundle, "--replicas", "2", "--cpus", "0.5"]
     port = 18000 + os.getpid() % 1000
-    command += ["--http-port", port, "--program-cache", "off", "--drain", "5"]
-    log, environment = tmp_path / "log", {**os.environ, "RAY_raylet_start_wait_time_s": "150"}  # of a busy machine
+    command += ["--http-port", port, "--program-cache", "off", "--drain", "5", *options]
+    environment = {**os.environ, "RAY_raylet_start_wait_time_s": "150"}  # of a busy machine
     with (
         log.open("wb") as file,
         subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, stderr=file, stdout=file) as process,
@@ -155,6 +179,25 @@ def cluster(bundle, tmp_path):
             assert process.wait(60) == 0
         finally:
             process.kill()
+
+
+@pytest.fixture
+def cluster(bundle, tmp_path):
+    """Two replicas of a bundle."""
+    pytest.importorskip("ray")
+    with started(bundle, tmp_path / "log") as found:
+        yield found
+
+
+@pytest.fixture
+def adapting(tmp_path):
+    """Two replicas of a bundle whose caches are wrong in bright light, which adapt."""
+    pytest.importorskip("ray")
+    one = world.bundle()
+    gati_jax.save_bundle(tmp_path / "bundle", one.chain, one.caches, one.plan, one.certificate, costs=one.costs)
+    adapt = ["--adapt", "--adapt-without", "refit", "exact", "nearest", "--adapt-dir", tmp_path / "versions"]
+    with started(tmp_path / "bundle", tmp_path / "log", "--chain", "tests.adaptation.world:chain", *adapt) as found:
+        yield found
 
 
 @pytest.mark.ray
@@ -198,3 +241,79 @@ def test_replicas_answer_as_one_survive_a_kill_and_swap_without_a_loss(cluster, 
         until(all_are_new)
         assert not load.errors
     assert load.classes == {expected}
+
+    assert finishes(address, images, lambda: process.send_signal(signal.SIGTERM)) == 200
+
+
+class Asked(NamedTuple):
+    since: float
+    until: float
+    note: str
+    exits: set[int]
+
+
+class Drifted:
+    """Clients that ask for images of one kind, each with what the response says of adaptation."""
+
+    def __init__(self, address, *, bright):
+        self._url, self._bright, self._seeds = f"{address}/v2/models/gati/infer", bright, itertools.count(1000)
+        self.found, self._stop = list[Asked](), threading.Event()
+
+    def ask(self, n=16):
+        images = world.images(n, next(self._seeds), bright=self._bright)
+        tensor = {"name": "images", "datatype": "UINT8", "shape": list(images.shape), "data": images.ravel().tolist()}
+        since = time.monotonic()
+        body = json.dumps({"inputs": [tensor]}).encode()
+        with urllib.request.urlopen(urllib.request.Request(self._url, body), timeout=60) as response:
+            answer = json.loads(response.read())
+        exits = next(set(output["data"]) for output in answer["outputs"] if output["name"] == "exit")
+        self.found.append(Asked(since, time.monotonic(), answer["parameters"]["adaptation"], exits))
+        return self.found[-1]
+
+    def __enter__(self):
+        self._threads = [threading.Thread(target=self._run) for _ in range(3)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def _run(self):
+        while not self._stop.is_set():
+            self.ask()
+
+    def __exit__(self, *_):
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def metrics(address):
+    """What the controller shows; empty while it is being replaced."""
+    for target in json.loads(get(f"{address}/replicas"))[0]["targets"]:
+        with contextlib.suppress(urllib.error.URLError):
+            if "gati_adaptation_state" in (text := get(f"http://{target}/metrics")):
+                return text
+    return ""
+
+
+@pytest.mark.ray
+def test_one_alarm_closes_both_replicas_and_holds_when_the_controller_is_killed(adapting):
+    process, address = adapting
+    dim = Drifted(address, bright=False)
+    until(lambda: any(exit_ < 3 for exit_ in dim.ask().exits))  # each begins closed, until its first step
+    assert {one.note for one in dim.found} <= {"1", "safe"}
+    with Drifted(address, bright=True) as bright:
+        until(lambda: any(one.note == "safe" for one in bright.found))
+        safe = min(one.until for one in bright.found if one.note == "safe")
+        until(lambda: sum(one.since > safe for one in bright.found) >= 60)
+    assert any(one.note == "1" and min(one.exits) < 3 for one in bright.found)
+    after = [one for one in bright.found if one.since > safe]  # of both replicas
+    assert {(one.note, *one.exits) for one in after} == {("safe", 3)}
+    until(lambda: 'gati_adaptation_events_total{kind="alarm",model="gati"} 1.0' in metrics(address))
+    assert 'gati_adaptation_state{model="gati",state="safe"} 1.0' in metrics(address)
+
+    (first,) = replicas_of(process.pid, "Controller")
+    os.kill(first, signal.SIGKILL)
+    assert {(one.note, *one.exits) for one in (dim.ask() for _ in range(20))} == {("safe", 3)}
+    until(lambda: replicas_of(process.pid, "Controller") not in ([], [first]))
+    until(lambda: 'gati_adaptation_version{model="gati"} 2.0' in metrics(address))  # of the folder
+    assert {(one.note, *one.exits) for one in (dim.ask() for _ in range(20))} == {("safe", 3)}
