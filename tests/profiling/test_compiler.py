@@ -37,7 +37,7 @@ def test_onednn_is_tried_only_where_programs_have_it():
     )
     x, kernel = np.ones((2, 32, 32, 16), np.float32), np.ones((3, 3, 16, 16), np.float32)
     program = jax.jit(convolve, compiler_options=dict(onednn)).lower(x, kernel)
-    if '"__onednn' in program.compile().as_text():  # what the program calls; the text also has names of functions
+    if '"__onednn' in str(program.compile().as_text()):  # what the program calls; the text also has names of functions
         assert known_options(onednn, "cpu") == onednn
     else:
         with pytest.raises(gati_jax.InputError, match="options: expected those that this compiler has, got"):
