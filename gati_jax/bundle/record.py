@@ -108,7 +108,7 @@ class Bundle:
 
         Raises:
             InputError: There is no such plan; or nothing was certified of it in bfloat16, or on another device or by
-                another compiler, whose answers nobody has counted.
+                another compiler, whose answers were not counted.
         """
         name = self._known(name)
         certificate = next((one for one in self.bfloat16 if one.name == name), None)

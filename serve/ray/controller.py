@@ -118,7 +118,7 @@ class Controller:
         self._life, self._serial, self._epoch = secrets.token_hex(8), 0, 0
         self._thresholds = np.zeros(0, np.float32)
         self._tickets: dict[str, dict[_Id, Ticket]] = {}  # by replica, in the order in which they came
-        self._heard: dict[str, float] = {}
+        self._last_call: dict[str, float] = {}
 
     def begin(self) -> None:
         """Read the bundle, and go on where the folder says; at once if that is done.
@@ -168,8 +168,8 @@ class Controller:
             InputError: See ``begin``.
         """
         self.begin()
-        self._heard[replica] = now = time.monotonic()
-        for other in [name for name, at in self._heard.items() if at < now - SILENT]:
+        self._last_call[replica] = now = time.monotonic()
+        for other in [name for name, at in self._last_call.items() if at < now - SILENT]:
             self._forget(other)
         for one in told:
             self._take(self._tickets.setdefault(replica, {}), one)
@@ -239,7 +239,7 @@ class Controller:
 
     def _forget(self, replica: str) -> None:
         """Leave out what a replica that has ended was asked, from the first image on that is not complete."""
-        del self._heard[replica]
+        del self._last_call[replica]
         tickets = self._tickets.pop(replica, {})
         for ticket in tickets.values():
             ticket.observation = None

@@ -8,7 +8,7 @@
 So a request is admitted, and a step begins, under what the controller serves at that moment, up to the time that the
 call takes to return. A request that comes while the thresholds in the engine are older than those of its call is
 answered by the base. Where the controller does not answer in time, all caches are closed here until it does: the base
-answers, unwatched, and the controller is told to give up on what it was asked in vain.
+answers, unwatched, and the controller is told to give up on what it was asked.
 """
 
 import itertools
@@ -98,7 +98,7 @@ class Line:
             return None
 
     def _fail(self, error: Exception, told: list[Told], given_up: list[Told]) -> None:
-        """Have all closed for a while. What was told may have been heard or not; to tell it again does no harm."""
+        """Have all closed for a while. What was told may have arrived or not; to tell it again does no harm."""
         if self._failed_at < self.called - 2 * _AGAIN:
             _log.warning("adaptation: the controller does not answer; until it does, the base alone: %.300s", error)
         self._failed_at = time.monotonic()

@@ -138,7 +138,7 @@ def test_every_request_of_both_is_observed_once(controller, replicas):
     until(lambda: watched(controller) == 60)  # the last reports come with a heartbeat
 
 
-def test_what_a_replica_that_ends_was_asked_is_left_out_and_holds_nobody_back(controller, replicas, monkeypatch):
+def test_what_a_replica_that_ends_was_asked_is_left_out_and_holds_no_other_back(controller, replicas, monkeypatch):
     first, second = replicas
     controller._adapting.read(lambda one: one.monitor.shadow_all(on=True))
     state = controller.exchange("gone", (), world.images(8, 70), 1)
