@@ -12,6 +12,8 @@ full network. Music, if given, is no part of what is certified: it shows what th
 
 import dataclasses
 import functools
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -115,14 +117,14 @@ def main(argv: list[str] | None = None) -> None:
         adaptive = simulated_row(test, level, recency, costs)
         adaptive |= measured_adaptive(server, chain, test, arguments.timed)
     result: dict[str, Any] = {
-        "command": "python -m benchmarks.streams",
+        "command": shlex.join(["python", "-m", "benchmarks.streams", *(sys.argv[1:] if argv is None else argv)]),
         "device": device_name(),
         "date": datetime.now(UTC).date().isoformat(),
         "network": arguments.network,
         "answers": arguments.answers,
         "epsilon": arguments.epsilon,
         "delta": arguments.delta,
-        "recordings": {name: len(np.unique(part.groups)) for name, part in parts.items()},
+        "recordings": {name: len(np.unique(np.asarray(part.groups))) for name, part in parts.items()},
         "frames": {name: len(part) for name, part in parts.items()},
         "agreement_on_select": dict(zip(select.names, select.agrees.mean(1).tolist(), strict=True)),
         "full": {"ms": ms.full_ms, "million_operations": costs.operations.full_ms, "spread": ms.spread},
@@ -184,7 +186,9 @@ def heads() -> list[Head]:
 
 def split_of(recordings: Recordings, part: str, seed: int) -> data.Dataset:
     """Return whole recordings, their frames in order."""
-    return data.load_function(lambda: (recordings.frames, None, recordings.groups), part, shuffle_seed=seed)
+    return data.load_function(
+        lambda: (recordings.frames, None, recordings.groups), part, name="recordings", shuffle_seed=seed
+    )
 
 
 def replayed_part(chain: Chain, used: Candidates, part: data.Dataset) -> Part:
