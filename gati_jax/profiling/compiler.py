@@ -5,11 +5,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from gati_jax.errors import InputError
 from gati_jax.runtime import CompilerOptions
 
 _LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
+_ONEDNN = "xla_cpu_experimental_onednn_custom_call"
 _GRAPHS = "xla_gpu_enable_command_buffer"
 _CAPTURED = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONVOLUTION,CONDITIONAL"
 BRANCHES: CompilerOptions = ((_GRAPHS, _CAPTURED),)
@@ -21,6 +23,7 @@ OPTIONS: dict[str, tuple[CompilerOptions, ...]] = {
         (),
         ((_LIBRARY, "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"),),  # convolutions by the compiler itself
         ((_LIBRARY, "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"),),
+        ((_ONEDNN, "True"),),  # oneDNN, of which jaxlib 0.10.2 has none
     ),
     "gpu": ((), BRANCHES, LOOPS),
 }
@@ -55,13 +58,21 @@ def known_options(options: CompilerOptions, platform: str) -> CompilerOptions:
 
 @functools.cache
 def _accepts(platform: str, name: str, value: str) -> bool:
-    """Whether the compiler of the default device, which is of ``platform``, takes an option."""
+    """Whether the compiler of the default device, which is of ``platform``, takes an option, and does what it says."""
     del platform  # part of the key
     try:
-        jax.jit(lambda x: x + 1, compiler_options={name: value})(jnp.float32(0))
+        program = jax.jit(_convolution, compiler_options={name: value}).lower(*_CONVOLVED).compile()
     except (jax.errors.JaxRuntimeError, ValueError, TypeError):
         return False
-    return True
+    # A compiler without oneDNN takes its option all the same.
+    return name != _ONEDNN or '"__onednn' in (program.as_text() or "")
+
+
+def _convolution(x: Float[Array, "n h w c"], kernel: Float[Array, "3 3 c o"]) -> Float[Array, "n h w o"]:
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+_CONVOLVED = (jax.ShapeDtypeStruct((1, 8, 8, 16), jnp.float32), jax.ShapeDtypeStruct((3, 3, 16, 16), jnp.float32))
 
 
 def are_tried(options: CompilerOptions, platform: str) -> bool:

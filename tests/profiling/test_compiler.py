@@ -1,6 +1,7 @@
 """Options and drivers that a compiler may not have: probed, narrowed, and left out with one warning."""
 
 import dataclasses
+import functools
 import warnings
 from importlib.metadata import version
 
@@ -25,6 +26,22 @@ def test_what_a_compiler_cannot_capture_is_left_out():
     for refused in (((GRAPHS, "A_NEW_TYPE"),), (("xla_no_such_option", "1"),)):
         with pytest.raises(gati_jax.InputError, match="options: expected those that this compiler has, got"):
             known_options(refused, "cpu")
+
+
+def test_onednn_is_tried_only_where_programs_have_it():
+    """A compiler without it takes its option all the same, and others use it for some convolutions only."""
+    *_, onednn = OPTIONS["cpu"]
+    dims = ("NHWC", "HWIO", "NHWC")
+    convolve = functools.partial(
+        jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=dims
+    )
+    x, kernel = np.ones((2, 32, 32, 16), np.float32), np.ones((3, 3, 16, 16), np.float32)
+    program = jax.jit(convolve, compiler_options=dict(onednn)).lower(x, kernel)
+    if '"__onednn' in program.compile().as_text():  # what the program calls; the text also has names of functions
+        assert known_options(onednn, "cpu") == onednn
+    else:
+        with pytest.raises(gati_jax.InputError, match="options: expected those that this compiler has, got"):
+            known_options(onednn, "cpu")
 
 
 def test_a_tuning_may_name_what_tuning_tries_and_no_more():
