@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import gati_jax
-from gati_jax import data
+from gati_jax import Chain, data
 from gati_jax.errors import InputError
 from tests.train.one_pass import DIGITS, FIT, ROOT, caches_arguments, json_of, looks_in, small_and_repeatable
 from train import base, caches, cli, evaluate
-from train.config import Config, Data, build, load
+from train.config import Config, Data, Source, build, load
 
 Image = pytest.importorskip("PIL.Image", reason="needs the extra train")
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
@@ -117,6 +117,21 @@ def test_the_help_names_every_option_of_reading():
     assert issubclass(Data, data.Reading)
 
 
+def test_splits_of_a_config_share_no_group(tmp_path):
+    chain = Chain((lambda params, x: x * params,), lambda params, x: x[..., 0, 0], (1.0, ()), (8, 8, 1))
+    np.savez(tmp_path / "x.npz", images=PIXELS.astype(np.float32), groups=np.arange(40) // 4)
+    source = {"name": "npz", "dir": tmp_path / "x.npz", "base_trained_on": []}
+    splits = {"fit": "all[:50%]", "certify": "all[50%:]"}
+    parts = caches.load_parts(Source.model_validate(source), splits, chain)
+    assert sorted(len(np.unique(np.asarray(part.groups))) for part in parts.values()) == [5, 5]
+    np.savez(tmp_path / "x.npz", images=PIXELS.astype(np.float32), groups=np.arange(40) % 4)
+    with pytest.raises(
+        InputError, match=r"groups: expected every group in one split, got 0 in fit and certify \(4 such"
+    ):
+        caches.load_parts(Source.model_validate(source | {"shuffle_seed": "none"}), splits, chain)
+
+
+@pytest.mark.slow
 def test_rows_in_groups_are_certified_by_group_from_the_command_line(run, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     digits = data.load("digits", "all")
