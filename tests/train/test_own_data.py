@@ -118,7 +118,7 @@ def test_the_help_names_every_option_of_reading():
 
 
 def test_splits_of_a_config_share_no_group(tmp_path):
-    chain = Chain((lambda params, x: x * params,), lambda params, x: x[..., 0, 0], (1.0, ()), (8, 8, 1))
+    chain = Chain((lambda params, x: x * params,), lambda params, x: x[..., 0, 0] * params, (1.0, 1.0), (8, 8, 1))
     np.savez(tmp_path / "x.npz", images=PIXELS.astype(np.float32), groups=np.arange(40) // 4)
     source = {"name": "npz", "dir": tmp_path / "x.npz", "base_trained_on": []}
     splits = {"fit": "all[:50%]", "certify": "all[50%:]"}
