@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(EXTRAS)
 TESTS ?= -m "not slow and not ray"
 
-.PHONY: help setup quickstart serve test lint bench docs stubs constraints clean
+.PHONY: help setup quickstart serve test lint bench streams docs stubs constraints clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -44,6 +44,10 @@ lint: $(STAMP)  ## Check style and types
 bench:  ## Time a bundle beside other runtimes (BUNDLE=runs/r56/bundle ARGS='--rounds 9')
 	$(MAKE) --no-print-directory setup EXTRAS=train,torch,bench
 	$(PY) -m benchmarks.compare --bundle $(or $(BUNDLE),runs/digits/caches/bundle) $(ARGS)
+
+streams:  ## Certify CREPE on recordings (RECORDINGS='DIR ...' MUSIC=DIR ARGS='--answers semitones')
+	$(MAKE) --no-print-directory setup EXTRAS=train,bench
+	$(PY) -m benchmarks.streams --recordings $(RECORDINGS) $(if $(MUSIC),--music $(MUSIC)) $(ARGS)
 
 docs:  ## Build the documentation into site/; needs no network, and fails on a dead link
 	$(MAKE) --no-print-directory setup EXTRAS=train,serve,docs

@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     numerics = gati_jax.certify_numerics(
         plans, certify, halves, config.plan.delta, ledger=arguments.ledger,
         reveal=arguments.reveal, base_saw_data=saw_certify,
+        groups=parts["certify"].groups, group_tolerance=config.plan.group_tolerance,
         duplicates=True,  # what `count_duplicates` let pass above
         arithmetics=on_onnx,
     )  # fmt: skip
@@ -131,14 +132,15 @@ def parser() -> cli.Parser:
 
 
 def load_parts(source: Source, splits: Mapping[str, str], chain: Chain) -> dict[str, data.Dataset]:
-    """Load splits that a base takes and that share no rows; warn of near copies among them.
+    """Load splits that a base takes and that share no rows and no groups; warn of near copies among them.
 
     Raises:
-        InputError: A split has other images or classes than the base, or rows of another split.
+        InputError: A split has other images or classes than the base, or rows or a group of another split.
     """
     parts = {name: source.load(rows, own=True) for name, rows in splits.items()}
     for name, part in parts.items():
         part.check(f"data.splits.{name}", chain.input_spec.shape, chain.classes)
+    data.check_whole_groups({name: part.groups for name, part in parts.items()})
     rows = {name: data.row_digests(part.images) for name, part in parts.items()}
     for one, other in itertools.combinations(parts, 2):
         data.check_distinct_rows(rows[one], rows[other], names=(one, other))
@@ -222,11 +224,13 @@ def keep_tuning(
 
 
 def check_certify(certify: data.Dataset, config: Config, ledger: AnyLedger, out: Path) -> None:
-    """Check that certify rows are independent of each other, and open for another look.
+    """Check that certify rows are independent of each other, but for their groups, and open for another look.
 
     Raises:
-        InputError: They are not.
+        InputError: They are not; or bad groups are to be counted where there are no groups.
     """
+    if config.plan.group_tolerance is not None and certify.groups is None:
+        raise InputError(f"plan.group_tolerance: expected data with groups, got none from {config.data.name}")
     rows = data.row_digests(certify.images)
     count_duplicates(rows, drawn=config.plan.repeats)
     check_open(ledger, rows, out)

@@ -269,6 +269,11 @@ class Planning(Strict):
     repeats: bool = Field(
         default=False, description="equal certify rows are requests that came again, drawn one by one, not copies"
     )
+    group_tolerance: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None,
+        description="of data in groups: certify that at most epsilon of groups have a larger share of disagreements;"
+        " unset: that the mean share over groups is at most epsilon",
+    )
     backend: Literal["auto", "xla", "onnxruntime"] = Field(
         default="auto", description="what plans are made for; auto: the faster one here, on a CPU"
     )

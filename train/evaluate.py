@@ -4,10 +4,13 @@ Every request of the split is answered as requests are by default, and by the ba
 """
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+
+import numpy as np
 
 import gati_jax
 from gati_jax import Bundle, InputError, data
@@ -18,6 +21,7 @@ from .config import Config, build_config
 from .report import draw_wall, write_report
 from .results import Evaluation
 
+_log = logging.getLogger("train.evaluate")  # not __name__, which is "__main__"
 EXAMPLE = "python -m train.evaluate --bundle runs/r56/bundle --out runs/r56/eval"
 
 
@@ -30,6 +34,12 @@ def main(argv: list[str] | None = None) -> None:
     rows = getattr(config.data.splits, arguments.split)
     split = config.data.load(rows, arguments.data_dir, own=True)
     check_fingerprint(bundle, arguments.split, split)
+    if split.groups is not None:
+        unlike = (
+            "" if bundle.certificate.by_group else ", and the certificate is by rows: nothing is promised of groups"
+        )
+        text = "%s: rows come in %d groups; what is shown counts rows one by one%s"
+        _log.warning(text, rows, len(np.unique(split.groups)), unlike)
 
     found = gati_jax.evaluate(
         bundle,

@@ -138,7 +138,7 @@ def sizes_of(name: str, folder: Path | None, side: int | None = None) -> Sizes:
 def open_split(name: str, split: str, folder: Path | None) -> Dataset | Opened:
     """Return a split; of a folder the paths of its pictures, of an archive what is not read yet."""
     if folder is not None and name == "folder":
-        paths, labels, class_names = list_pictures(folder, split)
+        paths, labels, class_names, _ = list_pictures(folder, split)
         return Opened(paths, labels, class_names)
     if folder is not None and name == "npz":
         return open_npz(folder, split)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import Field
 
+from gati_jax.data import as_groups
 from gati_jax.display import html_table, percent
 from gati_jax.errors import InputError, check_share
 from gati_jax.planning.binomial import p_value, rows_needed
@@ -89,16 +90,7 @@ class Grouping:
             InputError: There is not a number or a name for each row; the tolerance is not a share.
         """
         GroupCounts(n=n, tolerance=tolerance)
-        expected = f"groups: expected a whole number or a name for each of {n} rows"
-        try:
-            names = np.asarray(groups)
-            if names.dtype == object:  # a column of a data frame
-                names = np.asarray(names.tolist())
-        except ValueError as error:
-            raise InputError(f"{expected}, got names of several lengths") from error
-        if names.shape != (n,) or names.dtype.kind not in "iubUS":
-            raise InputError(f"{expected}, got {names.dtype}{list(names.shape)}")
-        _, index, sizes = np.unique(names, return_inverse=True, return_counts=True)
+        _, index, sizes = np.unique(as_groups("groups", groups, n), return_inverse=True, return_counts=True)
         return cls(index=index, sizes=sizes, tolerance=tolerance)
 
     @property

@@ -19,7 +19,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Shaped
 
-from gati_jax.errors import InputError, check_share
+from gati_jax.errors import InputError, check_kind, check_share
 from gati_jax.planning.tables import ReplayTable, neighbours_resemble
 from gati_jax.planning.threshold_path import Plan
 
@@ -28,6 +28,7 @@ from .certificate import (
     MARGINAL,
     Certificate,
     Grouping,
+    Method,
     check_arithmetics,
     check_name,
     trial_level,
@@ -80,10 +81,7 @@ def certify(
             plan's or the fit's, or has duplicate rows; epsilon or delta is outside (0, 1); some rows are closed, see
             ``Ledger``; there is not a group for every row.
     """
-    if groups is None and group_tolerance is not None:
-        raise InputError(f"group_tolerance: expected groups with it, got {group_tolerance} alone")
-    grouping = None if groups is None else Grouping.of(groups, group_tolerance, len(table))
-    method = MARGINAL if grouping is None else grouping.method
+    grouping, method = _grouped(groups, group_tolerance, table)
     terms = Terms(delta=delta, method=method, grouping=grouping, base_saw_data=base_saw_data, duplicates=duplicates)
     return _look({"default": (plan, epsilon)}, table, terms, ledger, reveal=reveal)["reference"]["default"]
 
@@ -95,6 +93,8 @@ def certify_together(
     *,
     ledger: AnyLedger = "user",
     reveal: bool = False,
+    groups: Shaped[np.ndarray, " n"] | Sequence[Hashable] | None = None,
+    group_tolerance: float | None = None,
     base_saw_data: bool = False,
     duplicates: bool = False,
     arithmetics: Mapping[str, Sequence[ReplayTable]] | None = None,
@@ -109,6 +109,8 @@ def certify_together(
         delta: The risk that any of the certificates is wrong.
         ledger: As for ``certify``; however many plans, this is one look, and it passes if any of them does.
         reveal: As for ``certify``.
+        groups: As for ``certify``.
+        group_tolerance: As for ``certify``.
         base_saw_data: As for ``certify``.
         duplicates: As for ``certify``.
         arithmetics: Further ones that may answer, by ``Tuning.programs``: replays of the same rows in each way that
@@ -119,8 +121,10 @@ def certify_together(
         InputError: As for ``certify``; or there is no plan, an arithmetic without a replay, or one of other rows.
     """
     apart: Mapping[str, tuple[str, Sequence[ReplayTable]]] = {}
-    how = {"reveal": reveal, "base_saw_data": base_saw_data, "duplicates": duplicates, "arithmetics": arithmetics}
-    return certify_numerics(plans, table, apart, delta, ledger=ledger, **how)["reference"]
+    return certify_numerics(
+        plans, table, apart, delta, ledger=ledger, reveal=reveal, groups=groups, group_tolerance=group_tolerance,
+        base_saw_data=base_saw_data, duplicates=duplicates, arithmetics=arithmetics,
+    )["reference"]  # fmt: skip
 
 
 def certify_numerics(
@@ -131,6 +135,8 @@ def certify_numerics(
     *,
     ledger: AnyLedger = "user",
     reveal: bool = False,
+    groups: Shaped[np.ndarray, " n"] | Sequence[Hashable] | None = None,
+    group_tolerance: float | None = None,
     base_saw_data: bool = False,
     duplicates: bool = False,
     arithmetics: Mapping[str, Sequence[ReplayTable]] | None = None,
@@ -149,6 +155,8 @@ def certify_numerics(
         delta: The risk that any of the certificates is wrong.
         ledger: As for ``certify_together``.
         reveal: As for ``certify``.
+        groups: As for ``certify``.
+        group_tolerance: As for ``certify``.
         base_saw_data: As for ``certify``.
         duplicates: As for ``certify``.
         arithmetics: As for ``certify_together``; they count along with the reference.
@@ -164,8 +172,10 @@ def certify_numerics(
     for name in plans:
         check_name(name)
     others = tuple(replay for replays in (arithmetics or {}).values() for replay in replays)
+    grouping, method = _grouped(groups, group_tolerance, table)
     terms = Terms(
-        delta=delta, plans=len(plans) * (1 + len(numerics)), base_saw_data=base_saw_data, duplicates=duplicates,
+        delta=delta, method=method, grouping=grouping, plans=len(plans) * (1 + len(numerics)),
+        base_saw_data=base_saw_data, duplicates=duplicates,
         arithmetics=tuple(sorted(arithmetics or ())), others=others,
         apart=tuple((name, programs) for name, (programs, _) in sorted(numerics.items())),
     )  # fmt: skip
@@ -223,6 +233,19 @@ def certify_conditional(
     check_share("alpha", alpha)
     terms = Terms(delta=delta, base_saw_data=base_saw_data, duplicates=duplicates, method=CONDITIONAL)
     return _look({"default": (plan, alpha)}, table, terms, ledger, reveal=reveal)["reference"]["default"]
+
+
+def _grouped(
+    groups: Shaped[np.ndarray, " n"] | Sequence[Hashable] | None, tolerance: float | None, table: ReplayTable
+) -> tuple[Grouping | None, Method]:
+    """Return the groups of a table's rows, and what is certified."""
+    if groups is None:
+        if tolerance is not None:
+            raise InputError(f"group_tolerance: expected groups with it, got {tolerance} alone")
+        return None, MARGINAL
+    check_kind("table", table, ReplayTable, "what gati_jax.replay returns")
+    grouping = Grouping.of(groups, tolerance, len(table))
+    return grouping, grouping.method
 
 
 def _look(

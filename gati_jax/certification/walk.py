@@ -54,7 +54,8 @@ class Terms:
         """What is tested besides rows, one by one, in the reference arithmetic; empty if nothing is."""
         grouped = "" if self.grouping is None else self.grouping.digest
         tested = repr(self.arithmetics) if not self.apart else repr((self.arithmetics, self.apart))
-        return hashlib.sha256(tested.encode()).hexdigest()[:32] if self.arithmetics or self.apart else grouped
+        both = (tested + grouped).encode()
+        return hashlib.sha256(both).hexdigest()[:32] if self.arithmetics or self.apart else grouped
 
     @property
     def level(self) -> float:

@@ -3,6 +3,10 @@
 from .copies import check_distinct_rows as check_distinct_rows
 from .copies import count_near_copies as count_near_copies
 from .copies import fingerprint as fingerprint
+from .groups import Groups as Groups
+from .groups import as_groups as as_groups
+from .groups import check_no_groups as check_no_groups
+from .groups import check_whole_groups as check_whole_groups
 from .sources import DATASET_NAME as DATASET_NAME
 from .sources import Dataset as Dataset
 from .sources import Reading as Reading

@@ -12,6 +12,8 @@ from jaxtyping import Int
 
 from gati_jax.errors import InputError, listed, printable
 
+from .groups import Groups
+
 _log = logging.getLogger(__name__)
 _ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
 _MOST_CSV_BYTES = 2**29
@@ -23,9 +25,11 @@ class Listed(NamedTuple):
     paths: list[str]
     labels: Int[np.ndarray, " n"] | None
     class_names: tuple[str, ...]
+    groups: Groups | None = None
+    """What pictures belong together, where a column of the CSV file says it."""
 
 
-def list_pictures(place: Path, split: str) -> Listed:
+def list_pictures(place: Path, split: str, group_column: str | None = None) -> Listed:
     """List the picture files of a folder or a CSV file, in an order that does not depend on the file system.
 
     Args:
@@ -33,12 +37,13 @@ def list_pictures(place: Path, split: str) -> Listed:
             split; or of pictures without labels. Or a CSV file with a column ``path`` (relative to its folder) and
             perhaps ``label`` (numbers or names) and ``split``.
         split: "all", or the name of a split.
+        group_column: The CSV file's column of names of what belongs together.
 
     Raises:
         InputError: There is none, or the folder is laid out otherwise.
     """
     if place.is_file():
-        return _from_csv(place, split)
+        return _from_csv(place, split, group_column)
     if not place.is_dir():
         raise InputError(f"data.dir: expected a folder of pictures or a CSV file, got {place}")
     folders, loose = _contents(place)
@@ -101,35 +106,47 @@ def _is_picture(name: str) -> bool:
     return Path(name).suffix.lower() in _ENDINGS
 
 
-def _from_csv(file: Path, split: str) -> Listed:
+def _from_csv(file: Path, split: str, group_column: str | None) -> Listed:
     if file.stat().st_size > _MOST_CSV_BYTES:
         raise InputError(f"data.dir: expected a CSV file of at most {_MOST_CSV_BYTES >> 20} MB, got {file}")
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             table = csv.DictReader(lines, strict=True, skipinitialspace=True)
-            columns = _check_columns(table.fieldnames or (), file)
-            rows = [(row["path"], row.get("label"), row.get("split")) for row in map(_whole, table)]
+            columns = _check_columns(table.fieldnames or (), file, group_column)
+            keys = ("path", "label", group_column or "", "split")
+            rows = [tuple(row.get(key) for key in keys) for row in map(_whole, table)]
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"data.dir: expected a CSV file, got {file}: {error}") from error
     if not rows:
         raise InputError(f"data.dir: expected rows in {file}, got none")
-    _check_filled("path", [path for path, *_ in rows], file)
-    labels, class_names = _named([label for _, label, _ in rows], file) if "label" in columns else (None, ())
+    _check_filled("path", [row[0] for row in rows], file)
+    labels, class_names = _named([row[1] for row in rows], file) if "label" in columns else (None, ())
+    if group_column is not None:
+        _check_filled(group_column, [row[2] for row in rows], file)
     known = sorted({one or "" for *_, one in rows}) if "split" in columns else ["all"]
     if split not in known:
         raise InputError(f"split: expected one of {', '.join(map(printable, known[:20]))} of {file}, got {split!r}")
     kept = [i for i, (*_, one) in enumerate(rows) if "split" not in columns or one == split]
-    paths = [str(file.parent / rows[i][0]) for i in kept]
-    return _some(paths, None if labels is None else labels[kept], class_names, file)
+    listed_here = _some(
+        [str(file.parent / (rows[i][0] or "")) for i in kept],
+        None if labels is None else labels[kept],
+        class_names,
+        file,
+    )
+    return listed_here._replace(groups=np.array([rows[i][2] for i in kept], str) if group_column is not None else None)
 
 
-def _check_columns(names: Sequence[str], file: Path) -> set[str]:
-    """Return the names of a file's columns, of which it has ``path``, and each once."""
+def _check_columns(names: Sequence[str], file: Path, group_column: str | None) -> set[str]:
+    """Return the names of a file's columns, of which it has ``path``, and each once, and that of groups, if any."""
     columns = set(names)
     if "path" not in columns or len(columns) < len(names):
         expected = f"columns path and perhaps label and split, each once, in the first line of {file}"
         raise InputError(f"data.dir: expected {expected}, got {listed(names, most=10) or 'none'}")
-    if others := sorted(columns - {"path", "label", "split"}):
+    if group_column is not None and group_column not in columns - {"path", "label", "split"}:
+        raise InputError(
+            f"data.group_column: expected a column of {file} but path, label and split, got {group_column!r}"
+        )
+    if others := sorted(columns - {"path", "label", "split", group_column or ""}):
         _log.warning("%s: other columns than path, label and split are left out: %s", file, listed(others, most=10))
     return columns
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from gati_jax.errors import InputError, listed, printable
 
+from .groups import Groups, as_groups
 from .pictures import Transform, read_regular
 from .streaming import Source
 
@@ -28,14 +29,18 @@ class Opened(NamedTuple):
     class_names: tuple[str, ...] = ()
     ids: Sequence[str] | None = None
     """What the source calls its rows; None if it only counts them."""
+    groups: Groups | None = None
+    """What rows belong together; None where they are independent."""
 
 
 def open_npz(place: Path, split: str) -> Opened:
-    """Open the arrays ``images`` and perhaps ``labels`` of an archive; those that are not compressed stay on disk.
+    """Open an archive's arrays ``images`` and perhaps ``labels`` and ``groups``.
+
+    Those that are not compressed stay on disk.
 
     Args:
-        place: The file, whose arrays may be called ``train_images`` and ``train_labels`` for each split instead; or a
-            folder with a file for each split, such as ``train.npz``.
+        place: The file, whose arrays may be called ``train_images``, ``train_labels`` and ``train_groups`` for each
+            split instead; or a folder with a file for each split, such as ``train.npz``.
         split: "all", or the name of a split.
 
     Raises:
@@ -62,7 +67,9 @@ def open_npz(place: Path, split: str) -> Opened:
     if labels is not None and labels.shape != images.shape[:1]:
         got = f"shape {[*labels.shape]}"
         raise InputError(f"data.dir: expected {prefix}labels[{len(images)}], as {prefix}images, in {file}, got {got}")
-    return Opened(images, labels)
+    groups = _read_array(file, f"{prefix}groups", kinds="biuUS")
+    together = None if groups is None else as_groups(f"data.dir: {prefix}groups in {file}", groups, len(images))
+    return Opened(images, labels, groups=together)
 
 
 def _archive(file: Path) -> zipfile.ZipFile:
@@ -74,7 +81,7 @@ def _archive(file: Path) -> zipfile.ZipFile:
         raise InputError(f"data.dir: expected an .npz file, got {file}: {error}") from error
 
 
-def _read_array(file: Path, name: str) -> np.ndarray | None:
+def _read_array(file: Path, name: str, *, kinds: str = "biuf") -> np.ndarray | None:
     """Return an array of an archive, mapped from the file where it is stored as it is; None if there is none."""
     with _archive(file) as archive:
         try:
@@ -82,13 +89,14 @@ def _read_array(file: Path, name: str) -> np.ndarray | None:
         except KeyError:
             return None
         try:
-            return _member(file, archive, info)
+            return _member(file, archive, info, kinds)
         except (ValueError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError, struct.error) as error:
             what = printable(str(error)) or type(error).__name__
-            raise InputError(f"data.dir: expected an array of numbers, got {name} in {file} with {what}") from error
+            expected = "an array of numbers" + (" or names" if "U" in kinds else "")
+            raise InputError(f"data.dir: expected {expected}, got {name} in {file} with {what}") from error
 
 
-def _member(file: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+def _member(file: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, kinds: str) -> np.ndarray:
     with archive.open(info) as member:
         version = np.lib.format.read_magic(member)
         if version not in {(1, 0), (2, 0)}:
@@ -96,7 +104,7 @@ def _member(file: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.n
         one = version == (1, 0)
         read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(member)
-        if dtype.hasobject or dtype.kind not in "biuf" or fortran:
+        if dtype.hasobject or dtype.kind not in kinds or fortran:
             raise ValueError(f"dtype {dtype}{' in Fortran order' if fortran else ''}")
         begin, size = member.tell(), math.prod(shape) * dtype.itemsize
         if info.file_size != begin + size:
@@ -133,7 +141,7 @@ def open_huggingface(
     split: str,
     *,
     repository: str | None,
-    columns: tuple[str | None, str | None],
+    columns: tuple[str | None, str | None, str | None],
     transform: Transform,
 ) -> Opened:
     """Open a split of a data set of Hugging Face's.
@@ -142,7 +150,8 @@ def open_huggingface(
         place: A folder of parquet files, or one that ``save_to_disk`` wrote.
         split: One that it has; "all" where it has none.
         repository: Instead of ``place``, a name on the hub: ``owner/name``, ``owner/name:config``, with ``@revision``.
-        columns: Of images and labels; None for the only column of images, and of class labels or called label.
+        columns: Of images, labels and groups; None for the only column of images, the only one of class labels or the
+            one called label, and for no groups.
         transform: Of pictures.
 
     Raises:
@@ -176,10 +185,14 @@ def open_huggingface(
     label = _column("label", columns[1], classes or [n for n in ("label",) if n in features], features, what)
     labels = None if label is None else np.asarray(rows.select_columns([label])[:][label])
     names = tuple(getattr(features.get(label or ""), "names", None) or ())
+    group = _column("group", columns[2], [], features, what)
+    together = None
+    if group is not None:
+        together = as_groups(f"data.group_column: {group} of {what}", rows.select_columns([group])[:][group], len(rows))
     only = rows.select_columns([image])
     encoded = image in picture
     only = only.cast_column(image, library.Image(decode=False)) if encoded else only.with_format("numpy")
-    return Opened(_Column(only, image, transform, what), labels, names)
+    return Opened(_Column(only, image, transform, what), labels, names, groups=together)
 
 
 def _on_the_hub(library: Any, repository: str) -> Any:  # noqa: ANN401 (an optional module)

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from gati_jax.errors import InputError, as_array, as_path, check_kind, describe_failure
 from gati_jax.options import Seed, Strict, describe_error
 
+from .groups import Groups, as_groups, shuffled, whole_groups
 from .listing import list_pictures
 from .packed import REPOSITORY, Opened, open_huggingface, open_npz
 from .pictures import Interpolation, Pictures, Transform, Transformed
@@ -56,6 +57,10 @@ class Reading(Strict):
     )
     image_column: str | None = Field(default=None, description="huggingface: unset: the only column of images")
     label_column: str | None = Field(default=None, description="huggingface: unset: the only one of classes, or label")
+    group_column: str | None = Field(
+        default=None,
+        description="huggingface, or a CSV file of pictures: names of each row's recording, patient or camera",
+    )
 
     @property
     def transform(self) -> Transform:
@@ -85,12 +90,15 @@ class Dataset:
     class_names: tuple[str, ...] = ()
     ids: np.ndarray | None = None
     """What the source calls each row: the path of a picture, or else the row's number in the source's own order."""
+    groups: Groups | None = None
+    """What rows belong together, such as a recording or a patient; None where they are independent."""
 
     def __repr__(self) -> str:
         """Describe it in a line."""
         classes = f"; {len(self.class_names)} classes" if self.class_names else ""
         labels = "without labels" if self.labels is None else "with labels"
-        return f"Dataset({self.images.dtype}{[*self.images.shape]} {labels}{classes})"
+        groups = "" if self.groups is None else f"; {len(np.unique(self.groups))} groups"
+        return f"Dataset({self.images.dtype}{[*self.images.shape]} {labels}{classes}{groups})"
 
     def __len__(self) -> int:
         """Return n."""
@@ -128,7 +136,8 @@ def load(name: str, split: str, data_dir: Path | str | None = None, **options: A
 
     Returns:
         Images, uint8[n, height, width, channels] unless an archive has others, with labels int32[n], if it has labels.
-        Those that take more than ``memory_mb`` are read when they are indexed.
+        Those that take more than ``memory_mb`` are read when they are indexed. Where the source has groups, no split
+        divides one: its ends are moved to the nearest place where a group ends.
 
     Raises:
         InputError: The data set, the folder, the version or the split does not exist, the files have no random access,
@@ -136,27 +145,30 @@ def load(name: str, split: str, data_dir: Path | str | None = None, **options: A
     """
     check_kind("data.name", name, str, "the name of a data set")
     rows, reading = Rows.parse(split), Reading.of(options)
+    place = None if data_dir is None else as_path("data.dir", data_dir)
+    in_columns = name == "huggingface" or (name == "folder" and place is not None and place.is_file())
+    if reading.group_column is not None and not in_columns:
+        raise InputError(f"data.group_column: expected huggingface or a CSV file of pictures with it, got {name}")
     if name == "digits":
         return _digits(rows)
     if name not in {"folder", "npz", "huggingface"}:
         return _tfds(name, rows, data_dir, reading)
-    place = None if data_dir is None else as_path("data.dir", data_dir)
     if name == "huggingface":
         opened = open_huggingface(
             place,
             rows.split,
             repository=reading.repository,
-            columns=(reading.image_column, reading.label_column),
+            columns=(reading.image_column, reading.label_column, reading.group_column),
             transform=reading.transform,
         )
     elif place is None:
         raise InputError(f"data.dir: expected the folder or file of {name}, got none")
     elif name == "folder":
-        paths, labels, class_names = list_pictures(place, rows.split)
-        opened = Opened(Pictures(paths, reading.transform), labels, class_names, paths)
+        paths, labels, class_names, groups = list_pictures(place, rows.split, reading.group_column)
+        opened = Opened(Pictures(paths, reading.transform), labels, class_names, paths, groups)
     else:
         archive = open_npz(place, rows.split)
-        opened = Opened(Transformed(archive.images, reading.transform, str(place)), archive.labels)
+        opened = archive._replace(images=Transformed(archive.images, reading.transform, str(place)))
     return _dataset(f"{name} {place or reading.repository}", opened, rows, reading)
 
 
@@ -164,8 +176,9 @@ def load_function(function: Callable[..., Any], split: str, *, name: str = "", *
     """Load part of what a function returns.
 
     Args:
-        function: Takes the name of a split, or nothing, for "all". It returns images, or (images, labels), or a
-            ``Source``: read by several threads if its images take more than ``memory_mb``.
+        function: Takes the name of a split, or nothing, for "all". It returns images, (images, labels) or (images,
+            labels, groups), with None for no labels. Images are an array or a ``Source``: read by several threads if
+            its images take more than ``memory_mb``.
         split: As for ``load``.
         name: What messages call it; by default its own name.
         options: As for ``load``.
@@ -177,6 +190,8 @@ def load_function(function: Callable[..., Any], split: str, *, name: str = "", *
     name = name or getattr(function, "__qualname__", "the function")
     if not callable(function):
         raise InputError(f"data.name: expected a function, got {name}, which is {type(function).__name__}")
+    if reading.group_column is not None:
+        raise InputError(f"data.group_column: expected {name} to return groups itself, got {reading.group_column!r}")
     arguments = (rows.split,) if _takes_arguments(function) else ()
     if not arguments and rows.split != "all":
         raise InputError(f"split: expected all, for {name} takes no argument, got {rows.split!r}")
@@ -184,14 +199,17 @@ def load_function(function: Callable[..., Any], split: str, *, name: str = "", *
         found = function(*arguments)
     except (Exception, SystemExit) as error:
         raise InputError(f"data.name: {name} failed: {describe_failure(error)}") from error
-    images, labels = found if isinstance(found, tuple) and len(found) == len(("images", "labels")) else (found, None)
+    whole = isinstance(found, tuple) and len(found) in {2, 3}
+    images, labels, groups = (*found, None)[:3] if whole else (found, None, None)
     if isinstance(images, str | bytes | dict) or not isinstance(images, Source):
-        expected = "images, (images, labels) or a sized, indexable source"
+        expected = "images, (images, labels[, groups]) or a sized, indexable source"
         raise InputError(f"data.name: expected {expected} from {name}, got {type(images).__name__}")
     given = None if labels is None else as_array("data.name", labels)
     if given is not None and given.shape[:1] != (len(images),):
         raise InputError(f"data.name: expected {len(images)} labels, as images, from {name}, got {[*given.shape]}")
-    return _dataset(name, Opened(Transformed(images, reading.transform, name), given), rows, reading)
+    together = None if groups is None else as_groups(f"data.name: groups from {name}", groups, len(images))
+    opened = Opened(Transformed(images, reading.transform, name), given, groups=together)
+    return _dataset(name, opened, rows, reading)
 
 
 def _takes_arguments(function: Callable[..., Any]) -> bool:
@@ -207,7 +225,13 @@ def _dataset(name: str, opened: Opened, rows: Rows, reading: Reading) -> Dataset
     n = len(found)
     part = rows.within(n)
     order, how = np.arange(n), "in their own order"
-    if reading.shuffle_seed != "none":
+    if opened.groups is not None:
+        if reading.shuffle_seed != "none":
+            order = shuffled(opened.groups, reading.shuffle_seed)
+            how = f"groups shuffled by seed {reading.shuffle_seed}"
+        part = whole_groups(opened.groups[order], part)
+        how += f", {len(np.unique(opened.groups[order[part]]))} whole groups"
+    elif reading.shuffle_seed != "none":
         # Often sorted by class: contiguous parts of it would be other populations, which certificates exclude.
         order, how = (
             np.random.default_rng(reading.shuffle_seed).permutation(n),
@@ -217,7 +241,8 @@ def _dataset(name: str, opened: Opened, rows: Rows, reading: Reading) -> Dataset
     images = found.take(order[part])
     labels = None if opened.labels is None else opened.labels[order[part]]
     ids = order[part] if opened.ids is None else np.asarray(opened.ids)[order[part]]
-    return _kept(images, labels, reading, name, opened.class_names, ids)
+    kept = _kept(images, labels, reading, name, opened.class_names, ids)
+    return kept if opened.groups is None else dataclasses.replace(kept, groups=opened.groups[order[part]])
 
 
 def _kept(

@@ -165,3 +165,29 @@ def test_impossible_groups_are_refused_before_the_look(arguments, message):
     with pytest.raises(InputError, match=message):
         gati_jax.certify(PLAN, table(np.zeros(len(NAMES), bool)), EPSILON, DELTA, ledger=ledger, **arguments)
     assert not ledger.read().looks
+
+
+def test_several_plans_of_groups_share_delta_in_one_look():
+    wrong, level = NAMES < 1, DELTA / 2
+    plans = {"5%": (PLAN, EPSILON / 2), "10%": (PLAN, EPSILON)}
+    for tolerance in (None, 0.2):
+        together = gati_jax.certify_together(
+            plans, table(wrong), DELTA, ledger=None, groups=NAMES, group_tolerance=tolerance
+        )
+        for name, (_, epsilon) in plans.items():
+            alone = gati_jax.certify(
+                PLAN, table(wrong), epsilon, level, ledger=None, groups=NAMES, group_tolerance=tolerance
+            )
+            assert (together[name].step, together[name].method) == (alone.step, alone.method)
+            assert together[name].level == level
+    with pytest.raises(InputError, match="group_tolerance: expected groups with it"):
+        gati_jax.certify_together(plans, table(wrong), DELTA, ledger=None, group_tolerance=0.1)
+
+
+def test_a_group_is_wrong_where_another_arithmetic_is():
+    right, elsewhere = table(np.zeros(len(NAMES), bool)), table(NAMES % 2 == 0)
+    arguments = {"ledger": None, "groups": NAMES}
+    plans, digest = {"default": (PLAN, EPSILON)}, "0" * 32
+    assert gati_jax.certify_together(plans, right, DELTA, **arguments)["default"].certified
+    both = {digest: [elsewhere]}
+    assert not gati_jax.certify_together(plans, right, DELTA, **arguments, arithmetics=both)["default"].certified

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gati_jax import data
+import gati_jax
+from gati_jax import Chain, data
 from gati_jax.errors import InputError
-from tests.train.one_pass import DIGITS, FIT, ROOT, json_of, looks_in, small_and_repeatable
+from tests.train.one_pass import DIGITS, FIT, ROOT, caches_arguments, json_of, looks_in, small_and_repeatable
 from train import base, caches, cli, evaluate
-from train.config import Config, Data, build, load
+from train.config import Config, Data, Source, build, load
 
 Image = pytest.importorskip("PIL.Image", reason="needs the extra train")
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
@@ -114,3 +115,56 @@ def test_the_help_names_every_option_of_reading():
     for key in (*data.Reading.model_fields, "name", "dir"):
         assert f"--data.{key} " in shown
     assert issubclass(Data, data.Reading)
+
+
+def test_splits_of_a_config_share_no_group(tmp_path):
+    chain = Chain((lambda params, x: x * params,), lambda params, x: x[..., 0, 0] * params, (1.0, 1.0), (8, 8, 1))
+    np.savez(tmp_path / "x.npz", images=PIXELS.astype(np.float32), groups=np.arange(40) // 4)
+    source = {"name": "npz", "dir": tmp_path / "x.npz", "base_trained_on": []}
+    splits = {"fit": "all[:50%]", "certify": "all[50%:]"}
+    parts = caches.load_parts(Source.model_validate(source), splits, chain)
+    assert sorted(len(np.unique(np.asarray(part.groups))) for part in parts.values()) == [5, 5]
+    np.savez(tmp_path / "x.npz", images=PIXELS.astype(np.float32), groups=np.arange(40) % 4)
+    with pytest.raises(
+        InputError, match=r"groups: expected every group in one split, got 0 in fit and certify \(4 such"
+    ):
+        caches.load_parts(Source.model_validate(source | {"shuffle_seed": "none"}), splits, chain)
+
+
+@pytest.mark.slow
+def test_rows_in_groups_are_certified_by_group_from_the_command_line(run, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    digits = data.load("digits", "all")
+    patients = np.arange(len(digits)) // 3
+    assert digits.labels is not None
+    np.savez("digits.npz", images=np.asarray(digits.images), labels=digits.labels, groups=patients)
+    parts = ["all[:50%]", "all[50%:65%]", "all[65%:90%]", "all[90%:]"]
+    splits = dict(zip(("fit", "select", "certify", "test"), parts, strict=True))
+    given = ["--data.name", "npz", "--data.dir", "digits.npz", "--data.base_trained_on", "[]"]
+    given += [item for name, rows in splits.items() for item in (f"--data.splits.{name}", rows)]
+    weights = ["--base.weights", str(run.folder / "base" / "base.safetensors"), "--plan.backend", "xla"]
+    base_arguments = [*DIGITS, *given, *weights, *FIT, *looks_in(tmp_path)]
+    with small_and_repeatable():
+        fitted = json_of(
+            caches.main, *base_arguments, "--plan.also", "[0.3]", "--plan.group_tolerance", "0.4", "--out", "caches"
+        )
+        certificate = fitted["certificate"]
+        assert "groups" in certificate["method"]
+        assert certificate["n"] % 3 == 0  # whole patients
+        saved = gati_jax.load_bundle("caches/bundle")
+        for one in (saved.certificate, *(other for _, other in saved.also)):
+            assert one.groups is not None
+            assert one.groups.n == one.n // 3
+            assert one.groups.tolerance == 0.4
+        found = json_of(
+            evaluate.main, "--bundle", "caches/bundle", "--out", "eval", "--timed", "5", *looks_in(tmp_path)
+        )
+        assert found["n"] % 3 == 0
+        assert "what is shown counts rows one by one" in caplog.text
+        with pytest.raises(InputError, match=r"plan\.group_tolerance: expected data with groups"):
+            caches.main(
+                [*caches_arguments(run.folder), "--plan.group_tolerance", "0.4", *looks_in(tmp_path), "--out", "none"]
+            )
+        np.savez("digits.npz", images=np.asarray(digits.images), labels=digits.labels, groups=patients % 9)
+        with pytest.raises(InputError, match=r"groups: expected every group in one split, got .* in fit and select"):
+            caches.main([*base_arguments, "--data.shuffle_seed", "none", "--out", "mixed"])

@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     config = config.model_copy(update={"base": zoo.completed_base(config.base)})
     chain = read_base(config.base)
     parts = load_parts(config.data, splits, chain)
+    data.check_no_groups({name: part.groups for name, part in parts.items()})
 
     started = time.perf_counter()
     outcome = freeze_protocol(config, chain, parts, arguments.out / "checkpoints")

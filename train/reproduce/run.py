@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     data.check_disjoint(splits)
     chain = read_base(config.base)
     parts = load_parts(config.data, splits, chain)
+    data.check_no_groups({name: part.groups for name, part in parts.items()})
     if any(part.labels is None for part in parts.values()):
         raise InputError(f"data: expected labels, for accuracies are compared, got none in {config.data.name}")
     # Refused before hours of fitting.
