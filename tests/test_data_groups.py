@@ -17,7 +17,7 @@ NAMES = np.array([f"recording {number}" for number in NUMBERS])
 PARTS = ["all[:40%]", "all[40%:55%]", "all[55%:]"]
 
 
-def returned(labels=LABELS, groups=NUMBERS):
+def returned(labels: np.ndarray | None = LABELS, groups=NUMBERS):
     return lambda: (PIXELS, labels, groups)
 
 

@@ -38,9 +38,10 @@ from gati_jax.profiling import (
 )
 
 from . import cli, zoo
-from .config import Base, Config, Source
+from .config import Base, Config
 from .exploration import check_fit, explore
 from .results import BaseOnSelect, Caches, PlannedCache, PlanResult, Predicted
+from .source import Source
 
 EXAMPLE = (
     "python -m train.caches --config configs/cifar10_resnet56.toml --out runs/r56"

@@ -36,9 +36,10 @@ from gati_jax.options import Count, Strict
 from gati_jax.runtime import Prediction
 
 from . import cli
-from .config import Data, DatasetName, Source, Splits, build_config, load
+from .config import build_config, load
 from .evaluate import fitted_on
 from .results import Record
+from .source import Data, DatasetName, Source, Splits
 
 EXAMPLE = "python -m train.score --bundle runs/r56/bundle --out runs/r56/scores --data.split test"
 BATCH = 250  # rows answered at once, as ``gati_jax.evaluate`` does

@@ -20,7 +20,8 @@ from gati_jax.models import NAMES, read_metadata, read_weights
 from gati_jax.options import describe_error
 
 from . import cli
-from .config import Base, Classes, Config, DatasetName, Side
+from .config import Base, Classes, Config, Side
+from .source import DatasetName
 
 EXAMPLE = "python -m train.zoo --weights runs/gpu/cifar10_resnet18/base/base.safetensors --out models-zoo"
 MAX_BYTES = 60 * 2**20

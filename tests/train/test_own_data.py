@@ -16,7 +16,8 @@ from gati_jax import Chain, data
 from gati_jax.errors import InputError
 from tests.train.one_pass import DIGITS, FIT, ROOT, caches_arguments, json_of, looks_in, small_and_repeatable
 from train import base, caches, cli, evaluate
-from train.config import Config, Data, Source, build, load
+from train.config import Config, build, load
+from train.source import Data, Source
 
 Image = pytest.importorskip("PIL.Image", reason="needs the extra train")
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)

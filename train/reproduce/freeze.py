@@ -27,7 +27,8 @@ from gati_jax.planning import replay_plan
 
 from .. import cli, zoo
 from ..caches import load_parts, overlapping, read_base
-from ..config import Base, Experiment, Source
+from ..config import Base, Experiment
+from ..source import Source
 from . import published, results
 from .policies import zero_error_thresholds
 
