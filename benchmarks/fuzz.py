@@ -11,8 +11,8 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
 import re
-import sys
 import time
 import urllib.request
 from collections import Counter
@@ -36,6 +36,7 @@ from train.results import Record
 from .grammar import END_STREAM, GOAWAY, HEADERS, RST, Model, Random, grpc_connection, http_request
 from .process import INFER, LIVE, METRICS, MODEL, Server, serving
 
+_log = logging.getLogger("benchmarks.fuzz")
 EXAMPLE = "python -m benchmarks.fuzz --bundle runs/digits/caches/bundle --requests 100000 --seed 0"
 BATCH = 2000
 SCHEMA_SHARE, GRPC_SHARE = 0.1, 0.3
@@ -105,7 +106,7 @@ def run(server: Server, images: np.ndarray, expected: Sequence[int], seed: int, 
         seen, logged = now, len(lines)
         problems += [f"{name_of(numbers)}: {one}" for one in found]
         done, seconds = numbers.stop - first, time.monotonic() - started
-        print(f"{done} of {requests}, {seconds:.0f} s, {len(problems)} problems", file=sys.stderr)
+        _log.info("%d of %d, %.0f s, %d problems", done, requests, seconds, len(problems))
     return Fuzz(
         seed=seed,
         first=first,

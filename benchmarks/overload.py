@@ -10,8 +10,8 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import logging
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -37,6 +37,7 @@ from .process import LIVE, METRICS, READY, Server, inferences, neighbours, servi
 from .sockets import CLOSED, SILENT, Outcomes, Stream, drive, message
 from .summary import LATE_SECONDS, MOST_LATE, latencies
 
+_log = logging.getLogger("benchmarks.overload")
 EXAMPLE = "python -m benchmarks.overload --bundle runs/digits/caches/bundle --out results.json"
 FACTORS = (0.5, 1.0, 2.0, 4.0)
 CLIENTS = 64  # that keep every bucket full
@@ -134,9 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = build_config(bundle.provenance.config)
     images = data.load(config.data.name, config.data.splits.test, config.data.dir).images[: arguments.images]
     runs = len(arguments.connections) * len(arguments.factors)
-    print(
-        f"{runs} loads: {runs * (arguments.seconds + 2 * arguments.capacity_seconds) / 60:.1f} minutes", file=sys.stderr
-    )
+    _log.info("%d loads: %.1f minutes", runs, runs * (arguments.seconds + 2 * arguments.capacity_seconds) / 60)
     options = ["--capacity", str(PLACES), *(["--backend", arguments.backend] if arguments.backend else ())]
     with serving(arguments.bundle, *options) as server, neighbours(arguments.neighbours):
         loads = measure(server, images, arguments)
@@ -189,7 +188,7 @@ def measure(server: Server, images: np.ndarray, arguments: argparse.Namespace) -
             base = dataclasses.replace(asked, messages=inferences(images, keep=keep, **limits), keep=keep)
             capacity = capacity_of(pool, base, seconds=arguments.capacity_seconds, seed=arguments.seed)
             for factor in arguments.factors:
-                print(f"{connections}, {factor:g} times {capacity:.0f}/s", file=sys.stderr)
+                _log.info("%s, %g times %.0f/s", connections, factor, capacity)
                 times = arrivals.poisson(factor * capacity, arguments.seconds, seed=arguments.seed)
                 rows = arrivals.draw_rows(len(times), images=len(images), seed=arguments.seed)
                 streams = [dataclasses.replace(base, seconds=times, rows=rows), *probes(server, arguments.seconds)]
@@ -243,7 +242,7 @@ def watch(server: Server, running: "Future[list[Outcomes]]") -> Watched:
         if running.done():
             seconds = time.monotonic() - started
             return Watched(running.result(), (*rss, now), (server.busy() - busy) / seconds)
-        print(f"  {turn * PROGRESS_SECONDS:.0f} s, {now:.0f} MiB", file=sys.stderr)
+        _log.info("%.0f s, %.0f MiB", turn * PROGRESS_SECONDS, now)
         if turn * PROGRESS_SECONDS % 60 == 0:
             rss.append(now)
     raise AssertionError

@@ -8,6 +8,7 @@ spreads the interquartile range over the median. Rates are shares of our full ne
 import argparse
 import dataclasses
 import json
+import logging
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ from .contenders import without_caches
 from .load import Load, above_0
 from .served import CASCADE, CONTENDERS, FULL, ONNX
 
+_log = logging.getLogger("benchmarks.serving")
 EXAMPLE = "python -m benchmarks.serving --bundle runs/r18/bundle --out results.json"
 SATURATING = 64  # clients that keep every bucket full
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.4, 2.8)
@@ -113,7 +115,7 @@ def compare(workers: Mapping[str, Worker], arguments: argparse.Namespace) -> dic
     seconds, rounds = arguments.seconds, arguments.rounds
     load_seconds = arguments.load_seconds or seconds
     turns = len(workers) * rounds * (load_seconds + (2 + len(arguments.shares)) * seconds)
-    print(f"{', '.join(workers)}: {turns / 60:.1f} minutes of load", file=sys.stderr)
+    _log.info("%s: %.1f minutes of load", ", ".join(workers), turns / 60)
     alone = take_turns(workers, Load(kind="closed", clients=1, seconds=seconds), rounds)
     full = take_turns(workers, Load(kind="closed", clients=SATURATING, seconds=seconds), rounds)
     slo_ms = arguments.slo_factor * median(alone[FULL], "mean_ms")

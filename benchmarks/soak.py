@@ -8,7 +8,7 @@ which fill pools and caches, do not count among the slopes.
 
 import argparse
 import dataclasses
-import sys
+import logging
 import tempfile
 import time
 from collections import Counter
@@ -38,6 +38,7 @@ from .process import Server, inferences, serving
 from .sockets import CLOSED, SILENT, Stream, drive
 from .summary import LATE_SECONDS, latencies
 
+_log = logging.getLogger("benchmarks.soak")
 EXAMPLE = "python -m benchmarks.soak --bundle runs/digits/caches/bundle --requests 1000000 --hours 1 --adapt"
 TURN = 30.0  # seconds
 QUIET = 1.0  # seconds for connections to be closed before descriptors are counted
@@ -188,7 +189,7 @@ def measure(server: Server, pictures: Pictures, arguments: argparse.Namespace) -
         ]
         capacity = capacity_of(pool, streams[0], seconds=5.0, seed=arguments.seed)
         rate = arguments.requests / (count * TURN) if arguments.requests else arguments.share * capacity
-        print(f"{count} turns of {TURN:g} s at {rate:.0f} a second; capacity {capacity:.0f}", file=sys.stderr)
+        _log.info("%d turns of %g s at %.0f a second; capacity %.0f", count, TURN, rate, capacity)
         for number in range(count):
             share = 0.5 - 0.5 * float(np.cos(2 * np.pi * arguments.days * number / count))
             times = arrivals.poisson(rate, TURN, seed=number + arguments.seed)
@@ -214,7 +215,7 @@ def measure(server: Server, pictures: Pictures, arguments: argparse.Namespace) -
                 late_share=float((asked.sent - asked.scheduled > LATE_SECONDS).mean()),
             )
             found.append(turn)
-            print(line(number + 1, count, turn), file=sys.stderr)
+            _log.info(line(number + 1, count, turn))
     return capacity, rate, found
 
 

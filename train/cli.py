@@ -236,7 +236,7 @@ def help_of(model: type[Strict]) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script: log to standard error, turn bad input into one line and exit code 2."""
-    for name in ("gati_jax", "train"):
+    for name in ("gati_jax", "train", "benchmarks"):
         logging.getLogger(name).setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.captureWarnings(capture=True)
