@@ -91,7 +91,7 @@ SOURCE=(--data.dir "$DATA/tfds") TINY=() TINY_FIT=() TIMED=150 SOME="1 256" CONF
 BATCHES="1 64 256 8 1024" ROUNDS=21 MEASURE=90 LOAD=3 NETWORK=resnet18 INPUT="32 32 3" CAPTURED=64
 TESTS=(tests/runtime/test_branches.py tests/profiling/test_compiler.py tests/runtime/test_lowering.py)
 if [ -n "$DRY" ]; then
-  CONFIG=digits EPOCHS=1 TIMED=2 SOME=2 BATCHES="1 4" ROUNDS=3 MEASURE=900 LOAD=1.5 NETWORK=resnet20 INPUT="8 8 1" CAPTURED=4
+  CONFIG=digits EPOCHS=1 TIMED=2 SOME=2 BATCHES="1 4" ROUNDS=3 MEASURE=1700 LOAD=1.5 NETWORK=resnet20 INPUT="8 8 1" CAPTURED=4
   SOURCE=() TESTS=(tests/profiling/test_compiler.py -k what_)
   SECOND=digits SECOND_EPOCHS=1
   TINY=(--base.accept-low-accuracy true --data.splits.fit "all[:256]" --data.splits.select "all[897:961]"
