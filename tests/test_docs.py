@@ -266,6 +266,10 @@ def test_commands_exist_and_take_their_options(words):
             assert set(package.removeprefix(".[").removesuffix("]").split(",")) <= set(extras)
         case [".", ".venv/python3*/bin/activate"]:
             pass
+        case [*variables, script, "wheels"] | [*variables, script] if script.startswith("benchmarks/"):
+            text = (ROOT / script).read_text()
+            assert all(f"${{{variable.partition('=')[0]}:-" in text for variable in variables)
+            assert words[-1] != "wheels" or "1wheels)" in text
         case _:
             pytest.fail(f"no check for {words}")
 
