@@ -90,7 +90,9 @@ def traced(cascade: Cascade) -> dict[str, jax.stages.Traced]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("network", "dtype"), itertools.product(["residual", "transformer"], ["float32", "bfloat16"]))
+@pytest.mark.parametrize(
+    ("network", "dtype"), [*itertools.product(["residual", "transformer"], ["float32", "bfloat16"])]
+)
 def test_everything_lowers_for_cuda(network, dtype):
     cascade, rounded = cascade_of(network), dtype == "bfloat16"
     for name, program in traced(cascade_in_bfloat16(cascade) if rounded else cascade).items():
