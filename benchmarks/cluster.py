@@ -77,7 +77,7 @@ class Alarm(Record):
     load: float
     """Share of its time that the controller needs; at 1 and above it cannot follow."""
     requests: float | None
-    """Median, from the jump."""
+    """Median, from the jump; None where most streams had no alarm after it."""
     seconds: float | None
     """Until the last replica has closed."""
     wrong: float | None
@@ -260,14 +260,15 @@ def watch(count: int, rate: float, latency: float, steps: Measured, arguments: a
         raise InputError(f"--bundle: expected caches that answer {risk:.0%} of the requests or more, got {hits:.0%}")
     traffic = Traffic(rate=rate, latency=latency, hits=hits)
     delays = [one_controller.delay(traffic, config, seed=seed) for seed in range(arguments.streams)]
-    late = [one.requests for one in delays if not one.early] or [0]
-    requests = float(np.median(late))
+    watched = [one.requests if one.raised else math.inf for one in delays if not one.early]
+    requests = float(np.median(watched)) if watched else math.inf
     seconds = requests / rate + closing
+    came = math.isfinite(requests)
     return Alarm(
         load=load,
-        requests=requests,
-        seconds=seconds,
-        wrong=seconds * rate * risk,
+        requests=requests if came else None,
+        seconds=seconds if came else None,
+        wrong=seconds * rate * risk if came else None,
         early=sum(one.early for one in delays),
         missed=sum(not one.raised for one in delays),
     )

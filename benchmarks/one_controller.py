@@ -9,7 +9,6 @@ assumes that all places of all replicas are taken.
 
 import collections
 import dataclasses
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -66,13 +65,3 @@ def delay(traffic: Traffic, config: MonitorConfig, *, seed: int) -> Delay:
             if monitor.watch(observed) is not None:
                 return Delay(max(0, number + 1 - quiet), raised=True, early=number < quiet)
     return Delay(traffic.most, raised=False, early=False)
-
-
-def microseconds(count: int = 100_000) -> float:
-    """Time the monitor's ``watch``: the mean in quiet, without the drift detector."""
-    monitor = Monitor(MonitorConfig(drift=False), DEPTH)
-    observed = Observation(SITE, 1.0, 0, monitor.q, None)
-    began = time.perf_counter()
-    for _ in range(count):
-        monitor.watch(observed)
-    return (time.perf_counter() - began) / count * 1e6

@@ -10,6 +10,7 @@ end to end is beside it: the static cascade by ``gati_jax.evaluate``, the adapti
 full network. Music, if given, is no part of what is certified: it shows what the promise does not cover.
 """
 
+import argparse
 import dataclasses
 import functools
 import shlex
@@ -40,7 +41,7 @@ from train import cli
 from .recency import Recency, Server, Simulated, certified_step, group_losses, simulate, time_beside
 from .recordings import Recordings, Spectrum, pitch_network, read_recordings
 
-EXAMPLE = "python -m benchmarks.streams --recordings /tmp/debs/usr/share/asterisk/sounds --out streams.json"
+EXAMPLE = "python -m benchmarks.streams --recordings runs/debs/usr/share/asterisk/sounds --out streams.json"
 SPLITS = {"fit": "all[:50%]", "select": "all[50%:65%]", "certify": "all[65%:90%]", "test": "all[90%:]"}
 THRESHOLDS = 1 - np.geomspace(1e-3, 0.7, 40)  # strict to loose
 RECENCIES = [Recency(weight=weight, keep=keep) for weight in (0.25, 0.5, 1.0) for keep in (0.5, 0.8)]
@@ -91,22 +92,13 @@ def main(argv: list[str] | None = None) -> None:
     used = candidates.take(plan.names)
     costs = Costs(ms, operations_of(chain, candidates, ms))
 
-    # --- Certified ----------------------------------------------------------------------------------------------------
+    # From here on nothing may be chosen but on select: the certify recordings are opened, once for each procedure.
     replayed = {name: replayed_part(chain, used, parts[name]) for name in ("select", "certify", "test")}
-    certificate = gati_jax.certify(
-        plan,
-        replayed["certify"].table,
-        arguments.epsilon,
-        delta,
-        groups=replayed["certify"].groups,
-        ledger=None,  # two procedures, each in a look of its own at delta / 2
-    )
+    certify, test = replayed["certify"], replayed["test"]
+    certificate = gati_jax.certify(plan, certify.table, arguments.epsilon, delta, groups=certify.groups, ledger=None)
     thresholds = plan.thresholds(certificate.step)
     recency, tried = chosen(replayed["select"], costs.ms, arguments.epsilon)
     level = adaptive_level(replayed, recency, arguments.epsilon, delta)
-
-    # --- Result -------------------------------------------------------------------------------------------------------
-    test = replayed["test"]
     with tempfile.TemporaryDirectory() as folder:
         gati_jax.save_bundle(folder, chain, used, plan, certificate, costs=[ms], ledger=None)
         bundle = gati_jax.load_bundle(folder, chain=chain)
@@ -116,14 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         server = Server(chain, tuple(used), level, recency)
         adaptive = simulated_row(test, level, recency, costs)
         adaptive |= measured_adaptive(server, chain, test, arguments.timed)
-    result: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.streams", *(sys.argv[1:] if argv is None else argv)]),
-        "device": device_name(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "network": arguments.network,
-        "answers": arguments.answers,
-        "epsilon": arguments.epsilon,
-        "delta": arguments.delta,
+    result: dict[str, Any] = asked(arguments, argv) | {
         "recordings": {name: len(np.unique(np.asarray(part.groups))) for name, part in parts.items()},
         "frames": {name: len(part) for name, part in parts.items()},
         "agreement_on_select": dict(zip(select.names, select.agrees.mean(1).tolist(), strict=True)),
@@ -138,16 +123,23 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.music:
         music = read_recordings(arguments.music, seconds=arguments.music_seconds, skip=30)
         part = replayed_part(chain, used, split_of(music, "all", arguments.seed))
-        result["music"] = {
-            "recordings": len(music.names),
-            "frames": len(part.frames),
-            "static": frames_row(part, outcome_of(part, thresholds), costs, thresholds),
-            "adaptive": None if level is None else simulated_row(part, level, recency, costs),
-            "oracle": oracle_row(part, costs),
-        }
+        others = {"recordings": len(music.names), "frames": len(part.frames), "oracle": oracle_row(part, costs)}
+        others["static"] = frames_row(part, outcome_of(part, thresholds), costs, thresholds)
+        others["adaptive"] = None if level is None else simulated_row(part, level, recency, costs)
+        result["music"] = others
     cli.report(result, show, out=arguments.out, as_json=arguments.json)
     if arguments.figure:
         draw(result, arguments.figure)
+
+
+def asked(arguments: argparse.Namespace, argv: list[str] | None) -> dict[str, Any]:
+    """Return what was asked for, where and when."""
+    return {
+        "command": shlex.join(["python", "-m", "benchmarks.streams", *(sys.argv[1:] if argv is None else argv)]),
+        "device": device_name(),
+        "date": datetime.now(UTC).date().isoformat(),
+        **{name: getattr(arguments, name) for name in ("network", "answers", "epsilon", "delta")},
+    }
 
 
 def parser() -> cli.Parser:

@@ -88,20 +88,13 @@ def main(argv: list[str] | None = None) -> None:
     certificates = numerics["reference"]
     default = tightest(certificates)
     plan, certificate = plans[default][0], certificates[default]
-    also, rounded = [(plans[n][0], certificates[n]) for n in plans if n != default], numerics.get(BFLOAT16, {})
+    also = [(plans[name][0], certificates[name]) for name in plans if name != default]
+    rounded = numerics.get(BFLOAT16, {})
     gati_jax.save_bundle(
-        path,
-        chain,
-        chosen,
-        plan,
-        certificate,
-        also=also,
-        bfloat16=rounded.values(),
-        class_names=parts["fit"].class_names,
-        provenance=provenance(config, parts),
-        costs=[costs],
-        ledger=arguments.ledger,
-    )
+        path, chain, chosen, plan, certificate, also=also, bfloat16=rounded.values(),
+        class_names=parts["fit"].class_names, provenance=provenance(config, parts),
+        costs=[costs], ledger=arguments.ledger,
+    )  # fmt: skip
     replays = certify, *next(iter(on_onnx.values()), ())
     bundle = gati_jax.load_bundle(path, chain=chain)
     keep_tuning(path, bundle, found.tuning, parts["certify"].images, replays, rounds=config.measure_rounds)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks import arrivals, cluster, one_controller
-from benchmarks.one_controller import Traffic
+from benchmarks.cluster import Measured
+from benchmarks.one_controller import Delay, Traffic
 from benchmarks.replicas import ANSWERED, LOST, REFUSED, Cluster, Incident, Steps, simulate
 from gati_jax import InputError
 from gati_jax.adaptation import MonitorConfig, Trace, save_trace
@@ -120,3 +121,23 @@ def test_the_command_reads_its_own_result_and_plays_a_trace(tmp_path, capsys):
     assert "closed after s" in capsys.readouterr().out
     with pytest.raises(InputError, match="--steps: expected the JSON of another run"):
         cluster.main(["--steps", str(tmp_path / "t.safetensors")])
+
+
+@pytest.mark.parametrize(
+    ("delays", "requests"),
+    [
+        ([Delay(7, raised=True, early=False), Delay(9, raised=True, early=False)], 8.0),
+        ([Delay(7, raised=True, early=False), Delay(5, raised=True, early=True)], 7.0),
+        ([Delay(7, raised=True, early=False), *[Delay(10**6, raised=False, early=False)] * 2], None),
+        ([Delay(0, raised=True, early=True)] * 2, None),
+    ],
+    ids=["both", "one early", "most missed", "all early"],
+)
+def test_the_alarm_is_the_median_of_streams_that_had_one_after_the_jump(monkeypatch, delays, requests):
+    """Streams without one counted as their length, and none at all as an alarm at once."""
+    monkeypatch.setattr(one_controller, "delay", lambda *_, seed: delays[seed])
+    steps = Measured(name="r", stage_ms={1: (1.0, 1.0)}, leave=(0.9, 1.0), epsilon=0.02, delta=0.05)
+    arguments = cluster.parser().parse_args(["--steps", "s", "--streams", str(len(delays)), "--controller-us", "0"])
+    found = cluster.watch(1, 100.0, 0.01, steps, arguments)
+    assert (found.requests, found.seconds is None, found.wrong is None) == (requests, *[requests is None] * 2)
+    assert (found.early, found.missed) == (sum(d.early for d in delays), sum(not d.raised for d in delays))
