@@ -189,8 +189,6 @@ def test_arrays_that_are_neither_there_nor_listed_are_missed(folder, gone):
         load(folder)
 
 
-# Orbax leaves the tasks of a load that failed to the garbage collector, which complains.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_and_signed_arrays_are_refused(saved, tmp_path):
     names = [name for name in listed(saved) if name.startswith("arrays/") and (saved / name).stat().st_size]
     for i, name in enumerate(names):

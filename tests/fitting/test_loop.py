@@ -49,7 +49,6 @@ def run(seen, folder=None, *, config=CONFIG, stop_before=None, identity="one"):
     )
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that Orbax leaves
 def test_a_checkpoint_of_which_any_file_is_cut_to_nothing_is_one_line(tmp_path):
     run([], tmp_path / "whole")
     files = [path for path in (tmp_path / "whole").rglob("*") if path.is_file() and path.stat().st_size]
