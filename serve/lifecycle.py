@@ -44,7 +44,7 @@ from .threads import in_thread
 
 _log = logging.getLogger("serve")
 _REFUSING = 0.2  # seconds between the last admitted request and the closing of the sockets
-_SWITCH = 5e-4
+_SWITCH = 1e-4
 """Seconds after which a thread that waits for the interpreter gets it. With Python's 5 ms, an event loop that is busy
 with refusals keeps the engine waiting."""
 _LOOK = 0.2  # seconds until it is seen that gRPC's server has ended by itself

@@ -1,11 +1,9 @@
 """ONNX Runtime as a backend: a session for each span of the base and for each lookup, and what runs between them.
 
 Each stage runs only the rows that are left, in a batch of exactly that many: nothing is padded. A span gathers its rows
-itself, so that activations stay where ONNX Runtime has put them. All sessions share one pool of threads: with a pool
-for each, the pools fight for the cores.
+itself, so that activations stay where ONNX Runtime has put them.
 """
 
-import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable
@@ -26,28 +24,25 @@ from .models import ROWS, check_exportable, lookup_model, span_model
 VERSION = onnxruntime.__version__
 _ERRORS = 3  # of ONNX Runtime's levels of severity
 _BATCH = 256  # rows at once: larger batches are no faster a row
+_SPIN = "20"
+"""Microseconds for which a thread looks for the next operator before it sleeps. With ONNX Runtime's default, the idle
+threads of one session keep those of the others, and a server's event loop, from the cores; with none, small operators
+wait for threads to wake up."""
 Value = Any
 """An ``onnxruntime.OrtValue``: an array that ONNX Runtime holds."""
 
 
-@functools.cache
-def _share_threads() -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(Exception):  # the process has one pool for all sessions already
-        onnxruntime.set_global_thread_pool_sizes(cores, 1)
-
-
 def open_session(model: ModelProto) -> Any:  # noqa: ANN401 (onnxruntime is untyped)
-    """Return a session on the CPU that shares its threads with all others.
-
-    From then on every session of the process has to (``use_per_session_threads`` is to be False): that is how ONNX
-    Runtime has it.
-    """
-    _share_threads()
+    """Return a session on the CPU, with a pool of threads of its own."""
     options = onnxruntime.SessionOptions()
-    options.use_per_session_threads = False
+    options.intra_op_num_threads = _cores()
+    options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN)
     options.log_severity_level = _ERRORS
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def to_value(array: np.ndarray) -> Value:

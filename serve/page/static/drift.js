@@ -60,7 +60,7 @@ export function showDrift(now, facts) {
     ]),
     el("h3", {}, "History"),
     events.length
-      ? el("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": "What adaptation did" }, table(["Request", "What", ""], events.map(([n, kind, text]) => row(count(n), kind, text))))
+      ? el("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": "What adaptation did" }, table(["Request", "What", ""], events.map(([n, kind, text]) => row(count(n), el("td", { className: "word" }, kind), text))))
       : el("p", { className: "explain" }, "Nothing has changed since the server started."),
   ];
 }
