@@ -33,12 +33,21 @@ Value = Any
 
 
 def open_session(model: ModelProto) -> Any:  # noqa: ANN401 (onnxruntime is untyped)
-    """Return a session on the CPU, with a pool of threads of its own."""
+    """Return a session on the CPU, with a pool of threads of its own, unless the process has one for all sessions."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = _cores()
     options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN)
     options.log_severity_level = _ERRORS
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    new = functools.partial(
+        onnxruntime.InferenceSession, model.SerializeToString(), options, ["CPUExecutionProvider"], enable_fallback=0
+    )
+    try:
+        return new()
+    except RuntimeError as error:
+        if "global thread pool" not in str(error):
+            raise
+        options.use_per_session_threads = False  # somewhere set_global_thread_pool_sizes was called
+        return new()
 
 
 def _cores() -> int:

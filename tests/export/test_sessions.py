@@ -1,6 +1,9 @@
 """ONNX Runtime as a backend answers as the library's own programs do, in batches of any size."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +94,34 @@ def test_plans_share_the_sessions_of_their_base(monkeypatch):
     assert len(opened) == 3 + 3  # to site 1, to site 2, to the logits
     table = gati_jax.replay(bundle.chain, bundle.caches, images[:5])
     assert {one.sites for one in replays_on_onnx(table, bundle.chain, bundle.caches, images[:5])} == {(1, 1, 2)}
+
+
+OTHERS = """
+import numpy as np, onnxruntime
+from gati_jax.export.models import lookup_model
+from gati_jax.export.sessions import Lookup, to_value
+from tests.export.made import with_two_plans
+bundle, _ = with_two_plans()
+cache = bundle.caches[0]
+*positions, channels = bundle.chain.site_specs[cache.site].shape
+x = to_value(np.random.default_rng(0).normal(size=(3, channels, *positions)).astype(np.float32))
+options = onnxruntime.SessionOptions()
+if {shared}:
+    onnxruntime.set_global_thread_pool_sizes(1, 1)
+    options.use_per_session_threads = False
+ours = Lookup(bundle.chain, cache)
+theirs = onnxruntime.InferenceSession(lookup_model(bundle.chain, cache).SerializeToString(), options)
+assert np.array_equal(theirs.run_with_ort_values(["logits"], {{"activation": x}})[0].numpy(), ours(x)[0])
+"""
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_other_sessions_of_the_process_have_one_pool_of_threads_or_their_own(shared):
+    command = [sys.executable, "-c", OTHERS.format(shared=shared)]
+    found = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert (found.returncode, found.stdout) == (0, ""), found.stderr
 
 
 def test_what_answers_is_what_was_replayed_bit_by_bit():

@@ -1,6 +1,5 @@
 """Run an exported cascade, with NumPy and onnxruntime alone: python cascade.py images.npy [plan]."""
 
-import contextlib
 import json
 import sys
 import warnings
@@ -35,9 +34,8 @@ class Cascade:
         if (checked := self.manifest["onnxruntime"]) not in {"", onnxruntime.__version__}:
             warnings.warn(f"checked with onnxruntime {checked}, not with this one: {self.promise}", stacklevel=2)
         options = onnxruntime.SessionOptions()
-        options.use_per_session_threads = False  # for the pools of several sessions would fight for the cores
-        with contextlib.suppress(Exception):  # the process has one for all already
-            onnxruntime.set_global_thread_pool_sizes()
+        # Else the idle threads of one session keep those of the others from the cores (onnxruntime 1.31 or newer).
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
         files = [str(Path(folder) / span["file"]) for span in self.manifest["spans"]]
         self.sessions: list[Any] = [onnxruntime.InferenceSession(f, options, ["CPUExecutionProvider"]) for f in files]
 
