@@ -20,7 +20,6 @@ from ..protocol.service import Compared, Service, softmax
 _TOP = 5  # classes that are shown
 _LEVELS = 255
 _FEWEST_LEVELS, _MOST_LEVELS = 1.5, 100  # where a scale says how many there are
-_INFER = {"infer", "compare", "ModelInfer", "ModelStreamInfer"}
 
 
 class _Shown(BaseModel):
@@ -65,7 +64,6 @@ class Latency(_Shown):
     le: tuple[float, ...]
     """Seconds; the last one, infinity, is null."""
     counts: tuple[int, ...]
-    sum: float
 
 
 class Adaptation(_Shown):
@@ -104,18 +102,13 @@ class Snapshot(_Shown):
     """Images by exit, of all plans; those of the page's box are not among them."""
     by_plan: dict[str, int]
     latency: Latency
-    requests: dict[str, int]
-    """For inference, by status."""
     refused: dict[str, int]
     """By reason; reasons without any are left out."""
     failed_steps: int
     steps: int
-    occupancy: float
-    """The sum over all steps of the share of rows in use."""
     queue_depth: dict[str, int]
     """Images that wait, by stage, of all plans."""
     queue_age_seconds: float
-    backlog_seconds: float
     used: int
     admitted: int
     adaptation: Adaptation | None
@@ -156,14 +149,6 @@ class Samples:
             sums[sample.labels[label]] += round(sample.value)
         return dict(sums)
 
-    def requests(self) -> dict[str, int]:
-        """Return requests for inference by their status."""
-        sums: collections.Counter[str] = collections.Counter()
-        for sample in self._of("gati_requests_total", {}):
-            if sample.labels["method"] in _INFER:
-                sums[sample.labels["code"]] += round(sample.value)
-        return dict(sums)
-
     def state(self, name: str, label: str) -> str:
         """Return the label's value of the series that is 1."""
         return next((sample.labels[label] for sample in self._of(name, {}) if sample.value), "")
@@ -189,16 +174,12 @@ def read(metrics: Metrics, service: Service, entry: Entry) -> Snapshot:
         latency=Latency(
             le=tuple(le for le, _ in buckets),
             counts=tuple(count for _, count in buckets),
-            sum=got.total("gati_latency_seconds_sum"),
         ),
-        requests=got.requests(),
         refused={reason: n for reason, n in got.by("gati_refused_total", "reason").items() if n},
         failed_steps=got.count("gati_failed_steps_total"),
         steps=got.count("gati_step_seconds_count"),
-        occupancy=got.total("gati_batch_occupancy_sum"),
         queue_depth=got.by("gati_queue_depth", "stage"),
         queue_age_seconds=got.total("gati_queue_age_seconds"),
-        backlog_seconds=got.total("gati_backlog_seconds"),
         used=got.count("gati_slots", state="used"),
         admitted=got.count("gati_slots", state="admitted"),
         adaptation=_adaptation(got, () if backend is None else backend.events()),

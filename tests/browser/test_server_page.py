@@ -114,6 +114,17 @@ def test_numbers_are_sent_with_the_keyboard_alone(server, visit):
     page.locator("#answer .verdict").get_by_text("dog").wait_for(timeout=PATIENCE)
 
 
+def test_a_table_that_has_the_focus_keeps_it_and_goes_on(server, visit):
+    page = visit(server)
+    table = page.get_by_role("region", name="Plans")
+    table.get_by_role("cell", name="6", exact=True).wait_for(timeout=PATIENCE)
+    table.focus()
+    urllib.request.urlopen(server + INFER, json.dumps({"inputs": [tensor((1,))]}).encode()).close()
+    table.get_by_role("cell", name="7", exact=True).wait_for(timeout=PATIENCE)
+    assert page.evaluate("document.activeElement.ariaLabel") == "Plans"
+    assert page.locator("#bundle dl, #bundle [role=region]").count() == 2
+
+
 def test_the_token_is_asked_for_kept_for_the_tab_and_never_in_an_address(visit, axe, problems):
     with fake.Front(token="secret").sockets() as (port, _):
         page, asked = visit(f"http://127.0.0.1:{port}"), []

@@ -18,7 +18,7 @@ from train.report.figures import FIGURES
 from train.report.page import LIGHT, NARROW, WIDE, ZOOM, render
 from train.report.pictures import Wall
 from train.report.svg import text_width
-from train.report.words import headline, share
+from train.report.words import headline, saved_share, share
 from train.results import Evaluation
 
 HOSTILE = "<script>alert('x')</script>\"&"
@@ -131,6 +131,30 @@ def test_title_tile_and_figures_promise_the_same(changes, sentence, tile, line):
         assert tile.startswith(label.text or "nothing")
     warned = "does not hold" in p.words
     assert warned == (changes is BROKEN)
+    assert ("of such samples" in p.words) == (e.certificate.certified and changes is not GROUPS)
+
+
+def test_requests_in_groups_that_disagree_more_often_do_not_break_a_bound_over_groups():
+    p = Page(render(e := made_up(**GROUPS, cascade__agreement=0.9), pictures(e)))
+    assert "does not hold" not in p.words
+    assert "disagreed (1.2%); the bound is not of single requests drawn at random" in p.words
+
+
+def test_a_small_network_before_the_first_block_is_time_that_is_spent():
+    placed = evaluation()["layout"]["caches"]
+    small = {**placed[0], "name": "resnet20", "site": 0, "lookup_ms": 0.25 * sum(BLOCKS_MS)}
+    without, first = made_up(), made_up(layout__caches=[small, *placed[1:]])
+    assert saved_share(first) == pytest.approx(saved_share(without) - 0.25)
+    assert "skipped, the small network counted, lookups left out" in Page(render(first, pictures(first))).words
+    drawn = [float(shape.get("width", 0)) for shape in shapes("flow", "block", layout__caches=[small, *placed[1:]])]
+    (bar,) = (s for s in shapes("flow", "cascade", layout__caches=[small, *placed[1:]]) if "small" in s[0].text)
+    assert float(bar.get("width", 0)) == pytest.approx(0.25 * sum(drawn), rel=0.1)
+
+
+def test_a_table_has_the_exits_of_every_class():
+    rows = Page(render(e := made_up(), pictures(e))).rows
+    for one in e.classes:
+        assert [one.name, *(f"{n:,}" for n in (one.n, *one.exits, one.disagreements))] in rows
 
 
 def timed(**changes: Any) -> dict[str, Any]:
@@ -161,8 +185,8 @@ def test_the_headline_says_how_fast(changes, said):
 
 def test_the_headline_says_where_requests_leave():
     assert headline(made_up()).leaving == (
-        "85% of requests leave early; the largest share, 35% of all, after block 2 of 8, with 18% of its computation"
-        " done; 15% run through the whole network."
+        "85% of requests leave early; the largest share, 35% of all, after block 2 of 8, with 18% of the network's"
+        " computation done; 15% run through the whole network."
     )
     assert "no cache is on" in headline(made_up(**EMPTY)).leaving
 

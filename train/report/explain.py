@@ -1,7 +1,9 @@
 """Sentences beside the figures: what the numbers mean, which are modelled and which were measured."""
 
+from gati_jax.evaluation.records import NO_ACCURACY
+
 from ..results import Evaluation
-from .words import answers_early, milliseconds, promise, saved_share, share, times
+from .words import answers_early, milliseconds, promise, saved_share, share, small_network_ms, times
 
 
 def certificate(e: Evaluation) -> str:
@@ -16,8 +18,10 @@ def certificate(e: Evaluation) -> str:
     promised_of, rate = promise(c), c.disagreements / max(c.n, 1)
     counted = f"Of the {c.n:,} certify requests, {c.disagreements:,} disagreed ({share(rate)})"
     larger = "; so the bound is larger than what was counted" if rate < c.epsilon else ""
-    if c.p_value is None:
-        why = "so few requests cannot tell that rate from the bound"
+    if c.method in NO_ACCURACY or "group" in c.promise:
+        why, larger = "the bound is not of single requests drawn at random, so this share alone does not show it", ""
+    elif c.p_value is None:
+        why = "so few requests do not rule out a rate as large as the bound"
     else:
         few = share(c.p_value, up=True)
         why = f"if more than {share(c.epsilon)} of all requests did, at most {few} of such samples would show so few"
@@ -38,7 +42,8 @@ def saving(e: Evaluation) -> str:
     drawn = f"Blocks are drawn with the times that the bundle holds for {e.layout.device}, batch {e.layout.batch}"
     if not answers_early(e):
         return f"{drawn}."
-    text = f"{drawn}: by them {share(saved_share(e), digits=0)} of the computation is skipped, lookups left out."
+    left_out = "lookups left out" if not small_network_ms(e) else "the small network counted, lookups left out"
+    text = f"{drawn}: by them {share(saved_share(e), digits=0)} of the computation is skipped, {left_out}."
     if e.cost:
         m = e.cost.measured[0]
         text += (

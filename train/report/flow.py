@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ..results import Evaluation
 from .svg import LETTER, Drawing, Scale, spread_out, text_width
-from .words import milliseconds, saved_share, share
+from .words import milliseconds, saved_share, share, small_network_ms
 
 STRIP, TOP, BAND = 26, 26, 200
 LINE, COLUMN = 19.0, 112.0  # of labels
@@ -26,7 +26,8 @@ def flow(e: Evaluation, width: float) -> Drawing:
     """Draw blocks to scale, caches in place, and under them the share of requests that is still running."""
     depth, blocks = e.exits[-1].exit, e.layout.blocks_ms if e.layout else ()
     measured = sum(blocks) > 0
-    until = [0.0, *itertools.accumulate(blocks if measured else (1.0,) * depth)]
+    small = small_network_ms(e) if measured else 0.0
+    until = [*itertools.accumulate(blocks if measured else (1.0,) * depth, initial=small)]
     x = Scale(0, until[-1], 2, width - COLUMN)
     top = TOP + STRIP + 14
     d = Drawing(width, top + BAND + 28)
@@ -50,8 +51,11 @@ def flow(e: Evaluation, width: float) -> Drawing:
 def _strip(d: Drawing, e: Evaluation, x: Scale, until: list[float], *, measured: bool) -> None:
     """Draw the blocks, and a mark where a cache stands."""
     how = " by the bundle's costs" if not d.narrow else ""  # a phone has no room for it, and the text below says so
-    total = f", {milliseconds(until[-1])}{how}" if measured else ", drawn as if all took as long"
+    total = f", {milliseconds(until[-1] - until[0])}{how}" if measured else ", drawn as if all took as long"
     d.text(x(0), 14, f"your network: {len(until) - 1} blocks{total}", "label")
+    if until[0]:
+        tip = f"the small network before the first block: {milliseconds(until[0])}"
+        d.rect(x(0), TOP, x(until[0]) - x(0) - 1, STRIP, "cascade", title=tip)
     for i, (start, end) in enumerate(itertools.pairwise(until)):
         tip = f"block {i + 1}" + (f": {milliseconds(end - start)}" if measured else "")
         d.rect(x(start) + 0.5, TOP, x(end) - x(start) - 1, STRIP, "block", title=tip)

@@ -35,13 +35,8 @@ def latency(e: Evaluation, width: float) -> Drawing:
     rows = ("full network", "base"), ("cascade", "cascade")
     for i, (times, (name, kind)) in enumerate(zip(each, rows, strict=True)):
         _histogram(d, x, times, edges, 34 + TALL + i * (TALL + 34), name, kind)
-    d.text(
-        width / 2,
-        bottom + 38,
-        f"time of {'a request' if first.batch == 1 else f'{first.batch} requests'}",
-        "small",
-        anchor="middle",
-    )
+    of = "a request" if first.batch == 1 else f"{first.batch} requests"
+    d.text(width / 2, bottom + 38, f"time of {of}{', logarithmic' if log else ''}", "small", anchor="middle")
     return d
 
 
@@ -58,8 +53,9 @@ def _histogram(d: Drawing, x: Scale, times: Sequence[float], edges: np.ndarray, 
     text = f"{name}: median {milliseconds(median)}"
     d.text(12, y - TALL - 10, text, "label strong")
     beyond = int((np.asarray(times) > edges[-1]).sum())
-    rest = f"95% below {milliseconds(slow)}" + (f", {beyond:,} of {len(times):,} beyond the axis" if beyond else "")
-    if not d.narrow:
+    past = f"{beyond:,} of {len(times):,} beyond the axis" if beyond else ""
+    rest = past if d.narrow else ", ".join(filter(None, (f"95% below {milliseconds(slow)}", past)))
+    if rest:
         d.text(d.width - 14, y - TALL - 10, rest, "small", anchor="end")
 
 

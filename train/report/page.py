@@ -14,7 +14,7 @@ from gati_jax.evaluation.records import Sample
 
 from ..results import Evaluation
 from . import explain, words
-from .figures import FIGURES, MOST_CLASSES, agreeing
+from .figures import FIGURES, MOST_CLASSES
 from .pictures import Wall
 
 HERE = Path(__file__).parent
@@ -77,7 +77,6 @@ def render(evaluation: Evaluation, wall: Wall) -> str:
         saving=explain.saving(evaluation),
         path_words=explain.path(evaluation),
         oracle=explain.oracle(evaluation),
-        agreeing=agreeing(evaluation),
         how_timed=words.how_timed,
         gap=explain.gap(evaluation),
         times=words.times,

@@ -87,7 +87,7 @@ def promised(e: Evaluation) -> Promise | None:
     text = promise(c) if by_group and exact else f"at most {share(epsilon, up=True)} of answers differ"
     if by_group and not exact:
         text += ", in the mean over groups"
-    broken = 1 - e.cascade.agreement > epsilon + 1e-12
+    broken = not by_group and 1 - e.cascade.agreement > epsilon + 1e-12  # a share of rows says little about groups
     return Promise(text, epsilon, f"with {share(1 - delta, down=True)} confidence", by_group, broken)
 
 
@@ -134,7 +134,7 @@ def site_words(e: Evaluation, site: int) -> str:
     blocks = e.layout.blocks_ms if e.layout else ()
     after = f"after block {site} of {e.exits[-1].exit}"
     return (
-        f"{after}, with {share(sum(blocks[:site]) / sum(blocks), digits=0)} of its computation done"
+        f"{after}, with {share(sum(blocks[:site]) / sum(blocks), digits=0)} of the network's computation done"
         if sum(blocks)
         else after
     )
@@ -175,9 +175,18 @@ def unsteady_words(m: Measured) -> str:
 
 
 def saved_share(e: Evaluation) -> float:
-    """Return the share of the network's time that is not spent, by the bundle's costs and without lookups."""
+    """Return the share of the network's time that is not spent, by the bundle's costs and without lookups.
+
+    A small network at site 0 is no lookup: its time is spent on every request.
+    """
     blocks = e.layout.blocks_ms if e.layout else ()
-    return 1 - sum(one.hit_rate * sum(blocks[: one.exit]) for one in e.exits) / sum(blocks)
+    spent = small_network_ms(e) + sum(one.hit_rate * sum(blocks[: one.exit]) for one in e.exits)
+    return 1 - spent / sum(blocks)
+
+
+def small_network_ms(e: Evaluation) -> float:
+    """Return the time of what stands before the network's first block, which every request runs; 0 without it."""
+    return sum(cache.lookup_ms or 0.0 for cache in (e.layout.caches if e.layout else ()) if cache.site == 0)
 
 
 def promise(c: CertificateResult) -> str:

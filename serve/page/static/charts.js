@@ -23,8 +23,17 @@ export class Chart {
     this.said = lines.map(() => []);
     this.data = [[], ...this.said];
     this.#draw();
-    new ResizeObserver(() => this.drawn.setSize(this.#size())).observe(this.plot);
-    dark.addEventListener("change", () => this.#draw());
+    this.resized = new ResizeObserver(() => this.drawn.setSize(this.#size()));
+    this.resized.observe(this.plot);
+    this.recoloured = () => this.#draw();
+    dark.addEventListener("change", this.recoloured);
+  }
+
+  // It follows the window and the colour scheme until then.
+  stop() {
+    this.resized.disconnect();
+    dark.removeEventListener("change", this.recoloured);
+    this.drawn.destroy();
   }
 
   show(history) {

@@ -18,7 +18,8 @@ const promised = ({ epsilon, delta }) => (epsilon === null ? "nothing" : epsilon
 const FEWEST = 30; // compared hits before an estimate says anything
 export const estimated = (one) => (one && one.shadows >= FEWEST ? Math.min(1, one.estimate) : null);
 
-// What holds of the answers: the promise, and what live traffic has shown of it. `broken` is where it has shown otherwise.
+// What holds of the answers: the promise, and what live traffic has shown of it. `broken` is where it has shown otherwise,
+// which takes an alarm: an estimate from few comparisons is above the bound by chance.
 export function promise(facts, now) {
   const plan = facts.plans.find(({ name }) => name === facts.default);
   const one = now.adaptation;
@@ -28,11 +29,11 @@ export function promise(facts, now) {
   if (!plan.epsilon) return { text: "The whole network answers every request." };
   const certified = `Certified on the bundle’s data (plan ${cut(plan.name)}): at most ${percent(plan.epsilon)} of answers differ from the whole network’s, with ${percent(1 - plan.delta)} confidence.`;
   if (!one) return { text: `${certified} It holds for traffic like that data, and live traffic is not compared.` };
-  if (one.events.alarm && one.state === "open") return { text: `${certified}${alarms(one)} What is served now (version ${count(one.version)}) was certified anew on later traffic.` };
+  if (one.events.alarm && one.state === "open") return { text: `${certified}${alarms(one)} ${one.events.swap ? `What is served now (version ${count(one.version)}) was certified anew on later traffic.` : "What the alarm named is closed."}` };
   if (one.state !== "open") return { text: `${certified}${alarms(one)} ${STATES[one.state]?.[1] ?? one.state}.`, broken: Boolean(one.events.alarm) };
   const seen = estimated(one);
   if (seen === null) return { text: `${certified} Of live traffic, only ${count(one.shadows)} answers of caches have been compared so far.` };
-  return { text: `${certified} On live traffic it is ${share(seen)}, estimated from ${count(one.shadows)} compared answers of caches, and at most ${share(one.upper)}.`, broken: seen > plan.epsilon };
+  return { text: `${certified} On live traffic it is ${share(seen)}, estimated from ${count(one.shadows)} compared answers of caches, and at most ${share(one.upper)}.` };
 }
 
 const alarms = ({ events: { alarm } }) => (alarm ? ` Live traffic disagreed with it more often than promised: ${count(alarm)} alarm${alarm > 1 ? "s" : ""} since the start.` : "");

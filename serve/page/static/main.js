@@ -19,6 +19,7 @@ let charts = [];
 let sound = null;
 
 function makeCharts() {
+  charts.forEach((chart) => chart.stop());
   $("charts").replaceChildren();
   const line = (name, get, span, say) => ({ name, values: (seen) => seen.line(get, span), say, top: (seen) => longest(seen.latest) });
   const now = (name, get, say) => ({ name, values: (seen) => seen.values(get), say });
@@ -54,7 +55,7 @@ function showTiles(now) {
     tile("Left at a cache", share(history.between(earlyOf(facts), MINUTE)), now.adaptation ? `last minute; stored answers: ${share(history.between(storedOf, MINUTE))}` : "last minute"),
     tile("Network run", share(history.between(depthOf(facts), MINUTE)), "mean depth, last minute"),
     tile("Waiting", count(waiting(now)), now.queue_age_seconds ? `since ${milliseconds(now.queue_age_seconds)}` : `${count(now.used)} of ${count(now.admitted)} places taken`),
-    tile("Refused", count(total), total ? Object.entries(refusals(now)).map(([why, n]) => `${why} ${count(n)}`).join(", ") : "since the start"),
+    tile(Object.keys(now.models).length > 1 ? "Refused, of all models" : "Refused", count(total), total ? Object.entries(refusals(now)).map(([why, n]) => `${why} ${count(n)}`).join(", ") : "since the start"),
     tile("Failed steps", count(now.failed_steps), `of ${count(now.steps)}`),
     ...(now.adaptation ? [tile("Alarms", count(now.adaptation.events.alarm ?? 0), `${count(now.adaptation.events.trial ?? 0)} trials, version ${count(now.adaptation.version)}`)] : []),
   );
@@ -123,11 +124,23 @@ function onNow(now) {
   showExits(history, facts);
   if (now.adaptation && !charts.some((chart) => chart.isDrift)) addDisagreement();
   charts.forEach((chart) => chart.show(history));
-  // What says the same stays, and so does what has the focus: it would be lost with a table that is replaced.
+  // What says the same stays.
   for (const [id, show] of [["drift", showDrift], ["bundle", showBundle]]) {
     const made = el("div", {}, ...show(now, facts));
-    if (made.textContent !== $(id).textContent && !$(id).contains(document.activeElement)) $(id).replaceChildren(...made.childNodes);
+    if (made.textContent !== $(id).textContent) replace($(id), made);
   }
+}
+
+// A table that has the focus keeps it: its region stays, with new rows.
+function replace(place, made) {
+  const held = place.contains(document.activeElement) ? document.activeElement : null;
+  const next = held && [...made.children].find((one) => one.ariaLabel && one.ariaLabel === held.ariaLabel);
+  if (!next) return place.replaceChildren(...made.childNodes);
+  const all = [...made.childNodes];
+  if (held.textContent !== next.textContent) held.replaceChildren(...next.childNodes);
+  [...place.childNodes].filter((one) => one !== held).forEach((one) => one.remove());
+  held.before(...all.slice(0, all.indexOf(next)));
+  held.after(...all.slice(all.indexOf(next) + 1));
 }
 
 function askToken(error = "") {
