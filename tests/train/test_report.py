@@ -147,7 +147,7 @@ def test_a_small_network_before_the_first_block_is_time_that_is_spent():
     assert saved_share(first) == pytest.approx(saved_share(without) - 0.25)
     assert "skipped, the small network counted, lookups left out" in Page(render(first, pictures(first))).words
     drawn = [float(shape.get("width", 0)) for shape in shapes("flow", "block", layout__caches=[small, *placed[1:]])]
-    (bar,) = (s for s in shapes("flow", "cascade", layout__caches=[small, *placed[1:]]) if "small" in s[0].text)
+    (bar,) = (s for s in shapes("flow", "cascade", layout__caches=[small, *placed[1:]]) if "small" in (s[0].text or ""))
     assert float(bar.get("width", 0)) == pytest.approx(0.25 * sum(drawn), rel=0.1)
 
 
