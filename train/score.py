@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
+from rich.progress import Progress
 from scipy.special import softmax
 
 import gati_jax
@@ -44,6 +45,7 @@ from .source import Data, DatasetName, Source, Splits
 EXAMPLE = "python -m train.score --bundle runs/r56/bundle --out runs/r56/scores --data.split test"
 BATCH = 250  # rows answered at once, as ``gati_jax.evaluate`` does
 _KEY = b"gati_jax.scoring"
+_LOG_SECONDS = 30.0
 _log = logging.getLogger("train.score")
 
 
@@ -122,11 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         began = time.monotonic()
         scored = sum(part.rows.stop - part.rows.start for part in missing)
         with progress_bar(wanted=True) as bar:
-            task = bar.add_task("scoring", total=len(split), completed=len(split) - scored)
-
-            def advance(n: int) -> None:
-                bar.advance(task, n)
-
+            advance = RowProgress(bar, len(split), len(split) - scored)
             if arguments.ray is None:
                 with answering(arguments, bundle) as answer:
                     for part in missing:
@@ -140,6 +138,32 @@ def main(argv: list[str] | None = None) -> None:
     result.write(out / "score.json", print_json=arguments.json)
     if not arguments.json:
         print(describe(result, out))
+
+
+class RowProgress:
+    """Moves a bar, and writes a line every half a minute: a log has no bar.
+
+    Args:
+        bar: Where a line moves, on a terminal.
+        total: Rows.
+        done: Of them, those that an earlier run has scored.
+    """
+
+    def __init__(self, bar: Progress, total: int, done: int) -> None:
+        """Start the clock."""
+        self._bar, self._task = bar, bar.add_task("scoring", total=total, completed=done)
+        self._total, self._done, self._before = total, done, done
+        self._began = self._said = time.monotonic()
+
+    def __call__(self, n: int) -> None:
+        """Count rows that have been scored."""
+        self._bar.advance(self._task, n)
+        self._done, now = self._done + n, time.monotonic()
+        if now - self._said >= _LOG_SECONDS:
+            rate = (self._done - self._before) / (now - self._began)
+            left = (self._total - self._done) / rate / 60
+            _log.info("%d of %d rows, %.0f a second, %.1f minutes left", self._done, self._total, rate, left)
+            self._said = now
 
 
 def parser() -> cli.Parser:
@@ -201,7 +225,7 @@ def is_done(part: Part, identity: str, split: data.Dataset) -> bool:
         raise InputError(f"--out: expected a part of a scoring, got {part.path}") from error
     if about["identity"] != identity:
         raise InputError(f"--out: expected parts of the same bundle, data and options, got others in {part.path}")
-    if about["rows"] != digest_of(split.images, part.rows):
+    if about["rows"] != digest_of(split, part.rows, data.row_digests(data.take(split.images, part.rows))):
         raise InputError(f"data: expected the rows that were scored into {part.path}, got others")
     return True
 
@@ -210,9 +234,10 @@ def _belongs(file: Path, part: Path) -> bool:
     return file.name.partition("-of-")[2] == part.name.partition("-of-")[2]
 
 
-def digest_of(images: data.Images, rows: slice) -> str:
-    """Return a digest of some images."""
-    return data.fingerprint(data.row_digests(data.take(images, rows)))
+def digest_of(split: data.Dataset, rows: slice, images: np.ndarray) -> str:
+    """Return a digest of some rows, from those of their images: all that a part has of the data."""
+    columns = [np.asarray(column[rows]).tolist() for column in (split.labels, split.ids) if column is not None]
+    return hashlib.sha256(json.dumps([data.fingerprint(images), *columns]).encode()).hexdigest()
 
 
 Answer = Callable[[np.ndarray, str | None], Future[Prediction]]
@@ -261,7 +286,9 @@ def score_part(
     finish(0)
     found = Prediction(*(np.concatenate(columns) for columns in zip(*chunks, strict=True)))
     table = table_of(found, part.rows, split, scoring.settings.top)
-    write_part(part, table, {"identity": scoring.identity, "rows": data.fingerprint(np.concatenate(digests))})
+    write_part(
+        part, table, {"identity": scoring.identity, "rows": digest_of(split, part.rows, np.concatenate(digests))}
+    )
 
 
 def table_of(found: Prediction, rows: slice, split: data.Dataset, top: int | None) -> pa.Table:

@@ -226,6 +226,28 @@ def test_what_does_not_belong_together_is_refused(folder, whole, options, messag
         scores(folder, whole[0], *options)
 
 
+def test_rows_that_have_other_labels_now_are_refused(folder, tmp_path):
+    """Parts of before and after would have labels of both."""
+    split, file = data.load("digits", "all[:300]"), tmp_path / "rows.npz"
+    source = ["--data.name", "npz", "--data.dir", str(file), "--data.split", "all", "--rows", "250", "--ledger", "none"]
+    assert split.labels is not None
+    np.savez(file, images=np.asarray(split.images), labels=split.labels)
+    scores(folder, tmp_path / "out", *source)
+    (tmp_path / "out" / "part-00000-of-00002.parquet").unlink()
+    np.savez(file, images=np.asarray(split.images), labels=np.roll(split.labels, 1))
+    with pytest.raises(InputError, match=r"data: expected the rows that were scored into .*part-00001-of-00002"):
+        scores(folder, tmp_path / "out", *source)
+
+
+def test_a_log_says_how_many_rows_are_left(folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("train.score._LOG_SECONDS", 0.0)
+    caplog.set_level("INFO", "train.score")
+    scores(folder, tmp_path, "--ledger", "none")
+    said = [record.getMessage() for record in caplog.records if record.name == "train.score"]
+    assert [text.partition(" rows,")[0] for text in said] == ["250 of 300", "300 of 300"]
+    assert said[-1].endswith("0.0 minutes left")
+
+
 def test_a_picture_s_id_is_its_path(folder, tmp_path):
     from PIL import Image  # noqa: PLC0415 (optional)
 
