@@ -52,7 +52,8 @@ def _strip(d: Drawing, e: Evaluation, x: Scale, until: list[float], *, measured:
     """Draw the blocks, and a mark where a cache stands."""
     how = " by the bundle's costs" if not d.narrow else ""  # a phone has no room for it, and the text below says so
     total = f", {milliseconds(until[-1] - until[0])}{how}" if measured else ", drawn as if all took as long"
-    d.text(x(0), 14, f"your network: {len(until) - 1} blocks{total}", "label")
+    first = f", after {milliseconds(until[0])} of a small network" if until[0] and not d.narrow else ""
+    d.text(x(0), 14, f"your network: {len(until) - 1} blocks{total}{first}", "label")
     if until[0]:
         tip = f"the small network before the first block: {milliseconds(until[0])}"
         d.rect(x(0), TOP, x(until[0]) - x(0) - 1, STRIP, "cascade", title=tip)
