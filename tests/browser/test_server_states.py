@@ -141,6 +141,17 @@ def test_another_process_begins_another_history(run):
     assert run("history.js", script, [now(7, left=5), now(7, left=4)]) == [1, None]  # a model that was loaded again
 
 
+def test_a_gap_begins_another_history(run):
+    """Else the last seconds would be those before it, too."""
+    script = """(module, one, times) => {
+        const history = new module.History();
+        times.forEach((at) => history.add(one, at));
+        return history.times;
+    }"""
+    assert run("history.js", script, now(7), [0, 1, 11]) == [0, 1, 11]
+    assert run("history.js", script, now(7), [0, 1, 12, 13]) == [12, 13]
+
+
 def test_stored_answers_are_not_those_of_the_network_s_caches(run):
     script = """(module, before, after) => [
         module.earlyOf({depth: 4}), module.storedOf, module.depthOf({depth: 4})

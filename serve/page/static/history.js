@@ -1,6 +1,7 @@
 // What was seen since the page was opened: counters become rates, a cumulative histogram becomes percentiles.
 
 const KEPT = 301; // snapshots, one a second
+const GAP = 10; // seconds between two of them after which nothing is known
 const sum = (values) => Object.values(values).reduce((total, value) => total + value, 0);
 
 const STORED = { exact: -1, nearest: -2 }; // exits of adaptation's input cache, as the protocol has them
@@ -25,7 +26,8 @@ export class History {
   add(now, at = now.at) {
     const last = this.#kept.at(-1);
     // Counters that begin at 0: those of another process, or of a model that was loaded again.
-    if (last && (now.started !== last.now.started || answered(now) < answered(last.now))) this.#kept = [];
+    // After a gap, as of a tab that slept, "last minute" would be of longer.
+    if (last && (now.started !== last.now.started || answered(now) < answered(last.now) || at - last.at > GAP)) this.#kept = [];
     this.#kept.push({ at, now });
     if (this.#kept.length > KEPT) this.#kept.shift();
   }
