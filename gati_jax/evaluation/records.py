@@ -12,7 +12,8 @@ from gati_jax.profiling import Backend, device_name
 from gati_jax.profiling.speed import FullNetwork
 
 _SLOW = 1.3
-NO_ACCURACY = {GROUP_MEAN, BAD_GROUPS, SEQUENTIAL}
+NOT_BY_REQUEST = {GROUP_MEAN, BAD_GROUPS, SEQUENTIAL}
+"""Methods whose bound is not of single requests, drawn at random; they have none for the accuracy."""
 _FULL = {
     "reference": "XLA's reference programs",
     "tuned": "tuned like the cascade",
@@ -292,7 +293,7 @@ class Evaluation(Record):
         if certificate.certified and (self.served is None or self.served.epsilon is not None):
             served += f": {'holds' if certificate.holds else 'does NOT hold'} here"
         lost = "nothing is certified" if not certificate.certified else "not certified: certify had no labels"
-        if certificate.certified and certificate.method in NO_ACCURACY:
+        if certificate.certified and certificate.method in NOT_BY_REQUEST:
             lost = "not certified by this method"
         if gap := certificate.accuracy_gap:
             upper, mean = percent(gap.upper, up=True), percent(gap.mean)

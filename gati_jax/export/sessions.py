@@ -38,7 +38,7 @@ def open_session(model: ModelProto) -> Any:  # noqa: ANN401 (onnxruntime is unty
     options.intra_op_num_threads = _cores()
     options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN)
     options.log_severity_level = _ERRORS
-    new = functools.partial(
+    new = functools.partial(  # a fallback would be another provider, and what it prints
         onnxruntime.InferenceSession, model.SerializeToString(), options, ["CPUExecutionProvider"], enable_fallback=0
     )
     try:

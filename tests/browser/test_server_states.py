@@ -106,6 +106,7 @@ def test_long_names_leave_the_page_as_wide_as_the_window(address_of, visit, axe,
         (OPEN | {"state": "safe", "events": {"alarm": 2}}, "Safe mode: the whole network answers. Live traffic", True),
         (OPEN | {"version": 2, "events": {"alarm": 1}}, "1 alarm since the start. What the alarm named is", False),
         (OPEN | {"version": 2, "events": {"alarm": 1, "swap": 1}}, "(version 2) was certified anew on later", False),
+        (OPEN | {"version": 2, "events": {"swap": 1}}, "certified anew on later traffic. On live traffic it is", False),
     ],
 )  # fmt: skip
 def test_the_promise_says_what_live_traffic_has_shown_of_it(run, adaptation, text, broken):

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from gati_jax.certification import AccuracyGap
+from gati_jax.certification.certificate import BAD_GROUPS
 from gati_jax.display import percent
 from tests.train.made_up import BLOCKS_MS, DEPTH, EXITS, N, Page, evaluation, made_up, pictures, shapes
 from train import cli
@@ -61,6 +62,7 @@ NO_FASTER = "No faster: your network answers every request"
 ROUNDED = {"served__epsilon": 0.02001, "served__delta": 0.05004}
 OTHER = {"served__epsilon": 0.0234, "served__delta": 0.06, "served__numerics": "fast"}
 GROUPS = {
+    "certificate__method": BAD_GROUPS,
     "certificate__promise": "in at most 5% of groups, more than 2% of requests disagree",
     "served__epsilon": 0.069,
 }

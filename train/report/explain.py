@@ -1,6 +1,6 @@
 """Sentences beside the figures: what the numbers mean, which are modelled and which were measured."""
 
-from gati_jax.evaluation.records import NO_ACCURACY
+from gati_jax.evaluation.records import NOT_BY_REQUEST
 
 from ..results import Evaluation
 from .words import answers_early, milliseconds, promise, saved_share, share, small_network_ms, times
@@ -18,7 +18,7 @@ def certificate(e: Evaluation) -> str:
     promised_of, rate = promise(c), c.disagreements / max(c.n, 1)
     counted = f"Of the {c.n:,} certify requests, {c.disagreements:,} disagreed ({share(rate)})"
     larger = "; so the bound is larger than what was counted" if rate < c.epsilon else ""
-    if c.method in NO_ACCURACY or "group" in c.promise:
+    if c.method in NOT_BY_REQUEST:
         why, larger = "the bound is not of single requests drawn at random, so this share alone does not show it", ""
     elif c.p_value is None:
         why = "so few requests do not rule out a rate as large as the bound"

@@ -53,11 +53,11 @@ def _histogram(d: Drawing, x: Scale, times: Sequence[float], edges: np.ndarray, 
     text = f"{name}: median {milliseconds(median)}"
     d.text(12, y - TALL - 10, text, "label strong")
     beyond = int((np.asarray(times) > edges[-1]).sum())
-    past = f"{beyond:,} of {len(times):,} beyond the axis" if beyond else ""
-    brief = f"{beyond:,} beyond" if beyond else ""  # all that a phone has room for
-    rest = brief if d.narrow else ", ".join(filter(None, (f"95% below {milliseconds(slow)}", past)))
+    rest = [] if d.narrow else [f"95% below {milliseconds(slow)}"]
+    if beyond:
+        rest.append(f"{beyond:,} beyond" if d.narrow else f"{beyond:,} of {len(times):,} beyond the axis")
     if rest:
-        d.text(d.width - 14, y - TALL - 10, rest, "small", anchor="end")
+        d.text(d.width - 14, y - TALL - 10, ", ".join(rest), "small", anchor="end")
 
 
 class _Axes(NamedTuple):

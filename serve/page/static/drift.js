@@ -27,13 +27,18 @@ export function promise(facts, now) {
   if (one && ["safe", "failed"].includes(one.state)) return { text: `${STATES[one.state][1]}.${alarms(one)}`, broken: true };
   if (plan.epsilon === null) return { text: `Plan ${cut(plan.name)} answers; nothing is promised of it.` };
   if (!plan.epsilon) return { text: "The whole network answers every request." };
-  const certified = `Certified on the bundle’s data (plan ${cut(plan.name)}): at most ${percent(plan.epsilon)} of answers differ from the whole network’s, with ${percent(1 - plan.delta)} confidence.`;
-  if (!one) return { text: `${certified} It holds for traffic like that data, and live traffic is not compared.` };
-  if (one.events.alarm && one.state === "open") return { text: `${certified}${alarms(one)} ${one.events.swap ? `What is served now (version ${count(one.version)}) was certified anew on later traffic.` : "What the alarm named is closed."}` };
-  if (one.state !== "open") return { text: `${certified}${alarms(one)} ${STATES[one.state]?.[1] ?? one.state}.`, broken: Boolean(one.events.alarm) };
+  const bundle = `Certified on the bundle’s data (plan ${cut(plan.name)}): at most ${percent(plan.epsilon)} of answers differ from the whole network’s, with ${percent(1 - plan.delta)} confidence.`;
+  if (!one) return { text: `${bundle} It holds for traffic like that data, and live traffic is not compared.` };
+  if (one.state !== "open") return { text: `${bundle}${alarms(one)} ${STATES[one.state]?.[1] ?? one.state}.`, broken: Boolean(one.events.alarm) };
+  const certified = `${bundle}${alarms(one)}${since(one)}`;
   const seen = estimated(one);
   if (seen === null) return { text: `${certified} Of live traffic, only ${count(one.shadows)} answers of caches have been compared so far.` };
   return { text: `${certified} On live traffic it is ${share(seen)}, estimated from ${count(one.shadows)} compared answers of caches, and at most ${share(one.upper)}.` };
+}
+
+function since({ events, version }) {
+  if (events.swap) return ` What is served now (version ${count(version)}) was certified anew on later traffic.`;
+  return events.alarm ? " What the alarm named is closed." : "";
 }
 
 const alarms = ({ events: { alarm } }) => (alarm ? ` Live traffic disagreed with it more often than promised: ${count(alarm)} alarm${alarm > 1 ? "s" : ""} since the start.` : "");
